@@ -1,0 +1,174 @@
+"""Golden files: run what a published implementation ran, and compare (format: docs/conformance.md).
+
+It knows the files' format and how far figures may differ. The weights file of a case lies beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.engine import Engine
+from engine.noise import GivenNoise
+from engine.request import Request
+from models.attention import Attention
+from models.errors import InputError
+from models.magi.checkpoint import load_dit
+from models.magi.config import MagiConfig
+from models.magi.family import FixedCaptions, MagiModel
+from models.magi.sampling import MagiSampling
+from models.magi.vae import VaeConfig, ViTVAE
+
+__all__ = ["Verdict", "check_file"]
+
+TOLERANCE = 1e-4
+DECODED_TOLERANCE = 1e-2  # stored as fp16
+_CELL = 8  # pixels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What a golden file says of the engine.
+
+    Attributes:
+        name: of the file, without its ending.
+        kind: of the case.
+        error: the largest relative error (Frobenius) among the latents.
+        detail: what was compared, in words.
+        passed: whether everything agrees.
+    """
+
+    name: str
+    kind: str
+    error: float
+    detail: str
+    passed: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Golden:
+    path: Path
+    metadata: dict[str, str]
+    tensors: dict[str, Tensor]
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise InputError(f"{self.path} lacks the tensor {name}")
+        return self.tensors[name]
+
+    def json(self, key: str) -> dict[str, Any]:
+        try:
+            value = json.loads(self.metadata[key])
+        except KeyError:
+            raise InputError(f"{self.path} lacks the metadata {key}") from None
+        except ValueError as error:
+            raise InputError(f"{self.path}: the metadata {key} is not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise InputError(f"{self.path}: the metadata {key} is not a JSON object")
+        return value
+
+    def named(self, prefix: str) -> dict[str, Tensor]:
+        return {key[len(prefix) :]: value for key, value in sorted(self.tensors.items()) if key.startswith(prefix)}
+
+
+def check_file(path: Path) -> Verdict:
+    """Run a golden file's case and compare.
+
+    Raises:
+        InputError: the file cannot be read, or is no golden file.
+    """
+    golden = _read(path)
+    kind = golden.metadata.get("kind", "")
+    checks = {"generation": _check_generation, "vae": _check_vae}
+    if kind not in checks:
+        raise InputError(f"{path} has kind {kind!r}: known kinds are {', '.join(checks)}")
+    with torch.no_grad():
+        return checks[kind](golden)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the difference over that of what is expected; infinite for a wrong shape or a NaN."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    expected = expected.float()
+    error = ((actual.float() - expected).norm() / expected.norm()).item()
+    return error if error == error else float("inf")
+
+
+def _read(path: Path) -> _Golden:
+    try:
+        with safe_open(path, "pt") as file:
+            return _Golden(
+                path=path, metadata=file.metadata() or {}, tensors={key: file.get_tensor(key) for key in file.keys()}
+            )
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read the golden file {path}: {error}") from None
+
+
+class _LatentPipeline:
+    """A model without text encoder and autoencoder: a case brings captions and ends with latents."""
+
+    patch_pixels = _CELL
+
+    def __init__(self, config: MagiConfig, model: MagiModel) -> None:
+        self._config, self.model = config, model
+
+    @property
+    def attention(self) -> Attention:
+        return self.model.dit.attention
+
+    def sampling(self, num_steps: int) -> MagiSampling:
+        return MagiSampling(config=self._config, num_steps=num_steps)
+
+
+def _check_generation(golden: _Golden) -> Verdict:
+    config = MagiConfig.from_dict(golden.json("config"), source=str(golden.path))
+    if "weights" not in golden.metadata:
+        raise InputError(f"{golden.path} lacks the metadata weights")
+    dit = load_dit(config, golden.path.parent / golden.metadata["weights"])
+    text = golden.tensor("input.caption_embs").float()[golden.tensor("input.caption_mask").bool()]
+    captions = FixedCaptions(text=text, null=dit.null_text())
+    noise, prefix = golden.tensor("input.noise"), golden.tensors.get("input.prefix_latents")
+    runtime = config.runtime_config
+    engine = Engine(_LatentPipeline(config, MagiModel(dit)))
+    request = Request(
+        prompt=golden.path.stem,
+        chunks=runtime.num_frames // runtime.temporal_downsample_factor // runtime.chunk_width,
+        height=noise.shape[-2] * _CELL,
+        width=noise.shape[-1] * _CELL,
+        num_steps=runtime.num_steps,
+        seed=0,
+    )
+    given = None if prefix is None else prefix.to(config.model_config.dtype)
+    made = list(engine.generate_latents(request, captions, given, GivenNoise(noise)))
+    expected = list(golden.named("output.chunk.").values())
+    if len(made) != len(expected):
+        detail = f"{len(made)} chunks, {len(expected)} expected"
+        return _verdict(golden, error=float("inf"), detail=detail, passed=False)
+    error = max(relative_error(a, b) for a, b in zip(made, expected, strict=True))
+    return _verdict(golden, error=error, detail=f"{len(made)} chunks", passed=error <= TOLERANCE)
+
+
+def _check_vae(golden: _Golden) -> Verdict:
+    vae = ViTVAE(VaeConfig.from_dict(golden.json("config"), source=str(golden.path)))
+    vae.load_state_dict({key: value.float() for key, value in golden.named("weights.").items()})
+    latent_error = decoded_error = 0.0
+    cases = golden.named("input.video.")
+    for case, video in cases.items():
+        latent = golden.tensor(f"output.latent_mode.{case}")
+        latent_error = max(latent_error, relative_error(vae.encode(video.float()), latent))
+        decoded_error = max(decoded_error, relative_error(vae.decode(latent), golden.tensor(f"output.decoded.{case}")))
+    passed = latent_error <= TOLERANCE and decoded_error <= DECODED_TOLERANCE
+    return _verdict(golden, error=latent_error, detail=f"{len(cases)} videos, decoded {decoded_error:.1e}", passed=passed)
+
+
+def _verdict(golden: _Golden, *, error: float, detail: str, passed: bool) -> Verdict:
+    return Verdict(
+        name=golden.path.stem, kind=golden.metadata.get("kind", ""), error=error, detail=detail, passed=passed
+    )

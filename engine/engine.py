@@ -1,0 +1,211 @@
+"""One process makes videos, one request at a time: the order of work, carried out.
+
+The engine puts a request's state, its KV buffers and an executor together. It knows no model in particular and no
+other process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.executor import Admission, LocalExecutor
+from engine.kv import KVBuffer, KVLayout
+from engine.noise import NoiseSource, SeededNoise
+from engine.request import Prefix, Request
+from engine.run import VideoRun, VideoShape, Work, clean_capacity
+from engine.schedule import Tick
+from models.attention import Attention
+from models.errors import InputError
+from models.family import CaptionTable, Sampling, VideoModel
+
+__all__ = ["Chunk", "Engine", "Pipeline", "Progress"]
+
+OnProgress = Callable[["Progress"], None]
+
+
+class Autoencoder(Protocol):
+    """Frames to latents and back."""
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """uint8 [F, H, W, 3] -> latents [1, C, t, h, w]."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [1, C, t, h, w] -> uint8 [F, H, W, 3]."""
+
+
+class Pipeline(Protocol):
+    """A loaded model with all that turns a request into latents and latents into frames."""
+
+    @property
+    def model(self) -> VideoModel:
+        """The weights."""
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """Frames to latents and back."""
+
+    @property
+    def attention(self) -> Attention:
+        """What KV views attend with."""
+
+    @property
+    def patch_pixels(self) -> int:
+        """Pixels of a latent cell's side."""
+
+    def sampling(self, num_steps: int) -> Sampling:
+        """How to denoise with that many steps."""
+
+    def captions(self, prompt: str) -> CaptionTable:
+        """Encode a prompt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """A finished chunk.
+
+    Attributes:
+        index: 0 for the first that is handed out.
+        latents: [1, C, t, h, w] fp32.
+        frames: uint8 [F, H, W, 3].
+    """
+
+    index: int
+    latents: Tensor
+    frames: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a video is, after a tick.
+
+    Attributes:
+        tick: ticks done.
+        ticks: of the whole video.
+        chunks_done: finished chunks.
+        chunks: of the whole video.
+        step: steps done of the oldest chunk.
+        num_steps: steps of a chunk.
+        items_done: passes through the layers so far.
+    """
+
+    tick: int
+    ticks: int
+    chunks_done: int
+    chunks: int
+    step: int
+    num_steps: int
+    items_done: int
+
+
+class Engine:
+    """Makes videos with one loaded model."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._executor = LocalExecutor(pipeline.model)
+        self._requests = 0
+
+    def generate(self, request: Request, on_progress: OnProgress | None = None) -> Iterator[Chunk]:
+        """Make a video, chunk by chunk.
+
+        Args:
+            request: what to make.
+            on_progress: called after every tick.
+
+        Yields:
+            Chunks in order, as soon as each is finished.
+
+        Raises:
+            InputError: the model cannot make what is asked for.
+        """
+        pipeline = self._pipeline
+        prefix = None if request.prefix is None else self._encode_prefix(request.prefix)
+        captions = pipeline.captions(request.prompt)
+        latents = self.generate_latents(request, captions, prefix, SeededNoise(request.seed), on_progress)
+        for index, latent in enumerate(latents):
+            yield Chunk(index=index, latents=latent, frames=pipeline.autoencoder.decode(latent))
+
+    def generate_latents(
+        self,
+        request: Request,
+        captions: CaptionTable,
+        prefix: Tensor | None,
+        noise: NoiseSource,
+        on_progress: OnProgress | None = None,
+    ) -> Iterator[Tensor]:
+        """Make a video's latents [1, C, t, h, w] from what is encoded already; arguments as in `generate`."""
+        pipeline, model = self._pipeline, self._pipeline.model
+        sampling = pipeline.sampling(request.num_steps)
+        given = 0 if prefix is None else prefix.shape[2]
+        shape = VideoShape(
+            channels=model.latent_channels,
+            chunks=math.ceil((request.chunks * sampling.chunk_width + given) / sampling.chunk_width),
+            prefix_frames=given,
+            height=request.height // pipeline.patch_pixels,
+            width=request.width // pipeline.patch_pixels,
+        )
+        number = self._requests
+        self._requests += 1
+        run = VideoRun(number, shape, sampling, noise, prefix=prefix, device=model.kv.device)
+        layout = KVLayout(
+            chunk_tokens=model.token_count(*run.grid),
+            clean_tokens=clean_capacity(run.schedule, sampling) * model.token_count(*run.grid),
+            window=sampling.window,
+            chunks=shape.chunks,
+        )
+        kv = KVBuffer(layout, model.kv, branches=sampling.branches, attention=pipeline.attention)
+        self._executor.admit(number, Admission(kv=kv, captions=captions, grid=run.grid))
+        try:
+            yield from self._ticks(run, sampling, on_progress)
+        finally:
+            self._executor.release(number)
+
+    def _ticks(self, run: VideoRun, sampling: Sampling, on_progress: OnProgress | None) -> Iterator[Tensor]:
+        schedule = run.schedule
+        items = self._run_all(run.prefix_work())
+        done = 0
+        for tick in schedule:
+            items += self._tick(run, tick)
+            finished = run.end(tick)
+            done += finished is not None
+            if on_progress is not None:
+                on_progress(
+                    Progress(
+                        tick=tick.index + 1,
+                        ticks=schedule.ticks,
+                        chunks_done=done,
+                        chunks=schedule.chunks - schedule.first,
+                        step=tick.active[0][1] + 1,
+                        num_steps=sampling.num_steps,
+                        items_done=items,
+                    )
+                )
+            if finished is not None and finished.shape[2]:
+                yield finished
+
+    def _tick(self, run: VideoRun, tick: Tick) -> int:
+        items = self._run_all(run.begin(tick))
+        for chunk, step in tick.active:
+            work = run.open(tick, chunk, step)
+            velocities = [self._executor.run(one) for one in work]
+            run.close(chunk, step, [one.item.what for one in work], velocities)
+            items += len(work)
+        return items
+
+    def _run_all(self, work: list[Work]) -> int:
+        for one in work:
+            self._executor.run(one)
+        return len(work)
+
+    @torch.no_grad()
+    def _encode_prefix(self, prefix: Prefix) -> Tensor:
+        latents = self._pipeline.autoencoder.encode(prefix.frames)
+        if not latents.shape[2]:
+            raise InputError(f"a prefix of {len(prefix.frames)} frames is too short: give one image or 4 frames and more")
+        return latents

@@ -1,0 +1,101 @@
+"""The sliding-window schedule of one video, as a pure function (specification 7.3).
+
+Plain Python: chunks and steps in, ticks out. It knows no model, no times and no tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from models.errors import InputError
+
+__all__ = ["Schedule", "Tick"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tick:
+    """One step of the window.
+
+    Attributes:
+        index: ticks are counted from 0.
+        step_in_stage: position within the stage, 0 .. steps / window - 1.
+        active: (chunk, step) of every chunk in the window, oldest and cleanest first.
+        entering: the chunk that enters with this tick.
+        retiring: the chunk that has just finished and leaves the window; its KV is still to be renewed.
+        finishing: the chunk that takes its last step in this tick.
+    """
+
+    index: int
+    step_in_stage: int
+    active: tuple[tuple[int, int], ...]
+    entering: int | None
+    retiring: int | None
+    finishing: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """When each chunk takes each step.
+
+    Attributes:
+        first: the first chunk that is generated; those before it are given (prefix).
+        chunks: all chunks, given and generated.
+        num_steps: denoising steps of a chunk.
+        window: chunks that are denoised at once.
+
+    Raises:
+        InputError: the figures do not make a schedule.
+    """
+
+    first: int
+    chunks: int
+    num_steps: int
+    window: int
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise InputError(f"a window of {self.window} chunks is empty")
+        if self.num_steps < 1 or self.num_steps % self.window:
+            raise InputError(f"{self.num_steps} steps do not divide into a window of {self.window} chunks")
+        if not 0 <= self.first < self.chunks:
+            raise InputError(f"nothing to generate: chunk {self.first} of {self.chunks} would be the first")
+
+    @property
+    def stage_steps(self) -> int:
+        """Ticks between two chunks that enter."""
+        return self.num_steps // self.window
+
+    @property
+    def stages(self) -> int:
+        """How often the window moves on."""
+        return self.chunks - self.first + self.window - 1
+
+    @property
+    def ticks(self) -> int:
+        """Length of the schedule."""
+        return self.stages * self.stage_steps
+
+    def tick(self, index: int) -> Tick:
+        """One tick, in constant time."""
+        stage, inner = divmod(index, self.stage_steps)
+        newest = self.first + stage
+        start, end = max(self.first, newest - self.window + 1), min(self.chunks, newest + 1)
+        active = tuple((chunk, (newest - chunk) * self.stage_steps + inner) for chunk in range(start, end))
+        begins = inner == 0
+        oldest, step = active[0]
+        return Tick(
+            index=index,
+            step_in_stage=inner,
+            active=active,
+            entering=newest if begins and newest < self.chunks else None,
+            retiring=start - 1 if begins and start > self.first else None,
+            finishing=oldest if step == self.num_steps - 1 else None,
+        )
+
+    def __iter__(self) -> Iterator[Tick]:
+        return (self.tick(index) for index in range(self.ticks))
+
+    def tick_of(self, chunk: int, step: int) -> int:
+        """When a chunk takes a step."""
+        return (chunk - self.first) * self.stage_steps + step

@@ -1,0 +1,82 @@
+"""What the commands `models` and `conformance` print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.presets import PRESETS
+from models.errors import InputError
+
+if TYPE_CHECKING:
+    from engine.conformance import Verdict
+
+__all__ = ["show_conformance", "show_models"]
+
+_NOTES = """\
+Disk: the DiT as stored, and for released models the autoencoder (2.5 GB) and T5 (19 GB), which they share.
+Memory: an estimate for one video of that size on one device: weights, autoencoder, and keys and values of the window \
+and one finished chunk (twice with guidance). What the layers work with comes on top; T5 needs 19 GB before that, of \
+CPU memory for 4.5B and of GPU memory for 24B.
+Weights of released models: huggingface.co/sand-ai/MAGI-1, the folder named above, ckpt/vae and ckpt/t5."""
+
+
+def show_models() -> None:
+    """Print the presets: their sizes, and where their weights are."""
+    console = Console()
+    sizes = Table("Model", "Parameters", "Video", "Steps", "Disk", "Memory")
+    kinds = Table("Model", "What it is", "Weights")
+    kinds.columns[0].no_wrap = True
+    for preset in PRESETS.values():
+        run = preset.config().runtime_config
+        size, disk, memory = f"{run.video_size_w}x{run.video_size_h}", _size(preset.disk), _size(preset.memory)
+        sizes.add_row(preset.name, _count(preset.parameters), size, str(run.num_steps), disk, memory)
+        kinds.add_row(preset.name, preset.summary, preset.folder or "ship with the project")
+    console.print(sizes)
+    console.print(kinds)
+    console.print(_NOTES, highlight=False)
+
+
+def show_conformance(files: Sequence[Path], *, report_error: Callable[[InputError], None]) -> int:
+    """Check golden files, one line for each.
+
+    Args:
+        files: what to check.
+        report_error: called for a file that cannot be read; the others are checked all the same.
+
+    Returns:
+        0 if all pass, 1 if one fails, 2 if one cannot be read.
+    """
+    from engine.conformance import check_file
+
+    console, status = Console(), 0
+    for path in files:
+        try:
+            verdict = check_file(path)
+        except InputError as error:
+            report_error(error)
+            status = 2
+            continue
+        style = "green" if verdict.passed else "bold red"
+        console.print(_line(verdict), style=style, highlight=False, markup=False, soft_wrap=True)
+        if not verdict.passed:
+            status = max(status, 1)
+    return status
+
+
+def _line(verdict: Verdict) -> str:
+    detail = f"  {verdict.detail}" if verdict.detail else ""
+    word = "PASS" if verdict.passed else "FAIL"
+    return f"{verdict.name:<24} relative error {verdict.error:.2e}{detail}  {word}"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
+
+
+def _size(bytes_: int) -> str:
+    return f"{bytes_ / 1e9:.0f} GB" if bytes_ >= 1e9 else f"{bytes_ / 1e6:.0f} MB"

@@ -1,0 +1,156 @@
+"""A loaded MAGI-1: weights, autoencoder and text encoder together, as the engine wants them.
+
+It knows files and the released configuration; it does not know how a video is scheduled.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from models.attention import Attention
+from models.errors import InputError
+from models.magi.checkpoint import load_dit, load_vae, weights_folder
+from models.magi.config import MagiConfig
+from models.magi.family import FixedCaptions, MagiModel
+from models.magi.sampling import MagiSampling
+from models.magi.text import Caption, SpecialTokens, T5Encoder, TextEncoder, with_special_tokens
+from models.magi.tiling import TiledVAE
+from models.pocket.text import PocketEncoder
+
+__all__ = ["Loading", "MagiPipeline", "load_magi"]
+
+_LATENT_CELL = 8  # pixels of a latent cell's side
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loading:
+    """How to load a model.
+
+    Attributes:
+        device: where to put it.
+        precise: fp32 output projections, as released; False is the `fast` precision.
+        attention: name of the attention backend.
+    """
+
+    device: str = "cpu"
+    precise: bool = True
+    attention: str = "sdpa"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenCaptions:
+    """Captions with the released special tokens in front, which count the chunks that are left (2.3)."""
+
+    text: Caption
+    null: Tensor
+    tokens: SpecialTokens
+    max_length: int
+    device: torch.device
+
+    def get(self, kind: Literal["text", "null"], chunks_left: int) -> Tensor:
+        """The caption of a chunk."""
+        if kind == "null":
+            return self.null
+        made = with_special_tokens(
+            self.text, self.tokens, chunks_left=chunks_left, duration=True, hq=True, max_length=self.max_length
+        )
+        return made.embeddings.to(self.device)
+
+
+class MagiPipeline:
+    """A DiT with what turns prompts into captions and latents into frames.
+
+    Args:
+        config: the model's configuration.
+        model: the DiT.
+        autoencoder: frames to latents and back.
+        encoder: prompts to captions.
+        tokens: the released special tokens, None to use none.
+        sampling: settings that stand in for the configuration's; its number of steps is replaced per request.
+    """
+
+    def __init__(
+        self,
+        config: MagiConfig,
+        model: MagiModel,
+        autoencoder: TiledVAE,
+        encoder: TextEncoder,
+        *,
+        tokens: SpecialTokens | None = None,
+        sampling: MagiSampling | None = None,
+    ) -> None:
+        self.config, self.model, self.autoencoder = config, model, autoencoder
+        self._encoder, self._tokens = encoder, tokens
+        self._sampling = sampling or MagiSampling(config=config, num_steps=config.runtime_config.num_steps)
+
+    @property
+    def attention(self) -> Attention:
+        """What KV views attend with."""
+        return self.model.dit.attention
+
+    @property
+    def patch_pixels(self) -> int:
+        """Pixels of a latent cell's side."""
+        return _LATENT_CELL
+
+    def sampling(self, num_steps: int) -> MagiSampling:
+        """How to denoise with that many steps."""
+        return replace(self._sampling, num_steps=num_steps)
+
+    def captions(self, prompt: str) -> FixedCaptions | TokenCaptions:
+        """Encode a prompt.
+
+        Raises:
+            InputError: the encoder cannot take it.
+        """
+        caption, dit = self._encoder.encode(prompt), self.model.dit
+        null = dit.null_text()
+        if self._tokens is None:
+            return FixedCaptions(text=caption.embeddings.to(dit.device), null=null)
+        length = self.config.model_config.caption_max_length
+        return TokenCaptions(text=caption, null=null, tokens=self._tokens, max_length=length, device=dit.device)
+
+
+def load_magi(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiPipeline:
+    """Load a released model, or magi-pocket, which differs in its text encoder only.
+
+    Args:
+        config: a released configuration.
+        weights: folder in place of the configuration's `load`; an autoencoder in its sub-folder `vae` and text
+            encoders in `t5` are taken before those of the configuration.
+        loading: device, precision, attention.
+
+    Raises:
+        InputError: something is missing or damaged.
+    """
+    runtime = config.runtime_config
+    root = weights or _folder(runtime.load, "load")
+    vae_folder = root / "vae" if (root / "vae").is_dir() else _folder(runtime.vae_pretrained, "vae_pretrained")
+    inner = weights_folder(config, root)
+    folder = inner if inner.is_dir() or weights is None else root
+    dit = load_dit(config, folder, precise=loading.precise, attention=loading.attention, device=loading.device)
+    vae = load_vae(vae_folder, dtype=config.model_config.dtype, device=loading.device)
+    autoencoder = TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
+    if runtime.t5_pretrained is None:
+        return MagiPipeline(config, MagiModel(dit), autoencoder, PocketEncoder())
+    t5 = root / "t5" if (root / "t5").is_dir() else Path(runtime.t5_pretrained)
+    encoder = T5Encoder(t5, device=runtime.t5_device, max_length=config.model_config.caption_max_length)
+    tokens = SpecialTokens.from_npz(_special_tokens_file(root))
+    return MagiPipeline(config, MagiModel(dit), autoencoder, encoder, tokens=tokens)
+
+
+def _folder(path: str | None, key: str) -> Path:
+    if path is None:
+        raise InputError(f"the configuration has no {key}: give --weights DIR")
+    return Path(path)
+
+
+def _special_tokens_file(root: Path) -> Path:
+    """The released special_tokens.npz: beside the weights, or where SPECIAL_TOKEN_PATH says, as released."""
+    return Path(os.environ.get("SPECIAL_TOKEN_PATH", root / "special_tokens.npz"))

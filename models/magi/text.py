@@ -1,0 +1,190 @@
+"""Captions: the T5 encoder of MAGI-1 and its special tokens (specification 2.1, 2.3).
+
+A caption here is only the tokens that count; there is no padding and no mask. The text that stands for "no text" is
+learned and belongs to the DiT (`MagiDiT.null_text`). The module knows no chunks: how many follow is passed in.
+
+Shapes: N tokens, C caption channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.errors import InputError
+from models.magi.prompt_cleaning import clean_prompt
+
+__all__ = [
+    "SPECIAL_TOKENS_SHA256",
+    "T5_FOLDER",
+    "Caption",
+    "SpecialTokens",
+    "T5Encoder",
+    "TextEncoder",
+    "with_special_tokens",
+]
+
+T5_FOLDER = "t5-v1_1-xxl"
+"""The folder inside `t5_pretrained` that holds the encoder."""
+
+SPECIAL_TOKENS_SHA256 = "b54bc664d5f4a722dfd8bb22201c025df61f22acddc07c0a2529d7b5cd6be5a7"
+"""Digest of the released `special_tokens.npz`."""
+
+_TOKEN_ROWS = 100
+_HQ_ROW = 1
+_DURATION_ROW = 7  # for the last chunk; the next row for the one before it, and so on
+_DURATION_ROWS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caption:
+    """An encoded prompt: `embeddings` is [N, C] fp32."""
+
+    embeddings: Tensor
+
+
+class TextEncoder(Protocol):
+    """What turns a prompt into a caption."""
+
+    def encode(self, prompt: str) -> Caption:
+        """Encode one prompt.
+
+        Raises:
+            InputError: the prompt cannot be encoded.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpecialTokens:
+    """Learned vectors that say what kind of video is wanted: `other` is [100, C] fp32, rows as in specification 2.3."""
+
+    other: Tensor
+
+    @classmethod
+    def from_npz(cls, path: Path, *, sha256: str = SPECIAL_TOKENS_SHA256) -> SpecialTokens:
+        """Read `special_tokens.npz`.
+
+        Args:
+            path: the file.
+            sha256: the digest that it must have, that of the released file by default.
+
+        Raises:
+            InputError: the file cannot be read, is another one, or lacks the vectors.
+        """
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot read the special tokens {path}: {error.strerror}") from None
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != sha256:
+            raise InputError(f"{path} is not the released special_tokens.npz: its SHA-256 is {digest}, not {sha256}")
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                rows = arrays["other_tokens"]
+        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} holds no array other_tokens: {error}") from None
+        if rows.ndim != 2 or rows.shape[0] != _TOKEN_ROWS:
+            raise InputError(f"{path}: other_tokens has shape {list(rows.shape)}, expected [{_TOKEN_ROWS}, channels]")
+        # Through fp16, as released: the vectors that the DiT was trained with were rounded to it.
+        return cls(other=torch.from_numpy(rows.astype(np.float16).astype(np.float32)))
+
+
+def with_special_tokens(
+    caption: Caption, tokens: SpecialTokens, *, chunks_left: int, duration: bool, hq: bool, max_length: int
+) -> Caption:
+    """Caption of one chunk with the special tokens in front: duration, quality, text (specification 2.3).
+
+    Args:
+        caption: the encoded prompt.
+        tokens: the vectors.
+        chunks_left: how many chunks of the video come after this one; 0 for the last. More than 7 count as 7.
+        duration: add the token that says how much of the video is left.
+        hq: add the token that asks for high quality.
+        max_length: most tokens of a caption; the last ones of the text fall off.
+
+    Returns:
+        A caption of at most `max_length` tokens.
+    """
+    if chunks_left < 0:
+        raise ValueError(f"chunks_left must not be negative, got {chunks_left}")
+    rows = [_DURATION_ROW + min(chunks_left, _DURATION_ROWS - 1)] if duration else []
+    rows += [_HQ_ROW] if hq else []
+    text = caption.embeddings
+    return Caption(embeddings=torch.cat([tokens.other[rows].to(text), text])[:max_length])
+
+
+class T5Encoder:
+    """The T5 v1.1 XXL encoder (19 GB in fp32), read at the first prompt and again after `release`.
+
+    The released code pads every prompt to `max_length` tokens and masks the padding. Masked positions weigh exactly
+    zero, so nothing is padded here: the same result up to the order of summation, and a short prompt is far cheaper.
+
+    Args:
+        folder: `t5_pretrained`, the folder that holds `t5-v1_1-xxl`.
+        device: where to encode.
+        max_length: most tokens of a caption; longer prompts are cut.
+        dtype: dtype of the weights, fp32 as released.
+
+    Raises:
+        InputError: the folder or the package transformers is missing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: torch.device | str = "cpu",
+        max_length: int = 800,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.folder, self.device, self.max_length, self.dtype = folder / T5_FOLDER, device, max_length, dtype
+        self._transformers = _transformers()
+        if not self.folder.is_dir():
+            raise InputError(f"no T5 encoder at {self.folder}: t5_pretrained must hold the folder {T5_FOLDER}")
+        self._tokenizer: Any = None
+        self._model: Any = None
+
+    def encode(self, prompt: str) -> Caption:
+        """Clean a prompt (specification 2.2) and encode it.
+
+        Raises:
+            InputError: the files in the folder cannot be used.
+        """
+        if self._model is None:
+            self._load()
+        ids = self._tokenizer(clean_prompt(prompt), max_length=self.max_length, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            rows = self._model(ids["input_ids"].to(self.device)).last_hidden_state[0]
+        return Caption(embeddings=rows.float())
+
+    def release(self) -> None:
+        """Free the weights. Another `encode` reads them again."""
+        self._tokenizer = self._model = None
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _load(self) -> None:
+        try:
+            self._tokenizer = self._transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            model = self._transformers.T5EncoderModel.from_pretrained(self.folder, local_files_only=True)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"cannot load the T5 encoder from {self.folder}: {reason}") from None
+        self._model = model.to(device=self.device, dtype=self.dtype).requires_grad_(False).eval()
+
+
+def _transformers() -> ModuleType:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError:
+        raise InputError("the T5 encoder needs the package transformers: pip install 'flowcache-engine[t5]'") from None

@@ -1,0 +1,138 @@
+"""Train magi-pocket from nothing: autoencoder, normalised latents, DiT.
+
+    python -m models.pocket.train --out runs/pocket             all stages, about two hours on 2 cores
+    python -m models.pocket.train --out runs/pocket --export    write models/pocket/weights from what is there
+
+It can be stopped at any time; the same command goes on from the last checkpoint. A run is set by its seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.magi.vae import ViTVAE
+from models.pocket.preset import WEIGHTS, write_vae_config
+from models.pocket.train_dit import Latents, encode_clips, train_dit
+from models.pocket.train_vae import POCKET_VAE, tiles, train_vae
+
+WHITENING = 0.5
+"""How far latents are whitened: 0 leaves their covariance, 1 makes it the identity."""
+
+
+@torch.no_grad()
+def latent_statistics(vae: ViTVAE, seed: int) -> tuple[Tensor, Tensor]:
+    """Mean [z] and covariance [z, z] of the latents' channels over random tiles."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.cat([vae.encode(tiles(50, generator)) for _ in range(6)]).transpose(0, 1).flatten(1)
+    return z.mean(1), torch.cov(z)
+
+
+@torch.no_grad()
+def normalise_latents(vae: ViTVAE, mean: Tensor, covariance: Tensor) -> None:
+    """Fold a linear map of the latents into the encoder's last and the decoder's first layer, which is exact.
+
+    Afterwards latents have mean zero, mean variance one, and a covariance whose spectrum is flattened by `WHITENING`.
+    """
+    values, vectors = torch.linalg.eigh(covariance)
+    scale = values.clamp(min=1e-6) ** (-WHITENING / 2)
+    scale = scale / (values * scale.square()).mean().sqrt()
+    forward = vectors @ torch.diag(scale) @ vectors.T
+    inverse = vectors @ torch.diag(1 / scale) @ vectors.T
+    z = len(mean)
+    last, first = vae.encoder.last_layer, vae.decoder.proj_in
+    last.weight[:z] = forward @ last.weight[:z]
+    last.bias[:z] = forward @ (last.bias[:z] - mean)
+    first.bias += first.weight @ mean
+    first.weight.copy_(first.weight @ inverse)
+
+
+def prepare_vae(out: Path, args: argparse.Namespace) -> ViTVAE:
+    """The trained autoencoder with normalised latents; from the disk if it is there."""
+    path = out / "vae.safetensors"
+    vae = ViTVAE(POCKET_VAE)
+    if not path.exists():
+        trained = train_vae(
+            out, seed=args.seed, steps=args.vae_steps, batch=args.vae_batch, compiled=args.compile, report=report
+        )
+        vae.load_state_dict(trained.state_dict())
+        mean, covariance = latent_statistics(vae, args.seed + 1)
+        report(f"latent deviations {covariance.diagonal().sqrt().tolist()}")
+        normalise_latents(vae, mean, covariance)
+        save_file({key: value.half() for key, value in vae.state_dict().items()}, path)
+    vae.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    return vae.requires_grad_(False)
+
+
+def prepare_latents(out: Path, vae: ViTVAE, args: argparse.Namespace) -> Latents:
+    """The encoded clips; from the disk if they are there."""
+    path = out / "latents.safetensors"
+    if not path.exists():
+        latents = encode_clips(vae, args.clips, args.clip_chunks, args.seed + 2, report)
+        save_file({"chunks": latents.chunks, "captions": latents.captions}, path)
+    stored = load_file(path)
+    return Latents(chunks=stored["chunks"], captions=stored["captions"])
+
+
+def export(out: Path, target: Path, args: argparse.Namespace) -> None:
+    """Write the weights (fp16) and how they were made."""
+    target.mkdir(parents=True, exist_ok=True)
+    vae = torch.load(out / "vae.ckpt", weights_only=True)
+    dit = torch.load(out / "dit.ckpt", weights_only=True)
+    folder = target / "inference_weight.distill"
+    folder.mkdir(exist_ok=True)
+    save_file({key: value.half().contiguous() for key, value in dit["ema"].items()}, folder / "model.safetensors")
+    write_vae_config(target / "vae", POCKET_VAE)
+    (target / "vae" / "diffusion_pytorch_model.safetensors").write_bytes((out / "vae.safetensors").read_bytes())
+    record = {
+        "command": f"python -m models.pocket.train --seed {args.seed} --vae-steps {args.vae_steps} "
+        f"--dit-steps {args.dit_steps} --clips {args.clips}",
+        "torch": torch.__version__,
+        "seed": args.seed,
+        "autoencoder": vae["history"][-1],
+        "dit": dit["history"][-1],
+        "curves": {"autoencoder": vae["history"][::4], "dit": dit["history"][::8]},
+    }
+    (target / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    report(f"wrote {target}: step {dit['step']} of the DiT")
+
+
+def report(line: str) -> None:
+    """One line of progress."""
+    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m models.pocket.train", description="Train magi-pocket.")
+    parser.add_argument("--out", type=Path, default=Path("runs/pocket"), help="checkpoints and latents")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--vae-steps", type=int, default=1100)
+    parser.add_argument("--vae-batch", type=int, default=20)
+    parser.add_argument("--clips", type=int, default=4000, help="clips to encode for the DiT")
+    parser.add_argument("--clip-chunks", type=int, default=5, help="length of a clip in chunks")
+    parser.add_argument("--dit-steps", type=int, default=6000)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile; needs gcc")
+    parser.add_argument("--export", action="store_true", help=f"only write {WEIGHTS} from the newest checkpoints")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.export:
+        vae = prepare_vae(args.out, args)
+        latents = prepare_latents(args.out, vae, args)
+        train_dit(args.out, latents, seed=args.seed, steps=args.dit_steps, compiled=args.compile, report=report)
+    export(args.out, WEIGHTS, args)
+
+
+if __name__ == "__main__":
+    main()

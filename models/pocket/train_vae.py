@@ -1,0 +1,93 @@
+"""Training of magi-pocket's autoencoder on 12-frame tiles, which is what the tiling decodes at 24 frames per second.
+
+It knows the clips and the autoencoder's class; the DiT is trained on its latents by `train_dit.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.magi.vae import VaeConfig, ViTVAE
+from models.pocket.clips import draw_background, draw_objects, render
+from models.pocket.trainer import Ema, Trainer, linear_decay
+
+__all__ = ["POCKET_VAE", "train_vae"]
+
+TILE_FRAMES = 12
+POCKET_VAE = VaeConfig(
+    video_size=64,
+    video_length=12,
+    z_chans=16,
+    embed_dim=256,
+    depth=3,
+    num_heads=4,
+    qkv_bias=True,
+    ln_in_attn=True,
+    conv_last_layer=True,
+    use_final_proj=True,
+)
+
+
+def new_vae(seed: int) -> ViTVAE:
+    """A ViT with small random weights, and a posterior that starts with a deviation of about 0.14."""
+    generator = torch.Generator().manual_seed(seed)
+    vae = ViTVAE(POCKET_VAE)
+    for name, parameter in vae.named_parameters():
+        if name.endswith(("cls_token", "pos_embed")):
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+        elif parameter.dim() > 1:
+            nn.init.normal_(parameter, std=1 / math.sqrt(parameter[0].numel()), generator=generator)
+    with torch.no_grad():
+        vae.encoder.last_layer.bias[POCKET_VAE.z_chans :] = -4.0
+    return vae
+
+
+def tiles(count: int, generator: torch.Generator) -> Tensor:
+    """Clips of one tile's length with 1 to 4 layers of varied shapes, [count, 3, 12, 64, 64] in -1..1."""
+    parts = []
+    for layers, share in ((1, 0.4), (2, 0.2), (4, 0.4)):
+        n = round(count * share)
+        objects = draw_objects(n, layers, generator, varied=True)
+        parts.append(render(objects, draw_background(n, generator), TILE_FRAMES))
+    return torch.cat(parts)
+
+
+def vae_loss(vae: nn.Module, video: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Reconstruction weighted towards saturated pixels, plus a small pull of the posterior to the normal."""
+    moments = vae.encoder(video)
+    mean, logvar = moments.float().chunk(2, dim=1)
+    logvar = logvar.clamp(-30, 20)
+    decoded = vae.decoder(mean + noise * torch.exp(0.5 * logvar)).float()
+    saturation = video.amax(1, keepdim=True) - video.amin(1, keepdim=True)
+    error = decoded - video
+    weight = 1 + 2 * saturation
+    reconstruction = (weight * (error.square() + 0.1 * error.abs())).mean()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    psnr = 10 * math.log10(4 / error.detach().square().mean().item())
+    loss = reconstruction + 3e-5 * kl
+    return loss, {"loss": loss.item(), "psnr": psnr, "kl": kl.item()}
+
+
+def train_vae(out: Path, *, seed: int, steps: int, batch: int, compiled: bool, report: Callable[[str], None]) -> ViTVAE:
+    """Train, or go on from the last checkpoint in `out`; returns the averaged weights."""
+    vae = new_vae(seed)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = linear_decay(steps, warmup=30, hold=0.3)
+    trainer = Trainer(out / "vae.ckpt", vae, [optimizer], schedule, Ema(vae, 0.99), seed=seed, report=report)
+
+    def step(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        video = tiles(batch, generator)
+        noise = torch.randn(batch, POCKET_VAE.z_chans, 3, 8, 8, generator=generator)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return vae_loss(vae, video, noise)
+
+    if compiled:
+        vae.encoder.compile()
+        vae.decoder.compile()
+    trainer.run(steps, step)
+    return trainer.averaged()

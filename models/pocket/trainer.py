@@ -1,0 +1,134 @@
+"""One training loop for both networks: schedule, clipping, averaging, progress, and checkpoints to resume from.
+
+It does not know what is trained; a step function draws its batch from the generator that it is given.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Ema", "Trainer", "linear_decay"]
+
+Step = Callable[[torch.Generator], tuple[Tensor, dict[str, float]]]
+
+
+def linear_decay(steps: int, *, warmup: int, hold: float) -> Callable[[int], float]:
+    """Learning-rate factor: linear warm-up, a plateau for the share `hold` of the run, then linear to zero."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        held = int(hold * steps)
+        return 1.0 if step < held else max(0.0, (steps - step) / max(1, steps - held))
+
+    return factor
+
+
+class Ema:
+    """Exponential moving average of a module's weights, with a decay that starts low."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.module = deepcopy(module).requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Take the module's present weights in."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages, values = list(self.module.parameters()), [p.detach() for p in module.parameters()]
+        torch._foreach_lerp_(averages, values, 1 - decay)
+
+
+class Trainer:
+    """Runs steps and can be stopped and started at any time: a checkpoint holds all that a step depends on."""
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        module: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        schedule: Callable[[int], float],
+        ema: Ema,
+        *,
+        seed: int,
+        report: Callable[[str], None],
+        save_every: float = 120.0,
+    ) -> None:
+        self._checkpoint, self._module, self._ema = checkpoint, module, ema
+        self._optimizers, self._schedule = optimizers, schedule
+        self._base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        self._seed, self._report, self._save_every = seed, report, save_every
+        self._step = 0
+        self.history: list[dict[str, float]] = []
+        if checkpoint.exists():
+            self._load()
+
+    def averaged(self) -> nn.Module:
+        """The averaged weights."""
+        return self._ema.module
+
+    def run(self, steps: int, step: Step) -> None:
+        """Train up to `steps` steps in all; reports every 25 and saves every few minutes."""
+        parameters = [p for p in self._module.parameters() if p.requires_grad]
+        began, since, last_save = time.monotonic(), self._step, time.monotonic()
+        sums: dict[str, float] = {}
+        counted = 0
+        while self._step < steps:
+            for optimizer, base in zip(self._optimizers, self._base, strict=True):
+                for group, rate in zip(optimizer.param_groups, base, strict=True):
+                    group["lr"] = rate * self._schedule(self._step)
+            # Each step has its own stream, so that a resumed run draws what an unbroken one would have drawn.
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._step)
+            loss, figures = step(generator)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for optimizer in self._optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            self._step += 1
+            self._ema.update(self._module, self._step)
+            counted += 1
+            for key, value in figures.items():
+                sums[key] = sums.get(key, 0.0) + value
+            if self._step % 25 == 0 or self._step == steps:
+                means = {key: value / counted for key, value in sums.items()}
+                self.history.append({"step": self._step, **means})
+                pace = (time.monotonic() - began) / (self._step - since)
+                left = (steps - self._step) * pace / 60
+                shown = "  ".join(f"{key} {value:.4f}" for key, value in means.items())
+                self._report(f"step {self._step}/{steps}  {shown}  {pace:.2f} s/step  {left:.0f} min left")
+                sums, counted = {}, 0
+            if time.monotonic() - last_save > self._save_every or self._step == steps:
+                self._save()
+                last_save = time.monotonic()
+
+    def _save(self) -> None:
+        state = {
+            "step": self._step,
+            "seed": self._seed,
+            "module": self._module.state_dict(),
+            "ema": self._ema.module.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "history": self.history,
+        }
+        part = self._checkpoint.with_suffix(".part")
+        torch.save(state, part)
+        os.replace(part, self._checkpoint)
+
+    def _load(self) -> None:
+        state = torch.load(self._checkpoint, weights_only=True)
+        if state["seed"] != self._seed:
+            raise ValueError(f"{self._checkpoint} was trained with seed {state['seed']}, not {self._seed}")
+        self._step, self.history = state["step"], state["history"]
+        self._module.load_state_dict(state["module"])
+        self._ema.module.load_state_dict(state["ema"])
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self._report(f"going on from step {self._step} of {self._checkpoint}")

@@ -1,0 +1,93 @@
+"""Attention backends against attention written out, and what they may not do: copy keys."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from models.attention import BACKENDS, attention_backend, available_backends
+from models.errors import InputError
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention head by head: query head m uses key head m // (H/G)."""
+    heads, groups = q.shape[2], k.shape[2]
+    out = torch.empty_like(q)
+    for b in range(q.shape[0]):
+        for m in range(heads):
+            g = m // (heads // groups)
+            scores = q[b, :, m].double() @ k[b, :, g].double().T / q.shape[-1] ** 0.5
+            out[b, :, m] = (scores.softmax(-1) @ v[b, :, g].double()).to(q.dtype)
+    return out
+
+
+def inputs(b: int, s: int, keys: int, heads: int, groups: int, d: int, **kind: object) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(s + keys)
+    q = torch.randn(b, s, heads, d, generator=generator)
+    k = torch.randn(b, keys, groups, d, generator=generator)
+    v = torch.randn(b, keys, groups, d, generator=generator)
+    q, k, v = (x.to(**kind) for x in (q, k, v))
+    return q, k, v
+
+
+def where_it_runs(name: str) -> dict[str, object]:
+    return {} if name == "sdpa" else {"device": "cuda", "dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", available_backends())
+@pytest.mark.parametrize("groups", [8, 4, 2, 1])
+@pytest.mark.parametrize(("rows", "keys"), [(1, 7), (13, 13), (6, 40), (40, 3)])
+def test_backend_equals_plain_softmax(name: str, groups: int, rows: int, keys: int) -> None:
+    q, k, v = inputs(2, rows, keys, 8, groups, 16, **where_it_runs(name))
+    out = attention_backend(name)(q, k, v)
+    assert out.shape == q.shape
+    torch.testing.assert_close(out, plain(q, k, v))
+
+
+def test_key_slices_of_a_larger_buffer_are_attended_as_they_are() -> None:
+    q, k, v = inputs(1, 5, 30, 4, 2, 16)
+    part = slice(7, 21)
+    expected = plain(q, k[:, part].clone(), v[:, part].clone())
+    torch.testing.assert_close(attention_backend()(q, k[:, part], v[:, part]), expected)
+
+
+def test_grouped_keys_are_not_copied() -> None:
+    """A repeat of the keys per query head would allocate at least their own size."""
+    q, k, v = inputs(1, 4, 8192, 8, 2, 64)
+    attention_backend()(q, k, v)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        attention_backend()(q, k, v)
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in record.events())
+    assert 0 < allocated < k.nbytes / 4
+
+
+def test_keys_without_memory_of_their_own_can_be_attended() -> None:
+    """One row of keys that stands for a million: it could not be made real in the given space."""
+    q, k, v = inputs(1, 2, 1, 4, 2, 16)
+    rows = 1 << 20
+    out = attention_backend()(q, k.expand(-1, rows, -1, -1), v.expand(-1, rows, -1, -1))
+    torch.testing.assert_close(out, plain(q, k, v), rtol=1e-4, atol=1e-4)
+
+
+def test_sdpa_is_always_there_and_auto_gives_something_that_runs() -> None:
+    assert available_backends()[0] == "sdpa"
+    best = "flash-attn" if "flash-attn" in available_backends() else "sdpa"
+    assert attention_backend("auto") is BACKENDS[best]
+
+
+def test_an_unknown_backend_is_reported() -> None:
+    with pytest.raises(InputError, match="unknown attention backend 'flash': choose from auto, sdpa, flash-attn"):
+        attention_backend("flash")
+
+
+@pytest.mark.parametrize(("name", "package"), [("flash-attn", "flash_attn"), ("xformers", "xformers")])
+def test_a_backend_that_cannot_run_here_says_what_is_missing(name: str, package: str) -> None:
+    if name in available_backends():
+        pytest.skip(f"{name} can run here")
+    missing = "a CUDA GPU is missing" if importlib.util.find_spec(package) else f"package {package} is missing"
+    with pytest.raises(InputError, match=missing):
+        attention_backend(name)
