@@ -1,17 +1,18 @@
 """Does a video of magi-pocket show what its prompt says? One function, `adherence`, measures it from decoded frames.
 
-Nothing here makes videos: the frames may come from the engine at any setting, from a file, or from the procedural clips.
+Nothing here makes videos: the frames may come from the engine at any setting, from a file, or from procedural clips.
 
 How each figure is measured:
 
 - Colour: the colour that most coloured pixels of the video are nearest to in hue.
-- Motion: the object's centre in every frame is the circular mean of its pixels on the torus. A robust line (Theil-Sen) through
-  all frames gives the velocity, and `tracking.direction` names it.
-- Border error: the same kind of line through the chunk before a border is extended across it. The error is the mean distance, on
-  the torus, between it and the object in the first 4 frames after the border. It is infinite where there is no object to measure.
+- Motion: the object's centre in every frame is the circular mean of its pixels on the torus. A robust line (Theil-Sen)
+  through all frames gives the velocity, and `tracking.direction` names it.
+- Border error: the same kind of line through the chunk before a border is extended across it. The error is the mean
+  distance, on the torus, between it and the object in the first 4 frames after the border. It is infinite where there
+  is no object to measure.
 - Deviation: the largest distance of any frame from the line through the whole video.
-- Shape: the drawn shape with the best mean overlap; `overlap` is that of the prompt's shape. `stray` is the coloured share
-  outside the outline.
+- Shape: the drawn shape with the best mean overlap; `overlap` is that of the prompt's shape. `stray` is the share of
+  the colour that lies outside the outline of the best shape.
 - Seams: mean absolute change from frame to frame across borders, relative to that between the other frames.
 """
 
@@ -146,7 +147,7 @@ def _border_error(seen: Track, border: int, chunk_frames: int) -> float:
 
 
 def _seam(frames: Tensor, borders: Collection[int], tile_frames: int) -> float:
-    """Mean absolute change into the frames `borders`, over that into frames at no border of any kind; nan without borders."""
+    """Mean absolute change into the frames `borders`, over that into frames at no border; nan without borders."""
     if not borders:
         return math.nan
     change = frames.float().diff(dim=0).abs().mean((1, 2, 3))  # [F - 1], into frame i + 1

@@ -15,10 +15,12 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from benchmarks.adherence import Adherence
+from benchmarks.summary import BORDER_PIXELS
 
 __all__ = ["Strip", "contact_sheet", "sampled_frames"]
 
-_CAPTION = 300  # pixels of the sheet, as are all lengths here
+_CAPTION = 225  # pixels of the sheet, as are all lengths here
+_COLUMNS = (10, 90)  # where the parts of a line of the caption begin
 _HEADER = 34
 _GAP, _BORDER_GAP, _ROW_GAP = 2, 8, 8
 _RIGHT, _WRONG = "#222222", "#c00000"
@@ -27,28 +29,35 @@ _INCH = 75  # pixels of the sheet per inch of the figure, which makes a line of 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strip:
-    """One row: a video's sampled frames uint8 [N, H, W, 3], and its figures."""
+    """One row.
+
+    Attributes:
+        frames: uint8 [N, H, W, 3], the video's frames `shown`.
+        shown: their numbers, rising.
+        measured: the video's figures.
+    """
 
     frames: Tensor
+    shown: tuple[int, ...]
     measured: Adherence
 
 
-def sampled_frames(count: int, chunk_frames: int = 24) -> list[int]:
+def sampled_frames(count: int, chunk_frames: int = 24) -> tuple[int, ...]:
     """Frames to show of a video of `count`: first, middle and last of every chunk."""
     firsts = range(0, count, chunk_frames)
     places = (0, chunk_frames // 2, chunk_frames - 1)
-    return [first + place for first in firsts for place in places if first + place < count]
+    return tuple(first + place for first in firsts for place in places if first + place < count)
 
 
-def contact_sheet(strips: Sequence[Strip], shown: Sequence[int], title: str, chunk_frames: int = 24) -> Figure:
-    """Draw the sheet.
+def contact_sheet(strips: Sequence[Strip], title: str, chunk_frames: int = 24) -> Figure:
+    """Draw the sheet, as wide as the longest video needs; a dark line stands between frames of different chunks.
 
     Args:
-        strips: the rows, all with the frames `shown`.
-        shown: frame numbers, rising; a dark line stands between frames of different chunks.
+        strips: the rows, all with the same frames but for those past a shorter video's end.
         title: one line above.
         chunk_frames: frames of a chunk.
     """
+    shown = max((strip.shown for strip in strips), key=len)
     height, width = strips[0].frames.shape[1:3]
     lefts, borders, x = [], [], _CAPTION
     for i, frame in enumerate(shown):
@@ -61,7 +70,7 @@ def contact_sheet(strips: Sequence[Strip], shown: Sequence[int], title: str, chu
     canvas = torch.full((_HEADER + pitch * len(strips), x + _ROW_GAP, 3), 255, dtype=torch.uint8)
     for row, strip in enumerate(strips):
         top = _HEADER + row * pitch
-        for left, image in zip(lefts, strip.frames, strict=True):
+        for left, image in zip(lefts, strip.frames, strict=False):
             canvas[top : top + height, left : left + width] = image
 
     figure = Figure(figsize=(canvas.shape[1] / _INCH, canvas.shape[0] / _INCH))
@@ -79,35 +88,34 @@ def contact_sheet(strips: Sequence[Strip], shown: Sequence[int], title: str, chu
 
 
 def _caption(axes: Axes, row: int, top: int, height: int, measured: Adherence) -> None:
-    """Three lines: prompt, colour and motion, shape and borders; in red where they are not the prompt's."""
+    """Four lines: prompt, colour and motion, shape, borders; in red and crossed where they are not as asked."""
     x, y = measured.velocity
     errors = " ".join(f"{error:.1f}" for error in measured.border_errors)
-    right = measured.colour_right and measured.motion_right and measured.shape_right
+    joined = max(measured.border_errors, default=0.0) <= BORDER_PIXELS
+    right = measured.colour_right and measured.motion_right and measured.shape_right and joined
     if not right:
         axes.add_patch(Rectangle((1, top), 4, height, color=_WRONG))
-    lines = (
-        [(f"{row + 1}  {measured.scene.prompt}", right)],
-        [
+    motion = f"{measured.motion or 'unclear'}  {x:+.2f}, {y:+.2f} px/frame"
+    lines: tuple[tuple[tuple[str, bool], ...], ...] = (
+        ((f"{row + 1}  {measured.scene.prompt}", right),),
+        (
             (f"{measured.colour or 'no colour'} {measured.colour_share:.0%}", measured.colour_right),
-            (f"{measured.motion or 'unclear'} ({x:+.2f}, {y:+.2f}) px/frame", measured.motion_right),
-        ],
-        [
-            (f"{measured.shape or 'no shape'}", measured.shape_right),
-            (f"overlap {measured.overlap:.2f}", measured.shape_right),
-            (f"borders {errors or 'none'} px", True),
-        ],
+            (motion, measured.motion_right),
+        ),
+        (
+            (measured.shape or "no shape", measured.shape_right),
+            (f"overlap {measured.overlap:.2f}, stray {measured.stray:.0%}", True),
+        ),
+        (("borders", joined), (f"{errors or 'none'} px", joined)),
     )
-    for i, parts in enumerate(lines):
-        left = 10.0
-        for text, good in parts:
-            shown = text if good else f"\N{BALLOT X} {text}" if i else text
-            drawn = axes.text(
+    for i, line in enumerate(lines):
+        for left, (text, good) in zip(_COLUMNS, line, strict=False):
+            axes.text(
                 left,
-                top + height * (i + 0.5) / 3,
-                shown,
-                fontsize=8.5 if i == 0 else 7.5,
-                fontweight="bold" if i == 0 else "normal",
+                top + height * (i + 0.5) / len(lines),
+                text if good or not i else f"\N{BALLOT X} {text}",
+                fontsize=7.5 if i else 8.5,
+                fontweight="normal" if i else "bold",
                 color=_RIGHT if good else _WRONG,
                 va="center",
             )
-            left = axes.transData.inverted().transform(drawn.get_window_extent())[1][0] + 8

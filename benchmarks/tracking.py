@@ -1,9 +1,9 @@
-"""Finds the coloured object in a clip of magi-pocket: its colour, how much of each pixel it covers, where it is, how it moves.
+"""Finds the coloured object in a clip of magi-pocket: its colour, its coverage of each pixel, its place and its motion.
 
-It knows frames and how `models.pocket.clips` draws; it knows no prompts, no chunks and no engine. All measuring is plain
-arithmetic on pixels, so the same frames always give the same figures.
+It knows frames and how `models.pocket.clips` draws; it knows no prompts, no chunks and no engine. All measuring is
+plain arithmetic on pixels, so the same frames always give the same figures.
 
-Shapes: F frames, S = SIDE pixels, K shapes, P sub-pixel phases per axis. Positions are (x, y) in pixels on a torus of SIDE.
+Shapes: F frames, S = SIDE pixels, K shapes, P sub-pixel phases per axis. Positions are (x, y) in pixels on a torus.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def direction(velocity: Tensor) -> str | None:
 def shape_overlap(seen: Track) -> Tensor:
     """How well each shape, drawn at the object's centre, fits: [K], in the order of SHAPES.
 
-    A frame's figure is the soft intersection over union of coverages, sum(min) / sum(max), which falls with a wrong outline,
-    with blur and with stray pixels. The mean is over all frames; a frame without an object counts as 0.
+    A frame's figure is the soft intersection over union of coverages, sum(min) / sum(max), which falls with a wrong
+    outline, with blur and with stray pixels. The mean is over all frames; a frame without an object counts as 0.
     """
     aligned, templates = _aligned(seen)
     overlap = torch.minimum(aligned, templates).sum((-2, -1)) / torch.maximum(aligned, templates).sum((-2, -1))
@@ -175,8 +175,8 @@ def _coverage(chroma: Tensor, colour: str | None) -> Tensor:
 def _centres(coverage: Tensor) -> tuple[Tensor, Tensor]:
     """Circular mean of the coverage per axis, and how compact it is.
 
-    The mean on a circle is the angle of sum(w exp(2 pi i x / SIDE)); the size of that sum over sum(w) is 1 for a point and 0 for
-    an even spread.
+    The mean on a circle is the angle of sum(w exp(2 pi i x / SIDE)); the size of that sum over sum(w) is 1 for a point
+    and 0 for an even spread.
 
     Args:
         coverage: [F, S, S].
@@ -224,7 +224,7 @@ def _templates() -> Tensor:
 
 
 def _aligned(seen: Track) -> tuple[Tensor, Tensor]:
-    """The frames with an object, rolled so that its centre is in the middle, and the shapes at the same sub-pixel place.
+    """The frames with an object, rolled to bring its centre to the middle, and the shapes at the same sub-pixel place.
 
     Returns:
         coverage [F', S, S] and templates [K, F', S, S], F' the frames where the object was found.

@@ -6,7 +6,7 @@ It knows the files' format and how far figures may differ. The weights file of a
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine.cache import CacheSettings
 from engine.engine import Engine
+from engine.kv.selection import SelectionSettings, select
 from engine.noise import GivenNoise
 from engine.request import Request
 from models.attention import Attention
@@ -85,7 +87,7 @@ def check_file(path: Path) -> Verdict:
     """
     golden = _read(path)
     kind = golden.metadata.get("kind", "")
-    checks = {"generation": _check_generation, "vae": _check_vae}
+    checks = {"generation": _check_generation, "vae": _check_vae, "kv_selection": _check_selection}
     if kind not in checks:
         raise InputError(f"{path} has kind {kind!r}: known kinds are {', '.join(checks)}")
     with torch.no_grad():
@@ -123,8 +125,13 @@ class _LatentPipeline:
     def attention(self) -> Attention:
         return self.model.dit.attention
 
-    def sampling(self, num_steps: int) -> MagiSampling:
-        return MagiSampling(config=self._config, num_steps=num_steps)
+    def sampling(self, num_steps: int, *, clean_forward: bool, nearly_clean_mix: bool) -> MagiSampling:
+        return MagiSampling(
+            config=self._config, num_steps=num_steps, clean_forward=clean_forward, nearly_clean_mix=nearly_clean_mix
+        )
+
+    def captions(self, prompt: str) -> FixedCaptions:
+        raise ValueError("a golden case brings its own captions")
 
 
 def _check_generation(golden: _Golden) -> Verdict:
@@ -136,7 +143,7 @@ def _check_generation(golden: _Golden) -> Verdict:
     captions = FixedCaptions(text=text, null=dit.null_text())
     noise, prefix = golden.tensor("input.noise"), golden.tensors.get("input.prefix_latents")
     runtime = config.runtime_config
-    engine = Engine(_LatentPipeline(config, MagiModel(dit)))
+    engine = Engine(_LatentPipeline(config, MagiModel(dit)), _cache_settings(golden))
     request = Request(
         prompt=golden.path.stem,
         chunks=runtime.num_frames // runtime.temporal_downsample_factor // runtime.chunk_width,
@@ -155,6 +162,14 @@ def _check_generation(golden: _Golden) -> Verdict:
     return _verdict(golden, error=error, detail=f"{len(made)} chunks", passed=error <= TOLERANCE)
 
 
+def _cache_settings(golden: _Golden) -> CacheSettings:
+    given = golden.json("cache")
+    known = {field.name for field in fields(CacheSettings)}
+    if unknown := set(given) - known:
+        raise InputError(f"{golden.path}: unknown cache setting {', '.join(sorted(unknown))}")
+    return CacheSettings(**given)
+
+
 def _check_vae(golden: _Golden) -> Verdict:
     vae = ViTVAE(VaeConfig.from_dict(golden.json("config"), source=str(golden.path)))
     vae.load_state_dict({key: value.float() for key, value in golden.named("weights.").items()})
@@ -166,6 +181,29 @@ def _check_vae(golden: _Golden) -> Verdict:
         decoded_error = max(decoded_error, relative_error(vae.decode(latent), golden.tensor(f"output.decoded.{case}")))
     passed = latent_error <= TOLERANCE and decoded_error <= DECODED_TOLERANCE
     return _verdict(golden, error=latent_error, detail=f"{len(cases)} videos, decoded {decoded_error:.1e}", passed=passed)
+
+
+def _check_selection(golden: _Golden) -> Verdict:
+    config = golden.json("config")
+    frames, height, width = config["grid_thw"]
+    queries, keys = golden.tensor("input.query"), golden.tensor("input.key")
+    wrong = []
+    cases = golden.named("output.keep.")
+    for case, expected in cases.items():
+        retention, asking = case.split(".query_")
+        settings = SelectionSettings(
+            retention=retention,
+            queries=asking,
+            query_tokens=config["query_tokens_for_token_granularity"],
+            importance_weight=config["mix_lambda"],
+            pool=config["pool_kernel"],
+        )
+        sizes = {"frame_tokens": height * width, "chunk_tokens": frames * height * width}
+        kept = select(queries, keys, keep=config["keep"], settings=settings, **sizes)
+        if not torch.equal(kept, expected.to(kept.dtype)):
+            wrong.append(case)
+    detail = f"positions differ: {', '.join(wrong)}" if wrong else f"positions equal in {len(cases)} combinations"
+    return _verdict(golden, error=0.0 if not wrong else float("inf"), detail=detail, passed=not wrong)
 
 
 def _verdict(golden: _Golden, *, error: float, detail: str, passed: bool) -> Verdict:

@@ -14,11 +14,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.cache import CacheSettings, Decision
 from engine.executor import Admission, LocalExecutor
-from engine.kv import KVBuffer, KVLayout
+from engine.kv import Compression, KVBuffer, KVLayout, KVSettings
 from engine.noise import NoiseSource, SeededNoise
 from engine.request import Prefix, Request
-from engine.run import VideoRun, VideoShape, Work, clean_capacity
+from engine.run import Reuse, VideoRun, VideoShape, Work, clean_capacity
 from engine.schedule import Tick
 from models.attention import Attention
 from models.errors import InputError
@@ -26,6 +27,7 @@ from models.family import CaptionTable, Sampling, VideoModel
 
 __all__ = ["Chunk", "Engine", "Pipeline", "Progress"]
 
+_NO_CACHE, _OWN_RANGE = CacheSettings(), KVSettings()
 OnProgress = Callable[["Progress"], None]
 
 
@@ -58,8 +60,8 @@ class Pipeline(Protocol):
     def patch_pixels(self) -> int:
         """Pixels of a latent cell's side."""
 
-    def sampling(self, num_steps: int) -> Sampling:
-        """How to denoise with that many steps."""
+    def sampling(self, num_steps: int, *, clean_forward: bool, nearly_clean_mix: bool) -> Sampling:
+        """How to denoise with that many steps, with or without the passes that reuse may leave out."""
 
     def captions(self, prompt: str) -> CaptionTable:
         """Encode a prompt."""
@@ -106,8 +108,8 @@ class Progress:
 class Engine:
     """Makes videos with one loaded model."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
+    def __init__(self, pipeline: Pipeline, cache: CacheSettings = _NO_CACHE, kv: KVSettings = _OWN_RANGE) -> None:
+        self._pipeline, self._cache, self._kv = pipeline, cache, kv
         self._executor = LocalExecutor(pipeline.model)
         self._requests = 0
 
@@ -141,7 +143,10 @@ class Engine:
     ) -> Iterator[Tensor]:
         """Make a video's latents [1, C, t, h, w] from what is encoded already; arguments as in `generate`."""
         pipeline, model = self._pipeline, self._pipeline.model
-        sampling = pipeline.sampling(request.num_steps)
+        cache = self._cache
+        sampling = pipeline.sampling(
+            request.num_steps, clean_forward=cache.clean_forward, nearly_clean_mix=cache.nearly_clean_mix
+        )
         given = 0 if prefix is None else prefix.shape[2]
         shape = VideoShape(
             channels=model.latent_channels,
@@ -152,19 +157,31 @@ class Engine:
         )
         number = self._requests
         self._requests += 1
-        run = VideoRun(number, shape, sampling, noise, prefix=prefix, device=model.kv.device)
-        layout = KVLayout(
-            chunk_tokens=model.token_count(*run.grid),
-            clean_tokens=clean_capacity(run.schedule, sampling) * model.token_count(*run.grid),
-            window=sampling.window,
-            chunks=shape.chunks,
-        )
-        kv = KVBuffer(layout, model.kv, branches=sampling.branches, attention=pipeline.attention)
+        reuse = Reuse(policy=cache.new_policy(), memory=cache.new_memory(), patches=model.patches)
+        run = VideoRun(number, shape, sampling, noise, reuse, prefix=prefix, compressed=self._kv.budget is not None, device=model.kv.device)
+        kv = self._allocate(run, sampling)
         self._executor.admit(number, Admission(kv=kv, captions=captions, grid=run.grid))
         try:
             yield from self._ticks(run, sampling, on_progress)
         finally:
             self._executor.release(number)
+
+    def _allocate(self, run: VideoRun, sampling: Sampling) -> KVBuffer:
+        model, budget = self._pipeline.model, self._kv.budget
+        tokens = model.token_count(*run.grid)
+        layout = KVLayout(
+            chunk_tokens=tokens,
+            clean_tokens=clean_capacity(run.schedule, sampling, budget) * tokens,
+            window=sampling.window,
+            chunks=run.schedule.chunks,
+        )
+        compression = None
+        if budget is not None:
+            frame_tokens = tokens // sampling.chunk_width
+            heads = model.kv.query_heads
+            compression = Compression(settings=self._kv.selection, query_heads=heads, frame_tokens=frame_tokens)
+        attention = self._pipeline.attention
+        return KVBuffer(layout, model.kv, branches=sampling.branches, attention=attention, compression=compression)
 
     def _ticks(self, run: VideoRun, sampling: Sampling, on_progress: OnProgress | None) -> Iterator[Tensor]:
         schedule = run.schedule
@@ -191,7 +208,10 @@ class Engine:
 
     def _tick(self, run: VideoRun, tick: Tick) -> int:
         items = self._run_all(run.begin(tick))
+        decisions = run.decide(tick)
         for chunk, step in tick.active:
+            if decisions[chunk] is not Decision.COMPUTE:
+                continue
             work = run.open(tick, chunk, step)
             velocities = [self._executor.run(one) for one in work]
             run.close(chunk, step, [one.item.what for one in work], velocities)

@@ -60,7 +60,8 @@ class LocalExecutor:
 
     def _layers(self, hidden: Tensor, item: WorkItem, admitted: Admission) -> Tensor:
         what, kv = item.what, admitted.kv
-        view = kv.isolated_view() if what.isolated else kv.view(what.branch, item.chunk, item.keys_from)
+        asks = item.step is not None  # the next compression asks with the queries of what was denoised last
+        view = kv.isolated_view() if what.isolated else kv.view(what.branch, item.chunk, item.keys_from, asks=asks)
         caption = admitted.captions.get(what.caption, item.chunks_left)
         first_frame = item.chunk * admitted.grid[0]
         return self.model.layers(hidden, what.condition, caption, first_frame, admitted.grid, view)

@@ -1,23 +1,30 @@
 """The state of one video while it is made: latents of the window, and which work comes next.
 
-A run is asked, in the order (tick, chunk), to `open` a chunk's step, which gives work items with their inputs, and to
-`close` it with the velocities. It holds latents of the window only, and does not know where the work is done.
+A run is asked, in the order (tick, chunk), to `decide` whether a chunk's step is computed, to `open` it, which gives
+work items with their inputs, and to `close` it with the velocities. A step that is reused has no work. The run holds
+latents of the window only, and does not know where the work is done.
 
 Shapes: latents are [1, C, T, h, w] fp32 with T the latent frames of a chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, device
+import torch
+from torch import Tensor
 
+from engine.cache import Decision, Observation, Policy, ReuseMemory
 from engine.noise import NoiseSource
 from engine.schedule import Schedule, Tick
 from engine.work import KVOp, WorkItem
 from models.family import Pass, Sampling
 
-__all__ = ["VideoRun", "VideoShape", "Work", "clean_capacity"]
+__all__ = ["Reuse", "VideoRun", "VideoShape", "Work", "clean_capacity"]
+
+Patches = Callable[[Tensor], Tensor]
+"""Patch embedding of a latent, which distances are taken between."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,12 +54,23 @@ class Work:
     x: Tensor
 
 
-def clean_capacity(schedule: Schedule, sampling: Sampling) -> int:
-    """Finished chunks that some chunk still attends to, at most; all of them where a limit is None.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reuse:
+    """How one request reuses steps: who decides, what is remembered, and what distances are taken between."""
+
+    policy: Policy
+    memory: ReuseMemory
+    patches: Patches
+
+
+def clean_capacity(schedule: Schedule, sampling: Sampling, budget: int | None) -> int:
+    """Finished chunks to hold: the budget, or those that some chunk still attends to; all where a limit is None.
 
     In a full window the chunk in step s stands window - 1 - s // stage_steps places behind the oldest. A prefix is
     seen further back, while its first successors are young.
     """
+    if budget is not None:
+        return min(schedule.chunks - 1, budget)
     limits = [sampling.key_limit(step) for step in range(schedule.num_steps)]
     clean = sampling.clean_limit(prefix=False)
     if any(limit is None for limit in limits) or clean is None:
@@ -72,7 +90,9 @@ class VideoRun:
         shape: size of the video.
         sampling: how the family denoises.
         noise: where the chunks start.
+        reuse: which steps are not computed.
         prefix: latents [1, C, P, h, w] to go on from, in the dtype that the prefix pass reads.
+        compressed: the past is compressed, so a chunk attends to all of it and not to a range of chunks.
         device: where latents are kept.
     """
 
@@ -82,12 +102,14 @@ class VideoRun:
         shape: VideoShape,
         sampling: Sampling,
         noise: NoiseSource,
+        reuse: Reuse,
         *,
         prefix: Tensor | None,
-        device: device,
+        compressed: bool,
+        device: torch.device,
     ) -> None:
         self._request, self._shape, self._sampling, self._noise = request, shape, sampling, noise
-        self._prefix, self._device = prefix, device
+        self._reuse, self._prefix, self._compressed, self._device = reuse, prefix, compressed, device
         width = sampling.chunk_width
         self.schedule = Schedule(
             first=shape.prefix_frames // width,
@@ -96,6 +118,8 @@ class VideoRun:
             window=sampling.window,
         )
         self._latents: dict[int, Tensor] = {}
+        self._before: dict[int, Tensor] = {}
+        """Model inputs of the tick before, which distances are taken from."""
         self._ops: list[KVOp] = []
 
     @property
@@ -114,7 +138,7 @@ class VideoRun:
             limit = self._sampling.clean_limit(prefix=True)
             for what in self._sampling.clean_passes(0, prefix=True, text_needed=False):
                 work.append(self._work(-1, chunk, None, what, limit, x))
-            self._after_clean(chunk)
+            self._publish(chunk)
             self._ops.append(KVOp(kind="retire", chunk=chunk))
         return work
 
@@ -132,31 +156,61 @@ class VideoRun:
             passes = self._sampling.clean_passes(tick.step_in_stage, prefix=False, text_needed=text_needed)
             x = self._model_input(chunk)
             work = [self._work(tick.index, chunk, None, what, limit, x) for what in passes]
+            if self._compressed and self._sampling.clean_forward:
+                self._publish(chunk)  # after the compression it could not be told apart
             self._ops.append(KVOp(kind="retire", chunk=chunk))
-            del self._latents[chunk]
+            self._forget(chunk)
         if tick.entering is not None:
             self._ops.append(KVOp(kind="enter", chunk=tick.entering))
             shape = (1, self._shape.channels, *self.grid)
             self._latents[tick.entering] = self._noise.chunk(tick.entering, shape).to(self._device)
         return work
 
+    def decide(self, tick: Tick, chunks: Sequence[int] | None = None) -> dict[int, Decision]:
+        """Decide which chunks are computed, and take the steps of those that are not.
+
+        The distances of all the chunks are read back from the device at once.
+
+        Args:
+            tick: the tick.
+            chunks: which of its chunks to decide for, now that their latents are known; all of them by default. A
+                policy that looks at the whole window must be given all.
+        """
+        active = [(chunk, step) for chunk, step in tick.active if chunks is None or chunk in chunks]
+        last = tick.index == self.schedule.ticks - 1
+        observed = self._observe([chunk for chunk, _ in active]) if self._reuse.policy.observes else {}
+        observations = []
+        for chunk, step in active:
+            change, scale = observed.get(chunk, (None, None))
+            observations.append(
+                Observation(chunk=chunk, step=step, tick=tick.index, last_tick=last, change=change, scale=scale)
+            )
+        decisions = self._reuse.policy.decide(observations)
+        for (chunk, step), decision in zip(active, decisions, strict=True):
+            if decision is not Decision.COMPUTE:
+                time, size = self._sampling.time(step), self._sampling.step_size(step)
+                increment = self._reuse.memory.increment(chunk, time=time, size=size)
+                self._latents[chunk] = self._model_input(chunk) + increment
+        return {chunk: decision for (chunk, _), decision in zip(active, decisions, strict=True)}
+
     def open(self, tick: Tick, chunk: int, step: int) -> list[Work]:
-        """The passes of one chunk's step."""
+        """The passes of one chunk's step, if it is computed."""
         oldest = chunk == tick.active[0][0]
         passes = self._sampling.step_passes(step, oldest=oldest, text_needed=self._text_needed(tick))
         x = self._model_input(chunk)
         limit = self._sampling.key_limit(step)
         return [self._work(tick.index, chunk, step, what, limit, x) for what in passes]
 
-    def close(self, chunk: int, step: int, passes: list[Pass], velocities: list[Tensor]) -> None:
+    def close(self, chunk: int, step: int, passes: Sequence[Pass], velocities: Sequence[Tensor]) -> None:
         """Take a step with the weighted sum of its passes' velocities (7.4, step 6; 7.5)."""
-        total = None
-        for what, velocity in zip(passes, velocities, strict=True):
+        x = self._model_input(chunk)
+        velocity = torch.zeros_like(x)
+        for what, part in zip(passes, velocities, strict=True):
             if what.weight:
-                part = velocity if what.weight == 1 else what.weight * velocity
-                total = part if total is None else total + part
-        if total is not None:
-            self._latents[chunk] = self._model_input(chunk) + total * self._sampling.step_size(step)
+                velocity = velocity + part * what.weight
+        time, size = self._sampling.time(step), self._sampling.step_size(step)
+        self._reuse.memory.computed(chunk, time=time, size=size, velocity=velocity)
+        self._latents[chunk] = x + velocity * size
 
     def end(self, tick: Tick) -> Tensor | None:
         """End a tick.
@@ -164,15 +218,36 @@ class VideoRun:
         Returns:
             The latents of the chunk that finished, without the frames that were given (an image's first frame stays).
         """
-        if tick.retiring is not None and self._sampling.clean_forward:
-            self._after_clean(tick.retiring)
+        if tick.retiring is not None and self._sampling.clean_forward and not self._compressed:
+            self._publish(tick.retiring)
         if tick.finishing is None:
             return None
         given = self._given_frames(tick.finishing)
         start = 0 if self._shape.prefix_frames == 1 else given
         return self._latents[tick.finishing][:, :, start:]
 
-    def _after_clean(self, chunk: int) -> None:
+    def _observe(self, chunks: Sequence[int]) -> dict[int, tuple[float, float]]:
+        """L1 norms (of the change, of what was before) of the chunks' patch embeddings; one copy from the device."""
+        norms, known = [], []
+        for chunk in chunks:
+            x = self._model_input(chunk)
+            before = self._before.get(chunk)
+            if before is not None:
+                then = self._reuse.patches(before).float()
+                now = self._reuse.patches(x).float()
+                norms += [(now - then).abs().mean(), then.abs().mean()]
+                known.append(chunk)
+            self._before[chunk] = x
+        values = torch.stack(norms).tolist() if norms else []
+        return {chunk: (values[2 * i], values[2 * i + 1]) for i, chunk in enumerate(known)}
+
+    def _forget(self, chunk: int) -> None:
+        del self._latents[chunk]
+        self._before.pop(chunk, None)
+        self._reuse.policy.forget(chunk)
+        self._reuse.memory.forget(chunk)
+
+    def _publish(self, chunk: int) -> None:
         """Later ticks of the other branches read what the null branch wrote (6.5)."""
         if self._sampling.branches > 1:
             self._ops.append(KVOp(kind="publish", chunk=chunk))
@@ -198,6 +273,8 @@ class VideoRun:
 
     def _work(self, tick: int, chunk: int, step: int | None, what: Pass, limit: int | None, x: Tensor) -> Work:
         before, self._ops = tuple(self._ops), []
+        if self._compressed and limit != 1:
+            limit = None
         item = WorkItem(
             request=self._request,
             tick=tick,

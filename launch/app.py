@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -17,7 +18,7 @@ import typer
 from launch import __version__
 from models.errors import InputError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "run"]
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 _TERMINATED = 143
@@ -72,8 +73,8 @@ From a picture, and on from a clip (its first 32 frames):
 [cyan]flowcache generate "a blue cross moving up" --video start.mp4[/cyan]
 
 A released model, after downloading its weights ([cyan]flowcache models[/cyan] says which):
-[cyan]flowcache generate "a cat on a roof" --model magi-4.5b-distill --steps 16 --weights downloads[/cyan]
-[cyan]flowcache generate "a cat on a roof" --config 4.5B_distill_config.json[/cyan]
+[cyan]flowcache generate "a cat on a roof" --model magi-4.5b-distill --steps 16[/cyan]
+[cyan]flowcache generate "a cat on a roof" --config 4.5B_base_config.json --weights ckpt/magi/4.5B_base[/cyan]
 """
 
 
@@ -86,8 +87,11 @@ def generate(
         ),
     ],
     model: Annotated[
-        str, typer.Option(help="A name from [cyan]flowcache models[/cyan].", rich_help_panel=_VIDEO)
-    ] = "magi-pocket",
+        str | None,
+        typer.Option(
+            help="A name from [cyan]flowcache models[/cyan].", show_default="magi-pocket", rich_help_panel=_VIDEO
+        ),
+    ] = None,
     seconds: Annotated[
         float | None,
         typer.Option(help="Length, rounded up to whole chunks of one second.", rich_help_panel=_VIDEO),
@@ -127,7 +131,11 @@ def generate(
     ] = None,
     weights: Annotated[
         Path | None,
-        typer.Option(help="Folder of the weights, in place of the configured one.", rich_help_panel=_FILES),
+        typer.Option(
+            help="Folder of the weights, in place of the configured one; an autoencoder in its sub-folder vae and "
+            "text encoders in t5 are taken first.",
+            rich_help_panel=_FILES,
+        ),
     ] = None,
     attention: Annotated[
         str, typer.Option(help="auto, sdpa, flash-attn or xformers.", rich_help_panel=_COMPUTE)
@@ -191,17 +199,26 @@ def conformance(
 
 
 def main() -> NoReturn:
-    """Run the command line and exit."""
+    """Run the command line of this process and exit."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))  # unwinds, so that nothing is left behind
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; errors of the input are shown, not raised.
+
+    Returns:
+        The exit status: 0, 1 where a check failed, 2 for bad input, 130 after Ctrl-C.
+    """
     try:
         # Typer turns an interrupt into a status by itself.
-        status = app(prog_name="flowcache", standalone_mode=False) or 0
+        status = app(args=list(arguments), prog_name="flowcache", standalone_mode=False) or 0
     except (InputError, typer.TyperException) as error:
         _show_error(error)
-        status = _BAD_INPUT
+        return _BAD_INPUT
     if status == _INTERRUPTED:
         typer.echo("flowcache: stopped", err=True)
-    sys.exit(status)
+    return int(status)
 
 
 def _show_error(error: Exception) -> None:

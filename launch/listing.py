@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 __all__ = ["show_conformance", "show_models"]
 
 _NOTES = """\
-Disk: the DiT as stored, and for released models the autoencoder (2.5 GB) and T5 (19 GB), which they share.
-Memory: an estimate for one video of that size on one device: weights, autoencoder, and keys and values of the window \
-and one finished chunk (twice with guidance). What the layers work with comes on top; T5 needs 19 GB before that, of \
-CPU memory for 4.5B and of GPU memory for 24B.
-Weights of released models: huggingface.co/sand-ai/MAGI-1, the folder named above, ckpt/vae and ckpt/t5."""
+Disk: the DiT and the autoencoder as stored; of a released model also T5 (19 GB). Those share autoencoder and T5.
+Memory: an estimate for one video of that size on one device: weights, and keys and values of the window and one \
+finished chunk (twice with guidance). What the layers work with comes on top; so does T5 (19 GB), of CPU memory for \
+4.5B and of GPU memory for 24B.
+Weights of released models: huggingface.co/sand-ai/MAGI-1. Put the folder above at downloads/ and its last name, \
+ckpt/vae at downloads/vae and ckpt/t5 at downloads/t5_pretrained, as the released configurations say, or name a folder \
+with --weights."""
 
 
 def show_models() -> None:
@@ -30,7 +32,7 @@ def show_models() -> None:
     console = Console()
     sizes = Table("Model", "Parameters", "Video", "Steps", "Disk", "Memory")
     kinds = Table("Model", "What it is", "Weights")
-    kinds.columns[0].no_wrap = True
+    kinds.columns[0].no_wrap = kinds.columns[2].no_wrap = True
     for preset in PRESETS.values():
         run = preset.config().runtime_config
         size, disk, memory = f"{run.video_size_w}x{run.video_size_h}", _size(preset.disk), _size(preset.memory)

@@ -21,6 +21,7 @@ __all__ = ["PREFIX_FRAMES", "read_image", "read_video"]
 PREFIX_FRAMES = 32
 """How many frames of a clip are continued: the first ones after resampling (specification part 3)."""
 _LATENT_FRAMES = 4  # one latent frame stands for four frames
+_TEXT = "tty"  # FFmpeg would draw the letters
 _TURNS = {90: ("transpose", "cclock"), 180: ("rotate", "PI"), 270: ("transpose", "clock")}  # to undo a rotation tag
 
 
@@ -74,7 +75,7 @@ def _read(path: Path, kind: str, *, fps: int | None, height: int, width: int, li
 
 def _decode(path: Path, *, fps: int | None, height: int, width: int) -> Iterator[VideoFrame]:
     with av.open(str(path)) as container:
-        if not container.streams.video:
+        if not container.streams.video or container.format.name == _TEXT:
             raise ValueError("there is no picture in it")
         stream, graph = container.streams.video[0], None
         for frame in container.decode(stream):
@@ -87,10 +88,8 @@ def _decode(path: Path, *, fps: int | None, height: int, width: int) -> Iterator
             yield from _pull(graph)
 
 
-def _graph(
-    first: VideoFrame, stream: av.VideoStream, *, fps: int | None, height: int, width: int
-) -> Graph:
-    """What the released code asks of ffmpeg: upright, at the frame rate, stretched with the default (bicubic) scaler."""
+def _graph(first: VideoFrame, stream: av.VideoStream, *, fps: int | None, height: int, width: int) -> Graph:
+    """What the released code asks of ffmpeg: upright, at the frame rate, stretched with the bicubic scaler."""
     steps = [_TURNS[first.rotation % 360]] if first.rotation % 360 in _TURNS else []
     if fps is not None:
         steps.append(("fps", str(fps)))

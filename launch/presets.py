@@ -17,10 +17,7 @@ if TYPE_CHECKING:  # the configuration pulls in torch, which a listing of names 
 
 __all__ = ["PRESETS", "Preset", "find_preset", "kv_bytes", "released_config"]
 
-_VAE_PARAMETERS = 613_755_239  # specification 1.1; stored in fp32, used in bf16
 _T5_BYTES = 19_000_000_000  # specification 2.1; fp32
-_GB = 1e9
-_HUB = "huggingface.co/sand-ai/MAGI-1"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +30,8 @@ class Preset:
         config: makes its configuration.
         parameters: of the DiT, the scales of a quantised model counted.
         stored: bytes of the DiT's weights on disk; the embedders are fp32, the layers bf16 or fp8.
-        folder: where the weights are published, under sand-ai/MAGI-1; None when they ship with the project.
+        vae_parameters: of the autoencoder.
+        folder: where the weights are published, under sand-ai/MAGI-1; None when they ship with the project, in fp16.
     """
 
     name: str
@@ -42,31 +40,22 @@ class Preset:
     parameters: int
     stored: int
     folder: str | None
+    vae_parameters: int = 613_755_239  # specification 1.1
 
     @property
     def disk(self) -> int:
-        """Bytes to download: DiT, autoencoder and T5."""
-        return self.stored + (4 * _VAE_PARAMETERS + _T5_BYTES if self.folder else 0)
+        """Bytes of files: the DiT, the autoencoder (fp32 in released folders), and T5."""
+        return self.stored + (4 * self.vae_parameters + _T5_BYTES if self.folder else 2 * self.vae_parameters)
 
     @property
     def memory(self) -> int:
-        """Bytes on the device for one video of the preset's size: weights, autoencoder in bf16, KV; estimated.
+        """Bytes on the device for one video of the preset's size: DiT, autoencoder and KV; estimated.
 
         What the layers work with comes on top, and so does T5 where the configuration puts it on the device.
         """
-        return self.stored + (2 * _VAE_PARAMETERS if self.folder else 0) + kv_bytes(self.config())
-
-    @property
-    def needs(self) -> str:
-        """What a machine needs, in words."""
-        if self.folder is None:
-            return "a CPU; the weights ship with the project"
-        gpu, t5 = self.memory / _GB, self.config().runtime_config.t5_device
-        where = "CPU memory" if t5 == "cpu" else "GPU memory, before the DiT is read"
-        return (
-            f"about {gpu:.0f} GB of GPU memory and the layers' working space, {_T5_BYTES / _GB:.0f} GB of {where} for T5, "
-            f"{self.disk / _GB:.0f} GB of disk; weights: {_HUB}, folders {self.folder}, ckpt/vae, ckpt/t5"
-        )
+        shipped = self.folder is None  # and computed in fp32; a released model stays as stored, its autoencoder bf16
+        weights = 4 * (self.parameters + self.vae_parameters) if shipped else self.stored + 2 * self.vae_parameters
+        return weights + kv_bytes(self.config())
 
 
 def kv_bytes(config: MagiConfig) -> int:
@@ -201,6 +190,7 @@ PRESETS: dict[str, Preset] = {
             parameters=3_401_702,
             stored=2 * 3_401_702,
             folder=None,
+            vae_parameters=5_310_823,
         ),
         Preset(
             name="magi-4.5b",

@@ -10,11 +10,12 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bar, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn
+from rich.progress import Progress as Bar
 
 from engine.engine import Progress
 
-__all__ = ["Display", "LiveDisplay", "PlainDisplay", "clock", "open_display"]
+__all__ = ["Display", "LiveDisplay", "PlainDisplay", "clock", "open_display", "steps_done"]
 
 _PLAIN_EVERY = 5.0  # seconds
 
@@ -48,17 +49,25 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def steps_done(progress: Progress) -> int:
+    """Steps that all chunks together have done; of `chunks * num_steps` in all.
+
+    Ticks are no measure of time, since the window is not full at the start and at the end. A chunk enters every
+    `num_steps / window` ticks and takes a step with every tick (specification 7.3).
+    """
+    stage = (progress.ticks - progress.num_steps) // max(1, progress.chunks - 1)
+    waited = (progress.tick - chunk * stage for chunk in range(progress.chunks))
+    return sum(min(progress.num_steps, max(0, ticks)) for ticks in waited)
+
+
 class _Pace:
     """Time left, from the pace so far."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
 
-    def left(self, progress: Progress) -> str:
-        if not progress.items_done:
-            return "-:--"
-        elapsed = time.monotonic() - self._began
-        return clock(elapsed * (progress.items - progress.items_done) / progress.items_done)
+    def left(self, share: float) -> str:
+        return clock((time.monotonic() - self._began) * (1 - share) / share)
 
 
 class LiveDisplay:
@@ -73,8 +82,8 @@ class LiveDisplay:
             console=console,
             transient=True,
         )
-        self._task = self._bar.add_task("", total=None, note="")
-        self._pace: _Pace | None = None
+        self._task = self._bar.add_task("starting", total=None, note="")
+        self._pace = _Pace()
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -88,16 +97,17 @@ class LiveDisplay:
     def phase(self, text: str) -> None:
         """Say what is done now; the bar only pulses."""
         self._bar.update(self._task, description=text, note="")
+        self._pace = _Pace()
 
     def update(self, progress: Progress) -> None:
         """Move the bar."""
-        self._pace = self._pace or _Pace()
+        done, total = steps_done(progress), progress.chunks * progress.num_steps
         self._bar.update(
             self._task,
-            total=progress.items,
-            completed=progress.items_done,
+            total=total,
+            completed=done,
             description=f"chunks {progress.chunks_done}/{progress.chunks}  step {progress.step}/{progress.num_steps}",
-            note=f"{self._pace.left(progress)} left",
+            note=f"{self._pace.left(done / total)} left",
         )
 
 
@@ -106,7 +116,7 @@ class PlainDisplay:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._pace: _Pace | None = None
+        self._pace = _Pace()
         self._shown = float("-inf")
 
     def __enter__(self) -> Self:
@@ -120,18 +130,18 @@ class PlainDisplay:
     def phase(self, text: str) -> None:
         """Say what is done now."""
         self._say(text)
+        self._pace = _Pace()
 
     def update(self, progress: Progress) -> None:
         """Say how far it is, if it was not said just now."""
-        self._pace = self._pace or _Pace()
-        now = time.monotonic()
-        if now - self._shown < _PLAIN_EVERY and progress.items_done < progress.items:
+        now, last = time.monotonic(), progress.tick == progress.ticks
+        if now - self._shown < _PLAIN_EVERY and not last:
             return
         self._shown = now
-        share = progress.items_done / progress.items
+        share = steps_done(progress) / (progress.chunks * progress.num_steps)
         self._say(
             f"chunks {progress.chunks_done}/{progress.chunks}, step {progress.step}/{progress.num_steps}, "
-            f"{share:.0%}, {self._pace.left(progress)} left"
+            f"{share:.0%}, {self._pace.left(share)} left"
         )
 
     def _say(self, text: str) -> None:

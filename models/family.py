@@ -58,6 +58,7 @@ class KVGeometry:
     """Shape of what one token leaves behind in every layer that is held here."""
 
     layers: range
+    query_heads: int
     key_heads: int
     head_size: int
     dtype: torch.dtype

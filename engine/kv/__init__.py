@@ -1,6 +1,8 @@
 """Keys and values of a request: one allocation per layer at admission, nothing grows with the length of the video."""
 
-from engine.kv.buffer import KVBuffer
+from engine.kv.buffer import Compression, KVBuffer
 from engine.kv.layout import KVLayout
+from engine.kv.selection import SelectionSettings
+from engine.kv.settings import KVSettings
 
-__all__ = ["KVBuffer", "KVLayout"]
+__all__ = ["Compression", "KVBuffer", "KVLayout", "KVSettings", "SelectionSettings"]

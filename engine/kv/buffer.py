@@ -1,36 +1,77 @@
 """The KV buffers of one request: one tensor per layer and branch, written and read in place.
 
-Shapes: N rows of the buffer, S tokens of a chunk, G key heads, d head size, H query heads.
+When a chunk retires into a full clean region, the region is cut down: either its oldest chunk is dropped, or (with a
+budget) the region and the new chunk are compressed together. Both move rows within the buffer.
+
+Shapes: N rows of the buffer, S tokens of a chunk, Q queries, G key heads, d head size, H query heads.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.kv.layout import KVLayout
+from engine.kv.selection import SelectionSettings, select
 from engine.work import KVOp
 from models.attention import Attention
 from models.family import KVGeometry
 
-__all__ = ["IsolatedView", "KVBuffer", "SliceView"]
+__all__ = ["Compression", "IsolatedView", "KVBuffer", "SliceView"]
+
+_BLOCK = 4096  # rows that are moved at once; bounds the scratch memory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compression:
+    """What a buffer must know to compress.
+
+    Attributes:
+        settings: how tokens are scored.
+        query_heads: heads of the queries that ask.
+        frame_tokens: tokens of a latent frame.
+    """
+
+    settings: SelectionSettings
+    query_heads: int
+    frame_tokens: int
+
+
+@dataclass(slots=True)
+class _LayerKV:
+    """One layer of one branch: keys and values [2, N, G, d]; with compression also who asks and whence tokens came."""
+
+    kv: Tensor
+    queries: Tensor | None = None  # [Q, H, d], of the chunk that was denoised last
+    origin: Tensor | None = None  # [N, G] chunk of each row
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.kv, self.queries, self.origin) if part is not None)
 
 
 class SliceView:
     """A chunk's view: it writes its own rows and attends to one slice of the buffer that ends with them."""
 
-    def __init__(self, layers: dict[int, Tensor], own: slice, span: slice, attention: Attention) -> None:
-        self._layers, self._own, self._span, self._attention = layers, own, span, attention
+    def __init__(
+        self, layers: dict[int, _LayerKV], own: slice, span: slice, attention: Attention, *, asks: bool
+    ) -> None:
+        self._layers, self._own, self._span, self._attention, self._asks = layers, own, span, attention, asks
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the chunk's keys and values [1, S, G, d] of a layer."""
-        buffer = self._layers[layer]
-        buffer[0, self._own] = k[0]
-        buffer[1, self._own] = v[0]
+        kv = self._layers[layer].kv
+        kv[0, self._own] = k[0]
+        kv[1, self._own] = v[0]
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attention of queries [1, S, H, d] over the slice."""
-        seen = self._layers[layer][:, self._span]
+        held = self._layers[layer]
+        if self._asks and held.queries is not None:
+            held.queries.copy_(q[0, -held.queries.shape[0] :])
+        seen = held.kv[:, self._span]
         return self._attention(q, seen[0][None], seen[1][None])
 
 
@@ -57,21 +98,36 @@ class KVBuffer:
         geometry: shape of a token's KV.
         branches: independent copies, for guidance.
         attention: what the views attend with.
+        compression: how to compress a clean region that is full; None drops its oldest rows.
     """
 
-    def __init__(self, layout: KVLayout, geometry: KVGeometry, *, branches: int, attention: Attention) -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        geometry: KVGeometry,
+        *,
+        branches: int,
+        attention: Attention,
+        compression: Compression | None = None,
+    ) -> None:
         self.layout = layout
-        self._attention = attention
-        shape = (2, layout.capacity, geometry.key_heads, geometry.head_size)
-        self._branches = [
-            {layer: torch.zeros(shape, dtype=geometry.dtype, device=geometry.device) for layer in geometry.layers}
-            for _ in range(branches)
-        ]
+        self._attention, self._compression = attention, compression
+        self._branches = [{layer: self._allocate(geometry) for layer in geometry.layers} for _ in range(branches)]
+
+    def _allocate(self, geometry: KVGeometry) -> _LayerKV:
+        rows, heads, size = self.layout.capacity, geometry.key_heads, geometry.head_size
+        layer = _LayerKV(kv=torch.zeros((2, rows, heads, size), dtype=geometry.dtype, device=geometry.device))
+        if self._compression is not None:
+            asking = self._compression.settings.query_rows(self._compression.frame_tokens, self.layout.chunk_tokens)
+            shape = (asking, self._compression.query_heads, size)
+            layer.queries = torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)
+            layer.origin = torch.zeros((rows, heads), dtype=torch.int32, device=geometry.device)
+        return layer
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(buffer.nbytes for branch in self._branches for buffer in branch.values())
+        """Bytes held, the bookkeeping of compression counted."""
+        return sum(layer.nbytes for branch in self._branches for layer in branch.values())
 
     def apply(self, op: KVOp) -> None:
         """Carry out a change that a work item asks for."""
@@ -82,24 +138,84 @@ class KVBuffer:
         else:
             self._publish(op.chunk)
 
-    def view(self, branch: int, chunk: int, keys_from: int | None) -> SliceView:
-        """What a chunk sees from chunk `keys_from` on; None for everything."""
+    def view(self, branch: int, chunk: int, keys_from: int | None, *, asks: bool) -> SliceView:
+        """What a chunk sees from chunk `keys_from` on; None for everything.
+
+        Args:
+            branch: of guidance.
+            chunk: whose view.
+            keys_from: first chunk that is attended to.
+            asks: its queries are those that the next compression asks with.
+        """
         layout = self.layout
-        return SliceView(self._branches[branch], layout.rows(chunk), layout.span(keys_from, chunk), self._attention)
+        own, span = layout.rows(chunk), layout.span(keys_from, chunk)
+        return SliceView(self._branches[branch], own, span, self._attention, asks=asks)
 
     def isolated_view(self) -> IsolatedView:
         """What a chunk sees in a context-free pass."""
         return IsolatedView(self._attention)
 
+    def kept_shares(self, chunks: int) -> Tensor:
+        """Share of each past chunk's tokens that stands in the clean region, mean over layers, heads and branches.
+
+        Args:
+            chunks: chunks of the past, 0 .. chunks - 1.
+
+        Returns:
+            [chunks] fp32 on the CPU.
+        """
+        layout = self.layout
+        if self._compression is None:
+            shares = torch.zeros(chunks)
+            shares[list(layout.clean_chunks)] = 1.0
+            return shares
+        counts = torch.zeros(chunks)
+        layers = [layer for branch in self._branches for layer in branch.values()]
+        for layer in layers:
+            assert layer.origin is not None
+            counts += torch.bincount(layer.origin[: layout.clean_rows].flatten(), minlength=chunks).cpu()
+        heads = layers[0].kv.shape[2]
+        return counts / (len(layers) * heads * layout.chunk_tokens)
+
     def _retire(self, chunk: int) -> None:
-        used = self.layout.used_rows
-        excess = self.layout.retire(chunk)
+        layout = self.layout
+        used, rows = layout.used_rows, layout.rows(chunk)
+        excess = layout.retire(chunk)
+        layers = [layer for branch in self._branches for layer in branch.values()]
+        for layer in layers:
+            if layer.origin is not None:
+                layer.origin[rows] = chunk
         if not excess:
             return
-        self.layout.drop_oldest(excess)
-        for branch in self._branches:
-            for buffer in branch.values():
-                _shift_left(buffer, excess, used)
+        if self._compression is None:
+            layout.drop_oldest(excess)
+            for layer in layers:
+                _move_left(layer.kv, slice(excess, used), to=0)
+            return
+        length = layout.clean_rows
+        layout.mix(layout.clean_tokens)
+        for layer in layers:
+            self._compress(layer, self._compression, length)
+            _move_left(layer.kv, slice(length, used), to=layout.clean_tokens)
+
+    def _compress(self, layer: _LayerKV, compression: Compression, length: int) -> None:
+        """Keep the best rows of the first `length`, in their order, at the front."""
+        assert layer.queries is not None and layer.origin is not None
+        positions = select(
+            layer.queries,
+            layer.kv[0, :length],
+            keep=self.layout.clean_tokens,
+            frame_tokens=compression.frame_tokens,
+            chunk_tokens=self.layout.chunk_tokens,
+            settings=compression.settings,
+        )
+        # Positions ascend and are never before where they go, so a block never overwrites what a later one reads.
+        for start in range(0, positions.shape[0], _BLOCK):
+            part = positions[start : start + _BLOCK]
+            stop = start + part.shape[0]
+            index = part[None, ..., None].expand(2, -1, -1, layer.kv.shape[-1])
+            layer.kv[:, start:stop] = layer.kv.gather(1, index)
+            layer.origin[start:stop] = layer.origin.gather(0, part)
 
     def _publish(self, chunk: int) -> None:
         """Copy a finished chunk's rows from branch 0; nothing is left to do once they were dropped."""
@@ -107,12 +223,13 @@ class KVBuffer:
             return
         rows = self.layout.rows(chunk)
         for branch in self._branches[1:]:
-            for layer, buffer in branch.items():
-                buffer[:, rows] = self._branches[0][layer][:, rows]
+            for number, layer in branch.items():
+                layer.kv[:, rows] = self._branches[0][number].kv[:, rows]
 
 
-def _shift_left(buffer: Tensor, by: int, used: int) -> None:
-    """Move rows by .. used to the front, in blocks of `by` rows so that no copy overlaps itself."""
-    for start in range(0, used - by, by):
-        stop = min(start + by, used - by)
-        buffer[:, start:stop] = buffer[:, start + by : stop + by]
+def _move_left(kv: Tensor, rows: slice, *, to: int) -> None:
+    """Move rows towards the front, in blocks no longer than the distance so that no copy overlaps itself."""
+    by = rows.start - to
+    for start in range(rows.start, rows.stop, by):
+        stop = min(start + by, rows.stop)
+        kv[:, start - by : stop - by] = kv[:, start:stop]

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 __all__ = ["KVLayout"]
 
 
+_MIXED = -1
+"""Stands for the tokens of many chunks that a compression has left."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Kept:
     chunk: int
@@ -52,8 +56,8 @@ class KVLayout:
 
     @property
     def clean_chunks(self) -> tuple[int, ...]:
-        """Chunks of which something stands in the clean region, oldest first."""
-        return tuple(kept.chunk for kept in self._clean)
+        """Finished chunks that are held whole, oldest first."""
+        return tuple(kept.chunk for kept in self._clean if kept.chunk != _MIXED)
 
     def enter(self, chunk: int) -> None:
         """Give a chunk the next slot of the window."""
@@ -67,7 +71,7 @@ class KVLayout:
         """Move the oldest chunk of the window to the clean region, where it stands already.
 
         Returns:
-            How many rows the clean region now has too many; `shrink` must follow if that is not 0.
+            How many rows the clean region now has too many; `drop_oldest` or `mix` must follow if that is not 0.
         """
         if not self._window or self._window[0] != chunk:
             raise ValueError(f"chunk {chunk} cannot retire: the window holds {self._window}")
@@ -85,11 +89,17 @@ class KVLayout:
                 kept.append(_Kept(chunk=entry.chunk, rows=entry.rows - gone))
         self._clean = kept
 
+    def mix(self, rows: int) -> None:
+        """The clean region was compressed to so many rows, which belong to no single chunk any more."""
+        if rows > self.clean_rows:
+            raise ValueError(f"{self.clean_rows} rows cannot be compressed to {rows}")
+        self._clean = [_Kept(chunk=_MIXED, rows=rows)]
+
     def rows(self, chunk: int) -> slice:
-        """Rows of a chunk, in the window or in the clean region.
+        """Rows of a chunk that is held whole, in the window or in the clean region.
 
         Raises:
-            KeyError: nothing of it is held.
+            KeyError: it is not held, or not whole.
         """
         start = 0
         for kept in self._clean:

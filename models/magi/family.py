@@ -42,6 +42,7 @@ class MagiModel:
         config = self.dit.config
         return KVGeometry(
             layers=self.dit.layers,
+            query_heads=config.num_attention_heads,
             key_heads=config.num_query_groups,
             head_size=config.kv_channels,
             dtype=config.dtype,

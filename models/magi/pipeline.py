@@ -6,7 +6,7 @@ It knows files and the released configuration; it does not know how a video is s
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -72,7 +72,6 @@ class MagiPipeline:
         autoencoder: frames to latents and back.
         encoder: prompts to captions.
         tokens: the released special tokens, None to use none.
-        sampling: settings that stand in for the configuration's; its number of steps is replaced per request.
     """
 
     def __init__(
@@ -83,11 +82,9 @@ class MagiPipeline:
         encoder: TextEncoder,
         *,
         tokens: SpecialTokens | None = None,
-        sampling: MagiSampling | None = None,
     ) -> None:
         self.config, self.model, self.autoencoder = config, model, autoencoder
         self._encoder, self._tokens = encoder, tokens
-        self._sampling = sampling or MagiSampling(config=config, num_steps=config.runtime_config.num_steps)
 
     @property
     def attention(self) -> Attention:
@@ -99,9 +96,13 @@ class MagiPipeline:
         """Pixels of a latent cell's side."""
         return _LATENT_CELL
 
-    def sampling(self, num_steps: int) -> MagiSampling:
-        """How to denoise with that many steps."""
-        return replace(self._sampling, num_steps=num_steps)
+    def sampling(
+        self, num_steps: int, *, clean_forward: bool = True, nearly_clean_mix: bool = True
+    ) -> MagiSampling:
+        """How to denoise with that many steps, with or without the passes that reuse may leave out."""
+        return MagiSampling(
+            config=self.config, num_steps=num_steps, clean_forward=clean_forward, nearly_clean_mix=nearly_clean_mix
+        )
 
     def captions(self, prompt: str) -> FixedCaptions | TokenCaptions:
         """Encode a prompt.

@@ -136,7 +136,7 @@ class T5Encoder:
         dtype: dtype of the weights, fp32 as released.
 
     Raises:
-        InputError: the folder or the package transformers is missing.
+        InputError: the folder or a package is missing.
     """
 
     def __init__(
@@ -184,7 +184,10 @@ class T5Encoder:
 
 
 def _transformers() -> ModuleType:
+    """The package, after a check for what it needs to read the released `spiece.model`."""
     try:
+        for name in ("sentencepiece", "google.protobuf"):
+            importlib.import_module(name)
         return importlib.import_module("transformers")
-    except ImportError:
-        raise InputError("the T5 encoder needs the package transformers: pip install 'flowcache-engine[t5]'") from None
+    except ImportError as error:
+        raise InputError(f"the T5 encoder needs the package {error.name}: pip install 'flowcache-engine[t5]'") from None

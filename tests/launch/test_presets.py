@@ -12,7 +12,9 @@ from launch.presets import PRESETS, find_preset, kv_bytes, released_config
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
+from models.magi.vae import ViTVAE
 from models.pocket.preset import pocket_config
+from models.pocket.train_vae import POCKET_VAE
 
 RELEASED = [name for name in PRESETS if name != "magi-pocket"]
 WIDE = ("x_embedder.", "y_embedder.", "t_embedder.", "final_linear.", "rope.")  # stored in fp32
@@ -78,12 +80,17 @@ def test_kv_of_one_video() -> None:
     assert kv_bytes(released_config(large=False)) == 2 * kv_bytes(released_config(large=False, distill=True))
 
 
-def test_needs_name_the_weights() -> None:
-    for name in RELEASED:
-        folder = PRESETS[name].folder
-        assert folder is not None and folder in PRESETS[name].needs
-        assert PRESETS[name].disk > PRESETS[name].stored
-    assert "ship with the project" in PRESETS["magi-pocket"].needs
+def test_disk_and_memory_of_a_released_model() -> None:
+    preset = PRESETS["magi-4.5b-distill"]
+    vae = 613_755_239
+    assert preset.disk == preset.stored + 4 * vae + 19_000_000_000
+    assert preset.memory == preset.stored + 2 * vae + kv_bytes(preset.config())
+
+
+def test_the_pocket_autoencoder_is_counted() -> None:
+    with torch.device("meta"):
+        vae = ViTVAE(POCKET_VAE)
+    assert PRESETS["magi-pocket"].vae_parameters == sum(parameter.numel() for parameter in vae.parameters())
 
 
 def test_pocket_is_the_pocket_configuration() -> None:

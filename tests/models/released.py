@@ -13,8 +13,8 @@ from models.magi.dit import MagiDiT
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 
-_SMALL = {"num_layers": 34, "hidden_size": 3072, "ffn_hidden_size": 12288, "num_attention_heads": 24}
-_LARGE = {
+_SMALL: dict[str, Any] = {"num_layers": 34, "hidden_size": 3072, "ffn_hidden_size": 12288, "num_attention_heads": 24}
+_LARGE: dict[str, Any] = {
     "num_layers": 48,
     "hidden_size": 6144,
     "ffn_hidden_size": 16384,
@@ -83,7 +83,7 @@ _TINY = {
     "caption_channels": 24,
     "caption_max_length": 60,
 }
-RELEASED = {
+RELEASED: dict[str, tuple[dict[str, Any], int, tuple[int, int]]] = {
     "4.5B_base": (_SMALL, 64, (720, 720)),
     "4.5B_distill": (_SMALL, 64, (720, 720)),
     "4.5B_distill_quant": (_SMALL, 64, (720, 720)),
@@ -97,7 +97,12 @@ def released_values(name: str) -> dict[str, Any]:
     """A released configuration file, decoded."""
     sizes, steps, (height, width) = RELEASED[name]
     distill, large = "distill" in name, name.startswith("24B")
-    runtime = {"cfg_number": 1 if distill else 3, "num_steps": steps, "video_size_h": height, "video_size_w": width}
+    runtime: dict[str, Any] = {
+        "cfg_number": 1 if distill else 3,
+        "num_steps": steps,
+        "video_size_h": height,
+        "video_size_w": width,
+    }
     runtime |= {"t5_device": "cuda" if large else "cpu", "load": f"./downloads/{name}"}
     engine = {"cp_size": 8 if large else 1, "distill": distill, "fp8_quant": name.endswith("quant")}
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,27 +26,29 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def inputs(b: int, s: int, keys: int, heads: int, groups: int, d: int, **kind: object) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(b: int, s: int, keys: int, heads: int, groups: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(s + keys)
     q = torch.randn(b, s, heads, d, generator=generator)
     k = torch.randn(b, keys, groups, d, generator=generator)
     v = torch.randn(b, keys, groups, d, generator=generator)
-    q, k, v = (x.to(**kind) for x in (q, k, v))
     return q, k, v
 
 
-def where_it_runs(name: str) -> dict[str, object]:
-    return {} if name == "sdpa" else {"device": "cuda", "dtype": torch.bfloat16}
+CASES = [pytest.param(name, marks=[] if name == "sdpa" else pytest.mark.gpu) for name in available_backends()]
 
 
-@pytest.mark.parametrize("name", available_backends())
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("groups", [8, 4, 2, 1])
 @pytest.mark.parametrize(("rows", "keys"), [(1, 7), (13, 13), (6, 40), (40, 3)])
 def test_backend_equals_plain_softmax(name: str, groups: int, rows: int, keys: int) -> None:
-    q, k, v = inputs(2, rows, keys, 8, groups, 16, **where_it_runs(name))
-    out = attention_backend(name)(q, k, v)
-    assert out.shape == q.shape
-    torch.testing.assert_close(out, plain(q, k, v))
+    q, k, v = inputs(2, rows, keys, 8, groups, 16)
+    if name == "sdpa":
+        out = attention_backend(name)(q, k, v)
+        assert out.shape == q.shape
+        torch.testing.assert_close(out, plain(q, k, v))
+    else:  # the GPU packages have no fp32 kernels
+        q, k, v = (x.to("cuda", torch.bfloat16) for x in (q, k, v))
+        torch.testing.assert_close(attention_backend(name)(q, k, v), plain(q, k, v), rtol=2e-2, atol=1e-2)
 
 
 def test_key_slices_of_a_larger_buffer_are_attended_as_they_are() -> None:
@@ -55,22 +58,19 @@ def test_key_slices_of_a_larger_buffer_are_attended_as_they_are() -> None:
     torch.testing.assert_close(attention_backend()(q, k[:, part], v[:, part]), expected)
 
 
-def test_grouped_keys_are_not_copied() -> None:
-    """A repeat of the keys per query head would allocate at least their own size."""
-    q, k, v = inputs(1, 4, 8192, 8, 2, 64)
-    attention_backend()(q, k, v)
+def allocated(work: Callable[[], Tensor]) -> int:
+    """Bytes that a computation allocates, inside the kernels too."""
+    work()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        attention_backend()(q, k, v)
-    allocated = sum(max(0, event.self_cpu_memory_usage) for event in record.events())
-    assert 0 < allocated < k.nbytes / 4
+        work()
+    return sum(max(0, event.self_cpu_memory_usage) for event in record.events())
 
 
-def test_keys_without_memory_of_their_own_can_be_attended() -> None:
-    """One row of keys that stands for a million: it could not be made real in the given space."""
-    q, k, v = inputs(1, 2, 1, 4, 2, 16)
-    rows = 1 << 20
-    out = attention_backend()(q, k.expand(-1, rows, -1, -1), v.expand(-1, rows, -1, -1))
-    torch.testing.assert_close(out, plain(q, k, v), rtol=1e-4, atol=1e-4)
+def test_grouped_keys_are_not_copied() -> None:
+    q, k, v = inputs(1, 4, 8192, 8, 2, 64)
+    copies = allocated(lambda: attention_backend()(q, k.repeat_interleave(4, dim=2), v.repeat_interleave(4, dim=2)))
+    assert copies > 8 * k.nbytes  # what it would cost
+    assert 0 < allocated(lambda: attention_backend()(q, k, v)) < k.nbytes / 4
 
 
 def test_sdpa_is_always_there_and_auto_gives_something_that_runs() -> None:

@@ -20,7 +20,7 @@ CASES = ["native", "resized", "image"]
 @cache
 def golden() -> tuple[ViTVAE, dict[str, Tensor]]:
     with safe_open(GOLDENS / "vae.safetensors", framework="pt") as file:
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}
         config = VaeConfig.from_dict(json.loads(file.metadata()["config"]), source="golden")
     vae = ViTVAE(config).requires_grad_(False)
     prefix = "weights."

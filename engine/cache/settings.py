@@ -1,0 +1,56 @@
+"""Reuse settings by name, and what they are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from engine.cache.policy import ChunkPolicy, NoReuse, Policy, WindowPolicy
+from engine.cache.reuse import KINDS, ReuseMemory
+from models.errors import InputError
+
+__all__ = ["POLICIES", "CacheSettings"]
+
+POLICIES = ("none", "flowcache", "teacache")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheSettings:
+    """How steps are reused.
+
+    Attributes:
+        policy: one of `POLICIES`.
+        threshold: epsilon; what it means is the policy's.
+        warmup_steps: m, first steps that are always computed.
+        reuse: one of `KINDS`.
+        clean_forward: renew the KV of a finished chunk by a pass of its own; the published runs do not.
+        nearly_clean_mix: the context-free pass of the cleanest chunk of a distilled model.
+    """
+
+    policy: str = "none"
+    threshold: float = 0.0
+    warmup_steps: int = 1
+    reuse: str = "residual"
+    clean_forward: bool = True
+    nearly_clean_mix: bool = True
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise InputError(f"unknown reuse policy {self.policy!r}: choose from {', '.join(POLICIES)}")
+        if self.reuse not in KINDS:
+            raise InputError(f"unknown kind of reuse {self.reuse!r}: choose from {', '.join(KINDS)}")
+        self.new_policy()  # checks the figures
+
+    def new_policy(self) -> Policy:
+        """A policy with empty state, for one request."""
+        if self.policy == "none":
+            return NoReuse()
+        kind = ChunkPolicy if self.policy == "flowcache" else WindowPolicy
+        return kind(self.threshold, self.warmup_steps)
+
+    def new_memory(self) -> ReuseMemory:
+        """An empty memory, for one request."""
+        return ReuseMemory(self.reuse)
+
+    def with_threshold(self, threshold: float) -> CacheSettings:
+        """The same with another threshold."""
+        return replace(self, threshold=threshold)

@@ -1,0 +1,316 @@
+"""The measuring is held against clips whose truth is known: drawn ones, and drawn ones that were spoilt."""
+
+import csv
+import math
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.adherence import Adherence, adherence
+from benchmarks.pocket_quality import app
+from benchmarks.prompts import balanced_scenes
+from benchmarks.report import run_app
+from benchmarks.summary import csv_row, figures, percentile
+from benchmarks.tracking import direction, fit_line, wrap
+from models.pocket.clips import RADIUS, SIDE, SPEED, Objects, draw_background, render
+from models.pocket.preset import write_vae_config
+from models.pocket.train_dit import new_dit
+from models.pocket.train_vae import POCKET_VAE, new_vae
+from models.pocket.words import COLOURS, MOTIONS, SHAPES, Scene
+
+SCENES = [Scene(colour=c, shape=s, motion=m) for c, s, m in product(COLOURS, SHAPES, MOTIONS)]
+RED_CIRCLE = Scene(colour="red", shape="circle", motion="right")
+
+
+def as_drawn(video: Tensor) -> Tensor:
+    """[3, F, S, S] in -1..1 -> uint8 [F, S, S, 3]."""
+    return ((video + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+
+def clip(scene: Scene, *, seed: int = 0, start: tuple[float, float] = (10.3, 50.8), frames: int = 96) -> Tensor:
+    background = draw_background(1, torch.Generator().manual_seed(seed))
+    objects = Objects(
+        colour=torch.tensor([[list(COLOURS).index(scene.colour)]]),
+        shape=torch.tensor([[SHAPES.index(scene.shape)]]),
+        motion=torch.tensor([[list(MOTIONS).index(scene.motion)]]),
+        position=torch.tensor(start).reshape(1, 1, 2),
+        velocity=SPEED * torch.tensor(MOTIONS[scene.motion]).float().reshape(1, 1, 2),
+        radius=torch.full((1, 1), RADIUS),
+    )
+    return as_drawn(render(objects, background, frames)[0])
+
+
+def assert_true_to(scene: Scene, measured: Adherence) -> None:
+    assert (measured.colour, measured.motion, measured.shape) == (scene.colour, scene.motion, scene.shape)
+    assert math.dist(measured.velocity, MOTIONS[scene.motion]) < 0.01
+    assert set(measured.chunk_motions) == {scene.motion}
+    assert max(measured.border_errors) < 0.3 and measured.deviation < 0.3
+    assert measured.whole and measured.overlap > 0.95 and measured.stray < 0.001 and measured.found == 1
+    assert 0.95 < measured.chunk_seam < 1.05 and 0.95 < measured.tile_seam < 1.05
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_every_scene_as_drawn_is_right(colour: str):
+    for i, scene in enumerate(scene for scene in SCENES if scene.colour == colour):
+        assert_true_to(scene, adherence(clip(scene, seed=i, start=(7.7 * i, 31.1 * i), frames=48), scene))
+
+
+place = st.floats(0, SIDE, exclude_max=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(scene=st.sampled_from(SCENES), start=st.tuples(place, place), seed=st.integers(0, 10_000))
+def test_any_start_and_background_as_drawn_is_right(scene: Scene, start: tuple[float, float], seed: int):
+    assert_true_to(scene, adherence(clip(scene, seed=seed, start=start), scene))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("border", "axis"), [(24, 1), (48, 2), (72, 1)])
+def test_a_jump_at_a_border_is_measured_there_and_nowhere_else(shape: str, border: int, axis: int):
+    scene = Scene(colour="green", shape=shape, motion="left")
+    frames = clip(scene)
+    frames[border:] = frames[border:].roll(6, dims=axis)
+    measured = adherence(frames, scene)
+    expected = [6.0 if at == border else 0.0 for at in (24, 48, 72)]
+    assert measured.border_errors == pytest.approx(expected, abs=0.1)
+    assert measured.motion_right and measured.chunk_seam > 1.3 and measured.deviation > 2
+
+
+def test_an_object_that_stops_at_a_border_is_an_error_of_the_way_it_misses():
+    frames = clip(RED_CIRCLE, frames=48)
+    frames[24:] = frames[23]
+    assert adherence(frames, RED_CIRCLE).border_errors == pytest.approx([2.5], abs=0.05)  # mean of 1, 2, 3, 4
+
+
+def test_an_object_that_turns_back_half_way_moves_in_no_direction():
+    frames = clip(RED_CIRCLE)
+    frames[48:] = frames[48:].flip(0)
+    measured = adherence(frames, RED_CIRCLE)
+    assert not measured.motion_right
+    assert measured.chunk_motions == ("right", "right", "left", "left")
+    assert measured.border_errors[1] > 10
+
+
+@pytest.mark.parametrize("word", ["colour", "shape", "motion"])
+def test_another_word_than_the_prompts_is_wrong_and_the_rest_right(word: str):
+    others = {"colour": "yellow", "shape": "cross", "motion": "up"}
+    shown = Scene(**{key: others[key] if key == word else getattr(RED_CIRCLE, key) for key in others})
+    measured = adherence(clip(shown), RED_CIRCLE)
+    right = {"colour": measured.colour_right, "shape": measured.shape_right, "motion": measured.motion_right}
+    assert right == {key: key != word for key in others}
+    assert getattr(measured, word) == others[word]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("apart", [(14, 0), (20, 10), (32, 32)])
+def test_a_doubled_object_is_not_whole(shape: str, apart: tuple[int, int]):
+    scene = Scene(colour="magenta", shape=shape, motion="down")
+    frames = clip(scene)
+    double = frames.roll(apart, dims=(1, 2))
+    coloured = double.float().amax(-1) - double.float().amin(-1) > 40
+    measured = adherence(torch.where(coloured[..., None], double, frames), scene)
+    assert not measured.whole and measured.stray > 0.15 and measured.overlap < 0.7
+
+
+def test_a_streak_is_not_whole():
+    frames = clip(RED_CIRCLE)
+    frames[:, 40:43] = torch.tensor([224, 33, 33], dtype=torch.uint8)
+    measured = adherence(frames, RED_CIRCLE)
+    assert not measured.whole and measured.stray > 0.1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_blurred_object_keeps_colour_and_motion_but_is_not_whole(shape: str):
+    scene = Scene(colour="blue", shape=shape, motion="up")
+    kernel = torch.exp(-(torch.arange(-9, 10) ** 2) / (2 * 3.0**2))
+    kernel /= kernel.sum()
+    planes = torch.nn.functional.pad(clip(scene).permute(0, 3, 1, 2).float(), (9, 9, 9, 9), mode="circular")
+    rows = torch.nn.functional.conv2d(planes.flatten(0, 1)[:, None], kernel.reshape(1, 1, -1, 1))
+    blurred = torch.nn.functional.conv2d(rows, kernel.reshape(1, 1, 1, -1)).reshape(-1, 3, SIDE, SIDE)
+    measured = adherence(blurred.round().to(torch.uint8).permute(0, 2, 3, 1), scene)
+    assert measured.colour_right and measured.motion_right and max(measured.border_errors) < 0.3
+    assert measured.overlap < 0.78 and not measured.whole
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_little_noise_changes_no_verdict(shape: str):
+    scene = Scene(colour="cyan", shape=shape, motion="still")
+    frames = clip(scene).float()
+    noise = 8 * torch.randn(frames.shape, generator=torch.Generator().manual_seed(0))
+    measured = adherence((frames + noise).clamp(0, 255).to(torch.uint8), scene)
+    assert measured.colour_right and measured.motion_right and measured.whole
+    assert max(measured.border_errors) < 0.3
+
+
+@pytest.mark.parametrize("kind", ["noise", "grey"])
+def test_frames_without_an_object_are_right_for_no_prompt(kind: str):
+    frames = torch.full((96, SIDE, SIDE, 3), 128, dtype=torch.uint8)
+    if kind == "noise":
+        frames.random_(0, 256, generator=torch.Generator().manual_seed(1))
+    for motion in MOTIONS:
+        measured = adherence(frames, Scene(colour="red", shape="circle", motion=motion))
+        assert measured.motion is None and measured.shape is None and measured.found == 0
+        assert measured.border_errors == (math.inf,) * 3 and measured.stray == 1 and not measured.whole
+    assert measured.colour is None or measured.colour_share < 0.25
+
+
+def test_an_object_that_vanishes_makes_its_border_infinite():
+    frames = clip(RED_CIRCLE)
+    frames[46:52] = 128
+    measured = adherence(frames, RED_CIRCLE)
+    assert measured.border_errors[1] == math.inf
+    assert measured.border_errors[0] < 0.3 and measured.border_errors[2] < 0.3
+    assert measured.found == pytest.approx(90 / 96)
+
+
+def test_a_seam_in_brightness_shows_at_its_kind_of_border():
+    frames = clip(RED_CIRCLE)
+    chunks, tiles = frames.clone(), frames.clone()
+    chunks[24:48] += 10
+    tiles[12:24] += 10
+    tiles[36:48] += 10
+    tiles = torch.cat([tiles[:24], tiles[:24].roll(24, dims=2)])  # the second half's borders without a step
+    assert adherence(chunks, RED_CIRCLE).chunk_seam > 2 > 1.1 > adherence(chunks, RED_CIRCLE).tile_seam
+    assert adherence(tiles, RED_CIRCLE).tile_seam > 2
+
+
+def test_frames_of_another_form_are_refused():
+    with pytest.raises(ValueError, match="uint8"):
+        adherence(clip(RED_CIRCLE).float(), RED_CIRCLE)
+    with pytest.raises(ValueError, match="64"):
+        adherence(clip(RED_CIRCLE)[:, :32], RED_CIRCLE)
+
+
+@given(
+    velocity=st.tuples(st.floats(-3, 3), st.floats(-3, 3)),
+    origin=st.tuples(place, place),
+    wrong=st.sets(st.integers(0, 23), max_size=5),
+)
+@settings(max_examples=50, deadline=None)
+def test_a_line_is_found_across_the_border_in_spite_of_outliers(velocity, origin, wrong):
+    times = torch.arange(24.0)
+    centres = torch.tensor(origin) + torch.tensor(velocity) * times[:, None]
+    for i in wrong:
+        centres[i] += 5
+    line = fit_line(times, torch.remainder(centres, SIDE))
+    truth = torch.tensor(origin) + torch.tensor(velocity) * times[:, None]
+    assert wrap(line.at(times) - truth).abs().max() < 2.5  # the outliers are 5 off
+    if not wrong:
+        assert line.velocity.tolist() == pytest.approx(velocity, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("velocity", "name"),
+    [
+        ((1.0, 0.0), "right"),
+        ((-0.6, 0.3), "left"),
+        ((0.1, -1.2), "up"),
+        ((-0.2, 0.9), "down"),
+        ((0.1, 0.2), "still"),
+        ((0.4, 0.0), None),
+        ((0.7, 0.6), None),
+    ],
+)
+def test_directions_have_names_and_gaps_between_them(velocity, name):
+    assert direction(torch.tensor(velocity)) == name
+
+
+def test_sixty_scenes_are_all_different_and_even_over_the_words():
+    scenes = balanced_scenes(60, seed=3)
+    assert len(set(scenes)) == 60
+    for word, known, times in (("colour", COLOURS, 10), ("shape", SHAPES, 15), ("motion", MOTIONS, 12)):
+        assert Counter(getattr(scene, word) for scene in scenes) == dict.fromkeys(known, times)
+    assert set(balanced_scenes(120, seed=3)) == set(SCENES)
+    assert scenes == balanced_scenes(60, seed=3) != balanced_scenes(60, seed=4)
+
+
+@given(st.integers(1, 60), st.integers(0, 99))
+def test_any_number_of_scenes_is_even_to_within_one(count, seed):
+    scenes = balanced_scenes(count, seed)
+    for word, known in (("colour", COLOURS), ("shape", SHAPES), ("motion", MOTIONS)):
+        times = Counter({value: 0 for value in known})
+        times.update(getattr(scene, word) for scene in scenes)
+        assert max(times.values()) - min(times.values()) <= 1
+
+
+def test_percentiles_take_infinite_values():
+    assert percentile([3.0, 1.0, math.inf, 2.0], 0.75) == 3
+    assert percentile([3.0, 1.0, math.inf, 2.0], 0.9) == math.inf
+
+
+def test_figures_fail_each_at_its_own_threshold():
+    good, jumping = clip(RED_CIRCLE), clip(RED_CIRCLE)
+    for border in (24, 48, 72):
+        jumping[border:] = jumping[border:].roll(6, dims=1)
+    yellow = clip(Scene(colour="yellow", shape="circle", motion="right"))
+    still = clip(Scene(colour="red", shape="circle", motion="still"))
+
+    def verdicts(*videos: Tensor) -> list[bool | None]:
+        return [figure.passed for figure in figures([adherence(video, RED_CIRCLE) for video in videos])][:3]
+
+    assert verdicts(good, good) == [True, True, True]
+    assert verdicts(good, yellow) == [False, True, True]
+    assert verdicts(good, still) == [True, False, True]
+    assert verdicts(good, jumping, jumping) == [True, True, False]
+    assert verdicts(*[good] * 9, yellow) == [True, True, True]  # 90% is enough
+    assert verdicts(*[good] * 4, still) == [True, True, True]  # 80% is enough
+    nothing = torch.full_like(good, 128)
+    assert verdicts(nothing) == [False, False, False]
+
+
+def keep(folder: Path, videos: dict[str, Tensor]) -> Path:
+    folder.mkdir()
+    for i, (prompt, frames) in enumerate(videos.items()):
+        save_file({"frames": frames}, folder / f"{i:03}.safetensors", metadata={"prompt": prompt, "seed": str(i)})
+    return folder
+
+
+def test_kept_frames_of_true_clips_pass_and_leave_all_results(tmp_path, capsys):
+    scenes = balanced_scenes(4, seed=0)
+    kept = keep(tmp_path / "frames", {scene.prompt: clip(scene, frames=48) for scene in scenes})
+    assert run_app(app, "quality", ["--frames-from", str(kept), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.count("PASS") == 3
+    rows = list(csv.DictReader((tmp_path / "out" / "pocket_quality.csv").open()))
+    assert [row["prompt"] for row in rows] == [scene.prompt for scene in scenes]
+    assert {row["whole"] for row in rows} == {"True"} and float(rows[0]["border_error_max"]) < 0.3
+    assert "| colour right" in (tmp_path / "out" / "pocket_quality.md").read_text()
+    assert (tmp_path / "out" / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((tmp_path / "out").glob("*.part"))
+
+
+def test_kept_frames_that_do_not_follow_their_prompt_fail(tmp_path, capsys):
+    kept = keep(tmp_path / "frames", {"a green circle moving right": clip(RED_CIRCLE, frames=48)})
+    assert run_app(app, "quality", ["--frames-from", str(kept), "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().out.count("FAIL") == 1
+
+
+@pytest.mark.parametrize("content", [None, b"not a video"])
+def test_frames_that_cannot_be_read_are_one_clear_line(tmp_path, capsys, content):
+    if content is not None:
+        (tmp_path / "000.safetensors").write_bytes(content)
+    assert run_app(app, "quality", ["--frames-from", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("quality: error: ") and str(tmp_path) in message
+
+
+def test_videos_of_an_untrained_model_are_made_kept_and_fail(tmp_path):
+    weights = tmp_path / "weights"
+    write_vae_config(weights / "vae", POCKET_VAE)
+    save_file(new_vae(0).state_dict(), weights / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file(new_dit(0).state_dict(), weights / "model.safetensors")
+    out = tmp_path / "out"
+    options = ["--prompts", "2", "--chunks", "2", "--steps", "4", "--seed", "7", "--keep-frames"]
+    assert run_app(app, "quality", [*options, "--weights", str(weights), "--out", str(out)]) == 1
+    kept = [load_file(path)["frames"] for path in sorted((out / "frames").iterdir())]
+    assert [frames.shape for frames in kept] == [(48, SIDE, SIDE, 3)] * 2
+    scene = balanced_scenes(2, seed=7)[0]
+    rows = list(csv.reader((out / "pocket_quality.csv").open()))
+    again = csv_row(adherence(kept[0], scene))
+    assert rows[1][0] == scene.prompt and float(rows[1][2]) == pytest.approx(again[2], rel=1e-5)

@@ -1,0 +1,76 @@
+"""The sliding-window schedule: any chunks, window, steps and offset."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.schedule import Schedule
+from models.errors import InputError
+
+
+@st.composite
+def schedules(draw):
+    window = draw(st.integers(1, 6))
+    first = draw(st.integers(0, 5))
+    return Schedule(
+        first=first,
+        chunks=first + draw(st.integers(1, 12)),
+        num_steps=window * draw(st.integers(1, 5)),
+        window=window,
+    )
+
+
+@given(schedules())
+def test_each_chunk_gets_each_step_once_and_in_order(schedule):
+    seen = {chunk: [] for chunk in range(schedule.first, schedule.chunks)}
+    for tick in schedule:
+        for chunk, step in tick.active:
+            assert schedule.tick_of(chunk, step) == tick.index
+            seen[chunk].append(step)
+    assert all(steps == list(range(schedule.num_steps)) for steps in seen.values())
+
+
+@given(schedules())
+def test_a_window_holds_neighbours_one_stage_apart(schedule):
+    for tick in schedule:
+        assert 1 <= len(tick.active) <= schedule.window
+        for (older, ahead), (younger, behind) in zip(tick.active, tick.active[1:], strict=False):
+            assert younger == older + 1
+            assert ahead - behind == schedule.stage_steps
+
+
+@given(schedules())
+def test_chunks_enter_finish_and_retire_once_in_order(schedule):
+    ticks = list(schedule)
+    generated = list(range(schedule.first, schedule.chunks))
+    assert len(ticks) == schedule.ticks
+    assert [t.entering for t in ticks if t.entering is not None] == generated
+    assert [t.finishing for t in ticks if t.finishing is not None] == generated
+    # The last chunk ends the video and is never renewed.
+    assert [t.retiring for t in ticks if t.retiring is not None] == generated[:-1]
+    finished = {t.finishing: t.index for t in ticks}
+    for tick in ticks:
+        if tick.retiring is not None:
+            assert finished[tick.retiring] == tick.index - 1
+
+
+def test_number_of_ticks_of_the_published_run():
+    """Ten chunks at 64 steps: p * (n + W - 1) forwards (specification 7.3)."""
+    assert Schedule(first=0, chunks=10, num_steps=64, window=4).ticks == 16 * 13
+
+
+def test_worked_trace_of_the_specification():
+    """W = 4, N = 8, n = 4 (specification 7.7)."""
+    active = [tick.active for tick in Schedule(first=0, chunks=4, num_steps=8, window=4)]
+    assert active[0] == ((0, 0),)
+    assert active[6] == ((0, 6), (1, 4), (2, 2), (3, 0))
+    assert active[8] == ((1, 6), (2, 4), (3, 2))
+    assert active[13] == ((3, 7),)
+
+
+@pytest.mark.parametrize(
+    ("first", "chunks", "num_steps", "window"), [(0, 4, 10, 4), (0, 4, 0, 4), (4, 4, 8, 4), (0, 0, 8, 4), (0, 4, 8, 0)]
+)
+def test_figures_that_make_no_schedule_are_refused(first, chunks, num_steps, window):
+    with pytest.raises(InputError):
+        Schedule(first=first, chunks=chunks, num_steps=num_steps, window=window)

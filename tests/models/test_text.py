@@ -1,0 +1,245 @@
+"""Prompt cleaning, a real T5 of a few thousand parameters made on the spot, and special tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from models.errors import InputError
+from models.magi.prompt_cleaning import clean_prompt
+from models.magi.text import Caption, SpecialTokens, T5Encoder, TextEncoder, with_special_tokens
+
+CHANNELS = 16
+CORPUS = """a cat sits on a red mat
+good morning, says the tall woman with a black hat
+two dogs run along the beach at sunset
+slow motion, wide angle, a boat on the calm sea
+the camera follows a small bird through the old forest
+"""
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cleaned"),
+    [
+        pytest.param("  A+Big%20Cat ", "a big cat", id="1 url-unquote, strip, lower"),
+        pytest.param("a <person> walks", "a person walks", id="2 person"),
+        pytest.param("see https://cats.org/all-cats of a cat", "see of a cat", id="3 address with a scheme"),
+        pytest.param("see https://some.site/page", "see some. site page", id="3 a scheme alone, of unknown endings"),
+        pytest.param("see www.cats.com/all of a cat", "see of a cat", id="3 bare address"),
+        pytest.param("see www:cats", "see ats", id="3 www and a colon"),
+        pytest.param("a <b>bold</b> cat", "a bold cat", id="4 tags"),
+        pytest.param("a cat by @someone here", "a cat by here", id="5 handles"),
+        pytest.param("a cat 一只猫 \u31c5\u31f1㈱㍍㐂䷀ runs", "a cat runs", id="6 Chinese characters"),
+        pytest.param("black\u2014\u2013white", "black-white", id="7 dashes"),
+        pytest.param("she said «hi» today", 'she said "hi" today', id="8 double quotes"),
+        pytest.param("the cat‘s hat", "the cat's hat", id="8 single quotes"),
+        pytest.param("salt &amp;amp pepper", "salt pepper", id="9 leftover entity"),
+        pytest.param("salt &amp;quot;pepper", "salt pepper", id="9 leftover quote"),
+        pytest.param("from 192.168.1.10 came a cat", "from came a cat", id="10 network addresses"),
+        pytest.param("a cat 1:23 @someone", "a cat", id="11 a time at the end"),
+        pytest.param("a cat at 1:23", "a cat at 1:23", id="11 no space after it"),
+        pytest.param(r"a cat\n runs", "a cat runs", id="12 literal newline"),
+        pytest.param("cat #12 of 1234567 #12345", "cat of", id="13 numbers"),
+        pytest.param("a cat in photo.jpeg now", "a cat in now", id="14 file names"),
+        pytest.param("he said ''' yes", 'he said " yes', id="15 runs of quotes"),
+        pytest.param("a cat... runs", "a cat runs", id="15 runs of dots"),
+        pytest.param("a cat*~(white)/[black]\\{x}|y", "a cat white black x y", id="16 marks"),
+        pytest.param("a cat . it runs", "a cat it runs", id="17 lonely dots"),
+        pytest.param("a-b_c-d stays", "a-b_c-d stays", id="18 three joiners"),
+        pytest.param("a-b_c-d_e goes", "a b c d e goes", id="18 four joiners"),
+        pytest.param("a ﬁsh and a ｄｏｇ", "a fish and a dog", id="19 ligatures and wide letters"),
+        pytest.param("cat ab123 dsc00123 x12y 1ab2 end", "cat end", id="20 codes"),
+        pytest.param("worldwide free shipping of a cat", "of a cat", id="21 shipping"),
+        pytest.param("free download a cat", "a cat", id="21 download"),
+        pytest.param("click on this a cat", "a cat", id="21 click"),
+        pytest.param("a png image of a cat", "a of a cat", id="21 file kinds"),
+        pytest.param("a cat page 12 sleeps", "a cat sleeps", id="21 pages"),
+        pytest.param("a cat 1a2b3c sleeps", "a cat sleeps", id="22 mixed codes"),
+        pytest.param("a 1920x1080 cat, 3.5×4 wide", "a cat, wide", id="23 sizes"),
+        pytest.param("a cat : a dog", "a cat: a dog", id="24 space before a colon"),
+        pytest.param("red,green cat.sleeps", "red, green cat. sleeps", id="25 space after punctuation"),
+        pytest.param("a \t cat \n\n runs", "a cat runs", id="26 spaces"),
+        pytest.param('"a quoted cat"', "a quoted cat", id="27 quote around all"),
+        pytest.param("-a cat", "a cat", id="27 leading mark"),
+        pytest.param("a cat_", "a cat", id="27 trailing mark"),
+        pytest.param(".hidden", "", id="27 a dot and a word"),
+        pytest.param("", "", id="empty"),
+    ],
+)
+def test_cleaning_rule(prompt: str, cleaned: str) -> None:
+    assert clean_prompt(prompt) == cleaned
+
+
+def test_cleaning_runs_twice() -> None:
+    """One pass leaves `a%20cat` of a doubly quoted prompt."""
+    assert clean_prompt("a%2520cat") == "a cat"
+
+
+def test_an_ordinary_prompt_is_only_lowered() -> None:
+    prompt = "Good Morning! A woman, 30 years old, waves (slowly) at the well-known camera."
+    assert clean_prompt(prompt) == "good morning! a woman, 30 years old, waves slowly at the well-known camera."
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Laid out as the released folder: a sentencepiece model, and no tokenizer.json."""
+    root = tmp_path_factory.mktemp("t5")
+    folder = root / "t5-v1_1-xxl"
+    folder.mkdir()
+    (root / "corpus.txt").write_text(CORPUS)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(root / "corpus.txt"),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=50,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (folder / "spiece.vocab").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 0}')
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=50,
+        d_model=CHANNELS,
+        d_kv=4,
+        d_ff=32,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    T5EncoderModel(config).save_pretrained(folder)
+    return root
+
+
+def test_t5_gives_the_rows_that_count_of_a_padded_encoding(t5_folder: Path) -> None:
+    prompt = "A cat sits on a Red mat"
+    encoder: TextEncoder = T5Encoder(t5_folder, max_length=40)
+    rows = encoder.encode(prompt).embeddings
+    tokenizer = T5Tokenizer.from_pretrained(t5_folder / "t5-v1_1-xxl")
+    model = T5EncoderModel.from_pretrained(t5_folder / "t5-v1_1-xxl").eval()
+    padded = tokenizer(prompt.lower(), max_length=40, padding="max_length", truncation=True, return_tensors="pt")
+    count = int(padded["attention_mask"].sum())
+    assert 1 < count < 40
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(t5_folder / "t5-v1_1-xxl" / "spiece.model"))
+    assert padded["input_ids"][0, :count].tolist() == [*pieces.encode(prompt.lower()), pieces.eos_id()]
+    with torch.no_grad():
+        expected = model(padded["input_ids"], attention_mask=padded["attention_mask"]).last_hidden_state[0, :count]
+    assert rows.dtype == torch.float32
+    assert not rows.requires_grad
+    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_t5_cleans_the_prompt(t5_folder: Path) -> None:
+    encoder = T5Encoder(t5_folder)
+    clean = encoder.encode("a cat on a mat").embeddings
+    assert torch.equal(encoder.encode("A <b>cat</b> on a mat @nobody").embeddings, clean)
+    assert not torch.equal(encoder.encode("a dog on a mat").embeddings[-1], clean[-1])
+
+
+def test_t5_cuts_a_long_prompt(t5_folder: Path) -> None:
+    encoder = T5Encoder(t5_folder, max_length=6)
+    assert encoder.encode(CORPUS).embeddings.shape == (6, CHANNELS)
+
+
+def test_t5_can_be_released_and_used_again(t5_folder: Path) -> None:
+    encoder = T5Encoder(t5_folder)
+    before = encoder.encode("a cat").embeddings
+    encoder.release()
+    assert torch.equal(encoder.encode("a cat").embeddings, before)
+
+
+def test_an_empty_prompt_still_has_its_end_token(t5_folder: Path) -> None:
+    assert T5Encoder(t5_folder).encode("").embeddings.shape == (1, CHANNELS)
+
+
+def test_a_missing_or_damaged_t5_is_reported(t5_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="t5_pretrained must hold the folder t5-v1_1-xxl"):
+        T5Encoder(tmp_path)
+    (tmp_path / "t5-v1_1-xxl").mkdir()
+    with pytest.raises(InputError, match="cannot load the T5 encoder from .*t5-v1_1-xxl") as caught:
+        T5Encoder(tmp_path).encode("a cat")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("package", ["transformers", "sentencepiece", "google.protobuf"])
+def test_a_missing_package_is_named(package: str, t5_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=f"the T5 encoder needs the package {package}: pip install"):
+        T5Encoder(t5_folder)
+
+
+@pytest.mark.parametrize("package", ["ftfy", "bs4"])
+def test_cleaning_names_a_missing_package(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=f"needs the Python package {package}: pip install"):
+        clean_prompt("a cat")
+
+
+def write_tokens(path: Path, rows: int = 100) -> tuple[np.ndarray, str]:
+    other = np.random.default_rng(0).standard_normal((rows, CHANNELS))
+    one = np.ones((1, CHANNELS))
+    np.savez(path, caption_token=one, logo_token=one, other_tokens=other)
+    return other, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_special_tokens_are_rounded_to_fp16(tmp_path: Path) -> None:
+    other, digest = write_tokens(tmp_path / "tokens.npz")
+    tokens = SpecialTokens.from_npz(tmp_path / "tokens.npz", sha256=digest)
+    assert tokens.other.dtype == torch.float32
+    assert np.array_equal(tokens.other.numpy(), other.astype(np.float16).astype(np.float32))
+    assert not np.array_equal(tokens.other.numpy(), other.astype(np.float32))
+
+
+def test_other_special_tokens_are_reported(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.npz"
+    with pytest.raises(InputError, match="cannot read the special tokens .*tokens.npz"):
+        SpecialTokens.from_npz(path)
+    _, digest = write_tokens(path, rows=7)
+    with pytest.raises(InputError, match=f"its SHA-256 is {digest}, not b54bc664"):
+        SpecialTokens.from_npz(path)
+    with pytest.raises(InputError, match=r"other_tokens has shape \[7, 16\]"):
+        SpecialTokens.from_npz(path, sha256=digest)
+    np.savez(path, tokens=np.ones(3))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(InputError, match="holds no array other_tokens"):
+        SpecialTokens.from_npz(path, sha256=digest)
+    path.write_text("no archive")
+    with pytest.raises(InputError, match="holds no array other_tokens"):
+        SpecialTokens.from_npz(path, sha256=hashlib.sha256(b"no archive").hexdigest())
+
+
+def numbered() -> tuple[Caption, SpecialTokens]:
+    """Text rows hold -1, -2, -3; row r of the special tokens holds r."""
+    text = -torch.arange(1.0, 4.0)[:, None].expand(3, CHANNELS)
+    return Caption(embeddings=text), SpecialTokens(other=torch.arange(100.0)[:, None].expand(100, CHANNELS))
+
+
+@pytest.mark.parametrize(
+    ("duration", "hq", "first"), [(True, True, [9, 1]), (True, False, [9]), (False, True, [1]), (False, False, [])]
+)
+def test_special_tokens_come_first_duration_before_quality(duration: bool, hq: bool, first: list[int]) -> None:
+    caption, tokens = numbered()
+    out = with_special_tokens(caption, tokens, chunks_left=2, duration=duration, hq=hq, max_length=800)
+    assert out.embeddings[:, 0].tolist() == [*first, -1, -2, -3]
+
+
+@pytest.mark.parametrize(("chunks_left", "row"), [(0, 7), (1, 8), (6, 13), (7, 14), (8, 14), (500, 14)])
+def test_the_duration_token_counts_chunks_down(chunks_left: int, row: int) -> None:
+    caption, tokens = numbered()
+    out = with_special_tokens(caption, tokens, chunks_left=chunks_left, duration=True, hq=False, max_length=800)
+    assert out.embeddings[0, 0] == row
+
+
+def test_the_end_of_a_long_text_falls_off() -> None:
+    caption, tokens = numbered()
+    out = with_special_tokens(caption, tokens, chunks_left=0, duration=True, hq=True, max_length=4)
+    assert out.embeddings[:, 0].tolist() == [7, 1, -1, -2]

@@ -1,0 +1,53 @@
+"""Imports point down only, and heavy or distributed packages stay where they belong."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = ["models", "engine", "parallel", "launch"]
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} uses a relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def files(layer):
+    found = sorted((ROOT / layer).rglob("*.py"))
+    assert found, f"no files in {layer}"
+    return found
+
+
+@pytest.mark.parametrize("layer", ORDER)
+def test_imports_point_down_only(layer):
+    above = set(ORDER[ORDER.index(layer) + 1 :]) | {"benchmarks", "tests"}
+    for path in files(layer):
+        for module in imported_modules(path):
+            assert module.split(".")[0] not in above, f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("layer", ["models", "engine"])
+def test_no_distributed_code_below_parallel(layer):
+    for path in files(layer):
+        for module in imported_modules(path):
+            assert module.split(".")[0] != "ray", f"{path} imports {module}"
+            assert not module.startswith("torch.distributed"), f"{path} imports {module}"
+
+
+def test_the_schedule_is_plain_python():
+    assert not any(module.startswith("torch") for module in imported_modules(ROOT / "engine" / "schedule.py"))
+    assert not any(module.startswith("torch") for module in imported_modules(ROOT / "engine" / "kv" / "layout.py"))
+
+
+def test_importing_the_engine_does_not_import_ray():
+    code = "import sys, engine.engine, models.magi.pipeline; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
