@@ -64,7 +64,7 @@ class Video:
 @app.command()
 def run(
     prompts: Annotated[int, typer.Option(min=1, max=_SEEDS, help="How many prompts.")] = 60,
-    chunks: Annotated[int, typer.Option(min=1, help="Length of each video, in chunks of 24 frames.")] = 4,
+    chunks: Annotated[int, typer.Option(min=2, help="Length of each video, in chunks of 24 frames.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of prompts and of all noise.")] = 9001,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own by default.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Folder of weights, in place of those that ship.")] = None,
@@ -76,6 +76,9 @@ def run(
 ) -> None:
     """Make videos of many prompts with magi-pocket and measure whether they show what was asked for."""
     output_folder(out)
+    keep = output_folder(out / "frames") if keep_frames else None
+    if keep is not None and any(keep.iterdir()):
+        raise InputError(f"{keep} holds frames of another run: remove it, or choose another folder with --out")
     if frames_from is None:
         config = pocket_config()
         num_steps = steps or config.runtime_config.num_steps
@@ -88,7 +91,7 @@ def run(
         if not kept:
             raise InputError(f"no frames in {frames_from}: give the folder `frames` of a run with --keep-frames")
         videos, count, source = map(_read_video, kept), len(kept), f"{len(kept)} videos from {frames_from}"
-    strips, seconds = _measure(videos, count, output_folder(out / "frames") if keep_frames else None)
+    strips, seconds = _measure(videos, count, keep)
     if frames_from is None:
         source += f", {seconds / count:.2f} s a video"
     raise typer.Exit(0 if _write(out, strips, source) else 1)

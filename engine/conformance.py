@@ -18,6 +18,7 @@ from engine.cache import CacheSettings
 from engine.engine import Engine
 from engine.kv.selection import SelectionSettings, select
 from engine.noise import GivenNoise
+from engine.record import RunTrace
 from engine.request import Request
 from models.attention import Attention
 from models.errors import InputError
@@ -153,13 +154,19 @@ def _check_generation(golden: _Golden) -> Verdict:
         seed=0,
     )
     given = None if prefix is None else prefix.to(config.model_config.dtype)
-    made = list(engine.generate_latents(request, captions, given, GivenNoise(noise)))
+    trace = RunTrace()
+    made = list(engine.generate_latents(request, captions, given, GivenNoise(noise), trace=trace))
     expected = list(golden.named("output.chunk.").values())
     if len(made) != len(expected):
         detail = f"{len(made)} chunks, {len(expected)} expected"
         return _verdict(golden, error=float("inf"), detail=detail, passed=False)
     error = max(relative_error(a, b) for a, b in zip(made, expected, strict=True))
-    return _verdict(golden, error=error, detail=f"{len(made)} chunks", passed=error <= TOLERANCE)
+    detail, equal = f"{len(made)} chunks", True
+    if "output.reuse_flags" in golden.tensors:
+        flags = torch.from_numpy(trace.finish({}).flags)
+        equal = torch.equal(flags, golden.tensor("output.reuse_flags"))
+        detail += f", flags {'equal' if equal else 'differ'}"
+    return _verdict(golden, error=error, detail=detail, passed=equal and error <= TOLERANCE)
 
 
 def _cache_settings(golden: _Golden) -> CacheSettings:

@@ -7,6 +7,7 @@ other process.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,17 +16,18 @@ import torch
 from torch import Tensor
 
 from engine.cache import CacheSettings, Decision
-from engine.executor import Admission, LocalExecutor
+from engine.executor import Admission, Executor, LocalExecutor
 from engine.kv import Compression, KVBuffer, KVLayout, KVSettings
 from engine.noise import NoiseSource, SeededNoise
+from engine.record import RunTrace
 from engine.request import Prefix, Request
 from engine.run import Reuse, VideoRun, VideoShape, Work, clean_capacity
-from engine.schedule import Tick
+from engine.schedule import Schedule, Tick
 from models.attention import Attention
 from models.errors import InputError
 from models.family import CaptionTable, Sampling, VideoModel
 
-__all__ = ["Chunk", "Engine", "Pipeline", "Progress"]
+__all__ = ["Chunk", "Engine", "Pipeline", "Progress", "allocate_kv"]
 
 _NO_CACHE, _OWN_RANGE = CacheSettings(), KVSettings()
 OnProgress = Callable[["Progress"], None]
@@ -83,6 +85,15 @@ class Chunk:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Totals:
+    """Counts of a run so far: passes through the layers, computed chunk-steps, and all chunk-steps."""
+
+    items: int = 0
+    computed: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
     """How far a video is, after a tick.
 
@@ -94,6 +105,8 @@ class Progress:
         step: steps done of the oldest chunk.
         num_steps: steps of a chunk.
         items_done: passes through the layers so far.
+        computed_fraction: computed chunk-steps as a share of all so far.
+        kv_fill: share of the KV buffer's rows in use.
     """
 
     tick: int
@@ -103,22 +116,55 @@ class Progress:
     step: int
     num_steps: int
     items_done: int
+    computed_fraction: float
+    kv_fill: float
+
+    @classmethod
+    def of(cls, schedule: Schedule, tick: Tick, done: int, totals: Totals, fill: float) -> Progress:
+        """Progress after a tick."""
+        return cls(
+            tick=tick.index + 1,
+            ticks=schedule.ticks,
+            chunks_done=done,
+            chunks=schedule.chunks - schedule.first,
+            step=tick.active[0][1] + 1,
+            num_steps=schedule.num_steps,
+            items_done=totals.items,
+            computed_fraction=totals.computed / max(1, totals.steps),
+            kv_fill=fill,
+        )
 
 
 class Engine:
-    """Makes videos with one loaded model."""
+    """Makes videos with one loaded model.
 
-    def __init__(self, pipeline: Pipeline, cache: CacheSettings = _NO_CACHE, kv: KVSettings = _OWN_RANGE) -> None:
+    Args:
+        pipeline: the model.
+        cache: which steps are reused.
+        kv: how much of the past is held.
+        executor: where work is run; by default on the pipeline's model, here.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        cache: CacheSettings = _NO_CACHE,
+        kv: KVSettings = _OWN_RANGE,
+        executor: Executor | None = None,
+    ) -> None:
         self._pipeline, self._cache, self._kv = pipeline, cache, kv
-        self._executor = LocalExecutor(pipeline.model)
+        self._executor = executor or LocalExecutor(pipeline.model)
         self._requests = 0
 
-    def generate(self, request: Request, on_progress: OnProgress | None = None) -> Iterator[Chunk]:
+    def generate(
+        self, request: Request, on_progress: OnProgress | None = None, trace: RunTrace | None = None
+    ) -> Iterator[Chunk]:
         """Make a video, chunk by chunk.
 
         Args:
             request: what to make.
             on_progress: called after every tick.
+            trace: told what happens, for a record.
 
         Yields:
             Chunks in order, as soon as each is finished.
@@ -129,7 +175,7 @@ class Engine:
         pipeline = self._pipeline
         prefix = None if request.prefix is None else self._encode_prefix(request.prefix)
         captions = pipeline.captions(request.prompt)
-        latents = self.generate_latents(request, captions, prefix, SeededNoise(request.seed), on_progress)
+        latents = self.generate_latents(request, captions, prefix, SeededNoise(request.seed), on_progress, trace)
         for index, latent in enumerate(latents):
             yield Chunk(index=index, latents=latent, frames=pipeline.autoencoder.decode(latent))
 
@@ -140,83 +186,88 @@ class Engine:
         prefix: Tensor | None,
         noise: NoiseSource,
         on_progress: OnProgress | None = None,
+        trace: RunTrace | None = None,
     ) -> Iterator[Tensor]:
         """Make a video's latents [1, C, t, h, w] from what is encoded already; arguments as in `generate`."""
-        pipeline, model = self._pipeline, self._pipeline.model
-        cache = self._cache
-        sampling = pipeline.sampling(
+        model, cache = self._pipeline.model, self._cache
+        sampling = self._pipeline.sampling(
             request.num_steps, clean_forward=cache.clean_forward, nearly_clean_mix=cache.nearly_clean_mix
-        )
-        given = 0 if prefix is None else prefix.shape[2]
-        shape = VideoShape(
-            channels=model.latent_channels,
-            chunks=math.ceil((request.chunks * sampling.chunk_width + given) / sampling.chunk_width),
-            prefix_frames=given,
-            height=request.height // pipeline.patch_pixels,
-            width=request.width // pipeline.patch_pixels,
         )
         number = self._requests
         self._requests += 1
-        reuse = Reuse(policy=cache.new_policy(), memory=cache.new_memory(), patches=model.patches)
-        run = VideoRun(number, shape, sampling, noise, reuse, prefix=prefix, compressed=self._kv.budget is not None, device=model.kv.device)
-        kv = self._allocate(run, sampling)
+        run = VideoRun(
+            number,
+            self._shape(request, sampling, prefix),
+            sampling,
+            noise,
+            Reuse(
+                policy=cache.new_policy(),
+                memory=cache.new_memory(),
+                patches=model.patches,
+                observe=trace is not None,
+            ),
+            prefix=prefix,
+            compressed=self._kv.budget is not None,
+            device=model.kv.device,
+        )
+        kv = allocate_kv(run, sampling, self._pipeline, self._kv)
         self._executor.admit(number, Admission(kv=kv, captions=captions, grid=run.grid))
         try:
-            yield from self._ticks(run, sampling, on_progress)
+            yield from self._ticks(run, kv, on_progress, trace)
         finally:
             self._executor.release(number)
 
-    def _allocate(self, run: VideoRun, sampling: Sampling) -> KVBuffer:
-        model, budget = self._pipeline.model, self._kv.budget
-        tokens = model.token_count(*run.grid)
-        layout = KVLayout(
-            chunk_tokens=tokens,
-            clean_tokens=clean_capacity(run.schedule, sampling, budget) * tokens,
-            window=sampling.window,
-            chunks=run.schedule.chunks,
+    def _shape(self, request: Request, sampling: Sampling, prefix: Tensor | None) -> VideoShape:
+        given = 0 if prefix is None else prefix.shape[2]
+        return VideoShape(
+            channels=self._pipeline.model.latent_channels,
+            chunks=math.ceil((request.chunks * sampling.chunk_width + given) / sampling.chunk_width),
+            prefix_frames=given,
+            height=request.height // self._pipeline.patch_pixels,
+            width=request.width // self._pipeline.patch_pixels,
         )
-        compression = None
-        if budget is not None:
-            frame_tokens = tokens // sampling.chunk_width
-            heads = model.kv.query_heads
-            compression = Compression(settings=self._kv.selection, query_heads=heads, frame_tokens=frame_tokens)
-        attention = self._pipeline.attention
-        return KVBuffer(layout, model.kv, branches=sampling.branches, attention=attention, compression=compression)
 
-    def _ticks(self, run: VideoRun, sampling: Sampling, on_progress: OnProgress | None) -> Iterator[Tensor]:
+    def _ticks(
+        self, run: VideoRun, kv: KVBuffer, on_progress: OnProgress | None, trace: RunTrace | None
+    ) -> Iterator[Tensor]:
         schedule = run.schedule
-        items = self._run_all(run.prefix_work())
+        if trace is not None:
+            trace.begin(schedule)
+        totals = Totals(items=self._run_all(run.prefix_work()))
         done = 0
         for tick in schedule:
-            items += self._tick(run, tick)
+            began, before = time.perf_counter(), totals
+            totals = self._tick(run, tick, totals, trace)
             finished = run.end(tick)
             done += finished is not None
+            fill = kv.layout.used_rows / kv.layout.capacity
+            if trace is not None:
+                seconds = time.perf_counter() - began
+                trace.ticked(tick.index, seconds=seconds, items=totals.items - before.items, fill=fill)
+                if tick.retiring is not None:
+                    trace.retired(tick.retiring, kv.kept_shares(tick.retiring + 1).numpy())
             if on_progress is not None:
-                on_progress(
-                    Progress(
-                        tick=tick.index + 1,
-                        ticks=schedule.ticks,
-                        chunks_done=done,
-                        chunks=schedule.chunks - schedule.first,
-                        step=tick.active[0][1] + 1,
-                        num_steps=sampling.num_steps,
-                        items_done=items,
-                    )
-                )
+                on_progress(Progress.of(schedule, tick, done, totals, fill))
             if finished is not None and finished.shape[2]:
                 yield finished
 
-    def _tick(self, run: VideoRun, tick: Tick) -> int:
+    def _tick(self, run: VideoRun, tick: Tick, totals: Totals, trace: RunTrace | None) -> Totals:
         items = self._run_all(run.begin(tick))
-        decisions = run.decide(tick)
-        for chunk, step in tick.active:
-            if decisions[chunk] is not Decision.COMPUTE:
+        computed = 0
+        decided = run.decide(tick)
+        for seen, decision in decided:
+            if trace is not None:
+                trace.decided(seen, decision)
+            if decision is not Decision.COMPUTE:
                 continue
-            work = run.open(tick, chunk, step)
+            work = run.open(tick, seen.chunk, seen.step)
             velocities = [self._executor.run(one) for one in work]
-            run.close(chunk, step, [one.item.what for one in work], velocities)
+            run.close(seen.chunk, seen.step, [one.item.what for one in work], velocities)
             items += len(work)
-        return items
+            computed += 1
+        return Totals(
+            items=totals.items + items, computed=totals.computed + computed, steps=totals.steps + len(decided)
+        )
 
     def _run_all(self, work: list[Work]) -> int:
         for one in work:
@@ -227,5 +278,28 @@ class Engine:
     def _encode_prefix(self, prefix: Prefix) -> Tensor:
         latents = self._pipeline.autoencoder.encode(prefix.frames)
         if not latents.shape[2]:
-            raise InputError(f"a prefix of {len(prefix.frames)} frames is too short: give one image or 4 frames and more")
-        return latents
+            count = len(prefix.frames)
+            raise InputError(f"a prefix of {count} frames is too short: give one image or 4 frames and more")
+        return latents.to(self._pipeline.model.kv.dtype)
+
+
+def allocate_kv(run: VideoRun, sampling: Sampling, pipeline: Pipeline, settings: KVSettings) -> KVBuffer:
+    """The KV buffers of a run, whole."""
+    model, budget = pipeline.model, settings.budget
+    tokens = model.token_count(*run.grid)
+    layout = KVLayout(
+        chunk_tokens=tokens,
+        clean_tokens=clean_capacity(run.schedule, sampling, budget) * tokens,
+        window=sampling.window,
+        chunks=run.schedule.chunks,
+    )
+    compression = None
+    if budget is not None:
+        compression = Compression(
+            settings=settings.selection,
+            query_heads=model.kv.query_heads,
+            frame_tokens=tokens // sampling.chunk_width,
+        )
+    return KVBuffer(
+        layout, model.kv, branches=sampling.branches, attention=pipeline.attention, compression=compression
+    )

@@ -7,6 +7,7 @@ next.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from engine.run import Work
 from engine.work import WorkItem
 from models.family import CaptionTable, VideoModel
 
-__all__ = ["Admission", "LocalExecutor"]
+__all__ = ["Admission", "Executor", "LocalExecutor"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +33,19 @@ class Admission:
     kv: KVBuffer
     captions: CaptionTable
     grid: tuple[int, int, int]
+
+
+class Executor(Protocol):
+    """Where work items are run."""
+
+    def admit(self, request: int, admission: Admission) -> None:
+        """Take a request in; its buffers are already allocated."""
+
+    def release(self, request: int) -> None:
+        """Let go of a request's buffers."""
+
+    def run(self, work: Work) -> Tensor:
+        """Run one item; the velocity [1, C, T, h, w] fp32."""
 
 
 class LocalExecutor:

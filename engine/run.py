@@ -56,11 +56,19 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reuse:
-    """How one request reuses steps: who decides, what is remembered, and what distances are taken between."""
+    """How one request reuses steps.
+
+    Attributes:
+        policy: who decides.
+        memory: what stands in for a step.
+        patches: what distances are taken between.
+        observe: take distances even if the policy does not look at them, for a record.
+    """
 
     policy: Policy
     memory: ReuseMemory
     patches: Patches
+    observe: bool
 
 
 def clean_capacity(schedule: Schedule, sampling: Sampling, budget: int | None) -> int:
@@ -166,7 +174,7 @@ class VideoRun:
             self._latents[tick.entering] = self._noise.chunk(tick.entering, shape).to(self._device)
         return work
 
-    def decide(self, tick: Tick, chunks: Sequence[int] | None = None) -> dict[int, Decision]:
+    def decide(self, tick: Tick, chunks: Sequence[int] | None = None) -> list[tuple[Observation, Decision]]:
         """Decide which chunks are computed, and take the steps of those that are not.
 
         The distances of all the chunks are read back from the device at once.
@@ -175,10 +183,14 @@ class VideoRun:
             tick: the tick.
             chunks: which of its chunks to decide for, now that their latents are known; all of them by default. A
                 policy that looks at the whole window must be given all.
+
+        Returns:
+            What was seen and what was decided, in the order of the chunks.
         """
         active = [(chunk, step) for chunk, step in tick.active if chunks is None or chunk in chunks]
         last = tick.index == self.schedule.ticks - 1
-        observed = self._observe([chunk for chunk, _ in active]) if self._reuse.policy.observes else {}
+        looks = self._reuse.policy.observes or self._reuse.observe
+        observed = self._observe([chunk for chunk, _ in active]) if looks else {}
         observations = []
         for chunk, step in active:
             change, scale = observed.get(chunk, (None, None))
@@ -191,7 +203,7 @@ class VideoRun:
                 time, size = self._sampling.time(step), self._sampling.step_size(step)
                 increment = self._reuse.memory.increment(chunk, time=time, size=size)
                 self._latents[chunk] = self._model_input(chunk) + increment
-        return {chunk: decision for (chunk, _), decision in zip(active, decisions, strict=True)}
+        return list(zip(observations, decisions, strict=True))
 
     def open(self, tick: Tick, chunk: int, step: int) -> list[Work]:
         """The passes of one chunk's step, if it is computed."""

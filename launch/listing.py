@@ -24,7 +24,8 @@ finished chunk (twice with guidance). What the layers work with comes on top; so
 4.5B and of GPU memory for 24B.
 Weights of released models: huggingface.co/sand-ai/MAGI-1. Put the folder above at downloads/ and its last name, \
 ckpt/vae at downloads/vae and ckpt/t5 at downloads/t5_pretrained, as the released configurations say, or name a folder \
-with --weights."""
+with --weights. special_tokens.npz, from the MAGI-1 code's example/assets, goes into the DiT's folder; T5 needs \
+pip install 'flowcache-engine[t5]'."""
 
 
 def show_models() -> None:
@@ -40,7 +41,7 @@ def show_models() -> None:
         kinds.add_row(preset.name, preset.summary, preset.folder or "ship with the project")
     console.print(sizes)
     console.print(kinds)
-    console.print(_NOTES, highlight=False)
+    console.print(_NOTES, highlight=False, markup=False)
 
 
 def show_conformance(files: Sequence[Path], *, report_error: Callable[[InputError], None]) -> int:

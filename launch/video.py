@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Self
 
 import av
+import torch
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
@@ -71,10 +72,13 @@ class VideoWriter:
         with _file_errors(self._path):
             self._file = self._part.open("wb")
         self._container = av.open(self._file, "w", format="mp4")  # nothing is written before the first frame
-        quality = _CRF_SMALL if self._height * self._width <= _SMALL else _CRF_LARGE
-        self._stream = self._container.add_stream("libx264", rate=self._fps, options={"crf": quality})
+        options = {"crf": _CRF_SMALL if self._height * self._width <= _SMALL else _CRF_LARGE}
+        if "AVX512" in torch.backends.cpu.get_cpu_capability():
+            # x264's AVX-512 code does not give the same file twice for the same frames; its other code does.
+            options["x264-params"] = "asm=AVX2"
+        self._stream = self._container.add_stream("libx264", rate=self._fps, options=options)
         self._stream.height, self._stream.width, self._stream.pix_fmt = self._height, self._width, "yuv420p"
-        # Say what the conversion from RGB used: players guess by the size otherwise, and shift the colours.
+        # Say what the conversion from RGB uses: players guess by the size otherwise, and shift the colours.
         self._stream.codec_context.colorspace = Colorspace.SMPTE170M
         self._stream.codec_context.color_range = ColorRange.MPEG
         self._stream.codec_context.thread_count = 1  # the other cores are for the model
@@ -88,7 +92,10 @@ class VideoWriter:
         """
         with _file_errors(self._path):
             for pixels in frames.cpu().numpy():
-                self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+                    format="yuv420p", dst_colorspace=Colorspace.SMPTE170M, dst_color_range=ColorRange.MPEG
+                )
+                self._container.mux(self._stream.encode(frame))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -65,7 +65,7 @@ def test_every_scene_as_drawn_is_right(colour: str):
 place = st.floats(0, SIDE, exclude_max=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(scene=st.sampled_from(SCENES), start=st.tuples(place, place), seed=st.integers(0, 10_000))
 def test_any_start_and_background_as_drawn_is_right(scene: Scene, start: tuple[float, float], seed: int):
     assert_true_to(scene, adherence(clip(scene, seed=seed, start=start), scene))
@@ -116,7 +116,7 @@ def test_a_doubled_object_is_not_whole(shape: str, apart: tuple[int, int]):
     double = frames.roll(apart, dims=(1, 2))
     coloured = double.float().amax(-1) - double.float().amin(-1) > 40
     measured = adherence(torch.where(coloured[..., None], double, frames), scene)
-    assert not measured.whole and measured.stray > 0.15 and measured.overlap < 0.7
+    assert not measured.whole and measured.stray > 0.1 and measured.overlap < 0.7
 
 
 def test_a_streak_is_not_whole():
@@ -170,15 +170,15 @@ def test_an_object_that_vanishes_makes_its_border_infinite():
     assert measured.found == pytest.approx(90 / 96)
 
 
-def test_a_seam_in_brightness_shows_at_its_kind_of_border():
+@pytest.mark.parametrize(("first", "kind"), [(24, "chunk_seam"), (12, "tile_seam")])
+def test_steps_in_brightness_show_as_seams_of_their_kind(first: int, kind: str):
     frames = clip(RED_CIRCLE)
-    chunks, tiles = frames.clone(), frames.clone()
-    chunks[24:48] += 10
-    tiles[12:24] += 10
-    tiles[36:48] += 10
-    tiles = torch.cat([tiles[:24], tiles[:24].roll(24, dims=2)])  # the second half's borders without a step
-    assert adherence(chunks, RED_CIRCLE).chunk_seam > 2 > 1.1 > adherence(chunks, RED_CIRCLE).tile_seam
-    assert adherence(tiles, RED_CIRCLE).tile_seam > 2
+    for border in range(first, 96, 24):
+        frames[border:] += 6
+    measured = adherence(frames, RED_CIRCLE)
+    seams = {"chunk_seam": measured.chunk_seam, "tile_seam": measured.tile_seam}
+    assert seams.pop(kind) > 2
+    assert max(seams.values()) < 1.1
 
 
 def test_frames_of_another_form_are_refused():
@@ -308,6 +308,7 @@ def test_videos_of_an_untrained_model_are_made_kept_and_fail(tmp_path):
     out = tmp_path / "out"
     options = ["--prompts", "2", "--chunks", "2", "--steps", "4", "--seed", "7", "--keep-frames"]
     assert run_app(app, "quality", [*options, "--weights", str(weights), "--out", str(out)]) == 1
+    assert run_app(app, "quality", [*options, "--weights", str(weights), "--out", str(out)]) == 2  # would mix two runs
     kept = [load_file(path)["frames"] for path in sorted((out / "frames").iterdir())]
     assert [frames.shape for frames in kept] == [(48, SIDE, SIDE, 3)] * 2
     scene = balanced_scenes(2, seed=7)[0]

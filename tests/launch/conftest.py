@@ -1,10 +1,7 @@
-"""Fixtures: weights of a pocket model that was never trained, and the command line as a process of its own."""
+"""Fixtures: weights of a pocket model that was never trained, and the command line as a real process."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,14 +13,7 @@ from models.magi.vae import ViTVAE
 from models.pocket.preset import write_vae_config
 from models.pocket.train_dit import new_dit
 from models.pocket.train_vae import POCKET_VAE
-
-ROOT = Path(__file__).parents[2]
-Result = subprocess.CompletedProcess[str]
-
-
-def environment() -> dict[str, str]:
-    """One thread, and the package found from any folder."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+from tests.launch.process import Result, flowcache_process
 
 
 @pytest.fixture(scope="session")
@@ -43,9 +33,11 @@ def flowcache(tmp_path: Path) -> Callable[..., Result]:
     """Runs `python -m launch ...` in an empty folder."""
 
     def run(*arguments: object, timeout: float = 120) -> Result:
-        command = [sys.executable, "-m", "launch", *map(str, arguments)]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
-        )
+        process = flowcache_process(tmp_path, *arguments)
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        return Result(process.args, process.returncode, output, errors)
 
     return run

@@ -15,7 +15,15 @@ from launch.progress import LiveDisplay, PlainDisplay, clock, open_display, step
 def _event(tick: int, *, chunks: int = 3, num_steps: int = 8, window: int = 4, done: int = 0) -> Progress:
     ticks = (chunks + window - 1) * num_steps // window
     return Progress(
-        tick=tick, ticks=ticks, chunks_done=done, chunks=chunks, step=2, num_steps=num_steps, items_done=tick
+        tick=tick,
+        ticks=ticks,
+        chunks_done=done,
+        chunks=chunks,
+        step=2,
+        num_steps=num_steps,
+        items_done=tick,
+        computed_fraction=1.0,
+        kv_fill=0.5,
     )
 
 

@@ -53,6 +53,18 @@ def test_a_video_reads_back_with_its_colours(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["bars.mp4"]
 
 
+def test_the_same_frames_give_the_same_file(tmp_path: Path) -> None:
+    wave = torch.arange(24 * 64 * 96 * 3).reshape(24, 64, 96, 3) / 997
+    frames = (128 + 100 * wave.sin()).to(torch.uint8)
+    files = set()
+    for number in range(5):
+        path = tmp_path / f"{number}.mp4"
+        with _writer(path) as writer:
+            writer.write(frames)
+        files.add(path.read_bytes())
+    assert len(files) == 1
+
+
 def test_a_video_appears_only_when_it_is_finished(tmp_path: Path) -> None:
     path = tmp_path / "late.mp4"
     path.write_bytes(b"the older one")

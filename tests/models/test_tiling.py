@@ -160,8 +160,8 @@ def test_cascade_on_encode_differs_from_no_cascade() -> None:
 
 
 def test_tiles_can_be_coded_in_any_order() -> None:
-    tiles, latents = tiled(), random_latents(6, 14, 15)
-    grid = tiles.decode_grid(6, 14, 15)
+    tiles, latents = tiled(), random_latents(4, 9, 10)
+    grid = tiles.decode_grid(4, 9, 10)
     done = {tile.index: tiles.decode_tile(latents, tile) for tile in reversed(grid.tiles)}
     merged = tiles.merge_frames(grid, [done[i] for i in range(len(grid.tiles))])
     assert torch.equal(to_uint8(merged)[0].permute(1, 2, 3, 0), tiles.decode(latents))

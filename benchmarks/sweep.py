@@ -1,0 +1,177 @@
+"""Which settings the quality benchmark compares, and thresholds that give a wanted amount of work.
+
+The distances of a model decide what a threshold means. So thresholds are found, not listed: first by letting a policy
+decide on the distances of a video made without reuse, which costs nothing, then, where the counted work must be exact,
+by bisection on videos that are really made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from engine.cache import CacheSettings, Decision, Observation, Policy
+from engine.cache.reuse import KINDS
+from engine.kv import KVSettings
+from engine.record import RunTrace
+
+__all__ = ["LEAN", "METHODS", "VANILLA", "Grid", "ObservationLog", "Setting", "Ticks", "calibrate", "estimate_threshold"]
+
+METHODS = ("flowcache", "teacache")
+VANILLA, LEAN = "vanilla", "lean"
+_LOWEST, _HIGHEST = 1e-6, 1e2  # thresholds that are searched
+_HALVINGS = 40
+
+Ticks = Sequence[Sequence[Observation]]
+"""What was seen of a video's chunks, tick by tick."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """One way to make a video.
+
+    Attributes:
+        method: policy of reuse, or `none`.
+        kind: what stands in for a reused step.
+        threshold: of the policy.
+        warmup: first steps that are computed.
+        passes: `vanilla` has the clean and the context-free passes, `lean` neither, as the published reuse runs.
+        budget: of the KV buffer in chunks; None holds what the model's own range asks for.
+    """
+
+    method: str = "none"
+    kind: str = "residual"
+    threshold: float = 0.0
+    warmup: int = 1
+    passes: str = VANILLA
+    budget: int | None = None
+
+    @property
+    def cache(self) -> CacheSettings:
+        """The engine's settings of reuse."""
+        extra = self.passes == VANILLA
+        return CacheSettings(
+            policy=self.method,
+            threshold=self.threshold,
+            warmup_steps=self.warmup,
+            reuse=self.kind,
+            clean_forward=extra,
+            nearly_clean_mix=extra,
+        )
+
+    @property
+    def kv(self) -> KVSettings:
+        """The engine's settings of the KV buffer."""
+        return KVSettings(budget=self.budget)
+
+    @property
+    def plain(self) -> Setting:
+        """The same passes and KV without reuse."""
+        return Setting(passes=self.passes, budget=self.budget)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """What is swept.
+
+    Attributes:
+        fractions: computed fractions that thresholds of the curves aim at.
+        budgets: of the KV buffer.
+        kind: of reuse, with compression and in the presets.
+        warmup: first steps that are computed.
+    """
+
+    fractions: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+    budgets: tuple[int, ...] = (1, 2, 3, 4)
+    kind: str = "residual"
+    warmup: int = 5
+
+    def preset(self, threshold: float, *, passes: str = LEAN, budget: int | None = None) -> Setting:
+        """A chunk-wise setting of the grid's kind."""
+        return Setting(
+            method="flowcache", kind=self.kind, threshold=threshold, warmup=self.warmup, passes=passes, budget=budget
+        )
+
+    def settings(self, threshold: Callable[[str, float], float], presets: Sequence[float]) -> list[Setting]:
+        """All settings, each once.
+
+        Args:
+            threshold: of a method, for a computed fraction.
+            presets: thresholds of the presets, slow first.
+        """
+        found = [Setting(), Setting(passes=LEAN)]
+        for method in METHODS:
+            thresholds = [threshold(method, fraction) for fraction in self.fractions]
+            for kind in KINDS:
+                base = Setting(method=method, kind=kind, warmup=self.warmup, passes=LEAN)
+                found += [replace(base, threshold=one) for one in thresholds]
+        found += [self.preset(one) for one in presets]
+        found += [self.preset(one, passes=VANILLA) for one in presets]
+        for budget in self.budgets:
+            found.append(Setting(passes=LEAN, budget=budget))
+            found += [self.preset(one, budget=budget) for one in presets]
+        return list(dict.fromkeys(found))
+
+
+class ObservationLog(RunTrace):
+    """Keeps what a policy would see, tick by tick."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ticks: list[list[Observation]] = []
+
+    def decided(self, seen: Observation, decision: Decision) -> None:
+        """A chunk's step was decided."""
+        super().decided(seen, decision)
+        if not self.ticks or self.ticks[-1][0].tick != seen.tick:
+            self.ticks.append([])
+        self.ticks[-1].append(seen)
+
+
+def estimate_threshold(videos: Sequence[Ticks], policy: Callable[[float], Policy], fraction: float) -> float:
+    """The threshold at which a policy would compute that fraction of the chunk-steps, on distances seen without reuse.
+
+    Args:
+        videos: what was seen of each.
+        policy: makes one with a threshold.
+        fraction: 0..1; where the warm-up alone computes more, the highest threshold is the answer.
+    """
+
+    def computed(threshold: float) -> float:
+        decisions = []
+        for ticks in videos:
+            deciding = policy(threshold)
+            decisions += [one for seen in ticks for one in deciding.decide(seen)]
+        return sum(one is Decision.COMPUTE for one in decisions) / len(decisions)
+
+    low, high = math.log(_LOWEST), math.log(_HIGHEST)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if computed(math.exp(middle)) > fraction else (low, middle)
+    return rounded(math.exp(high))
+
+
+def calibrate(measure: Callable[[float], float], *, start: float, target: float, halvings: int = 8) -> float:
+    """The threshold, to three digits, whose measured work is nearest to a target; work falls as the threshold rises.
+
+    Args:
+        measure: work at a threshold.
+        start: a guess; the search goes from a quarter of it to four times it.
+        target: the work that is wanted.
+        halvings: of the range, each one measurement.
+    """
+    low, high = math.log(start / 4), math.log(start * 4)
+    tried: dict[float, float] = {}
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        threshold = rounded(math.exp(middle))
+        if threshold not in tried:
+            tried[threshold] = measure(threshold)
+        low, high = (middle, high) if tried[threshold] > target else (low, middle)
+    return min(tried, key=lambda one: (abs(tried[one] - target), one))
+
+
+def rounded(value: float) -> float:
+    """To three digits, as it would be written in a preset."""
+    return float(f"{value:.3g}")

@@ -1,0 +1,185 @@
+"""The engine as a whole, on a tiny random model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.cache import CacheSettings
+from engine.engine import Engine
+from engine.executor import LocalExecutor
+from engine.kv import KVSettings
+from engine.record import NOT_ACTIVE, RunRecord, RunTrace
+from engine.request import Prefix, Request
+from models.errors import InputError
+from tests.engine.tiny import TinyPipeline, tiny_config
+
+ROOT = Path(__file__).parent.parent.parent
+FLOWCACHE = CacheSettings(policy="flowcache", threshold=0.05, warmup_steps=2, clean_forward=False)
+
+
+def request(**changes):
+    values = {"prompt": "a thing", "chunks": 4, "height": 32, "width": 48, "num_steps": 8, "seed": 3}
+    return Request(**{**values, **changes})
+
+
+def latents(engine, wanted):
+    return [chunk.latents for chunk in engine.generate(wanted)]
+
+
+def test_chunks_come_in_order_with_frames():
+    chunks = list(Engine(TinyPipeline(tiny_config())).generate(request()))
+    assert [chunk.index for chunk in chunks] == [0, 1, 2, 3]
+    for chunk in chunks:
+        assert chunk.latents.shape == (1, 16, 6, 4, 6)
+        assert chunk.frames.shape == (24, 32, 48, 3)
+        assert torch.isfinite(chunk.latents).all()
+
+
+def test_a_seed_gives_the_same_video_and_another_seed_another():
+    engine = Engine(TinyPipeline(tiny_config()))
+    first, again = latents(engine, request()), latents(engine, request())
+    other = latents(engine, request(seed=4))
+    for a, b, c in zip(first, again, other, strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+
+
+def test_the_start_of_a_video_does_not_depend_on_its_length():
+    engine = Engine(TinyPipeline(tiny_config()))
+    short, long = latents(engine, request(chunks=3)), latents(engine, request(chunks=9))
+    for a, b in zip(short, long, strict=False):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("frames", "first", "count"), [(1, 6, 4), (32, 4, 4), (24, 6, 3)])
+def test_a_prefix_gives_the_published_number_of_latents(frames, first, count):
+    """An image makes one chunk more, and keeps its latent; a clip's own latents are not handed out (part 3)."""
+    prefix = Prefix(frames=torch.zeros(frames, 32, 48, 3, dtype=torch.uint8))
+    made = latents(Engine(TinyPipeline(tiny_config())), request(chunks=3, prefix=prefix))
+    assert [part.shape[2] for part in made] == [first] + [6] * (count - 1)
+
+
+def test_a_prefix_too_short_for_a_latent_is_refused():
+    prefix = Prefix(frames=torch.zeros(3, 32, 48, 3, dtype=torch.uint8))
+    with pytest.raises(InputError, match="3 frames is too short"):
+        latents(Engine(TinyPipeline(tiny_config())), request(prefix=prefix))
+
+
+def test_steps_that_do_not_fit_the_window_are_refused():
+    with pytest.raises(InputError, match="multiple of 4"):
+        latents(Engine(TinyPipeline(tiny_config())), request(num_steps=10))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_a_rolling_buffer_gives_what_full_history_gives(guided, window, monkeypatch):
+    """Rows that fall out of the buffer are never attended to, for any window and range."""
+    pipeline = TinyPipeline(tiny_config(guided=guided, window=window))
+    rolling = latents(Engine(pipeline), request(chunks=7))
+    monkeypatch.setattr("engine.engine.clean_capacity", lambda schedule, sampling, budget: schedule.chunks - 1)
+    held = latents(Engine(pipeline), request(chunks=7))
+    for a, b in zip(rolling, held, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_budget_that_holds_everything_changes_nothing():
+    pipeline = TinyPipeline(tiny_config(ranges=()))
+    free = latents(Engine(pipeline), request(chunks=6))
+    budget = latents(Engine(pipeline, kv=KVSettings(budget=5)), request(chunks=6))
+    tight = latents(Engine(pipeline, kv=KVSettings(budget=1)), request(chunks=6))
+    for a, b in zip(free, budget, strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(free[-1], tight[-1])
+
+
+def test_reused_steps_have_no_work():
+    """The passes that are run are exactly those of the computed chunk-steps and of the finished chunks."""
+    counted = []
+
+    class Counting(LocalExecutor):
+        def run(self, work):
+            counted.append(work.item)
+            return super().run(work)
+
+    pipeline, trace = TinyPipeline(tiny_config()), RunTrace()
+    engine = Engine(pipeline, FLOWCACHE)
+    engine._executor = Counting(pipeline.model)
+    list(engine.generate(request(chunks=6), trace=trace))
+    record = trace.finish({})
+    computed = {(int(t), int(c)) for t, c in zip(*(record.flags == 0).nonzero(), strict=True)}
+    assert 0.1 < record.computed_fraction < 0.9
+    assert {(item.tick, item.chunk) for item in counted} == computed
+    assert (record.flags[-1][-1:] == 0).all(), "the last tick is computed"
+    assert len(counted) == record.tick_items.sum()
+    order = [(item.tick, item.chunk) for item in counted]
+    assert order == sorted(order)
+
+
+def test_every_kind_of_reuse_makes_a_video():
+    pipeline = TinyPipeline(tiny_config())
+    plain = latents(Engine(pipeline), request())
+    for kind in ("residual", "velocity", "extrapolate"):
+        cache = CacheSettings(policy="flowcache", threshold=0.2, warmup_steps=2, reuse=kind)
+        made = latents(Engine(pipeline, cache), request())
+        assert all(torch.isfinite(part).all() for part in made)
+        assert not torch.equal(made[-1], plain[-1])
+
+
+def test_a_record_is_what_happened_and_survives_the_disk(tmp_path):
+    trace, progress = RunTrace(), []
+    engine = Engine(TinyPipeline(tiny_config()), FLOWCACHE, KVSettings(budget=2))
+    list(engine.generate(request(chunks=6), on_progress=progress.append, trace=trace))
+    trace.finish({"prompt": "a thing"}).save(tmp_path / "run")
+    record = RunRecord.load(tmp_path / "run")
+    assert record.settings["prompt"] == "a thing"
+    active = record.flags != NOT_ACTIVE
+    assert active.sum() == 6 * 8
+    assert progress[-1].computed_fraction == pytest.approx(record.computed_fraction)
+    assert progress[-1].tick == progress[-1].ticks == len(record.flags)
+    assert progress[-1].chunks_done == 6
+    assert sorted(p.chunks_done for p in progress) == [p.chunks_done for p in progress]
+    # After chunk 4 retired, two chunks' worth of tokens live on, whole as long as nothing had to go.
+    assert record.kept[0].tolist() == [1, 0, 0, 0, 0, 0]
+    assert record.kept[4].sum() == pytest.approx(2)
+    assert ((record.fill > 0) & (record.fill <= 1)).all()
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    with pytest.raises(InputError, match="record.json is missing"):
+        RunRecord.load(tmp_path)
+    (tmp_path / "record.json").write_text("{}")
+    (tmp_path / "record.npz").write_bytes(b"PK nothing")
+    with pytest.raises(InputError, match="damaged"):
+        RunRecord.load(tmp_path)
+
+
+MEMORY = """
+import resource, sys
+import torch
+torch.set_num_threads(1)
+from engine.engine import Engine
+from engine.kv import KVSettings
+from engine.request import Request
+from tests.engine.tiny import TinyPipeline, tiny_config
+
+chunks, budget = int(sys.argv[1]), int(sys.argv[2]) or None
+pipeline = TinyPipeline(tiny_config(num_steps=4))
+engine = Engine(pipeline, kv=KVSettings(budget=budget))
+for _ in engine.generate(Request(prompt="x", chunks=chunks, height=256, width=256, num_steps=4, seed=0)):
+    pass
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.parametrize("budget", [0, 2])
+def test_memory_does_not_grow_with_length(budget):
+    def peak(chunks):
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(chunks), str(budget)], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    assert peak(60) <= 1.02 * peak(10)

@@ -1,0 +1,44 @@
+"""The command line as a process of its own."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+Result = subprocess.CompletedProcess[str]
+
+
+def environment() -> dict[str, str]:
+    """One thread, and the packages found from any folder."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def flowcache_process(folder: Path, *arguments: object, largest_file: int | None = None) -> subprocess.Popen[str]:
+    """Start `python -m launch ...`.
+
+    Args:
+        folder: where it stands.
+        arguments: of the command line.
+        largest_file: bytes; the kernel refuses to let a file grow beyond.
+    """
+
+    def prepare() -> None:
+        # A test run in the background may have been started with interrupts ignored, and children inherit that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch", *map(str, arguments)],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=prepare,
+    )
