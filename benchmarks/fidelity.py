@@ -5,40 +5,32 @@ Plain tensors in, figures out; it knows no engine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-__all__ = ["IDENTICAL", "Fidelity", "fidelity", "latent_error"]
+__all__ = ["IDENTICAL", "frames_psnr", "frames_ssim", "latent_error"]
 
 IDENTICAL = 100.0  # dB, in place of infinity where two videos do not differ at all
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fidelity:
-    """Likeness of two videos' frames.
-
-    Attributes:
-        psnr: dB, over all frames together; at most `IDENTICAL`.
-        ssim: mean over the frames, 1 when they are equal.
-    """
-
-    psnr: float
-    ssim: float
-
-
-def fidelity(frames: Tensor, reference: Tensor) -> Fidelity:
-    """Compare decoded frames, each uint8 [F, H, W, 3]."""
+def frames_psnr(frames: Tensor, reference: Tensor) -> float:
+    """PSNR in dB over all of two videos' frames together, each uint8 [F, H, W, 3]; at most `IDENTICAL`."""
     if frames.equal(reference):
-        return Fidelity(psnr=IDENTICAL, ssim=1.0)
-    made, wanted = (part.permute(0, 3, 1, 2).float() for part in (frames, reference))
-    psnr = peak_signal_noise_ratio(made, wanted, data_range=255.0)
-    ssim = structural_similarity_index_measure(made, wanted, data_range=255.0)
-    assert isinstance(ssim, Tensor)
-    return Fidelity(psnr=min(IDENTICAL, psnr.item()), ssim=ssim.item())
+        return IDENTICAL
+    return min(IDENTICAL, peak_signal_noise_ratio(_planes(frames), _planes(reference), data_range=255.0).item())
+
+
+def frames_ssim(frames: Tensor, reference: Tensor) -> float:
+    """SSIM, mean over the frames uint8 [F, H, W, 3]; 1 when they are equal."""
+    found = structural_similarity_index_measure(_planes(frames), _planes(reference), data_range=255.0)
+    assert isinstance(found, Tensor)
+    return found.item()
 
 
 def latent_error(latents: Tensor, reference: Tensor) -> float:
     """Relative L2 error of latents."""
     return ((latents - reference).norm() / reference.norm()).item()
+
+
+def _planes(frames: Tensor) -> Tensor:
+    return frames.permute(0, 3, 1, 2).float()

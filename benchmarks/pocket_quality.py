@@ -32,7 +32,7 @@ from benchmarks.summary import COLUMNS, WORD_COLUMNS, by_word, csv_row, figures
 from engine.engine import Engine
 from engine.request import Request
 from models.errors import InputError
-from models.magi.pipeline import Loading, load_magi
+from models.loading import Loading, load_magi
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
 from models.pocket.words import Scene, parse_prompt

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.adherence import adherence
-from benchmarks.fidelity import fidelity, latent_error
+from benchmarks.fidelity import frames_psnr, frames_ssim, latent_error
 from benchmarks.flops import CountingExecutor
-from benchmarks.sweep import LEAN, VANILLA, ObservationLog, Setting
+from benchmarks.sweep import LEAN, VANILLA, ObservationLog, Setting, Ticks
 from engine.engine import Engine, Progress
 from engine.executor import LocalExecutor
 from engine.noise import SeededNoise
@@ -130,7 +130,7 @@ class Studio:
     """Makes videos with one loaded model.
 
     Args:
-        pipeline: the model; its executor is wrapped to count, nothing else is changed.
+        pipeline: the model.
     """
 
     def __init__(self, pipeline: MagiPipeline) -> None:
@@ -154,7 +154,7 @@ class Studio:
         seconds = time.perf_counter() - began
         return Video(latents=latents, seconds=seconds, computed=computed, items=executor.items, flops=executor.flops)
 
-    def observe(self, case: Case) -> list:
+    def observe(self, case: Case) -> Ticks:
         """What policies would see of a video without reuse, tick by tick."""
         log = ObservationLog()
         self.make(Setting(passes=LEAN), case, log)
@@ -201,7 +201,6 @@ class _Comparison:
         plain, plain_frames = self._reference(setting.plain)
         _, uncompressed_frames = self._reference(Setting(passes=setting.passes))
         vanilla, vanilla_frames = self._reference(Setting(passes=VANILLA))
-        near, far = fidelity(frames, plain_frames), fidelity(frames, vanilla_frames)
         seen = adherence(frames, case.scene)
         return Trial(
             setting=setting,
@@ -215,12 +214,12 @@ class _Comparison:
             decode_seconds=decode_seconds,
             plain_seconds=plain_seconds,
             vanilla_seconds=vanilla_seconds,
-            psnr=near.psnr,
-            ssim=near.ssim,
+            psnr=frames_psnr(frames, plain_frames),
+            ssim=frames_ssim(frames, plain_frames),
             latent_error=latent_error(video.latents, plain.latents),
-            psnr_uncompressed=fidelity(frames, uncompressed_frames).psnr,
-            psnr_vanilla=far.psnr,
-            ssim_vanilla=far.ssim,
+            psnr_uncompressed=frames_psnr(frames, uncompressed_frames),
+            psnr_vanilla=frames_psnr(frames, vanilla_frames),
+            ssim_vanilla=frames_ssim(frames, vanilla_frames),
             colour_right=seen.colour_right,
             motion_right=seen.motion_right,
             whole=seen.whole,

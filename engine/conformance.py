@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.cache import CacheSettings
-from engine.engine import Engine
-from engine.kv.selection import SelectionSettings, select
+from engine.engine import Autoencoder, Engine
+from engine.kv.selection import Granularity, SelectionSettings, select
 from engine.noise import GivenNoise
 from engine.record import RunTrace
 from engine.request import Request
@@ -131,6 +131,10 @@ class _LatentPipeline:
             config=self._config, num_steps=num_steps, clean_forward=clean_forward, nearly_clean_mix=nearly_clean_mix
         )
 
+    @property
+    def autoencoder(self) -> Autoencoder:
+        raise ValueError("a golden case ends with latents")
+
     def captions(self, prompt: str) -> FixedCaptions:
         raise ValueError("a golden case brings its own captions")
 
@@ -187,7 +191,9 @@ def _check_vae(golden: _Golden) -> Verdict:
         latent_error = max(latent_error, relative_error(vae.encode(video.float()), latent))
         decoded_error = max(decoded_error, relative_error(vae.decode(latent), golden.tensor(f"output.decoded.{case}")))
     passed = latent_error <= TOLERANCE and decoded_error <= DECODED_TOLERANCE
-    return _verdict(golden, error=latent_error, detail=f"{len(cases)} videos, decoded {decoded_error:.1e}", passed=passed)
+    return _verdict(
+        golden, error=latent_error, detail=f"{len(cases)} videos, decoded {decoded_error:.1e}", passed=passed
+    )
 
 
 def _check_selection(golden: _Golden) -> Verdict:
@@ -199,8 +205,8 @@ def _check_selection(golden: _Golden) -> Verdict:
     for case, expected in cases.items():
         retention, asking = case.split(".query_")
         settings = SelectionSettings(
-            retention=retention,
-            queries=asking,
+            retention=cast(Granularity, retention),
+            queries=cast(Granularity, asking),
             query_tokens=config["query_tokens_for_token_granularity"],
             importance_weight=config["mix_lambda"],
             pool=config["pool_kernel"],

@@ -27,7 +27,7 @@ from models.attention import Attention
 from models.errors import InputError
 from models.family import CaptionTable, Sampling, VideoModel
 
-__all__ = ["Chunk", "Engine", "Pipeline", "Progress", "allocate_kv"]
+__all__ = ["Autoencoder", "Chunk", "Engine", "Pipeline", "Progress", "allocate_kv"]
 
 _NO_CACHE, _OWN_RANGE = CacheSettings(), KVSettings()
 OnProgress = Callable[["Progress"], None]
@@ -107,6 +107,7 @@ class Progress:
         items_done: passes through the layers so far.
         computed_fraction: computed chunk-steps as a share of all so far.
         kv_fill: share of the KV buffer's rows in use.
+        kv_bytes: size of the KV buffers.
     """
 
     tick: int
@@ -118,9 +119,12 @@ class Progress:
     items_done: int
     computed_fraction: float
     kv_fill: float
+    kv_bytes: int
 
     @classmethod
-    def of(cls, schedule: Schedule, tick: Tick, done: int, totals: Totals, fill: float) -> Progress:
+    def of(
+        cls, schedule: Schedule, tick: Tick, done: int, totals: Totals, *, kv_fill: float, kv_bytes: int
+    ) -> Progress:
         """Progress after a tick."""
         return cls(
             tick=tick.index + 1,
@@ -131,7 +135,8 @@ class Progress:
             num_steps=schedule.num_steps,
             items_done=totals.items,
             computed_fraction=totals.computed / max(1, totals.steps),
-            kv_fill=fill,
+            kv_fill=kv_fill,
+            kv_bytes=kv_bytes,
         )
 
 
@@ -247,7 +252,7 @@ class Engine:
                 if tick.retiring is not None:
                     trace.retired(tick.retiring, kv.kept_shares(tick.retiring + 1).numpy())
             if on_progress is not None:
-                on_progress(Progress.of(schedule, tick, done, totals, fill))
+                on_progress(Progress.of(schedule, tick, done, totals, kv_fill=fill, kv_bytes=kv.nbytes))
             if finished is not None and finished.shape[2]:
                 yield finished
 
@@ -300,6 +305,4 @@ def allocate_kv(run: VideoRun, sampling: Sampling, pipeline: Pipeline, settings:
             query_heads=model.kv.query_heads,
             frame_tokens=tokens // sampling.chunk_width,
         )
-    return KVBuffer(
-        layout, model.kv, branches=sampling.branches, attention=pipeline.attention, compression=compression
-    )
+    return KVBuffer(layout, model.kv, branches=sampling.branches, attention=pipeline.attention, compression=compression)

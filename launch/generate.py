@@ -23,7 +23,7 @@ from launch.video import BackgroundWriter, VideoWriter, check_target
 from models.attention import attention_backend
 from models.errors import InputError
 from models.magi.config import MagiConfig
-from models.magi.pipeline import Loading, load_magi
+from models.loading import Loading, load_magi
 from models.magi.sampling import MagiSampling
 from models.pocket.words import parse_prompt
 

@@ -1,7 +1,8 @@
 """What a family of chunk-autoregressive models looks like to the engine.
 
 A family describes its sampling (`Sampling`: times, passes of a step, how far back a chunk looks) and computes
-(`VideoModel`: embed, layers, velocity). The engine orders the work and keeps the state; it knows no model in particular.
+(`VideoModel`: embed, layers, velocity). The engine orders the work and keeps the state; it knows no model in
+particular.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from models.magi.layer import KVView
 
-__all__ = ["CaptionTable", "KVGeometry", "Pass", "PassCondition", "Sampling", "VideoModel"]
+__all__ = ["CaptionKind", "CaptionTable", "KVGeometry", "Pass", "PassCondition", "Sampling", "VideoModel"]
+
+CaptionKind = Literal["text", "null"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +49,7 @@ class Pass:
     """
 
     name: str
-    caption: Literal["text", "null"]
+    caption: CaptionKind
     branch: int
     isolated: bool
     weight: float
@@ -68,7 +71,7 @@ class KVGeometry:
 class CaptionTable(Protocol):
     """The texts of one request; a fixed number of them, however long the video."""
 
-    def get(self, kind: Literal["text", "null"], chunks_left: int) -> Tensor:
+    def get(self, kind: CaptionKind, chunks_left: int) -> Tensor:
         """Caption tokens [N, channels] for a chunk with that many chunks of the video still to come after it."""
 
 
@@ -136,7 +139,13 @@ class VideoModel(Protocol):
         """Patch embedding [1, S, D] of a latent [1, C, T, h, w]."""
 
     def layers(
-        self, hidden: Tensor, condition: PassCondition, caption: Tensor, first_frame: int, grid: tuple[int, int, int], view: KVView
+        self,
+        hidden: Tensor,
+        condition: PassCondition,
+        caption: Tensor,
+        first_frame: int,
+        grid: tuple[int, int, int],
+        view: KVView,
     ) -> Tensor:
         """Run the layers that are held over one chunk's tokens. `grid`: latent (T, h, w)."""
 

@@ -1,0 +1,1 @@
+"""Where it runs: ranks, stages, and what travels between them."""

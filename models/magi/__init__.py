@@ -1,0 +1,1 @@
+"""MAGI-1, exactly as released; all that is particular to it."""

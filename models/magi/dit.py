@@ -40,9 +40,7 @@ class _TimestepEmbedder(nn.Module):
         freqs = torch.exp(-math.log(10000) * steps / _FREQUENCIES).to(t.device)  # on the CPU: its exp differs
         angles = t.float()[..., None] * freqs * 1000
         wave = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype)
-        first, _, second = self.mlp
-        hidden = F.silu(F.linear(wave.float(), first.weight.float(), first.bias.float()))
-        return F.linear(hidden, second.weight.float(), second.bias.float())
+        return _linear_fp32(self.mlp[2], F.silu(_linear_fp32(self.mlp[0], wave)))
 
 
 class _CaptionEmbedder(nn.Module):
@@ -61,10 +59,7 @@ class _Blocks(nn.Module):
         super().__init__()
         last = config.num_layers - 1
         self.layers = nn.ModuleDict(
-            {
-                str(i): TransformerLayer(config, fp8=fp8 and i not in (0, last), precise=precise)
-                for i in layers
-            }
+            {str(i): TransformerLayer(config, fp8=fp8 and i not in (0, last), precise=precise) for i in layers}
         )
         if tail:
             self.final_layernorm = LayerNorm1p(config.hidden_size, config.layernorm_epsilon)
@@ -149,17 +144,22 @@ class MagiDiT(nn.Module):
         if distill is not None:
             embedded = embedded + self.t_embedder(torch.full_like(t, distill))
         row = self.y_embedder.null_caption_embedding[-1 if null else -2]
-        project = self.y_embedder.y_proj_adaln[0]
-        text = F.linear(row.float(), project.weight.float(), project.bias.float())
+        text = _linear_fp32(self.y_embedder.y_proj_adaln[0], row)
         return (embedded + text).to(self.config.dtype)
 
     def embed_text(self, y: Tensor) -> Tensor:
         """Caption tokens that count, [B, N, caption channels] -> [B, N, D] (6.1, step 6)."""
-        project = self.y_embedder.y_proj_xattn[0]
-        return F.silu(F.linear(y.float(), project.weight.float(), project.bias.float())).to(self.config.dtype)
+        return F.silu(_linear_fp32(self.y_embedder.y_proj_xattn[0], y)).to(self.config.dtype)
 
     def run_layers(
-        self, h_BSD: Tensor, cond_BRC: Tensor, text_BND: Tensor, rope: Tensor, view: KVView, *, cross: Attention | None = None
+        self,
+        h_BSD: Tensor,
+        cond_BRC: Tensor,
+        text_BND: Tensor,
+        rope: Tensor,
+        view: KVView,
+        *,
+        cross: Attention | None = None,
     ) -> Tensor:
         """Run the layers that are held; arguments as in `TransformerLayer.forward`."""
         for name, layer in self.videodit_blocks.layers.items():
@@ -168,8 +168,15 @@ class MagiDiT(nn.Module):
 
     def read_velocity(self, h_BSD: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Velocity [B, channels, T, h, w] fp32 of the last hidden states (6.4). `grid` is the token grid (T, H, W)."""
-        x = F.linear(self.videodit_blocks.final_layernorm(h_BSD.float()).float(), self.final_linear.linear.weight.float())
+        normed = self.videodit_blocks.final_layernorm(h_BSD.float())
+        x = F.linear(normed.float(), self.final_linear.linear.weight.float())
         (frames, height, width), p = grid, self.config.patch_size
         x = x.reshape(-1, frames, height, width, p, p, self.config.out_channels)
         x = x.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, self.config.out_channels, frames, height * p, width * p)
         return x[:, : self.config.latent_channels] / self.config.x_rescale_factor
+
+
+def _linear_fp32(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer in fp32, whatever its parameters are stored in (6.1)."""
+    assert isinstance(layer, nn.Linear)
+    return F.linear(x.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())

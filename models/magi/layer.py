@@ -145,7 +145,14 @@ class TransformerLayer(nn.Module):
         self.mlp_post_norm = LayerNorm1p(config.hidden_size, config.layernorm_epsilon)
 
     def forward(
-        self, h_BSD: Tensor, cond_BRC: Tensor, text_BND: Tensor, rope: Tensor, view: KVView, layer: int, cross: Attention
+        self,
+        h_BSD: Tensor,
+        cond_BRC: Tensor,
+        text_BND: Tensor,
+        rope: Tensor,
+        view: KVView,
+        layer: int,
+        cross: Attention,
     ) -> Tensor:
         """Run the layer.
 

@@ -5,7 +5,6 @@ It knows files and the released configuration; it does not know how a video is s
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,9 +20,8 @@ from models.magi.family import FixedCaptions, MagiModel
 from models.magi.sampling import MagiSampling
 from models.magi.text import Caption, SpecialTokens, T5Encoder, TextEncoder, with_special_tokens
 from models.magi.tiling import TiledVAE
-from models.pocket.text import PocketEncoder
 
-__all__ = ["Loading", "MagiPipeline", "load_magi"]
+__all__ = ["Loading", "MagiPipeline", "load_parts", "load_released"]
 
 _LATENT_CELL = 8  # pixels of a latent cell's side
 
@@ -96,9 +94,7 @@ class MagiPipeline:
         """Pixels of a latent cell's side."""
         return _LATENT_CELL
 
-    def sampling(
-        self, num_steps: int, *, clean_forward: bool = True, nearly_clean_mix: bool = True
-    ) -> MagiSampling:
+    def sampling(self, num_steps: int, *, clean_forward: bool = True, nearly_clean_mix: bool = True) -> MagiSampling:
         """How to denoise with that many steps, with or without the passes that reuse may leave out."""
         return MagiSampling(
             config=self.config, num_steps=num_steps, clean_forward=clean_forward, nearly_clean_mix=nearly_clean_mix
@@ -111,6 +107,7 @@ class MagiPipeline:
             InputError: the encoder cannot take it.
         """
         caption, dit = self._encoder.encode(prompt), self.model.dit
+        self._encoder.release()
         null = dit.null_text()
         if self._tokens is None:
             return FixedCaptions(text=caption.embeddings.to(dit.device), null=null)
@@ -118,14 +115,11 @@ class MagiPipeline:
         return TokenCaptions(text=caption, null=null, tokens=self._tokens, max_length=length, device=dit.device)
 
 
-def load_magi(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiPipeline:
-    """Load a released model, or magi-pocket, which differs in its text encoder only.
+def load_parts(config: MagiConfig, weights: Path | None, loading: Loading) -> tuple[MagiModel, TiledVAE]:
+    """Load the DiT and the autoencoder; what is missing of the smaller files is said before the large ones are read.
 
-    Args:
-        config: a released configuration.
-        weights: folder in place of the configuration's `load`; an autoencoder in its sub-folder `vae` and text
-            encoders in `t5` are taken before those of the configuration.
-        loading: device, precision, attention.
+    Returns:
+        The model and the autoencoder.
 
     Raises:
         InputError: something is missing or damaged.
@@ -135,23 +129,35 @@ def load_magi(config: MagiConfig, weights: Path | None, loading: Loading) -> Mag
     vae_folder = root / "vae" if (root / "vae").is_dir() else _folder(runtime.vae_pretrained, "vae_pretrained")
     inner = weights_folder(config, root)
     folder = inner if inner.is_dir() or weights is None else root
+    # The released autoencoder runs in bf16 whatever the DiT's dtype (1.1); fp32 models keep theirs.
+    vae_dtype = torch.float32 if config.model_config.dtype == torch.float32 else torch.bfloat16
+    vae = load_vae(vae_folder, dtype=vae_dtype, device=loading.device)
     dit = load_dit(config, folder, precise=loading.precise, attention=loading.attention, device=loading.device)
-    vae = load_vae(vae_folder, dtype=config.model_config.dtype, device=loading.device)
-    autoencoder = TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
-    if runtime.t5_pretrained is None:
-        return MagiPipeline(config, MagiModel(dit), autoencoder, PocketEncoder())
-    t5 = root / "t5" if (root / "t5").is_dir() else Path(runtime.t5_pretrained)
+    return MagiModel(dit), TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
+
+
+def load_released(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiPipeline:
+    """Load a released model.
+
+    Args:
+        config: a released configuration.
+        weights: folder in place of the configuration's `load`; an autoencoder in its sub-folder `vae` and text
+            encoders in `t5` are taken before those of the configuration. `special_tokens.npz` lies in it.
+        loading: device, precision, attention.
+
+    Raises:
+        InputError: something is missing or damaged.
+    """
+    runtime = config.runtime_config
+    root = weights or _folder(runtime.load, "load")
+    t5 = root / "t5" if (root / "t5").is_dir() else _folder(runtime.t5_pretrained, "t5_pretrained")
+    tokens = SpecialTokens.from_npz(root / "special_tokens.npz")
     encoder = T5Encoder(t5, device=runtime.t5_device, max_length=config.model_config.caption_max_length)
-    tokens = SpecialTokens.from_npz(_special_tokens_file(root))
-    return MagiPipeline(config, MagiModel(dit), autoencoder, encoder, tokens=tokens)
+    model, autoencoder = load_parts(config, weights, loading)
+    return MagiPipeline(config, model, autoencoder, encoder, tokens=tokens)
 
 
 def _folder(path: str | None, key: str) -> Path:
     if path is None:
         raise InputError(f"the configuration has no {key}: give --weights DIR")
     return Path(path)
-
-
-def _special_tokens_file(root: Path) -> Path:
-    """The released special_tokens.npz: beside the weights, or where SPECIAL_TOKEN_PATH says, as released."""
-    return Path(os.environ.get("SPECIAL_TOKEN_PATH", root / "special_tokens.npz"))

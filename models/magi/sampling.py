@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 
 from models.errors import InputError
-from models.family import Pass, PassCondition
+from models.family import CaptionKind, Pass, PassCondition
 from models.magi.config import MagiConfig
 
 __all__ = ["MagiSampling", "timesteps"]
@@ -138,10 +138,13 @@ class MagiSampling:
         distill = self._distill(step % (self.num_steps // self.window))
         time = self.time(step)
 
-        def one(name: str, caption: str, weight: float, *, drop: bool, branch: int = 0, isolated: bool = False) -> Pass:
+        def one(
+            name: str, caption: CaptionKind, weight: float, *, drop: bool, branch: int = 0, isolated: bool = False
+        ) -> Pass:
             condition = PassCondition(t=time, distill=distill, drop=drop)
-            text = "text" if caption == "text" else "null"
-            return Pass(name=name, caption=text, branch=branch, isolated=isolated, weight=weight, condition=condition)
+            return Pass(
+                name=name, caption=caption, branch=branch, isolated=isolated, weight=weight, condition=condition
+            )
 
         if not self.guided:
             threshold = self.config.engine_config.distill_nearly_clean_chunk_threshold

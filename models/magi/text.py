@@ -63,6 +63,9 @@ class TextEncoder(Protocol):
             InputError: the prompt cannot be encoded.
         """
 
+    def release(self) -> None:
+        """Let go of the encoder's weights until the next prompt."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpecialTokens:

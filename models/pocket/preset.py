@@ -88,5 +88,5 @@ def pocket_config() -> MagiConfig:
 def write_vae_config(folder: Path, config: VaeConfig) -> None:
     """Write the autoencoder's config.json in the released form (specification 1.1)."""
     folder.mkdir(parents=True, exist_ok=True)
-    values = {"_class_name": "ViTVAE", "ddconfig": asdict(config), "model_type": "vit"}  # type: ignore[call-overload]
+    values = {"_class_name": "ViTVAE", "ddconfig": asdict(config), "model_type": "vit"}
     (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n")

@@ -38,3 +38,6 @@ class PocketEncoder:
     def encode(self, prompt: str) -> Caption:
         """Encode one prompt; errors as in `encode_prompt`."""
         return Caption(embeddings=encode_prompt(prompt))
+
+    def release(self) -> None:
+        """Nothing is held."""

@@ -50,7 +50,7 @@ def normalise_latents(vae: ViTVAE, mean: Tensor, covariance: Tensor) -> None:
     last, first = vae.encoder.last_layer, vae.decoder.proj_in
     last.weight[:z] = forward @ last.weight[:z]
     last.bias[:z] = forward @ (last.bias[:z] - mean)
-    first.bias += first.weight @ mean
+    first.bias.add_(first.weight @ mean)
     first.weight.copy_(first.weight @ inverse)
 
 
@@ -121,7 +121,9 @@ def main() -> None:
     parser.add_argument("--clip-chunks", type=int, default=5, help="length of a clip in chunks")
     parser.add_argument("--dit-steps", type=int, default=6000)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile; needs gcc")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile; needs gcc"
+    )
     parser.add_argument("--export", action="store_true", help=f"only write {WEIGHTS} from the newest checkpoints")
     args = parser.parse_args()
     if args.threads:

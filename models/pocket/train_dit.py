@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.magi.dit import NULL_TEXT_ROWS, MagiDiT
-from models.magi.norms import LayerNorm1p
 from models.magi.vae import ViTVAE
 from models.pocket.clips import draw_background, draw_objects, render
 from models.pocket.preset import POCKET_DIT
@@ -80,11 +79,11 @@ def new_dit(seed: int) -> MagiDiT:
         elif parameter.dim() > 1:
             nn.init.normal_(parameter, std=1 / math.sqrt(parameter[0].numel()), generator=generator)
     nn.init.zeros_(dit.final_linear.linear.weight)
-    for layer in dit.videodit_blocks.layers.values():
-        nn.init.ones_(layer.ada_modulate_layer.proj[0].bias)
-        for norm in (layer.self_attn_post_norm, layer.mlp_post_norm):
-            assert isinstance(norm, LayerNorm1p)
-            nn.init.constant_(norm.weight, 0.3 - 1)
+    for name, parameter in dit.named_parameters():
+        if name.endswith("ada_modulate_layer.proj.0.bias"):
+            nn.init.ones_(parameter)
+        elif name.endswith("post_norm.weight"):
+            nn.init.constant_(parameter, 0.3 - 1)
     dit.rope.requires_grad_(False)
     return dit
 
@@ -139,8 +138,7 @@ def window_velocity(
     hidden = dit.embed_patches(video)
     condition = dit.embed_condition(t, distill=None, null=drop) + dit.t_embedder(distill)[:, None]
     null = dit.null_text().expand(b, -1, -1)
-    texts = [captions] if not clean else [null] if captions.shape[1] == 0 else [null, captions]
-    text = dit.embed_text(torch.cat(texts, dim=1))
+    text = dit.embed_text(torch.cat([null, captions], dim=1) if clean else captions)
     grid = dit.token_grid((CHUNK_FRAMES * r, x.shape[-2], x.shape[-1]))
     boundary = clean * (hidden.shape[1] // r)
 
@@ -149,10 +147,8 @@ def window_velocity(
         if not boundary:
             return _explicit(q, k, v)
         rows = NULL_TEXT_ROWS
-        return torch.cat(
-            [_explicit(q[:, :boundary], k[:, :rows], v[:, :rows]), _explicit(q[:, boundary:], k[:, rows:], v[:, rows:])],
-            dim=1,
-        )
+        seen_null = _explicit(q[:, :boundary], k[:, :rows], v[:, :rows])
+        return torch.cat([seen_null, _explicit(q[:, boundary:], k[:, rows:], v[:, rows:])], dim=1)
 
     out = dit.run_layers(hidden, condition, text, dit.rope.table(0, grid), _WindowView(r), cross=cross)
     velocity = dit.read_velocity(out, grid)
@@ -189,6 +185,7 @@ def window_loss(dit: MagiDiT, latents: Latents, kind: WindowKind, generator: tor
     The position of a chunk on its way from noise is s = (stage + u) / 4 with one u for the window, as the schedule has
     it, and t = s^2 / (3 - 2 s^2) (specification 7.2).
     """
+
     def rand(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
 
@@ -223,7 +220,8 @@ def window_loss(dit: MagiDiT, latents: Latents, kind: WindowKind, generator: tor
 
 def _optimizers(dit: MagiDiT) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in dit.named_parameters():
         if parameter.requires_grad:
             block = name.startswith("videodit_blocks.layers") and parameter.dim() == 2 and "ada_" not in name
@@ -236,7 +234,7 @@ def _optimizers(dit: MagiDiT) -> list[torch.optim.Optimizer]:
 
 def train_dit(
     out: Path, latents: Latents, *, seed: int, steps: int, compiled: bool, report: Callable[[str], None]
-) -> nn.Module:
+) -> MagiDiT:
     """Train, or go on from the last checkpoint in `out`; returns the averaged weights."""
     dit = new_dit(seed)
     schedule = linear_decay(steps, warmup=50, hold=0.4)

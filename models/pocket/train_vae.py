@@ -57,7 +57,7 @@ def tiles(count: int, generator: torch.Generator) -> Tensor:
     return torch.cat(parts)
 
 
-def vae_loss(vae: nn.Module, video: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
+def vae_loss(vae: ViTVAE, video: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
     """Reconstruction weighted towards saturated pixels, plus a small pull of the posterior to the normal."""
     moments = vae.encoder(video)
     mean, logvar = moments.float().chunk(2, dim=1)

@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 __all__ = ["Ema", "Trainer", "linear_decay"]
 
+Module = TypeVar("Module", bound=nn.Module)
 Step = Callable[[torch.Generator], tuple[Tensor, dict[str, float]]]
 
 
@@ -31,31 +33,32 @@ def linear_decay(steps: int, *, warmup: int, hold: float) -> Callable[[int], flo
     return factor
 
 
-class Ema:
+class Ema(Generic[Module]):
     """Exponential moving average of a module's weights, with a decay that starts low."""
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: Module, decay: float) -> None:
         self.decay = decay
         self.module = deepcopy(module).requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
+    def update(self, module: Module, step: int) -> None:
         """Take the module's present weights in."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages, values = list(self.module.parameters()), [p.detach() for p in module.parameters()]
+        averages: list[Tensor] = list(self.module.parameters())
+        values = [p.detach() for p in module.parameters()]
         torch._foreach_lerp_(averages, values, 1 - decay)
 
 
-class Trainer:
+class Trainer(Generic[Module]):
     """Runs steps and can be stopped and started at any time: a checkpoint holds all that a step depends on."""
 
     def __init__(
         self,
         checkpoint: Path,
-        module: nn.Module,
+        module: Module,
         optimizers: list[torch.optim.Optimizer],
         schedule: Callable[[int], float],
-        ema: Ema,
+        ema: Ema[Module],
         *,
         seed: int,
         report: Callable[[str], None],
@@ -70,7 +73,7 @@ class Trainer:
         if checkpoint.exists():
             self._load()
 
-    def averaged(self) -> nn.Module:
+    def averaged(self) -> Module:
         """The averaged weights."""
         return self._ema.module
 

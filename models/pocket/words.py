@@ -61,7 +61,8 @@ def parse_prompt(prompt: str) -> Scene:
         if word not in VOCABULARY:
             close = difflib.get_close_matches(word, VOCABULARY[1:], n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise InputError(f"unknown word {word!r} in the prompt{hint}: magi-pocket knows {', '.join(VOCABULARY[1:])}")
+            known_words = ", ".join(VOCABULARY[1:])
+            raise InputError(f"unknown word {word!r} in the prompt{hint}: magi-pocket knows {known_words}")
     found = {}
     for name, known in (("colour", COLOURS), ("shape", SHAPES), ("motion", MOTIONS)):
         given = [word for word in words if word in known]

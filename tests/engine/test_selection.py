@@ -43,7 +43,14 @@ def test_a_repeated_key_goes_first():
 
 @pytest.mark.parametrize(
     "values",
-    [{"retention": "pixel"}, {"queries": "all"}, {"importance_weight": 1.5}, {"pool": 4}, {"pool": 0}, {"query_tokens": 0}],
+    [
+        {"retention": "pixel"},
+        {"queries": "all"},
+        {"importance_weight": 1.5},
+        {"pool": 4},
+        {"pool": 0},
+        {"query_tokens": 0},
+    ],
 )
 def test_bad_settings_are_refused(values):
     with pytest.raises(InputError):
@@ -57,15 +64,11 @@ def new_buffer(budget, window, chunks, retention, branches=1):
     geometry = KVGeometry(
         layers=range(2), query_heads=4, key_heads=HEADS, head_size=SIZE, dtype=torch.float32, device=torch.device("cpu")
     )
-    layout = KVLayout(
-        chunk_tokens=CHUNK, clean_tokens=min(budget, chunks - 1) * CHUNK, window=window, chunks=chunks
-    )
+    layout = KVLayout(chunk_tokens=CHUNK, clean_tokens=min(budget, chunks - 1) * CHUNK, window=window, chunks=chunks)
     compression = Compression(
         settings=SelectionSettings(retention=retention, query_tokens=3), query_heads=4, frame_tokens=FRAME
     )
-    return KVBuffer(
-        layout, geometry, branches=branches, attention=attention_backend("sdpa"), compression=compression
-    )
+    return KVBuffer(layout, geometry, branches=branches, attention=attention_backend("sdpa"), compression=compression)
 
 
 def mark(chunk, layer):
