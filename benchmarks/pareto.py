@@ -95,7 +95,7 @@ def pareto_figure(trials: Sequence[Trial], title: str, fractions: Sequence[float
     for at in fractions:
         axes.axvline(100 * at, color="#888888", linewidth=1, linestyle=":")
     for way, points in _mean_points(trials).items():
-        _draw(axes, way, [(100 * one.computed, one.psnr) for one in points])
+        _draw(axes, way, [(100 * one.computed, one.psnr) for one in points], joined=True)
     axes.set(title=title, xlabel="computed chunk-steps (% of all)", ylabel="PSNR against no reuse, same passes (dB)")
     _finish(axes)
     return figure
@@ -107,15 +107,14 @@ def speed_figure(trials: Sequence[Trial], title: str) -> Figure:
     axes = figure.add_subplot()
     means = _mean_points(trials)
     for way, points in means.items():
-        _draw(axes, way, [(100 * one.computed, one.speedup) for one in points])
-    seen = [one.computed for points in means.values() for one in points]
-    if seen:
-        lowest = min(seen)
+        _draw(axes, way, [(100 * one.computed, one.speedup) for one in points], joined=False)
+    lowest = min((one.computed for points in means.values() for one in points), default=None)
+    if lowest is not None:
         places = [lowest + (1 - lowest) * i / 100 for i in range(101)]
         for share, style, label in ((1.0, "-", "1 / computed fraction"), (0.9, ":", "0.9 / computed fraction")):
             ys = [share / at for at in places]
             axes.plot([100 * at for at in places], ys, color="#444444", linewidth=1, linestyle=style, label=label)
-    axes.set(title=title, xlabel="computed chunk-steps (% of all)", ylabel="speed-up over no reuse, same passes (times)")
+    axes.set(title=title, xlabel="computed chunk-steps (% of all)", ylabel="speed-up over no reuse, same passes (x)")
     _finish(axes)
     return figure
 
@@ -146,12 +145,19 @@ def _mean_points(trials: Sequence[Trial]) -> dict[Way, list[_Point]]:
     return found
 
 
-def _draw(axes: Axes, way: Way, points: Sequence[tuple[float, float]]) -> None:
+def _draw(axes: Axes, way: Way, points: Sequence[tuple[float, float]], *, joined: bool) -> None:
     method, kind = way
     line, marker, name = _STYLES[method]
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    label = f"{method} ({name}), {kind}"
-    axes.plot(xs, ys, linestyle=line, marker=marker, markersize=5, color=_COLOURS[kind], label=label)
+    axes.plot(
+        xs,
+        ys,
+        linestyle=line if joined else "",
+        marker=marker,
+        markersize=5,
+        color=_COLOURS[kind],
+        label=f"{method} ({name}), {kind}",
+    )
 
 
 def _finish(axes: Axes) -> None:

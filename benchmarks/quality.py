@@ -3,9 +3,9 @@
     python -m benchmarks.quality --out results/quality          # about an hour on one core
     python -m benchmarks.quality --quick --out /tmp/quality     # a small sweep
 
-Makes the same videos without reuse, with chunk-wise reuse (flowcache), with one decision for the window (teacache), with
-each kind of reuse and over a range of thresholds, and with compressed KV. Exit status 0 if all that the project holds
-itself to is so, 1 if not, 2 for bad input. A run that is stopped goes on where it was when it is started again.
+Makes the same videos without reuse, with chunk-wise reuse (flowcache), with one decision for the window (teacache),
+with each kind of reuse and over a range of thresholds, and with compressed KV. Exit status 0 if all that the project
+holds itself to is so, 1 if not, 2 for bad input. A run that is stopped goes on where it was when it is started again.
 
 Which passes count: `vanilla` is the model as released, with a clean pass for every finished chunk and a context-free
 copy of the cleanest one; `lean` has neither, as the published reuse runs. Leaving them out saves work but reuses
@@ -19,22 +19,23 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.ledger import Ledger, Plan
+from benchmarks.ledger import Ledger
 from benchmarks.pareto import pareto_figure, speed_figure
+from benchmarks.plan import make_plan
 from benchmarks.prompts import balanced_scenes
-from benchmarks.quality_report import FRACTIONS, WORK, csv, curve_table, setting_tables, verdicts
+from benchmarks.quality_report import FRACTIONS, csv, curve_table, setting_tables, verdicts
 from benchmarks.report import machine_line, output_folder, run_app, save_figure, save_text
-from benchmarks.sweep import LEAN, Grid, Setting, calibrate, estimate_threshold
+from benchmarks.sweep import WORK, Grid, Setting
 from benchmarks.trial import Case, Studio
 from benchmarks.verdict import verdict_table
-from engine.cache import CacheSettings, Policy
+from engine.cache import CacheSettings
 from models.errors import InputError
 from models.loading import load_magi
 from models.magi.pipeline import Loading, MagiPipeline
@@ -46,7 +47,6 @@ _MODEL = "magi-pocket"
 _SEEDS = 1000  # of noise per seed of the benchmark, so that two runs share none
 _QUICK = Grid(fractions=(0.85, 0.65, 0.45), budgets=(2,))
 _PROMPTS, _QUICK_PROMPTS = 20, 4
-_CALIBRATION_CASES = 4
 
 app = typer.Typer(add_completion=False)
 
@@ -79,37 +79,13 @@ def run(
     cases = [Case(scene=s, seed=seed * _SEEDS + i, chunks=chunks, num_steps=steps) for i, s in enumerate(scenes)]
     about = {"model": model, "weights": _digest(pipeline), "prompts": len(cases), "chunks": chunks, "steps": steps}
     about |= {"seed": seed, "kind": chosen, "warmup": warmup, "quick": quick, "device": device}
-    ledger = Ledger(out, {**about, "threads": torch.get_num_threads()})
-    studio = Studio(pipeline)
-    console = Console(stderr=True)
+    about |= {"threads": torch.get_num_threads()}
+    ledger, studio, console = Ledger(out, about), Studio(pipeline), Console(stderr=True)
     if ledger.plan is None:
-        with console.status("finding thresholds"):
-            ledger.begin(_plan(studio, grid, cases[:_CALIBRATION_CASES], {**about, "threads": torch.get_num_threads()}))
+        with console.status("finding thresholds") as status:
+            ledger.begin(make_plan(studio, grid, cases, about, status.update))
     _run_trials(studio, ledger, cases, console)
     raise typer.Exit(0 if _write(out, ledger, grid) else 1)
-
-
-def _plan(studio: Studio, grid: Grid, cases: Sequence[Case], about: dict[str, Any]) -> Plan:
-    """Find thresholds for the curves, and calibrate those of the presets on counted operations."""
-    seen = [studio.observe(case) for case in cases]
-    vanilla = [studio.make(Setting(), case).flops for case in cases]
-
-    def estimate(method: str, fraction: float) -> float:
-        def policy(threshold: float) -> Policy:
-            return CacheSettings(policy=method, threshold=threshold, warmup_steps=grid.warmup).new_policy()
-
-        return estimate_threshold(seen, policy, fraction)
-
-    def work(setting: Setting) -> float:
-        shares = [studio.make(setting, case).flops / whole for case, whole in zip(cases, vanilla, strict=True)]
-        return sum(shares) / len(shares)
-
-    lean = work(Setting(passes=LEAN))
-    slow, fast = (
-        calibrate(lambda one: work(grid.preset(one)), start=estimate("flowcache", target / lean), target=target)
-        for target in WORK.values()
-    )
-    return Plan(run=about, settings=tuple(grid.settings(estimate, (slow, fast))), presets=(slow, fast))
 
 
 def _run_trials(studio: Studio, ledger: Ledger, cases: Sequence[Case], console: Console) -> None:
@@ -133,25 +109,27 @@ def _write(out: Path, ledger: Ledger, grid: Grid) -> bool:
     plan, trials = ledger.plan, ledger.trials
     assert plan is not None
     run = plan.run
-    lines = f"{run['model']}, {run['prompts']} prompts, {run['chunks']} chunks, {run['steps']} steps, seed {run['seed']}"
-    found = verdicts(trials, grid.kind, [grid.preset(one) for one in plan.presets])
+    sizes = ", ".join(f"{run[name]} {name}" for name in ("prompts", "chunks", "steps"))
+    lines = f"{run['model']}, {sizes}, seed {run['seed']}"
+    presets = {name: grid.preset(one) for name, one in zip(WORK, plan.presets, strict=True)}
+    found = verdicts(trials, grid.kind, presets)
     table, curves = verdict_table(found), curve_table(trials)
     title = "What reuse and KV compression save, and what they spoil"
-    presets = ", ".join(f"{name} {one:g}" for name, one in zip(WORK, plan.presets, strict=True))
+    thresholds = ", ".join(f"{name} {one.threshold:g}" for name, one in presets.items())
     parts = [
         f"# {title}",
         f"{lines}, warm-up {run['warmup']} steps, chosen kind of reuse: {grid.kind}. {machine_line()}.",
-        f"Calibrated thresholds of flowcache: {presets}.",
+        f"Calibrated thresholds of flowcache: {thresholds}.",
         _NOTES,
         f"## Verdicts\n\n{table}",
         f"## PSNR at equal computed fraction\n\n{curves}",
-        setting_tables(trials),
+        setting_tables(trials, presets),
     ]
     save_text(out / "quality.md", "\n\n".join(parts))
-    save_text(out / "quality.csv", csv(trials))
+    save_text(out / "quality.csv", csv(trials, presets))
     save_figure(out / "pareto.png", pareto_figure(trials, f"Quality kept by reuse\n{lines}", FRACTIONS))
     save_figure(out / "speed.png", speed_figure(trials, f"Time saved by reuse\n{lines}"))
-    typer.echo(f"{lines}; thresholds {presets}\n\n{table}\n\n{curves}\n\nwritten to {out}")
+    typer.echo(f"{lines}; thresholds {thresholds}\n\n{table}\n\n{curves}\n\nwritten to {out}")
     return all(one.passed for one in found)
 
 
@@ -164,15 +142,18 @@ def _digest(pipeline: MagiPipeline) -> str:
 
 
 _NOTES = """\
-- `passes`: vanilla has a clean pass per finished chunk and a context-free copy of the cleanest one, as released; lean has
-  neither, as the published reuse runs. What lean saves over vanilla is not caching.
-- `computed`: computed chunk-steps as a share of all. `tflop`: operations of all matrix products of the passes that were
-  run, counted, in 10^12; `flop_vs_vanilla`: the same as a share of vanilla's.
-- `seconds`: of denoising, median over the prompts; frames are decoded outside. `speedup`: median over the prompts of the
-  time without reuse with the same passes and KV, measured beside it, over its own; `speedup_vs_vanilla` likewise.
-- `psnr` (dB), `ssim`, `latent_error` (relative L2): against the same prompt and seed without reuse, with the same passes
-  and KV; means over the prompts. `psnr_uncompressed`: against no reuse and no compression, with the same passes.
-- `colour_right`, `direction_right`, `whole_shape`: shares of the videos that show what the prompt says."""
+- passes: vanilla has a clean pass per finished chunk and a context-free copy of the cleanest one, as released; lean
+  has neither, as the published reuse runs. What lean saves over vanilla is not caching.
+- kv budget: own range is the model's own limited range; a number of chunks is compressed to that size.
+- computed: computed chunk-steps as a share of all. tflop: operations of all matrix products of the passes that ran,
+  counted, in 10^12; flop vs vanilla: the same as a share of vanilla's.
+- seconds: of denoising, median over the prompts; frames are decoded outside. speedup: median over the prompts of the
+  time without reuse with the same passes and KV, measured beside it, over its own (without reuse it shows the noise of
+  the timing); speedup vs vanilla likewise.
+- psnr (dB), ssim, latent error (relative L2): against the same prompt and seed without reuse, with the same passes and
+  KV; means over the prompts. psnr uncompressed: against no reuse and no compression, with the same passes. Videos that
+  do not differ count as 100 dB.
+- colour right, direction right, whole shape: shares of the videos that show what the prompt says."""
 
 
 if __name__ == "__main__":

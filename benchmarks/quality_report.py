@@ -5,36 +5,35 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from benchmarks.pareto import compare, on_curves, psnr_at
+from benchmarks.pareto import Comparison, compare, on_curves, psnr_at
 from benchmarks.report import Cell, csv_text, markdown_table
-from benchmarks.sweep import METHODS, Setting
+from benchmarks.sweep import LEAN, METHODS, WORK, Setting
 from benchmarks.trial import Trial
 from benchmarks.verdict import Verdict
 from engine.cache.reuse import KINDS
 
-__all__ = ["FRACTIONS", "WORK", "csv", "curve_table", "setting_tables", "verdicts"]
+__all__ = ["FRACTIONS", "csv", "curve_table", "setting_tables", "verdicts"]
 
 FRACTIONS = (0.8, 0.65, 0.5)
 """Computed fractions at which curves are compared."""
-WORK = {"slow": 0.53, "fast": 0.46}
-"""Counted operations of the presets as a share of vanilla's, as in the paper."""
 _WORK_TOLERANCE = 0.02
 _SPEED_SHARE = 0.9
 _MOST_PROMPTS = 0.75  # share of the prompts that a comparison must rest on
 
-_SETTING = ("method", "kind", "threshold", "warmup", "passes", "kv_budget")
+_SETTING = ("method", "kind", "threshold", "passes", "kv_budget")
 _MEASURED: dict[str, Callable[[Sequence[Trial]], Cell]] = {
     "prompts": len,
     "computed": lambda same: _mean(same, "computed"),
     "passes_run": lambda same: _mean(same, "items"),
     "tflop": lambda same: _mean(same, "tflop"),
     "flop_vs_vanilla": lambda same: _mean(same, "work"),
-    "seconds": lambda same: _median(one.seconds for one in same),
-    "decode_seconds": lambda same: _median(one.decode_seconds for one in same),
+    "seconds": lambda same: statistics.median(one.seconds for one in same),
+    "decode_seconds": lambda same: statistics.median(one.decode_seconds for one in same),
     "speedup": lambda same: _speedup(same),
-    "speedup_vs_vanilla": lambda same: _median(one.vanilla_seconds / one.seconds for one in same),
+    "speedup_vs_vanilla": lambda same: statistics.median(one.vanilla_seconds / one.seconds for one in same),
     "psnr": lambda same: _mean(same, "psnr"),
     "psnr_worst": lambda same: min(one.psnr for one in same),
     "ssim": lambda same: _mean(same, "ssim"),
@@ -45,7 +44,7 @@ _MEASURED: dict[str, Callable[[Sequence[Trial]], Cell]] = {
     "colour_right": lambda same: _mean(same, "colour_right"),
     "direction_right": lambda same: _mean(same, "motion_right"),
     "whole_shape": lambda same: _mean(same, "whole"),
-    "border_error_px": lambda same: _median(one.border_error for one in same),
+    "border_error_px": lambda same: statistics.median(one.border_error for one in same),
 }
 _COMMON = ("computed", "tflop", "flop_vs_vanilla", "seconds", "speedup", "speedup_vs_vanilla")
 _FOLLOWS = ("colour_right", "direction_right", "whole_shape")
@@ -68,25 +67,34 @@ _TABLES: tuple[tuple[str, tuple[str, ...], Callable[[Setting], bool]], ...] = (
 )
 
 
-def setting_tables(trials: Sequence[Trial]) -> str:
-    """A Markdown table each for the runs without reuse, with reuse, and with compressed KV; a row per setting."""
+def setting_tables(trials: Sequence[Trial], presets: Mapping[str, Setting]) -> str:
+    """A Markdown table each for the runs without reuse, with reuse, and with compressed KV; a row per setting.
+
+    Args:
+        trials: all of them.
+        presets: by name; the rows with their thresholds are named after them.
+    """
     groups = _by_setting(trials)
     parts = []
     for title, columns, belongs in _TABLES:
         rows = [
-            (*_setting_cells(setting), *(_MEASURED[name](same) for name in columns))
+            (*_setting_cells(setting, presets), *(_MEASURED[name](same) for name in columns))
             for setting, same in groups.items()
             if belongs(setting)
         ]
         if rows:
-            parts.append(f"## {title}\n\n{markdown_table((*_SETTING, *columns), rows)}")
+            parts.append(f"## {title}\n\n{markdown_table(_headers(columns), rows)}")
     return "\n\n".join(parts)
 
 
-def csv(trials: Sequence[Trial]) -> str:
+def _headers(columns: Sequence[str]) -> list[str]:
+    return [name.replace("_", " ") for name in (*_SETTING, *columns)]
+
+
+def csv(trials: Sequence[Trial], presets: Mapping[str, Setting]) -> str:
     """All figures, a row per setting."""
     rows = [
-        (*_setting_cells(setting), *(measure(same) for measure in _MEASURED.values()))
+        (*_setting_cells(setting, presets), *(measure(same) for measure in _MEASURED.values()))
         for setting, same in _by_setting(trials).items()
     ]
     return csv_text((*_SETTING, *_MEASURED), rows)
@@ -107,7 +115,7 @@ def curve_table(trials: Sequence[Trial]) -> str:
     return f"{markdown_table(headers, rows)}\n\nPrompts compared at {', '.join(counts)}."
 
 
-def verdicts(trials: Sequence[Trial], kind: str, presets: Sequence[Setting]) -> list[Verdict]:
+def verdicts(trials: Sequence[Trial], kind: str, presets: Mapping[str, Setting]) -> list[Verdict]:
     """What the project holds itself to.
 
     Args:
@@ -115,37 +123,40 @@ def verdicts(trials: Sequence[Trial], kind: str, presets: Sequence[Setting]) -> 
         kind: of reuse that was chosen.
         presets: settings of slow and fast.
     """
-    prompts = len({(one.prompt, one.seed) for one in trials})
-    found = []
-    for shown in dict.fromkeys(("residual", kind)):
-        for fraction in FRACTIONS:
-            result = compare(trials, ("flowcache", shown), ("teacache", shown), fraction)
-            found.append(
-                Verdict(
-                    name=f"PSNR at {fraction:.0%} computed, {shown}: chunk by chunk against whole window",
-                    measured=_against(result.first, result.second, result.better, result.prompts),
-                    wanted="more",
-                    passed=result.first > result.second and result.prompts >= _MOST_PROMPTS * prompts,
-                )
-            )
-    for fraction in FRACTIONS if kind != "residual" else ():
-        result = compare(trials, ("flowcache", kind), ("flowcache", "residual"), fraction)
-        found.append(
-            Verdict(
-                name=f"PSNR at {fraction:.0%} computed, chunk by chunk: {kind} against residual",
-                measured=_against(result.first, result.second, result.better, result.prompts),
-                wanted="as much or more",
-                passed=result.first >= result.second and result.prompts >= _MOST_PROMPTS * prompts,
-            )
-        )
+    found = [_chunk_wise_verdict(trials, one, at) for one in dict.fromkeys(("residual", kind)) for at in FRACTIONS]
+    found += [_kind_verdict(trials, kind, at) for at in FRACTIONS if kind != "residual"]
     groups = _by_setting(trials)
-    return [*found, _speed_verdict(trials), *(_work_verdict(*one, groups) for one in zip(WORK, presets, strict=True))]
+    return [*found, _speed_verdict(trials), *(_work_verdict(name, presets[name], groups) for name in WORK)]
 
 
-def _against(first: float, second: float, better: int, prompts: int) -> str:
-    if not prompts:
+def _chunk_wise_verdict(trials: Sequence[Trial], kind: str, fraction: float) -> Verdict:
+    found = compare(trials, ("flowcache", kind), ("teacache", kind), fraction)
+    return Verdict(
+        name=f"PSNR at {fraction:.0%} computed, {kind}: chunk by chunk against whole window",
+        measured=_against(found),
+        wanted="more",
+        passed=found.first > found.second and _rests_on_most(found, trials),
+    )
+
+
+def _kind_verdict(trials: Sequence[Trial], kind: str, fraction: float) -> Verdict:
+    found = compare(trials, ("flowcache", kind), ("flowcache", "residual"), fraction)
+    return Verdict(
+        name=f"PSNR at {fraction:.0%} computed, chunk by chunk: {kind} against residual",
+        measured=_against(found),
+        wanted="as much or more",
+        passed=found.first >= found.second and _rests_on_most(found, trials),
+    )
+
+
+def _rests_on_most(found: Comparison, trials: Sequence[Trial]) -> bool:
+    return found.prompts >= _MOST_PROMPTS * len({(one.prompt, one.seed) for one in trials})
+
+
+def _against(found: Comparison) -> str:
+    if not found.prompts:
         return "no prompt with both curves there"
-    return f"{first:.2f} against {second:.2f} dB, better on {better} of {prompts} prompts"
+    return f"{found.first:.2f} against {found.second:.2f} dB, better on {found.better} of {found.prompts} prompts"
 
 
 def _speed_verdict(trials: Sequence[Trial]) -> Verdict:
@@ -179,22 +190,20 @@ def _by_setting(trials: Sequence[Trial]) -> dict[Setting, list[Trial]]:
 
 def _order(trial: Trial) -> tuple[object, ...]:
     one = trial.setting
-    return one.passes != "vanilla", one.budget or 0, one.method, one.kind, one.threshold, trial.prompt, trial.seed
+    return one.passes == LEAN, one.budget or 0, one.method, one.kind, one.threshold, trial.seed
 
 
-def _setting_cells(setting: Setting) -> tuple[Cell, ...]:
+def _setting_cells(setting: Setting, presets: Mapping[str, Setting]) -> tuple[Cell, ...]:
     kv: Cell = "own range" if setting.budget is None else setting.budget
     if setting.method == "none":
-        return setting.method, "", "", "", setting.passes, kv
-    return setting.method, setting.kind, setting.threshold, setting.warmup, setting.passes, kv
+        return setting.method, "", "", setting.passes, kv
+    names = [name for name, one in presets.items() if one == replace(setting, passes=LEAN, budget=None)]
+    return "-".join([setting.method, *names[:1]]), setting.kind, setting.threshold, setting.passes, kv
 
 
 def _speedup(same: Sequence[Trial]) -> float:
-    return _median(one.plain_seconds / one.seconds for one in same)
+    return statistics.median(one.plain_seconds / one.seconds for one in same)
 
 
 def _mean(same: Sequence[Trial], name: str) -> float:
     return statistics.fmean(getattr(one, name) for one in same)
-
-
-_median = statistics.median

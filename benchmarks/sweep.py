@@ -1,14 +1,16 @@
 """Which settings the quality benchmark compares, and thresholds that give a wanted amount of work.
 
-The distances of a model decide what a threshold means. So thresholds are found, not listed: first by letting a policy
-decide on the distances of a video made without reuse, which costs nothing, then, where the counted work must be exact,
-by bisection on videos that are really made.
+The distances of a model decide what a threshold means. So thresholds are found, not listed. Policies that decide on
+the distances of a video made without reuse show in which range to look, at no cost; a few videos that are really made,
+since reuse changes the distances, give the thresholds of the curves; and bisection those whose counted work must be
+exact.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from engine.cache import CacheSettings, Decision, Observation, Policy
@@ -16,10 +18,15 @@ from engine.cache.reuse import KINDS
 from engine.kv import KVSettings
 from engine.record import RunTrace
 
-__all__ = ["LEAN", "METHODS", "VANILLA", "Grid", "ObservationLog", "Setting", "Ticks", "calibrate", "estimate_threshold"]
+__all__ = [
+    *("LEAN", "METHODS", "VANILLA", "WORK", "Grid", "ObservationLog", "Setting", "Ticks"),
+    *("calibrate", "estimate_threshold", "ladder", "threshold_at"),
+]
 
 METHODS = ("flowcache", "teacache")
 VANILLA, LEAN = "vanilla", "lean"
+WORK = {"slow": 0.53, "fast": 0.46}
+"""Counted operations of the presets as a share of vanilla's, as in the paper."""
 _LOWEST, _HIGHEST = 1e-6, 1e2  # thresholds that are searched
 _HALVINGS = 40
 
@@ -82,30 +89,29 @@ class Grid:
         warmup: first steps that are computed.
     """
 
-    fractions: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+    fractions: tuple[float, ...] = (0.9, 0.8, 0.65, 0.5, 0.4)
     budgets: tuple[int, ...] = (1, 2, 3, 4)
     kind: str = "residual"
     warmup: int = 5
 
+    def reuse(self, method: str, kind: str, threshold: float) -> Setting:
+        """A point of a method's curve."""
+        return Setting(method=method, kind=kind, threshold=threshold, warmup=self.warmup, passes=LEAN)
+
     def preset(self, threshold: float, *, passes: str = LEAN, budget: int | None = None) -> Setting:
         """A chunk-wise setting of the grid's kind."""
-        return Setting(
-            method="flowcache", kind=self.kind, threshold=threshold, warmup=self.warmup, passes=passes, budget=budget
-        )
+        return replace(self.reuse("flowcache", self.kind, threshold), passes=passes, budget=budget)
 
-    def settings(self, threshold: Callable[[str, float], float], presets: Sequence[float]) -> list[Setting]:
+    def settings(self, threshold: Callable[[str, str, float], float], presets: Sequence[float]) -> list[Setting]:
         """All settings, each once.
 
         Args:
-            threshold: of a method, for a computed fraction.
+            threshold: of a method and a kind, for a computed fraction.
             presets: thresholds of the presets, slow first.
         """
         found = [Setting(), Setting(passes=LEAN)]
-        for method in METHODS:
-            thresholds = [threshold(method, fraction) for fraction in self.fractions]
-            for kind in KINDS:
-                base = Setting(method=method, kind=kind, warmup=self.warmup, passes=LEAN)
-                found += [replace(base, threshold=one) for one in thresholds]
+        for method, kind, fraction in itertools.product(METHODS, KINDS, self.fractions):
+            found.append(self.reuse(method, kind, threshold(method, kind, fraction)))
         found += [self.preset(one) for one in presets]
         found += [self.preset(one, passes=VANILLA) for one in presets]
         for budget in self.budgets:
@@ -152,16 +158,39 @@ def estimate_threshold(videos: Sequence[Ticks], policy: Callable[[float], Policy
     return rounded(math.exp(high))
 
 
+def ladder(lowest: float, highest: float, count: int) -> list[float]:
+    """Thresholds at equal ratios."""
+    ratio = (highest / lowest) ** (1 / (count - 1))
+    return [rounded(lowest * ratio**i) for i in range(count)]
+
+
+def threshold_at(measured: Mapping[float, float], target: float) -> float:
+    """The threshold of a computed fraction, between those that were measured; the nearest end outside of them.
+
+    Args:
+        measured: computed fraction at each threshold; one that rises with the threshold counts as the one before.
+        target: the fraction that is wanted.
+    """
+    thresholds = sorted(measured)
+    fractions = list(itertools.accumulate((measured[one] for one in thresholds), min))
+    for i in range(1, len(thresholds)):
+        above, below = fractions[i - 1], fractions[i]
+        if above >= target > below:
+            share = (above - target) / (above - below)
+            return rounded(thresholds[i - 1] ** (1 - share) * thresholds[i] ** share)
+    return thresholds[0] if target > fractions[0] else thresholds[-1]
+
+
 def calibrate(measure: Callable[[float], float], *, start: float, target: float, halvings: int = 8) -> float:
     """The threshold, to three digits, whose measured work is nearest to a target; work falls as the threshold rises.
 
     Args:
         measure: work at a threshold.
-        start: a guess; the search goes from a quarter of it to four times it.
+        start: a guess; the search goes from half of it to twice it.
         target: the work that is wanted.
         halvings: of the range, each one measurement.
     """
-    low, high = math.log(start / 4), math.log(start * 4)
+    low, high = math.log(start / 2), math.log(start * 2)
     tried: dict[float, float] = {}
     for _ in range(halvings):
         middle = (low + high) / 2

@@ -6,8 +6,12 @@ knows figures only, no tensors of the model.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +26,11 @@ from models.errors import InputError
 __all__ = ["NOT_ACTIVE", "RunRecord", "RunTrace"]
 
 NOT_ACTIVE = 255
-"""In `flags`: the chunk was not in the window. 0 is computed, 1 reused."""
+"""In `flags`: the chunk was not in the window. 0 is computed, 1 reused, 2 extrapolated."""
 _ARRAYS = ("flags", "distances", "tick_seconds", "tick_items", "fill", "kept")
+_SETTINGS_FILE, _ARRAYS_FILE = "record.json", "record.npz"
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What reading a file that is not whole can raise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,15 +62,21 @@ class RunRecord:
         return float((self.flags[active] == 0).mean()) if active.any() else 1.0
 
     def save(self, folder: Path) -> None:
-        """Write the folder, which is made if need be.
+        """Write the folder, which is made if need be; a record that it holds already is replaced.
+
+        The settings are taken away first and come last, so that there is never a record of two runs.
 
         Raises:
             InputError: it cannot be written.
         """
+        arrays = io.BytesIO()
+        np.savez_compressed(arrays, **{name: getattr(self, name) for name in _ARRAYS})
+        settings = json.dumps(dict(self.settings), indent=1) + "\n"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            np.savez_compressed(folder / "record.npz", **{name: getattr(self, name) for name in _ARRAYS})
-            (folder / "record.json").write_text(json.dumps(dict(self.settings), indent=1) + "\n")
+            (folder / _SETTINGS_FILE).unlink(missing_ok=True)
+            _write(folder / _ARRAYS_FILE, arrays.getvalue())
+            _write(folder / _SETTINGS_FILE, settings.encode())
         except OSError as error:
             raise InputError(f"cannot write the record {folder}: {error.strerror}") from None
 
@@ -75,13 +88,55 @@ class RunRecord:
             InputError: there is no whole record.
         """
         try:
-            settings = json.loads((folder / "record.json").read_text())
-            with np.load(folder / "record.npz", allow_pickle=False) as arrays:
-                return cls(settings=settings, **{name: arrays[name] for name in _ARRAYS})
+            settings = json.loads((folder / _SETTINGS_FILE).read_text())
+            if not isinstance(settings, dict):
+                raise ValueError(f"{_SETTINGS_FILE} is not a JSON object")
+            record = cls(settings=settings, **_read_arrays(folder / _ARRAYS_FILE))
+            record._check()
         except FileNotFoundError as error:
             raise InputError(f"{folder} holds no record: {Path(error.filename).name} is missing") from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except NotADirectoryError:
+            raise InputError(f"{folder} holds no record: it is not a folder") from None
+        except _DAMAGE as error:
             raise InputError(f"the record in {folder} is damaged: {error}") from None
+        return record
+
+    def _check(self) -> None:
+        """Raises ValueError where arrays do not fit together."""
+        if self.flags.ndim != 2 or not self.flags.size or not np.isin(self.flags, (0, 1, NOT_ACTIVE)).all():
+            raise ValueError("flags are not a table of 0, 1 and 255")
+        ticks, chunks = self.flags.shape
+        shapes = {
+            "distances": (ticks, chunks),
+            "tick_seconds": (ticks,),
+            "tick_items": (ticks,),
+            "fill": (ticks,),
+            "kept": (chunks, chunks),
+        }
+        for name, shape in shapes.items():
+            array = getattr(self, name)
+            if array.shape != shape or array.dtype.kind not in "fiu":
+                raise ValueError(f"{name} are {array.dtype} {list(array.shape)}, not numbers {list(shape)}")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file that appears when it is whole."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(path) as packed:
+        damaged = packed.testzip()  # the checksums of all, before a header is believed
+    if damaged is not None:
+        raise ValueError(f"{damaged} in {path.name} does not match its checksum")
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in _ARRAYS}
 
 
 class RunTrace:
@@ -104,7 +159,7 @@ class RunTrace:
 
     def decided(self, seen: Observation, decision: Decision) -> None:
         """A chunk's step was decided."""
-        self._arrays["flags"][seen.tick, seen.chunk] = 0 if decision is Decision.COMPUTE else 1
+        self._arrays["flags"][seen.tick, seen.chunk] = decision.value
         if seen.distance is not None:
             self._arrays["distances"][seen.tick, seen.chunk] = seen.distance
 

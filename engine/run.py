@@ -201,7 +201,7 @@ class VideoRun:
         for (chunk, step), decision in zip(active, decisions, strict=True):
             if decision is not Decision.COMPUTE:
                 time, size = self._sampling.time(step), self._sampling.step_size(step)
-                increment = self._reuse.memory.increment(chunk, time=time, size=size)
+                increment = self._reuse.memory.increment(chunk, decision, time=time, size=size)
                 self._latents[chunk] = self._model_input(chunk) + increment
         return list(zip(observations, decisions, strict=True))
 

@@ -7,11 +7,9 @@ nothing half-written ever stands under the name that was asked for.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import queue
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -22,37 +20,12 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
-from models.errors import InputError
+from launch.files import file_errors, part_of
 
-__all__ = ["BackgroundWriter", "VideoWriter", "check_target"]
+__all__ = ["BackgroundWriter", "VideoWriter"]
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SMALL = 256 * 256  # pixels
 _CRF_SMALL, _CRF_LARGE = "12", "17"  # a small clip costs little, and shows every artefact when it is blown up
-
-
-def check_target(path: Path) -> None:
-    """See that a video can be written there, by making and removing a file in the same folder.
-
-    Raises:
-        InputError: the name does not end in .mp4, the folder is missing or not writable, or the name is taken by
-            something that is not a file.
-    """
-    if path.suffix.lower() != ".mp4":
-        raise InputError(f"cannot write {path}: the name of the video must end in .mp4")
-    if not path.parent.exists():
-        raise InputError(f"cannot write {path}: the folder {path.parent} does not exist")
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: {path.parent} is not a folder")
-    if path.exists() and not path.is_file():
-        raise InputError(f"cannot write {path}: there is something of that name that is not a file")
-    part = _part_of(path)
-    try:
-        with _file_errors(path):
-            part.touch()
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 class VideoWriter:
@@ -65,11 +38,11 @@ class VideoWriter:
     """
 
     def __init__(self, path: Path, *, fps: int, height: int, width: int) -> None:
-        self._path, self._part = path, _part_of(path)
+        self._path, self._part = path, part_of(path)
         self._fps, self._height, self._width = fps, height, width
 
     def __enter__(self) -> Self:
-        with _file_errors(self._path):
+        with file_errors(self._path, av.FFmpegError):
             self._file = self._part.open("wb")
         self._container = av.open(self._file, "w", format="mp4")  # nothing is written before the first frame
         options = {"crf": _CRF_SMALL if self._height * self._width <= _SMALL else _CRF_LARGE}
@@ -90,7 +63,7 @@ class VideoWriter:
         Raises:
             InputError: the disk is full or cannot be written.
         """
-        with _file_errors(self._path):
+        with file_errors(self._path, av.FFmpegError):
             for pixels in frames.cpu().numpy():
                 frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
                     format="yuv420p", dst_colorspace=Colorspace.SMPTE170M, dst_color_range=ColorRange.MPEG
@@ -102,7 +75,7 @@ class VideoWriter:
     ) -> None:
         try:
             if kind is None:
-                with _file_errors(self._path):
+                with file_errors(self._path, av.FFmpegError):
                     self._finish()
         finally:
             self._discard()
@@ -187,21 +160,3 @@ class BackgroundWriter:
 
 class _Stopped(Exception):  # noqa: N818 - not an error: the way out of the writer's context without a file
     """The video is not wanted any more."""
-
-
-def _part_of(path: Path) -> Path:
-    """The hidden name, different for every process."""
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
-
-
-@contextlib.contextmanager
-def _file_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, av.FFmpegError) as error:
-        code = getattr(error, "errno", None)
-        if code in _FULL:
-            reason = "no space left there (the unfinished file was removed)"
-        else:
-            reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot write {path}: {reason}") from None

@@ -23,6 +23,7 @@ class Decision(Enum):
 
     COMPUTE = 0
     REUSE = 1
+    EXTRAPOLATE = 2  # reused too, but with the change of the velocity taken on: between the other two
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,13 +102,16 @@ class NoReuse:
 class _Accumulator:
     """Sums of distances since the last computation, one for each key."""
 
-    def __init__(self, threshold: float, warmup_steps: int) -> None:
+    def __init__(self, threshold: float, warmup_steps: int, extrapolate_from: float = 1.0) -> None:
+        if not 0 <= extrapolate_from <= 1:
+            raise InputError(f"extrapolation from {extrapolate_from} of the threshold on: give a share of 0 to 1")
         if not threshold >= 0:
             raise InputError(f"the reuse threshold {threshold} must be zero or more")
         if warmup_steps < 1:
             raise InputError(f"{warmup_steps} warm-up steps: a chunk's first step must be computed, so give 1 or more")
         self.threshold = threshold
         self.warmup_steps = warmup_steps
+        self._middle = extrapolate_from * threshold
         self._sums: dict[str, float] = {}
 
     def add(self, key: str, distance: float | None, *, forced: bool) -> Decision:
@@ -116,7 +120,7 @@ class _Accumulator:
             self._sums[key] = 0.0
             return Decision.COMPUTE
         self._sums[key] = total
-        return Decision.REUSE
+        return Decision.REUSE if total <= self._middle else Decision.EXTRAPOLATE
 
     def forget(self, chunk: int) -> None:
         """A chunk has left the window."""
@@ -137,6 +141,7 @@ class ChunkPolicy(_Accumulator):
     Args:
         threshold: epsilon.
         warmup_steps: m, a chunk's first steps, which are computed. The last tick of the video is computed too.
+        extrapolate_from: share of the threshold above which a step is extrapolated and not just reused.
     """
 
     scope: Literal["chunk", "window"] = "chunk"
@@ -156,6 +161,7 @@ class WindowPolicy(_Accumulator):
     Args:
         threshold: bound of the sum of the window's relative L1 distances since it was last computed.
         warmup_steps: ticks at the start of the video that are computed, and the last one.
+        extrapolate_from: as in `ChunkPolicy`.
     """
 
     scope: Literal["chunk", "window"] = "window"

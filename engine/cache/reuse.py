@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from engine.cache.policy import Decision
 from models.errors import InputError
 
 __all__ = ["KINDS", "ReuseMemory"]
@@ -31,31 +32,33 @@ class ReuseMemory:
     """The last computed velocities of every chunk of the window.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `KINDS`; `extrapolate` extrapolates every step that is not computed.
+        both: a policy may ask for extrapolation where `kind` is another.
         damping: share of the extrapolated change that is taken; 0 makes `extrapolate` the same as `velocity`.
     """
 
-    def __init__(self, kind: str, *, damping: float = 0.5) -> None:
+    def __init__(self, kind: str, *, both: bool = False, damping: float = 0.5) -> None:
         if kind not in KINDS:
             raise InputError(f"unknown kind of reuse {kind!r}: choose from {', '.join(KINDS)}")
         if not 0 <= damping <= 1:
             raise InputError(f"the damping {damping} of extrapolation is not between 0 and 1")
         self._kind, self._damping = kind, damping
+        self._keep = 2 if both or kind == "extrapolate" else 1
         self._held: dict[int, tuple[_Computed, ...]] = {}
 
     def computed(self, chunk: int, *, time: float, size: float, velocity: Tensor) -> None:
         """Remember a computed step: its time, its step size and its velocity."""
-        keep = 2 if self._kind == "extrapolate" else 1
         now = _Computed(time=time, size=size, velocity=velocity)
-        self._held[chunk] = (*self._held.get(chunk, ()), now)[-keep:]
+        self._held[chunk] = (*self._held.get(chunk, ()), now)[-self._keep :]
 
-    def increment(self, chunk: int, *, time: float, size: float) -> Tensor:
+    def increment(self, chunk: int, decision: Decision, *, time: float, size: float) -> Tensor:
         """The increment of the latent that stands in for a step of that time and size."""
         *older, last = self._held[chunk]
-        if self._kind == "residual":
+        extrapolated = decision is Decision.EXTRAPOLATE or self._kind == "extrapolate"
+        if self._kind == "residual" and not extrapolated:
             return last.velocity * last.size
         velocity = last.velocity
-        if older:
+        if older and extrapolated:
             slope = self._damping * (time - last.time) / (last.time - older[0].time)
             velocity = velocity + slope * (velocity - older[0].velocity)
         return velocity * size

@@ -22,6 +22,7 @@ class CacheSettings:
         threshold: epsilon; what it means is the policy's.
         warmup_steps: m, first steps that are always computed.
         reuse: one of `KINDS`.
+        extrapolate_from: share of the threshold above which a step is extrapolated; 1 never does.
         clean_forward: renew the KV of a finished chunk by a pass of its own; the published runs do not.
         nearly_clean_mix: the context-free pass of the cleanest chunk of a distilled model.
     """
@@ -30,6 +31,7 @@ class CacheSettings:
     threshold: float = 0.0
     warmup_steps: int = 1
     reuse: str = "residual"
+    extrapolate_from: float = 1.0
     clean_forward: bool = True
     nearly_clean_mix: bool = True
 
@@ -45,11 +47,11 @@ class CacheSettings:
         if self.policy == "none":
             return NoReuse()
         kind = ChunkPolicy if self.policy == "flowcache" else WindowPolicy
-        return kind(self.threshold, self.warmup_steps)
+        return kind(self.threshold, self.warmup_steps, self.extrapolate_from)
 
     def new_memory(self) -> ReuseMemory:
         """An empty memory, for one request."""
-        return ReuseMemory(self.reuse)
+        return ReuseMemory(self.reuse, both=self.extrapolate_from < 1)
 
     def with_threshold(self, threshold: float) -> CacheSettings:
         """The same with another threshold."""

@@ -1,4 +1,4 @@
-"""Train magi-pocket from nothing: autoencoder, normalised latents, DiT.
+"""Train magi-pocket from nothing: autoencoder, normalised latents, DiT, and a last polish of the decoder.
 
     python -m models.pocket.train --out runs/pocket             all stages, about two hours on 2 cores
     python -m models.pocket.train --out runs/pocket --export    write models/pocket/weights from what is there
@@ -21,7 +21,7 @@ from torch import Tensor
 from models.magi.vae import ViTVAE
 from models.pocket.preset import WEIGHTS, write_vae_config
 from models.pocket.train_dit import Latents, encode_clips, train_dit
-from models.pocket.train_vae import POCKET_VAE, tiles, train_vae
+from models.pocket.train_vae import POCKET_VAE, polish_decoder, tiles, train_vae
 
 WHITENING = 0.5
 """How far latents are whitened: 0 leaves their covariance, 1 makes it the identity."""
@@ -66,9 +66,14 @@ def prepare_vae(out: Path, args: argparse.Namespace) -> ViTVAE:
         mean, covariance = latent_statistics(vae, args.seed + 1)
         report(f"latent deviations {covariance.diagonal().sqrt().tolist()}")
         normalise_latents(vae, mean, covariance)
-        save_file({key: value.half() for key, value in vae.state_dict().items()}, path)
+        save_half(vae, path)
     vae.load_state_dict({key: value.float() for key, value in load_file(path).items()})
     return vae.requires_grad_(False)
+
+
+def save_half(module: ViTVAE, path: Path) -> None:
+    """Write weights in fp16."""
+    save_file({key: value.half().contiguous() for key, value in module.state_dict().items()}, path)
 
 
 def prepare_latents(out: Path, vae: ViTVAE, args: argparse.Namespace) -> Latents:
@@ -86,18 +91,23 @@ def export(out: Path, target: Path, args: argparse.Namespace) -> None:
     target.mkdir(parents=True, exist_ok=True)
     vae = torch.load(out / "vae.ckpt", weights_only=True)
     dit = torch.load(out / "dit.ckpt", weights_only=True)
+    polished = out / "vae_polished.safetensors"
+    decoder = torch.load(out / "decoder.ckpt", weights_only=True) if polished.exists() else None
     folder = target / "inference_weight.distill"
     folder.mkdir(exist_ok=True)
     save_file({key: value.half().contiguous() for key, value in dit["ema"].items()}, folder / "model.safetensors")
     write_vae_config(target / "vae", POCKET_VAE)
-    (target / "vae" / "diffusion_pytorch_model.safetensors").write_bytes((out / "vae.safetensors").read_bytes())
+    (target / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(
+        (polished if polished.exists() else out / "vae.safetensors").read_bytes()
+    )
     record = {
         "command": f"python -m models.pocket.train --seed {args.seed} --vae-steps {args.vae_steps} "
-        f"--dit-steps {args.dit_steps} --clips {args.clips}",
+        f"--dit-steps {args.dit_steps} --clips {args.clips} --polish-steps {args.polish_steps}",
         "torch": torch.__version__,
         "seed": args.seed,
         "autoencoder": vae["history"][-1],
         "dit": dit["history"][-1],
+        "decoder": decoder["history"][-1] if decoder else None,
         "curves": {"autoencoder": vae["history"][::4], "dit": dit["history"][::8]},
     }
     (target / "training.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -119,7 +129,8 @@ def main() -> None:
     parser.add_argument("--vae-batch", type=int, default=20)
     parser.add_argument("--clips", type=int, default=4000, help="clips to encode for the DiT")
     parser.add_argument("--clip-chunks", type=int, default=5, help="length of a clip in chunks")
-    parser.add_argument("--dit-steps", type=int, default=6000)
+    parser.add_argument("--dit-steps", type=int, default=4300)
+    parser.add_argument("--polish-steps", type=int, default=700, help="of the decoder, after the DiT")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile; needs gcc"
@@ -133,6 +144,16 @@ def main() -> None:
         vae = prepare_vae(args.out, args)
         latents = prepare_latents(args.out, vae, args)
         train_dit(args.out, latents, seed=args.seed, steps=args.dit_steps, compiled=args.compile, report=report)
+        polished = polish_decoder(
+            args.out,
+            vae,
+            seed=args.seed + 3,
+            steps=args.polish_steps,
+            batch=args.vae_batch,
+            compiled=args.compile,
+            report=report,
+        )
+        save_half(polished, args.out / "vae_polished.safetensors")
     export(args.out, WEIGHTS, args)
 
 

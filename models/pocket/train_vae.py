@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from models.magi.vae import VaeConfig, ViTVAE
 from models.pocket.clips import draw_background, draw_objects, render
 from models.pocket.trainer import Ema, Trainer, linear_decay
 
-__all__ = ["POCKET_VAE", "train_vae"]
+__all__ = ["POCKET_VAE", "polish_decoder", "train_vae"]
 
 TILE_FRAMES = 12
 POCKET_VAE = VaeConfig(
@@ -57,18 +58,22 @@ def tiles(count: int, generator: torch.Generator) -> Tensor:
     return torch.cat(parts)
 
 
+def _reconstruction(decoded: Tensor, video: Tensor) -> tuple[Tensor, float]:
+    """Error weighted towards saturated pixels, and the PSNR in dB."""
+    saturation = video.amax(1, keepdim=True) - video.amin(1, keepdim=True)
+    error = decoded.float() - video
+    weight = 1 + 2 * saturation
+    psnr = 10 * math.log10(4 / error.detach().square().mean().item())
+    return (weight * (error.square() + 0.1 * error.abs())).mean(), psnr
+
+
 def vae_loss(vae: ViTVAE, video: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
     """Reconstruction weighted towards saturated pixels, plus a small pull of the posterior to the normal."""
     moments = vae.encoder(video)
     mean, logvar = moments.float().chunk(2, dim=1)
     logvar = logvar.clamp(-30, 20)
-    decoded = vae.decoder(mean + noise * torch.exp(0.5 * logvar)).float()
-    saturation = video.amax(1, keepdim=True) - video.amin(1, keepdim=True)
-    error = decoded - video
-    weight = 1 + 2 * saturation
-    reconstruction = (weight * (error.square() + 0.1 * error.abs())).mean()
+    reconstruction, psnr = _reconstruction(vae.decoder(mean + noise * torch.exp(0.5 * logvar)), video)
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    psnr = 10 * math.log10(4 / error.detach().square().mean().item())
     loss = reconstruction + 3e-5 * kl
     return loss, {"loss": loss.item(), "psnr": psnr, "kl": kl.item()}
 
@@ -89,5 +94,36 @@ def train_vae(out: Path, *, seed: int, steps: int, batch: int, compiled: bool, r
     if compiled:
         vae.encoder.compile()
         vae.decoder.compile()
+    trainer.run(steps, step)
+    return trainer.averaged()
+
+
+def polish_decoder(
+    out: Path, vae: ViTVAE, *, seed: int, steps: int, batch: int, compiled: bool, report: Callable[[str], None]
+) -> ViTVAE:
+    """Go on with the decoder alone, on the clips that the DiT makes: one object of the DiT's size and speed.
+
+    The encoder, and with it the latents, stay as they are. Latents get a little noise, since the DiT's are not exact.
+    """
+    polished = deepcopy(vae)
+    polished.encoder.requires_grad_(False)
+    polished.decoder.requires_grad_(True)
+    optimizer = torch.optim.AdamW(polished.decoder.parameters(), lr=6e-4, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = linear_decay(steps, warmup=30, hold=0.2)
+    ema = Ema(polished, 0.99)
+    trainer = Trainer(out / "decoder.ckpt", polished, [optimizer], schedule, ema, seed=seed, report=report)
+    if compiled:
+        polished.decoder.compile()
+
+    def step(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        objects = draw_objects(batch, 1, generator, varied=False)
+        video = render(objects, draw_background(batch, generator), TILE_FRAMES)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.no_grad():
+                latents = vae.encode(video).float()
+            noisy = latents + 0.05 * torch.randn(latents.shape, generator=generator)
+            loss, psnr = _reconstruction(polished.decoder(noisy), video)
+        return loss, {"loss": loss.item(), "psnr": psnr}
+
     trainer.run(steps, step)
     return trainer.averaged()

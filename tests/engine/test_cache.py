@@ -78,7 +78,7 @@ def test_a_step_of_the_same_size_and_velocity_is_repeated(kind):
     velocity = torch.tensor([1.0, -2.0])
     for time in (0.0, 0.1):
         memory.computed(0, time=time, size=0.1, velocity=velocity)
-    assert torch.allclose(memory.increment(0, time=0.2, size=0.1), velocity * 0.1)
+    assert torch.allclose(memory.increment(0, Decision.REUSE, time=0.2, size=0.1), velocity * 0.1)
 
 
 def test_kinds_differ_when_step_sizes_do():
@@ -87,11 +87,22 @@ def test_kinds_differ_when_step_sizes_do():
         memory = ReuseMemory(kind)
         memory.computed(0, time=0.0, size=0.1, velocity=torch.tensor([1.0]))
         memory.computed(0, time=0.1, size=0.1, velocity=torch.tensor([2.0]))
-        increments[kind] = memory.increment(0, time=0.2, size=0.3).item()
+        increments[kind] = memory.increment(0, Decision.REUSE, time=0.2, size=0.3).item()
     assert increments["residual"] == pytest.approx(0.2)
     assert increments["velocity"] == pytest.approx(0.6)
     # Half of the change from 1 to 2 is taken once more: (2 + 0.5) * 0.3.
     assert increments["extrapolate"] == pytest.approx(0.75)
+
+
+def test_extrapolation_is_a_middle_answer():
+    policy = ChunkPolicy(0.10, 1, extrapolate_from=0.5)
+    decided = [policy.decide([seen(0, step, 0.04)])[0] for step in range(4)]
+    assert decided == [Decision.COMPUTE, Decision.REUSE, Decision.EXTRAPOLATE, Decision.COMPUTE]
+    memory = ReuseMemory("velocity", both=True, damping=1.0)
+    memory.computed(0, time=0.0, size=0.1, velocity=torch.tensor([1.0]))
+    memory.computed(0, time=0.1, size=0.1, velocity=torch.tensor([2.0]))
+    assert memory.increment(0, Decision.REUSE, time=0.2, size=1.0).item() == pytest.approx(2)
+    assert memory.increment(0, Decision.EXTRAPOLATE, time=0.2, size=1.0).item() == pytest.approx(3)
 
 
 def test_memory_is_bounded_by_the_chunks_that_are_alive():
@@ -112,6 +123,7 @@ def test_memory_is_bounded_by_the_chunks_that_are_alive():
         {"policy": "flowcache", "threshold": -1.0},
         {"policy": "flowcache", "threshold": float("nan")},
         {"policy": "teacache", "warmup_steps": 0},
+        {"policy": "flowcache", "extrapolate_from": 1.1},
     ],
 )
 def test_bad_settings_are_refused(values):

@@ -1,0 +1,91 @@
+"""Finds the thresholds that the quality benchmark runs with: of its curves by computed fraction, of presets by work."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.ledger import Plan
+from benchmarks.sweep import (
+    LEAN,
+    METHODS,
+    WORK,
+    Grid,
+    Setting,
+    Ticks,
+    calibrate,
+    estimate_threshold,
+    ladder,
+    threshold_at,
+)
+from benchmarks.trial import Case, Studio
+from engine.cache import CacheSettings, Policy
+from engine.cache.reuse import KINDS
+
+__all__ = ["make_plan"]
+
+_LADDER_CASES, _CALIBRATION_CASES = 2, 4  # prompts that thresholds are found on
+_RUNGS = 9
+_WIDEST, _NARROWEST = 0.97, 0.38  # computed fractions that the ladder spans, as estimated
+
+
+def make_plan(
+    studio: Studio, grid: Grid, cases: Sequence[Case], run: Mapping[str, Any], report: Callable[[str], None]
+) -> Plan:
+    """Find all thresholds, on the first few of the cases.
+
+    Args:
+        studio: makes the videos.
+        grid: what is swept.
+        cases: of the benchmark.
+        run: what the results depend on; goes into the plan as it is.
+        report: told what is being done.
+    """
+    report("thresholds: watching distances")
+    few = cases[:_LADDER_CASES]
+    seen = [studio.observe(case) for case in few]
+    fractions: dict[tuple[str, str], dict[float, float]] = {}
+    for method in METHODS:
+        rungs = _rungs(seen, method, grid.warmup)
+        for kind in KINDS:
+            report(f"thresholds: {method}, {kind}")
+            fractions[method, kind] = {
+                rung: statistics.fmean(studio.make(grid.reuse(method, kind, rung), case).computed for case in few)
+                for rung in rungs
+            }
+    report("thresholds: presets")
+    presets = _presets(studio, grid, cases[:_CALIBRATION_CASES], fractions["flowcache", grid.kind])
+
+    def threshold(method: str, kind: str, fraction: float) -> float:
+        return threshold_at(fractions[method, kind], fraction)
+
+    return Plan(run=run, settings=tuple(grid.settings(threshold, presets)), presets=presets)
+
+
+def _rungs(seen: Sequence[Ticks], method: str, warmup: int) -> list[float]:
+    """Thresholds that span all useful fractions. Reuse shrinks the distances of some kinds, so they begin lower."""
+
+    def policy(threshold: float) -> Policy:
+        return CacheSettings(policy=method, threshold=threshold, warmup_steps=warmup).new_policy()
+
+    lowest, highest = (estimate_threshold(seen, policy, fraction) for fraction in (_WIDEST, _NARROWEST))
+    return ladder(lowest / 2, highest, _RUNGS)
+
+
+def _presets(
+    studio: Studio, grid: Grid, cases: Sequence[Case], fractions: Mapping[float, float]
+) -> tuple[float, float]:
+    vanilla = [studio.make(Setting(), case).flops for case in cases]
+
+    def work(setting: Setting) -> float:
+        return statistics.fmean(
+            studio.make(setting, case).flops / whole for case, whole in zip(cases, vanilla, strict=True)
+        )
+
+    lean = work(Setting(passes=LEAN))
+    slow, fast = (
+        calibrate(lambda one: work(grid.preset(one)), start=threshold_at(fractions, target / lean), target=target)
+        for target in WORK.values()
+    )
+    return slow, fast
