@@ -6,7 +6,7 @@ It knows the files' format and how far figures may differ. The weights file of a
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,6 +60,13 @@ class _Golden:
     metadata: dict[str, str]
     tensors: dict[str, Tensor]
 
+    def to(self, device: str) -> _Golden:
+        return replace(self, tensors={key: value.to(device) for key, value in self.tensors.items()})
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
     def tensor(self, name: str) -> Tensor:
         if name not in self.tensors:
             raise InputError(f"{self.path} lacks the tensor {name}")
@@ -80,8 +87,12 @@ class _Golden:
         return {key[len(prefix) :]: value for key, value in sorted(self.tensors.items()) if key.startswith(prefix)}
 
 
-def check_file(path: Path) -> Verdict:
+def check_file(path: Path, *, device: str = "cpu") -> Verdict:
     """Run a golden file's case and compare.
+
+    Args:
+        path: the file.
+        device: where to run it.
 
     Raises:
         InputError: the file cannot be read, or is no golden file.
@@ -92,7 +103,7 @@ def check_file(path: Path) -> Verdict:
     if kind not in checks:
         raise InputError(f"{path} has kind {kind!r}: known kinds are {', '.join(checks)}")
     with torch.no_grad():
-        return checks[kind](golden)
+        return checks[kind](golden.to(device))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -143,7 +154,7 @@ def _check_generation(golden: _Golden) -> Verdict:
     config = MagiConfig.from_dict(golden.json("config"), source=str(golden.path))
     if "weights" not in golden.metadata:
         raise InputError(f"{golden.path} lacks the metadata weights")
-    dit = load_dit(config, golden.path.parent / golden.metadata["weights"])
+    dit = load_dit(config, golden.path.parent / golden.metadata["weights"], device=golden.device)
     text = golden.tensor("input.caption_embs").float()[golden.tensor("input.caption_mask").bool()]
     captions = FixedCaptions(text=text, null=dit.null_text())
     noise, prefix = golden.tensor("input.noise"), golden.tensors.get("input.prefix_latents")
@@ -159,7 +170,7 @@ def _check_generation(golden: _Golden) -> Verdict:
     )
     given = None if prefix is None else prefix.to(config.model_config.dtype)
     trace = RunTrace()
-    made = list(engine.generate_latents(request, captions, given, GivenNoise(noise), trace=trace))
+    made = list(engine.generate_latents(request, captions, given, GivenNoise(noise.cpu()), trace=trace))
     expected = list(golden.named("output.chunk.").values())
     if len(made) != len(expected):
         detail = f"{len(made)} chunks, {len(expected)} expected"
@@ -168,7 +179,7 @@ def _check_generation(golden: _Golden) -> Verdict:
     detail, equal = f"{len(made)} chunks", True
     if "output.reuse_flags" in golden.tensors:
         flags = torch.from_numpy(trace.finish({}).flags)
-        equal = torch.equal(flags, golden.tensor("output.reuse_flags"))
+        equal = torch.equal(flags, golden.tensor("output.reuse_flags").cpu())
         detail += f", flags {'equal' if equal else 'differ'}"
     return _verdict(golden, error=error, detail=detail, passed=equal and error <= TOLERANCE)
 
@@ -184,6 +195,7 @@ def _cache_settings(golden: _Golden) -> CacheSettings:
 def _check_vae(golden: _Golden) -> Verdict:
     vae = ViTVAE(VaeConfig.from_dict(golden.json("config"), source=str(golden.path)))
     vae.load_state_dict({key: value.float() for key, value in golden.named("weights.").items()})
+    vae.to(golden.device)
     latent_error = decoded_error = 0.0
     cases = golden.named("input.video.")
     for case, video in cases.items():

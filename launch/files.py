@@ -29,13 +29,14 @@ def check_target(path: Path, *, suffix: str, what: str) -> None:
     """
     if path.suffix.lower() != suffix:
         raise InputError(f"cannot write {path}: the name of the {what} must end in {suffix}")
-    if not path.parent.exists():
-        raise InputError(f"cannot write {path}: the folder {path.parent} does not exist")
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: {path.parent} is not a folder")
-    if path.exists() and not path.is_file():
-        raise InputError(f"cannot write {path}: there is something of that name that is not a file")
-    _try(path, path.parent)
+    with file_errors(path):
+        if not path.parent.exists():
+            raise InputError(f"cannot write {path}: the folder {path.parent} does not exist")
+        if not path.parent.is_dir():
+            raise InputError(f"cannot write {path}: {path.parent} is not a folder")
+        if path.exists() and not path.is_file():
+            raise InputError(f"cannot write {path}: there is something of that name that is not a file")
+        _try(path.parent, path.name)
 
 
 def check_folder(folder: Path) -> None:
@@ -48,7 +49,7 @@ def check_folder(folder: Path) -> None:
         standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not standing.is_dir():
             raise InputError(f"cannot write {folder}: {standing} is not a folder")
-    _try(folder, standing)
+        _try(standing, folder.name)
 
 
 def part_of(path: Path) -> Path:
@@ -75,11 +76,10 @@ def file_errors(path: Path, *kinds: type[Exception]) -> Iterator[None]:
         raise InputError(f"cannot write {path}: {reason}") from None
 
 
-def _try(path: Path, folder: Path) -> None:
-    part = folder / part_of(path.absolute()).name
+def _try(folder: Path, name: str) -> None:
+    part = folder / f".{name}.{os.getpid()}.part"
     try:
-        with file_errors(path):
-            part.touch()
+        part.touch()
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)

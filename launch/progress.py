@@ -60,6 +60,11 @@ def steps_done(progress: Progress) -> int:
     return sum(min(progress.num_steps, max(0, ticks)) for ticks in waited)
 
 
+def _costs(progress: Progress) -> str:
+    """What reuse has left to compute so far, and how full the KV buffer is."""
+    return f"{progress.computed_fraction:.0%} computed, KV {progress.kv_fill:.0%} full"
+
+
 class _Pace:
     """Time left, from the pace so far."""
 
@@ -107,7 +112,7 @@ class LiveDisplay:
             total=total,
             completed=done,
             description=f"chunks {progress.chunks_done}/{progress.chunks}  step {progress.step}/{progress.num_steps}",
-            note=f"{self._pace.left(done / total)} left",
+            note=f"{_costs(progress)}  {self._pace.left(done / total)} left",
         )
 
 
@@ -141,7 +146,7 @@ class PlainDisplay:
         share = steps_done(progress) / (progress.chunks * progress.num_steps)
         self._say(
             f"chunks {progress.chunks_done}/{progress.chunks}, step {progress.step}/{progress.num_steps}, "
-            f"{share:.0%}, {self._pace.left(share)} left"
+            f"{share:.0%}, {_costs(progress)}, {self._pace.left(share)} left"
         )
 
     def _say(self, text: str) -> None:

@@ -122,12 +122,18 @@ class MagiDiT(nn.Module):
         return frames, height // self.config.patch_size, width // self.config.patch_size
 
     def embed_patches(self, x: Tensor) -> Tensor:
-        """Patch embedding of latents [B, channels, T, h, w] -> tokens [B, S, D] (6.1, steps 1 and 2)."""
+        """Patch embedding of latents [B, channels, T, h, w] -> tokens [B, S, D] (6.1, steps 1 and 2).
+
+        The released code runs a convolution here, which GPUs may round to TF32; a matrix product they do not.
+        """
         x = x * self.config.x_rescale_factor
         if self.config.half_channel_vae:
             x = torch.cat([x, x], dim=1)
-        tokens = F.conv3d(x.float(), self.x_embedder.weight.float(), stride=self.x_embedder.stride)
-        return tokens.flatten(2).transpose(1, 2).to(self.config.dtype)
+        b, c, frames, height, width = x.shape
+        p = self.config.patch_size
+        x = x.float().reshape(b, c, frames, height // p, p, width // p, p).permute(0, 2, 3, 5, 1, 4, 6)
+        tokens = F.linear(x.reshape(b, -1, c * p * p), self.x_embedder.weight.float().flatten(1))
+        return tokens.to(self.config.dtype)
 
     def embed_condition(self, t: Tensor, *, distill: float | None, null: bool) -> Tensor:
         """Condition of chunks (6.1, steps 3 to 5).

@@ -1,0 +1,179 @@
+"""From options to a plan: everything that can be checked is checked here, before a weight is read.
+
+It knows options, presets and files; how a video is denoised is the engine's business.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from engine.cache import CacheSettings
+from engine.kv import KVSettings
+from engine.request import Prefix, Request
+from launch.cache_presets import CacheName, CacheOptions, KVOptions, cache_settings, kv_settings
+from launch.files import check_folder, check_target
+from launch.media import read_image, read_video
+from launch.presets import find_preset
+from models.attention import attention_backend
+from models.errors import InputError
+from models.loading import Loading
+from models.magi.config import MagiConfig
+from models.magi.sampling import MagiSampling
+from models.pocket.words import parse_prompt
+
+__all__ = ["DEFAULT_MODEL", "Options", "Plan", "plan_video"]
+
+DEFAULT_MODEL = "magi-pocket"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What was given on the command line; None where nothing was."""
+
+    prompt: str
+    out: Path
+    seed: int = 0
+    model: str | None = None
+    seconds: float | None = None
+    chunks: int | None = None
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    image: Path | None = None
+    video: Path | None = None
+    config: Path | None = None
+    weights: Path | None = None
+    attention: str = "sdpa"
+    precise: bool = True
+    threads: int | None = None
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    kv: KVOptions = field(default_factory=KVOptions)
+    record: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Checked options: what to load, what to make, and where to put it.
+
+    Attributes:
+        name: of the model, for people.
+        config: of the model.
+        weights: folder in place of the configured one.
+        request: the video.
+        out: the file.
+        loading: device, precision, attention.
+        cache_name: of the preset that `cache` began as.
+        cache: which steps are reused.
+        kv: how much of the past is held.
+        record: folder for a record of the run; None for none.
+    """
+
+    name: str
+    config: MagiConfig
+    weights: Path | None
+    request: Request
+    out: Path
+    loading: Loading
+    cache_name: CacheName
+    cache: CacheSettings
+    kv: KVSettings
+    record: Path | None
+
+
+def plan_video(options: Options) -> Plan:
+    """Check options, and read the picture or the clip that the video starts from. No weights are read.
+
+    Raises:
+        InputError: something cannot be used.
+    """
+    if options.config is not None and options.model is not None:
+        raise InputError("--model and --config both name a model: give one of them")
+    if options.image is not None and options.video is not None:
+        raise InputError("--image and --video both say what to start from: give one of them")
+    check_target(options.out, suffix=".mp4", what="video")
+    if options.record is not None:
+        check_folder(options.record)
+    config = _config(options)
+    runtime = config.runtime_config
+    request = Request(
+        prompt=options.prompt,
+        chunks=_chunks(options, config),
+        height=runtime.video_size_h if options.height is None else options.height,
+        width=runtime.video_size_w if options.width is None else options.width,
+        num_steps=runtime.num_steps if options.steps is None else options.steps,
+        seed=options.seed,
+    )
+    sampling = MagiSampling(config=config, num_steps=request.num_steps)  # says whether the steps fit
+    model = None if options.config is not None else options.model or DEFAULT_MODEL
+    cache = cache_settings(options.cache, model=model, num_steps=request.num_steps, guided=sampling.guided)
+    kv = kv_settings(options.kv)
+    attention_backend(options.attention)  # says whether it can run here
+    if runtime.t5_pretrained is None:
+        parse_prompt(options.prompt)
+    _check_weights(options, config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Plan(
+        name=_name(options),
+        config=config,
+        weights=options.weights,
+        request=replace(request, prefix=_prefix(options, request, fps=runtime.fps)),
+        out=options.out,
+        loading=Loading(device=device, precise=options.precise, attention=options.attention),
+        cache_name=options.cache.preset,
+        cache=cache,
+        kv=kv,
+        record=options.record,
+    )
+
+
+def _config(options: Options) -> MagiConfig:
+    if options.config is not None:
+        return MagiConfig.from_json(options.config)
+    return find_preset(options.model or DEFAULT_MODEL).config()
+
+
+def _name(options: Options) -> str:
+    return str(options.config) if options.config is not None else options.model or DEFAULT_MODEL
+
+
+def _chunks(options: Options, config: MagiConfig) -> int:
+    """Length in chunks; seconds are rounded up, as the released code rounds frames (specification 7.1)."""
+    if options.seconds is not None and options.chunks is not None:
+        raise InputError("--seconds and --chunks both say how long the video is: give one of them")
+    if options.chunks is not None:
+        return options.chunks
+    runtime = config.runtime_config
+    chunk_frames = runtime.chunk_width * runtime.temporal_downsample_factor
+    if options.seconds is None:
+        return math.ceil(runtime.num_frames / chunk_frames)
+    if not (math.isfinite(options.seconds) and options.seconds > 0):
+        raise InputError(f"a video of {options.seconds:g} seconds has no frames: ask for more than 0")
+    # To a thousandth of a frame, so that 2.1 s at 10 frames per second is 21 frames and not a hair more.
+    return math.ceil(round(options.seconds * runtime.fps, 3) / chunk_frames)
+
+
+def _check_weights(options: Options, config: MagiConfig) -> None:
+    """Say at once that there are no weights; what is in the folder is checked when they are loaded."""
+    if options.weights is not None:
+        if not options.weights.is_dir():
+            raise InputError(f"cannot read the weights: there is no folder {options.weights}")
+        return
+    load = config.runtime_config.load
+    if load is None or Path(load).is_dir():
+        return
+    source = None if options.config is not None else find_preset(options.model or DEFAULT_MODEL).folder
+    where = "" if source is None else f"download {source} from huggingface.co/sand-ai/MAGI-1 to there, or "
+    raise InputError(f"{_name(options)} has no weights in {load}: {where}give their folder with --weights")
+
+
+def _prefix(options: Options, request: Request, *, fps: int) -> Prefix | None:
+    size = {"height": request.height, "width": request.width}
+    if options.image is not None:
+        return Prefix(frames=read_image(options.image, **size))
+    if options.video is not None:
+        return Prefix(frames=read_video(options.video, fps=fps, **size))
+    return None

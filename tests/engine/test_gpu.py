@@ -1,0 +1,28 @@
+"""The same figures on a GPU. Skipped without one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.conformance import check_file
+from models.attention import attention_backend, available_backends
+
+GOLDENS = Path(__file__).parent.parent / "data" / "goldens"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+@pytest.mark.parametrize("case", ["t2v_distill16", "t2v_base_cfg3", "v2v_prefix9", "flowcache_nodup", "kv_selection", "vae"])
+def test_golden_passes_on_a_gpu(case):
+    assert check_file(GOLDENS / f"{case}.safetensors", device="cuda").passed
+
+
+@pytest.mark.parametrize("name", ["flash-attn", "xformers"])
+def test_backends_agree(name):
+    if name not in available_backends():
+        pytest.skip(f"{name} is not installed")
+    torch.manual_seed(0)
+    q = torch.randn(2, 33, 8, 64, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(2, 77, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    expected = attention_backend("sdpa")(q, k, v).float()
+    assert torch.allclose(attention_backend(name)(q, k, v).float(), expected, atol=2e-2)
