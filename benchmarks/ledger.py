@@ -26,12 +26,14 @@ class Plan:
     Attributes:
         run: what results depend on: model, prompts, length, steps, seed.
         settings: all that are compared.
-        presets: calibrated thresholds, slow and fast.
+        presets: settings that have a name.
+        calibrated: thresholds at which the presets of that name would do the paper's share of the work.
     """
 
     run: Mapping[str, Any]
     settings: tuple[Setting, ...]
-    presets: tuple[float, float]
+    presets: Mapping[str, Setting]
+    calibrated: Mapping[str, float]
 
 
 class Ledger:
@@ -74,9 +76,9 @@ class Ledger:
         try:
             values = json.loads(self._plan_file.read_text())
             settings = tuple(Setting(**one) for one in values["settings"])
-            slow, fast = values["presets"]
-            found = Plan(run=values["run"], settings=settings, presets=(slow, fast))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            presets = {name: Setting(**one) for name, one in values["presets"].items()}
+            found = Plan(run=values["run"], settings=settings, presets=presets, calibrated=values["calibrated"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{self._plan_file} is damaged ({error}): remove the folder") from None
         for key in sorted({*found.run, *self._run}):
             if found.run.get(key) != self._run.get(key):

@@ -26,12 +26,16 @@ from engine.cache.reuse import KINDS
 __all__ = ["make_plan"]
 
 _LADDER_CASES, _CALIBRATION_CASES = 2, 4  # prompts that thresholds are found on
-_RUNGS = 9
 _WIDEST, _NARROWEST = 0.97, 0.38  # computed fractions that the ladder spans, as estimated
 
 
 def make_plan(
-    studio: Studio, grid: Grid, cases: Sequence[Case], run: Mapping[str, Any], report: Callable[[str], None]
+    studio: Studio,
+    grid: Grid,
+    cases: Sequence[Case],
+    presets: Mapping[str, Setting] | None,
+    run: Mapping[str, Any],
+    report: Callable[[str], None],
 ) -> Plan:
     """Find all thresholds, on the first few of the cases.
 
@@ -39,6 +43,7 @@ def make_plan(
         studio: makes the videos.
         grid: what is swept.
         cases: of the benchmark.
+        presets: by name; None takes the calibrated thresholds.
         run: what the results depend on; goes into the plan as it is.
         report: told what is being done.
     """
@@ -47,35 +52,37 @@ def make_plan(
     seen = [studio.observe(case) for case in few]
     fractions: dict[tuple[str, str], dict[float, float]] = {}
     for method in METHODS:
-        rungs = _rungs(seen, method, grid.warmup)
+        rungs = _rungs(seen, method, grid)
         for kind in KINDS:
             report(f"thresholds: {method}, {kind}")
             fractions[method, kind] = {
                 rung: statistics.fmean(studio.make(grid.reuse(method, kind, rung), case).computed for case in few)
                 for rung in rungs
             }
-    report("thresholds: presets")
-    presets = _presets(studio, grid, cases[:_CALIBRATION_CASES], fractions["flowcache", grid.kind])
+    report("thresholds: calibration")
+    found = _calibrated(studio, grid, cases[:_CALIBRATION_CASES], fractions["flowcache", grid.kind])
+    presets = presets or {name: grid.reuse("flowcache", grid.kind, one) for name, one in found.items()}
 
     def threshold(method: str, kind: str, fraction: float) -> float:
         return threshold_at(fractions[method, kind], fraction)
 
-    return Plan(run=run, settings=tuple(grid.settings(threshold, presets)), presets=presets)
+    return Plan(run=run, settings=grid.settings(threshold, presets), presets=presets, calibrated=found)
 
 
-def _rungs(seen: Sequence[Ticks], method: str, warmup: int) -> list[float]:
+def _rungs(seen: Sequence[Ticks], method: str, grid: Grid) -> list[float]:
     """Thresholds that span all useful fractions. Reuse shrinks the distances of some kinds, so they begin lower."""
 
     def policy(threshold: float) -> Policy:
-        return CacheSettings(policy=method, threshold=threshold, warmup_steps=warmup).new_policy()
+        return CacheSettings(policy=method, threshold=threshold, warmup_steps=grid.warmup).new_policy()
 
     lowest, highest = (estimate_threshold(seen, policy, fraction) for fraction in (_WIDEST, _NARROWEST))
-    return ladder(lowest / 2, highest, _RUNGS)
+    return ladder(lowest / 2, highest, grid.rungs)
 
 
-def _presets(
+def _calibrated(
     studio: Studio, grid: Grid, cases: Sequence[Case], fractions: Mapping[float, float]
-) -> tuple[float, float]:
+) -> dict[str, float]:
+    """Thresholds at which chunk-wise reuse does the share of vanilla's operations that `WORK` asks for."""
     vanilla = [studio.make(Setting(), case).flops for case in cases]
 
     def work(setting: Setting) -> float:
@@ -83,9 +90,11 @@ def _presets(
             studio.make(setting, case).flops / whole for case, whole in zip(cases, vanilla, strict=True)
         )
 
+    def at(threshold: float) -> float:
+        return work(grid.reuse("flowcache", grid.kind, threshold))
+
     lean = work(Setting(passes=LEAN))
-    slow, fast = (
-        calibrate(lambda one: work(grid.preset(one)), start=threshold_at(fractions, target / lean), target=target)
-        for target in WORK.values()
-    )
-    return slow, fast
+    return {
+        name: calibrate(at, start=threshold_at(fractions, target / lean), target=target)
+        for name, target in WORK.items()
+    }

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,7 @@ from benchmarks.sweep import WORK, Grid, Setting
 from benchmarks.trial import Case, Studio
 from benchmarks.verdict import verdict_table
 from engine.cache import CacheSettings
+from launch.cache_presets import CACHE_FIGURES, CacheName, cache_preset
 from models.errors import InputError
 from models.loading import load_magi
 from models.magi.pipeline import Loading, MagiPipeline
@@ -45,7 +47,7 @@ __all__ = ["app"]
 
 _MODEL = "magi-pocket"
 _SEEDS = 1000  # of noise per seed of the benchmark, so that two runs share none
-_QUICK = Grid(fractions=(0.85, 0.65, 0.45), budgets=(2,))
+_QUICK_FRACTIONS, _QUICK_BUDGETS, _QUICK_RUNGS = (0.85, 0.65, 0.45), (2,), 5
 _PROMPTS, _QUICK_PROMPTS = 20, 4
 
 app = typer.Typer(add_completion=False)
@@ -60,8 +62,11 @@ def run(
     chunks: Annotated[int, typer.Option(min=2, help="Length of each video, in chunks of 24 frames.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a chunk.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of prompts and of all noise.")] = 0,
-    kind: Annotated[str | None, typer.Option(help="Kind of reuse that is chosen; the engine's default.")] = None,
-    warmup: Annotated[int, typer.Option(min=1, help="First steps of a chunk that are computed.")] = 5,
+    kind: Annotated[str | None, typer.Option(help="Kind of reuse of the presets; that of the model's own.")] = None,
+    warmup: Annotated[int | None, typer.Option(min=1, help="First steps that are computed; the model's own.")] = None,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="Take thresholds found here in place of the presets' own.")
+    ] = False,
     weights: Annotated[Path | None, typer.Option(help="Folder of weights, in place of those that ship.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Few prompts, few thresholds.")] = False,
@@ -70,22 +75,32 @@ def run(
     """Measure what reuse and KV compression save, and what they cost in quality."""
     if model != _MODEL:
         raise InputError(f"quality is measured on {_MODEL}, whose prompts can be checked, not on {model!r}")
-    chosen = CacheSettings(policy="flowcache", reuse=kind or CacheSettings().reuse, warmup_steps=warmup).reuse
-    sizes = _QUICK if quick else Grid()
-    grid = Grid(fractions=sizes.fractions, budgets=sizes.budgets, kind=chosen, warmup=warmup)
+    figures = CACHE_FIGURES[model]
+    grid = Grid(warmup=warmup or figures.warmup_steps, kind=CacheSettings(reuse=str(kind or figures.reuse)).reuse)
+    if quick:
+        grid = replace(grid, fractions=_QUICK_FRACTIONS, budgets=_QUICK_BUDGETS, rungs=_QUICK_RUNGS)
     output_folder(out)
     pipeline = load_magi(pocket_config(), weights, Loading(device=device))
     scenes = balanced_scenes(prompts or (_QUICK_PROMPTS if quick else _PROMPTS), seed)
     cases = [Case(scene=s, seed=seed * _SEEDS + i, chunks=chunks, num_steps=steps) for i, s in enumerate(scenes)]
     about = {"model": model, "weights": _digest(pipeline), "prompts": len(cases), "chunks": chunks, "steps": steps}
-    about |= {"seed": seed, "kind": chosen, "warmup": warmup, "quick": quick, "device": device}
+    about |= {"seed": seed, "kind": grid.kind, "warmup": grid.warmup, "quick": quick, "device": device}
+    presets = None if calibrated else _presets(model, grid)
+    about |= {"thresholds": [one.threshold for one in presets.values()] if presets else "calibrated"}
     about |= {"threads": torch.get_num_threads()}
     ledger, studio, console = Ledger(out, about), Studio(pipeline), Console(stderr=True)
     if ledger.plan is None:
         with console.status("finding thresholds") as status:
-            ledger.begin(make_plan(studio, grid, cases, about, status.update))
+            ledger.begin(make_plan(studio, grid, cases, presets, about, status.update))
     _run_trials(studio, ledger, cases, console)
     raise typer.Exit(0 if _write(out, ledger, grid) else 1)
+
+
+def _presets(model: str, grid: Grid) -> dict[str, Setting]:
+    """The thresholds of `--cache`, with the grid's kind of reuse and warm-up."""
+    names = [name for name in CacheName if name is not CacheName.NONE]
+    cache = {name: cache_preset(name, model) for name in names}
+    return {name.value: grid.reuse(one.policy, grid.kind, one.threshold) for name, one in cache.items()}
 
 
 def _run_trials(studio: Studio, ledger: Ledger, cases: Sequence[Case], console: Console) -> None:
@@ -111,25 +126,25 @@ def _write(out: Path, ledger: Ledger, grid: Grid) -> bool:
     run = plan.run
     sizes = ", ".join(f"{run[name]} {name}" for name in ("prompts", "chunks", "steps"))
     lines = f"{run['model']}, {sizes}, seed {run['seed']}"
-    presets = {name: grid.preset(one) for name, one in zip(WORK, plan.presets, strict=True)}
-    found = verdicts(trials, grid.kind, presets)
+    found = verdicts(trials, grid.kind, plan.presets)
     table, curves = verdict_table(found), curve_table(trials)
     title = "What reuse and KV compression save, and what they spoil"
-    thresholds = ", ".join(f"{name} {one.threshold:g}" for name, one in presets.items())
+    thresholds = "Thresholds that would do the paper's share of vanilla's operations: "
+    thresholds += ", ".join(f"{name} {one:g} ({WORK[name]:.2f})" for name, one in plan.calibrated.items()) + "."
     parts = [
         f"# {title}",
         f"{lines}, warm-up {run['warmup']} steps, chosen kind of reuse: {grid.kind}. {machine_line()}.",
-        f"Calibrated thresholds of flowcache: {thresholds}.",
+        thresholds,
         _NOTES,
         f"## Verdicts\n\n{table}",
         f"## PSNR at equal computed fraction\n\n{curves}",
-        setting_tables(trials, presets),
+        setting_tables(trials, plan.presets),
     ]
     save_text(out / "quality.md", "\n\n".join(parts))
-    save_text(out / "quality.csv", csv(trials, presets))
+    save_text(out / "quality.csv", csv(trials, plan.presets))
     save_figure(out / "pareto.png", pareto_figure(trials, f"Quality kept by reuse\n{lines}", FRACTIONS))
     save_figure(out / "speed.png", speed_figure(trials, f"Time saved by reuse\n{lines}"))
-    typer.echo(f"{lines}; thresholds {thresholds}\n\n{table}\n\n{curves}\n\nwritten to {out}")
+    typer.echo(f"{lines}\n\n{thresholds}\n\n{table}\n\n{curves}\n\nwritten to {out}")
     return all(one.passed for one in found)
 
 

@@ -121,7 +121,7 @@ def verdicts(trials: Sequence[Trial], kind: str, presets: Mapping[str, Setting])
     Args:
         trials: all of them.
         kind: of reuse that was chosen.
-        presets: settings of slow and fast.
+        presets: settings by name.
     """
     found = [_chunk_wise_verdict(trials, one, at) for one in dict.fromkeys(("residual", kind)) for at in FRACTIONS]
     found += [_kind_verdict(trials, kind, at) for at in FRACTIONS if kind != "residual"]
@@ -174,7 +174,7 @@ def _speed_verdict(trials: Sequence[Trial]) -> Verdict:
 def _work_verdict(name: str, preset: Setting, groups: dict[Setting, list[Trial]]) -> Verdict:
     work = _mean(groups[preset], "work") if preset in groups else math.nan
     return Verdict(
-        name=f"operations of flowcache-{name} (threshold {preset.threshold:g}) as a share of vanilla's",
+        name=f"operations of {name} (threshold {preset.threshold:g}) as a share of vanilla's",
         measured=f"{work:.3f}",
         wanted=f"{WORK[name]:.2f} +- {_WORK_TOLERANCE:.2f}",
         passed=abs(work - WORK[name]) <= _WORK_TOLERANCE,
@@ -198,7 +198,7 @@ def _setting_cells(setting: Setting, presets: Mapping[str, Setting]) -> tuple[Ce
     if setting.method == "none":
         return setting.method, "", "", setting.passes, kv
     names = [name for name, one in presets.items() if one == replace(setting, passes=LEAN, budget=None)]
-    return "-".join([setting.method, *names[:1]]), setting.kind, setting.threshold, setting.passes, kv
+    return (*names, setting.method)[0], setting.kind, setting.threshold, setting.passes, kv
 
 
 def _speedup(same: Sequence[Trial]) -> float:

@@ -25,7 +25,7 @@ __all__ = [
 
 METHODS = ("flowcache", "teacache")
 VANILLA, LEAN = "vanilla", "lean"
-WORK = {"slow": 0.53, "fast": 0.46}
+WORK = {"flowcache-slow": 0.53, "flowcache-fast": 0.46}
 """Counted operations of the presets as a share of vanilla's, as in the paper."""
 _LOWEST, _HIGHEST = 1e-6, 1e2  # thresholds that are searched
 _HALVINGS = 40
@@ -83,41 +83,40 @@ class Grid:
     """What is swept.
 
     Attributes:
+        warmup: first steps that are computed.
+        kind: of reuse, for the presets.
         fractions: computed fractions that thresholds of the curves aim at.
         budgets: of the KV buffer.
-        kind: of reuse, with compression and in the presets.
-        warmup: first steps that are computed.
+        rungs: thresholds that are tried to find those of the curves.
     """
 
+    warmup: int
+    kind: str
     fractions: tuple[float, ...] = (0.9, 0.8, 0.65, 0.5, 0.4)
     budgets: tuple[int, ...] = (1, 2, 3, 4)
-    kind: str = "residual"
-    warmup: int = 5
+    rungs: int = 9
 
     def reuse(self, method: str, kind: str, threshold: float) -> Setting:
         """A point of a method's curve."""
         return Setting(method=method, kind=kind, threshold=threshold, warmup=self.warmup, passes=LEAN)
 
-    def preset(self, threshold: float, *, passes: str = LEAN, budget: int | None = None) -> Setting:
-        """A chunk-wise setting of the grid's kind."""
-        return replace(self.reuse("flowcache", self.kind, threshold), passes=passes, budget=budget)
-
-    def settings(self, threshold: Callable[[str, str, float], float], presets: Sequence[float]) -> list[Setting]:
+    def settings(
+        self, threshold: Callable[[str, str, float], float], presets: Mapping[str, Setting]
+    ) -> tuple[Setting, ...]:
         """All settings, each once.
 
         Args:
             threshold: of a method and a kind, for a computed fraction.
-            presets: thresholds of the presets, slow first.
+            presets: by name; those of `WORK` are also run with vanilla passes and with compression.
         """
-        found = [Setting(), Setting(passes=LEAN)]
+        found = [Setting(), Setting(passes=LEAN), *presets.values()]
         for method, kind, fraction in itertools.product(METHODS, KINDS, self.fractions):
             found.append(self.reuse(method, kind, threshold(method, kind, fraction)))
-        found += [self.preset(one) for one in presets]
-        found += [self.preset(one, passes=VANILLA) for one in presets]
+        found += [replace(presets[name], passes=VANILLA) for name in WORK]
         for budget in self.budgets:
             found.append(Setting(passes=LEAN, budget=budget))
-            found += [self.preset(one, budget=budget) for one in presets]
-        return list(dict.fromkeys(found))
+            found += [replace(presets[name], budget=budget) for name in WORK]
+        return tuple(dict.fromkeys(found))
 
 
 class ObservationLog(RunTrace):

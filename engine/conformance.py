@@ -6,29 +6,31 @@ It knows the files' format and how far figures may differ. The weights file of a
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.cache import CacheSettings
-from engine.engine import Autoencoder, Engine
+from engine.engine import Autoencoder, Engine, OnProgress, Pipeline
 from engine.kv.selection import Granularity, SelectionSettings, select
-from engine.noise import GivenNoise
+from engine.noise import GivenNoise, NoiseSource
 from engine.record import RunTrace
 from engine.request import Request
 from models.attention import Attention
 from models.errors import InputError
+from models.family import CaptionTable
 from models.magi.checkpoint import load_dit
 from models.magi.config import MagiConfig
 from models.magi.family import FixedCaptions, MagiModel
 from models.magi.sampling import MagiSampling
 from models.magi.vae import VaeConfig, ViTVAE
 
-__all__ = ["Verdict", "check_file"]
+__all__ = ["LatentEngine", "Runner", "Verdict", "check_file", "load_stage"]
 
 TOLERANCE = 1e-4
 DECODED_TOLERANCE = 1e-2  # stored as fp16
@@ -52,6 +54,47 @@ class Verdict:
     error: float
     detail: str
     passed: bool
+
+
+class LatentEngine(Protocol):
+    """Makes latents, as `Engine.generate_latents` does."""
+
+    def generate_latents(
+        self,
+        request: Request,
+        captions: CaptionTable,
+        prefix: Tensor | None,
+        noise: NoiseSource,
+        on_progress: OnProgress | None = None,
+        trace: RunTrace | None = None,
+    ) -> Iterator[Tensor]:
+        """Latents [1, C, t, h, w], chunk by chunk."""
+
+
+def _local_engine(pipeline: Pipeline, cache: CacheSettings) -> LatentEngine:
+    return Engine(pipeline, cache)
+
+
+def _all_layers(config: MagiConfig) -> range | None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runner:
+    """Where cases of generation are run.
+
+    Attributes:
+        engine: makes the engine for a case, of its model and its reuse settings.
+        layers: which layers of a model are loaded here; None for all.
+        device: where to run.
+    """
+
+    engine: Callable[[Pipeline, CacheSettings], LatentEngine] = _local_engine
+    layers: Callable[[MagiConfig], range | None] = _all_layers
+    device: str = "cpu"
+
+
+_HERE = Runner()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,23 +130,38 @@ class _Golden:
         return {key[len(prefix) :]: value for key, value in sorted(self.tensors.items()) if key.startswith(prefix)}
 
 
-def check_file(path: Path, *, device: str = "cpu") -> Verdict:
+def check_file(path: Path, *, device: str = "cpu", runner: Runner | None = None) -> Verdict:
     """Run a golden file's case and compare.
 
     Args:
         path: the file.
-        device: where to run it.
+        device: where to run it, without a runner.
+        runner: how to run a case of generation; by default in this process.
 
     Raises:
         InputError: the file cannot be read, or is no golden file.
     """
+    runner = runner or replace(_HERE, device=device)
     golden = _read(path)
     kind = golden.metadata.get("kind", "")
-    checks = {"generation": _check_generation, "vae": _check_vae, "kv_selection": _check_selection}
-    if kind not in checks:
-        raise InputError(f"{path} has kind {kind!r}: known kinds are {', '.join(checks)}")
+    checks = {"vae": _check_vae, "kv_selection": _check_selection}
+    if kind != "generation" and kind not in checks:
+        raise InputError(f"{path} has kind {kind!r}: known kinds are generation, {', '.join(checks)}")
+    golden = golden.to(runner.device)
     with torch.no_grad():
-        return checks[kind](golden.to(device))
+        return _check_generation(golden, runner) if kind == "generation" else checks[kind](golden)
+
+
+def load_stage(path: Path, runner: Runner) -> MagiModel | None:
+    """The layers of a golden file's model that are run here; None if its case has no model.
+
+    Raises:
+        InputError: the file or its weights cannot be read.
+    """
+    golden = _read(path)
+    if golden.metadata.get("kind") != "generation":
+        return None
+    return _load_model(golden, MagiConfig.from_dict(golden.json("config"), source=str(path)), runner)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -150,16 +208,21 @@ class _LatentPipeline:
         raise ValueError("a golden case brings its own captions")
 
 
-def _check_generation(golden: _Golden) -> Verdict:
-    config = MagiConfig.from_dict(golden.json("config"), source=str(golden.path))
+def _load_model(golden: _Golden, config: MagiConfig, runner: Runner) -> MagiModel:
     if "weights" not in golden.metadata:
         raise InputError(f"{golden.path} lacks the metadata weights")
-    dit = load_dit(config, golden.path.parent / golden.metadata["weights"], device=golden.device)
+    weights = golden.path.parent / golden.metadata["weights"]
+    return MagiModel(load_dit(config, weights, layers=runner.layers(config), device=runner.device))
+
+
+def _check_generation(golden: _Golden, runner: Runner) -> Verdict:
+    config = MagiConfig.from_dict(golden.json("config"), source=str(golden.path))
+    model = _load_model(golden, config, runner)
     text = golden.tensor("input.caption_embs").float()[golden.tensor("input.caption_mask").bool()]
-    captions = FixedCaptions(text=text, null=dit.null_text())
+    captions = FixedCaptions(text=text, null=model.dit.null_text())
     noise, prefix = golden.tensor("input.noise"), golden.tensors.get("input.prefix_latents")
     runtime = config.runtime_config
-    engine = Engine(_LatentPipeline(config, MagiModel(dit)), _cache_settings(golden))
+    engine = runner.engine(_LatentPipeline(config, model), _cache_settings(golden))
     request = Request(
         prompt=golden.path.stem,
         chunks=runtime.num_frames // runtime.temporal_downsample_factor // runtime.chunk_width,

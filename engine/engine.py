@@ -6,67 +6,27 @@ other process.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from engine.cache import CacheSettings, Decision
 from engine.executor import Admission, Executor, LocalExecutor
-from engine.kv import Compression, KVBuffer, KVLayout, KVSettings
-from engine.noise import NoiseSource, SeededNoise
+from engine.kv import KVBuffer, KVSettings
+from engine.noise import NoiseSource
+from engine.prepare import Autoencoder, Encoded, Pipeline, encode, prepare
 from engine.record import RunTrace
-from engine.request import Prefix, Request
-from engine.run import Reuse, VideoRun, VideoShape, Work, clean_capacity
+from engine.request import Request
+from engine.run import VideoRun, Work
 from engine.schedule import Schedule, Tick
-from models.attention import Attention
-from models.errors import InputError
-from models.family import CaptionTable, Sampling, VideoModel
+from models.family import CaptionTable
 
-__all__ = ["Autoencoder", "Chunk", "Engine", "Pipeline", "Progress", "allocate_kv"]
+__all__ = ["Autoencoder", "Chunk", "Engine", "OnProgress", "Pipeline", "Progress", "Totals"]
 
 _NO_CACHE, _OWN_RANGE = CacheSettings(), KVSettings()
 OnProgress = Callable[["Progress"], None]
-
-
-class Autoencoder(Protocol):
-    """Frames to latents and back."""
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """uint8 [F, H, W, 3] -> latents [1, C, t, h, w]."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [1, C, t, h, w] -> uint8 [F, H, W, 3]."""
-
-
-class Pipeline(Protocol):
-    """A loaded model with all that turns a request into latents and latents into frames."""
-
-    @property
-    def model(self) -> VideoModel:
-        """The weights."""
-
-    @property
-    def autoencoder(self) -> Autoencoder:
-        """Frames to latents and back."""
-
-    @property
-    def attention(self) -> Attention:
-        """What KV views attend with."""
-
-    @property
-    def patch_pixels(self) -> int:
-        """Pixels of a latent cell's side."""
-
-    def sampling(self, num_steps: int, *, clean_forward: bool, nearly_clean_mix: bool) -> Sampling:
-        """How to denoise with that many steps, with or without the passes that reuse may leave out."""
-
-    def captions(self, prompt: str) -> CaptionTable:
-        """Encode a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,9 +138,8 @@ class Engine:
             InputError: the model cannot make what is asked for.
         """
         pipeline = self._pipeline
-        prefix = None if request.prefix is None else self._encode_prefix(request.prefix)
-        captions = pipeline.captions(request.prompt)
-        latents = self.generate_latents(request, captions, prefix, SeededNoise(request.seed), on_progress, trace)
+        read = encode(pipeline, request)
+        latents = self.generate_latents(request, read.captions, read.prefix, read.noise, on_progress, trace)
         for index, latent in enumerate(latents):
             yield Chunk(index=index, latents=latent, frames=pipeline.autoencoder.decode(latent))
 
@@ -194,43 +153,23 @@ class Engine:
         trace: RunTrace | None = None,
     ) -> Iterator[Tensor]:
         """Make a video's latents [1, C, t, h, w] from what is encoded already; arguments as in `generate`."""
-        model, cache = self._pipeline.model, self._cache
-        sampling = self._pipeline.sampling(
-            request.num_steps, clean_forward=cache.clean_forward, nearly_clean_mix=cache.nearly_clean_mix
-        )
         number = self._requests
         self._requests += 1
-        run = VideoRun(
-            number,
-            self._shape(request, sampling, prefix),
-            sampling,
-            noise,
-            Reuse(
-                policy=cache.new_policy(),
-                memory=cache.new_memory(),
-                patches=model.patches,
-                observe=trace is not None,
-            ),
-            prefix=prefix,
-            compressed=self._kv.budget is not None,
-            device=model.kv.device,
+        prepared = prepare(
+            self._pipeline,
+            request,
+            Encoded(captions=captions, prefix=prefix, noise=noise),
+            number=number,
+            cache=self._cache,
+            kv=self._kv,
+            observe=trace is not None,
         )
-        kv = allocate_kv(run, sampling, self._pipeline, self._kv)
-        self._executor.admit(number, Admission(kv=kv, captions=captions, grid=run.grid))
+        run, kv = prepared.run, prepared.kv.allocate(self._pipeline.model.kv, self._pipeline.attention)
+        self._executor.admit(number, Admission(kv=kv, captions=prepared.captions, grid=run.grid))
         try:
             yield from self._ticks(run, kv, on_progress, trace)
         finally:
             self._executor.release(number)
-
-    def _shape(self, request: Request, sampling: Sampling, prefix: Tensor | None) -> VideoShape:
-        given = 0 if prefix is None else prefix.shape[2]
-        return VideoShape(
-            channels=self._pipeline.model.latent_channels,
-            chunks=math.ceil((request.chunks * sampling.chunk_width + given) / sampling.chunk_width),
-            prefix_frames=given,
-            height=request.height // self._pipeline.patch_pixels,
-            width=request.width // self._pipeline.patch_pixels,
-        )
 
     def _ticks(
         self, run: VideoRun, kv: KVBuffer, on_progress: OnProgress | None, trace: RunTrace | None
@@ -243,7 +182,8 @@ class Engine:
         for tick in schedule:
             began, before = time.perf_counter(), totals
             totals = self._tick(run, tick, totals, trace)
-            finished = run.end(tick)
+            run.seal(tick)
+            finished = None if tick.finishing is None else run.finish(tick.finishing)
             done += finished is not None
             fill = kv.layout.used_rows / kv.layout.capacity
             if trace is not None:
@@ -278,31 +218,3 @@ class Engine:
         for one in work:
             self._executor.run(one)
         return len(work)
-
-    @torch.no_grad()
-    def _encode_prefix(self, prefix: Prefix) -> Tensor:
-        latents = self._pipeline.autoencoder.encode(prefix.frames)
-        if not latents.shape[2]:
-            count = len(prefix.frames)
-            raise InputError(f"a prefix of {count} frames is too short: give one image or 4 frames and more")
-        return latents.to(self._pipeline.model.kv.dtype)
-
-
-def allocate_kv(run: VideoRun, sampling: Sampling, pipeline: Pipeline, settings: KVSettings) -> KVBuffer:
-    """The KV buffers of a run, whole."""
-    model, budget = pipeline.model, settings.budget
-    tokens = model.token_count(*run.grid)
-    layout = KVLayout(
-        chunk_tokens=tokens,
-        clean_tokens=clean_capacity(run.schedule, sampling, budget) * tokens,
-        window=sampling.window,
-        chunks=run.schedule.chunks,
-    )
-    compression = None
-    if budget is not None:
-        compression = Compression(
-            settings=settings.selection,
-            query_heads=model.kv.query_heads,
-            frame_tokens=tokens // sampling.chunk_width,
-        )
-    return KVBuffer(layout, model.kv, branches=sampling.branches, attention=pipeline.attention, compression=compression)

@@ -1,4 +1,4 @@
-"""Runs work items on a model that is held whole, in one process.
+"""Runs work items on the layers that are held here: all of a model, or one stage of it.
 
 It knows KV buffers and captions of the requests that are admitted; it does not know why an item is run or what comes
 next.
@@ -16,8 +16,20 @@ from engine.kv import KVBuffer
 from engine.run import Work
 from engine.work import WorkItem
 from models.family import CaptionTable, VideoModel
+from models.magi.layer import KVView
 
-__all__ = ["Admission", "Executor", "LocalExecutor"]
+__all__ = ["Admission", "Executor", "LocalExecutor", "Stage", "TokenShare"]
+
+
+class TokenShare(Protocol):
+    """Which of a chunk's tokens are computed here, where several processes share the layers."""
+
+    @property
+    def tokens(self) -> slice:
+        """The tokens."""
+
+    def view(self, inner: KVView) -> KVView:
+        """What these tokens attend to, if `inner` holds the heads that are attended with here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,11 +40,13 @@ class Admission:
         kv: its KV buffers.
         captions: its texts, on the model's device.
         grid: latent (T, h, w) of a chunk.
+        share: the tokens that are computed here; None for all.
     """
 
     kv: KVBuffer
     captions: CaptionTable
     grid: tuple[int, int, int]
+    share: TokenShare | None = None
 
 
 class Executor(Protocol):
@@ -48,8 +62,8 @@ class Executor(Protocol):
         """Run one item; the velocity [1, C, T, h, w] fp32."""
 
 
-class LocalExecutor:
-    """A whole model and the KV of the requests that are in flight."""
+class Stage:
+    """The layers that are held here and the KV of the requests that are in flight."""
 
     def __init__(self, model: VideoModel) -> None:
         self.model = model
@@ -63,19 +77,37 @@ class LocalExecutor:
         """Let go of a request's buffers."""
         self._admitted.pop(request, None)
 
+    def admitted(self, request: int) -> Admission:
+        """What is held for a request."""
+        return self._admitted[request]
+
     @torch.no_grad()
-    def run(self, work: Work) -> Tensor:
-        """Run one item: make its changes to the KV, embed, run the layers, read the velocity out."""
-        item, admitted = work.item, self._admitted[work.item.request]
+    def forward(self, item: WorkItem, hidden: Tensor) -> Tensor:
+        """Make an item's changes to the KV, then run the layers over hidden states [1, S, D] of its tokens."""
+        admitted = self._admitted[item.request]
         for op in item.before:
             admitted.kv.apply(op)
-        hidden = self._layers(self.model.patches(work.x), item, admitted)
-        return self.model.velocity(hidden, admitted.grid)
-
-    def _layers(self, hidden: Tensor, item: WorkItem, admitted: Admission) -> Tensor:
-        what, kv = item.what, admitted.kv
+        what, kv, share = item.what, admitted.kv, admitted.share
         asks = item.step is not None  # the next compression asks with the queries of what was denoised last
-        view = kv.isolated_view() if what.isolated else kv.view(what.branch, item.chunk, item.keys_from, asks=asks)
+        view: KVView
+        if what.isolated:
+            view = kv.isolated_view()
+        else:
+            view = kv.view(what.branch, item.chunk, item.keys_from, asks=asks)
         caption = admitted.captions.get(what.caption, item.chunks_left)
         first_frame = item.chunk * admitted.grid[0]
-        return self.model.layers(hidden, what.condition, caption, first_frame, admitted.grid, view)
+        if share is None:
+            return self.model.layers(hidden, what.condition, caption, first_frame, admitted.grid, view)
+        return self.model.layers(
+            hidden, what.condition, caption, first_frame, admitted.grid, share.view(view), tokens=share.tokens
+        )
+
+
+class LocalExecutor(Stage):
+    """A whole model: embed, run the layers, read the velocity out."""
+
+    @torch.no_grad()
+    def run(self, work: Work) -> Tensor:
+        """Run one item; the velocity [1, C, T, h, w] fp32."""
+        hidden = self.forward(work.item, self.model.patches(work.x))
+        return self.model.velocity(hidden, self.admitted(work.item.request).grid)

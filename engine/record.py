@@ -103,8 +103,9 @@ class RunRecord:
 
     def _check(self) -> None:
         """Raises ValueError where arrays do not fit together."""
-        if self.flags.ndim != 2 or not self.flags.size or not np.isin(self.flags, (0, 1, NOT_ACTIVE)).all():
-            raise ValueError("flags are not a table of 0, 1 and 255")
+        known = np.isin(self.flags, (*(decision.value for decision in Decision), NOT_ACTIVE))
+        if self.flags.ndim != 2 or not known.all() or (self.flags == NOT_ACTIVE).all():
+            raise ValueError("the flags are no table of decisions")
         ticks, chunks = self.flags.shape
         shapes = {
             "distances": (ticks, chunks),

@@ -4,6 +4,9 @@ A run is asked, in the order (tick, chunk), to `decide` whether a chunk's step i
 work items with their inputs, and to `close` it with the velocities. A step that is reused has no work. The run holds
 latents of the window only, and does not know where the work is done.
 
+Work may be opened before the work that was opened earlier is closed, over the end of a tick too: the order in which
+`begin`, `open` and `seal` are called is the order of the changes of the KV, and it must be that of the schedule.
+
 Shapes: latents are [1, C, T, h, w] fp32 with T the latent frames of a chunk.
 """
 
@@ -129,11 +132,23 @@ class VideoRun:
         self._before: dict[int, Tensor] = {}
         """Model inputs of the tick before, which distances are taken from."""
         self._ops: list[KVOp] = []
+        self._leaving: set[int] = set()
+        """Chunks that were either retired or finished, and still have to be the other."""
 
     @property
     def grid(self) -> tuple[int, int, int]:
         """Latent (T, h, w) of a chunk."""
         return self._sampling.chunk_width, self._shape.height, self._shape.width
+
+    @property
+    def renews(self) -> bool:
+        """The KV of a finished chunk is renewed from its final latents."""
+        return self._sampling.clean_forward
+
+    @property
+    def whole_window(self) -> bool:
+        """`decide` must be given all chunks of a tick at once."""
+        return self._reuse.policy.scope == "window"
 
     def prefix_work(self) -> list[Work]:
         """Passes that fill the KV of the chunks that are given whole (7.6)."""
@@ -153,6 +168,8 @@ class VideoRun:
     def begin(self, tick: Tick) -> list[Work]:
         """Start a tick: renew the KV of the chunk that has just finished, and let the next one in.
 
+        The tick before must be sealed. If `renews`, the retiring chunk's last step must be closed.
+
         Returns:
             The clean passes, if the sampling has them; they must be run before the tick's other work.
         """
@@ -162,12 +179,11 @@ class VideoRun:
             limit = self._sampling.clean_limit(prefix=False)
             text_needed = self._text_needed(tick)
             passes = self._sampling.clean_passes(tick.step_in_stage, prefix=False, text_needed=text_needed)
-            x = self._model_input(chunk)
-            work = [self._work(tick.index, chunk, None, what, limit, x) for what in passes]
+            work = [self._work(tick.index, chunk, None, what, limit, self._model_input(chunk)) for what in passes]
             if self._compressed and self._sampling.clean_forward:
                 self._publish(chunk)  # after the compression it could not be told apart
             self._ops.append(KVOp(kind="retire", chunk=chunk))
-            self._forget(chunk)
+            self._leave(chunk)
         if tick.entering is not None:
             self._ops.append(KVOp(kind="enter", chunk=tick.entering))
             shape = (1, self._shape.channels, *self.grid)
@@ -214,7 +230,10 @@ class VideoRun:
         return [self._work(tick.index, chunk, step, what, limit, x) for what in passes]
 
     def close(self, chunk: int, step: int, passes: Sequence[Pass], velocities: Sequence[Tensor]) -> None:
-        """Take a step with the weighted sum of its passes' velocities (7.4, step 6; 7.5)."""
+        """Take a step with the weighted sum of its passes' velocities (7.4, step 6; 7.5).
+
+        Passes without a weight, which are run for their KV alone, may be left out.
+        """
         x = self._model_input(chunk)
         velocity = torch.zeros_like(x)
         for what, part in zip(passes, velocities, strict=True):
@@ -224,19 +243,21 @@ class VideoRun:
         self._reuse.memory.computed(chunk, time=time, size=size, velocity=velocity)
         self._latents[chunk] = x + velocity * size
 
-    def end(self, tick: Tick) -> Tensor | None:
-        """End a tick.
-
-        Returns:
-            The latents of the chunk that finished, without the frames that were given (an image's first frame stays).
-        """
+    def seal(self, tick: Tick) -> None:
+        """All work of a tick was opened; what comes after it reads what it leaves behind."""
         if tick.retiring is not None and self._sampling.clean_forward and not self._compressed:
             self._publish(tick.retiring)
-        if tick.finishing is None:
-            return None
-        given = self._given_frames(tick.finishing)
+
+    def finish(self, chunk: int) -> Tensor:
+        """Take the latents of a chunk whose last step is closed, without the frames that were given.
+
+        An image's first frame stays.
+        """
+        given = self._given_frames(chunk)
         start = 0 if self._shape.prefix_frames == 1 else given
-        return self._latents[tick.finishing][:, :, start:]
+        latents = self._latents[chunk][:, :, start:]
+        self._leave(chunk)
+        return latents
 
     def _observe(self, chunks: Sequence[int]) -> dict[int, tuple[float, float]]:
         """L1 norms (of the change, of what was before) of the chunks' patch embeddings; one copy from the device."""
@@ -253,7 +274,12 @@ class VideoRun:
         values = torch.stack(norms).tolist() if norms else []
         return {chunk: (values[2 * i], values[2 * i + 1]) for i, chunk in enumerate(known)}
 
-    def _forget(self, chunk: int) -> None:
+    def _leave(self, chunk: int) -> None:
+        """A chunk was retired or finished; once it is both, nothing of it is needed any more."""
+        if chunk not in self._leaving:
+            self._leaving.add(chunk)
+            return
+        self._leaving.remove(chunk)
         del self._latents[chunk]
         self._before.pop(chunk, None)
         self._reuse.policy.forget(chunk)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from launch import __version__
+from launch import __version__, options
+from launch.cache_presets import DEFAULT_CACHE, CacheOptions, KVOptions
 from models.errors import InputError
 
 __all__ = ["app", "main", "run"]
@@ -23,8 +23,7 @@ __all__ = ["app", "main", "run"]
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 _TERMINATED = 143
 _BAD_INPUT = 2
-
-_VIDEO, _START, _FILES, _COMPUTE = "The video", "Start from something", "Model files", "How to compute"
+_HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
     name="flowcache",
@@ -33,15 +32,15 @@ app = typer.Typer(
     rich_markup_mode="rich",
     no_args_is_help=True,
     add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_HELP_NAMES,
 )
-
-
-class Precision(StrEnum):
-    """Names of `--precision`."""
-
-    REFERENCE = "reference"
-    FAST = "fast"
+plot = typer.Typer(
+    help="Draw what a run has recorded.\n\n"
+    "First [cyan]flowcache generate PROMPT --record RUN_DIR[/cyan], then [cyan]flowcache plot reuse RUN_DIR[/cyan].",
+    no_args_is_help=True,
+    context_settings=_HELP_NAMES,
+)
+app.add_typer(plot, name="plot")
 
 
 def _show_version(wanted: bool) -> None:
@@ -72,6 +71,10 @@ From a picture, and on from a clip (its first 32 frames):
 [cyan]flowcache generate "a blue cross moving up" --image start.png[/cyan]
 [cyan]flowcache generate "a blue cross moving up" --video start.mp4[/cyan]
 
+Faster, on all of the past in the room of two chunks, and with a record to draw:
+[cyan]flowcache generate "a red circle moving right" --cache flowcache-fast --kv-budget 2 --record run[/cyan]
+[cyan]flowcache plot reuse run[/cyan]
+
 A released model, after downloading its weights ([cyan]flowcache models[/cyan] says which):
 [cyan]flowcache generate "a cat on a roof" --model magi-4.5b-distill --steps 16[/cyan]
 [cyan]flowcache generate "a cat on a roof" --config 4.5B_base_config.json --weights ckpt/magi/4.5B_base[/cyan]
@@ -80,79 +83,37 @@ A released model, after downloading its weights ([cyan]flowcache models[/cyan] s
 
 @app.command(help=_GENERATE_HELP)
 def generate(
-    prompt: Annotated[
-        str,
-        typer.Argument(
-            help='What the video shows. magi-pocket knows a colour, a shape and a motion: "a red circle moving right".'
-        ),
-    ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A name from [cyan]flowcache models[/cyan].", show_default="magi-pocket", rich_help_panel=_VIDEO
-        ),
-    ] = None,
-    seconds: Annotated[
-        float | None,
-        typer.Option(help="Length, rounded up to whole chunks of one second.", rich_help_panel=_VIDEO),
-    ] = None,
-    chunks: Annotated[
-        int | None,
-        typer.Option(help="Length in chunks of 24 frames, in place of --seconds.", rich_help_panel=_VIDEO),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the noise; the same seed gives the same video.", rich_help_panel=_VIDEO)
-    ] = 0,
-    out: Annotated[
-        Path, typer.Option(help="The file to write; an older one is replaced.", rich_help_panel=_VIDEO)
-    ] = Path("video.mp4"),
-    height: Annotated[
-        int | None, typer.Option(help="Pixels, a multiple of 16; the model's own by default.", rich_help_panel=_VIDEO)
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(help="Pixels, a multiple of 16; the model's own by default.", rich_help_panel=_VIDEO)
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            help="Denoising steps of a chunk, a multiple of the window (4); the model's own by default.",
-            rich_help_panel=_VIDEO,
-        ),
-    ] = None,
-    image: Annotated[
-        Path | None, typer.Option(help="A picture that the video begins with.", rich_help_panel=_START)
-    ] = None,
-    video: Annotated[
-        Path | None, typer.Option(help="A clip that the video goes on from.", rich_help_panel=_START)
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="A released MAGI-1 JSON, as it is, in place of --model.", rich_help_panel=_FILES),
-    ] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the weights, in place of the configured one; an autoencoder in its sub-folder vae and "
-            "text encoders in t5 are taken first.",
-            rich_help_panel=_FILES,
-        ),
-    ] = None,
-    attention: Annotated[
-        str, typer.Option(help="auto, sdpa, flash-attn or xformers.", rich_help_panel=_COMPUTE)
-    ] = "sdpa",
-    precision: Annotated[
-        Precision,
-        typer.Option(
-            help="reference computes what was released; fast leaves out its fp32 output projections.",
-            rich_help_panel=_COMPUTE,
-        ),
-    ] = Precision.REFERENCE,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; all cores by default.", rich_help_panel=_COMPUTE)
-    ] = None,
+    prompt: options.Prompt,
+    model: options.Model = None,
+    seconds: options.Seconds = None,
+    chunks: options.Chunks = None,
+    seed: options.Seed = 0,
+    out: options.Out = Path("video.mp4"),
+    height: options.Height = None,
+    width: options.Width = None,
+    steps: options.Steps = None,
+    image: options.Image = None,
+    video: options.Video = None,
+    cache: options.Cache = DEFAULT_CACHE,
+    cache_threshold: options.CacheThreshold = None,
+    cache_warmup: options.CacheWarmup = None,
+    reuse: options.Reuse = None,
+    extrapolate_from: options.ExtrapolateFrom = None,
+    clean_pass: options.CleanPass = None,
+    copy_pass: options.CopyPass = None,
+    kv_budget: options.KVBudget = None,
+    kv_retention: options.KVRetention = None,
+    kv_queries: options.KVQueries = None,
+    record: options.Record = None,
+    config: options.Config = None,
+    weights: options.Weights = None,
+    attention: options.Attention = "sdpa",
+    precision: options.PrecisionName = options.Precision.REFERENCE,
+    threads: options.Threads = None,
 ) -> None:
     """Make a video from a prompt."""
-    from launch.generate import Options, generate_video
+    from launch.generate import generate_video
+    from launch.plan import Options
 
     summary = generate_video(
         Options(
@@ -167,10 +128,21 @@ def generate(
             steps=steps,
             image=image,
             video=video,
+            cache=CacheOptions(
+                preset=cache,
+                threshold=cache_threshold,
+                warmup=cache_warmup,
+                reuse=reuse,
+                extrapolate_from=extrapolate_from,
+                clean_pass=clean_pass,
+                copy_pass=copy_pass,
+            ),
+            kv=KVOptions(budget=kv_budget, retention=kv_retention, queries=kv_queries),
+            record=record,
             config=config,
             weights=weights,
             attention=attention,
-            precise=precision is Precision.REFERENCE,
+            precise=precision is options.Precision.REFERENCE,
             threads=threads,
         )
     )
@@ -186,9 +158,7 @@ def models() -> None:
 
 
 @app.command()
-def conformance(
-    files: Annotated[list[Path], typer.Argument(help="Golden files; their weights file lies beside them.")],
-) -> None:
+def conformance(files: options.GoldenFiles) -> None:
     """Recompute golden files of the published code and compare.
 
     One line for each file. Exit status 0 if all pass, 1 if one fails, 2 if one cannot be read.
@@ -196,6 +166,33 @@ def conformance(
     from launch.listing import show_conformance
 
     raise typer.Exit(show_conformance(files, report_error=_show_error))
+
+
+@plot.command("reuse")
+def plot_reuse(run_dir: options.RunFolder, out: options.PlotOut = None) -> None:
+    """Which steps of which chunk were computed, tick by tick, and which were reused."""
+    _plot("reuse", run_dir, out)
+
+
+@plot.command("distance")
+def plot_distance(run_dir: options.RunFolder, out: options.PlotOut = None) -> None:
+    """How much each chunk changed from step to step, over its denoising.
+
+    A run with [cyan]--cache none[/cyan] shows the model as it is; with reuse, what the run has seen.
+    """
+    _plot("distance", run_dir, out)
+
+
+@plot.command("kv")
+def plot_kv(run_dir: options.RunFolder, out: options.PlotOut = None) -> None:
+    """What of each past chunk's keys and values was still held, over time, and how full the buffer was."""
+    _plot("kv", run_dir, out)
+
+
+def _plot(kind: str, run_dir: Path, out: Path | None) -> None:
+    from launch.plots import plot_record
+
+    typer.echo(plot_record(kind, run_dir, out or run_dir / f"{kind}.png"))
 
 
 def main() -> NoReturn:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from models.errors import InputError
 
 if TYPE_CHECKING:  # the engine pulls in torch, which a list of names must not wait for
     from engine.cache import CacheSettings
     from engine.kv import KVSettings
-    from engine.kv.selection import Granularity
 
 __all__ = [
     "CACHE_FIGURES",
@@ -76,6 +75,7 @@ class CacheFigures:
         fast: threshold of `flowcache-fast`.
         teacache: threshold of `teacache`.
         reuse: what stands in for a step that is left out.
+        extrapolate_from: share of the threshold above which a step is extrapolated in place of that; 1 never does.
     """
 
     warmup_steps: int
@@ -83,12 +83,11 @@ class CacheFigures:
     fast: float
     teacache: float
     reuse: ReuseKind = ReuseKind.RESIDUAL
+    extrapolate_from: float = 1.0
 
 
 _MAGI_1 = CacheFigures(warmup_steps=5, slow=0.01, fast=0.015, teacache=0.01)  # FlowCache, below Eq. 8
-_POCKET = CacheFigures(
-    warmup_steps=POCKET_WARMUP, slow=POCKET_SLOW, fast=POCKET_FAST, teacache=POCKET_TEACACHE
-)
+_POCKET = CacheFigures(warmup_steps=POCKET_WARMUP, slow=POCKET_SLOW, fast=POCKET_FAST, teacache=POCKET_TEACACHE)
 
 CACHE_FIGURES: dict[str, CacheFigures] = {
     "magi-pocket": _POCKET,
@@ -110,6 +109,7 @@ class CacheOptions:
     threshold: float | None = None
     warmup: int | None = None
     reuse: ReuseKind | None = None
+    extrapolate_from: float | None = None
     clean_pass: bool | None = None
     copy_pass: bool | None = None
 
@@ -147,7 +147,8 @@ def cache_preset(name: CacheName, model: str | None) -> CacheSettings:
         policy=policy,
         threshold=threshold,
         warmup_steps=figures.warmup_steps,
-        reuse=figures.reuse,
+        reuse=figures.reuse.value,
+        extrapolate_from=figures.extrapolate_from,
         clean_forward=False,
         nearly_clean_mix=False,
     )
@@ -174,6 +175,8 @@ def cache_settings(options: CacheOptions, *, model: str | None, num_steps: int, 
         settings = replace(settings, warmup_steps=options.warmup)
     if options.reuse is not None:
         settings = replace(settings, reuse=options.reuse.value)
+    if options.extrapolate_from is not None:
+        settings = replace(settings, extrapolate_from=options.extrapolate_from)
     if options.clean_pass is not None:
         settings = replace(settings, clean_forward=options.clean_pass)
     if options.copy_pass is not None:
@@ -195,9 +198,9 @@ def kv_settings(options: KVOptions) -> KVSettings:
         raise InputError(f"{name} says how the past is compressed: give --kv-budget CHUNKS with it, or leave it out")
     selection = SelectionSettings()
     if options.retention is not None:
-        selection = replace(selection, retention=cast("Granularity", options.retention.value))
+        selection = replace(selection, retention=options.retention.value)
     if options.queries is not None:
-        selection = replace(selection, queries=cast("Granularity", options.queries.value))
+        selection = replace(selection, queries=options.queries.value)
     return KVSettings(budget=options.budget, selection=selection)
 
 
@@ -206,6 +209,7 @@ def _check_fit(options: CacheOptions, *, guided: bool) -> None:
         "--cache-threshold": options.threshold,
         "--cache-warmup": options.warmup,
         "--reuse": options.reuse,
+        "--extrapolate-from": options.extrapolate_from,
     }
     names = [name for name, value in given.items() if value is not None]
     if options.preset is CacheName.NONE and names:
@@ -214,6 +218,8 @@ def _check_fit(options: CacheOptions, *, guided: bool) -> None:
         raise InputError("--copy-pass is for distilled models, this one has guidance: leave it out")
     if options.threshold is not None and not (math.isfinite(options.threshold) and options.threshold >= 0):
         raise InputError(f"--cache-threshold {options.threshold:g} is no distance: give 0 or more, such as 0.01")
+    if options.extrapolate_from is not None and not 0 <= options.extrapolate_from <= 1:
+        raise InputError(f"--extrapolate-from {options.extrapolate_from:g} is no share of the threshold: give 0 to 1")
 
 
 def _check_warmup(steps: int, policy: str, num_steps: int) -> None:

@@ -65,9 +65,10 @@ def file_errors(path: Path, *kinds: type[Exception]) -> Iterator[None]:
         path: that is written.
         kinds: errors to treat likewise.
     """
+    expected: tuple[type[Exception], ...] = (OSError, *kinds)
     try:
         yield
-    except (OSError, *kinds) as error:
+    except expected as error:
         code = getattr(error, "errno", None)
         if code in _FULL:
             reason = "no space left there (the unfinished file was removed)"

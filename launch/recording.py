@@ -26,7 +26,7 @@ def record_settings(plan: Plan, summary: Summary) -> dict[str, Any]:
         "width": request.width,
         "steps": request.num_steps,
         "window": runtime.window_size,
-        "device": plan.loading.device,
+        "device": str(plan.loading.device),
         "cache_preset": plan.cache_name.value,
         "cache": asdict(plan.cache),
         "kv": asdict(plan.kv),

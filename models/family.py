@@ -74,6 +74,9 @@ class CaptionTable(Protocol):
     def get(self, kind: CaptionKind, chunks_left: int) -> Tensor:
         """Caption tokens [N, channels] for a chunk with that many chunks of the video still to come after it."""
 
+    def to(self, device: torch.device) -> CaptionTable:
+        """The same on a device."""
+
 
 class Sampling(Protocol):
     """How a family denoises: pure figures, no weights."""
@@ -129,6 +132,10 @@ class VideoModel(Protocol):
         """Shape of the KV of the layers that are held."""
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the parameters that are held."""
+
+    @property
     def latent_channels(self) -> int:
         """Channels of a latent."""
 
@@ -146,8 +153,10 @@ class VideoModel(Protocol):
         first_frame: int,
         grid: tuple[int, int, int],
         view: KVView,
+        tokens: slice = slice(None),
     ) -> Tensor:
-        """Run the layers that are held over one chunk's tokens. `grid`: latent (T, h, w)."""
+        """Run the layers that are held over one chunk's tokens. `grid`: latent (T, h, w). `tokens`: which of the
+        chunk's tokens `hidden` is; all by default."""
 
     def velocity(self, hidden: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Velocity [1, C, T, h, w] fp32 of the last hidden states."""

@@ -1,1 +1,1 @@
-"""Where it runs: ranks, stages, and what travels between them."""
+"""Where a video is made: pipeline stages and context-parallel ranks over torch.distributed."""

@@ -2,7 +2,8 @@
 
 from engine.kv.buffer import Compression, KVBuffer
 from engine.kv.layout import KVLayout
+from engine.kv.plan import KVPlan
 from engine.kv.selection import SelectionSettings
 from engine.kv.settings import KVSettings
 
-__all__ = ["Compression", "KVBuffer", "KVLayout", "KVSettings", "SelectionSettings"]
+__all__ = ["Compression", "KVBuffer", "KVLayout", "KVPlan", "KVSettings", "SelectionSettings"]

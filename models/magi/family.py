@@ -29,6 +29,10 @@ class FixedCaptions:
         """The caption of a chunk."""
         return self.text if kind == "text" else self.null
 
+    def to(self, device: torch.device) -> FixedCaptions:
+        """The same on a device."""
+        return FixedCaptions(text=self.text.to(device), null=self.null.to(device))
+
 
 class MagiModel:
     """All or some layers of a DiT. A model without the first layer cannot embed, one without the last not read out."""
@@ -48,6 +52,11 @@ class MagiModel:
             dtype=config.dtype,
             device=self.dit.device,
         )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the parameters that are held."""
+        return sum(parameter.nbytes for parameter in self.dit.parameters())
 
     @property
     def latent_channels(self) -> int:
@@ -71,13 +80,14 @@ class MagiModel:
         first_frame: int,
         grid: tuple[int, int, int],
         view: KVView,
+        tokens: slice = slice(None),
     ) -> Tensor:
-        """Run the layers that are held over one chunk's tokens."""
+        """Run the layers that are held over one chunk's tokens, or over a slice of them."""
         dit = self.dit
         t = torch.full((1, 1), condition.t, dtype=torch.float32, device=dit.device)
         embedded = dit.embed_condition(t, distill=condition.distill, null=condition.drop)
         text = dit.embed_text(caption[None])
-        rope = dit.rope.table(first_frame, dit.token_grid(grid))
+        rope = dit.rope.table(first_frame, dit.token_grid(grid))[:, tokens]
         return dit.run_layers(hidden, embedded, text, rope, view)
 
     def velocity(self, hidden: Tensor, grid: tuple[int, int, int]) -> Tensor:

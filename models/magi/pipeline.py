@@ -5,7 +5,7 @@ It knows files and the released configuration; it does not know how a video is s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,7 @@ from models.magi.sampling import MagiSampling
 from models.magi.text import Caption, SpecialTokens, T5Encoder, TextEncoder, with_special_tokens
 from models.magi.tiling import TiledVAE
 
-__all__ = ["Loading", "MagiPipeline", "load_parts", "load_released"]
+__all__ = ["Loading", "MagiPipeline", "load_parts", "load_released", "load_stage"]
 
 _LATENT_CELL = 8  # pixels of a latent cell's side
 
@@ -34,11 +34,13 @@ class Loading:
         device: where to put it.
         precise: fp32 output projections, as released; False is the `fast` precision.
         attention: name of the attention backend.
+        layers: which layers of the DiT to load; None for all.
     """
 
     device: str = "cpu"
     precise: bool = True
     attention: str = "sdpa"
+    layers: range | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +61,11 @@ class TokenCaptions:
             self.text, self.tokens, chunks_left=chunks_left, duration=True, hq=True, max_length=self.max_length
         )
         return made.embeddings.to(self.device)
+
+    def to(self, device: torch.device) -> TokenCaptions:
+        """The same on a device."""
+        text = replace(self.text, embeddings=self.text.embeddings.to(device))
+        return replace(self, text=text, null=self.null.to(device), device=device)
 
 
 class MagiPipeline:
@@ -127,13 +134,31 @@ def load_parts(config: MagiConfig, weights: Path | None, loading: Loading) -> tu
     runtime = config.runtime_config
     root = weights or _folder(runtime.load, "load")
     vae_folder = root / "vae" if (root / "vae").is_dir() else _folder(runtime.vae_pretrained, "vae_pretrained")
-    inner = weights_folder(config, root)
-    folder = inner if inner.is_dir() or weights is None else root
     # The released autoencoder runs in bf16 whatever the DiT's dtype (1.1); fp32 models keep theirs.
     vae_dtype = torch.float32 if config.model_config.dtype == torch.float32 else torch.bfloat16
     vae = load_vae(vae_folder, dtype=vae_dtype, device=loading.device)
-    dit = load_dit(config, folder, precise=loading.precise, attention=loading.attention, device=loading.device)
-    return MagiModel(dit), TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
+    model = load_stage(config, weights, loading)
+    return model, TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
+
+
+def load_stage(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiModel:
+    """Load the DiT alone, all of it or the layers that are asked for, from exactly their tensors.
+
+    Raises:
+        InputError: something is missing or damaged.
+    """
+    root = weights or _folder(config.runtime_config.load, "load")
+    inner = weights_folder(config, root)
+    folder = inner if inner.is_dir() or weights is None else root
+    dit = load_dit(
+        config,
+        folder,
+        layers=loading.layers,
+        precise=loading.precise,
+        attention=loading.attention,
+        device=loading.device,
+    )
+    return MagiModel(dit)
 
 
 def load_released(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiPipeline:

@@ -79,7 +79,7 @@ def test_a_rolling_buffer_gives_what_full_history_gives(guided, window, monkeypa
     """Rows that fall out of the buffer are never attended to, for any window and range."""
     pipeline = TinyPipeline(tiny_config(guided=guided, window=window))
     rolling = latents(Engine(pipeline), request(chunks=7))
-    monkeypatch.setattr("engine.engine.clean_capacity", lambda schedule, sampling, budget: schedule.chunks - 1)
+    monkeypatch.setattr("engine.prepare.clean_capacity", lambda schedule, sampling, budget: schedule.chunks - 1)
     held = latents(Engine(pipeline), request(chunks=7))
     for a, b in zip(rolling, held, strict=True):
         assert torch.equal(a, b)

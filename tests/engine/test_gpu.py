@@ -12,7 +12,9 @@ GOLDENS = Path(__file__).parent.parent / "data" / "goldens"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
-@pytest.mark.parametrize("case", ["t2v_distill16", "t2v_base_cfg3", "v2v_prefix9", "flowcache_nodup", "kv_selection", "vae"])
+@pytest.mark.parametrize(
+    "case", ["t2v_distill16", "t2v_base_cfg3", "v2v_prefix9", "flowcache_nodup", "kv_selection", "vae"]
+)
 def test_golden_passes_on_a_gpu(case):
     assert check_file(GOLDENS / f"{case}.safetensors", device="cuda").passed
 

@@ -55,8 +55,8 @@ def long_run(tmp_path: Path, random_weights: Path) -> Iterator[subprocess.Popen[
 # ---- help, version, models
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, launch.app; sys.exit('torch' in sys.modules)"
+def test_help_does_not_wait_for_torch_or_matplotlib() -> None:
+    code = "import sys, launch.app; sys.exit(not {'torch', 'numpy', 'matplotlib'}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0
 
 
@@ -64,6 +64,10 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", "--help"]) == 0
     shown = capsys.readouterr().out
     for word in ("Examples", "--seconds", "--chunks", "--image", "--video", "--config", "--weights", "--precision"):
+        assert word in shown
+    for word in ("Reuse", "--cache", "--cache-threshold", "--cache-warmup", "--reuse", "--no-clean-pass"):
+        assert word in shown
+    for word in ("Memory", "--kv-budget", "--kv-retention", "--kv-queries", "Record", "RUN_DIR"):
         assert word in shown
 
 
@@ -120,6 +124,22 @@ def test_models_lists_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
         ([PROMPT, "--precision", "low"], "Invalid value for '--precision'"),
         ([PROMPT, "--steps", "many"], "Invalid value for '--steps'"),
         ([PROMPT, "--threads", "0"], "Invalid value for '--threads'"),
+        ([PROMPT, "--cache", "fast"], "'fast' is not one of 'none', 'teacache', 'flowcache-slow', 'flowcache-fast'"),
+        ([PROMPT, "--cache", "none", "--cache-threshold", "0.1"], "--cache none reuses nothing: leave out --cache-thr"),
+        ([PROMPT, "--cache", "none", "--reuse", "velocity"], "--cache none reuses nothing: leave out --reuse"),
+        ([PROMPT, "--cache-threshold", "-1"], "--cache-threshold -1 is no distance"),
+        ([PROMPT, "--cache-threshold", "nan"], "--cache-threshold nan is no distance"),
+        ([PROMPT, "--cache-warmup", "16"], "--cache-warmup 16 computes all 16 steps"),
+        ([PROMPT, "--cache-warmup", "0"], "--cache-warmup 0: a chunk's first step must be computed"),
+        ([PROMPT, "--extrapolate-from", "1.5"], "--extrapolate-from 1.5 is no share"),
+        ([PROMPT, "--reuse", "again"], "'again' is not one of 'residual', 'velocity', 'extrapolate'"),
+        ([PROMPT, "--copy-pass", "--model", "magi-4.5b"], "--copy-pass is for distilled models"),
+        ([PROMPT, "--kv-budget", "0"], "a KV budget of 0 chunks keeps nothing"),
+        ([PROMPT, "--kv-retention", "frame"], "--kv-retention says how the past is compressed: give --kv-budget"),
+        ([PROMPT, "--kv-budget", "1", "--kv-queries", "word"], "'word' is not one of 'token', 'frame', 'chunk'"),
+        ([PROMPT, "--record", "broken.json"], "cannot write broken.json"),
+        ([PROMPT, "--record", "broken.json/run"], "broken.json is not a folder"),
+        ([PROMPT, "--record", "/proc/run"], "cannot write /proc/run"),
         ([PROMPT, "--colour", "red"], "No such option: --colour"),
         ([], "Missing argument"),
     ],
@@ -193,7 +213,7 @@ def test_generate_as_a_real_process(flowcache: Flowcache, tmp_path: Path, random
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("noise.mp4: 48 frames of 64x64, 2.0 s of video\nmade in ")
-    assert "loading magi-pocket" in result.stderr and "chunks 2/2, step 4/4, 100%, 0:00 left" in result.stderr
+    assert "loading magi-pocket" in result.stderr and "chunks 2/2, step 4/4, 100%, " in result.stderr
     assert "\x1b" not in result.stdout + result.stderr
     with av.open(str(tmp_path / "noise.mp4")) as container:
         frames = list(container.decode(video=0))

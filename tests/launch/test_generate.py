@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -11,8 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from launch.generate import Options, Plan, generate_video, plan_video
+from engine.cache import CacheSettings
+from engine.kv import KVSettings
+from launch.cache_presets import CacheName, CacheOptions, KVOptions, TokenUnit, cache_preset
+from launch.generate import generate_video
 from launch.media import read_video
+from launch.plan import Options, Plan, plan_video
 from launch.video import VideoWriter
 from models.errors import InputError
 from models.pocket.preset import pocket_config
@@ -65,6 +70,29 @@ def test_precision_and_attention_reach_the_model(options: Options) -> None:
     assert (loading.precise, loading.attention) == (False, "auto")
 
 
+def test_reuse_is_on_unless_it_is_turned_off(options: Options) -> None:
+    assert _plan(options).cache == cache_preset(CacheName.FLOWCACHE_SLOW, "magi-pocket")
+    assert _plan(options, cache=CacheOptions(preset=CacheName.NONE)).cache == CacheSettings()
+    assert _plan(options).kv == KVSettings()
+
+
+def test_a_configuration_file_has_the_figures_of_magi_1(options: Options, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(pocket_config().to_dict()))
+    assert _plan(options, config=path).cache == cache_preset(CacheName.FLOWCACHE_SLOW, "magi-4.5b")
+
+
+def test_a_guided_model_has_no_copy_pass(options: Options) -> None:
+    with pytest.raises(InputError, match="--copy-pass is for distilled models"):
+        _plan(options, model="magi-4.5b", steps=None, cache=CacheOptions(copy_pass=True))
+
+
+def test_a_record_needs_a_folder_before_anything_is_read(options: Options, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file is not a folder"):
+        _plan(options, record=tmp_path / "file", weights=tmp_path / "missing")
+
+
 def test_an_image_becomes_a_prefix_of_one_frame(options: Options, tmp_path: Path) -> None:
     picture = tmp_path / "start.png"
     Image.new("RGB", (30, 50), (10, 200, 30)).save(picture)
@@ -92,7 +120,22 @@ def test_a_video_is_as_long_as_asked(options: Options) -> None:
     assert summary.making > 0 and summary.loading > 0 and summary.memory > 100_000_000
     text = summary.text()
     assert "96 frames of 64x64, 4.0 s of video" in text and "s per chunk" in text and "peak memory" in text
+    assert f"{summary.computed:.0%} of the steps computed (flowcache-slow); keys and values " in text
     assert os.listdir(options.out.parent) == ["video.mp4"]
+
+
+def test_reuse_leaves_steps_out(options: Options) -> None:
+    everything = CacheOptions(preset=CacheName.NONE)
+    nearly_nothing = CacheOptions(threshold=1e6, warmup=1)
+    assert generate_video(replace(options, steps=8, cache=everything)).computed == 1
+    summary = generate_video(replace(options, steps=8, cache=nearly_nothing))
+    assert summary.computed == (4 + 1) / 32  # each first step, and the last tick
+
+
+def test_a_budget_bounds_the_memory_of_a_long_video(options: Options) -> None:
+    kv = KVOptions(budget=1, retention=TokenUnit.FRAME, queries=TokenUnit.CHUNK)
+    sizes = [generate_video(replace(options, chunks=chunks, kv=kv)).kv_bytes for chunks in (5, 9)]
+    assert sizes[0] == sizes[1] > 1_000_000
 
 
 def test_a_seed_names_a_video(options: Options, tmp_path: Path) -> None:

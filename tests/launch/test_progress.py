@@ -22,8 +22,9 @@ def _event(tick: int, *, chunks: int = 3, num_steps: int = 8, window: int = 4, d
         step=2,
         num_steps=num_steps,
         items_done=tick,
-        computed_fraction=1.0,
+        computed_fraction=0.625,
         kv_fill=0.5,
+        kv_bytes=1000,
     )
 
 
@@ -49,17 +50,17 @@ def test_plain_lines_are_few_and_say_what_is_done() -> None:
             display.update(_event(tick, done=3 if tick == 12 else 0))
     first, second, last = stream.getvalue().splitlines()  # the ticks between came at once and are left out
     assert first == "loading"
-    assert second.startswith("chunks 0/3, step 2/8, 4%, ") and second.endswith(" left")
-    assert last == "chunks 3/3, step 2/8, 100%, 0:00 left"
+    assert second.startswith("chunks 0/3, step 2/8, 4%, 62% computed, KV 50% full, ") and second.endswith(" left")
+    assert last == "chunks 3/3, step 2/8, 100%, 62% computed, KV 50% full, 0:00 left"
 
 
 def test_the_live_bar_shows_chunks_step_and_time_left() -> None:
     stream = io.StringIO()
-    with LiveDisplay(Console(file=stream, force_terminal=True, width=100, color_system=None)) as display:
+    with LiveDisplay(Console(file=stream, force_terminal=True, width=80, color_system=None)) as display:
         display.phase("loading")
         display.update(_event(12, done=3))
     shown = stream.getvalue()
-    assert "chunks 3/3  step 2/8" in shown and "100%  0:00 left" in shown
+    assert "chunks 3/3  step 2/8" in shown and "100%  62% computed, KV 50% full  0:00 left" in shown
 
 
 def test_a_pipe_gets_plain_lines(capfd: pytest.CaptureFixture[str]) -> None:

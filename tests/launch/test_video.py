@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from launch.video import BackgroundWriter, VideoWriter, check_target
+from launch.video import BackgroundWriter, VideoWriter
 from models.errors import InputError
 
 COLOURS = torch.tensor([[224, 33, 33], [31, 189, 51], [38, 64, 235], [237, 219, 36], [31, 209, 219], [128, 128, 128]])
@@ -114,22 +114,3 @@ def test_no_thread_outlives_the_writer(tmp_path: Path) -> None:
         writer.write(_bars(1))
         assert any(thread.name.startswith("video") for thread in threading.enumerate())
     assert not any(thread.name.startswith("video") for thread in threading.enumerate())
-
-
-def test_a_good_target_leaves_no_trace(tmp_path: Path) -> None:
-    check_target(tmp_path / "good.mp4")
-    assert os.listdir(tmp_path) == []
-
-
-def test_bad_targets_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "taken.mp4").mkdir()
-    (tmp_path / "file").write_text("")
-    for path, reason in (
-        (tmp_path / "video.gif", "must end in .mp4"),
-        (tmp_path / "missing" / "video.mp4", "the folder .*missing does not exist"),
-        (tmp_path / "file" / "video.mp4", "is not a folder"),
-        (tmp_path / "taken.mp4", "not a file"),
-        (Path("/proc/video.mp4"), "cannot write /proc/video.mp4: "),  # where not even root may write
-    ):
-        with pytest.raises(InputError, match=reason):
-            check_target(path)

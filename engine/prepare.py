@@ -1,0 +1,172 @@
+"""From a request to a run: what is encoded once, and the sizes that follow from it.
+
+It knows what a loaded model offers (`Pipeline`), and not how or where the run is carried out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.cache import CacheSettings
+from engine.kv import KVPlan, KVSettings
+from engine.noise import NoiseSource, SeededNoise
+from engine.request import Prefix, Request
+from engine.run import Reuse, VideoRun, VideoShape, clean_capacity
+from models.attention import Attention
+from models.errors import InputError
+from models.family import CaptionTable, Sampling, VideoModel
+
+__all__ = ["Autoencoder", "Encoded", "Pipeline", "Prepared", "encode", "prepare"]
+
+
+class Autoencoder(Protocol):
+    """Frames to latents and back."""
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """uint8 [F, H, W, 3] -> latents [1, C, t, h, w]."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [1, C, t, h, w] -> uint8 [F, H, W, 3]."""
+
+
+class Pipeline(Protocol):
+    """A loaded model with all that turns a request into latents and latents into frames."""
+
+    @property
+    def model(self) -> VideoModel:
+        """The weights."""
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """Frames to latents and back."""
+
+    @property
+    def attention(self) -> Attention:
+        """What KV views attend with."""
+
+    @property
+    def patch_pixels(self) -> int:
+        """Pixels of a latent cell's side."""
+
+    def sampling(self, num_steps: int, *, clean_forward: bool, nearly_clean_mix: bool) -> Sampling:
+        """How to denoise with that many steps, with or without the passes that reuse may leave out."""
+
+    def captions(self, prompt: str) -> CaptionTable:
+        """Encode a prompt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """A request as the model reads it.
+
+    Attributes:
+        captions: its texts.
+        prefix: latents [1, C, P, h, w] to go on from.
+        noise: where the chunks start.
+    """
+
+    captions: CaptionTable
+    prefix: Tensor | None
+    noise: NoiseSource
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A run that has not begun, its texts, and the KV buffers that it needs."""
+
+    run: VideoRun
+    captions: CaptionTable
+    kv: KVPlan
+
+
+def encode(pipeline: Pipeline, request: Request) -> Encoded:
+    """Encode a request's prompt and prefix.
+
+    Raises:
+        InputError: the model cannot take them.
+    """
+    prefix = None if request.prefix is None else _encode_prefix(pipeline, request.prefix)
+    return Encoded(captions=pipeline.captions(request.prompt), prefix=prefix, noise=SeededNoise(request.seed))
+
+
+def prepare(
+    pipeline: Pipeline,
+    request: Request,
+    encoded: Encoded,
+    *,
+    number: int,
+    cache: CacheSettings,
+    kv: KVSettings,
+    observe: bool,
+) -> Prepared:
+    """A run of a request.
+
+    Args:
+        pipeline: the model.
+        request: what to make.
+        encoded: the same as the model reads it.
+        number: of the request, carried by its work items.
+        cache: which steps are reused.
+        kv: how much of the past is held.
+        observe: take distances even if the policy does not look at them, for a record.
+
+    Raises:
+        InputError: the model cannot make what is asked for.
+    """
+    sampling = pipeline.sampling(
+        request.num_steps, clean_forward=cache.clean_forward, nearly_clean_mix=cache.nearly_clean_mix
+    )
+    run = VideoRun(
+        number,
+        _shape(pipeline, request, sampling, encoded.prefix),
+        sampling,
+        encoded.noise,
+        Reuse(
+            policy=cache.new_policy(),
+            memory=cache.new_memory(),
+            patches=pipeline.model.patches,
+            observe=observe,
+        ),
+        prefix=encoded.prefix,
+        compressed=kv.budget is not None,
+        device=pipeline.model.kv.device,
+    )
+    return Prepared(run=run, captions=encoded.captions, kv=_plan_kv(run, sampling, pipeline, kv))
+
+
+def _shape(pipeline: Pipeline, request: Request, sampling: Sampling, prefix: Tensor | None) -> VideoShape:
+    given = 0 if prefix is None else prefix.shape[2]
+    return VideoShape(
+        channels=pipeline.model.latent_channels,
+        chunks=math.ceil((request.chunks * sampling.chunk_width + given) / sampling.chunk_width),
+        prefix_frames=given,
+        height=request.height // pipeline.patch_pixels,
+        width=request.width // pipeline.patch_pixels,
+    )
+
+
+def _plan_kv(run: VideoRun, sampling: Sampling, pipeline: Pipeline, settings: KVSettings) -> KVPlan:
+    tokens = pipeline.model.token_count(*run.grid)
+    return KVPlan(
+        chunk_tokens=tokens,
+        frame_tokens=tokens // sampling.chunk_width,
+        clean_tokens=clean_capacity(run.schedule, sampling, settings.budget) * tokens,
+        window=sampling.window,
+        chunks=run.schedule.chunks,
+        branches=sampling.branches,
+        selection=None if settings.budget is None else settings.selection,
+    )
+
+
+@torch.no_grad()
+def _encode_prefix(pipeline: Pipeline, prefix: Prefix) -> Tensor:
+    latents = pipeline.autoencoder.encode(prefix.frames)
+    if not latents.shape[2]:
+        count = len(prefix.frames)
+        raise InputError(f"a prefix of {count} frames is too short: give one image or 4 frames and more")
+    return latents.to(pipeline.model.kv.dtype)

@@ -1,0 +1,56 @@
+"""Pictures of a record: what was computed and reused, how far chunks changed, and what of the past was kept.
+
+They know records only, and take the schedule from their flags. Figures are drawn without a display and without
+matplotlib's global state.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from engine.record import RunRecord
+from launch.files import check_target, file_errors, part_of
+from launch.plots.distance import distance_figure
+from launch.plots.kv import kv_figure
+from launch.plots.reuse import reuse_figure
+
+__all__ = ["PLOTS", "distance_figure", "kv_figure", "plot_record", "reuse_figure"]
+
+_DPI = 150
+
+PLOTS: dict[str, Callable[[RunRecord], Figure]] = {
+    "reuse": reuse_figure,
+    "distance": distance_figure,
+    "kv": kv_figure,
+}
+"""Kinds of plots by name."""
+
+
+def plot_record(kind: str, folder: Path, out: Path) -> Path:
+    """Draw a plot of a record to a PNG file, which appears when it is whole.
+
+    Args:
+        kind: one of `PLOTS`.
+        folder: of the record.
+        out: the file.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: there is no whole record, or the file cannot be written.
+    """
+    record = RunRecord.load(folder)
+    check_target(out, suffix=".png", what="picture")
+    figure, part = PLOTS[kind](record), part_of(out)
+    try:
+        with file_errors(out):
+            figure.savefig(part, format="png", dpi=_DPI)
+            os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+    return out

@@ -1,0 +1,89 @@
+"""The map of computed and reused steps."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
+
+from engine.record import NOT_ACTIVE, RunRecord
+from launch.plots.style import COMPUTED, EXTRAPOLATED, FEW, GREY, REUSED, add_title, cell_lines, map_height
+from launch.plots.timeline import Timeline, own_steps
+
+__all__ = ["reuse_figure"]
+
+_STATES = {"computed": COMPUTED, "reused": REUSED, "extrapolated": EXTRAPOLATED, "not in the window": "#f1f1f1"}
+_OUTSIDE = 3  # in a map of states; below it are the flags
+_MANY = 100  # chunks whose window is too thin a line to be read
+
+
+def reuse_figure(record: RunRecord) -> Figure:
+    """A map of chunks and ticks: computed, reused, not in the window; at its side each chunk's computed share.
+
+    In a long video the window is a thin line across that map; then a chunk's row begins when the chunk enters.
+    """
+    time = Timeline.of(record)
+    figure = Figure(figsize=(11, map_height(time.chunks)), layout="constrained")
+    grid = figure.add_gridspec(1, 2, width_ratios=(6, 1))
+    axes = figure.add_subplot(grid[0])
+    side = figure.add_subplot(grid[1], sharey=axes)
+    states = np.where(record.flags == NOT_ACTIVE, _OUTSIDE, record.flags).T
+    if time.chunks > _MANY:
+        states = np.stack([own_steps(record, chunk, time, states[chunk], _OUTSIDE) for chunk in range(time.chunks)])
+    axes.imshow(
+        states,
+        cmap=ListedColormap(list(_STATES.values())),
+        norm=BoundaryNorm(np.arange(len(_STATES) + 1) - 0.5, len(_STATES)),
+        extent=(0, states.shape[1], time.chunks - 0.5, -0.5),
+        aspect="auto",
+        interpolation="nearest",
+    )
+    if states.shape[1] <= 100 and time.chunks <= _MANY:
+        cell_lines(axes, np.arange(time.ticks + 1), np.arange(time.chunks + 1) - 0.5)
+    if time.first:
+        middle = (states.shape[1] / 2, (time.first - 1) / 2)
+        axes.text(*middle, "given", ha="center", va="center", color=GREY)
+    axes.set(xlabel=_tick_label(time), ylabel="chunk")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=15, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MultipleLocator(time.stage_steps * math.ceil(states.shape[1] / time.stage_steps / 12)))
+    _computed_bars(side, record, time)
+    patches = [
+        Patch(facecolor=colour, edgecolor="#999999", label=name)
+        for state, (name, colour) in enumerate(_STATES.items())
+        if (states == state).any()
+    ]
+    figure.legend(handles=patches, loc="outside lower left", ncols=len(patches), frameon=False)
+    add_title(figure, f"Steps computed and reused: {record.computed_fraction:.0%} computed", record, time)
+    return figure
+
+
+def _tick_label(time: Timeline) -> str:
+    if time.chunks > _MANY:
+        return f"step of the chunk (each row begins {time.stage_steps} ticks after the one above)"
+    return f"tick (a chunk enters every {time.stage_steps} ticks)" if time.stages > 1 else "tick"
+
+
+def _computed_bars(axes: Axes, record: RunRecord, time: Timeline) -> None:
+    """Computed share of each chunk, as bars at the side of the map."""
+    made = np.arange(time.first, time.chunks)
+    flags = record.flags[:, time.first :]
+    shares, extrapolated = ((flags == state).sum(axis=0) / time.num_steps for state in (0, 2))
+    thick, smooth = (0.8, True) if len(made) <= 60 else (1.0, False)
+    axes.barh(made, np.ones(len(made)), height=thick, color=REUSED, antialiased=smooth)
+    axes.barh(made, extrapolated, height=thick, left=shares, color=EXTRAPOLATED, antialiased=smooth)
+    axes.barh(made, shares, height=thick, color=COMPUTED, antialiased=smooth)
+    if time.chunks <= FEW:
+        for chunk, share in zip(made, shares, strict=True):
+            at, ha, colour = (0.04, "left", "white") if share > 0.5 else (0.96, "right", "black")
+            axes.text(at, float(chunk), f"{share:.0%}", ha=ha, va="center", color=colour, fontsize=9)
+    axes.set(xlim=(0, 1), xlabel="computed share")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xticks([0, 0.5, 1])
+    axes.tick_params(which="both", labelleft=False, left=False)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)

@@ -1,0 +1,61 @@
+"""How the ranks of a gang learn that one has failed: the first report wins, and everybody stops with its message.
+
+The board is a key of the rendezvous store, so it outlives the rank that wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from torch.distributed import Store
+
+__all__ = ["Failure", "FailureBoard", "GangError"]
+
+FAILED, BAD_INPUT, STOPPED = 1, 2, 130
+_KEY = "failure"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """Why a gang has stopped.
+
+    Attributes:
+        message: one line that names the culprit.
+        status: exit status of all ranks: 1, 2 for bad input, 130 for Ctrl-C.
+        reporter: the rank that reported it, and is to show it.
+    """
+
+    message: str
+    status: int
+    reporter: int
+
+
+class GangError(Exception):
+    """The gang has failed; its text is the one line of `failure`."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+class FailureBoard:
+    """Where failures are reported and read."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def report(self, failure: Failure) -> Failure:
+        """Report a failure.
+
+        Returns:
+            The one that was reported first.
+        """
+        kept = self._store.compare_set(_KEY, "", json.dumps(asdict(failure)))
+        return Failure(**json.loads(kept))
+
+    def read(self) -> Failure | None:
+        """What was reported, if anything."""
+        if not self._store.check([_KEY]):
+            return None
+        return Failure(**json.loads(self._store.get(_KEY)))

@@ -1,0 +1,103 @@
+"""Process groups: the store where ranks meet, gloo for headers, and what carries tensors on this kind of device.
+
+Tensors on GPUs go over NCCL, over one communicator for each direction between two ranks: on a shared one a receive that
+waits would hold up the sends behind it. Where ranks share a GPU, which NCCL does not do, they go through host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from parallel.device_wires import HostWire, NcclWire
+from parallel.mesh import Edge, Mesh
+from parallel.monitor import Timeouts
+from parallel.seat import Seat
+from parallel.transport import GlooWire, Wire
+
+__all__ = ["Groups", "connect", "open_groups", "pick_device", "serve_store"]
+
+_IDLE = timedelta(days=365)
+"""Receives are posted ahead and may wait for long; that peers are alive is the monitor's business."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Groups:
+    """Open process groups.
+
+    Attributes:
+        cp: of the ranks of this stage; None if it has one rank.
+        wires: what carries tensors on each edge of this rank.
+        device: of this rank.
+        through_host: tensors on the device go through host memory.
+    """
+
+    cp: dist.ProcessGroup | None
+    wires: dict[Edge, Wire]
+    device: torch.device
+    through_host: bool
+
+
+def pick_device(seat: Seat) -> torch.device:
+    """The GPU of a seat, or the CPU where there is none; ranks share GPUs if there are more of them."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.device("cuda", seat.local_rank % count) if count else torch.device("cpu")
+
+
+def connect(seat: Seat, timeout: float) -> dist.Store:
+    """A connection of its own to the rendezvous store, under a name of this attempt."""
+    store = dist.TCPStore(
+        seat.host, seat.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout)
+    )
+    return dist.PrefixStore(f"flowcache/{seat.attempt}", store)
+
+
+def serve_store(seat: Seat, timeout: float) -> dist.Store | None:
+    """Serve the rendezvous store, where that is this rank's task; it lives as long as the result."""
+    if seat.launcher_serves or seat.rank:
+        return None
+    return dist.TCPStore(
+        seat.host, seat.port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout)
+    )
+
+
+@contextmanager
+def open_groups(seat: Seat, mesh: Mesh, timeouts: Timeouts, device: torch.device) -> Iterator[Groups]:
+    """Open all process groups; every rank must do so at the same time."""
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    nccl = 0 < gpus and seat.local_world_size <= gpus
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "gloo", store=connect(seat, timeouts.first), rank=seat.rank, world_size=seat.world_size, timeout=_IDLE
+    )
+    backend = "nccl" if nccl else "gloo"
+    limit = timedelta(seconds=timeouts.first)
+    cp = None
+    if mesh.layout.cp > 1:
+        for stage in range(mesh.layout.pp):
+            group = dist.new_group(mesh.ranks_of(stage), backend=backend, timeout=limit)
+            cp = group if stage == mesh.stage else cp
+    wires: dict[Edge, Wire] = {}
+    for edge in mesh.edges():
+        group = dist.new_group([edge.source, edge.target], backend="nccl", timeout=_IDLE) if nccl else None
+        if mesh.rank in (edge.source, edge.target):
+            wires[edge] = _wire(edge, mesh, device, group)
+    yield Groups(cp=cp, wires=wires, device=device, through_host=device.type == "cuda" and not nccl)
+    # Only after a clean end: tearing down while a peer hangs can hang as well.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _wire(edge: Edge, mesh: Mesh, device: torch.device, group: dist.ProcessGroup | None) -> Wire:
+    peer = edge.target if edge.source == mesh.rank else edge.source
+    if group is not None:
+        wire = NcclWire(peer, group, device)
+        wire.join(sends=edge.source == mesh.rank)
+        return wire
+    return HostWire(GlooWire(peer)) if device.type == "cuda" else GlooWire(peer)

@@ -1,0 +1,174 @@
+"""What ranks say to each other: a header of fixed size, and a tensor that may follow it.
+
+A header tells all that a stage must know: what to run, which changes of the KV to make first, the reuse flags that were
+decided since the last header of the request, and the digest of all its flags. Its size is fixed so that receives can
+be posted before anyone knows what will come.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.kv import KVPlan
+from engine.schedule import Schedule
+from engine.work import WorkItem
+from models.family import CaptionTable
+
+__all__ = ["HEADER_BYTES", "Admit", "Header", "Kind", "Message", "pack_admit", "unpack_admit"]
+
+HEADER_BYTES = 2048
+_DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
+_MAGIC = b"FLC1"
+_FIXED = struct.Struct("<4sBBHQiHH8s5I")  # magic, kind, dtype, dimensions, number, request, flags, body, digest, shape
+_DIMENSIONS = 5
+
+
+class Kind(IntEnum):
+    """What a message is about."""
+
+    ADMIT = 1
+    """A request comes: allocate for it. The payload is an `Admit`."""
+    ITEM = 2
+    """Run a work item. The payload are the hidden states of the receiver's tokens, [1, S, D]."""
+    VELOCITY = 3
+    """A work item's result. The payload is [1, C, T, h, w] fp32."""
+    RELEASE = 4
+    """A request is over: let go of it."""
+    LEAVE = 5
+    """Nothing comes any more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Header:
+    """The header of a message.
+
+    Attributes:
+        kind: what it is about.
+        number: messages of an edge are counted from 0.
+        request: whose it is; -1 for none.
+        item: what to run, or what was run.
+        flags: reuse flags since the last header of the request, in the order (tick, chunk): 0 computed, 1 reused.
+        digest: of all flags of the request so far.
+        shape: of the payload; empty for none.
+        dtype: of the payload.
+    """
+
+    kind: Kind
+    number: int = 0
+    request: int = -1
+    item: WorkItem | None = None
+    flags: tuple[int, ...] = ()
+    digest: bytes = bytes(8)
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.uint8
+
+    def write(self, buffer: Tensor, number: int) -> None:
+        """Write it into a header buffer, uint8 [HEADER_BYTES] on the CPU, as message `number` of its edge.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        body = b"" if self.item is None else pickle.dumps(self.item, pickle.HIGHEST_PROTOCOL)
+        shape = (*self.shape, *(0,) * (_DIMENSIONS - len(self.shape)))
+        fixed = _FIXED.pack(
+            _MAGIC,
+            self.kind,
+            _DTYPES.index(self.dtype),
+            len(self.shape),
+            number,
+            self.request,
+            len(self.flags),
+            len(body),
+            self.digest,
+            *shape,
+        )
+        content = fixed + body + _pack_bits(self.flags)
+        if len(content) > HEADER_BYTES:
+            raise ValueError(f"a header of {len(content)} bytes does not fit into {HEADER_BYTES}")
+        buffer[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+    @classmethod
+    def read(cls, buffer: Tensor) -> Header:
+        """Read it from a header buffer.
+
+        Raises:
+            ValueError: it is no header.
+        """
+        content = buffer.numpy().tobytes()
+        magic, kind, dtype, dimensions, number, request, flags, body, digest, *shape = _FIXED.unpack_from(content)
+        if magic != _MAGIC:
+            raise ValueError("what came is no header: sender and receiver are out of step")
+        start = _FIXED.size
+        end = start + body
+        return cls(
+            kind=Kind(kind),
+            number=number,
+            request=request,
+            item=pickle.loads(content[start:end]) if body else None,
+            flags=_unpack_bits(content[end : end + (flags + 7) // 8], flags),
+            digest=digest,
+            shape=tuple(shape[:dimensions]),
+            dtype=_DTYPES[dtype],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """A header with its payload; who takes it in hands the payload back by `done` when it is not needed any more."""
+
+    header: Header
+    payload: Tensor | None
+    nbytes: int
+    waited: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admit:
+    """What every rank is told of a request.
+
+    Attributes:
+        request: its number.
+        schedule: of its video, which says in what order flags come.
+        kv: what to allocate.
+        captions: its texts.
+        grid: latent (T, h, w) of a chunk.
+    """
+
+    request: int
+    schedule: Schedule
+    kv: KVPlan
+    captions: CaptionTable
+    grid: tuple[int, int, int]
+
+
+def pack_admit(admit: Admit) -> Tensor:
+    """As a payload, uint8 [bytes]. Tensors must be on the CPU."""
+    file = io.BytesIO()
+    torch.save(admit, file)
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+def unpack_admit(payload: Tensor) -> Admit:
+    """From a payload, which a rank of the same gang has packed."""
+    loaded: Any = torch.load(io.BytesIO(payload.numpy().tobytes()), map_location="cpu", weights_only=False)
+    assert isinstance(loaded, Admit)
+    return loaded
+
+
+def _pack_bits(flags: tuple[int, ...]) -> bytes:
+    packed = bytearray((len(flags) + 7) // 8)
+    for index, flag in enumerate(flags):
+        packed[index // 8] |= flag << index % 8
+    return bytes(packed)
+
+
+def _unpack_bits(packed: bytes, count: int) -> tuple[int, ...]:
+    return tuple(packed[index // 8] >> index % 8 & 1 for index in range(count))

@@ -1,0 +1,170 @@
+"""One rank's part of the computation: its layers, its heads of the KV, and the flags that it has been told.
+
+It is given headers and hidden states and gives hidden states; it does not know whom they come from or go to.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.executor import Admission, Stage
+from engine.kv import KVBuffer
+from engine.schedule import Schedule
+from engine.work import WorkItem
+from models.attention import Attention
+from models.errors import InputError
+from models.family import VideoModel
+from parallel.flags import FlagLog
+from parallel.groups import Groups
+from parallel.mesh import Mesh
+from parallel.message import Admit, Header
+from parallel.monitor import Monitor
+from parallel.report import RankReport
+from parallel.timeline import Timeline
+from parallel.ulysses import TokenSplit, UlyssesShare, local_heads
+
+__all__ = ["StageModel", "StageRunner", "describe"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageModel:
+    """The layers of a stage.
+
+    Attributes:
+        model: the weights.
+        attention: what KV views attend with.
+    """
+
+    model: VideoModel
+    attention: Attention
+
+
+def describe(item: WorkItem) -> str:
+    """A work item in words."""
+    return f"request {item.request}, tick {item.tick}, chunk {item.chunk} ({item.what.name})"
+
+
+class StageRunner:
+    """Runs work items on this rank's layers, and counts.
+
+    Args:
+        stage: the layers.
+        mesh: this rank's place.
+        groups: for the exchange with the other ranks of the stage.
+        monitor: told what this rank does.
+        timeline: told when.
+        flag_log: makes the log of a request's flags.
+    """
+
+    def __init__(
+        self,
+        stage: StageModel,
+        mesh: Mesh,
+        groups: Groups,
+        monitor: Monitor,
+        timeline: Timeline,
+        flag_log: Callable[[Schedule], FlagLog] = FlagLog,
+    ) -> None:
+        self._model, self._attention = stage.model, stage.attention
+        self._mesh, self._groups, self._monitor, self._timeline = mesh, groups, monitor, timeline
+        self._flag_log = flag_log
+        self._stage = Stage(stage.model)
+        self._flags: dict[int, FlagLog] = {}
+        self._splits: dict[int, TokenSplit] = {}
+        layers = stage.model.kv.layers
+        self.report = RankReport(
+            rank=mesh.rank,
+            stage=mesh.stage,
+            slot=mesh.slot,
+            layers=(layers.start, layers.stop),
+            weight_bytes=stage.model.weight_bytes,
+        )
+
+    @property
+    def model(self) -> VideoModel:
+        """The weights."""
+        return self._model
+
+    def ready(self) -> None:
+        """Loading is over; this rank waits for work."""
+        self._monitor.waiting()
+
+    def admit(self, admit: Admit) -> None:
+        """Take a request in.
+
+        Raises:
+            InputError: this layout cannot serve it.
+        """
+        ranks, tokens = self._mesh.layout.cp, admit.kv.chunk_tokens
+        if tokens < ranks:
+            raise InputError(f"a chunk has {tokens} tokens, too few for --cp {ranks}")
+        split = TokenSplit(tokens, ranks)
+        share = None
+        if self._groups.cp is not None:
+            share = UlyssesShare(split, self._mesh.slot, self._groups.cp, through_host=self._groups.through_host)
+        geometry = local_heads(self._model.kv, ranks)
+        admission = Admission(
+            kv=admit.kv.allocate(geometry, self._attention),
+            captions=admit.captions.to(geometry.device),
+            grid=admit.grid,
+            share=share,
+        )
+        self._stage.admit(admit.request, admission)
+        self._flags[admit.request] = self._flag_log(admit.schedule)
+        self._splits[admit.request] = split
+
+    def release(self, header: Header) -> None:
+        """Let go of a request; its flags must be the head's.
+
+        Raises:
+            FlagMismatch: they are not.
+        """
+        self._follow(header)
+        self._stage.release(header.request)
+        self._splits.pop(header.request)
+        self.report.digests[str(header.request)] = self._flags.pop(header.request).digest.hex()
+
+    def run(self, header: Header, hidden: Tensor) -> Tensor:
+        """Run an item on hidden states [1, s, D] of this rank's tokens.
+
+        Raises:
+            FlagMismatch: this rank's flags are not the head's.
+        """
+        item = header.item
+        assert item is not None
+        self._monitor.working(describe(item))
+        began = time.perf_counter()
+        self._follow(header)
+        hidden = self._stage.forward(item, hidden)
+        self.report.items += 1
+        self.report.busy += time.perf_counter() - began
+        self._timeline.add("compute", began, item)
+        self._monitor.waiting()
+        return hidden
+
+    def embed(self, item: WorkItem, x: Tensor) -> list[Tensor]:
+        """Patch embeddings [1, s, D] of a latent for each slot of the stage; on the head only."""
+        with torch.no_grad():
+            patches = self._model.patches(x)
+        slices = self._splits[item.request].slices
+        return [patches] if len(slices) == 1 else [patches[:, part].contiguous() for part in slices]
+
+    def velocity(self, item: WorkItem, parts: list[Tensor]) -> Tensor:
+        """Velocity [1, C, T, h, w] of the hidden states of all slots; on the tail only."""
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        with torch.no_grad():
+            return self._model.velocity(hidden, self._stage.admitted(item.request).grid).contiguous()
+
+    def kv(self, request: int) -> KVBuffer:
+        """The KV buffers of a request."""
+        return self._stage.admitted(request).kv
+
+    def _follow(self, header: Header) -> None:
+        log = self._flags[header.request]
+        log.add(header.flags)
+        log.check(header.item, header.digest)

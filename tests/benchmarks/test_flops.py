@@ -1,0 +1,85 @@
+"""Counted operations are held against what PyTorch counts while the same thing runs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.flops import CountingExecutor, pass_flops
+from engine.cache import CacheSettings
+from engine.engine import Engine
+from engine.executor import LocalExecutor
+from engine.kv import KVSettings
+from engine.request import Request
+from models.magi.dit import MagiDiT
+from models.pocket.preset import POCKET_DIT
+from tests.engine.tiny import TinyPipeline, tiny_config
+
+
+class TorchCounted:
+    """Lets PyTorch count each pass; it sees explicit products only, so attention is computed with them."""
+
+    def __init__(self, model):
+        self.inner, self.flops, self.admitted = LocalExecutor(model), 0, {}
+        self.release = self.inner.release
+
+    def admit(self, request, admission):
+        self.admitted[request] = admission
+        self.inner.admit(request, admission)
+
+    def run(self, work):
+        for op in work.item.before:  # compression is no part of a pass
+            self.admitted[work.item.request].kv.apply(op)
+        work = replace(work, item=replace(work.item, before=()))
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            velocity = self.inner.run(work)
+        self.flops += counter.get_total_flops()
+        return velocity
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("budget", [None, 2])
+def test_a_videos_operations_are_those_that_pytorch_counts(guided, budget):
+    """Limited ranges, compressed buffers, context-free and clean passes, gated MLP, both kinds of captions."""
+    pipeline = TinyPipeline(tiny_config(guided=guided))
+    by_torch = TorchCounted(pipeline.model)
+    counting = CountingExecutor(by_torch, pipeline.config.model_config)
+    cache = CacheSettings(policy="flowcache", threshold=0.2, warmup_steps=2)
+    engine = Engine(pipeline, cache, KVSettings(budget=budget), counting)
+    request = Request(prompt="a thing", chunks=5, height=32, width=32, num_steps=4, seed=3)
+    for _ in engine.generate(request):
+        assert counting.kv_bytes > 0
+    assert counting.flops == by_torch.flops > 0
+    assert counting.kv_bytes == 0, "the request was released"
+
+
+def test_more_keys_cost_two_products_each_and_nothing_else():
+    one = pass_flops(POCKET_DIT, tokens=96, keys=96, text=5, distilled=True)
+    more = pass_flops(POCKET_DIT, tokens=96, keys=97, text=5, distilled=True)
+    assert more - one == 2 * 2 * 96 * POCKET_DIT.hidden_size * POCKET_DIT.num_layers
+
+
+def test_a_pass_of_many_tokens_costs_two_operations_for_each_weight_and_token():
+    dit = MagiDiT(POCKET_DIT)
+    per_chunk = ("t_embedder", "y_embedder", "ada_modulate", "linear_kv_xattn")
+    weights = sum(
+        value.numel()
+        for name, value in dit.named_parameters()
+        if value.dim() > 1 and not any(part in name for part in per_chunk)
+    )
+    tokens = 10**6
+    assert pass_flops(POCKET_DIT, tokens=tokens, keys=0, text=0, distilled=False) == pytest.approx(
+        2 * weights * tokens, rel=1e-4
+    )
+
+
+def test_counting_changes_nothing():
+    pipeline = TinyPipeline(tiny_config())
+    request = Request(prompt="a thing", chunks=3, height=32, width=48, num_steps=4, seed=3)
+    counting = CountingExecutor(LocalExecutor(pipeline.model), pipeline.config.model_config)
+    counted = [chunk.latents for chunk in Engine(pipeline, executor=counting).generate(request)]
+    plain = [chunk.latents for chunk in Engine(pipeline).generate(request)]
+    assert all(torch.equal(a, b) for a, b in zip(counted, plain, strict=True))
+    assert counting.items > 12  # 3 chunks of 4 steps, and extra passes

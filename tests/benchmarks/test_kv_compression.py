@@ -1,0 +1,74 @@
+"""Time and memory of the scores, at small sizes."""
+
+import csv
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.kv_compression import app
+from benchmarks.kv_forms import Problem, measure, naive_redundancy, structured_keys
+from benchmarks.processes import in_fresh_process, peak_rss, reset_peak, rss
+from benchmarks.report import run_app
+from engine.kv.selection import redundancy
+from models.errors import InputError
+
+PROBLEM = Problem(keys=1200, dim=16, heads=2, query_heads=4, keep=600, device="cpu", at_once=False, seed=0)
+MIB = 2**20
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_naive_form_is_equation_11(at_once):
+    keys = structured_keys(replace(PROBLEM, keys=40))
+    unit = torch.nn.functional.normalize(keys, dim=-1)
+    expected = torch.empty(2, 40)
+    for head in range(2):
+        for i in range(40):
+            expected[head, i] = sum(float(unit[i, head] @ unit[j, head]) for j in range(40) if j != i) / 40
+    assert torch.allclose(naive_redundancy(keys, at_once=at_once), expected.softmax(-1), rtol=1e-5, atol=0)
+
+
+def test_the_keys_score_differently_enough_to_tell_forms_apart():
+    scores = redundancy(structured_keys(PROBLEM))
+    assert (scores.amax(-1) / scores.amin(-1)).min() > 1.2
+
+
+def test_the_forms_agree_and_the_naive_one_takes_its_matrix():
+    problem = replace(PROBLEM, keys=5000)
+    naive, linear = in_fresh_process(measure, "naive", problem, 1), measure("linear", problem, torch.get_num_threads())
+    assert torch.allclose(naive.scores, linear.scores, rtol=1e-5, atol=0)
+    matrix = 4 * 5000**2
+    assert 0.9 * matrix < naive.peak < 1.5 * matrix
+    assert naive.seconds > linear.seconds > 0
+
+
+def test_the_command_tells_by_its_status_whether_the_linear_form_is_fast_enough(tmp_path, capsys):
+    """At this size it cannot be: both take no time."""
+    options = ["--keys", "300", "--dim", "8", "--heads", "2", "--query-heads", "4", "--out", str(tmp_path)]
+    assert run_app(app, "kv", options) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("FAIL") == 1 and printed.count("PASS") == 1 and "17.8" in printed
+    rows = list(csv.DictReader((tmp_path / "kv_compression.csv").open()))
+    assert [row["what"] for row in rows][:3] == ["redundancy, naive", "redundancy, linear", "whole selection"]
+    assert (tmp_path / "kv_compression.md").read_text().startswith("# Scoring")
+
+
+def test_heads_that_do_not_fit_are_refused(tmp_path, capsys):
+    assert run_app(app, "kv", ["--query-heads", "12", "--out", str(tmp_path)]) == 2
+    assert "12 query heads" in capsys.readouterr().err
+
+
+def test_a_fresh_process_is_another_one_and_its_end_is_noticed():
+    assert in_fresh_process(os.getpid) != os.getpid()
+    with pytest.raises(InputError, match="killed"):
+        in_fresh_process(os._exit, 9)
+
+
+def test_memory_that_was_used_in_between_shows_in_the_peak_only():
+    if not reset_peak():
+        pytest.skip("this system cannot set the peak back")
+    before = rss()
+    bytearray(64 * MIB)[::4096] = bytes(64 * MIB // 4096)
+    assert peak_rss() >= before + 60 * MIB
+    assert rss() < before + 30 * MIB

@@ -1,0 +1,102 @@
+"""The quality benchmark as it is run, and results that outlive a run that was stopped."""
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.ledger import Ledger, Plan
+from benchmarks.quality import app
+from benchmarks.report import run_app
+from benchmarks.sweep import LEAN, Setting
+from models.errors import InputError
+from tests.benchmarks.test_pareto import trial
+
+RUN = {"model": "magi-pocket", "seed": 3}
+SETTINGS = (Setting(), Setting(method="flowcache", threshold=0.125, warmup=3, passes=LEAN, budget=2))
+PLAN = Plan(run=RUN, settings=SETTINGS, presets={"flowcache-slow": SETTINGS[1]}, calibrated={"flowcache-slow": 0.1})
+
+
+def begun(folder):
+    ledger = Ledger(folder, RUN)
+    assert ledger.plan is None
+    ledger.begin(PLAN)
+    for setting in SETTINGS:
+        ledger.add(trial(setting, 1, seconds=0.1 + 0.2))
+    return ledger
+
+
+def test_results_survive_exactly_and_what_is_missing_is_known(tmp_path):
+    before = begun(tmp_path)
+    after = Ledger(tmp_path, RUN)
+    assert after.plan == PLAN and after.trials == before.trials
+    assert after.missing("prompt 1", 1) == [] and after.missing("prompt 2", 2) == list(SETTINGS)
+
+
+@pytest.mark.parametrize("rest", ['{"setting": {"meth', ""])
+def test_a_line_that_was_cut_off_is_run_again(tmp_path, rest):
+    begun(tmp_path)
+    path = tmp_path / "trials.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[0] + rest)
+    ledger = Ledger(tmp_path, RUN)
+    assert ledger.missing("prompt 1", 1) == [SETTINGS[1]]
+    ledger.add(trial(SETTINGS[1], 1))
+    assert len(Ledger(tmp_path, RUN).trials) == 2
+
+
+def test_results_of_another_run_are_refused(tmp_path):
+    begun(tmp_path)
+    with pytest.raises(InputError, match="seed was 3, is now 4"):
+        Ledger(tmp_path, {**RUN, "seed": 4})
+
+
+@pytest.mark.parametrize("name", ["plan.json", "trials.jsonl"])
+def test_damaged_results_are_named(tmp_path, name):
+    begun(tmp_path)
+    (tmp_path / name).write_text('{"nothing": 1}\n')
+    with pytest.raises(InputError, match=f"{name} is damaged"):
+        Ledger(tmp_path, RUN)
+
+
+def test_a_new_plan_forgets_old_results(tmp_path):
+    ledger = begun(tmp_path)
+    ledger.begin(replace(PLAN, calibrated={}))
+    assert Ledger(tmp_path, RUN).trials == []
+
+
+def test_a_small_sweep_runs_and_goes_on_after_it_was_stopped(tmp_path, untrained_weights, capsys):
+    sizes = ["--quick", "--prompts", "1", "--chunks", "2", "--steps", "4", "--warmup", "1"]
+    options = [*sizes, "--weights", str(untrained_weights), "--out", str(tmp_path)]
+    status = run_app(app, "quality", options)
+    printed = capsys.readouterr().out
+    assert status == (1 if "FAIL" in printed else 0) and "PASS" in printed
+    lines = (tmp_path / "trials.jsonl").read_text().splitlines()
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert len(lines) == len(plan["settings"]) > 15
+    rows = list(csv.DictReader((tmp_path / "quality.csv").open()))
+    assert len(rows) == len(lines) and {row["kind"] for row in rows} == {"", "residual", "velocity", "extrapolate"}
+    assert all(0 < float(row["computed"]) <= 1 for row in rows)
+    for name in ("pareto.png", "speed.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "## PSNR at equal computed fraction" in (tmp_path / "quality.md").read_text()
+
+    (tmp_path / "trials.jsonl").write_text("\n".join(lines[:-3]) + "\n" + lines[-3][:40])
+    assert run_app(app, "quality", options) in (0, 1)
+    again = (tmp_path / "trials.jsonl").read_text().splitlines()
+    assert again[:-3] == lines[:-3]
+    for before, after in zip(lines[-3:], again[-3:], strict=True):
+        first, second = json.loads(before), json.loads(after)
+        assert {key: first[key] for key in first if "seconds" not in key} == {
+            key: second[key] for key in second if "seconds" not in key
+        }
+    assert run_app(app, "quality", [*options, "--seed", "1"]) == 2
+    assert "seed was 0, is now 1" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [(["--model", "magi-24b"], "magi-24b"), (["--kind", "magic"], "magic")]
+)
+def test_what_cannot_be_measured_is_refused(tmp_path, capsys, options, message):
+    assert run_app(app, "quality", [*options, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err

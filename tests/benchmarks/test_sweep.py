@@ -1,0 +1,114 @@
+"""Settings that are compared, and thresholds that are found."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.sweep import (
+    LEAN,
+    WORK,
+    Grid,
+    ObservationLog,
+    Setting,
+    calibrate,
+    estimate_threshold,
+    ladder,
+    threshold_at,
+)
+from engine.cache import Decision, Observation
+from engine.cache.policy import ChunkPolicy
+from engine.schedule import Schedule
+
+GRID = Grid(warmup=2, kind="velocity", fractions=(0.8, 0.5), budgets=(1, 3))
+PRESETS = {name: GRID.reuse("flowcache", "velocity", 0.01 * (i + 1)) for i, name in enumerate(WORK)}
+
+
+def watched(chunks=6, distance=lambda chunk, step: 0.01):
+    """What is seen of a video of 8 steps whose distances are known."""
+    log = ObservationLog()
+    schedule = Schedule(first=0, chunks=chunks, num_steps=8, window=4)
+    log.begin(schedule)
+    for tick in schedule:
+        for chunk, step in tick.active:
+            change = distance(chunk, step) if step else None
+            last = tick.index == schedule.ticks - 1
+            seen = Observation(
+                chunk=chunk, step=step, tick=tick.index, last_tick=last, change=change, scale=1.0 if step else None
+            )
+            log.decided(seen, Decision.COMPUTE)
+    return log.ticks
+
+
+def test_a_log_keeps_each_tick_apart():
+    ticks = watched()
+    assert len(ticks) == 18 and sum(map(len, ticks)) == 6 * 8
+    assert all(len({one.tick for one in seen}) == 1 for seen in ticks)
+
+
+def test_settings_become_those_of_the_engine():
+    setting = Setting(method="flowcache", kind="velocity", threshold=0.02, warmup=3, passes=LEAN, budget=2)
+    cache = setting.cache
+    assert (cache.policy, cache.reuse, cache.threshold, cache.warmup_steps) == ("flowcache", "velocity", 0.02, 3)
+    assert not cache.clean_forward and not cache.nearly_clean_mix and setting.kv.budget == 2
+    vanilla = Setting().cache
+    assert vanilla.policy == "none" and vanilla.clean_forward and vanilla.nearly_clean_mix
+    assert setting.plain == Setting(passes=LEAN, budget=2)
+
+
+def test_the_grid_has_everything_once_and_each_has_its_reference():
+    settings = GRID.settings(lambda method, kind, fraction: round(1 - fraction, 3), PRESETS)
+    assert len(settings) == len(set(settings)) == 2 + 2 * 3 * 2 + 2 + 2 + 2 * 3
+    lean_curves = {one.plain for one in settings if one.method != "none" and one.budget is None}
+    assert lean_curves == {Setting(), Setting(passes=LEAN)}
+    assert {one.budget for one in settings} == {None, 1, 3}
+    assert {one.plain for one in settings} <= set(settings)
+
+
+@given(st.floats(0.4, 0.95))
+def test_an_estimated_threshold_computes_about_the_fraction(fraction):
+    seen = [watched(distance=lambda chunk, step: 0.01 * (1 + step % 3) * (1 + chunk % 2))]
+    threshold = estimate_threshold(seen, lambda one: ChunkPolicy(one, 2), fraction)
+    policy = ChunkPolicy(threshold, 2)
+    decided = [one for tick in seen[0] for one in policy.decide(tick)]
+    share = decided.count(Decision.COMPUTE) / len(decided)
+    finer = ChunkPolicy(threshold * 0.98, 2)
+    before = [one for tick in seen[0] for one in finer.decide(tick)]
+    assert share <= fraction + 0.01 <= before.count(Decision.COMPUTE) / len(before) + 0.02
+
+
+def test_what_the_warm_up_computes_cannot_be_saved():
+    assert estimate_threshold([watched()], lambda one: ChunkPolicy(one, 8), 0.5) == 100
+
+
+def test_a_ladder_has_equal_ratios():
+    rungs = ladder(0.001, 0.1, 5)
+    assert rungs[0] == 0.001 and rungs[-1] == 0.1
+    assert all(b / a == pytest.approx(10**0.5, rel=0.01) for a, b in pairwise(rungs))
+
+
+def test_thresholds_are_found_between_rungs_and_at_the_ends_outside():
+    measured = {0.01: 0.9, 0.1: 0.5, 1.0: 0.3}
+    assert threshold_at(measured, 0.5) == 0.1
+    assert threshold_at(measured, 0.7) == pytest.approx(0.0316, rel=0.01)
+    assert threshold_at(measured, 0.99) == 0.01 and threshold_at(measured, 0.1) == 1.0
+
+
+@given(st.lists(st.floats(0.05, 1), min_size=2, max_size=8), st.floats(0, 1))
+def test_thresholds_fall_within_the_ladder_however_fractions_jump(fractions, target):
+    measured = {0.001 * 2**i: fraction for i, fraction in enumerate(fractions)}
+    assert min(measured) * 0.99 <= threshold_at(measured, target) <= max(measured) * 1.01
+
+
+@pytest.mark.parametrize("start", [0.02, 0.05])
+def test_calibration_finds_the_work_that_is_wanted(start):
+    asked = []
+
+    def work(threshold):
+        asked.append(threshold)
+        return 1 / (1 + 20 * threshold)
+
+    found = calibrate(work, start=start, target=0.6)
+    assert work(found) == pytest.approx(0.6, abs=0.01)
+    assert len(set(asked[:-1])) <= 8 and found == float(f"{found:.3g}")

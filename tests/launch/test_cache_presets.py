@@ -1,0 +1,139 @@
+"""Presets of reuse and memory: the paper's figures, and options that fit or do not."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from engine.cache import CacheSettings
+from engine.cache.reuse import KINDS
+from engine.kv import KVSettings, SelectionSettings
+from engine.kv.selection import Granularity
+from launch.cache_presets import (
+    CACHE_FIGURES,
+    CacheName,
+    CacheOptions,
+    KVOptions,
+    ReuseKind,
+    TokenUnit,
+    cache_preset,
+    cache_settings,
+    kv_settings,
+)
+from launch.presets import PRESETS
+from models.errors import InputError
+
+MAGI_1 = [None, *(name for name in PRESETS if name != "magi-pocket")]
+
+
+def _settings(options: CacheOptions, *, num_steps: int = 16, guided: bool = False) -> CacheSettings:
+    return cache_settings(options, model="magi-4.5b-distill", num_steps=num_steps, guided=guided)
+
+
+def test_every_model_has_figures() -> None:
+    assert CACHE_FIGURES.keys() == PRESETS.keys()
+
+
+def test_names_are_those_of_the_engine() -> None:
+    assert tuple(ReuseKind) == KINDS
+    assert tuple(TokenUnit) == get_args(Granularity)
+
+
+@pytest.mark.parametrize("model", MAGI_1)
+@pytest.mark.parametrize(
+    ("name", "policy", "threshold"),
+    [
+        (CacheName.TEACACHE, "teacache", 0.01),
+        (CacheName.FLOWCACHE_SLOW, "flowcache", 0.01),
+        (CacheName.FLOWCACHE_FAST, "flowcache", 0.015),
+    ],
+)
+def test_magi_1_has_the_figures_of_the_paper(name: CacheName, model: str, policy: str, threshold: float) -> None:
+    settings = cache_preset(name, model)
+    assert (settings.policy, settings.threshold, settings.warmup_steps) == (policy, threshold, 5)
+    assert not settings.clean_forward and not settings.nearly_clean_mix
+
+
+def test_magi_pocket_has_its_own() -> None:
+    slow, fast = (cache_preset(name, "magi-pocket") for name in (CacheName.FLOWCACHE_SLOW, CacheName.FLOWCACHE_FAST))
+    assert slow.policy == fast.policy == "flowcache"
+    assert cache_preset(CacheName.FLOWCACHE_SLOW, "magi-4.5b").threshold < slow.threshold < fast.threshold
+    assert slow.warmup_steps == fast.warmup_steps < 16
+
+
+@pytest.mark.parametrize("model", PRESETS)
+def test_without_reuse_nothing_is_left_out(model: str) -> None:
+    settings = cache_preset(CacheName.NONE, model)
+    assert settings == CacheSettings() and settings.clean_forward and settings.nearly_clean_mix
+
+
+def test_options_change_single_figures() -> None:
+    options = CacheOptions(
+        preset=CacheName.FLOWCACHE_FAST,
+        threshold=0.2,
+        warmup=2,
+        reuse=ReuseKind.VELOCITY,
+        extrapolate_from=0.5,
+        clean_pass=True,
+        copy_pass=True,
+    )
+    assert _settings(options) == CacheSettings(
+        policy="flowcache", threshold=0.2, warmup_steps=2, reuse="velocity", extrapolate_from=0.5
+    )
+    one = _settings(CacheOptions(preset=CacheName.FLOWCACHE_FAST, warmup=2))
+    assert (one.threshold, one.warmup_steps, one.clean_forward) == (0.015, 2, False)
+
+
+def test_passes_can_be_left_out_without_reuse() -> None:
+    settings = _settings(CacheOptions(preset=CacheName.NONE, clean_pass=False, copy_pass=False))
+    assert settings == CacheSettings(clean_forward=False, nearly_clean_mix=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (CacheOptions(preset=CacheName.NONE, threshold=0.1), "leave out --cache-threshold, or"),
+        (CacheOptions(preset=CacheName.NONE, threshold=0.1, warmup=3), "--cache-threshold and --cache-warmup, or"),
+        (CacheOptions(preset=CacheName.NONE, extrapolate_from=0.5), "leave out --extrapolate-from"),
+        (CacheOptions(threshold=float("inf")), "--cache-threshold inf is no distance"),
+        (CacheOptions(threshold=-0.5), "--cache-threshold -0.5 is no distance"),
+        (CacheOptions(warmup=0), "give 1 or more"),
+        (CacheOptions(warmup=16), "computes all 16 steps"),
+        (CacheOptions(extrapolate_from=-0.1), "no share of the threshold"),
+    ],
+)
+def test_options_that_do_not_fit(options: CacheOptions, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        _settings(options)
+
+
+def test_teacache_warms_up_once_for_the_whole_video() -> None:
+    options = CacheOptions(preset=CacheName.TEACACHE, warmup=20)
+    assert _settings(options, num_steps=16).warmup_steps == 20
+
+
+def test_a_copy_pass_needs_a_distilled_model() -> None:
+    with pytest.raises(InputError, match="--copy-pass is for distilled models"):
+        _settings(CacheOptions(copy_pass=True), guided=True)
+    assert not _settings(CacheOptions(copy_pass=False), guided=True).nearly_clean_mix
+
+
+def test_memory() -> None:
+    assert kv_settings(KVOptions()) == KVSettings()
+    options = KVOptions(budget=3, retention=TokenUnit.CHUNK, queries=TokenUnit.FRAME)
+    assert kv_settings(options) == KVSettings(budget=3, selection=SelectionSettings(retention="chunk", queries="frame"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (KVOptions(retention=TokenUnit.CHUNK), "--kv-retention says how the past is compressed: give --kv-budget"),
+        (KVOptions(queries=TokenUnit.CHUNK), "--kv-queries says how the past is compressed: give --kv-budget"),
+        (KVOptions(budget=0), "a KV budget of 0 chunks"),
+        (KVOptions(budget=-2), "a KV budget of -2 chunks"),
+    ],
+)
+def test_memory_that_does_not_fit(options: KVOptions, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        kv_settings(options)

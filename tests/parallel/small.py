@@ -1,0 +1,48 @@
+"""A model of a few layers with random weights, whole or one stage of it, for tests over several ranks."""
+
+import torch
+
+from engine.request import Request
+from models.attention import attention_backend
+from models.magi.config import MagiConfig
+from models.magi.dit import MagiDiT
+from models.magi.family import MagiModel
+from parallel.split import Costs, balanced_split, stage_layers
+from parallel.stage import StageModel
+from tests.engine.tiny import TinyPipeline, tiny_config
+
+
+def small_config(layers=5, **changes):
+    values = tiny_config(**changes).to_dict()
+    values["model_config"]["num_layers"] = layers
+    return MagiConfig.from_dict(values, source="small")
+
+
+class SmallPipeline(TinyPipeline):
+    """All layers, or those of one stage with the same weights."""
+
+    def __init__(self, config, layers=None, seed=0):
+        super().__init__(config, seed=seed)
+        if layers is not None:
+            whole = self.model.dit.state_dict()
+            dit = MagiDiT(config.model_config, layers=layers)
+            dit.load_state_dict({name: whole[name] for name in dit.state_dict()})
+            self.model = MagiModel(dit.requires_grad_(False))
+
+    @property
+    def stage(self):
+        return StageModel(model=self.model, attention=attention_backend("sdpa"))
+
+
+def stage_pipeline(config, mesh, split=None, seed=0):
+    sizes = split or balanced_split(Costs.even(config.model_config.num_layers), mesh.layout.pp)
+    return SmallPipeline(config, stage_layers(sizes, mesh.stage), seed=seed)
+
+
+def request(**changes):
+    values = {"prompt": "a thing", "chunks": 4, "height": 32, "width": 48, "num_steps": 8, "seed": 3}
+    return Request(**{**values, **changes})
+
+
+def one_thread():
+    torch.set_num_threads(1)

@@ -1,0 +1,58 @@
+"""Flags and their digest."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.schedule import Schedule
+from engine.work import WorkItem
+from models.family import Pass, PassCondition
+from parallel.flags import FlagLog, FlagMismatch
+
+SCHEDULE = Schedule(first=0, chunks=5, num_steps=8, window=4)
+STEPS = [(tick.index, chunk, step) for tick in SCHEDULE for chunk, step in tick.active]
+flags = st.lists(st.integers(0, 1), min_size=1, max_size=len(STEPS))
+
+
+def item(index):
+    tick, chunk, step = STEPS[index]
+    condition = PassCondition(t=0.0, distill=None, drop=False)
+    what = Pass(name="denoise", caption="text", branch=0, isolated=False, weight=1.0, condition=condition)
+    return WorkItem(request=0, tick=tick, chunk=chunk, step=step, chunks_left=0, what=what, keys_from=None, before=())
+
+
+@given(flags=flags, cut=st.integers(0, len(STEPS)))
+def test_the_digest_does_not_depend_on_how_flags_come(flags, cut):
+    whole, parts = FlagLog(SCHEDULE), FlagLog(SCHEDULE)
+    whole.add(flags)
+    parts.add(flags[:cut])
+    parts.add(flags[cut:])
+    assert whole.digest == parts.digest
+    assert (parts.count, parts.reused) == (len(flags), sum(flags))
+    parts.check(item(len(flags) - 1), whole.digest)
+
+
+@given(flags=flags, data=st.data())
+def test_one_other_flag_is_seen(flags, data):
+    flipped = list(flags)
+    flipped[data.draw(st.integers(0, len(flags) - 1))] ^= 1
+    head, other = FlagLog(SCHEDULE), FlagLog(SCHEDULE)
+    head.add(flags)
+    other.add(flipped)
+    with pytest.raises(FlagMismatch, match="digest"):
+        other.check(item(len(flags) - 1), head.digest)
+
+
+def test_work_for_another_chunk_than_was_decided_is_seen():
+    log = FlagLog(SCHEDULE)
+    log.add([0, 0, 0])
+    log.check(item(2), log.digest)
+    with pytest.raises(FlagMismatch, match="out of order"):
+        log.check(item(1), log.digest)
+
+
+def test_more_flags_than_steps_are_seen():
+    log = FlagLog(SCHEDULE)
+    log.add([0] * len(STEPS))
+    with pytest.raises(FlagMismatch, match="more flags"):
+        log.add([0])
