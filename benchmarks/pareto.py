@@ -6,23 +6,25 @@ where both curves have a value. It knows trials; it makes no videos.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.sweep import LEAN
+from benchmarks.sweep import LEAN, Setting
 from benchmarks.trial import Trial
 
-__all__ = ["Comparison", "Way", "compare", "on_curves", "pareto_figure", "psnr_at", "speed_figure"]
+__all__ = ["Comparison", "Way", "compare", "on_curves", "pareto_figure", "psnr_at", "speed_figure", "way_of"]
 
 Way = tuple[str, str]
-"""A method and a kind of reuse."""
+"""A method and the label of what stands in for a reused step."""
 _COLOURS = {"residual": "#d55e00", "velocity": "#0072b2", "extrapolate": "#009e73"}
+_OTHER_COLOURS = ("#cc79a7", "#000000")
 _STYLES = {"flowcache": ("-", "o", "chunk by chunk"), "teacache": ("--", "s", "whole window")}
 
 
@@ -43,6 +45,11 @@ class Comparison:
     prompts: int
 
 
+def way_of(setting: Setting) -> Way:
+    """Which curve a setting is on."""
+    return setting.method, setting.stand_in.label
+
+
 def on_curves(trials: Sequence[Trial]) -> list[Trial]:
     """Trials that a curve is made of: reuse with lean passes and without compression."""
     return [
@@ -56,7 +63,7 @@ def psnr_at(trials: Sequence[Trial], way: Way, fraction: float) -> dict[tuple[st
     """PSNR of a way at a computed fraction, for each (prompt, seed) whose curve reaches it."""
     curves: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for one in on_curves(trials):
-        if (one.setting.method, one.setting.kind) == way and one.computed < 1:
+        if way_of(one.setting) == way and one.computed < 1:
             curves[one.prompt, one.seed][one.computed].append(one.psnr)
     found = {}
     for prompt, points in curves.items():
@@ -94,8 +101,10 @@ def pareto_figure(trials: Sequence[Trial], title: str, fractions: Sequence[float
     axes = figure.add_subplot()
     for at in fractions:
         axes.axvline(100 * at, color="#888888", linewidth=1, linestyle=":")
-    for way, points in _mean_points(trials).items():
-        _draw(axes, way, [(100 * one.computed, one.psnr) for one in points], joined=True)
+    curves = _mean_points(trials)
+    colours = _colours(curves)
+    for way, points in curves.items():
+        _draw(axes, way, colours[way[1]], [(100 * one.computed, one.psnr) for one in points], joined=True)
     axes.set(title=title, xlabel="computed chunk-steps (% of all)", ylabel="PSNR against no reuse, same passes (dB)")
     _finish(axes)
     return figure
@@ -105,10 +114,11 @@ def speed_figure(trials: Sequence[Trial], title: str) -> Figure:
     """Measured speed-up over computed fraction, with the line of a cost-free policy and 0.9 of it."""
     figure = Figure(figsize=(9, 5.6), layout="constrained")
     axes = figure.add_subplot()
-    means = _mean_points(trials)
-    for way, points in means.items():
-        _draw(axes, way, [(100 * one.computed, one.speedup) for one in points], joined=False)
-    lowest = min((one.computed for points in means.values() for one in points), default=None)
+    curves = _mean_points(trials)
+    colours = _colours(curves)
+    for way, points in curves.items():
+        _draw(axes, way, colours[way[1]], [(100 * one.computed, one.speedup) for one in points], joined=False)
+    lowest = min((one.computed for points in curves.values() for one in points), default=None)
     if lowest is not None:
         places = [lowest + (1 - lowest) * i / 100 for i in range(101)]
         for share, style, label in ((1.0, "-", "1 / computed fraction"), (0.9, ":", "0.9 / computed fraction")):
@@ -130,7 +140,7 @@ def _mean_points(trials: Sequence[Trial]) -> dict[Way, list[_Point]]:
     """One point per threshold: mean fraction and PSNR, median speed-up over the prompts; by rising fraction."""
     groups: dict[Way, dict[float, list[Trial]]] = defaultdict(lambda: defaultdict(list))
     for one in on_curves(trials):
-        groups[one.setting.method, one.setting.kind][one.setting.threshold].append(one)
+        groups[way_of(one.setting)][one.setting.threshold].append(one)
     found = {}
     for way, by_threshold in groups.items():
         points = [
@@ -145,8 +155,14 @@ def _mean_points(trials: Sequence[Trial]) -> dict[Way, list[_Point]]:
     return found
 
 
-def _draw(axes: Axes, way: Way, points: Sequence[tuple[float, float]], *, joined: bool) -> None:
-    method, kind = way
+def _colours(ways: Iterable[Way]) -> dict[str, str]:
+    labels = dict.fromkeys(label for _, label in ways)
+    others = itertools.cycle(_OTHER_COLOURS)
+    return {label: _COLOURS.get(label) or next(others) for label in labels}
+
+
+def _draw(axes: Axes, way: Way, colour: str, points: Sequence[tuple[float, float]], *, joined: bool) -> None:
+    method, label = way
     line, marker, name = _STYLES[method]
     xs, ys = [x for x, _ in points], [y for _, y in points]
     axes.plot(
@@ -155,8 +171,8 @@ def _draw(axes: Axes, way: Way, points: Sequence[tuple[float, float]], *, joined
         linestyle=line if joined else "",
         marker=marker,
         markersize=5,
-        color=_COLOURS[kind],
-        label=f"{method} ({name}), {kind}",
+        color=colour,
+        label=f"{method} ({name}), {label}",
     )
 
 

@@ -13,6 +13,7 @@ from benchmarks.sweep import (
     WORK,
     Grid,
     Setting,
+    StandIn,
     Ticks,
     calibrate,
     estimate_threshold,
@@ -21,7 +22,6 @@ from benchmarks.sweep import (
 )
 from benchmarks.trial import Case, Studio
 from engine.cache import CacheSettings, Policy
-from engine.cache.reuse import KINDS
 
 __all__ = ["make_plan"]
 
@@ -50,21 +50,21 @@ def make_plan(
     report("thresholds: watching distances")
     few = cases[:_LADDER_CASES]
     seen = [studio.observe(case) for case in few]
-    fractions: dict[tuple[str, str], dict[float, float]] = {}
+    fractions: dict[tuple[str, StandIn], dict[float, float]] = {}
     for method in METHODS:
         rungs = _rungs(seen, method, grid)
-        for kind in KINDS:
-            report(f"thresholds: {method}, {kind}")
-            fractions[method, kind] = {
-                rung: statistics.fmean(studio.make(grid.reuse(method, kind, rung), case).computed for case in few)
+        for stand_in in grid.stand_ins:
+            report(f"thresholds: {method}, {stand_in.label}")
+            fractions[method, stand_in] = {
+                rung: statistics.fmean(studio.make(grid.reuse(method, stand_in, rung), case).computed for case in few)
                 for rung in rungs
             }
     report("thresholds: calibration")
-    found = _calibrated(studio, grid, cases[:_CALIBRATION_CASES], fractions["flowcache", grid.kind])
-    presets = presets or {name: grid.reuse("flowcache", grid.kind, one) for name, one in found.items()}
+    found = _calibrated(studio, grid, cases[:_CALIBRATION_CASES], fractions["flowcache", grid.chosen])
+    presets = presets or {name: grid.reuse("flowcache", grid.chosen, one) for name, one in found.items()}
 
-    def threshold(method: str, kind: str, fraction: float) -> float:
-        return threshold_at(fractions[method, kind], fraction)
+    def threshold(method: str, stand_in: StandIn, fraction: float) -> float:
+        return threshold_at(fractions[method, stand_in], fraction)
 
     return Plan(run=run, settings=grid.settings(threshold, presets), presets=presets, calibrated=found)
 
@@ -91,7 +91,7 @@ def _calibrated(
         )
 
     def at(threshold: float) -> float:
-        return work(grid.reuse("flowcache", grid.kind, threshold))
+        return work(grid.reuse("flowcache", grid.chosen, threshold))
 
     lean = work(Setting(passes=LEAN))
     return {

@@ -33,7 +33,7 @@ from benchmarks.plan import make_plan
 from benchmarks.prompts import balanced_scenes
 from benchmarks.quality_report import FRACTIONS, csv, curve_table, setting_tables, verdicts
 from benchmarks.report import machine_line, output_folder, run_app, save_figure, save_text
-from benchmarks.sweep import WORK, Grid, Setting
+from benchmarks.sweep import WORK, Grid, Setting, StandIn
 from benchmarks.trial import Case, Studio
 from benchmarks.verdict import verdict_table
 from engine.cache import CacheSettings
@@ -63,6 +63,9 @@ def run(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a chunk.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of prompts and of all noise.")] = 0,
     kind: Annotated[str | None, typer.Option(help="Kind of reuse of the presets; that of the model's own.")] = None,
+    extrapolate_from: Annotated[
+        float | None, typer.Option(help="Share of the threshold from which presets extrapolate; the model's own.")
+    ] = None,
     warmup: Annotated[int | None, typer.Option(min=1, help="First steps that are computed; the model's own.")] = None,
     calibrated: Annotated[
         bool, typer.Option("--calibrated", help="Take thresholds found here in place of the presets' own.")
@@ -76,7 +79,12 @@ def run(
     if model != _MODEL:
         raise InputError(f"quality is measured on {_MODEL}, whose prompts can be checked, not on {model!r}")
     figures = CACHE_FIGURES[model]
-    grid = Grid(warmup=warmup or figures.warmup_steps, kind=CacheSettings(reuse=str(kind or figures.reuse)).reuse)
+    share = extrapolate_from
+    if share is None:
+        share = figures.extrapolate_from if kind is None else 1.0
+    chosen = StandIn(kind=str(kind or figures.reuse), extrapolate_from=share)
+    grid = Grid(warmup=warmup or figures.warmup_steps, chosen=chosen)
+    CacheSettings(policy="flowcache", reuse=chosen.kind, extrapolate_from=share)  # checks them
     if quick:
         grid = replace(grid, fractions=_QUICK_FRACTIONS, budgets=_QUICK_BUDGETS, rungs=_QUICK_RUNGS)
     output_folder(out)
@@ -84,7 +92,7 @@ def run(
     scenes = balanced_scenes(prompts or (_QUICK_PROMPTS if quick else _PROMPTS), seed)
     cases = [Case(scene=s, seed=seed * _SEEDS + i, chunks=chunks, num_steps=steps) for i, s in enumerate(scenes)]
     about = {"model": model, "weights": _digest(pipeline), "prompts": len(cases), "chunks": chunks, "steps": steps}
-    about |= {"seed": seed, "kind": grid.kind, "warmup": grid.warmup, "quick": quick, "device": device}
+    about |= {"seed": seed, "stands in": chosen.label, "warmup": grid.warmup, "quick": quick, "device": device}
     presets = None if calibrated else _presets(model, grid)
     about |= {"thresholds": [one.threshold for one in presets.values()] if presets else "calibrated"}
     about |= {"threads": torch.get_num_threads()}
@@ -97,10 +105,10 @@ def run(
 
 
 def _presets(model: str, grid: Grid) -> dict[str, Setting]:
-    """The thresholds of `--cache`, with the grid's kind of reuse and warm-up."""
+    """The thresholds of `--cache`, with what the grid has stand in for reused steps, and its warm-up."""
     names = [name for name in CacheName if name is not CacheName.NONE]
     cache = {name: cache_preset(name, model) for name in names}
-    return {name.value: grid.reuse(one.policy, grid.kind, one.threshold) for name, one in cache.items()}
+    return {name.value: grid.reuse(one.policy, grid.chosen, one.threshold) for name, one in cache.items()}
 
 
 def _run_trials(studio: Studio, ledger: Ledger, cases: Sequence[Case], console: Console) -> None:
@@ -126,14 +134,15 @@ def _write(out: Path, ledger: Ledger, grid: Grid) -> bool:
     run = plan.run
     sizes = ", ".join(f"{run[name]} {name}" for name in ("prompts", "chunks", "steps"))
     lines = f"{run['model']}, {sizes}, seed {run['seed']}"
-    found = verdicts(trials, grid.kind, plan.presets)
+    found = verdicts(trials, grid.chosen.label, plan.presets)
     table, curves = verdict_table(found), curve_table(trials)
     title = "What reuse and KV compression save, and what they spoil"
     thresholds = "Thresholds that would do the paper's share of vanilla's operations: "
     thresholds += ", ".join(f"{name} {one:g} ({WORK[name]:.2f})" for name, one in plan.calibrated.items()) + "."
     parts = [
         f"# {title}",
-        f"{lines}, warm-up {run['warmup']} steps, chosen kind of reuse: {grid.kind}. {machine_line()}.",
+        f"{lines}, warm-up {run['warmup']} steps. Stands in for reused steps in the presets: {grid.chosen.label}.",
+        f"{machine_line()}.",
         thresholds,
         _NOTES,
         f"## Verdicts\n\n{table}",

@@ -8,12 +8,11 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from benchmarks.pareto import Comparison, compare, on_curves, psnr_at
+from benchmarks.pareto import Comparison, compare, on_curves, psnr_at, way_of
 from benchmarks.report import Cell, csv_text, markdown_table
-from benchmarks.sweep import LEAN, METHODS, WORK, Setting
+from benchmarks.sweep import LEAN, WORK, Setting
 from benchmarks.trial import Trial
 from benchmarks.verdict import Verdict
-from engine.cache.reuse import KINDS
 
 __all__ = ["FRACTIONS", "csv", "curve_table", "setting_tables", "verdicts"]
 
@@ -23,7 +22,7 @@ _WORK_TOLERANCE = 0.02
 _SPEED_SHARE = 0.9
 _MOST_PROMPTS = 0.75  # share of the prompts that a comparison must rest on
 
-_SETTING = ("method", "kind", "threshold", "passes", "kv_budget")
+_SETTING = ("method", "stands_in", "threshold", "passes", "kv_budget")
 _MEASURED: dict[str, Callable[[Sequence[Trial]], Cell]] = {
     "prompts": len,
     "computed": lambda same: _mean(same, "computed"),
@@ -102,7 +101,7 @@ def csv(trials: Sequence[Trial], presets: Mapping[str, Setting]) -> str:
 
 def curve_table(trials: Sequence[Trial]) -> str:
     """Mean PSNR of every method and kind at equal computed fractions, over the prompts that all curves reach."""
-    ways = [(method, kind) for method in METHODS for kind in KINDS]
+    ways = sorted({way_of(one.setting) for one in on_curves(trials)})
     rows: list[list[Cell]] = [list(way) for way in ways]
     counts = []
     for fraction in FRACTIONS:
@@ -111,38 +110,38 @@ def curve_table(trials: Sequence[Trial]) -> str:
         counts.append(f"{fraction:.0%}: {len(shared)}")
         for row, way in zip(rows, ways, strict=True):
             row.append(f"{statistics.fmean(found[way][one] for one in shared):.2f}" if shared else "none")
-    headers = ("method", "kind", *(f"PSNR at {fraction:.0%} (dB)" for fraction in FRACTIONS))
+    headers = ("method", "stands in", *(f"PSNR at {fraction:.0%} (dB)" for fraction in FRACTIONS))
     return f"{markdown_table(headers, rows)}\n\nPrompts compared at {', '.join(counts)}."
 
 
-def verdicts(trials: Sequence[Trial], kind: str, presets: Mapping[str, Setting]) -> list[Verdict]:
+def verdicts(trials: Sequence[Trial], chosen: str, presets: Mapping[str, Setting]) -> list[Verdict]:
     """What the project holds itself to.
 
     Args:
         trials: all of them.
-        kind: of reuse that was chosen.
+        chosen: label of what stands in for a reused step.
         presets: settings by name.
     """
-    found = [_chunk_wise_verdict(trials, one, at) for one in dict.fromkeys(("residual", kind)) for at in FRACTIONS]
-    found += [_kind_verdict(trials, kind, at) for at in FRACTIONS if kind != "residual"]
+    found = [_chunk_wise_verdict(trials, one, at) for one in dict.fromkeys(("residual", chosen)) for at in FRACTIONS]
+    found += [_stand_in_verdict(trials, chosen, at) for at in FRACTIONS if chosen != "residual"]
     groups = _by_setting(trials)
     return [*found, _speed_verdict(trials), *(_work_verdict(name, presets[name], groups) for name in WORK)]
 
 
-def _chunk_wise_verdict(trials: Sequence[Trial], kind: str, fraction: float) -> Verdict:
-    found = compare(trials, ("flowcache", kind), ("teacache", kind), fraction)
+def _chunk_wise_verdict(trials: Sequence[Trial], label: str, fraction: float) -> Verdict:
+    found = compare(trials, ("flowcache", label), ("teacache", label), fraction)
     return Verdict(
-        name=f"PSNR at {fraction:.0%} computed, {kind}: chunk by chunk against whole window",
+        name=f"PSNR at {fraction:.0%} computed, {label}: chunk by chunk against whole window",
         measured=_against(found),
         wanted="more",
         passed=found.first > found.second and _rests_on_most(found, trials),
     )
 
 
-def _kind_verdict(trials: Sequence[Trial], kind: str, fraction: float) -> Verdict:
-    found = compare(trials, ("flowcache", kind), ("flowcache", "residual"), fraction)
+def _stand_in_verdict(trials: Sequence[Trial], chosen: str, fraction: float) -> Verdict:
+    found = compare(trials, ("flowcache", chosen), ("flowcache", "residual"), fraction)
     return Verdict(
-        name=f"PSNR at {fraction:.0%} computed, chunk by chunk: {kind} against residual",
+        name=f"PSNR at {fraction:.0%} computed, chunk by chunk: {chosen} against residual",
         measured=_against(found),
         wanted="as much or more",
         passed=found.first >= found.second and _rests_on_most(found, trials),
@@ -190,7 +189,7 @@ def _by_setting(trials: Sequence[Trial]) -> dict[Setting, list[Trial]]:
 
 def _order(trial: Trial) -> tuple[object, ...]:
     one = trial.setting
-    return one.passes == LEAN, one.budget or 0, one.method, one.kind, one.threshold, trial.seed
+    return one.passes == LEAN, one.budget or 0, one.method, one.kind, one.extrapolate_from, one.threshold, trial.seed
 
 
 def _setting_cells(setting: Setting, presets: Mapping[str, Setting]) -> tuple[Cell, ...]:
@@ -198,7 +197,7 @@ def _setting_cells(setting: Setting, presets: Mapping[str, Setting]) -> tuple[Ce
     if setting.method == "none":
         return setting.method, "", "", setting.passes, kv
     names = [name for name, one in presets.items() if one == replace(setting, passes=LEAN, budget=None)]
-    return (*names, setting.method)[0], setting.kind, setting.threshold, setting.passes, kv
+    return (*names, setting.method)[0], setting.stand_in.label, setting.threshold, setting.passes, kv
 
 
 def _speedup(same: Sequence[Trial]) -> float:

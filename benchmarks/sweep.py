@@ -19,7 +19,7 @@ from engine.kv import KVSettings
 from engine.record import RunTrace
 
 __all__ = [
-    *("LEAN", "METHODS", "VANILLA", "WORK", "Grid", "ObservationLog", "Setting", "Ticks"),
+    *("LEAN", "METHODS", "VANILLA", "WORK", "Grid", "ObservationLog", "STAND_INS", "Setting", "StandIn", "Ticks"),
     *("calibrate", "estimate_threshold", "ladder", "threshold_at"),
 ]
 
@@ -35,12 +35,37 @@ Ticks = Sequence[Sequence[Observation]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StandIn:
+    """What stands in for a step that is not computed.
+
+    Attributes:
+        kind: of reuse.
+        extrapolate_from: share of the threshold above which it is extrapolated in place of that; 1 never does.
+    """
+
+    kind: str
+    extrapolate_from: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """As it stands in tables and legends."""
+        if self.extrapolate_from >= 1:
+            return self.kind
+        return f"{self.kind}, extrapolate from {self.extrapolate_from:g}"
+
+
+STAND_INS = (*(StandIn(kind=kind) for kind in KINDS), StandIn(kind="velocity", extrapolate_from=0.5))
+"""Those that are always swept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
     """One way to make a video.
 
     Attributes:
         method: policy of reuse, or `none`.
         kind: what stands in for a reused step.
+        extrapolate_from: see `StandIn`.
         threshold: of the policy.
         warmup: first steps that are computed.
         passes: `vanilla` has the clean and the context-free passes, `lean` neither, as the published reuse runs.
@@ -49,10 +74,16 @@ class Setting:
 
     method: str = "none"
     kind: str = "residual"
+    extrapolate_from: float = 1.0
     threshold: float = 0.0
     warmup: int = 1
     passes: str = VANILLA
     budget: int | None = None
+
+    @property
+    def stand_in(self) -> StandIn:
+        """What stands in for a reused step."""
+        return StandIn(kind=self.kind, extrapolate_from=self.extrapolate_from)
 
     @property
     def cache(self) -> CacheSettings:
@@ -63,6 +94,7 @@ class Setting:
             threshold=self.threshold,
             warmup_steps=self.warmup,
             reuse=self.kind,
+            extrapolate_from=self.extrapolate_from,
             clean_forward=extra,
             nearly_clean_mix=extra,
         )
@@ -84,34 +116,46 @@ class Grid:
 
     Attributes:
         warmup: first steps that are computed.
-        kind: of reuse, for the presets.
+        chosen: what stands in for a reused step in the presets.
         fractions: computed fractions that thresholds of the curves aim at.
         budgets: of the KV buffer.
         rungs: thresholds that are tried to find those of the curves.
     """
 
     warmup: int
-    kind: str
+    chosen: StandIn
     fractions: tuple[float, ...] = (0.9, 0.8, 0.65, 0.5, 0.4)
     budgets: tuple[int, ...] = (1, 2, 3, 4)
     rungs: int = 9
 
-    def reuse(self, method: str, kind: str, threshold: float) -> Setting:
+    @property
+    def stand_ins(self) -> tuple[StandIn, ...]:
+        """All that are swept."""
+        return tuple(dict.fromkeys((*STAND_INS, self.chosen)))
+
+    def reuse(self, method: str, stand_in: StandIn, threshold: float) -> Setting:
         """A point of a method's curve."""
-        return Setting(method=method, kind=kind, threshold=threshold, warmup=self.warmup, passes=LEAN)
+        return Setting(
+            method=method,
+            kind=stand_in.kind,
+            extrapolate_from=stand_in.extrapolate_from,
+            threshold=threshold,
+            warmup=self.warmup,
+            passes=LEAN,
+        )
 
     def settings(
-        self, threshold: Callable[[str, str, float], float], presets: Mapping[str, Setting]
+        self, threshold: Callable[[str, StandIn, float], float], presets: Mapping[str, Setting]
     ) -> tuple[Setting, ...]:
         """All settings, each once.
 
         Args:
-            threshold: of a method and a kind, for a computed fraction.
+            threshold: of a method and what stands in, for a computed fraction.
             presets: by name; those of `WORK` are also run with vanilla passes and with compression.
         """
         found = [Setting(), Setting(passes=LEAN), *presets.values()]
-        for method, kind, fraction in itertools.product(METHODS, KINDS, self.fractions):
-            found.append(self.reuse(method, kind, threshold(method, kind, fraction)))
+        for method, stand_in, fraction in itertools.product(METHODS, self.stand_ins, self.fractions):
+            found.append(self.reuse(method, stand_in, threshold(method, stand_in, fraction)))
         found += [replace(presets[name], passes=VANILLA) for name in WORK]
         for budget in self.budgets:
             found.append(Setting(passes=LEAN, budget=budget))

@@ -82,7 +82,7 @@ class CacheFigures:
     slow: float
     fast: float
     teacache: float
-    reuse: ReuseKind = ReuseKind.RESIDUAL
+    reuse: ReuseKind = ReuseKind.EXTRAPOLATE  # docs/reuse.md has the figures that decided it
     extrapolate_from: float = 1.0
 
 

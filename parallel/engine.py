@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 
 from torch import Tensor
 
@@ -25,15 +26,15 @@ from parallel.decoder import Decoder
 from parallel.head import Head, Listener
 from parallel.order import TickDone
 
-__all__ = ["Making", "ParallelEngine"]
+__all__ = ["Made", "ParallelEngine"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Making:
+class Made:
     """A chunk of one of several videos.
 
     Attributes:
-        video: which, in the order in which they were asked for.
+        video: which.
         chunk: the chunk.
     """
 
@@ -92,9 +93,12 @@ class _Reporter(Listener):
 class ParallelEngine:
     """Makes videos with a gang.
 
+    Whoever makes one video or some calls `generate` or `generate_many`; whoever schedules calls `submit` and `step`.
+
     Args:
         pipeline: the model, of which only the first stage's layers need to be there.
         head: runs them.
+        kv_of: the first stage's KV buffers of a request.
         new_decoder: makes the decoder when frames are wanted.
         cache: which steps are reused.
         kv: how much of the past is held.
@@ -104,15 +108,75 @@ class ParallelEngine:
         self,
         pipeline: Pipeline,
         head: Head,
-        runner_kv: Callable[[int], KVBuffer],
+        kv_of: Callable[[int], KVBuffer],
         new_decoder: Callable[[], Decoder],
         cache: CacheSettings,
         kv: KVSettings,
     ) -> None:
-        self._pipeline, self._head, self._runner_kv = pipeline, head, runner_kv
+        self._pipeline, self._head, self._kv_of = pipeline, head, kv_of
         self._new_decoder, self._cache, self._kv = new_decoder, cache, kv
         self._decoder: Decoder | None = None
         self._requests = 0
+        self._in_flight: list[int] = []
+
+    @property
+    def in_flight(self) -> int:
+        """Videos that were submitted and are not handed out to their last chunk."""
+        return len(self._in_flight)
+
+    def submit(self, request: Request, on_progress: OnProgress | None = None, trace: RunTrace | None = None) -> int:
+        """Begin a video besides those in flight.
+
+        Args:
+            request: what to make.
+            on_progress: called after every tick.
+            trace: told what happens, for a record.
+
+        Returns:
+            The video's number, which `step` hands its chunks out with.
+
+        Raises:
+            InputError: the model cannot make what is asked for; the videos in flight are not touched.
+        """
+        if self._decoder is None:
+            self._decoder = self._new_decoder()
+        decoder, index = self._decoder, count()
+        number = self._admit(
+            request,
+            encode(self._pipeline, request),
+            lambda latents: decoder.put(number, next(index), latents),
+            on_progress,
+            trace,
+        )
+        self._in_flight.append(number)
+        return number
+
+    def step(self) -> list[Made]:
+        """Do one thing for the videos in flight, and hand out the chunks that are ready; those of a video in order.
+
+        Raises:
+            GangError: a rank has failed.
+        """
+        decoder = self._decoder
+        if decoder is None:
+            return []
+        if not self._head.idle:
+            self._head.pump()
+        made = []
+        for number in list(self._in_flight):
+            while (chunk := decoder.get(number, wait=self._head.idle)) is not None:
+                made.append(Made(video=number, chunk=chunk))
+            if not self._head.running(number) and not decoder.pending(number):
+                self._in_flight.remove(number)
+        return made
+
+    def cancel(self, number: int) -> None:
+        """Make no more of a video."""
+        self._head.give_up(number)
+        if self._decoder is not None:
+            self._decoder.forget(number)
+        if number in self._in_flight:
+            self._in_flight.remove(number)
 
     def generate(
         self, request: Request, on_progress: OnProgress | None = None, trace: RunTrace | None = None
@@ -128,50 +192,40 @@ class ParallelEngine:
         concurrency: int,
         on_progress: Mapping[int, OnProgress] | None = None,
         traces: Mapping[int, RunTrace] | None = None,
-    ) -> Iterator[Making]:
+    ) -> Iterator[Made]:
         """Make several videos, some of them at the same time.
 
         Args:
             requests: what to make; the next is read when there is room for it.
             concurrency: how many to make at a time.
-            on_progress: called after every tick, by the video's number.
-            traces: told what happens, by the video's number.
+            on_progress: called after every tick, by the place of the video among the requests.
+            traces: told what happens, by the same.
 
         Yields:
-            Chunks as they are finished; those of one video in order.
+            Chunks as they are finished, with the place of their video; those of one video in order.
 
         Raises:
             InputError: the model cannot make what is asked for.
         """
         if concurrency < 1:
             raise InputError(f"a concurrency of {concurrency} makes nothing: give 1 or more")
-        if self._decoder is None:
-            self._decoder = self._new_decoder()
-        decoder, coming = self._decoder, enumerate(requests)
-        active: dict[int, int] = {}
-        """Numbers of videos, by request."""
-        more = True
+        places: dict[int, int] = {}
+        coming = enumerate(requests)
         try:
-            while more or active:
-                while more and len(active) < concurrency:
-                    following = next(coming, None)
-                    if following is None:
+            more = True
+            while more or self.in_flight:
+                while more and self.in_flight < concurrency:
+                    place, request = next(coming, (-1, None))
+                    if request is None:
                         more = False
-                        break
-                    video, wanted = following
-                    number = self._admit(
-                        wanted,
-                        encode(self._pipeline, wanted),
-                        self._decoding(decoder),
-                        (on_progress or {}).get(video),
-                        (traces or {}).get(video),
-                    )
-                    active[number] = video
-                yield from self._advance(decoder, active)
+                    else:
+                        watcher, trace = (on_progress or {}).get(place), (traces or {}).get(place)
+                        places[self.submit(request, watcher, trace)] = place
+                for made in self.step():
+                    yield Made(video=places[made.video], chunk=made.chunk)
         except (GeneratorExit, InputError):  # the gang is well, and goes on without these videos
-            for request in active:
-                self._head.give_up(request)
-                decoder.forget(request)
+            for number in places:
+                self.cancel(number)
             raise
 
     def generate_latents(
@@ -186,12 +240,13 @@ class ParallelEngine:
         """Make a video's latents; as `Engine.generate_latents`."""
         made: deque[Tensor] = deque()
         encoded = Encoded(captions=captions, prefix=prefix, noise=noise)
-        number = self._admit(request, encoded, lambda _: made.append, on_progress, trace)
+        number = self._admit(request, encoded, made.append, on_progress, trace)
         try:
             while self._head.running(number) or made:
                 while made:
                     yield made.popleft()
-                self._head.pump()
+                if self._head.running(number):
+                    self._head.pump()
         except GeneratorExit:
             self._head.give_up(number)
             raise
@@ -202,36 +257,11 @@ class ParallelEngine:
         if self._decoder is not None:
             self._decoder.close()
 
-    def _advance(self, decoder: Decoder, active: dict[int, int]) -> Iterator[Making]:
-        """Do one thing, and hand out what is decoded."""
-        if any(self._head.running(request) for request in active):
-            self._head.pump()
-        for request, video in list(active.items()):
-            over = not self._head.running(request)
-            others = any(self._head.running(other) for other in active)
-            while (chunk := decoder.get(request, wait=over and not others)) is not None:
-                yield Making(video=video, chunk=chunk)
-            if over and not decoder.pending(request):
-                del active[request]
-
-    def _decoding(self, decoder: Decoder) -> Callable[[int], Callable[[Tensor], None]]:
-        def of(request: int) -> Callable[[Tensor], None]:
-            count = 0
-
-            def put(latents: Tensor) -> None:
-                nonlocal count
-                decoder.put(request, count, latents)
-                count += 1
-
-            return put
-
-        return of
-
     def _admit(
         self,
         request: Request,
         encoded: Encoded,
-        finished: Callable[[int], Callable[[Tensor], None]],
+        on_finished: Callable[[Tensor], None],
         on_progress: OnProgress | None,
         trace: RunTrace | None,
     ) -> int:
@@ -246,8 +276,6 @@ class ParallelEngine:
             kv=self._kv,
             observe=trace is not None,
         )
-        reporter = _Reporter(
-            prepared.run.schedule, lambda: self._runner_kv(number), finished(number), on_progress, trace
-        )
+        reporter = _Reporter(prepared.run.schedule, lambda: self._kv_of(number), on_finished, on_progress, trace)
         self._head.admit(number, prepared, reporter)
         return number

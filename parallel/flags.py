@@ -10,6 +10,7 @@ import hashlib
 import struct
 from collections.abc import Iterable, Iterator
 
+from engine.cache import Decision
 from engine.schedule import Schedule
 from engine.work import WorkItem
 
@@ -33,7 +34,7 @@ class FlagLog:
         self.count = 0
         """How many flags there were."""
         self.reused = 0
-        """How many of them said that a chunk is reused."""
+        """How many of them said that a chunk is not computed."""
 
     @property
     def digest(self) -> bytes:
@@ -53,7 +54,7 @@ class FlagLog:
                 raise FlagMismatch(f"there are more flags than the schedule has chunk-steps ({self.count})") from None
             self._hash.update(_ONE.pack(*self._last, flag))
             self.count += 1
-            self.reused += flag
+            self.reused += flag != Decision.COMPUTE.value
 
     def check(self, item: WorkItem | None, digest: bytes) -> None:
         """Compare with what the head had when it sent an item, or with its final digest.

@@ -88,9 +88,10 @@ class Gang:
         """
         runner = self._runner(stage, flag_log)
         RankLoop(runner, Links(self.mesh, self._groups, self.monitor), self.timeline).run()
-        file_report(self._store, self._sessions, runner.report, self.timeline.events)
+        report = runner.finish()
+        file_report(self._store, self._sessions, report, self.timeline.events)
         self._sessions += 1
-        return runner.report
+        return report
 
     @contextmanager
     def lead(
@@ -128,7 +129,7 @@ class Gang:
         reports = Reports()
         yield engine, reports
         engine.close()
-        file_report(self._store, self._sessions, runner.report, self.timeline.events)
+        file_report(self._store, self._sessions, runner.finish(), self.timeline.events)
         reports.ranks, reports.events = collect_reports(self._store, self._sessions, self.mesh.layout.world_size)
         self._sessions += 1
 

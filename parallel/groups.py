@@ -81,11 +81,16 @@ def open_groups(seat: Seat, mesh: Mesh, timeouts: Timeouts, device: torch.device
     cp = None
     if mesh.layout.cp > 1:
         for stage in range(mesh.layout.pp):
-            group = dist.new_group(mesh.ranks_of(stage), backend=backend, timeout=limit)
+            group = dist.new_group(
+                mesh.ranks_of(stage), backend=backend, timeout=limit, device_id=device if nccl else None
+            )
             cp = group if stage == mesh.stage else cp
     wires: dict[Edge, Wire] = {}
     for edge in mesh.edges():
-        group = dist.new_group([edge.source, edge.target], backend="nccl", timeout=_IDLE) if nccl else None
+        group = None
+        if nccl:
+            pair = [edge.source, edge.target]
+            group = dist.new_group(pair, backend="nccl", timeout=_IDLE, device_id=device)
         if mesh.rank in (edge.source, edge.target):
             wires[edge] = _wire(edge, mesh, device, group)
     yield Groups(cp=cp, wires=wires, device=device, through_host=device.type == "cuda" and not nccl)

@@ -138,7 +138,7 @@ class Head:
     def _noting(self, request: int) -> Callable[[Observation, Decision], None]:
         def note(seen: Observation, decision: Decision) -> None:
             video = self._videos[request]
-            flag = int(decision is not Decision.COMPUTE)
+            flag = decision.value
             video.flags.append(flag)
             video.log.add([flag])
             video.listener.decided(seen, decision)

@@ -55,7 +55,7 @@ class Header:
         number: messages of an edge are counted from 0.
         request: whose it is; -1 for none.
         item: what to run, or what was run.
-        flags: reuse flags since the last header of the request, in the order (tick, chunk): 0 computed, 1 reused.
+        flags: reuse flags since the last header of the request, in the order (tick, chunk): the values of `Decision`.
         digest: of all flags of the request so far.
         shape: of the payload; empty for none.
         dtype: of the payload.
@@ -90,7 +90,7 @@ class Header:
             self.digest,
             *shape,
         )
-        content = fixed + body + _pack_bits(self.flags)
+        content = fixed + body + _pack_flags(self.flags)
         if len(content) > HEADER_BYTES:
             raise ValueError(f"a header of {len(content)} bytes does not fit into {HEADER_BYTES}")
         buffer[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -113,7 +113,7 @@ class Header:
             number=number,
             request=request,
             item=pickle.loads(content[start:end]) if body else None,
-            flags=_unpack_bits(content[end : end + (flags + 7) // 8], flags),
+            flags=_unpack_flags(content[end : end + (flags + 3) // 4], flags),
             digest=digest,
             shape=tuple(shape[:dimensions]),
             dtype=_DTYPES[dtype],
@@ -163,12 +163,13 @@ def unpack_admit(payload: Tensor) -> Admit:
     return loaded
 
 
-def _pack_bits(flags: tuple[int, ...]) -> bytes:
-    packed = bytearray((len(flags) + 7) // 8)
+def _pack_flags(flags: tuple[int, ...]) -> bytes:
+    """Four to a byte."""
+    packed = bytearray((len(flags) + 3) // 4)
     for index, flag in enumerate(flags):
-        packed[index // 8] |= flag << index % 8
+        packed[index // 4] |= flag << 2 * (index % 4)
     return bytes(packed)
 
 
-def _unpack_bits(packed: bytes, count: int) -> tuple[int, ...]:
-    return tuple(packed[index // 8] >> index % 8 & 1 for index in range(count))
+def _unpack_flags(packed: bytes, count: int) -> tuple[int, ...]:
+    return tuple(packed[index // 4] >> 2 * (index % 4) & 3 for index in range(count))

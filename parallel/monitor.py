@@ -73,7 +73,7 @@ class Monitor:
         self._board = FailureBoard(store)
         self._failure: Failure | None = None
         self._failed_at = 0.0
-        self._doing, self._items, self._beats = "starting", 0, 0
+        self._doing, self._last, self._items, self._beats = "starting", "starting", 0, 0
         self._outstanding: Callable[[], int] = lambda: 0
         self._seen = {rank: _Seen() for rank in range(mesh.layout.world_size) if rank != mesh.rank}
         self._idle = 0.0
@@ -106,7 +106,7 @@ class Monitor:
     def working(self, what: str) -> None:
         """This rank begins with something."""
         self._items += 1
-        self._doing = what
+        self._doing = self._last = what
 
     def waiting(self) -> None:
         """This rank is through with what it did."""
@@ -181,6 +181,7 @@ class Monitor:
             "beats": self._beats,
             "items": self._items,
             "doing": self._doing,
+            "last": self._last,
             "first": self._items <= 4,
             "outstanding": self._outstanding(),
             "pid": os.getpid(),
@@ -211,7 +212,7 @@ class Monitor:
         seen.beat, seen.doing = text, doing
         if self._failure is not None:
             return bool(doing)
-        at = f" at {beat['doing']}" if beat["doing"] else ""
+        at = f" at {beat['doing']}" if beat["doing"] else f" after {beat['last']}"
         limit = self._timeouts.first if beat["first"] else self._timeouts.step
         if seen.silent > self._timeouts.silent:
             failure = self.fail(f"{self._mesh.name(rank)} has given no sign of life for {seen.silent:.0f} s{at}")

@@ -25,6 +25,7 @@ from parallel.mesh import Mesh
 from parallel.message import Admit, Header
 from parallel.monitor import Monitor
 from parallel.report import RankReport
+from parallel.stopwatch import Stopwatch
 from parallel.timeline import Timeline
 from parallel.ulysses import TokenSplit, UlyssesShare, local_heads
 
@@ -76,14 +77,20 @@ class StageRunner:
         self._stage = Stage(stage.model)
         self._flags: dict[int, FlagLog] = {}
         self._splits: dict[int, TokenSplit] = {}
+        self._stopwatch = Stopwatch(stage.model.kv.device)
         layers = stage.model.kv.layers
-        self.report = RankReport(
+        self._report = RankReport(
             rank=mesh.rank,
             stage=mesh.stage,
             slot=mesh.slot,
             layers=(layers.start, layers.stop),
             weight_bytes=stage.model.weight_bytes,
         )
+
+    @property
+    def report(self) -> RankReport:
+        """What was counted so far; `busy` is set by `finish`."""
+        return self._report
 
     @property
     def model(self) -> VideoModel:
@@ -93,6 +100,11 @@ class StageRunner:
     def ready(self) -> None:
         """Loading is over; this rank waits for work."""
         self._monitor.waiting()
+
+    def finish(self) -> RankReport:
+        """The report, once all work is done."""
+        self._report.busy = self._stopwatch.seconds()
+        return self._report
 
     def admit(self, admit: Admit) -> None:
         """Take a request in.
@@ -140,9 +152,11 @@ class StageRunner:
         self._monitor.working(describe(item))
         began = time.perf_counter()
         self._follow(header)
-        hidden = self._stage.forward(item, hidden)
+        with self._stopwatch.measure():
+            hidden = self._stage.forward(item, hidden)
+        if self._timeline.wanted and hidden.device.type == "cuda":
+            torch.cuda.synchronize(hidden.device)  # a trace shows when it was computed, not when it was launched
         self.report.items += 1
-        self.report.busy += time.perf_counter() - began
         self._timeline.add("compute", began, item)
         self._monitor.waiting()
         return hidden

@@ -2,7 +2,7 @@
 
 Three kinds, by name: `residual` adds the increment of the last computed step, as published; `velocity` takes its
 velocity times the present step size, which is right when step sizes differ; `extrapolate` continues the last two
-computed velocities to the present time, a damped first-order Taylor step (the idea of TaylorSeer and SCOPE).
+computed velocities to the present time, a first-order Taylor step (the idea of TaylorSeer and SCOPE).
 
 The memory is per chunk and bounded by the window. Shapes: latents and velocities [1, C, T, h, w].
 """
@@ -34,10 +34,11 @@ class ReuseMemory:
     Args:
         kind: one of `KINDS`; `extrapolate` extrapolates every step that is not computed.
         both: a policy may ask for extrapolation where `kind` is another.
-        damping: share of the extrapolated change that is taken; 0 makes `extrapolate` the same as `velocity`.
+        damping: share of the extrapolated change that is taken; 0 makes `extrapolate` the same as `velocity`. All of it
+            was best on magi-pocket (docs/reuse.md).
     """
 
-    def __init__(self, kind: str, *, both: bool = False, damping: float = 0.5) -> None:
+    def __init__(self, kind: str, *, both: bool = False, damping: float = 1.0) -> None:
         if kind not in KINDS:
             raise InputError(f"unknown kind of reuse {kind!r}: choose from {', '.join(KINDS)}")
         if not 0 <= damping <= 1:

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.ledger import Ledger, Plan
 from benchmarks.quality import app
 from benchmarks.report import run_app
-from benchmarks.sweep import LEAN, Setting
+from benchmarks.sweep import LEAN, STAND_INS, Setting
 from models.errors import InputError
 from tests.benchmarks.test_pareto import trial
 
@@ -65,6 +65,7 @@ def test_a_new_plan_forgets_old_results(tmp_path):
     assert Ledger(tmp_path, RUN).trials == []
 
 
+@pytest.mark.slow
 def test_a_small_sweep_runs_and_goes_on_after_it_was_stopped(tmp_path, untrained_weights, capsys):
     sizes = ["--quick", "--prompts", "1", "--chunks", "2", "--steps", "4", "--warmup", "1"]
     options = [*sizes, "--weights", str(untrained_weights), "--out", str(tmp_path)]
@@ -75,7 +76,7 @@ def test_a_small_sweep_runs_and_goes_on_after_it_was_stopped(tmp_path, untrained
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert len(lines) == len(plan["settings"]) > 15
     rows = list(csv.DictReader((tmp_path / "quality.csv").open()))
-    assert len(rows) == len(lines) and {row["kind"] for row in rows} == {"", "residual", "velocity", "extrapolate"}
+    assert len(rows) == len(lines) and {row["stands_in"] for row in rows} == {"", *(one.label for one in STAND_INS)}
     assert all(0 < float(row["computed"]) <= 1 for row in rows)
     for name in ("pareto.png", "speed.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -95,7 +96,8 @@ def test_a_small_sweep_runs_and_goes_on_after_it_was_stopped(tmp_path, untrained
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [(["--model", "magi-24b"], "magi-24b"), (["--kind", "magic"], "magic")]
+    ("options", "message"),
+    [(["--model", "magi-24b"], "magi-24b"), (["--kind", "magic"], "magic"), (["--extrapolate-from", "2"], "2")],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path, capsys, options, message):
     assert run_app(app, "quality", [*options, "--out", str(tmp_path)]) == 2

@@ -1,17 +1,20 @@
 """Settings that are compared, and thresholds that are found."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.sweep import (
     LEAN,
+    STAND_INS,
     WORK,
     Grid,
     ObservationLog,
     Setting,
+    StandIn,
     calibrate,
     estimate_threshold,
     ladder,
@@ -21,8 +24,9 @@ from engine.cache import Decision, Observation
 from engine.cache.policy import ChunkPolicy
 from engine.schedule import Schedule
 
-GRID = Grid(warmup=2, kind="velocity", fractions=(0.8, 0.5), budgets=(1, 3))
-PRESETS = {name: GRID.reuse("flowcache", "velocity", 0.01 * (i + 1)) for i, name in enumerate(WORK)}
+VELOCITY = StandIn(kind="velocity")
+GRID = Grid(warmup=2, chosen=VELOCITY, fractions=(0.8, 0.5), budgets=(1, 3))
+PRESETS = {name: GRID.reuse("flowcache", VELOCITY, 0.01 * (i + 1)) for i, name in enumerate(WORK)}
 
 
 def watched(chunks=6, distance=lambda chunk, step: 0.01):
@@ -52,20 +56,28 @@ def test_settings_become_those_of_the_engine():
     cache = setting.cache
     assert (cache.policy, cache.reuse, cache.threshold, cache.warmup_steps) == ("flowcache", "velocity", 0.02, 3)
     assert not cache.clean_forward and not cache.nearly_clean_mix and setting.kv.budget == 2
+    assert replace(setting, extrapolate_from=0.5).cache.extrapolate_from == 0.5
     vanilla = Setting().cache
     assert vanilla.policy == "none" and vanilla.clean_forward and vanilla.nearly_clean_mix
     assert setting.plain == Setting(passes=LEAN, budget=2)
 
 
 def test_the_grid_has_everything_once_and_each_has_its_reference():
-    settings = GRID.settings(lambda method, kind, fraction: round(1 - fraction, 3), PRESETS)
-    assert len(settings) == len(set(settings)) == 2 + 2 * 3 * 2 + 2 + 2 + 2 * 3
-    lean_curves = {one.plain for one in settings if one.method != "none" and one.budget is None}
+    found = GRID.settings(lambda method, stand_in, fraction: round(1 - fraction, 3), PRESETS)
+    assert len(found) == len(set(found)) == 2 + 2 * 4 * 2 + 2 + 2 + 2 * 3
+    lean_curves = {one.plain for one in found if one.method != "none" and one.budget is None}
     assert lean_curves == {Setting(), Setting(passes=LEAN)}
-    assert {one.budget for one in settings} == {None, 1, 3}
-    assert {one.plain for one in settings} <= set(settings)
+    assert {one.budget for one in found} == {None, 1, 3}
+    assert {one.plain for one in found} <= set(found)
 
 
+def test_what_was_chosen_is_swept_too():
+    odd = StandIn(kind="residual", extrapolate_from=0.7)
+    assert replace(GRID, chosen=odd).stand_ins == (*STAND_INS, odd) and GRID.stand_ins == STAND_INS
+    assert [one.label for one in (VELOCITY, odd)] == ["velocity", "residual, extrapolate from 0.7"]
+
+
+@settings(deadline=None)
 @given(st.floats(0.4, 0.95))
 def test_an_estimated_threshold_computes_about_the_fraction(fraction):
     seen = [watched(distance=lambda chunk, step: 0.01 * (1 + step % 3) * (1 + chunk % 2))]

@@ -90,8 +90,8 @@ def test_kinds_differ_when_step_sizes_do():
         increments[kind] = memory.increment(0, Decision.REUSE, time=0.2, size=0.3).item()
     assert increments["residual"] == pytest.approx(0.2)
     assert increments["velocity"] == pytest.approx(0.6)
-    # Half of the change from 1 to 2 is taken once more: (2 + 0.5) * 0.3.
-    assert increments["extrapolate"] == pytest.approx(0.75)
+    # The change from 1 to 2 is taken once more: (2 + 1) * 0.3.
+    assert increments["extrapolate"] == pytest.approx(0.9)
 
 
 def test_extrapolation_is_a_middle_answer():

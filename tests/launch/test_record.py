@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from engine.cache import CacheSettings
+from engine.kv import SelectionSettings
 from engine.record import NOT_ACTIVE, RunRecord
 from launch import __version__
 from launch.app import run
@@ -29,10 +30,9 @@ def test_record_then_plot(flowcache: Callable[..., Result], tmp_path: Path, rand
     assert sorted(os.listdir(tmp_path)) == ["run", "video.mp4"]
     assert sorted(os.listdir(tmp_path / "run")) == ["record.json", "record.npz"]
     record = RunRecord.load(tmp_path / "run")
-    for kind in ("reuse", "distance", "kv"):
-        plotted = flowcache("plot", kind, "run")
-        assert (plotted.returncode, plotted.stdout, plotted.stderr) == (0, f"run/{kind}.png\n", "")
-        assert (tmp_path / "run" / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
+    plotted = flowcache("plot", "kv", "run")
+    assert (plotted.returncode, plotted.stdout, plotted.stderr) == (0, "run/kv.png\n", "")
+    assert (tmp_path / "run" / "kv.png").read_bytes().startswith(b"\x89PNG")
 
     settings = dict(record.settings)
     assert f"{record.computed_fraction:.0%} of the steps computed" in result.stdout
@@ -41,11 +41,9 @@ def test_record_then_plot(flowcache: Callable[..., Result], tmp_path: Path, rand
     assert 0 < record.tick_seconds.sum() < seconds["making"] and seconds["loading"] > 0
     assert settings.pop("computed_fraction") == pytest.approx(record.computed_fraction)
     assert settings.pop("kv_bytes") > 1_000_000
-    cache = settings.pop("cache")
-    assert CacheSettings(**cache) and (cache["policy"], cache["threshold"], cache["reuse"]) == (
-        ("flowcache", 0.2, "velocity")
-    )
-    assert settings.pop("kv") == {"budget": 1, "selection": _default_selection()}
+    cache = CacheSettings(**settings.pop("cache"))
+    assert (cache.policy, cache.threshold, cache.reuse) == ("flowcache", 0.2, "velocity")
+    assert settings.pop("kv") == {"budget": 1, "selection": asdict(SelectionSettings())}
     assert settings == {
         "version": __version__,
         "model": "magi-pocket",
@@ -73,7 +71,7 @@ def test_a_run_without_reuse_records_distances_too(
     assert record.computed_fraction == 1 and record.flags.shape == (5, 2) and active.sum() == 8
     first_steps = [record.distances[active[:, chunk], chunk][0] for chunk in range(2)]
     assert np.isnan(first_steps).all() and np.isfinite(record.distances).sum() == 6
-    assert record.tick_items.sum() == 8 + 2 + 1 or record.tick_items.sum() > 8  # copy passes and a clean pass on top
+    assert record.tick_items.sum() > 8  # at least the clean pass of chunk 0 on top
     assert json.loads(Path("deep/run/record.json").read_text())["cache_preset"] == "none"
 
 
@@ -89,9 +87,3 @@ def test_a_clip_that_is_gone_on_from_is_in_the_record(
     assert record.settings["prefix_frames"] == 32
     assert (record.flags[:, 0] == NOT_ACTIVE).all() and (record.flags[:, 1:] != NOT_ACTIVE).any(axis=0).all()
     assert run(["plot", "kv", "run"]) == 0
-
-
-def _default_selection() -> dict[str, object]:
-    from engine.kv import SelectionSettings
-
-    return asdict(SelectionSettings())

@@ -149,7 +149,33 @@ def loaded(gang, values, out):
     videos(gang, values, out, wrap=lambda _: model)
 
 
-SCENARIOS = {"loaded": loaded, "videos": videos, "trouble": trouble, "goldens": goldens}
+def abandoned(gang, values, out):
+    """The lead walks away from a video, asks for one that cannot be made, and goes on with the gang."""
+    pipeline = stage_pipeline(small_config(), gang.mesh)
+    if not gang.mesh.leads:
+        gang.serve(pipeline.stage)
+        gang.serve(pipeline.stage)
+        return
+    with gang.lead(pipeline) as (engine, first):
+        begun = engine.generate(request(chunks=6))
+        next(begun)
+        begun.close()
+        kept = engine.submit(request(seed=1))
+        engine.step()
+        try:
+            engine.submit(request(num_steps=10))
+        except InputError as error:
+            refused = str(error)
+        whole = []
+        while engine.in_flight:
+            whole += [made.chunk.latents for made in engine.step() if made.video == kept]
+    with gang.lead(pipeline) as (engine, second):
+        again = [chunk.latents for chunk in engine.generate(request(seed=2))]
+    reports = [first.ranks, second.ranks]
+    torch.save({"latents": [whole, again], "refused": refused, "reports": reports}, out)
+
+
+SCENARIOS = {"abandoned": abandoned, "loaded": loaded, "videos": videos, "trouble": trouble, "goldens": goldens}
 
 
 def main():

@@ -11,7 +11,7 @@ from parallel.flags import FlagLog, FlagMismatch
 
 SCHEDULE = Schedule(first=0, chunks=5, num_steps=8, window=4)
 STEPS = [(tick.index, chunk, step) for tick in SCHEDULE for chunk, step in tick.active]
-flags = st.lists(st.integers(0, 1), min_size=1, max_size=len(STEPS))
+flags = st.lists(st.integers(0, 2), min_size=1, max_size=len(STEPS))
 
 
 def item(index):
@@ -28,14 +28,14 @@ def test_the_digest_does_not_depend_on_how_flags_come(flags, cut):
     parts.add(flags[:cut])
     parts.add(flags[cut:])
     assert whole.digest == parts.digest
-    assert (parts.count, parts.reused) == (len(flags), sum(flags))
+    assert (parts.count, parts.reused) == (len(flags), sum(flag > 0 for flag in flags))
     parts.check(item(len(flags) - 1), whole.digest)
 
 
 @given(flags=flags, data=st.data())
 def test_one_other_flag_is_seen(flags, data):
     flipped = list(flags)
-    flipped[data.draw(st.integers(0, len(flags) - 1))] ^= 1
+    flipped[data.draw(st.integers(0, len(flags) - 1))] ^= 3
     head, other = FlagLog(SCHEDULE), FlagLog(SCHEDULE)
     head.add(flags)
     other.add(flipped)

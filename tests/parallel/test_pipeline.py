@@ -1,5 +1,10 @@
 """Videos over several ranks: the same bits as from one process, and no work for what is reused."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,11 +13,12 @@ from engine.prepare import encode, prepare
 from engine.record import RunTrace
 from parallel.flags import FlagLog
 from parallel.message import HEADER_BYTES
-from tests.parallel.ranks import run
+from tests.parallel.ranks import command, run
 from tests.parallel.scenarios import settings, wanted
 from tests.parallel.small import SmallPipeline, one_thread, small_config
 
-FLOWCACHE = {"policy": "flowcache", "threshold": 0.05, "warmup_steps": 2, "clean_forward": False}
+ROOT = Path(__file__).parent.parent.parent
+FLOWCACHE = {"policy": "flowcache", "threshold": 0.1, "warmup_steps": 2, "clean_forward": False}
 TOKENS, HIDDEN, FLOATS = 36, 32, 4
 VELOCITY = 16 * 6 * 4 * 6 * FLOATS
 
@@ -46,10 +52,10 @@ CASES = {
         "pp": 2,
         "config": {"guided": True},
         "requests": [{"prefix": 32}],
-        "cache": {**FLOWCACHE, "clean_forward": True},
+        "cache": {**FLOWCACHE, "threshold": 0.3, "clean_forward": True},
         "trace": True,
     },
-    "teacache": {"pp": 2, "cache": {"policy": "teacache", "threshold": 0.05, "warmup_steps": 3}, "trace": True},
+    "teacache": {"pp": 2, "cache": {"policy": "teacache", "threshold": 0.1, "warmup_steps": 3}, "trace": True},
     "barrier": {"pp": 2, "barrier": True},
 }
 
@@ -117,3 +123,39 @@ def test_settings_reach_every_stage(tmp_path):
     assert kept[4].sum().item() == pytest.approx(2)
     assert kept[0].tolist() == [1, 0, 0, 0, 0, 0]
     assert record.kept[4].sum() == pytest.approx(2)
+
+
+def test_a_gang_goes_on_after_a_video_that_was_given_up_or_refused(tmp_path):
+    got = run(tmp_path, "abandoned", pp=2)
+    same(got["latents"], alone({"requests": [{"seed": 1}, {"seed": 2}]})[0])
+    assert "multiple of 4" in got["refused"]
+    for reports in got["reports"]:
+        assert reports[0].digests == reports[1].digests
+        assert reports[0].items == reports[1].items
+
+
+def torchrun(count, name, out, values):
+    started = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.run(
+        [sys.executable, *started, *command(name, out, values)[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_torchrun_starts_the_same_ranks(tmp_path):
+    values = {"layout": {"pp": 2}, "requests": [{"chunks": 2}]}
+    done = torchrun(2, "videos", tmp_path / "out.pt", values)
+    assert done.returncode == 0, done.stderr
+    same(torch.load(tmp_path / "out.pt", weights_only=False)["latents"], alone(values)[0])
+
+
+def test_under_torchrun_one_rank_says_what_went_wrong(tmp_path):
+    values = {"layout": {"pp": 2}, "action": "raise", "rank": 1}
+    done = torchrun(2, "trouble", tmp_path / "out.pt", values)
+    assert done.returncode != 0
+    said = re.findall(r"^error: .*", done.stderr, re.MULTILINE)
+    assert len(said) == 1
+    assert re.match(r"error: rank 1 \(stage 1 of 2\): request 0, tick \d+, chunk \d+ .*a matrix of sorrows", said[0])
