@@ -47,7 +47,7 @@ __all__ = ["app"]
 
 _MODEL = "magi-pocket"
 _SEEDS = 1000  # of noise per seed of the benchmark, so that two runs share none
-_QUICK_FRACTIONS, _QUICK_BUDGETS, _QUICK_RUNGS = (0.85, 0.65, 0.45), (2,), 5
+_QUICK_FRACTIONS, _QUICK_BUDGETS, _QUICK_RUNGS = (0.85, 0.65, 0.5), (1, 2, 4), 5
 _PROMPTS, _QUICK_PROMPTS = 20, 4
 
 app = typer.Typer(add_completion=False)

@@ -32,8 +32,8 @@ __all__ = [
 
 # magi-pocket's thresholds, for 16 steps; benchmarks.quality measures what they mean.
 POCKET_WARMUP = 3
-POCKET_SLOW = 0.06
-POCKET_FAST = 0.10
+POCKET_SLOW = 0.0629
+POCKET_FAST = 0.0994
 POCKET_TEACACHE = 0.06
 
 

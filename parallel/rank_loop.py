@@ -71,6 +71,7 @@ class RankLoop:
                 header.item, [hidden, *(part.payload for _, part in parts if part.payload is not None)]
             )
             for inbox, part in parts:
+                runner.report.item_bytes += part.nbytes
                 inbox.done(part)
             links.result(Header(kind=Kind.VELOCITY, request=header.request, item=header.item), velocity)
         elif links.is_tail:

@@ -45,7 +45,7 @@ def distance_figure(record: RunRecord) -> Figure:
     axes.grid(which="both", color=GRID, linewidth=0.6)
     if not few:
         axes.plot(progress, _medians(known), color="black", linewidth=2.2, label="median of the chunks")
-    _name_lines(figure, axes, made)
+    _name_lines(figure, axes, made, reused=bool(np.isin(record.flags, (1, 2)).any()))
     add_title(figure, "How far each chunk changes from step to step", record, time)
     return figure
 
@@ -70,10 +70,10 @@ def _medians(lines: np.ndarray) -> np.ndarray:
     return np.array([np.median(column) if len(column) else np.nan for column in columns])
 
 
-def _name_lines(figure: Figure, axes: Axes, made: range) -> None:
+def _name_lines(figure: Figure, axes: Axes, made: range, *, reused: bool) -> None:
     """A colour bar for many lines. For few a legend, of the dots too."""
     if len(made) <= FEW:
-        for name, face in (("computed", GREY), ("reused", "white")):
+        for name, face in [("computed", GREY), *([("reused", "white")] if reused else [])]:
             axes.plot([], [], linestyle="", marker="o", markersize=4.5, color=GREY, markerfacecolor=face, label=name)
         axes.legend(fontsize=9, ncols=1 + len(made) // 8)
         return

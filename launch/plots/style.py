@@ -22,6 +22,8 @@ GREY, GRID = "#666666", "#e4e4e4"
 FEW = 12
 """Chunks that can be told apart by colour, and whose cells have room for a number."""
 
+_SHOWN = {"model": "", "cache_preset": "cache "}  # settings in titles, and the word before each
+
 
 def map_height(chunks: int) -> float:
     """Of a map with a row for each chunk, in inches."""
@@ -49,7 +51,7 @@ def add_title(figure: Figure, title: str, record: RunRecord, time: Timeline) -> 
 def _settings(settings: Mapping[str, Any]) -> list[str]:
     """What tells runs apart, as far as the record says it."""
     parts = [f'"{textwrap.shorten(str(settings["prompt"]), 50, placeholder=" ...")}"'] if "prompt" in settings else []
-    parts += [str(settings[name]) for name in ("model", "cache_preset") if name in settings]
+    parts += [f"{word}{settings[name]}" for name, word in _SHOWN.items() if name in settings]
     cache, kv = settings.get("cache"), settings.get("kv")
     if isinstance(cache, dict) and cache.get("policy") != "none" and "threshold" in cache:
         parts.append(f"threshold {cache['threshold']}")

@@ -75,8 +75,9 @@ def pids(tmp_path, count):
 )
 def test_one_bad_rank_ends_all_and_is_named(tmp_path, action, layout, rank, message):
     count = layout.get("pp", 1) * layout.get("cp", 1)
+    calls = 200 if action == "stop" else 20  # so that there was a beat since work began
     with pytest.raises(GangError, match=message) as caught:
-        run(tmp_path, "trouble", **layout, action=action, rank=rank, timeouts=SHORT, requests=LONG)
+        run(tmp_path, "trouble", **layout, action=action, rank=rank, calls=calls, timeouts=SHORT, requests=LONG)
     assert caught.value.failure.status == (2 if action == "input" else 1)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.pt").exists()
