@@ -80,6 +80,8 @@ def test_what_does_not_occur_is_not_in_the_legend() -> None:
     texts = _texts(reuse_figure(made_up_record(threshold=0)))
     assert "100% computed" in texts and "extrapolated" not in texts
     assert "not in the window" not in _texts(reuse_figure(made_up_record(1)))
+    assert "reused" not in _texts(distance_figure(made_up_record(threshold=0)))
+    assert "reused" in _texts(distance_figure(made_up_record()))
 
 
 def test_chunks_of_a_prefix_are_given() -> None:
