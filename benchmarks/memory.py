@@ -28,6 +28,7 @@ from benchmarks.report import Cell, csv_text, machine_line, markdown_table, outp
 from benchmarks.verdict import Verdict, verdict_table
 from engine.engine import Engine
 from engine.executor import LocalExecutor
+from engine.heap import settle_heap
 from engine.kv import KVSettings
 from engine.request import Request
 from models.errors import InputError
@@ -110,6 +111,7 @@ def run(
 
 def make_long_video(length: Length, threads: int) -> LongVideo:
     """Make one video in this process, with a progress bar on standard error."""
+    settle_heap()  # as the command line does
     torch.set_num_threads(threads)
     config = pocket_config()
     pipeline = load_magi(config, length.weights, Loading())

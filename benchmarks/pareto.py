@@ -97,7 +97,7 @@ def compare(trials: Sequence[Trial], first: Way, second: Way, fraction: float) -
 
 def pareto_figure(trials: Sequence[Trial], title: str, fractions: Sequence[float]) -> Figure:
     """PSNR over computed fraction, one line per way; dotted lines where they are compared."""
-    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    figure = Figure(figsize=(9, 6.4), layout="constrained")
     axes = figure.add_subplot()
     for at in fractions:
         axes.axvline(100 * at, color="#888888", linewidth=1, linestyle=":")
@@ -106,13 +106,13 @@ def pareto_figure(trials: Sequence[Trial], title: str, fractions: Sequence[float
     for way, points in curves.items():
         _draw(axes, way, colours[way[1]], [(100 * one.computed, one.psnr) for one in points], joined=True)
     axes.set(title=title, xlabel="computed chunk-steps (% of all)", ylabel="PSNR against no reuse, same passes (dB)")
-    _finish(axes)
+    _finish(figure, axes)
     return figure
 
 
 def speed_figure(trials: Sequence[Trial], title: str) -> Figure:
     """Measured speed-up over computed fraction, with the line of a cost-free policy and 0.9 of it."""
-    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    figure = Figure(figsize=(9, 6.4), layout="constrained")
     axes = figure.add_subplot()
     curves = _mean_points(trials)
     colours = _colours(curves)
@@ -125,7 +125,7 @@ def speed_figure(trials: Sequence[Trial], title: str) -> Figure:
             ys = [share / at for at in places]
             axes.plot([100 * at for at in places], ys, color="#444444", linewidth=1, linestyle=style, label=label)
     axes.set(title=title, xlabel="computed chunk-steps (% of all)", ylabel="speed-up over no reuse, same passes (x)")
-    _finish(axes)
+    _finish(figure, axes)
     return figure
 
 
@@ -142,7 +142,7 @@ def _mean_points(trials: Sequence[Trial]) -> dict[Way, list[_Point]]:
     for one in on_curves(trials):
         groups[way_of(one.setting)][one.setting.threshold].append(one)
     found = {}
-    for way, by_threshold in groups.items():
+    for way, by_threshold in sorted(groups.items()):
         points = [
             _Point(
                 computed=_mean([one.computed for one in same]),
@@ -176,11 +176,11 @@ def _draw(axes: Axes, way: Way, colour: str, points: Sequence[tuple[float, float
     )
 
 
-def _finish(axes: Axes) -> None:
+def _finish(figure: Figure, axes: Axes) -> None:
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=9)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
 
 
 def _mean(values: Sequence[float]) -> float:

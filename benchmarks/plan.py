@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.ledger import Plan
@@ -18,7 +19,7 @@ from benchmarks.sweep import (
     calibrate,
     estimate_threshold,
     ladder,
-    threshold_at,
+    refined,
 )
 from benchmarks.trial import Case, Studio
 from engine.cache import CacheSettings, Policy
@@ -50,22 +51,23 @@ def make_plan(
     report("thresholds: watching distances")
     few = cases[:_LADDER_CASES]
     seen = [studio.observe(case) for case in few]
-    fractions: dict[tuple[str, StandIn], dict[float, float]] = {}
-    for method in METHODS:
-        rungs = _rungs(seen, method, grid)
-        for stand_in in grid.stand_ins:
-            report(f"thresholds: {method}, {stand_in.label}")
-            fractions[method, stand_in] = {
-                rung: statistics.fmean(studio.make(grid.reuse(method, stand_in, rung), case).computed for case in few)
-                for rung in rungs
-            }
-    report("thresholds: calibration")
-    found = _calibrated(studio, grid, cases[:_CALIBRATION_CASES], fractions["flowcache", grid.chosen])
-    presets = presets or {name: grid.reuse("flowcache", grid.chosen, one) for name, one in found.items()}
+
+    def computed(method: str, stand_in: StandIn, threshold: float) -> float:
+        setting = grid.reuse(method, stand_in, threshold)
+        return statistics.fmean(studio.make(setting, case).computed for case in few)
+
+    known: dict[tuple[str, StandIn], dict[float, float]] = {}
 
     def threshold(method: str, stand_in: StandIn, fraction: float) -> float:
-        return threshold_at(fractions[method, stand_in], fraction)
+        report(f"thresholds: {method}, {stand_in.label}, {fraction:.0%}")
+        measure = partial(computed, method, stand_in)
+        if (method, stand_in) not in known:
+            known[method, stand_in] = {rung: measure(rung) for rung in rungs[method]}
+        return refined(measure, known[method, stand_in], fraction)
 
+    rungs = {method: _rungs(seen, method, grid) for method in METHODS}
+    found = _calibrated(studio, grid, cases[:_CALIBRATION_CASES], partial(threshold, "flowcache", grid.chosen))
+    presets = presets or {name: grid.reuse("flowcache", grid.chosen, one) for name, one in found.items()}
     return Plan(run=run, settings=grid.settings(threshold, presets), presets=presets, calibrated=found)
 
 
@@ -79,10 +81,15 @@ def _rungs(seen: Sequence[Ticks], method: str, grid: Grid) -> list[float]:
     return ladder(lowest / 2, highest, grid.rungs)
 
 
-def _calibrated(
-    studio: Studio, grid: Grid, cases: Sequence[Case], fractions: Mapping[float, float]
-) -> dict[str, float]:
-    """Thresholds at which chunk-wise reuse does the share of vanilla's operations that `WORK` asks for."""
+def _calibrated(studio: Studio, grid: Grid, cases: Sequence[Case], start: Callable[[float], float]) -> dict[str, float]:
+    """Thresholds at which chunk-wise reuse does the share of vanilla's operations that `WORK` asks for.
+
+    Args:
+        studio: makes the videos.
+        grid: what stands in, and the warm-up.
+        cases: to measure on.
+        start: threshold of a computed fraction, near enough to search around.
+    """
     vanilla = [studio.make(Setting(), case).flops for case in cases]
 
     def work(setting: Setting) -> float:
@@ -94,7 +101,4 @@ def _calibrated(
         return work(grid.reuse("flowcache", grid.chosen, threshold))
 
     lean = work(Setting(passes=LEAN))
-    return {
-        name: calibrate(at, start=threshold_at(fractions, target / lean), target=target)
-        for name, target in WORK.items()
-    }
+    return {name: calibrate(at, start=start(target / lean), target=target) for name, target in WORK.items()}

@@ -20,7 +20,7 @@ from engine.record import RunTrace
 
 __all__ = [
     *("LEAN", "METHODS", "VANILLA", "WORK", "Grid", "ObservationLog", "STAND_INS", "Setting", "StandIn", "Ticks"),
-    *("calibrate", "estimate_threshold", "ladder", "threshold_at"),
+    *("calibrate", "estimate_threshold", "ladder", "refined"),
 ]
 
 METHODS = ("flowcache", "teacache")
@@ -29,6 +29,7 @@ WORK = {"flowcache-slow": 0.53, "flowcache-fast": 0.46}
 """Counted operations of the presets as a share of vanilla's, as in the paper."""
 _LOWEST, _HIGHEST = 1e-6, 1e2  # thresholds that are searched
 _HALVINGS = 40
+_NEAR = 0.02  # of a computed fraction
 
 Ticks = Sequence[Sequence[Observation]]
 """What was seen of a video's chunks, tick by tick."""
@@ -207,21 +208,38 @@ def ladder(lowest: float, highest: float, count: int) -> list[float]:
     return [rounded(lowest * ratio**i) for i in range(count)]
 
 
-def threshold_at(measured: Mapping[float, float], target: float) -> float:
-    """The threshold of a computed fraction, between those that were measured; the nearest end outside of them.
+def refined(measure: Callable[[float], float], measured: dict[float, float], target: float, tries: int = 5) -> float:
+    """The threshold of a computed fraction: between or beyond known ones, measured until it is near.
 
     Args:
-        measured: computed fraction at each threshold; one that rises with the threshold counts as the one before.
+        measure: computed fraction at a threshold; it may jump, and rise a little where it should fall.
+        measured: what is known, of two thresholds at least; the new points are added.
         target: the fraction that is wanted.
+        tries: most measurements.
     """
+    for attempt in range(tries):
+        nearest = min(measured, key=lambda one: (abs(measured[one] - target), one))
+        if abs(measured[nearest] - target) <= _NEAR:
+            return nearest
+        threshold = rounded(_between(measured, target, halve=attempt % 2 == 1))
+        if threshold in measured:
+            break
+        measured[threshold] = measure(threshold)
+    return min(measured, key=lambda one: (abs(measured[one] - target), one))
+
+
+def _between(measured: Mapping[float, float], target: float, *, halve: bool) -> float:
+    """A threshold to try next: interpolated, or half-way between the two where the fraction falls below the target."""
     thresholds = sorted(measured)
     fractions = list(itertools.accumulate((measured[one] for one in thresholds), min))
-    for i in range(1, len(thresholds)):
-        above, below = fractions[i - 1], fractions[i]
-        if above >= target > below:
-            share = (above - target) / (above - below)
-            return rounded(thresholds[i - 1] ** (1 - share) * thresholds[i] ** share)
-    return thresholds[0] if target > fractions[0] else thresholds[-1]
+    above = sum(fraction > target for fraction in fractions)
+    if above == 0:
+        return thresholds[0] / 2
+    if above == len(thresholds):
+        return thresholds[-1] * 2
+    before, after = fractions[above - 1], fractions[above]
+    share = 0.5 if halve else (before - target) / (before - after)
+    return thresholds[above - 1] ** (1 - share) * thresholds[above] ** share
 
 
 def calibrate(measure: Callable[[float], float], *, start: float, target: float, halvings: int = 8) -> float:

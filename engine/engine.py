@@ -177,11 +177,11 @@ class Engine:
         schedule = run.schedule
         if trace is not None:
             trace.begin(schedule)
-        totals = Totals(items=self._run_all(run.prefix_work()))
+        totals = Totals(items=self._run_all(run.prefix_work(), kv, None))
         done = 0
         for tick in schedule:
             began, before = time.perf_counter(), totals
-            totals = self._tick(run, tick, totals, trace)
+            totals = self._tick(run, kv, tick, totals, trace)
             run.seal(tick)
             finished = None if tick.finishing is None else run.finish(tick.finishing)
             done += finished is not None
@@ -189,15 +189,13 @@ class Engine:
             if trace is not None:
                 seconds = time.perf_counter() - began
                 trace.ticked(tick.index, seconds=seconds, items=totals.items - before.items, fill=fill)
-                if tick.retiring is not None:
-                    trace.retired(tick.retiring, kv.kept_shares(tick.retiring + 1).numpy())
             if on_progress is not None:
                 on_progress(Progress.of(schedule, tick, done, totals, kv_fill=fill, kv_bytes=kv.nbytes))
             if finished is not None and finished.shape[2]:
                 yield finished
 
-    def _tick(self, run: VideoRun, tick: Tick, totals: Totals, trace: RunTrace | None) -> Totals:
-        items = self._run_all(run.begin(tick))
+    def _tick(self, run: VideoRun, kv: KVBuffer, tick: Tick, totals: Totals, trace: RunTrace | None) -> Totals:
+        items = self._run_all(run.begin(tick), kv, trace)
         computed = 0
         decided = run.decide(tick)
         for seen, decision in decided:
@@ -206,7 +204,7 @@ class Engine:
             if decision is not Decision.COMPUTE:
                 continue
             work = run.open(tick, seen.chunk, seen.step)
-            velocities = [self._executor.run(one) for one in work]
+            velocities = [self._run_one(one, kv, trace) for one in work]
             run.close(seen.chunk, seen.step, [one.item.what for one in work], velocities)
             items += len(work)
             computed += 1
@@ -214,7 +212,17 @@ class Engine:
             items=totals.items + items, computed=totals.computed + computed, steps=totals.steps + len(decided)
         )
 
-    def _run_all(self, work: list[Work]) -> int:
+    def _run_all(self, work: list[Work], kv: KVBuffer, trace: RunTrace | None) -> int:
         for one in work:
-            self._executor.run(one)
+            self._run_one(one, kv, trace)
         return len(work)
+
+    def _run_one(self, work: Work, kv: KVBuffer, trace: RunTrace | None) -> Tensor:
+        """Run an item; chunks that retire do so with the first item after it, which may be some ticks later."""
+        velocity = self._executor.run(work)
+        retired = [op.chunk for op in work.item.before if op.kind == "retire"]
+        if trace is not None and retired:
+            shares = kv.kept_shares(retired[-1] + 1).numpy()
+            for chunk in retired:
+                trace.retired(chunk, shares[: chunk + 1])
+        return velocity

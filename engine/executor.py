@@ -82,11 +82,15 @@ class Stage:
         return self._admitted[request]
 
     @torch.no_grad()
-    def forward(self, item: WorkItem, hidden: Tensor) -> Tensor:
-        """Make an item's changes to the KV, then run the layers over hidden states [1, S, D] of its tokens."""
-        admitted = self._admitted[item.request]
+    def change(self, item: WorkItem) -> None:
+        """Make the changes to the KV that come before an item."""
         for op in item.before:
-            admitted.kv.apply(op)
+            self._admitted[item.request].kv.apply(op)
+
+    @torch.no_grad()
+    def forward(self, item: WorkItem, hidden: Tensor) -> Tensor:
+        """Run the layers over hidden states [1, S, D] of an item's tokens, after `change`."""
+        admitted = self._admitted[item.request]
         what, kv, share = item.what, admitted.kv, admitted.share
         asks = item.step is not None  # the next compression asks with the queries of what was denoised last
         view: KVView
@@ -109,5 +113,6 @@ class LocalExecutor(Stage):
     @torch.no_grad()
     def run(self, work: Work) -> Tensor:
         """Run one item; the velocity [1, C, T, h, w] fp32."""
+        self.change(work.item)
         hidden = self.forward(work.item, self.model.patches(work.x))
         return self.model.velocity(hidden, self.admitted(work.item.request).grid)

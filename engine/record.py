@@ -1,7 +1,8 @@
 """What happened in a run, compactly: decisions, distances, timings, and what of the past was kept.
 
 A record is a folder with `record.json` (settings and totals) and `record.npz` (arrays); plots are drawn from it. It
-knows figures only, no tensors of the model.
+knows figures only, no tensors of the model. What is held and written grows in proportion to the video, a few bytes for
+each step of each chunk; the tables over ticks and chunks, which grow with its square, are put together when asked for.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ __all__ = ["NOT_ACTIVE", "RunRecord", "RunTrace"]
 
 NOT_ACTIVE = 255
 """In `flags`: the chunk was not in the window. 0 is computed, 1 reused, 2 extrapolated."""
-_ARRAYS = ("flags", "distances", "tick_seconds", "tick_items", "fill", "kept")
+_ARRAYS = ("span", "decisions", "changes", "tick_seconds", "tick_items", "fill", "held")
 _SETTINGS_FILE, _ARRAYS_FILE = "record.json", "record.npz"
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, InputError)
 """What reading a file that is not whole can raise."""
 
 
@@ -39,27 +40,61 @@ class RunRecord:
 
     Attributes:
         settings: what was asked for, as plain JSON values.
-        flags: uint8 [ticks, chunks], see `NOT_ACTIVE`.
-        distances: float32 [ticks, chunks], relative L1; NaN where none was taken.
+        span: int64 [4], the schedule: first chunk that was made, all chunks, steps of a chunk, window.
+        decisions: uint8 [made chunks, steps], see `NOT_ACTIVE`.
+        changes: float32 [made chunks, steps], relative L1; NaN where none was taken.
         tick_seconds: float64 [ticks].
         tick_items: int32 [ticks], passes through the layers.
         fill: float32 [ticks], share of the KV buffer's rows in use at the tick's end.
-        kept: float32 [chunks, chunks]; row c is, after chunk c retired, the share of each chunk's tokens still held.
+        held: float64 [entries, 3]: after which chunk retired, of which chunk, what share of its tokens was still held.
     """
 
     settings: Mapping[str, Any]
-    flags: np.ndarray
-    distances: np.ndarray
+    span: np.ndarray
+    decisions: np.ndarray
+    changes: np.ndarray
     tick_seconds: np.ndarray
     tick_items: np.ndarray
     fill: np.ndarray
-    kept: np.ndarray
+    held: np.ndarray
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of the video."""
+        first, chunks, num_steps, window = (int(figure) for figure in self.span)
+        return Schedule(first=first, chunks=chunks, num_steps=num_steps, window=window)
+
+    @property
+    def flags(self) -> np.ndarray:
+        """The decisions by tick: uint8 [ticks, chunks], see `NOT_ACTIVE`."""
+        return self._by_tick(self.decisions, NOT_ACTIVE)
+
+    @property
+    def distances(self) -> np.ndarray:
+        """The changes by tick: float32 [ticks, chunks]; NaN where none was taken."""
+        return self._by_tick(self.changes, np.nan)
+
+    @property
+    def kept(self) -> np.ndarray:
+        """float32 [chunks, chunks]; row c is, after chunk c retired, the share of each chunk's tokens still held."""
+        chunks = self.schedule.chunks
+        table = np.zeros((chunks, chunks), dtype=np.float32)
+        table[self.held[:, 0].astype(int), self.held[:, 1].astype(int)] = self.held[:, 2]
+        return table
+
+    def _by_tick(self, steps: np.ndarray, missing: float) -> np.ndarray:
+        schedule = self.schedule
+        table = np.full((schedule.ticks, schedule.chunks), missing, dtype=steps.dtype)
+        for row, own in enumerate(steps):
+            begins = schedule.tick_of(schedule.first + row, 0)
+            table[begins : begins + schedule.num_steps, schedule.first + row] = own
+        return table
 
     @property
     def computed_fraction(self) -> float:
         """Computed chunk-steps as a share of all."""
-        active = self.flags != NOT_ACTIVE
-        return float((self.flags[active] == 0).mean()) if active.any() else 1.0
+        active = self.decisions != NOT_ACTIVE
+        return float((self.decisions[active] == 0).mean()) if active.any() else 1.0
 
     def save(self, folder: Path) -> None:
         """Write the folder, which is made if need be; a record that it holds already is replaced.
@@ -102,22 +137,22 @@ class RunRecord:
         return record
 
     def _check(self) -> None:
-        """Raises ValueError where arrays do not fit together."""
-        known = np.isin(self.flags, (*(decision.value for decision in Decision), NOT_ACTIVE))
-        if self.flags.ndim != 2 or not known.all() or (self.flags == NOT_ACTIVE).all():
-            raise ValueError("the flags are no table of decisions")
-        ticks, chunks = self.flags.shape
-        shapes = {
-            "distances": (ticks, chunks),
-            "tick_seconds": (ticks,),
-            "tick_items": (ticks,),
-            "fill": (ticks,),
-            "kept": (chunks, chunks),
-        }
+        """Raises ValueError or InputError where arrays do not fit together."""
+        if self.span.shape != (4,) or self.span.dtype.kind != "i":
+            raise ValueError("the span is no schedule")
+        schedule = self.schedule
+        steps, ticks = (schedule.chunks - schedule.first, schedule.num_steps), (schedule.ticks,)
+        shapes = {"decisions": steps, "changes": steps, "tick_seconds": ticks, "tick_items": ticks, "fill": ticks}
+        shapes["held"] = (len(self.held) if self.held.ndim else 0, 3)
         for name, shape in shapes.items():
             array = getattr(self, name)
             if array.shape != shape or array.dtype.kind not in "fiu":
                 raise ValueError(f"{name} are {array.dtype} {list(array.shape)}, not numbers {list(shape)}")
+        known = np.isin(self.decisions, (*(decision.value for decision in Decision), NOT_ACTIVE))
+        if not known.all() or (self.decisions == NOT_ACTIVE).all():
+            raise ValueError("the decisions are no table of flags")
+        if not ((self.held[:, :2] >= 0) & (self.held[:, :2] < schedule.chunks)).all():
+            raise ValueError("held names chunks that the video does not have")
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -141,28 +176,33 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 class RunTrace:
-    """A record in the making; the engine tells it what happens. Of fixed size once a schedule is known."""
+    """A record in the making; the engine tells it what happens."""
 
     def __init__(self) -> None:
+        self._first = 0
         self._arrays: dict[str, np.ndarray] = {}
+        self._held: list[np.ndarray] = []
 
     def begin(self, schedule: Schedule) -> None:
         """A run with that schedule starts."""
-        ticks, chunks = schedule.ticks, schedule.chunks
+        ticks, steps = schedule.ticks, (schedule.chunks - schedule.first, schedule.num_steps)
+        self._first = schedule.first
+        self._held = []
         self._arrays = {
-            "flags": np.full((ticks, chunks), NOT_ACTIVE, dtype=np.uint8),
-            "distances": np.full((ticks, chunks), np.nan, dtype=np.float32),
+            "span": np.array([schedule.first, schedule.chunks, schedule.num_steps, schedule.window], dtype=np.int64),
+            "decisions": np.full(steps, NOT_ACTIVE, dtype=np.uint8),
+            "changes": np.full(steps, np.nan, dtype=np.float32),
             "tick_seconds": np.zeros(ticks),
             "tick_items": np.zeros(ticks, dtype=np.int32),
             "fill": np.zeros(ticks, dtype=np.float32),
-            "kept": np.zeros((chunks, chunks), dtype=np.float32),
         }
 
     def decided(self, seen: Observation, decision: Decision) -> None:
         """A chunk's step was decided."""
-        self._arrays["flags"][seen.tick, seen.chunk] = decision.value
+        row = seen.chunk - self._first
+        self._arrays["decisions"][row, seen.step] = decision.value
         if seen.distance is not None:
-            self._arrays["distances"][seen.tick, seen.chunk] = seen.distance
+            self._arrays["changes"][row, seen.step] = seen.distance
 
     def ticked(self, tick: int, *, seconds: float, items: int, fill: float) -> None:
         """A tick is over."""
@@ -171,9 +211,13 @@ class RunTrace:
         self._arrays["fill"][tick] = fill
 
     def retired(self, chunk: int, shares: np.ndarray) -> None:
-        """A chunk has left the window; these shares of chunks 0 .. chunk are still held."""
-        self._arrays["kept"][chunk, : len(shares)] = shares
+        """A chunk has left the window; these shares of chunks 0 .. chunk are still held. Given chunks are not noted."""
+        if chunk < self._first:
+            return
+        (alive,) = np.nonzero(shares)
+        self._held.append(np.stack([np.full(len(alive), chunk), alive, shares[alive]], axis=1).astype(np.float64))
 
     def finish(self, settings: Mapping[str, Any]) -> RunRecord:
         """The record."""
-        return RunRecord(settings=settings, **self._arrays)
+        held = np.concatenate([np.zeros((0, 3)), *self._held])
+        return RunRecord(settings=settings, held=held, **self._arrays)

@@ -21,6 +21,7 @@ from torch import Tensor
 from engine.cache import Decision, Observation, Policy, ReuseMemory
 from engine.noise import NoiseSource
 from engine.schedule import Schedule, Tick
+from engine.state import RunState
 from engine.work import KVOp, WorkItem
 from models.family import Pass, Sampling
 
@@ -258,6 +259,30 @@ class VideoRun:
         latents = self._latents[chunk][:, :, start:]
         self._leave(chunk)
         return latents
+
+    def state(self) -> RunState:
+        """What the next ticks depend on; between ticks only, when every step that was opened is closed."""
+        return RunState(
+            latents=dict(self._latents),
+            before=dict(self._before),
+            ops=tuple(self._ops),
+            leaving=frozenset(self._leaving),
+            policy=self._reuse.policy.state(),
+            memory=self._reuse.memory.state(),
+        )
+
+    def restore(self, state: RunState) -> None:
+        """Go on from the state of a run of the same request; in place of `prefix_work` and the ticks before."""
+        self._latents = {chunk: part.to(self._device) for chunk, part in state.latents.items()}
+        self._before = {chunk: part.to(self._device) for chunk, part in state.before.items()}
+        self._ops, self._leaving = list(state.ops), set(state.leaving)
+        self._reuse.policy.restore(state.policy)
+        self._reuse.memory.restore(
+            {
+                chunk: [(time, size, velocity.to(self._device)) for time, size, velocity in held]
+                for chunk, held in state.memory.items()
+            }
+        )
 
     def _observe(self, chunks: Sequence[int]) -> dict[int, tuple[float, float]]:
         """L1 norms (of the change, of what was before) of the chunks' patch embeddings; one copy from the device."""

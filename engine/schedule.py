@@ -1,6 +1,9 @@
 """The sliding-window schedule of one video, as a pure function (specification 7.3).
 
 Plain Python: chunks and steps in, ticks out. It knows no model, no times and no tensors.
+
+A turn is the stretch of ticks from one chunk border to the next. At a border the window moves on: a chunk enters, or
+at the end of the video one leaves and none enters. The passes of given chunks (prefix) belong to the first turn.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from dataclasses import dataclass
 
 from models.errors import InputError
 
-__all__ = ["Schedule", "Tick"]
+__all__ = ["Schedule", "Tick", "Turn"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +35,21 @@ class Tick:
     entering: int | None
     retiring: int | None
     finishing: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """The ticks from one chunk border to the next.
+
+    Attributes:
+        index: turns are counted from 0.
+        chunk: the chunk that enters with it; None once all have.
+        slots: chunks that are active in it, in each of its ticks.
+    """
+
+    index: int
+    chunk: int | None
+    slots: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +93,36 @@ class Schedule:
     def ticks(self) -> int:
         """Length of the schedule."""
         return self.stages * self.stage_steps
+
+    @property
+    def turns(self) -> int:
+        """How many turns there are; the window moves on with each."""
+        return self.stages
+
+    def turn(self, index: int) -> Turn:
+        """One turn, in constant time.
+
+        Raises:
+            IndexError: the video does not have so many.
+        """
+        if not 0 <= index < self.turns:
+            raise IndexError(f"turn {index} of {self.turns}")
+        newest = self.first + index
+        oldest = max(self.first, newest - self.window + 1)
+        end = min(self.chunks, newest + 1)
+        return Turn(index=index, chunk=newest if newest < self.chunks else None, slots=end - oldest)
+
+    def turn_ticks(self, index: int) -> range:
+        """Ticks of a turn."""
+        return range(index * self.stage_steps, (index + 1) * self.stage_steps)
+
+    def turn_of(self, tick: int) -> int:
+        """The turn that a tick belongs to."""
+        return tick // self.stage_steps
+
+    def finished_before(self, turn: int) -> int:
+        """How many generated chunks have taken all their steps before a turn begins."""
+        return max(0, turn - self.window + 1)
 
     def tick(self, index: int) -> Tick:
         """One tick, in constant time."""

@@ -1,7 +1,8 @@
 """The command line: options, help, and how errors are shown.
 
 Every command does its work elsewhere and is imported when it is called, so that help is there at once. An error that
-the input caused is one line on standard error and exit status 2; Ctrl-C is exit status 130.
+the input caused is one line on standard error and exit status 2; a failure of ranks is one line and status 1; Ctrl-C
+is exit status 130. Of several ranks one shows the line.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from engine.heap import settle_heap
 from launch import __version__, options
+from launch.batch_command import BATCH_HELP, batch
 from launch.cache_presets import DEFAULT_CACHE, CacheOptions, KVOptions
+from launch.ending import BAD_INPUT, INTERRUPTED, Ended
 from models.errors import InputError
+from parallel.seat import Seat
 
 __all__ = ["app", "main", "run"]
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells count
-_TERMINATED = 143
-_BAD_INPUT = 2
+_TERMINATED = 143  # 128 + SIGTERM
 _HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
@@ -75,6 +78,10 @@ Faster, on all of the past in the room of two chunks, and with a record to draw:
 [cyan]flowcache generate "a red circle moving right" --cache flowcache-fast --kv-budget 2 --record run[/cyan]
 [cyan]flowcache plot reuse run[/cyan]
 
+On four processes or GPUs, and several videos that share them:
+[cyan]flowcache generate "a red circle moving right" --pp 2 --cp 2[/cyan]
+[cyan]flowcache generate "a red circle moving right" "a blue cross moving up" --pp 4 --out videos[/cyan]
+
 A released model, after downloading its weights ([cyan]flowcache models[/cyan] says which):
 [cyan]flowcache generate "a cat on a roof" --model magi-4.5b-distill --steps 16[/cyan]
 [cyan]flowcache generate "a cat on a roof" --config 4.5B_base_config.json --weights ckpt/magi/4.5B_base[/cyan]
@@ -83,12 +90,13 @@ A released model, after downloading its weights ([cyan]flowcache models[/cyan] s
 
 @app.command(help=_GENERATE_HELP)
 def generate(
-    prompt: options.Prompt,
+    context: typer.Context,
+    prompts: options.Prompts,
     model: options.Model = None,
     seconds: options.Seconds = None,
     chunks: options.Chunks = None,
     seed: options.Seed = 0,
-    out: options.Out = Path("video.mp4"),
+    out: options.Out = None,
     height: options.Height = None,
     width: options.Width = None,
     steps: options.Steps = None,
@@ -105,6 +113,12 @@ def generate(
     kv_retention: options.KVRetention = None,
     kv_queries: options.KVQueries = None,
     record: options.Record = None,
+    pp: options.PP = 1,
+    cp: options.CP = 1,
+    split: options.Split = None,
+    concurrency: options.Concurrency = None,
+    trace: options.Trace = None,
+    launcher: options.LauncherName = options.Launcher.LOCAL,
     config: options.Config = None,
     weights: options.Weights = None,
     attention: options.Attention = "sdpa",
@@ -112,17 +126,18 @@ def generate(
     threads: options.Threads = None,
 ) -> None:
     """Make a video from a prompt."""
-    from launch.generate import generate_video
+    from launch.command import generate_command
     from launch.plan import Options
+    from launch.ranks import RankOptions
 
-    summary = generate_video(
+    text = generate_command(
         Options(
-            prompt=prompt,
+            prompt=prompts[0],
             model=model,
             seconds=seconds,
             chunks=chunks,
             seed=seed,
-            out=out,
+            out=out or Path("video.mp4" if len(prompts) == 1 else "videos"),
             height=height,
             width=width,
             steps=steps,
@@ -144,9 +159,14 @@ def generate(
             attention=attention,
             precise=precision is options.Precision.REFERENCE,
             threads=threads,
-        )
+            ranks=RankOptions(pp=pp, cp=cp, split=split, concurrency=concurrency, trace=trace),
+        ),
+        prompts,
+        context.obj,
+        on_ray=launcher is options.Launcher.RAY,
     )
-    typer.echo(summary.text())
+    if text is not None:
+        typer.echo(text)
 
 
 @app.command()
@@ -158,14 +178,22 @@ def models() -> None:
 
 
 @app.command()
-def conformance(files: options.GoldenFiles) -> None:
+def conformance(
+    context: typer.Context,
+    files: options.GoldenFiles,
+    pp: options.PP = 1,
+    cp: options.CP = 1,
+    split: options.Split = None,
+) -> None:
     """Recompute golden files of the published code and compare.
 
     One line for each file. Exit status 0 if all pass, 1 if one fails, 2 if one cannot be read.
     """
-    from launch.listing import show_conformance
+    from launch.command import conformance_command
+    from launch.ranks import RankOptions
 
-    raise typer.Exit(show_conformance(files, report_error=_show_error))
+    ranks = RankOptions(pp=pp, cp=cp, split=split)
+    raise typer.Exit(conformance_command(files, ranks, context.obj, report_error=_show_error))
 
 
 @plot.command("reuse")
@@ -189,33 +217,76 @@ def plot_kv(run_dir: options.RunFolder, out: options.PlotOut = None) -> None:
     _plot("kv", run_dir, out)
 
 
+@plot.command("pipeline")
+def plot_pipeline(run_dir: options.RunFolder, out: options.PlotOut = None) -> None:
+    """What each rank did when, and where its idle time went; of a run on ranks ([cyan]--pp[/cyan], [cyan]--cp[/cyan]).
+
+    Prints a table as well: the share of the time that each rank was busy, and what it waited for otherwise.
+    """
+    from launch.plots import plot_pipeline as draw
+
+    typer.echo(draw(run_dir, out or run_dir / "pipeline.png"))
+
+
 def _plot(kind: str, run_dir: Path, out: Path | None) -> None:
     from launch.plots import plot_record
 
     typer.echo(plot_record(kind, run_dir, out or run_dir / f"{kind}.png"))
 
 
+app.command(help=BATCH_HELP)(batch)
+
+
 def main() -> NoReturn:
     """Run the command line of this process and exit."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))  # unwinds, so that nothing is left behind
-    sys.exit(run(sys.argv[1:]))
+    settle_heap()
+    if _is_alone():  # a rank is told by its gang, which first finds out why
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))  # unwinds, so that nothing is left behind
+    try:
+        status: int | str | None = run(sys.argv[1:])
+    except SystemExit as stopped:
+        status = stopped.code
+    if status and "torch.distributed" in sys.modules and _seat() is not None:
+        from parallel.monitor import leave
+
+        leave(int(status))  # threads that wait for ranks that are gone would hold an orderly exit up
+    sys.exit(status)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; errors of the input are shown, not raised.
 
     Returns:
-        The exit status: 0, 1 where a check failed, 2 for bad input, 130 after Ctrl-C.
+        The exit status: 0, 1 where a check or a rank failed, 2 for bad input, 130 after Ctrl-C.
     """
+    shown_here = True
     try:
+        seat = _seat()
+        shown_here = seat is None or (seat.rank == 0 and not seat.launcher_speaks)
         # Typer turns an interrupt into a status by itself.
-        status = app(args=list(arguments), prog_name="flowcache", standalone_mode=False) or 0
+        status = app(args=list(arguments), prog_name="flowcache", standalone_mode=False, obj=tuple(arguments)) or 0
     except (InputError, typer.TyperException) as error:
-        _show_error(error)
-        return _BAD_INPUT
-    if status == _INTERRUPTED:
+        if shown_here:  # all ranks were given the same
+            _show_error(error)
+        return BAD_INPUT
+    except Ended as ended:
+        status = ended.status
+        if ended.shown_here and status != INTERRUPTED:
+            _show_error(ended)
+    if status == INTERRUPTED and shown_here:
         typer.echo("flowcache: stopped", err=True)
     return int(status)
+
+
+def _seat() -> Seat | None:
+    return Seat.from_environment()
+
+
+def _is_alone() -> bool:
+    try:
+        return _seat() is None
+    except InputError:  # which is shown later
+        return True
 
 
 def _show_error(error: Exception) -> None:

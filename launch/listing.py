@@ -14,8 +14,10 @@ from models.errors import InputError
 
 if TYPE_CHECKING:
     from engine.conformance import Verdict
+    from launch.ranks import RankOptions
+    from parallel.seat import Seat
 
-__all__ = ["show_conformance", "show_models"]
+__all__ = ["show_conformance", "show_conformance_on_ranks", "show_models"]
 
 _NOTES = """\
 Disk: the DiT and the autoencoder as stored; of a released model also T5 (19 GB). Those share autoencoder and T5.
@@ -64,15 +66,52 @@ def show_conformance(files: Sequence[Path], *, report_error: Callable[[InputErro
             report_error(error)
             status = 2
             continue
-        style = "green" if verdict.passed else "bold red"
-        console.print(_line(verdict), style=style, highlight=False, markup=False, soft_wrap=True)
+        _show_verdict(console, verdict)
         if not verdict.passed:
             status = max(status, 1)
     return status
 
 
-def _line(verdict: Verdict) -> str:
-    detail = f"  {verdict.detail}" if verdict.detail else ""
+def show_conformance_on_ranks(files: Sequence[Path], ranks: RankOptions, seat: Seat) -> int:
+    """Check golden files as one of the ranks; the lead prints.
+
+    Returns:
+        0; anything else ends all ranks.
+
+    Raises:
+        Ended: a file does not pass or cannot be read, or a rank has failed.
+    """
+    from launch.ending import FAILED
+    from launch.ranks import join_ranks
+    from parallel.conformance import check_on_gang
+    from parallel.failure import GangError
+
+    console, layout = Console(), f"pp {ranks.pp} x cp {ranks.cp}"
+    failed: list[str] = []
+    unreadable: list[InputError] = []
+
+    def show(verdict: Verdict) -> None:
+        _show_verdict(console, verdict, layout=layout)
+        if not verdict.passed:
+            failed.append(verdict.name)
+
+    with join_ranks(seat, ranks, trace=False) as gang:
+        check_on_gang(gang, files, split=ranks.split, on_verdict=show, on_unreadable=unreadable.append)
+        if unreadable:
+            raise InputError("; ".join(dict.fromkeys(map(str, unreadable))))
+        if failed:
+            raise GangError(gang.monitor.fail(f"these do not pass: {', '.join(failed)}", status=FAILED))
+    return 0
+
+
+def _show_verdict(console: Console, verdict: Verdict, *, layout: str | None = None) -> None:
+    style = "green" if verdict.passed else "bold red"
+    console.print(_line(verdict, layout), style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def _line(verdict: Verdict, layout: str | None) -> str:
+    parts = [part for part in (verdict.detail, layout) if part]
+    detail = f"  {', '.join(parts)}" if parts else ""
     word = "PASS" if verdict.passed else "FAIL"
     return f"{verdict.name:<24} relative error {verdict.error:.2e}{detail}  {word}"
 

@@ -14,7 +14,14 @@ import typer
 from launch.cache_presets import CacheName, ReuseKind, TokenUnit
 
 _VIDEO, _START, _FILES, _COMPUTE = "The video", "Start from something", "Model files", "How to compute"
-_REUSE, _PASSES, _MEMORY, _RECORD = "Reuse", "Extra passes", "Memory", "Record"
+_REUSE, _PASSES, _MEMORY, _RECORD, _RANKS = "Reuse", "Extra passes", "Memory", "Record", "Ranks"
+
+
+class Launcher(StrEnum):
+    """Names of `--launcher`."""
+
+    LOCAL = "local"
+    RAY = "ray"
 
 
 class Precision(StrEnum):
@@ -24,10 +31,12 @@ class Precision(StrEnum):
     FAST = "fast"
 
 
-Prompt = Annotated[
-    str,
+Prompts = Annotated[
+    list[str],
     typer.Argument(
-        help='What the video shows. magi-pocket knows a colour, a shape and a motion: "a red circle moving right".'
+        metavar="PROMPT...",
+        help='What the video shows. magi-pocket knows a colour, a shape and a motion: "a red circle moving right". '
+        "Several prompts make several videos.",
     ),
 ]
 
@@ -44,9 +53,20 @@ Chunks = Annotated[
     int | None, typer.Option(help="Length in chunks of 24 frames, in place of --seconds.", rich_help_panel=_VIDEO)
 ]
 Seed = Annotated[
-    int, typer.Option(help="Seed of the noise; the same seed gives the same video.", rich_help_panel=_VIDEO)
+    int,
+    typer.Option(
+        help="Seed of the noise; the same seed gives the same video. Several videos count on from it.",
+        rich_help_panel=_VIDEO,
+    ),
 ]
-Out = Annotated[Path, typer.Option(help="The file to write; an older one is replaced.", rich_help_panel=_VIDEO)]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="The file to write; an older one is replaced. With several prompts, the folder that the videos go into.",
+        show_default="video.mp4, or the folder videos",
+        rich_help_panel=_VIDEO,
+    ),
+]
 Height = Annotated[
     int | None, typer.Option(help="Pixels, a multiple of 16; the model's own by default.", rich_help_panel=_VIDEO)
 ]
@@ -172,8 +192,67 @@ Record = Annotated[
     typer.Option(
         metavar="RUN_DIR",
         help="Write what happened to this folder: decisions, distances, times, what of the past was kept. "
-        "[cyan]flowcache plot[/cyan] draws it.",
+        "[cyan]flowcache plot[/cyan] draws it. With several prompts, a sub-folder for each video.",
         rich_help_panel=_RECORD,
+    ),
+]
+
+# ---- ranks
+
+PP = Annotated[
+    int,
+    typer.Option(
+        "--pp",
+        metavar="STAGES",
+        help="Pipeline: split the layers over so many stages. The chunks of the window flow through them; the result "
+        "is the same, bit for bit. pp x cp ranks are started here, unless torchrun has started as many.",
+        rich_help_panel=_RANKS,
+    ),
+]
+CP = Annotated[
+    int,
+    typer.Option(
+        "--cp",
+        metavar="RANKS",
+        help="Context parallelism: share the tokens and heads of each stage among so many ranks; must divide the "
+        "model's key heads.",
+        rich_help_panel=_RANKS,
+    ),
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYERS",
+        help="Layers of each stage, such as 9,9,8,8. By default the stages are made to cost the same.",
+        rich_help_panel=_RANKS,
+    ),
+]
+Concurrency = Annotated[
+    int | None,
+    typer.Option(
+        metavar="VIDEOS",
+        help="With several prompts, how many videos are made at a time. One fills the stages only as far as its window "
+        "of chunks goes.",
+        show_default="2 on ranks, more from 5 stages on; 1 without ranks",
+        rich_help_panel=_RANKS,
+    ),
+]
+LauncherName = Annotated[
+    Launcher,
+    typer.Option(
+        "--launcher",
+        help="Who starts the ranks. local: torchrun, or this command on this machine. ray: a Ray cluster, the one that "
+        "RAY_ADDRESS names, or one that is started here.",
+        rich_help_panel=_RANKS,
+    ),
+]
+Trace = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.json",
+        help="Write what each rank did when, for ui.perfetto.dev or chrome://tracing. With --record it is in RUN_DIR "
+        "as trace.json as well, and [cyan]flowcache plot pipeline RUN_DIR[/cyan] draws it.",
+        rich_help_panel=_RANKS,
     ),
 ]
 
@@ -199,7 +278,12 @@ PrecisionName = Annotated[
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads; all cores by default.", rich_help_panel=_COMPUTE)
+    int | None,
+    typer.Option(
+        min=1,
+        help="CPU threads; by default all cores, shared evenly among ranks (torchrun: 1 each).",
+        rich_help_panel=_COMPUTE,
+    ),
 ]
 
 # ---- other commands

@@ -18,6 +18,7 @@ from launch.cache_presets import CacheName, CacheOptions, KVOptions, cache_setti
 from launch.files import check_folder, check_target
 from launch.media import read_image, read_video
 from launch.presets import find_preset
+from launch.ranks import RankOptions, check_layout
 from models.attention import attention_backend
 from models.errors import InputError
 from models.loading import Loading
@@ -25,7 +26,7 @@ from models.magi.config import MagiConfig
 from models.magi.sampling import MagiSampling
 from models.pocket.words import parse_prompt
 
-__all__ = ["DEFAULT_MODEL", "Options", "Plan", "plan_video"]
+__all__ = ["DEFAULT_MODEL", "ModelPlan", "Options", "Plan", "check_prompt", "plan_model", "plan_video"]
 
 DEFAULT_MODEL = "magi-pocket"
 
@@ -53,6 +54,17 @@ class Options:
     cache: CacheOptions = field(default_factory=CacheOptions)
     kv: KVOptions = field(default_factory=KVOptions)
     record: Path | None = None
+    ranks: RankOptions = field(default_factory=RankOptions)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelPlan:
+    """What every rank must know: attributes as in `Plan`."""
+
+    name: str
+    config: MagiConfig
+    weights: Path | None
+    loading: Loading
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +82,7 @@ class Plan:
         cache: which steps are reused.
         kv: how much of the past is held.
         record: folder for a record of the run; None for none.
+        ranks: who makes it.
     """
 
     name: str
@@ -82,6 +95,24 @@ class Plan:
     cache: CacheSettings
     kv: KVSettings
     record: Path | None
+    ranks: RankOptions
+
+
+def plan_model(options: Options) -> ModelPlan:
+    """Which model to load, and how; what else was given is not looked at.
+
+    Raises:
+        InputError: there is no such model, it has no weights, or it cannot be laid out as asked.
+    """
+    if options.config is not None and options.model is not None:
+        raise InputError("--model and --config both name a model: give one of them")
+    config = _config(options)
+    check_layout(config, options.ranks)
+    attention_backend(options.attention)  # says whether it can run here
+    _check_weights(options, config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loading = Loading(device=device, precise=options.precise, attention=options.attention)
+    return ModelPlan(name=_name(options), config=config, weights=options.weights, loading=loading)
 
 
 def plan_video(options: Options) -> Plan:
@@ -97,7 +128,10 @@ def plan_video(options: Options) -> Plan:
     check_target(options.out, suffix=".mp4", what="video")
     if options.record is not None:
         check_folder(options.record)
+    if options.ranks.trace is not None:
+        check_target(options.ranks.trace, suffix=".json", what="trace")
     config = _config(options)
+    check_layout(config, options.ranks)
     runtime = config.runtime_config
     request = Request(
         prompt=options.prompt,
@@ -112,8 +146,7 @@ def plan_video(options: Options) -> Plan:
     cache = cache_settings(options.cache, model=model, num_steps=request.num_steps, guided=sampling.guided)
     kv = kv_settings(options.kv)
     attention_backend(options.attention)  # says whether it can run here
-    if runtime.t5_pretrained is None:
-        parse_prompt(options.prompt)
+    check_prompt(config, options.prompt)
     _check_weights(options, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Plan(
@@ -127,7 +160,18 @@ def plan_video(options: Options) -> Plan:
         cache=cache,
         kv=kv,
         record=options.record,
+        ranks=options.ranks,
     )
+
+
+def check_prompt(config: MagiConfig, prompt: str) -> None:
+    """See that a model understands a prompt.
+
+    Raises:
+        InputError: it has a fixed vocabulary, which lacks a word.
+    """
+    if config.runtime_config.t5_pretrained is None:
+        parse_prompt(prompt)
 
 
 def _config(options: Options) -> MagiConfig:

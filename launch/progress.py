@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
 from engine.engine import Progress
@@ -32,8 +32,14 @@ class Display(Protocol):
     def phase(self, text: str) -> None:
         """Say what is done now."""
 
-    def update(self, progress: Progress) -> None:
+    def begin(self, video: int, name: str) -> None:
+        """One of several videos begins; without this there is one video, which needs no name."""
+
+    def update(self, progress: Progress, video: int = 0) -> None:
         """Take an event of the engine."""
+
+    def end(self, video: int, text: str) -> None:
+        """One of several videos is complete."""
 
 
 def open_display() -> Display:
@@ -76,7 +82,7 @@ class _Pace:
 
 
 class LiveDisplay:
-    """A bar that is redrawn in place."""
+    """Bars that are redrawn in place: one for each video in flight."""
 
     def __init__(self, console: Console) -> None:
         self._bar = Bar(
@@ -87,8 +93,10 @@ class LiveDisplay:
             console=console,
             transient=True,
         )
-        self._task = self._bar.add_task("starting", total=None, note="")
-        self._pace = _Pace()
+        self._phase: TaskID | None = self._bar.add_task("starting", total=None, note="")
+        self._videos: dict[int, TaskID] = {}
+        self._names: dict[int, str] = {}
+        self._paces: dict[int, _Pace] = {}
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -101,28 +109,55 @@ class LiveDisplay:
 
     def phase(self, text: str) -> None:
         """Say what is done now; the bar only pulses."""
-        self._bar.update(self._task, description=text, note="")
-        self._pace = _Pace()
+        assert self._phase is not None
+        self._bar.update(self._phase, description=text, note="")
+        self._paces.clear()
 
-    def update(self, progress: Progress) -> None:
-        """Move the bar."""
+    def begin(self, video: int, name: str) -> None:
+        """Another bar."""
+        self._names[video] = name
+        self._task(video)
+
+    def update(self, progress: Progress, video: int = 0) -> None:
+        """Move a bar."""
         done, total = steps_done(progress), progress.chunks * progress.num_steps
+        name = f"{self._names[video]}  " if video in self._names else ""
+        pace = self._paces.setdefault(video, _Pace())
         self._bar.update(
-            self._task,
+            self._task(video),
             total=total,
             completed=done,
-            description=f"chunks {progress.chunks_done}/{progress.chunks}  step {progress.step}/{progress.num_steps}",
-            note=f"{_costs(progress)}  {self._pace.left(done / total)} left",
+            description=f"{name}chunks {progress.chunks_done}/{progress.chunks}"
+            f"  step {progress.step}/{progress.num_steps}",
+            note=f"{_costs(progress)}  {pace.left(done / total)} left",
         )
+
+    def end(self, video: int, text: str) -> None:
+        """Take a bar away, and leave a line."""
+        self._names.pop(video, None)
+        if (task := self._videos.pop(video, None)) is not None:
+            self._bar.remove_task(task)
+        self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _task(self, video: int) -> TaskID:
+        """A video's bar; the first takes the place of the one that pulses."""
+        if video not in self._videos:
+            if self._phase is not None:
+                self._bar.remove_task(self._phase)
+                self._phase = None
+            self._videos[video] = self._bar.add_task(self._names.get(video, ""), total=None, note="")
+            self._paces[video] = _Pace()
+        return self._videos[video]
 
 
 class PlainDisplay:
-    """One line at the start of each phase, and then one every few seconds."""
+    """One line at the start of each phase, and then one for each video every few seconds."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._pace = _Pace()
-        self._shown = float("-inf")
+        self._names: dict[int, str] = {}
+        self._paces: dict[int, _Pace] = {}
+        self._shown: dict[int, float] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -135,19 +170,30 @@ class PlainDisplay:
     def phase(self, text: str) -> None:
         """Say what is done now."""
         self._say(text)
-        self._pace = _Pace()
+        self._paces[0] = _Pace()
 
-    def update(self, progress: Progress) -> None:
+    def begin(self, video: int, name: str) -> None:
+        """Lines of this video begin with its name."""
+        self._names[video], self._paces[video] = name, _Pace()
+
+    def update(self, progress: Progress, video: int = 0) -> None:
         """Say how far it is, if it was not said just now."""
         now, last = time.monotonic(), progress.tick == progress.ticks
-        if now - self._shown < _PLAIN_EVERY and not last:
+        if now - self._shown.get(video, float("-inf")) < _PLAIN_EVERY and not last:
             return
-        self._shown = now
+        self._shown[video] = now
         share = steps_done(progress) / (progress.chunks * progress.num_steps)
+        name = f"{self._names[video]}: " if video in self._names else ""
+        left = self._paces.setdefault(video, _Pace()).left(share)
         self._say(
-            f"chunks {progress.chunks_done}/{progress.chunks}, step {progress.step}/{progress.num_steps}, "
-            f"{share:.0%}, {_costs(progress)}, {self._pace.left(share)} left"
+            f"{name}chunks {progress.chunks_done}/{progress.chunks}, step {progress.step}/{progress.num_steps}, "
+            f"{share:.0%}, {_costs(progress)}, {left} left"
         )
+
+    def end(self, video: int, text: str) -> None:
+        """Say that a video is complete."""
+        self._names.pop(video, None)
+        self._say(text)
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)

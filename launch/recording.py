@@ -8,6 +8,7 @@ from typing import Any
 from launch import __version__
 from launch.plan import Plan
 from launch.summary import Summary
+from parallel.stages import stage_sizes
 
 __all__ = ["record_settings"]
 
@@ -27,6 +28,9 @@ def record_settings(plan: Plan, summary: Summary) -> dict[str, Any]:
         "steps": request.num_steps,
         "window": runtime.window_size,
         "device": str(plan.loading.device),
+        "pp": plan.ranks.pp,
+        "cp": plan.ranks.cp,
+        "layers": list(stage_sizes(plan.config, plan.ranks.pp, plan.ranks.split)),
         "cache_preset": plan.cache_name.value,
         "cache": asdict(plan.cache),
         "kv": asdict(plan.kv),

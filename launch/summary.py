@@ -4,12 +4,42 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cache_presets import CacheName
 
-__all__ = ["Summary", "peak_memory"]
+__all__ = ["Crew", "Summary", "peak_memory", "summary_text"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Crew:
+    """The ranks that made a video.
+
+    Attributes:
+        pp: pipeline stages.
+        cp: ranks of a stage.
+        layers: of each stage.
+        weights: bytes that each rank holds.
+        loading: seconds that each rank took to load them.
+    """
+
+    pp: int
+    cp: int
+    layers: tuple[int, ...]
+    weights: tuple[int, ...]
+    loading: tuple[float, ...]
+
+    def text(self) -> str:
+        """A line for people."""
+        ranks = self.pp * self.cp
+        sizes = ", ".join(_size(count) for count in self.weights)
+        return (
+            f"{ranks} rank{'s' if ranks > 1 else ''}, pp {self.pp} x cp {self.cp}, "
+            f"layers {','.join(map(str, self.layers))}; weights {sizes}, "
+            f"loaded in {min(self.loading):.1f} to {max(self.loading):.1f} s"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,12 +54,13 @@ class Summary:
         width: pixels.
         chunks: chunks made.
         loading: seconds to load the model.
-        making: seconds from the loaded model to the finished file.
+        making: seconds from the loaded model, or from the video's own start, to the finished file.
         computed: computed chunk-steps as a share of all.
         cache_name: preset of reuse.
-        kv_bytes: size of the KV buffers.
-        memory: peak of the process, bytes.
+        kv_bytes: size of the KV buffers; on ranks, of the lead's part.
+        memory: peak of the process, bytes; on ranks, of the lead.
         gpu_memory: peak of tensors on the GPU, bytes; None without one.
+        crew: the ranks that made it; None for this process alone.
     """
 
     out: Path
@@ -45,19 +76,52 @@ class Summary:
     kv_bytes: int
     memory: int
     gpu_memory: int | None
+    crew: Crew | None = None
 
     def text(self) -> str:
-        """Three lines for people."""
-        peak = _size(self.memory)
-        if self.gpu_memory is not None:
-            peak += f", on the GPU {_size(self.gpu_memory)}"
+        """Three lines for people, and one more for ranks."""
         return (
-            f"{self.out}: {self.frames} frames of {self.width}x{self.height}, {self.frames / self.fps:.1f} s of video\n"
+            f"{self.headline()}\n"
             f"made in {self.making:.1f} s, {self.making / self.chunks:.2f} s per chunk, "
             f"after {self.loading:.1f} s of loading\n"
-            f"{self.computed:.0%} of the steps computed ({self.cache_name}); "
-            f"keys and values {_size(self.kv_bytes)}, peak memory {peak}"
+            f"{self.computed:.0%} of the steps computed ({self.cache_name}); {_memory(self)}"
         )
+
+    def headline(self) -> str:
+        """What was made, in a line."""
+        size = f"{self.width}x{self.height}"
+        return f"{self.out}: {self.frames} frames of {size}, {self.frames / self.fps:.1f} s of video"
+
+
+def summary_text(summaries: Sequence[Summary], *, making: float) -> str:
+    """One video's summary, or that of several: a line for each, and what they cost together.
+
+    Args:
+        summaries: of the videos, in order.
+        making: seconds that all of them took together.
+    """
+    last = summaries[-1]
+    if len(summaries) == 1:
+        return last.text()
+    chunks = sum(one.chunks for one in summaries)
+    computed = sum(one.computed * one.chunks for one in summaries) / chunks
+    return "\n".join(
+        [
+            *(one.headline() for one in summaries),
+            f"{len(summaries)} videos made in {making:.1f} s, {making / chunks:.2f} s per chunk, "
+            f"after {last.loading:.1f} s of loading",
+            f"{computed:.0%} of the steps computed ({last.cache_name}); {_memory(last)}",
+        ]
+    )
+
+
+def _memory(summary: Summary) -> str:
+    """What was held; figures of a process are those of the lead where there are ranks."""
+    peak = _size(summary.memory)
+    if summary.gpu_memory is not None:
+        peak += f", on the GPU {_size(summary.gpu_memory)}"
+    text = f"keys and values {_size(summary.kv_bytes)}, peak memory {peak}"
+    return text if summary.crew is None else f"on the lead {text}\n{summary.crew.text()}"
 
 
 def _size(count: int) -> str:

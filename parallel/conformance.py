@@ -14,6 +14,7 @@ from engine.noise import NoiseSource
 from engine.prepare import Pipeline
 from engine.record import RunTrace
 from engine.request import Request
+from models.errors import InputError
 from models.family import CaptionTable
 from models.magi.config import MagiConfig
 from parallel.gang import Gang
@@ -44,7 +45,12 @@ class _LeadOnce:
 
 
 def check_on_gang(
-    gang: Gang, files: Sequence[Path], *, split: str | None = None, on_verdict: Callable[[Verdict], None]
+    gang: Gang,
+    files: Sequence[Path],
+    *,
+    split: str | None = None,
+    on_verdict: Callable[[Verdict], None],
+    on_unreadable: Callable[[InputError], None] | None = None,
 ) -> None:
     """Check golden files; every rank calls this with the same files.
 
@@ -53,6 +59,8 @@ def check_on_gang(
         files: golden files, their weights beside them.
         split: layers of each stage, as in `stage_sizes`.
         on_verdict: told of each verdict, on the lead.
+        on_unreadable: told of each file that cannot be read, on the lead; the others are checked all the same. Without
+            it the first such file ends the gang.
 
     Raises:
         InputError: a file cannot be read, or the layout does not fit its model.
@@ -66,7 +74,36 @@ def check_on_gang(
 
     runner = Runner(engine=engine, layers=layers, device=str(gang.device))
     for path in files:
-        if gang.mesh.leads:
-            on_verdict(check_file(path, runner=runner))
-        elif (model := load_stage(path, runner)) is not None:
-            gang.serve(StageModel(model=model, attention=model.dit.attention))
+        try:
+            _check(gang, path, runner, on_verdict)
+        except _Unreadable as error:
+            if on_unreadable is None:
+                raise error.why from None
+            if gang.mesh.leads:
+                on_unreadable(error.why)
+
+
+class _Unreadable(Exception):  # noqa: N818 - all ranks go on after it
+    """A file that no rank can read."""
+
+    def __init__(self, why: InputError) -> None:
+        super().__init__(str(why))
+        self.why = why
+
+
+def _check(gang: Gang, path: Path, runner: Runner, on_verdict: Callable[[Verdict], None]) -> None:
+    """Check one file, or serve its layers."""
+    try:
+        model = load_stage(path, runner)
+    except InputError as error:
+        raise _Unreadable(error) from None
+    if gang.mesh.leads:
+        try:
+            verdict = check_file(path, runner=runner)
+        except InputError as error:
+            if model is not None:  # the others serve it, and must be ended
+                raise
+            raise _Unreadable(error) from None
+        on_verdict(verdict)
+    elif model is not None:
+        gang.serve(StageModel(model=model, attention=model.dit.attention))

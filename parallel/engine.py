@@ -8,23 +8,26 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count
 
 from torch import Tensor
 
-from engine.cache import CacheSettings, Decision, Observation
-from engine.engine import Chunk, OnProgress, Progress, Totals
+from engine.cache import CacheSettings
+from engine.engine import Chunk, OnProgress
 from engine.kv import KVBuffer, KVSettings
 from engine.noise import NoiseSource
 from engine.prepare import Encoded, Pipeline, encode, prepare
 from engine.record import RunTrace
 from engine.request import Request
-from engine.schedule import Schedule
 from models.errors import InputError
 from models.family import CaptionTable
+from parallel.checkpoint import CheckpointPlan, newest, read_contents
 from parallel.decoder import Decoder
-from parallel.head import Head, Listener
-from parallel.order import TickDone
+from parallel.head import Head
+from parallel.mesh import Layout
+from parallel.order import Gate
+from parallel.reporter import OnFinished, Reporter
+from parallel.saving import Keeping
+from parallel.snapshot import RUN_FILE, fingerprint, unpack_run
 
 __all__ = ["Made", "ParallelEngine"]
 
@@ -42,54 +45,6 @@ class Made:
     chunk: Chunk
 
 
-class _Reporter(Listener):
-    """Passes on what happens to one video: finished latents, progress, and the record in the making."""
-
-    def __init__(
-        self,
-        schedule: Schedule,
-        kv: Callable[[], KVBuffer],
-        on_finished: Callable[[Tensor], None],
-        on_progress: OnProgress | None,
-        trace: RunTrace | None,
-    ) -> None:
-        self._schedule, self._kv = schedule, kv
-        self._on_finished, self._on_progress, self._trace = on_finished, on_progress, trace
-        self._totals, self._done = Totals(), 0
-        if trace is not None:
-            trace.begin(schedule)
-
-    def decided(self, seen: Observation, decision: Decision) -> None:
-        if self._trace is not None:
-            self._trace.decided(seen, decision)
-
-    def retired(self, chunk: int) -> None:
-        if self._trace is not None and chunk >= self._schedule.first:
-            shares = self._kv().kept_shares(self._schedule.chunks)
-            self._trace.retired(chunk, shares[: chunk + 1].numpy())
-
-    def ticked(self, done: TickDone) -> None:
-        self._totals = Totals(
-            items=self._totals.items + done.items,
-            computed=self._totals.computed + done.computed,
-            steps=self._totals.steps + len(done.tick.active),
-        )
-        self._done += done.tick.finishing is not None
-        kv = self._kv()
-        fill = kv.layout.used_rows / kv.layout.capacity
-        if self._trace is not None:
-            self._trace.ticked(done.tick.index, seconds=done.seconds, items=done.items, fill=fill)
-        if self._on_progress is not None:
-            progress = Progress.of(
-                self._schedule, done.tick, self._done, self._totals, kv_fill=fill, kv_bytes=kv.nbytes
-            )
-            self._on_progress(progress)
-
-    def finished(self, chunk: int, latents: Tensor) -> None:
-        if latents.shape[2]:
-            self._on_finished(latents)
-
-
 class ParallelEngine:
     """Makes videos with a gang.
 
@@ -102,6 +57,8 @@ class ParallelEngine:
         new_decoder: makes the decoder when frames are wanted.
         cache: which steps are reused.
         kv: how much of the past is held.
+        layout: of the ranks; a checkpoint is taken up by the same only.
+        identity: names the model and its weights, for the same.
     """
 
     def __init__(
@@ -112,71 +69,122 @@ class ParallelEngine:
         new_decoder: Callable[[], Decoder],
         cache: CacheSettings,
         kv: KVSettings,
+        *,
+        layout: Layout,
+        identity: str = "",
     ) -> None:
         self._pipeline, self._head, self._kv_of = pipeline, head, kv_of
         self._new_decoder, self._cache, self._kv = new_decoder, cache, kv
+        self._layout, self._identity = layout, identity
         self._decoder: Decoder | None = None
         self._requests = 0
         self._in_flight: list[int] = []
+        self._resumed: dict[int, int] = {}
+        self._handed_out: dict[int, int] = {}
+        """Index of the next chunk of each video in flight."""
+        self._taken: dict[int, Callable[[], int]] = {}
 
     @property
     def in_flight(self) -> int:
         """Videos that were submitted and are not handed out to their last chunk."""
         return len(self._in_flight)
 
-    def submit(self, request: Request, on_progress: OnProgress | None = None, trace: RunTrace | None = None) -> int:
-        """Begin a video besides those in flight.
+    def resumed(self, number: int) -> int:
+        """Index of the first chunk of a video that is handed out: 0, or more if it goes on from a checkpoint."""
+        return self._resumed.get(number, 0)
+
+    def wake(self) -> None:
+        """A gate has opened: `step` need not wait any more, as it does for some milliseconds while all are shut. May be
+        called by any thread."""
+        self._head.wake()
+
+    def submit(
+        self,
+        request: Request,
+        on_progress: OnProgress | None = None,
+        trace: RunTrace | None = None,
+        *,
+        checkpoint: CheckpointPlan | None = None,
+        gate: Gate | None = None,
+        taken: Callable[[], int] | None = None,
+    ) -> int:
+        """Begin a video besides those in flight, or go on with it if there is a checkpoint of it.
+
+        A record of a video that goes on from a checkpoint has the rest only.
 
         Args:
             request: what to make.
             on_progress: called after every tick.
             trace: told what happens, for a record.
+            checkpoint: where and how often to keep how far it is.
+            gate: lets its turns begin; None lets all. See `wake`.
+            taken: index of the next chunk that is not in safe hands, where handing it out is not enough. A checkpoint
+                is only made whole when all chunks before it are.
 
         Returns:
             The video's number, which `step` hands its chunks out with.
 
         Raises:
-            InputError: the model cannot make what is asked for; the videos in flight are not touched.
+            InputError: the model cannot make what is asked for, or the checkpoint is of another request, model, layout
+                or setting; the videos in flight are not touched.
         """
         if self._decoder is None:
             self._decoder = self._new_decoder()
-        decoder, index = self._decoder, count()
+        decoder = self._decoder
+        keeping = None if checkpoint is None else self._keep(request, checkpoint)
         number = self._admit(
             request,
             encode(self._pipeline, request),
-            lambda latents: decoder.put(number, next(index), latents),
+            lambda index, latents: decoder.put(number, index, latents),
             on_progress,
             trace,
+            gate=gate,
+            keeping=keeping,
         )
+        if keeping is not None and keeping.found is not None:
+            self._resumed[number] = keeping.found.counts["chunks"]
+        self._handed_out[number] = self.resumed(number)
+        if taken is not None:
+            self._taken[number] = taken
         self._in_flight.append(number)
         return number
 
     def step(self) -> list[Made]:
         """Do one thing for the videos in flight, and hand out the chunks that are ready; those of a video in order.
 
+        The next call says that those chunks are in safe hands: only then is a checkpoint that is after them made whole.
+
         Raises:
             GangError: a rank has failed.
+            InputError: a checkpoint cannot be written, which ends the gang.
         """
         decoder = self._decoder
         if decoder is None:
             return []
+        for number in self._in_flight:
+            safe = self._taken[number]() if number in self._taken else self._handed_out[number]
+            self._head.commit(number, safe)
         if not self._head.idle:
             self._head.pump()
         made = []
         for number in list(self._in_flight):
             while (chunk := decoder.get(number, wait=self._head.idle)) is not None:
                 made.append(Made(video=number, chunk=chunk))
+                self._handed_out[number] += 1
             if not self._head.running(number) and not decoder.pending(number):
-                self._in_flight.remove(number)
+                self._let_go(number)
         return made
+
+    def running(self, number: int) -> bool:
+        """Whether a video is still in flight."""
+        return number in self._in_flight
 
     def cancel(self, number: int) -> None:
         """Make no more of a video."""
         self._head.give_up(number)
         if self._decoder is not None:
             self._decoder.forget(number)
-        if number in self._in_flight:
-            self._in_flight.remove(number)
+        self._let_go(number)
 
     def generate(
         self, request: Request, on_progress: OnProgress | None = None, trace: RunTrace | None = None
@@ -240,7 +248,7 @@ class ParallelEngine:
         """Make a video's latents; as `Engine.generate_latents`."""
         made: deque[Tensor] = deque()
         encoded = Encoded(captions=captions, prefix=prefix, noise=noise)
-        number = self._admit(request, encoded, made.append, on_progress, trace)
+        number = self._admit(request, encoded, lambda _, latents: made.append(latents), on_progress, trace)
         try:
             while self._head.running(number) or made:
                 while made:
@@ -257,13 +265,34 @@ class ParallelEngine:
         if self._decoder is not None:
             self._decoder.close()
 
+    def _let_go(self, number: int) -> None:
+        if number in self._in_flight:
+            self._in_flight.remove(number)
+        self._handed_out.pop(number, None)
+        self._taken.pop(number, None)
+
+    def _keep(self, request: Request, plan: CheckpointPlan) -> Keeping:
+        """Look for a checkpoint to go on from.
+
+        Raises:
+            InputError: there is one that does not fit.
+        """
+        own = fingerprint(request, self._pipeline, self._identity, self._layout, self._cache, self._kv)
+        found = newest(plan.folder)
+        if found is not None:
+            found.check_fits(own)
+        return Keeping(plan=plan, fingerprint=own, found=found)
+
     def _admit(
         self,
         request: Request,
         encoded: Encoded,
-        on_finished: Callable[[Tensor], None],
+        on_finished: OnFinished,
         on_progress: OnProgress | None,
         trace: RunTrace | None,
+        *,
+        gate: Gate | None = None,
+        keeping: Keeping | None = None,
     ) -> int:
         number = self._requests
         self._requests += 1
@@ -276,6 +305,11 @@ class ParallelEngine:
             kv=self._kv,
             observe=trace is not None,
         )
-        reporter = _Reporter(prepared.run.schedule, lambda: self._kv_of(number), on_finished, on_progress, trace)
-        self._head.admit(number, prepared, reporter)
+        run, found = prepared.run, None if keeping is None else keeping.found
+        counts = None
+        if found is not None:
+            run.restore(unpack_run(read_contents(found.place / RUN_FILE)))
+            counts = found.counts
+        reporter = Reporter(run.schedule, lambda: self._kv_of(number), on_finished, on_progress, trace, counts)
+        self._head.admit(number, prepared, reporter, gate=gate, keeping=keeping)
         return number

@@ -23,12 +23,14 @@ class Failure:
     Attributes:
         message: one line that names the culprit.
         status: exit status of all ranks: 1, 2 for bad input, 130 for Ctrl-C.
-        reporter: the rank that reported it, and is to show it.
+        reporter: the rank that is to show it.
+        hung: ranks that cannot hear of it; whoever shares a machine with them ends them.
     """
 
     message: str
     status: int
     reporter: int
+    hung: tuple[int, ...] = ()
 
 
 class GangError(Exception):
@@ -37,6 +39,9 @@ class GangError(Exception):
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message)
         self.failure = failure
+
+    def __reduce__(self) -> tuple[type[GangError], tuple[Failure]]:
+        return GangError, (self.failure,)  # the text alone would not make it again in another process
 
 
 class FailureBoard:
@@ -51,11 +56,15 @@ class FailureBoard:
         Returns:
             The one that was reported first.
         """
-        kept = self._store.compare_set(_KEY, "", json.dumps(asdict(failure)))
-        return Failure(**json.loads(kept))
+        return _read(self._store.compare_set(_KEY, "", json.dumps(asdict(failure))))
 
     def read(self) -> Failure | None:
         """What was reported, if anything."""
-        if not self._store.check([_KEY]):
-            return None
-        return Failure(**json.loads(self._store.get(_KEY)))
+        return _read(self._store.get(_KEY)) if self._store.check([_KEY]) else None
+
+
+def _read(raw: bytes) -> Failure:
+    found = json.loads(raw)
+    return Failure(
+        message=found["message"], status=found["status"], reporter=found["reporter"], hung=tuple(found["hung"])
+    )

@@ -1,7 +1,8 @@
 """The reuse flags of one request as one rank has seen them, with a running digest.
 
 The head decides and writes; every other rank reads the flags from headers, follows them along the schedule on its own,
-and compares. Two ranks with the same digest have seen the same flags for the same chunks at the same ticks.
+and compares. Two ranks with the same digest have seen the same flags for the same chunks at the same ticks. The digest
+is a chain, digest = H(digest before, tick, chunk, flag), so it can be saved and gone on from.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 
 from engine.cache import Decision
 from engine.schedule import Schedule
 from engine.work import WorkItem
 
-__all__ = ["FlagLog", "FlagMismatch"]
+__all__ = ["FlagLog", "FlagMismatch", "FlagState"]
 
 _ONE = struct.Struct("<iiB")
 DIGEST_BYTES = 8
@@ -24,12 +27,27 @@ class FlagMismatch(Exception):
     """A rank's flags are not those of the head."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlagState:
+    """How far a log is.
+
+    Attributes:
+        digest: of all flags so far.
+        count: how many there were.
+        reused: how many of them said that a chunk is not computed.
+    """
+
+    digest: bytes
+    count: int
+    reused: int
+
+
 class FlagLog:
     """Flags in the order (tick, chunk)."""
 
     def __init__(self, schedule: Schedule) -> None:
-        self._order = _order(schedule)
-        self._hash = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        self._schedule, self._order = schedule, _order(schedule)
+        self._digest = bytes(DIGEST_BYTES)
         self._last: tuple[int, int] | None = None
         self.count = 0
         """How many flags there were."""
@@ -39,7 +57,23 @@ class FlagLog:
     @property
     def digest(self) -> bytes:
         """Of all flags so far."""
-        return self._hash.digest()
+        return self._digest
+
+    def state(self) -> FlagState:
+        """How far it is."""
+        return FlagState(digest=self._digest, count=self.count, reused=self.reused)
+
+    def restore(self, state: FlagState) -> None:
+        """Go on from a saved state of a log of the same schedule.
+
+        Raises:
+            ValueError: the schedule does not have so many flags.
+        """
+        self._order = _order(self._schedule)
+        self._last = next(islice(self._order, state.count - 1, None), None) if state.count else None
+        if state.count and self._last is None:
+            raise ValueError(f"{state.count} flags are more than the schedule has chunk-steps")
+        self._digest, self.count, self.reused = state.digest, state.count, state.reused
 
     def add(self, flags: Iterable[int]) -> None:
         """Take the next flags.
@@ -52,7 +86,8 @@ class FlagLog:
                 self._last = next(self._order)
             except StopIteration:
                 raise FlagMismatch(f"there are more flags than the schedule has chunk-steps ({self.count})") from None
-            self._hash.update(_ONE.pack(*self._last, flag))
+            linked = self._digest + _ONE.pack(*self._last, flag)
+            self._digest = hashlib.blake2b(linked, digest_size=DIGEST_BYTES).digest()
             self.count += 1
             self.reused += flag != Decision.COMPUTE.value
 

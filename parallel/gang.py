@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from engine.schedule import Schedule
 from models.errors import InputError
 from parallel.decoder import Decoder
 from parallel.engine import ParallelEngine
-from parallel.failure import BAD_INPUT, FAILED, STOPPED, GangError
+from parallel.failure import BAD_INPUT, STOPPED, GangError
 from parallel.flags import FlagLog
 from parallel.groups import Groups, connect, open_groups, pick_device, serve_store
 from parallel.head import Head
@@ -32,7 +33,7 @@ from parallel.rank_loop import RankLoop
 from parallel.report import RankReport, collect_reports, file_report
 from parallel.seat import Seat
 from parallel.stage import StageModel, StageRunner
-from parallel.timeline import Event, Timeline
+from parallel.timeline import Timeline, merge_traces, shipped_events
 
 __all__ = ["Gang", "Reports", "open_gang"]
 
@@ -41,10 +42,9 @@ _DEFAULTS = Timeouts()
 
 @dataclass(slots=True)
 class Reports:
-    """What all ranks have counted, and done when; on the lead, once an engine is closed."""
+    """What all ranks have counted; on the lead, once an engine is closed."""
 
     ranks: list[RankReport] = field(default_factory=list)
-    events: list[list[Event]] = field(default_factory=list)
 
 
 class Gang:
@@ -87,9 +87,10 @@ class Gang:
             GangError: another rank has failed.
         """
         runner = self._runner(stage, flag_log)
-        RankLoop(runner, Links(self.mesh, self._groups, self.monitor), self.timeline).run()
+        RankLoop(runner, Links(self.mesh, self._groups, self.monitor, self.timeline), self.timeline).run()
         report = runner.finish()
-        file_report(self._store, self._sessions, report, self.timeline.events)
+        self.timeline.ship(self._store, self._sessions)
+        file_report(self._store, self._sessions, report)
         self._sessions += 1
         return report
 
@@ -101,6 +102,7 @@ class Gang:
         kv: KVSettings | None = None,
         *,
         barrier: bool = False,
+        identity: str = "",
     ) -> Iterator[tuple[ParallelEngine, Reports]]:
         """An engine whose work the gang does; on the lead.
 
@@ -109,6 +111,7 @@ class Gang:
             cache: which steps are reused.
             kv: how much of the past is held.
             barrier: wait for all chunks of a tick before the next; for comparison.
+            identity: names the model, its weights and their split; a checkpoint is taken up by the same only.
 
         Yields:
             The engine, and the reports of all ranks, which are there after the end.
@@ -117,7 +120,13 @@ class Gang:
             GangError: another rank has failed.
         """
         runner = self._runner(StageModel(model=pipeline.model, attention=pipeline.attention), FlagLog)
-        head = Head(runner, Links(self.mesh, self._groups, self.monitor), self.monitor, self.timeline, barrier=barrier)
+        head = Head(
+            runner,
+            Links(self.mesh, self._groups, self.monitor, self.timeline),
+            self.monitor,
+            self.timeline,
+            barrier=barrier,
+        )
         engine = ParallelEngine(
             pipeline,
             head,
@@ -125,13 +134,28 @@ class Gang:
             lambda: Decoder(pipeline.autoencoder, self.timeline, self.device),
             cache or CacheSettings(),
             kv or KVSettings(),
+            layout=self.mesh.layout,
+            identity=identity,
         )
         reports = Reports()
         yield engine, reports
         engine.close()
-        file_report(self._store, self._sessions, runner.finish(), self.timeline.events)
-        reports.ranks, reports.events = collect_reports(self._store, self._sessions, self.mesh.layout.world_size)
+        file_report(self._store, self._sessions, runner.finish())
+        reports.ranks = collect_reports(self._store, self._sessions, self.mesh.layout.world_size)
         self._sessions += 1
+
+    def write_trace(self, path: Path) -> None:
+        """Write what all ranks have done when to one file; on the lead, once an engine is closed.
+
+        Args:
+            path: of the file; Chrome's and Perfetto's format.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        others = range(1, self.mesh.layout.world_size)
+        shipped = [shipped_events(self._store, session, rank) for session in range(self._sessions) for rank in others]
+        merge_traces([self.timeline.lines(), *shipped], path)
 
     def _runner(self, stage: StageModel, flag_log: Callable[[Schedule], FlagLog]) -> StageRunner:
         runner = StageRunner(stage, self.mesh, self._groups, self.monitor, self.timeline, flag_log)
@@ -162,7 +186,9 @@ def open_gang(
 
     Raises:
         InputError: the layout does not fit the number of ranks.
-        GangError: a rank has failed; one line says which, and at what.
+        GangError: a rank has failed; one line says which, and at what. Who catches it shows it if its own rank is
+            the failure's `reporter` and no launcher does, and then ends by `leave`; a process that was started by a
+            launcher is ended soon in any case.
     """
     layout.check_world(seat.world_size)
     mesh = Mesh(layout=layout, rank=seat.rank)
@@ -171,14 +197,18 @@ def open_gang(
         store, own = connect(seat, timeouts.first), connect(seat, timeouts.silent)
     except RuntimeError as error:
         raise InputError(f"the ranks cannot meet at {seat.host}:{seat.port}: {str(error).splitlines()[0]}") from None
-    monitor = Monitor(own, mesh, timeouts, speaks=not seat.launcher_speaks)
+    monitor = Monitor(own, mesh, timeouts, seat)
     monitor.start()
     try:
         with open_groups(seat, mesh, timeouts, device or pick_device(seat)) as groups:
-            timeline = Timeline(seat.rank, mesh.name(seat.rank), wanted=trace)
+            place = {"stage": mesh.stage, "slot": mesh.slot}
+            timeline = Timeline(seat.rank, mesh.name(seat.rank), wanted=trace, about=place)
             yield Gang(mesh, groups, store, monitor, timeline)
     except BaseException as error:
-        _fail(monitor, mesh, error)
+        try:
+            _fail(monitor, mesh, error)
+        finally:
+            monitor.hand_over()
         raise
     monitor.stop()
     del served
@@ -200,5 +230,6 @@ def _fail(monitor: Monitor, mesh: Mesh, error: BaseException) -> None:
         failure = found  # a peer's doing, which another thread or rank names
     else:
         at = f": {monitor.doing}" if monitor.doing else ""
-        failure = monitor.fail(f"{mesh.name(mesh.rank)}{at}: {type(error).__name__}: {error}", status=FAILED)
+        text = f"{type(error).__name__}: {error}".partition("\n")[0]
+        failure = monitor.fail(f"{mesh.name(mesh.rank)}{at}: {text}")
     raise GangError(failure) from error

@@ -22,6 +22,7 @@ from parallel.transport import GlooWire, Wire
 
 __all__ = ["Groups", "connect", "open_groups", "pick_device", "serve_store"]
 
+_SERVED = 20.0
 _IDLE = timedelta(days=365)
 """Receives are posted ahead and may wait for long; that peers are alive is the monitor's business."""
 
@@ -51,9 +52,12 @@ def pick_device(seat: Seat) -> torch.device:
 
 def connect(seat: Seat, timeout: float) -> dist.Store:
     """A connection of its own to the rendezvous store, under a name of this attempt."""
+    # A launcher's store is there before its ranks are; where it is not, the launcher has gone.
+    patience = min(timeout, _SERVED) if seat.launcher_serves else timeout
     store = dist.TCPStore(
-        seat.host, seat.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout)
+        seat.host, seat.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=patience)
     )
+    store.set_timeout(timedelta(seconds=timeout))
     return dist.PrefixStore(f"flowcache/{seat.attempt}", store)
 
 

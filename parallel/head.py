@@ -2,52 +2,54 @@
 
 Work of all videos in flight is begun in the order in which it became ready. There is no barrier: the lead runs whatever
 is ready, and waits for results only when nothing is.
+
+A checkpoint goes down the stream of items, so every rank takes its snapshot at the same point of it, and writes beside
+its work. Once the lead's files are on the disk it says so down the stream; each rank waits there for its own, and what
+comes back from the tail are the files of all.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from engine.cache import Decision, Observation
 from engine.prepare import Prepared
-from engine.run import Work
+from engine.run import VideoRun, Work
 from engine.work import WorkItem
+from parallel.checkpoint import Shard, Writing
 from parallel.flags import FlagLog
 from parallel.links import Links
-from parallel.message import Admit, Header, Kind, Message, pack_admit
+from parallel.message import Admit, Header, Kind, Message, pack_admit, pack_values, unpack_values
 from parallel.monitor import Monitor
-from parallel.order import TickDone, WorkOrder
+from parallel.order import Gate, Turn, WorkOrder
+from parallel.reporter import Listener
+from parallel.saving import Keeping, Saving
+from parallel.snapshot import RUN_FILE, pack_run
 from parallel.stage import StageRunner
 from parallel.timeline import Timeline
 
-__all__ = ["Head", "Listener"]
+__all__ = ["Head"]
 
-
-class Listener:
-    """Is told what happens to a video; does nothing by default."""
-
-    def decided(self, seen: Observation, decision: Decision) -> None:
-        """A chunk's step was decided."""
-
-    def retired(self, chunk: int) -> None:
-        """A chunk has left the window for the clean region, which was cut down to its size."""
-
-    def ticked(self, done: TickDone) -> None:
-        """All chunks of a tick have taken their step."""
-
-    def finished(self, chunk: int, latents: Tensor) -> None:
-        """A chunk [1, C, t, h, w] has finished."""
+_NAP, _GLANCE = 0.01, 0.002
+"""Seconds to wait for a gate to open, and between two looks at the results while that is waited for too."""
 
 
 @dataclass(slots=True)
 class _Video:
+    run: VideoRun
     order: WorkOrder
     listener: Listener
     log: FlagLog
+    saving: Saving | None
     flags: list[int] = field(default_factory=list)
     """Decided since the last header."""
     ready_since: float | None = None
@@ -73,6 +75,8 @@ class Head:
         self._alone = links.last_slot  # one stage: results are there at once
         self._videos: dict[int, _Video] = {}
         self._outstanding = 0
+        """Results that are still to come, those of checkpoints counted."""
+        self._wake = threading.Event()
         runner.ready()
         monitor.watch(lambda: self._outstanding)
 
@@ -85,22 +89,56 @@ class Head:
         """Whether a video is still in flight."""
         return request in self._videos
 
-    def admit(self, request: int, prepared: Prepared, listener: Listener) -> None:
+    def wake(self) -> None:
+        """A gate has opened: `pump` need not wait any more. May be called by any thread."""
+        self._wake.set()
+
+    def admit(
+        self,
+        request: int,
+        prepared: Prepared,
+        listener: Listener,
+        *,
+        gate: Gate | None = None,
+        keeping: Keeping | None = None,
+    ) -> None:
         """Take a video in.
 
+        Args:
+            request: its number.
+            prepared: its run; restored, if there is a checkpoint to go on from.
+            listener: told what happens to it.
+            gate: lets its turns begin.
+            keeping: checkpoints to make, and the one to go on from.
+
         Raises:
-            InputError: this layout cannot serve it.
+            InputError: this layout cannot serve it, or the checkpoint does not fit it.
         """
-        run = prepared.run
-        admit = Admit(request=request, schedule=run.schedule, kv=prepared.kv, captions=prepared.captions, grid=run.grid)
+        run, found = prepared.run, None if keeping is None else keeping.found
+        admit = Admit(
+            request=request,
+            schedule=run.schedule,
+            kv=prepared.kv,
+            captions=prepared.captions,
+            grid=run.grid,
+            checkpoint=None if found is None else str(found.place),
+        )
         self._runner.admit(admit)
         self._links.announce(Header(kind=Kind.ADMIT, request=request), pack_admit(admit))
-        video = _Video(
-            order=WorkOrder(run, barrier=self._barrier, on_decision=self._noting(request)),
-            listener=listener,
-            log=FlagLog(run.schedule),
+        log, start = FlagLog(run.schedule), 0
+        if found is not None:
+            log.restore(self._runner.flags(request))
+            start = found.turn
+        saving = None if keeping is None else Saving(keeping, start, partial(self._snapshot, request))
+        order = WorkOrder(
+            run,
+            barrier=self._barrier,
+            on_decision=self._noting(request),
+            gate=gate,
+            border=saving,
+            start=start,
         )
-        self._videos[request] = video
+        self._videos[request] = _Video(run=run, order=order, listener=listener, log=log, saving=saving)
 
     def give_up(self, request: int) -> None:
         """Make no more of a video; what is under way comes to nothing."""
@@ -115,18 +153,29 @@ class Head:
             GangError: a rank has failed.
         """
         self._monitor.check()
+        self._wake.clear()
         while not self._alone and (message := self._links.returned(wait=False)) is not None:
             self._take(message)
+        self._pass_on_saved()
         request = self._first_ready()
         if request is not None:
             self._begin(request, self._videos[request].order.take())
-        elif self._outstanding:
-            began = time.perf_counter()
-            message = self._links.returned(wait=True)
-            assert message is not None
-            self._runner.report.waiting += message.waited
-            self._timeline.add("wait", began)
-            self._take(message)
+        else:
+            self._wait()
+
+    def commit(self, request: int, handed_out: int) -> None:
+        """Make a video's checkpoint whole, if all ranks have written and its chunks were handed out.
+
+        Args:
+            request: the video.
+            handed_out: index of the next chunk to be handed out.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        video = self._videos.get(request)
+        if video is not None and video.saving is not None:
+            video.saving.commit(handed_out)
 
     def leave(self) -> None:
         """Tell all ranks that nothing more will come, and wait until they have worked off what is under way."""
@@ -158,6 +207,55 @@ class Head:
             if video.ready_since < since:
                 first, since = request, video.ready_since
         return first
+
+    def _wait(self) -> None:
+        """Wait for a result, and where a gate or a disk is waited for too, for that; not for long then."""
+        videos = self._videos.values()
+        also = any(video.order.held or (video.saving is not None and video.saving.writing) for video in videos)
+        if not self._outstanding and not also:
+            return
+        began = time.perf_counter()
+        message = self._glance(began + _NAP) if also else self._links.returned(wait=True)
+        self._runner.report.waiting += time.perf_counter() - began
+        self._timeline.add("wait", began)
+        if message is not None:
+            self._take(message)
+
+    def _glance(self, until: float) -> Message | None:
+        """A result, if one comes before a time, and before something else wakes this rank."""
+        pause = _GLANCE if self._outstanding else _NAP
+        with self._monitor.expecting() if self._outstanding else nullcontext():
+            while not self._wake.wait(pause) and time.perf_counter() < until:
+                if self._outstanding and (message := self._links.returned(wait=False)) is not None:
+                    return message
+        return None
+
+    def _snapshot(self, request: int, turn: Turn, place: Path) -> tuple[Writing, Mapping[str, int]]:
+        """Have all ranks keep what a video has come to before a turn, this one first."""
+        video = self._videos[request]
+        self._tell(request, video)  # so that the counts are those of all ticks before
+        header = Header(kind=Kind.CHECKPOINT, request=request, flags=tuple(video.flags), digest=video.log.digest)
+        video.flags.clear()
+        self._links.announce(header, pack_values(str(place)))
+        others = {RUN_FILE: pack_run(video.run.state())}
+        return self._runner.save(header, place, others, self._wake.set), video.listener.counts()
+
+    def _pass_on_saved(self) -> None:
+        """Say down the stream of whose checkpoint the lead has its files on the disk."""
+        for request, video in self._videos.items():
+            if video.saving is None or not video.saving.written():
+                continue
+            header = Header(kind=Kind.SAVED, request=request)
+            self._links.announce(header, pack_values([]))
+            if not self._alone:
+                self._outstanding += 1
+                continue
+            files: list[dict[str, Any]] = []
+            for inbox, part in self._links.parts(header):
+                self._runner.report.checkpoint_bytes += part.nbytes
+                files += unpack_values(part.payload)
+                inbox.done(part)
+            video.saving.acknowledged(Shard(**file) for file in files)
 
     def _begin(self, request: int, work: Work) -> None:
         """Run an item's first stage and send it on."""
@@ -194,6 +292,13 @@ class Head:
 
     def _take(self, message: Message) -> None:
         """Take a result in."""
+        if message.header.kind is Kind.SAVED:
+            self._outstanding -= 1
+            self._runner.report.checkpoint_bytes += message.nbytes
+            video = self._videos.get(message.header.request)
+            if video is not None and video.saving is not None:
+                video.saving.acknowledged(Shard(**file) for file in unpack_values(message.payload))
+            return
         assert message.header.item is not None and message.payload is not None
         self._outstanding -= 1
         self._runner.report.velocity_bytes += message.nbytes
@@ -211,7 +316,9 @@ class Head:
             video.listener.ticked(done)
         for chunk, latents in video.order.finished():
             video.listener.finished(chunk, latents)
-        if video.order.over and not video.given_up:
+        # A video whose files are still being written is not over: its folder may be deleted after that.
+        settled = video.saving is None or video.saving.settled
+        if video.order.over and settled and not video.given_up:
             self._release(request)
 
     def _release(self, request: int) -> None:

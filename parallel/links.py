@@ -6,6 +6,7 @@ It knows the mesh and opens an inbox or an outbox for each edge; it does not kno
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from parallel.groups import Groups
 from parallel.mesh import Edge, Mesh
 from parallel.message import Header, Kind, Message
 from parallel.monitor import Monitor
+from parallel.timeline import Timeline
 from parallel.transport import Inbox, Outbox
 
 __all__ = ["Links"]
@@ -20,6 +22,8 @@ __all__ = ["Links"]
 _DEPTH = 3
 """Hidden states that are held ahead of the one that is computed."""
 _CLOSING = 10.0
+_FIRST_LANE = 2
+"""Of a trace, for what is sent; before it come the main thread and decoding."""
 
 
 class Links:
@@ -29,15 +33,20 @@ class Links:
         mesh: this rank's place.
         groups: open process groups.
         monitor: told of lost peers, asked while waiting.
+        timeline: told what is sent when.
     """
 
-    def __init__(self, mesh: Mesh, groups: Groups, monitor: Monitor) -> None:
-        self._mesh, layout = mesh, mesh.layout
+    def __init__(self, mesh: Mesh, groups: Groups, monitor: Monitor, timeline: Timeline) -> None:
+        self._mesh, self._monitor, layout = mesh, monitor, mesh.layout
         self._outboxes: dict[int, Outbox] = {}
         self._inboxes: dict[int, Inbox] = {}
         for edge in mesh.edges():
             if edge.source == mesh.rank:
-                self._outboxes[edge.target] = Outbox(edge.target, groups.wires[edge], monitor.lost)
+                lane = _FIRST_LANE + len(self._outboxes)
+                timeline.name_lane(lane, f"to rank {edge.target}")
+                self._outboxes[edge.target] = Outbox(
+                    edge.target, groups.wires[edge], monitor.lost, partial(timeline.add, "send", lane=lane)
+                )
             elif edge.target == mesh.rank:
                 self._inboxes[edge.source] = self._inbox(edge, groups, monitor.lost, monitor.check)
         on = mesh.rank_of(mesh.stage + 1, mesh.slot) if mesh.stage < mesh.last_stage else None
@@ -116,7 +125,10 @@ class Links:
     def returned(self, *, wait: bool) -> Message | None:
         """A result, on the lead; None if there is none yet."""
         assert self._returns is not None
-        return self._returns.take() if wait else self._returns.poll()
+        if not wait:
+            return self._returns.poll()
+        with self._monitor.expecting():
+            return self._returns.take()
 
     def leave(self) -> None:
         """Tell everybody that nothing more will come, hear the same from all, and close."""

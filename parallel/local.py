@@ -55,6 +55,7 @@ def run_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = N
                 port=store.port,
                 launcher_serves=True,
                 launcher_speaks=True,
+                launched=True,
             )
             ranks.append(
                 subprocess.Popen(
@@ -84,23 +85,24 @@ def _wait(ranks: list[subprocess.Popen[bytes]], board: FailureBoard, layout: Lay
     Raises:
         GangError: one has not.
     """
-    while any(process.poll() is None for process in ranks):
-        if any(process.poll() for process in ranks):
-            _wait_for_all(ranks, grace)
+    while True:
+        statuses = [process.poll() for process in ranks]
+        bad = [(rank, status) for rank, status in enumerate(statuses) if status]
+        if bad:
             break
+        if None not in statuses:
+            return
         time.sleep(_POLL)
-    bad = [(rank, process.returncode) for rank, process in enumerate(ranks) if process.returncode != 0]
-    if not bad:
-        return
-    failure = board.read()
-    if failure is None:
-        rank, status = bad[0]
-        how = "is stuck" if status is None else f"ended with status {status}"
-        if status is not None and status < 0:
-            how = f"was ended by {signal.Signals(-status).name}"
-        text = f"{Mesh(layout=layout, rank=rank).name(rank)} {how}"
-        failure = Failure(message=text, status=status if status and status > 0 else FAILED, reporter=rank)
+    # A rank that fails in order reports it before it ends. If this one has not, it could not, or was not there yet.
+    failure = board.report(_ended(*bad[0], layout))
+    _wait_for_all(ranks, grace)
     raise GangError(failure)
+
+
+def _ended(rank: int, status: int, layout: Layout) -> Failure:
+    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    text = f"{Mesh(layout=layout, rank=rank).name(rank)} {how}"
+    return Failure(message=text, status=max(status, FAILED), reporter=rank)
 
 
 def _wait_for_all(ranks: list[subprocess.Popen[bytes]], grace: float) -> None:

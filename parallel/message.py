@@ -8,6 +8,8 @@ be posted before anyone knows what will come.
 from __future__ import annotations
 
 import io
+import json
+import math
 import pickle
 import struct
 from dataclasses import dataclass
@@ -22,12 +24,23 @@ from engine.schedule import Schedule
 from engine.work import WorkItem
 from models.family import CaptionTable
 
-__all__ = ["HEADER_BYTES", "Admit", "Header", "Kind", "Message", "pack_admit", "unpack_admit"]
+__all__ = [
+    "HEADER_BYTES",
+    "Admit",
+    "Header",
+    "Kind",
+    "Message",
+    "pack_admit",
+    "pack_values",
+    "unpack_admit",
+    "unpack_values",
+]
 
 HEADER_BYTES = 2048
 _DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
 _MAGIC = b"FLC1"
-_FIXED = struct.Struct("<4sBBHQiHH8s5I")  # magic, kind, dtype, dimensions, number, request, flags, body, digest, shape
+_FIXED = struct.Struct("<4sBBHQiHH8sI5I")
+"""Magic, kind, dtype, dimensions, number, request, flags, body, digest, next frame, shape."""
 _DIMENSIONS = 5
 
 
@@ -44,6 +57,10 @@ class Kind(IntEnum):
     """A request is over: let go of it."""
     LEAVE = 5
     """Nothing comes any more."""
+    CHECKPOINT = 6
+    """Take a snapshot of a request and begin to write it. The payload is the folder, as JSON."""
+    SAVED = 7
+    """The ranks before the receiver have their files on the disk. The payload are the files, as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +76,7 @@ class Header:
         digest: of all flags of the request so far.
         shape: of the payload; empty for none.
         dtype: of the payload.
+        next_frame: bytes of the frame in which the next message of the edge comes.
     """
 
     kind: Kind
@@ -69,9 +87,15 @@ class Header:
     digest: bytes = bytes(8)
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.uint8
+    next_frame: int = HEADER_BYTES
+
+    @property
+    def payload_bytes(self) -> int:
+        """Size of the payload."""
+        return math.prod(self.shape) * self.dtype.itemsize if self.shape else 0
 
     def write(self, buffer: Tensor, number: int) -> None:
-        """Write it into a header buffer, uint8 [HEADER_BYTES] on the CPU, as message `number` of its edge.
+        """Write it into the first HEADER_BYTES of a uint8 buffer on the CPU, as message `number` of its edge.
 
         Raises:
             ValueError: it does not fit.
@@ -88,6 +112,7 @@ class Header:
             len(self.flags),
             len(body),
             self.digest,
+            self.next_frame,
             *shape,
         )
         content = fixed + body + _pack_flags(self.flags)
@@ -97,13 +122,15 @@ class Header:
 
     @classmethod
     def read(cls, buffer: Tensor) -> Header:
-        """Read it from a header buffer.
+        """Read it from a buffer that begins with it.
 
         Raises:
             ValueError: it is no header.
         """
-        content = buffer.numpy().tobytes()
-        magic, kind, dtype, dimensions, number, request, flags, body, digest, *shape = _FIXED.unpack_from(content)
+        content = buffer[:HEADER_BYTES].numpy().tobytes()
+        magic, kind, dtype, dimensions, number, request, flags, body, digest, frame, *shape = _FIXED.unpack_from(
+            content
+        )
         if magic != _MAGIC:
             raise ValueError("what came is no header: sender and receiver are out of step")
         start = _FIXED.size
@@ -117,15 +144,25 @@ class Header:
             digest=digest,
             shape=tuple(shape[:dimensions]),
             dtype=_DTYPES[dtype],
+            next_frame=frame,
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
-    """A header with its payload; who takes it in hands the payload back by `done` when it is not needed any more."""
+    """A header with its payload; who takes it in hands the payload back by `done` when it is not needed any more.
+
+    Attributes:
+        header: the header.
+        payload: its tensor.
+        buffer: what the payload is a part of and is to be used again; None if it is not.
+        nbytes: of header and payload.
+        waited: seconds for which it was waited for.
+    """
 
     header: Header
     payload: Tensor | None
+    buffer: Tensor | None
     nbytes: int
     waited: float
 
@@ -140,6 +177,7 @@ class Admit:
         kv: what to allocate.
         captions: its texts.
         grid: latent (T, h, w) of a chunk.
+        checkpoint: folder of the checkpoint that the request goes on from.
     """
 
     request: int
@@ -147,6 +185,7 @@ class Admit:
     kv: KVPlan
     captions: CaptionTable
     grid: tuple[int, int, int]
+    checkpoint: str | None = None
 
 
 def pack_admit(admit: Admit) -> Tensor:
@@ -161,6 +200,17 @@ def unpack_admit(payload: Tensor) -> Admit:
     loaded: Any = torch.load(io.BytesIO(payload.numpy().tobytes()), map_location="cpu", weights_only=False)
     assert isinstance(loaded, Admit)
     return loaded
+
+
+def pack_values(values: Any) -> Tensor:
+    """Plain JSON values as a payload, uint8 [bytes]."""
+    return torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
+
+
+def unpack_values(payload: Tensor | None) -> Any:
+    """From a payload."""
+    assert payload is not None
+    return json.loads(payload.numpy().tobytes())
 
 
 def _pack_flags(flags: tuple[int, ...]) -> bytes:

@@ -1,83 +1,91 @@
 """Watches over the ranks of a gang: each tells what it is doing, and each looks at all others.
 
-A rank that has died closes its connections; one that hangs (stopped, or stuck in a kernel) does not, so every rank
-writes a beat into the rendezvous store twice a second. Who sees that a beat has stopped, or that one item takes
-too long, reports it by name. A rank that cannot unwind after a failure is ended.
+Every rank leaves a sign of life in the rendezvous store twice a second, and reads those of all. Whoever finds a rank
+dead or hanging reports it there; the first report holds, and all ranks stop with its message. By default that takes
+
+- a second, if a rank has failed by itself (bad input, an exception, flags that do not agree), or if its process has
+  ended, on this machine or with a connection to here; otherwise as for a rank that is stopped,
+- 20 s (`silent`), if a rank is stopped, its machine is lost, or the store does not answer any more,
+- 180 s (`step`), if a rank is stuck in one item; 900 s (`first`), if in loading or one of its first items,
+- 180 s (`step`), if the lead waits for results that nobody works on,
+- a second, if the launcher has gone; a launcher's SIGTERM holds for `grace` if nothing else is found by then,
+
+and up to 3 s more (`grace`; on the rank that serves the store, twice that) for ranks that cannot unwind: their process
+is ended. Who cannot hear at all, because it is stopped, is ended by the ranks beside it, before they go themselves.
+Only time in which this rank could look counts, so neither a machine that slept nor a starved one finds others dead.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from torch.distributed import Store
 
-from parallel.failure import FAILED, Failure, FailureBoard, GangError
+from parallel.bell import Bell
+from parallel.failure import FAILED, STOPPED, Failure, GangError
+from parallel.judge import Judge, Timeouts
 from parallel.mesh import Mesh
+from parallel.neighbour import Neighbour, this_machine
+from parallel.notices import Beat, Notices
+from parallel.seat import Seat
 
 __all__ = ["Monitor", "Timeouts", "is_connection_error", "leave"]
 
 _INTERVAL = 0.5
-_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process has exited")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Timeouts:
-    """How long to wait, in seconds.
-
-    Attributes:
-        silent: without a sign of life from a rank.
-        first: for loading, and for a rank's first items, which may compile.
-        step: for one item after that.
-        grace: for a rank to unwind after a failure; also for a dying rank's own report to come before that of its
-            peers.
-    """
-
-    silent: float = 20.0
-    first: float = 900.0
-    step: float = 180.0
-    grace: float = 3.0
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What is known of a peer: its last beat, and for how long it has not changed."""
-
-    beat: str = ""
-    doing: str = ""
-    silent: float = 0.0
-    busy: float = 0.0
+_FIRST_ITEMS = 4
+_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "ncclRemoteError",
+    "remote process exited",
+)
 
 
 class Monitor:
-    """Beats and watches in a thread of its own.
+    """Watches in a thread of its own, which never waits for anybody.
 
     Args:
         store: a connection of its own to the rendezvous store.
         mesh: names of ranks.
         timeouts: how long to wait.
-        speaks: this process shows a failure itself if it must be ended.
+        seat: of this rank.
     """
 
-    def __init__(self, store: Store, mesh: Mesh, timeouts: Timeouts, *, speaks: bool) -> None:
-        self._store, self._mesh, self._timeouts, self._speaks = store, mesh, timeouts, speaks
-        self._board = FailureBoard(store)
+    def __init__(self, store: Store, mesh: Mesh, timeouts: Timeouts, seat: Seat) -> None:
+        self._mesh, self._timeouts, self._seat = mesh, timeouts, seat
+        self._speaks = not seat.launcher_speaks
+        self._server = None if seat.launcher_serves else 0
+        self._parent = os.getppid() if seat.launched else None
         self._failure: Failure | None = None
         self._failed_at = 0.0
         self._doing, self._last, self._items, self._beats = "starting", "starting", 0, 0
         self._outstanding: Callable[[], int] = lambda: 0
-        self._seen = {rank: _Seen() for rank in range(mesh.layout.world_size) if rank != mesh.rank}
-        self._idle = 0.0
-        self._ended = threading.Event()
+        self._expects = False
+        self._interval = min(_INTERVAL, timeouts.silent / 8)
+        self._machine = this_machine()
+        self._neighbours: dict[int, Neighbour] = {}
+        self._gone: dict[int, int] = {}
+        self._rounds, self._since_round = 0, 0.0
+        self._terminating: float | None = None
+        self._known, self._over = threading.Event(), threading.Event()
+        self._bell = Bell()
+        self._judge = Judge(mesh, timeouts)
+        self._notices = Notices(
+            store,
+            mesh.rank,
+            mesh.layout.world_size,
+            beat=self._beat,
+            interval=self._interval,
+            on_news=self._bell.ring,
+        )
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
 
     @property
@@ -86,22 +94,43 @@ class Monitor:
         return self._doing
 
     def start(self) -> None:
-        """Start to beat."""
-        self._beat()
+        """Start to watch."""
+        self._notices.start()
         self._thread.start()
 
     def stop(self) -> None:
-        """This rank is through; nobody will miss its beats."""
-        if self._ended.is_set():
-            return
-        self._ended.set()
-        if self._failure is None:
-            with suppress(RuntimeError):  # who serves the store may have left first
-                self._store.set(self._key(self._mesh.rank), "")
+        """This rank is through; nobody will miss its signs of life."""
+        self._over.set()
+        self._bell.ring()
+        self._part()
+        self._close()
+
+    def hand_over(self) -> None:
+        """The failure is known where the gang was opened, and is to be shown there.
+
+        A process that a launcher has started for its rank has `grace` from now to do so and to end. Any other one may
+        go on.
+        """
+        self._failed_at = time.monotonic()
+        self._part()
+        self._failed_at, self._speaks = time.monotonic(), False
+        if not self._seat.launched:
+            self._over.set()
+            self._bell.ring()
+            self._close()
 
     def watch(self, outstanding: Callable[[], int]) -> None:
         """Ask how many items are under way, to tell a gang that is stuck from one that has nothing to do."""
         self._outstanding = outstanding
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """While this rank does nothing but wait for results."""
+        self._expects = True
+        try:
+            yield
+        finally:
+            self._expects = False
 
     def working(self, what: str) -> None:
         """This rank begins with something."""
@@ -124,107 +153,153 @@ class Monitor:
     def fail(self, message: str, *, status: int = FAILED) -> Failure:
         """Report a failure; what was reported first is returned, and holds."""
         failure = Failure(message=message, status=status, reporter=self._mesh.rank)
-        if self._failure is None:
-            try:
-                self._set(self._board.report(failure))
-            except RuntimeError:
-                self._set(failure)
-        assert self._failure is not None
-        return self._failure
+        self._notices.report(failure)
+        return self.await_failure() or failure
 
     def await_failure(self) -> Failure | None:
-        """Wait until somebody has reported a failure, as long as a peer may be silent."""
-        deadline = time.monotonic() + self._timeouts.silent + 2 * self._timeouts.grace
-        while self._failure is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+        """Wait until a failure is known, as long as a rank, or the store, may be silent."""
+        self._known.wait(self._timeouts.silent + 2 * self._timeouts.grace)
         return self._failure
 
     def lost(self, rank: int, error: Exception) -> None:
-        """A connection to a rank has failed. If that rank reports why, its report is taken."""
-        if self._ended.is_set():
+        """A connection to a rank has failed. If that rank has reported why, before it went, its report holds."""
+        if self._over.is_set():
             return
-        deadline = time.monotonic() + self._timeouts.grace
-        while self._failure is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if self._failure is None and not self._ended.is_set():
-            self.fail(f"{self._mesh.name(rank)} has gone: {_first_line(error)}")
+        if is_connection_error(error):
+            self.fail(self._has_gone(rank, "it has closed its connections"))
+        else:
+            text = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            self.fail(f"{self._mesh.name(self._mesh.rank)}: messages from or to rank {rank}: {text}")
 
-    def _set(self, failure: Failure) -> None:
-        if self._failure is None:
-            self._failed_at = time.monotonic()
-            self._failure = failure
+    def _beat(self) -> Beat:
+        self._beats += 1
+        return Beat(
+            count=self._beats,
+            items=self._items,
+            doing=self._doing,
+            last=self._last,
+            limit=self._timeouts.first if self._items <= _FIRST_ITEMS else self._timeouts.step,
+            pid=os.getpid(),
+            machine=self._machine,
+        )
+
+    def _has_gone(self, rank: int, how: str) -> str:
+        beat = self._notices.beats.get(rank)
+        return f"{self._mesh.name(rank)} has gone: {how}" + (f", last seen {beat.at}" if beat else "")
 
     def _run(self) -> None:
         before = time.monotonic()
-        interval = min(_INTERVAL, self._timeouts.silent / 8)
-        while not self._ended.wait(interval):
+        while not self._over.is_set():
+            signals = self._bell.wait(self._interval)
             now = time.monotonic()
-            # A machine that slept must not take the others for dead: no step counts more than two intervals.
-            passed, before = min(now - before, 2 * interval), now
-            try:
-                self._beat()
-                if self._failure is None and (failure := self._board.read()) is not None:
-                    self._set(failure)
+            passed, before = min(now - before, 2 * self._interval), now
+            if signal.SIGTERM in signals and self._terminating is None:
+                self._terminating = 0.0
+            if self._over.is_set():
+                return
+            if self._failure is None:
                 self._look(passed)
-            except RuntimeError:
-                if not self._ended.is_set():
-                    self._store_lost()
-            if self._failure is not None and now - self._failed_at > self._timeouts.grace:
+            elif now - self._failed_at > self._timeouts.grace * (2 if self._server == self._mesh.rank else 1):
                 self._end()
-
-    def _key(self, rank: int) -> str:
-        return f"beat/{rank}"
-
-    def _beat(self) -> None:
-        self._beats += 1
-        beat = {
-            "beats": self._beats,
-            "items": self._items,
-            "doing": self._doing,
-            "last": self._last,
-            "first": self._items <= 4,
-            "outstanding": self._outstanding(),
-            "pid": os.getpid(),
-            "machine": socket.gethostname(),
-        }
-        self._store.set(self._key(self._mesh.rank), json.dumps(beat))
 
     def _look(self, passed: float) -> None:
         """Look at all others; `passed` seconds after the last look."""
-        ranks = [rank for rank in self._seen if self._store.check([self._key(rank)])]
-        beats = self._store.multi_get([self._key(rank) for rank in ranks]) if ranks else []
-        anybody = bool(self._doing)
-        for rank, raw in zip(ranks, beats, strict=True):
-            text = raw.decode()
-            if not text:  # through
-                continue
-            anybody |= self._look_at(rank, text, passed)
-        self._idle = 0.0 if anybody or not self._outstanding() else self._idle + passed
-        if self._failure is None and self._idle > self._timeouts.step:
-            self.fail(f"no rank works, though {self._outstanding()} items are under way")
+        notices = self._notices
+        self._since_round += passed
+        self._meet_neighbours()
+        if notices.failure is not None:
+            self._set(notices.failure)
+        elif notices.lost:
+            self._lose_store("it has closed its connections")
+        elif self._since_round > self._timeouts.silent:
+            self._lose_store(f"it has given no sign of life for {self._since_round:.0f} s")
+        elif notices.mine is None:
+            self._look_at_neighbours(passed)
+            if notices.rounds != self._rounds:
+                verdict = self._judge.look(notices.beats, self._since_round, self._expected)
+                self._rounds, self._since_round = notices.rounds, 0.0
+                if verdict is not None:
+                    self._report(verdict.message, hung=verdict.hung)
+        elif notices.rounds != self._rounds:
+            self._rounds, self._since_round = notices.rounds, 0.0
 
-    def _look_at(self, rank: int, text: str, passed: float) -> bool:
-        """Look at one beat; whether that rank works."""
-        seen, beat = self._seen[rank], json.loads(text)
-        seen.silent = 0.0 if text != seen.beat else seen.silent + passed
-        doing = f"{beat['items']} {beat['doing']}" if beat["doing"] else ""
-        seen.busy = seen.busy + passed if doing and doing == seen.doing else 0.0
-        seen.beat, seen.doing = text, doing
-        if self._failure is not None:
-            return bool(doing)
-        at = f" at {beat['doing']}" if beat["doing"] else f" after {beat['last']}"
-        limit = self._timeouts.first if beat["first"] else self._timeouts.step
-        if seen.silent > self._timeouts.silent:
-            failure = self.fail(f"{self._mesh.name(rank)} has given no sign of life for {seen.silent:.0f} s{at}")
-            if failure.reporter == self._mesh.rank and beat["machine"] == socket.gethostname():
-                _kill(beat["pid"])  # a stopped process would not hear its launcher
-        elif seen.busy > limit:
-            self.fail(f"{self._mesh.name(rank)} has not come on for {seen.busy:.0f} s{at}")
-        return bool(doing)
+    @property
+    def _expected(self) -> int:
+        return self._outstanding() if self._expects else 0
 
-    def _store_lost(self) -> None:
-        text = "the launcher, which holds the ranks together, has gone"
-        self._set(Failure(message=text, status=FAILED, reporter=self._mesh.rank))
+    def _meet_neighbours(self) -> None:
+        for rank, beat in self._notices.beats.items():
+            if beat is not None and rank not in self._neighbours and beat.machine == self._machine:
+                if rank != self._mesh.rank:
+                    self._neighbours[rank] = Neighbour(beat.pid)
+
+    def _look_at_neighbours(self, passed: float) -> None:
+        """Look at what this machine knows of its processes."""
+        for rank, neighbour in self._neighbours.items():
+            if neighbour.gone and self._notices.beats[rank] is not None:
+                self._look_at_gone(rank)
+        if self._parent is not None and os.getppid() != self._parent:
+            self._report(f"the launcher of {self._mesh.name(self._mesh.rank)} has gone")
+        if self._terminating is not None:
+            self._terminating += passed
+            if self._terminating > self._timeouts.grace:
+                self._report(f"{self._mesh.name(self._mesh.rank)} was told to stop", status=STOPPED)
+
+    def _look_at_gone(self, rank: int) -> None:
+        """A rank's process has ended: after all notices were read once more, there is no word from it to come."""
+        since = self._gone.setdefault(rank, self._notices.rounds)
+        self._notices.refresh()
+        if self._notices.rounds >= since + 2:
+            self._report(self._has_gone(rank, "its process has ended"))
+
+    def _report(self, message: str, *, status: int = FAILED, hung: tuple[int, ...] = ()) -> None:
+        self._notices.report(Failure(message=message, status=status, reporter=self._mesh.rank, hung=hung))
+
+    def _lose_store(self, how: str) -> None:
+        """Who serves the store is gone, or hangs: every rank finds that out alone."""
+        self._notices.give_up()
+        if self._server is None:
+            message = f"the launcher, which holds the ranks together, has gone: {how}"
+            self._set(Failure(message=message, status=FAILED, reporter=0))
+        else:
+            message = self._has_gone(self._server, how)
+            self._set(Failure(message=message, status=FAILED, reporter=1, hung=(self._server,)))
+
+    def _set(self, failure: Failure) -> None:
+        # Nobody goes before who cannot hear is ended: there might be nobody left to do it.
+        for rank, neighbour in self._neighbours.items():
+            if rank in failure.hung or neighbour.stopped:
+                neighbour.end()
+        self._failed_at = time.monotonic()
+        self._failure = failure
+        self._notices.take_leave()
+        self._known.set()
+
+    def _part(self) -> None:
+        """Take leave of the others; who serves the store goes last."""
+        self._notices.take_leave()
+        self._notices.wait_told(self._timeouts.grace)
+        if self._server != self._mesh.rank:
+            return
+        deadline = time.monotonic() + self._timeouts.grace
+        while time.monotonic() < deadline and self._others_listen():
+            self._notices.refresh()
+            time.sleep(0.02)
+
+    def _others_listen(self) -> bool:
+        for rank, beat in self._notices.beats.items():
+            if beat is not None and rank != self._mesh.rank:
+                neighbour = self._neighbours.get(rank)
+                if neighbour is None or not neighbour.gone:
+                    return True
+        return False
+
+    def _close(self) -> None:
+        self._notices.close(self._timeouts.grace)
+        self._thread.join()
+        self._bell.close()
+        for neighbour in self._neighbours.values():
+            neighbour.close()
 
     def _end(self) -> NoReturn:
         """End this process, whose main thread is stuck."""
@@ -241,18 +316,7 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _kill(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
 def is_connection_error(error: BaseException) -> bool:
     """Whether a transfer has failed because the other side is gone."""
     text = str(error)
     return isinstance(error, RuntimeError) and any(sign in text for sign in _GONE)
-
-
-def _first_line(error: Exception) -> str:
-    if is_connection_error(error):
-        return "it has closed its connections"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

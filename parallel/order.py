@@ -4,6 +4,9 @@ A chunk's step may begin when the chunk's own latent is known, which is at once 
 the velocity has come back; the other chunks of the tick are not waited for. As the order never changes, every stage
 sees the keys and values that one process would see.
 
+A turn, which is what happens between two chunk borders, may have to wait until its gate is open, and a snapshot may be
+taken before it. Both change when work is begun, and never its order.
+
 It knows neither ranks nor messages.
 """
 
@@ -12,18 +15,39 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
 from engine.cache import Decision, Observation
 from engine.run import VideoRun, Work
-from engine.schedule import Tick
+from engine.schedule import Tick, Turn
 from engine.work import WorkItem
 from models.family import Pass
 
-__all__ = ["TickDone", "WorkOrder"]
+__all__ = ["Border", "Gate", "TickDone", "Turn", "WorkOrder"]
 
 OnDecision = Callable[[Observation, Decision], None]
+
+
+class Gate(Protocol):
+    """Says when the turns of one video may begin. It is called by the thread that works off the video."""
+
+    def announce(self, turn: Turn) -> None:
+        """A turn comes next: the last tick of the one before has begun, or the video has been submitted."""
+
+    def open(self, turn: Turn) -> bool:
+        """Whether a turn may begin; asked again and again until it may, so it must answer at once."""
+
+
+class Border(Protocol):
+    """Is to do something between two turns of one video, while no work of it is under way."""
+
+    def due(self, turn: Turn) -> bool:
+        """Whether there is something to do before a turn."""
+
+    def reached(self, turn: Turn) -> bool:
+        """Do it; False if that cannot be yet, to be asked again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,10 +90,25 @@ class WorkOrder:
         run: the video.
         barrier: begin a tick only when all chunks of the one before have taken their step; for comparison.
         on_decision: told of every decision, in order.
+        gate: lets turns begin; None lets all.
+        border: is to do something between turns.
+        start: the first turn. If it is not 0, the run was restored to the state before it.
     """
 
-    def __init__(self, run: VideoRun, *, barrier: bool, on_decision: OnDecision) -> None:
+    def __init__(
+        self,
+        run: VideoRun,
+        *,
+        barrier: bool,
+        on_decision: OnDecision,
+        gate: Gate | None = None,
+        border: Border | None = None,
+        start: int = 0,
+    ) -> None:
         self._run, self._barrier, self._on_decision = run, barrier, on_decision
+        self._gate, self._border, self._start = gate, border, start
+        self.held = False
+        """What comes next waits for the gate or at a border, and not for a velocity."""
         self._steps: dict[int, _OpenStep] = {}
         """Steps whose velocity is still to come, by chunk."""
         self._ticks: list[_OpenTick] = []
@@ -79,6 +118,8 @@ class WorkOrder:
         self._peeked: Work | None = None
         self._over = False
         self._before = time.perf_counter()
+        if gate is not None:
+            gate.announce(run.schedule.turn(start))
 
     @property
     def over(self) -> bool:
@@ -121,30 +162,53 @@ class WorkOrder:
         return taken
 
     def _issue(self) -> Iterator[Work | None]:
-        """Work in order; None where the next one has to wait for a velocity."""
-        run = self._run
-        yield from run.prefix_work()
-        for tick in run.schedule:
-            opened = _OpenTick(tick=tick, left=len(tick.active))
-            if self._barrier:
-                yield from self._until(list(self._steps))
-            elif tick.retiring is not None and run.renews:
-                yield from self._until([tick.retiring])
-            self._ticks.append(opened)
-            clean = run.begin(tick)
-            opened.items += len(clean)
-            yield from clean
-            groups = [list(tick.active)] if run.whole_window else [[one] for one in tick.active]
-            for group in groups:
-                chunks = [chunk for chunk, _ in group]
-                yield from self._until(chunks)
-                for seen, decision in run.decide(tick, chunks):
-                    self._on_decision(seen, decision)
-                    if decision is Decision.COMPUTE:
-                        yield from self._open(opened, seen.chunk, seen.step)
-                    else:
-                        self._stepped(opened, seen.chunk)
-            run.seal(tick)
+        """Work in order; None where the next one has to wait."""
+        schedule = self._run.schedule
+        for index in range(self._start, schedule.turns):
+            yield from self._hold(schedule.turn(index))
+            if not index:
+                yield from self._run.prefix_work()
+            ticks = schedule.turn_ticks(index)
+            for tick in ticks:
+                last = tick == ticks[-1] and index < schedule.turns - 1
+                yield from self._tick(schedule.tick(tick), schedule.turn(index + 1) if last else None)
+
+    def _hold(self, turn: Turn) -> Iterator[None]:
+        """Before a turn: do what is due, and wait until it may begin."""
+        if self._border is not None and self._border.due(turn):
+            yield from self._until(list(self._steps))
+            while not self._border.reached(turn):
+                self.held = True
+                yield None
+        while self._gate is not None and not self._gate.open(turn):
+            self.held = True
+            yield None
+        self.held = False
+
+    def _tick(self, tick: Tick, coming: Turn | None) -> Iterator[Work | None]:
+        """A tick's work; `coming` is the turn to announce when it has begun."""
+        run, opened = self._run, _OpenTick(tick=tick, left=len(tick.active))
+        if self._barrier:
+            yield from self._until(list(self._steps))
+        elif tick.retiring is not None and run.renews:
+            yield from self._until([tick.retiring])
+        self._ticks.append(opened)
+        clean = run.begin(tick)
+        if coming is not None and self._gate is not None:
+            self._gate.announce(coming)
+        opened.items += len(clean)
+        yield from clean
+        groups = [list(tick.active)] if run.whole_window else [[one] for one in tick.active]
+        for group in groups:
+            chunks = [chunk for chunk, _ in group]
+            yield from self._until(chunks)
+            for seen, decision in run.decide(tick, chunks):
+                self._on_decision(seen, decision)
+                if decision is Decision.COMPUTE:
+                    yield from self._open(opened, seen.chunk, seen.step)
+                else:
+                    self._stepped(opened, seen.chunk)
+        run.seal(tick)
 
     def _open(self, opened: _OpenTick, chunk: int, step: int) -> Iterator[Work]:
         work = self._run.open(opened.tick, chunk, step)

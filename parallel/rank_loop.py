@@ -6,9 +6,11 @@ A rank works off its stream in order and decides nothing. There is no other sync
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
+from pathlib import Path
 
 from parallel.links import Links
-from parallel.message import Header, Kind, Message, unpack_admit
+from parallel.message import Header, Kind, Message, pack_values, unpack_admit, unpack_values
 from parallel.stage import StageRunner
 from parallel.timeline import Timeline
 
@@ -52,6 +54,13 @@ class RankLoop:
             elif header.kind is Kind.RELEASE:
                 self._links.announce(header)
                 self._runner.release(header)
+            elif header.kind is Kind.CHECKPOINT:
+                report.checkpoint_bytes += message.nbytes
+                self._links.announce(header, message.payload)  # first, so that all ranks write at the same time
+                self._runner.save(header, Path(unpack_values(message.payload)))
+            elif header.kind is Kind.SAVED:
+                report.checkpoint_bytes += message.nbytes
+                self._saved(message)
             elif header.kind is Kind.LEAVE:
                 self._links.leave()
                 report.sent_bytes = self._links.sent_bytes
@@ -76,3 +85,19 @@ class RankLoop:
             links.result(Header(kind=Kind.VELOCITY, request=header.request, item=header.item), velocity)
         elif links.is_tail:
             links.part(header, hidden)
+
+    def _saved(self, message: Message) -> None:
+        """The ranks before this one have their files on the disk: wait for one's own, and say so."""
+        header, links = message.header, self._links
+        files = unpack_values(message.payload)
+        files += [asdict(shard) for shard in self._runner.saved(header.request)]
+        if links.last_slot:
+            for inbox, part in links.parts(header):
+                self._runner.report.checkpoint_bytes += part.nbytes
+                files += unpack_values(part.payload)
+                inbox.done(part)
+            links.result(header, pack_values(files))
+        elif links.is_tail:
+            links.part(header, pack_values(files))
+        else:
+            links.on(header, pack_values(files))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from torch.distributed import Store
-
-from parallel.timeline import Event
 
 __all__ = ["RankReport", "collect_reports", "file_report"]
 
@@ -27,6 +24,8 @@ class RankReport:
         items: stage calls: passes of chunks through its layers.
         item_bytes: bytes received with work items, headers counted.
         velocity_bytes: bytes received with velocities, headers counted; on the lead only.
+        checkpoints: snapshots taken.
+        checkpoint_bytes: bytes received with messages about checkpoints, headers counted.
         sent_bytes: bytes sent, whatever for.
         busy: seconds in its layers.
         waiting: seconds without work.
@@ -42,22 +41,22 @@ class RankReport:
     items: int = 0
     item_bytes: int = 0
     velocity_bytes: int = 0
+    checkpoints: int = 0
+    checkpoint_bytes: int = 0
     sent_bytes: int = 0
     busy: float = 0.0
     waiting: float = 0.0
     digests: dict[str, str] = field(default_factory=dict)
 
 
-def file_report(store: Store, session: int, report: RankReport, events: Sequence[Event]) -> None:
-    """Leave a rank's report, and what it did when, for the lead."""
-    store.set(f"events/{session}/{report.rank}", json.dumps(list(events)))
+def file_report(store: Store, session: int, report: RankReport) -> None:
+    """Leave a rank's report for the lead."""
     store.set(f"report/{session}/{report.rank}", json.dumps(asdict(report)))
 
 
-def collect_reports(store: Store, session: int, ranks: int) -> tuple[list[RankReport], list[list[Event]]]:
-    """The reports and the events of all ranks, once they have left them."""
+def collect_reports(store: Store, session: int, ranks: int) -> list[RankReport]:
+    """The reports of all ranks, once they have left them."""
     keys = [f"report/{session}/{rank}" for rank in range(ranks)]
     store.wait(keys)
     loaded = [json.loads(raw) for raw in store.multi_get(keys)]
-    events = [json.loads(raw) for raw in store.multi_get([f"events/{session}/{rank}" for rank in range(ranks)])]
-    return [RankReport(**{**values, "layers": tuple(values["layers"])}) for values in loaded], events
+    return [RankReport(**{**values, "layers": tuple(values["layers"])}) for values in loaded]

@@ -16,6 +16,7 @@ __all__ = ["Seat", "child_environment"]
 
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SPEAKS = "FLOWCACHE_LAUNCHER_SPEAKS"
+_LAUNCHED = "FLOWCACHE_LAUNCHED"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +32,7 @@ class Seat:
         port: of that store.
         launcher_serves: the launcher serves the store; otherwise rank 0 does.
         launcher_speaks: the launcher shows what went wrong, so the ranks stay silent.
+        launched: this process was started for its rank alone, by a launcher that is its parent, and ends with it.
         attempt: how often the launcher has started all ranks again.
     """
 
@@ -42,6 +44,7 @@ class Seat:
     port: int
     launcher_serves: bool = False
     launcher_speaks: bool = False
+    launched: bool = False
     attempt: int = 0
 
     @classmethod
@@ -66,6 +69,7 @@ class Seat:
             port=_number(found, "MASTER_PORT"),
             launcher_serves=found.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             launcher_speaks=found.get(_SPEAKS) == "1",
+            launched=found.get(_LAUNCHED, "1" if "TORCHELASTIC_RUN_ID" in found else "0") == "1",
             attempt=_number(found, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in found else 0,
         )
 
@@ -81,6 +85,7 @@ class Seat:
             "TORCHELASTIC_USE_AGENT_STORE": str(self.launcher_serves),
             "TORCHELASTIC_RESTART_COUNT": str(self.attempt),
             _SPEAKS: "1" if self.launcher_speaks else "0",
+            _LAUNCHED: "1" if self.launched else "0",
         }
 
 

@@ -6,8 +6,9 @@ It is given headers and hidden states and gives hidden states; it does not know 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,12 +20,14 @@ from engine.work import WorkItem
 from models.attention import Attention
 from models.errors import InputError
 from models.family import VideoModel
-from parallel.flags import FlagLog
+from parallel.checkpoint import Contents, Shard, Writing, read_contents
+from parallel.flags import FlagLog, FlagState
 from parallel.groups import Groups
 from parallel.mesh import Mesh
 from parallel.message import Admit, Header
 from parallel.monitor import Monitor
 from parallel.report import RankReport
+from parallel.snapshot import pack_share, rank_file, unpack_share
 from parallel.stopwatch import Stopwatch
 from parallel.timeline import Timeline
 from parallel.ulysses import TokenSplit, UlyssesShare, local_heads
@@ -77,6 +80,7 @@ class StageRunner:
         self._stage = Stage(stage.model)
         self._flags: dict[int, FlagLog] = {}
         self._splits: dict[int, TokenSplit] = {}
+        self._writings: dict[int, Writing] = {}
         self._stopwatch = Stopwatch(stage.model.kv.device)
         layers = stage.model.kv.layers
         self._report = RankReport(
@@ -120,14 +124,17 @@ class StageRunner:
         if self._groups.cp is not None:
             share = UlyssesShare(split, self._mesh.slot, self._groups.cp, through_host=self._groups.through_host)
         geometry = local_heads(self._model.kv, ranks)
+        kv, log = admit.kv.allocate(geometry, self._attention), self._flag_log(admit.schedule)
+        if admit.checkpoint is not None:
+            self._restore(Path(admit.checkpoint), kv, log)
         admission = Admission(
-            kv=admit.kv.allocate(geometry, self._attention),
+            kv=kv,
             captions=admit.captions.to(geometry.device),
             grid=admit.grid,
             share=share,
         )
         self._stage.admit(admit.request, admission)
-        self._flags[admit.request] = self._flag_log(admit.schedule)
+        self._flags[admit.request] = log
         self._splits[admit.request] = split
 
     def release(self, header: Header) -> None:
@@ -139,6 +146,7 @@ class StageRunner:
         self._follow(header)
         self._stage.release(header.request)
         self._splits.pop(header.request)
+        self._writings.pop(header.request, None)  # what is still being written comes to nothing
         self.report.digests[str(header.request)] = self._flags.pop(header.request).digest.hex()
 
     def run(self, header: Header, hidden: Tensor) -> Tensor:
@@ -153,13 +161,23 @@ class StageRunner:
         began = time.perf_counter()
         self._follow(header)
         with self._stopwatch.measure():
+            self._stage.change(item)
+        if self._timeline.wanted and any(op.kind == "retire" for op in item.before):
+            self._synchronize(hidden.device)
+            self._timeline.add("compress", began, item)
+            began = time.perf_counter()
+        with self._stopwatch.measure():
             hidden = self._stage.forward(item, hidden)
-        if self._timeline.wanted and hidden.device.type == "cuda":
-            torch.cuda.synchronize(hidden.device)  # a trace shows when it was computed, not when it was launched
+        self._synchronize(hidden.device)
         self.report.items += 1
         self._timeline.add("compute", began, item)
         self._monitor.waiting()
         return hidden
+
+    def _synchronize(self, device: torch.device) -> None:
+        """A trace shows when something was computed, not when it was launched."""
+        if self._timeline.wanted and device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     def embed(self, item: WorkItem, x: Tensor) -> list[Tensor]:
         """Patch embeddings [1, s, D] of a latent for each slot of the stage; on the head only."""
@@ -177,6 +195,68 @@ class StageRunner:
     def kv(self, request: int) -> KVBuffer:
         """The KV buffers of a request."""
         return self._stage.admitted(request).kv
+
+    def flags(self, request: int) -> FlagState:
+        """How far the log of a request's flags is."""
+        return self._flags[request].state()
+
+    def save(
+        self,
+        header: Header,
+        place: Path,
+        others: Mapping[str, Contents] | None = None,
+        on_done: Callable[[], None] = lambda: None,
+    ) -> Writing:
+        """Take a snapshot of a request's KV and begin to write it; later items do not touch it.
+
+        Args:
+            header: of the message that asks for it.
+            place: folder of the checkpoint.
+            others: what else to write, by file name.
+            on_done: called by another thread once all is written.
+
+        Raises:
+            FlagMismatch: this rank's flags are not the head's.
+        """
+        self._monitor.working(f"request {header.request}, snapshot")
+        began = time.perf_counter()
+        self._follow(header)
+        share = pack_share(self.kv(header.request).state(), self.flags(header.request), self._about())
+        writing = Writing(place, {rank_file(self._mesh.rank): share, **(others or {})}, on_done)
+        self._writings[header.request] = writing
+        self.report.checkpoints += 1
+        self._timeline.add("snapshot", began)
+        self._monitor.waiting()
+        return writing
+
+    def saved(self, request: int) -> tuple[Shard, ...]:
+        """The files of the last snapshot of a request, once they are on the disk.
+
+        Raises:
+            InputError: one cannot be written.
+        """
+        self._monitor.working(f"request {request}, writing a checkpoint")
+        shards = self._writings.pop(request).shards()
+        self._monitor.waiting()
+        return shards
+
+    def _restore(self, place: Path, kv: KVBuffer, log: FlagLog) -> None:
+        path = place / rank_file(self._mesh.rank)
+        contents = read_contents(path)
+        if contents.values.get("about") != self._about():
+            then, now = contents.values.get("about"), self._about()
+            raise InputError(f"the checkpoint {path} is of another split: {then}, now {now}; delete it to start anew")
+        try:
+            state, flags = unpack_share(contents)
+            kv.restore(state)
+            log.restore(flags)
+        except (KeyError, ValueError, TypeError) as error:
+            raise InputError(f"the checkpoint {path} does not fit: {error}; delete it to start anew") from None
+
+    def _about(self) -> dict[str, object]:
+        """What tells this rank's share of a request from others."""
+        mesh, layers = self._mesh, self._model.kv.layers
+        return {"stage": mesh.stage, "slot": mesh.slot, "layers": [layers.start, layers.stop]}
 
     def _follow(self, header: Header) -> None:
         log = self._flags[header.request]

@@ -6,7 +6,7 @@ computed. Its state is a few numbers per chunk of the window, and can be saved a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, Protocol
@@ -74,7 +74,7 @@ class Policy(Protocol):
     def state(self) -> State:
         """All that the next decisions depend on."""
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: Mapping[str, float]) -> None:
         """Go on from a saved state."""
 
 
@@ -95,7 +95,7 @@ class NoReuse:
         """Nothing is held."""
         return {}
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: Mapping[str, float]) -> None:
         """Nothing is held."""
 
 
@@ -130,7 +130,7 @@ class _Accumulator:
         """The sums."""
         return dict(self._sums)
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: Mapping[str, float]) -> None:
         """Go on from saved sums."""
         self._sums = dict(state)
 

@@ -9,6 +9,7 @@ The memory is per chunk and bounded by the window. Shapes: latents and velocitie
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -34,8 +35,7 @@ class ReuseMemory:
     Args:
         kind: one of `KINDS`; `extrapolate` extrapolates every step that is not computed.
         both: a policy may ask for extrapolation where `kind` is another.
-        damping: share of the extrapolated change that is taken; 0 makes `extrapolate` the same as `velocity`. All of it
-            was best on magi-pocket (docs/reuse.md).
+        damping: share of the extrapolated change that is taken; 0 makes `extrapolate` the same as `velocity`.
     """
 
     def __init__(self, kind: str, *, both: bool = False, damping: float = 1.0) -> None:
@@ -72,7 +72,7 @@ class ReuseMemory:
         """Everything that is held, for a checkpoint."""
         return {chunk: [(c.time, c.size, c.velocity) for c in held] for chunk, held in self._held.items()}
 
-    def restore(self, state: dict[int, list[tuple[float, float, Tensor]]]) -> None:
+    def restore(self, state: Mapping[int, Sequence[tuple[float, float, Tensor]]]) -> None:
         """Go on from a saved state."""
         self._held = {
             chunk: tuple(_Computed(time=time, size=size, velocity=velocity) for time, size, velocity in held)

@@ -8,18 +8,19 @@ Shapes: N rows of the buffer, S tokens of a chunk, Q queries, G key heads, d hea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.kv.layout import KVLayout
+from engine.kv.layout import KVLayout, LayoutState
 from engine.kv.selection import SelectionSettings, select
 from engine.work import KVOp
 from models.attention import Attention
 from models.family import KVGeometry
 
-__all__ = ["Compression", "IsolatedView", "KVBuffer", "SliceView"]
+__all__ = ["Compression", "IsolatedView", "KVBuffer", "KVState", "LayerState", "SliceView"]
 
 _BLOCK = 4096  # rows that are moved at once; bounds the scratch memory
 
@@ -37,6 +38,34 @@ class Compression:
     settings: SelectionSettings
     query_heads: int
     frame_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerState:
+    """One layer of one branch, rows in use only; on the CPU.
+
+    Attributes:
+        kv: keys and values [2, n, G, d].
+        queries: who asks at the next compression [Q, H, d]; None without compression.
+        origin: chunk of each row [n, G]; None without compression.
+    """
+
+    kv: Tensor
+    queries: Tensor | None
+    origin: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVState:
+    """The state of a `KVBuffer`: copies, which later writes do not touch.
+
+    Attributes:
+        layout: where the tokens stand.
+        layers: by branch and layer.
+    """
+
+    layout: LayoutState
+    layers: Mapping[tuple[int, int], LayerState]
 
 
 @dataclass(slots=True)
@@ -177,6 +206,37 @@ class KVBuffer:
         heads = layers[0].kv.shape[2]
         return counts / (len(layers) * heads * layout.chunk_tokens)
 
+    def state(self) -> KVState:
+        """What it holds now, copied to the CPU."""
+        used = self.layout.used_rows
+        layers = {
+            (branch, number): LayerState(
+                kv=_copy(layer.kv[:, :used]),
+                queries=None if layer.queries is None else _copy(layer.queries),
+                origin=None if layer.origin is None else _copy(layer.origin[:used]),
+            )
+            for branch, held in enumerate(self._branches)
+            for number, layer in held.items()
+        }
+        return KVState(layout=self.layout.state(), layers=layers)
+
+    def restore(self, state: KVState) -> None:
+        """Go on from the state of a buffer of the same size, layers and heads.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        own = {(branch, number) for branch, held in enumerate(self._branches) for number in held}
+        if own != set(state.layers):
+            raise ValueError(f"it has the layers {sorted(state.layers)} and not {sorted(own)}")
+        self.layout.restore(state.layout)
+        used = self.layout.used_rows
+        for (branch, number), saved in state.layers.items():
+            layer = self._branches[branch][number]
+            _fill(layer.kv[:, :used], saved.kv)
+            _fill(layer.queries, saved.queries)
+            _fill(None if layer.origin is None else layer.origin[:used], saved.origin)
+
     def _retire(self, chunk: int) -> None:
         layout = self.layout
         used, rows = layout.used_rows, layout.rows(chunk)
@@ -225,6 +285,19 @@ class KVBuffer:
         for branch in self._branches[1:]:
             for number, layer in branch.items():
                 layer.kv[:, rows] = self._branches[0][number].kv[:, rows]
+
+
+def _copy(part: Tensor) -> Tensor:
+    return part.to("cpu", copy=True).contiguous()
+
+
+def _fill(part: Tensor | None, saved: Tensor | None) -> None:
+    if part is None and saved is None:
+        return
+    if part is None or saved is None or part.shape != saved.shape or part.dtype != saved.dtype:
+        shapes = [None if one is None else (tuple(one.shape), one.dtype) for one in (saved, part)]
+        raise ValueError(f"it has tensors of {shapes[0]} and not {shapes[1]}")
+    part.copy_(saved)
 
 
 def _move_left(kv: Tensor, rows: slice, *, to: int) -> None:

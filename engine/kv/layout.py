@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["KVLayout"]
+__all__ = ["KVLayout", "LayoutState"]
 
 
 _MIXED = -1
@@ -18,6 +18,19 @@ _MIXED = -1
 class _Kept:
     chunk: int
     rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayoutState:
+    """What a layout has come to.
+
+    Attributes:
+        clean: (chunk, rows) of the clean region, oldest first; chunk -1 stands for tokens of many.
+        window: chunks of the window, oldest first.
+    """
+
+    clean: tuple[tuple[int, int], ...]
+    window: tuple[int, ...]
 
 
 class KVLayout:
@@ -119,3 +132,20 @@ class KVLayout:
         """
         start = 0 if keys_from is None else self.rows(keys_from).start
         return slice(start, self.rows(chunk).stop)
+
+    def state(self) -> LayoutState:
+        """What it has come to."""
+        return LayoutState(clean=tuple((kept.chunk, kept.rows) for kept in self._clean), window=tuple(self._window))
+
+    def restore(self, state: LayoutState) -> None:
+        """Go on from a state of a layout of the same size.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        rows = sum(rows for _, rows in state.clean)
+        within = rows <= self.clean_tokens and len(state.window) <= self._slots
+        if not within or rows + len(state.window) * self.chunk_tokens > self.capacity:
+            raise ValueError(f"{rows} clean rows and {len(state.window)} chunks do not fit into {self.capacity} rows")
+        self._clean = [_Kept(chunk=chunk, rows=rows) for chunk, rows in state.clean]
+        self._window = list(state.window)

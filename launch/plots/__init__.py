@@ -1,4 +1,4 @@
-"""Pictures of a record: what was computed and reused, how far chunks changed, and what of the past was kept.
+"""Pictures of a record: what was computed and reused, how far chunks changed, what of the past was kept, who did what.
 
 They know records only, and take the schedule from their flags. Figures are drawn without a display and without
 matplotlib's global state.
@@ -16,9 +16,10 @@ from engine.record import RunRecord
 from launch.files import check_target, file_errors, part_of
 from launch.plots.distance import distance_figure
 from launch.plots.kv import kv_figure
+from launch.plots.pipeline import PipelineTrace, pipeline_figure, pipeline_table
 from launch.plots.reuse import reuse_figure
 
-__all__ = ["PLOTS", "distance_figure", "kv_figure", "plot_record", "reuse_figure"]
+__all__ = ["PLOTS", "distance_figure", "kv_figure", "pipeline_figure", "plot_pipeline", "plot_record", "reuse_figure"]
 
 _DPI = 150
 
@@ -46,7 +47,30 @@ def plot_record(kind: str, folder: Path, out: Path) -> Path:
     """
     record = RunRecord.load(folder)
     check_target(out, suffix=".png", what="picture")
-    figure, part = PLOTS[kind](record), part_of(out)
+    return _save(PLOTS[kind](record), out)
+
+
+def plot_pipeline(folder: Path, out: Path) -> str:
+    """Draw what each rank did when to a PNG file, as `plot_record`.
+
+    Args:
+        folder: of the record of a run on ranks.
+        out: the file.
+
+    Returns:
+        The file, and a table of where each rank's time went.
+
+    Raises:
+        InputError: there is no whole trace, or the file cannot be written.
+    """
+    trace = PipelineTrace.load(folder)
+    check_target(out, suffix=".png", what="picture")
+    _save(pipeline_figure(trace), out)
+    return f"{out}\n{pipeline_table(trace.use)}"
+
+
+def _save(figure: Figure, out: Path) -> Path:
+    part = part_of(out)
     try:
         with file_errors(out):
             figure.savefig(part, format="png", dpi=_DPI)

@@ -12,7 +12,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullL
 
 from engine.record import RunRecord
 from launch.plots.style import FEW, GREY, GRID, add_title
-from launch.plots.timeline import Timeline, own_steps
+from launch.plots.timeline import Timeline
 
 __all__ = ["distance_figure"]
 
@@ -26,14 +26,13 @@ def distance_figure(record: RunRecord) -> Figure:
     made = range(time.first, time.chunks)
     shades, few = colormaps["viridis"], len(made) <= FEW
     lines = []
-    for chunk in made:
-        values = own_steps(record, chunk, time, record.distances[:, chunk].astype(np.float64), np.nan)
+    for chunk, changes, flags in zip(made, record.changes, record.decisions, strict=True):
+        values = changes.astype(np.float64)
         values[~np.isfinite(values)] = np.nan
         lines.append(values)
         colour = shades(0.95 * (chunk - time.first) / max(1, len(made) - 1))
         axes.plot(progress, values, color=colour, linewidth=1.6 if few else 0.8, label=f"chunk {chunk}")
         if few:
-            flags = own_steps(record, chunk, time, record.flags[:, chunk], 0)
             _mark_decisions(axes, progress, values, flags, colour)
     known = np.array(lines)
     positive = known[known > 0]
@@ -45,7 +44,7 @@ def distance_figure(record: RunRecord) -> Figure:
     axes.grid(which="both", color=GRID, linewidth=0.6)
     if not few:
         axes.plot(progress, _medians(known), color="black", linewidth=2.2, label="median of the chunks")
-    _name_lines(figure, axes, made, reused=bool(np.isin(record.flags, (1, 2)).any()))
+    _name_lines(figure, axes, made, reused=bool(np.isin(record.decisions, (1, 2)).any()))
     add_title(figure, "How far each chunk changes from step to step", record, time)
     return figure
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 
 from engine.record import NOT_ACTIVE, RunRecord
 from launch.plots.style import COMPUTED, EXTRAPOLATED, FEW, GREY, REUSED, add_title, cell_lines, map_height
-from launch.plots.timeline import Timeline, own_steps
+from launch.plots.timeline import Timeline
 
 __all__ = ["reuse_figure"]
 
@@ -32,9 +32,12 @@ def reuse_figure(record: RunRecord) -> Figure:
     grid = figure.add_gridspec(1, 2, width_ratios=(6, 1))
     axes = figure.add_subplot(grid[0])
     side = figure.add_subplot(grid[1], sharey=axes)
-    states = np.where(record.flags == NOT_ACTIVE, _OUTSIDE, record.flags).T
     if time.chunks > _MANY:
-        states = np.stack([own_steps(record, chunk, time, states[chunk], _OUTSIDE) for chunk in range(time.chunks)])
+        given = np.full((time.first, time.num_steps), NOT_ACTIVE, dtype=np.uint8)
+        states = np.concatenate([given, record.decisions])
+    else:
+        states = record.flags.T
+    states = np.where(states == NOT_ACTIVE, _OUTSIDE, states)
     axes.imshow(
         states,
         cmap=ListedColormap(list(_STATES.values())),
@@ -71,8 +74,7 @@ def _tick_label(time: Timeline) -> str:
 def _computed_bars(axes: Axes, record: RunRecord, time: Timeline) -> None:
     """Computed share of each chunk, as bars at the side of the map."""
     made = np.arange(time.first, time.chunks)
-    flags = record.flags[:, time.first :]
-    shares, extrapolated = ((flags == state).sum(axis=0) / time.num_steps for state in (0, 2))
+    shares, extrapolated = ((record.decisions == state).sum(axis=1) / time.num_steps for state in (0, 2))
     thick, smooth = (0.8, True) if len(made) <= 60 else (1.0, False)
     axes.barh(made, np.ones(len(made)), height=thick, color=REUSED, antialiased=smooth)
     axes.barh(made, extrapolated, height=thick, left=shares, color=EXTRAPOLATED, antialiased=smooth)

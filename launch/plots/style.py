@@ -15,7 +15,18 @@ from matplotlib.ft2font import FT2Font
 from engine.record import RunRecord
 from launch.plots.timeline import Timeline
 
-__all__ = ["COMPUTED", "EXTRAPOLATED", "FEW", "GREY", "GRID", "REUSED", "add_title", "cell_lines", "map_height"]
+__all__ = [
+    "COMPUTED",
+    "EXTRAPOLATED",
+    "FEW",
+    "GREY",
+    "GRID",
+    "REUSED",
+    "add_title",
+    "cell_lines",
+    "map_height",
+    "settings_line",
+]
 
 COMPUTED, REUSED, EXTRAPOLATED = "#27548a", "#f3b23f", "#6fae8f"
 GREY, GRID = "#666666", "#e4e4e4"
@@ -46,6 +57,14 @@ def add_title(figure: Figure, title: str, record: RunRecord, time: Timeline) -> 
     made = time.chunks - time.first
     parts = [*_settings(record.settings), f"{made} chunk{'s' if made > 1 else ''} of {time.num_steps} steps"]
     figure.axes[0].set_title(_drawable(", ".join(parts)), loc="left", fontsize=10, color="#555555", parse_math=False)
+
+
+def settings_line(settings: Mapping[str, Any]) -> str:
+    """Which run it is, in a line; empty if nothing is known."""
+    parts = _settings(settings)
+    if "pp" in settings and "cp" in settings:
+        parts.append(f"pp {settings['pp']} x cp {settings['cp']}")
+    return _drawable(", ".join(parts)).replace("$", r"\$")
 
 
 def _settings(settings: Mapping[str, Any]) -> list[str]:

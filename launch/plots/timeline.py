@@ -1,14 +1,12 @@
-"""The schedule of a record, found again in its flags."""
+"""The schedule of a record, as pictures need it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
+from engine.record import RunRecord
 
-from engine.record import NOT_ACTIVE, RunRecord
-
-__all__ = ["Timeline", "own_steps"]
+__all__ = ["Timeline"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,18 +29,14 @@ class Timeline:
 
     @classmethod
     def of(cls, record: RunRecord) -> Timeline:
-        """The schedule that the flags show."""
-        active = record.flags != NOT_ACTIVE
-        ticks, chunks = active.shape
-        first = int(active.any(axis=0).argmax())
-        entered = active.argmax(axis=0)[first:]
-        num_steps = int(active[:, first].sum())
+        """The schedule that the record names."""
+        schedule = record.schedule
         return cls(
-            ticks=ticks,
-            chunks=chunks,
-            first=first,
-            num_steps=num_steps,
-            stage_steps=max(1, int(entered[1] - entered[0])) if len(entered) > 1 else num_steps,
+            ticks=schedule.ticks,
+            chunks=schedule.chunks,
+            first=schedule.first,
+            num_steps=schedule.num_steps,
+            stage_steps=schedule.stage_steps,
         )
 
     @property
@@ -59,22 +53,3 @@ class Timeline:
     def retired(self) -> range:
         """Chunks that have left the window; the last one ends with the video."""
         return range(self.first, self.chunks - 1)
-
-
-def own_steps(record: RunRecord, chunk: int, time: Timeline, values: np.ndarray, missing: float) -> np.ndarray:
-    """Of a chunk's values in all ticks those of its own steps.
-
-    Args:
-        record: whose flags say when the chunk was in the window.
-        chunk: the chunk.
-        time: of the record.
-        values: [ticks].
-        missing: stands for steps that are not recorded.
-
-    Returns:
-        [steps].
-    """
-    found = np.full(time.num_steps, missing, dtype=values.dtype)
-    own = values[record.flags[:, chunk] != NOT_ACTIVE]
-    found[: len(own)] = own[: time.num_steps]
-    return found

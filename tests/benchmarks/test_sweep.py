@@ -18,7 +18,7 @@ from benchmarks.sweep import (
     calibrate,
     estimate_threshold,
     ladder,
-    threshold_at,
+    refined,
 )
 from engine.cache import Decision, Observation
 from engine.cache.policy import ChunkPolicy
@@ -100,17 +100,32 @@ def test_a_ladder_has_equal_ratios():
     assert all(b / a == pytest.approx(10**0.5, rel=0.01) for a, b in pairwise(rungs))
 
 
-def test_thresholds_are_found_between_rungs_and_at_the_ends_outside():
-    measured = {0.01: 0.9, 0.1: 0.5, 1.0: 0.3}
-    assert threshold_at(measured, 0.5) == 0.1
-    assert threshold_at(measured, 0.7) == pytest.approx(0.0316, rel=0.01)
-    assert threshold_at(measured, 0.99) == 0.01 and threshold_at(measured, 0.1) == 1.0
+def curved(threshold):
+    return 0.3 + 0.7 / (1 + (threshold / 0.05) ** 4)
 
 
-@given(st.lists(st.floats(0.05, 1), min_size=2, max_size=8), st.floats(0, 1))
-def test_thresholds_fall_within_the_ladder_however_fractions_jump(fractions, target):
-    measured = {0.001 * 2**i: fraction for i, fraction in enumerate(fractions)}
-    assert min(measured) * 0.99 <= threshold_at(measured, target) <= max(measured) * 1.01
+@pytest.mark.parametrize("target", [0.9, 0.8, 0.5, 0.35])
+@pytest.mark.parametrize("known", [(0.001, 1.0), (0.001, 0.002), (0.5, 1.0)])
+def test_thresholds_are_found_between_known_ones_and_beyond_them(target, known):
+    measured = {one: curved(one) for one in known}
+    found = refined(curved, measured, target, tries=9)
+    assert curved(found) == pytest.approx(target, abs=0.02)
+    assert len(measured) <= 2 + 9 and found == float(f"{found:.3g}")
+
+
+def test_what_is_known_well_enough_is_not_measured_again():
+    def measure(threshold):
+        raise AssertionError("there was no need")
+
+    assert refined(measure, {0.01: 0.9, 0.1: 0.51, 1.0: 0.3}, 0.5) == 0.1
+
+
+@given(jumps=st.lists(st.floats(0.05, 1), min_size=2, max_size=8), target=st.floats(0, 1), tries=st.integers(0, 6))
+def test_the_nearest_that_was_measured_is_taken_however_fractions_jump(jumps, target, tries):
+    measured = {0.001 * 2**i: fraction for i, fraction in enumerate(jumps)}
+    found = refined(lambda threshold: jumps[int(threshold * 1e6) % len(jumps)], measured, target, tries)
+    assert len(measured) <= len(jumps) + tries
+    assert abs(measured[found] - target) == min(abs(one - target) for one in measured.values())
 
 
 @pytest.mark.parametrize("start", [0.02, 0.05])

@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from engine.executor import LocalExecutor
 from engine.kv import KVSettings
 from engine.record import NOT_ACTIVE, RunRecord, RunTrace
 from engine.request import Prefix, Request
+from engine.schedule import Schedule
 from models.errors import InputError
 from tests.engine.tiny import TinyPipeline, tiny_config
 
@@ -145,6 +148,29 @@ def test_a_record_is_what_happened_and_survives_the_disk(tmp_path):
     assert record.kept[0].tolist() == [1, 0, 0, 0, 0, 0]
     assert record.kept[4].sum() == pytest.approx(2)
     assert ((record.fill > 0) & (record.fill <= 1)).all()
+
+
+def test_a_record_grows_in_proportion_to_the_video():
+    sizes = []
+    for chunks in (50, 100, 200):
+        trace = RunTrace()
+        trace.begin(Schedule(first=0, chunks=chunks, num_steps=8, window=4))
+        for chunk in range(chunks - 1):
+            trace.retired(chunk, np.eye(chunk + 1)[chunk])
+        record = trace.finish({})
+        arrays = (getattr(record, field.name) for field in fields(record))
+        sizes.append(sum(array.nbytes for array in arrays if isinstance(array, np.ndarray)))
+    assert sizes[2] - sizes[1] == pytest.approx(2 * (sizes[1] - sizes[0]), rel=0.01)
+
+
+def test_what_was_kept_is_noted_when_it_is_so_though_whole_ticks_are_reused():
+    """A chunk retires with the next item; with much reuse some ticks have none."""
+    everything = CacheSettings(policy="flowcache", threshold=1e9, warmup_steps=1)
+    trace = RunTrace()
+    list(Engine(TinyPipeline(tiny_config()), everything, KVSettings(budget=2)).generate(request(chunks=6), trace=trace))
+    record = trace.finish({})
+    assert (record.tick_items == 0).any()
+    assert [row.sum() for row in record.kept[:5]] == pytest.approx([1, 2, 2, 2, 2])
 
 
 def test_a_damaged_record_is_named(tmp_path):

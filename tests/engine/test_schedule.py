@@ -54,6 +54,42 @@ def test_chunks_enter_finish_and_retire_once_in_order(schedule):
             assert finished[tick.retiring] == tick.index - 1
 
 
+@given(schedules())
+def test_turns_partition_the_ticks(schedule):
+    ticks = [tick for index in range(schedule.turns) for tick in schedule.turn_ticks(index)]
+    assert ticks == list(range(schedule.ticks))
+    for tick in ticks:
+        assert tick in schedule.turn_ticks(schedule.turn_of(tick))
+
+
+@given(schedules())
+def test_a_turn_begins_where_the_window_moves_and_takes_a_slot_for_each_active_chunk(schedule):
+    entered = []
+    for index in range(schedule.turns):
+        turn = schedule.turn(index)
+        first, *rest = (schedule.tick(tick) for tick in schedule.turn_ticks(index))
+        assert turn.index == index
+        assert turn.chunk == first.entering
+        assert turn.slots == max(len(tick.active) for tick in (first, *rest)) <= schedule.window
+        assert all(tick.entering is None and tick.retiring is None for tick in rest)
+        entered += [] if turn.chunk is None else [turn.chunk]
+    assert entered == list(range(schedule.first, schedule.chunks))
+
+
+@given(schedules())
+def test_chunks_finished_before_a_turn_are_counted(schedule):
+    for index in range(schedule.turns):
+        begins = schedule.turn_ticks(index).start
+        finished = sum(schedule.tick(tick).finishing is not None for tick in range(begins))
+        assert schedule.finished_before(index) == finished
+
+
+@given(schedules(), st.sampled_from([-1, 0]))
+def test_a_turn_that_is_not_there_is_refused(schedule, which):
+    with pytest.raises(IndexError, match="turn"):
+        schedule.turn(schedule.turns if which == 0 else -1)
+
+
 def test_number_of_ticks_of_the_published_run():
     """Ten chunks at 64 steps: p * (n + W - 1) forwards (specification 7.3)."""
     assert Schedule(first=0, chunks=10, num_steps=64, window=4).ticks == 16 * 13

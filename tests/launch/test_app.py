@@ -69,6 +69,8 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in shown
     for word in ("Memory", "--kv-budget", "--kv-retention", "--kv-queries", "Record", "RUN_DIR"):
         assert word in shown
+    for word in ("Ranks", "--pp", "--cp", "--split", "--concurrency", "--trace"):
+        assert word in shown
 
 
 def test_the_version_is_that_of_the_project(capsys: pytest.CaptureFixture[str]) -> None:

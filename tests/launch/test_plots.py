@@ -44,9 +44,9 @@ def _texts(figure: Figure) -> str:
 
 
 @pytest.mark.parametrize(
-    ("chunks", "first", "num_steps", "window"), [(6, 0, 16, 4), (1, 0, 16, 1), (6, 2, 8, 4), (2, 0, 4, 4)]
+    ("chunks", "first", "num_steps", "window"), [(6, 0, 16, 4), (1, 0, 16, 4), (6, 2, 8, 4), (2, 0, 4, 4)]
 )
-def test_the_schedule_is_found_in_the_flags(chunks: int, first: int, num_steps: int, window: int) -> None:
+def test_the_schedule_is_that_of_the_record(chunks: int, first: int, num_steps: int, window: int) -> None:
     time = Timeline.of(made_up_record(chunks, first=first, num_steps=num_steps))
     assert (time.chunks, time.first, time.num_steps, time.window) == (chunks, first, num_steps, window)
     assert time.stages == chunks - first + window - 1
@@ -128,7 +128,7 @@ def test_many_lines_have_a_median_and_a_colour_bar() -> None:
 
 def test_a_run_without_distances_says_so() -> None:
     record = made_up_record()
-    record.distances[:] = np.nan
+    record.changes[:] = np.nan
     assert "no distance was taken" in _texts(distance_figure(record))
     assert "no distance was taken" not in _texts(distance_figure(made_up_record()))
 
@@ -266,7 +266,7 @@ def _replaced(**arrays: np.ndarray) -> Callable[[], None]:
 
 def _left_out() -> None:
     with np.load("run/record.npz") as file:
-        np.savez("run/record.npz", flags=file["flags"])
+        np.savez("run/record.npz", span=file["span"])
 
 
 @pytest.mark.parametrize(
@@ -280,14 +280,17 @@ def _left_out() -> None:
         (lambda: Path("run/record.npz").write_bytes(b""), "damaged"),
         (lambda: os.truncate("run/record.npz", 900), "damaged"),
         (lambda: np.save(Path("run/record.npz").open("wb"), np.zeros(3)), "damaged"),
-        (_left_out, "distances"),
-        (_replaced(flags=np.full((36, 6), 9, dtype=np.uint8)), "the flags are no table of decisions"),
-        (_replaced(flags=np.zeros(36, dtype=np.uint8)), "the flags are no table of decisions"),
-        (_replaced(flags=np.full((36, 6), NOT_ACTIVE, dtype=np.uint8)), "the flags are no table of decisions"),
-        (_replaced(flags=np.zeros((0, 6), dtype=np.uint8)), "the flags are no table of decisions"),
+        (_left_out, "decisions"),
+        (_replaced(span=np.array([0, 6, 16, 5])), "16 steps do not divide into a window of 5"),
+        (_replaced(span=np.array([0.0, 6, 16, 4])), "the span is no schedule"),
+        (_replaced(span=np.array([0, 7, 16, 4])), "decisions are uint8 [6, 16], not numbers [7, 16]"),
+        (_replaced(decisions=np.full((6, 16), 9, dtype=np.uint8)), "the decisions are no table of flags"),
+        (_replaced(decisions=np.zeros(36, dtype=np.uint8)), "decisions are uint8 [36], not numbers [6, 16]"),
+        (_replaced(decisions=np.full((6, 16), NOT_ACTIVE, dtype=np.uint8)), "the decisions are no table of flags"),
         (_replaced(fill=np.zeros(35)), "fill are float64 [35], not numbers [36]"),
-        (_replaced(kept=np.full((6, 6), "x")), "kept are <U1 [6, 6], not numbers [6, 6]"),
-        (_replaced(kept=np.full((6, 6), None)), "damaged"),
+        (_replaced(held=np.full((6, 3), "x")), "held are <U1 [6, 3], not numbers [6, 3]"),
+        (_replaced(held=np.full((6, 3), 6.0)), "held names chunks that the video does not have"),
+        (_replaced(held=np.full((6, 3), None)), "damaged"),
     ],
 )
 def test_damaged_records_are_one_line(

@@ -67,3 +67,30 @@ def test_a_pipe_gets_plain_lines(capfd: pytest.CaptureFixture[str]) -> None:
     with open_display() as display:
         display.phase("loading")
     assert capfd.readouterr().err == "loading\n"
+
+
+def test_several_videos_have_a_line_each() -> None:
+    stream = io.StringIO()
+    with PlainDisplay(Console(file=stream)) as display:
+        for video, name in enumerate(("00-a", "01-b")):
+            display.begin(video, name)
+            display.update(_event(1), video)
+        display.update(_event(2), 1)  # too soon after the one before
+        display.end(0, "00-a is complete")
+    first, second, last = stream.getvalue().splitlines()
+    assert first.startswith("00-a: chunks 0/3, ") and second.startswith("01-b: chunks 0/3, ")
+    assert last == "00-a is complete"
+
+
+def test_several_videos_have_a_bar_each() -> None:
+    stream = io.StringIO()
+    with LiveDisplay(Console(file=stream, force_terminal=True, width=100, color_system=None)) as display:
+        display.phase("loading")
+        for video, name in enumerate(("00-a", "01-b")):
+            display.begin(video, name)
+            display.update(_event(4 + video, done=video), video)
+        display.end(0, "00-a is complete")
+    shown = stream.getvalue()
+    assert "00-a  chunks 0/3" in shown and "01-b  chunks 1/3" in shown and "00-a is complete" in shown
+    last = shown[shown.rindex("\x1b[2K\u280b") :]  # the bars as they were drawn last
+    assert "01-b" in last and "00-a" not in last

@@ -56,6 +56,9 @@ def test_record_then_plot(flowcache: Callable[..., Result], tmp_path: Path, rand
         "steps": 8,
         "window": 4,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "pp": 1,
+        "cp": 1,
+        "layers": [6],
         "cache_preset": "flowcache-slow",
     }
 

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -19,14 +20,19 @@ from engine.record import RunTrace
 from engine.request import Prefix
 from models.errors import InputError
 from models.loading import Loading, load_stage
+from models.magi.config import MagiConfig
+from models.magi.dit import MagiDiT
+from parallel.checkpoint import CheckpointPlan
 from parallel.conformance import check_on_gang
 from parallel.failure import GangError
 from parallel.flags import FlagLog
 from parallel.gang import open_gang
 from parallel.mesh import Layout
+from parallel.message import Header, Kind
 from parallel.monitor import Timeouts, leave
 from parallel.seat import Seat
 from parallel.stages import stage_range
+from parallel.transport import GlooWire, Inbox, Outbox
 from tests.parallel.small import one_thread, request, small_config, stage_pipeline
 
 
@@ -92,6 +98,27 @@ class _Trap:
         return self._model.layers(*arguments, **named)
 
 
+class _Slow:
+    """A model whose layers take a given time, whatever else the machine does."""
+
+    def __init__(self, model, seconds):
+        self._model, self._seconds = model, seconds
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def layers(self, *arguments, **named):
+        began = time.perf_counter()
+        hidden = self._model.layers(*arguments, **named)
+        time.sleep(max(0.0, self._seconds * len(self._model.kv.layers) - (time.perf_counter() - began)))
+        return hidden
+
+
+def slow(gang, values, out):
+    """As `videos`, at a speed that does not depend on the machine."""
+    videos(gang, values, out, wrap=lambda model: _Slow(model, values["layer_seconds"]))
+
+
 def _raise():
     raise ValueError("a matrix of sorrows")
 
@@ -104,6 +131,7 @@ ACTIONS = {
     "raise": _raise,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "sleep": _oversleep,
 }
 
@@ -175,7 +203,140 @@ def abandoned(gang, values, out):
     torch.save({"latents": [whole, again], "refused": refused, "reports": reports}, out)
 
 
-SCENARIOS = {"abandoned": abandoned, "loaded": loaded, "videos": videos, "trouble": trouble, "goldens": goldens}
+def peak_memory():
+    """Highest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def load_only(gang, values, out):
+    """Load a stage, run nothing, and note how much memory that took."""
+    config = MagiConfig.from_dict(values["model"], source="test")
+    with torch.device("meta"):
+        MagiDiT(config.model_config, layers=range(1))  # imports what the meta device needs
+    (torch.ones(64, 64) @ torch.ones(64, 64)).sum().item()
+    before = peak_memory()
+    model = load_stage(config, Path(values["weights"]), Loading(layers=stage_range(config, gang.mesh)))
+    total = sum(parameter.sum().item() for parameter in model.dit.parameters())  # touches every page
+    figures = {"grown": peak_memory() - before, "held": model.weight_bytes, "total": total}
+    Path(f"{out}.{gang.mesh.rank}").write_text(json.dumps(figures))
+
+
+def flood(gang, values, out):
+    """Rank 0 sends more than rank 1 takes; nothing is lost, overtaken or overwritten."""
+    if gang.mesh.leads:
+        outbox = Outbox(1, GlooWire(1), gang.monitor.lost)
+        for index in range(40):
+            outbox.send(Header(kind=Kind.ITEM, request=index), torch.full((1, 50 + index // 10, 64), float(index)))
+        outbox.send(Header(kind=Kind.LEAVE))
+        outbox.close(30)
+        return
+    device = torch.device("cpu")
+    inbox = Inbox(0, GlooWire(0), device=device, on_error=gang.monitor.lost, check=gang.monitor.check, depth=2)
+    held, seen = [], []
+    while (message := inbox.take()).header.kind is not Kind.LEAVE:
+        time.sleep(0.01)
+        held.append(message)
+        if len(held) == 2:  # hand back the older one, which must have kept its content till now
+            older = held.pop(0)
+            seen.append([older.header.request, older.payload.shape[1], *older.payload.unique().tolist()])
+            inbox.done(older)
+    last = held.pop()
+    seen.append([last.header.request, last.payload.shape[1], *last.payload.unique().tolist()])
+    inbox.close(10)
+    Path(out).write_text(json.dumps(seen))
+
+
+def kept(gang, values, out):
+    """Videos with checkpoints. Chunks are saved as they are handed out; somebody may be killed on the way."""
+    pipeline = stage_pipeline(small_config(**values.get("config", {})), gang.mesh, values.get("split"))
+    kill = values.get("kill", {})
+    if kill.get("rank") == gang.mesh.rank:
+        pipeline.model = _Trap(pipeline.model, kill["calls"], ACTIONS["kill"])
+    if not gang.mesh.leads:
+        gang.serve(pipeline.stage)
+        return
+    folder, requests, cut = Path(values["folder"]), wanted(values), kill.get("steps", 0)
+    plans = [
+        CheckpointPlan(folder=folder / f"video-{video}", every=every) if every else None
+        for video, every in enumerate(values["every"])
+    ]
+    wholes = set()
+    with gang.lead(pipeline, *settings(values)) as (engine, reports):
+        for one, plan in zip(requests, plans, strict=True):
+            engine.submit(one, checkpoint=plan)
+        resumed = [engine.resumed(video) for video in range(len(requests))]
+        while engine.in_flight:
+            for made in engine.step():
+                torch.save(made.chunk.latents, folder / f"{made.video}-{made.chunk.index}.pt")
+            whole = sorted(path.parent.name[:13] for path in folder.glob("video-*/*/manifest.json"))
+            wholes.add(tuple(whole))
+            if kill.get("turn", "turn-99999999") <= (whole or [""])[-1]:
+                cut -= 1
+                if not cut:
+                    os.kill(os.getpid(), signal.SIGKILL)
+    torch.save({"resumed": resumed, "wholes": sorted(wholes), "reports": reports.ranks}, out)
+
+
+class _Held:
+    """A gate whose turns from one on are shut until it is told to open."""
+
+    def __init__(self, turn):
+        self.turn, self.announced, self.free = turn, [], threading.Event()
+
+    def announce(self, turn):
+        self.announced.append(turn.index)
+
+    def open(self, turn):
+        return turn.index < self.turn or self.free.is_set()
+
+
+def gated(gang, values, out):
+    """Two videos; the first is held at a border until the second is made, and no time is burnt while it is."""
+    pipeline = stage_pipeline(small_config(), gang.mesh)
+    if not gang.mesh.leads:
+        gang.serve(pipeline.stage)
+        return
+    latents, gates = [[], []], [_Held(3), _Held(100)]
+    with gang.lead(pipeline, *settings(values)) as (engine, _):
+        for one, gate in zip(wanted(values), gates, strict=True):
+            engine.submit(one, gate=gate)
+
+        def step():
+            for made in engine.step():
+                latents[made.video].append(made.chunk.latents)
+
+        while engine.running(1):
+            step()
+        first_done = list(gates[0].announced)
+        began, computed = time.monotonic(), time.process_time()
+        while time.monotonic() - began < 1:
+            step()
+        computed = time.process_time() - computed
+
+        def open_gate():
+            gates[0].free.set()
+            engine.wake()
+
+        threading.Timer(0.1, open_gate).start()
+        while engine.in_flight:
+            step()
+    announced = [first_done, *(gate.announced for gate in gates)]
+    torch.save({"latents": latents, "computed": computed, "announced": announced}, out)
+
+
+SCENARIOS = {
+    "kept": kept,
+    "gated": gated,
+    "slow": slow,
+    "flood": flood,
+    "load_only": load_only,
+    "abandoned": abandoned,
+    "loaded": loaded,
+    "videos": videos,
+    "trouble": trouble,
+    "goldens": goldens,
+}
 
 
 def main():
@@ -192,6 +353,9 @@ def main():
     except GangError as error:
         if not seat.launcher_speaks and error.failure.reporter == seat.rank:
             sys.stderr.write(f"error: {error}\n")
+        if "survives" in values:
+            time.sleep(values["survives"])
+            Path(out).write_text(str(error))
         leave(error.failure.status)
     except KeyboardInterrupt:
         leave(130)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from engine.schedule import Schedule
 from engine.work import WorkItem
 from models.family import Pass, PassCondition
-from parallel.flags import FlagLog, FlagMismatch
+from parallel.flags import FlagLog, FlagMismatch, FlagState
 
 SCHEDULE = Schedule(first=0, chunks=5, num_steps=8, window=4)
 STEPS = [(tick.index, chunk, step) for tick in SCHEDULE for chunk, step in tick.active]
@@ -56,3 +56,21 @@ def test_more_flags_than_steps_are_seen():
     log.add([0] * len(STEPS))
     with pytest.raises(FlagMismatch, match="more flags"):
         log.add([0])
+
+
+@given(flags=flags, cut=st.integers(0, len(STEPS)))
+def test_a_log_goes_on_from_a_saved_state(flags, cut):
+    whole, before, after = FlagLog(SCHEDULE), FlagLog(SCHEDULE), FlagLog(SCHEDULE)
+    whole.add(flags)
+    before.add(flags[:cut])
+    after.restore(before.state())
+    assert after.state() == before.state()
+    after.add(flags[cut:])
+    assert after.state() == whole.state()
+    after.check(item(len(flags) - 1), whole.digest)
+
+
+def test_a_state_of_a_longer_video_is_refused():
+    log = FlagLog(SCHEDULE)
+    with pytest.raises(ValueError, match="more than the schedule"):
+        log.restore(FlagState(digest=bytes(8), count=len(STEPS) + 1, reused=0))

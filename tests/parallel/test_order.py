@@ -1,5 +1,6 @@
 """The order of work with results that come late, in one process: what `Engine` makes, bit for bit."""
 
+import json
 from collections import deque
 
 import pytest
@@ -12,7 +13,10 @@ from engine.kv import KVSettings
 from engine.prepare import encode, prepare
 from engine.record import RunTrace
 from engine.request import Prefix
+from parallel.checkpoint import Contents
+from parallel.flags import FlagState
 from parallel.order import WorkOrder
+from parallel.snapshot import pack_run, pack_share, unpack_run, unpack_share
 from tests.parallel.small import SmallPipeline, one_thread, request, small_config
 
 FLOWCACHE = {"policy": "flowcache", "threshold": 0.1, "warmup_steps": 2}
@@ -59,15 +63,23 @@ def build(case):
     return pipeline, request(**changes), CacheSettings(**case.get("cache", {})), KVSettings(budget=case.get("budget"))
 
 
-def delayed(case, latency, *, barrier=False):
-    """Run with results that are taken in only after `latency` others were given out, or when nothing else is ready."""
+def start(case, saved=None):
+    """A run, its KV and where its work is carried out; `saved` are the contents of a checkpoint."""
     pipeline, wanted, cache, kv = build(case)
     prepared = prepare(pipeline, wanted, encode(pipeline, wanted), number=0, cache=cache, kv=kv, observe=True)
     executor = Recording(pipeline.model)
     held = prepared.kv.allocate(pipeline.model.kv, pipeline.attention)
+    if saved is not None:
+        run, share = saved
+        prepared.run.restore(unpack_run(run))
+        held.restore(unpack_share(share)[0])
     executor.admit(0, Admission(kv=held, captions=prepared.captions, grid=prepared.run.grid))
-    decisions, made, ticks, overlap = [], [], [], 0
-    order = WorkOrder(prepared.run, barrier=barrier, on_decision=lambda seen, what: decisions.append((seen, what)))
+    return prepared.run, held, executor
+
+
+def carry_out(order, executor, latency):
+    """Take results in only after `latency` others were given out, or when nothing else is ready."""
+    made, ticks, overlap = [], [], 0
     under_way = deque()
     while not order.over:
         if len(under_way) < latency and order.ready():
@@ -79,10 +91,18 @@ def delayed(case, latency, *, barrier=False):
         elif under_way:
             order.returned(*under_way.popleft())
         else:
-            assert not order.ready(), "nothing is under way and nothing may begin"
+            assert order.held or order.over, "nothing is under way and nothing may begin"
         made += order.finished()
         ticks += order.ticks_done()
-    return [latents for _, latents in made], executor.items, decisions, ticks, overlap
+    return [latents for _, latents in made], ticks, overlap
+
+
+def delayed(case, latency, *, barrier=False):
+    run, _, executor = start(case)
+    decisions = []
+    order = WorkOrder(run, barrier=barrier, on_decision=lambda seen, what: decisions.append((seen, what)))
+    made, ticks, overlap = carry_out(order, executor, latency)
+    return made, executor.items, decisions, ticks, overlap
 
 
 @pytest.mark.parametrize("latency", [1, 3, 100])
@@ -112,3 +132,97 @@ def test_ticks_overlap_unless_there_is_a_barrier():
     assert overlap == 1
     free, *_ = delayed(CASES["plain"], 100)
     assert all(torch.equal(a, b) for a, b in zip(made, free, strict=True))
+
+
+class Hesitant:
+    """A gate that opens when it is asked for the third time."""
+
+    def __init__(self, executor):
+        self.executor, self.announced, self.opened, self.asked = executor, [], [], 0
+
+    def announce(self, turn):
+        begun = max((item.tick for item in self.executor.items), default=-1)
+        self.announced.append((turn, begun))
+
+    def open(self, turn):
+        assert turn == self.announced[-1][0]
+        assert all(item.tick < 2 * turn.index for item in self.executor.items)
+        self.asked += 1
+        if self.asked % 3:
+            return False
+        self.opened.append(turn)
+        return True
+
+
+@pytest.mark.parametrize("latency", [1, 100])
+@pytest.mark.parametrize("name", ["plain", "flowcache, renewed", "teacache", "clip"])
+def test_turns_wait_for_their_gate_and_nothing_else_changes(name, latency):
+    expected, items, *_ = delayed(CASES[name], 3)
+    run, _, executor = start(CASES[name])
+    gate = Hesitant(executor)
+    order = WorkOrder(run, barrier=False, on_decision=lambda *_: None, gate=gate)
+    assert [turn.index for turn, _ in gate.announced] == [0]
+    made, *_ = carry_out(order, executor, latency)
+    turns = [run.schedule.turn(index) for index in range(run.schedule.turns)]
+    assert gate.opened == [turn for turn, _ in gate.announced] == turns
+    assert executor.items == items
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+    for turn, begun in gate.announced[1:]:  # the last tick of the turn before has begun, and none of its work has
+        assert begun < run.schedule.turn_ticks(turn.index).start - 1
+    assert max(begun - run.schedule.turn_ticks(turn.index).start for turn, begun in gate.announced[1:]) == -2
+
+
+class Keeper:
+    """Takes a snapshot before every turn."""
+
+    def __init__(self, run, held, order):
+        self.run, self.held, self.order, self.saved, self.refusals = run, held, order, {}, 0
+
+    def due(self, turn):
+        return turn.index > 0
+
+    def reached(self, turn):
+        self.refusals += 1
+        if self.refusals % 2:
+            return False
+        share = pack_share(self.held.state(), FlagState(digest=bytes(8), count=0, reused=0), {})
+        contents = [pack_run(self.run.state()), share]
+        plain = [Contents(tensors=one.tensors, values=json.loads(json.dumps(one.values))) for one in contents]
+        self.saved[turn.index] = (plain, len(self.order()))
+        return True
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_video_goes_on_from_a_snapshot_bit_for_bit(case):
+    """In fresh buffers, from before its second turn, from its middle and from before its last turn."""
+    expected, items, *_ = delayed(case, 3)
+    run, held, executor = start(case)
+    keeper = Keeper(run, held, lambda: executor.items)
+    made, *_ = carry_out(WorkOrder(run, barrier=False, on_decision=lambda *_: None, border=keeper), executor, latency=3)
+    assert executor.items == items
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+    turns = run.schedule.turns
+    assert sorted(keeper.saved) == list(range(1, turns))
+    for turn in {1, turns // 2, turns - 1}:
+        saved, given_out = keeper.saved[turn]
+        again, _, other = start(case, saved)
+        order = WorkOrder(again, barrier=False, on_decision=lambda *_: None, start=turn)
+        rest, *_ = carry_out(order, other, latency=3)
+        assert other.items == items[given_out:]
+        done = run.schedule.finished_before(turn)
+        assert len(rest) == len(expected) - done
+        assert all(torch.equal(a, b) for a, b in zip(rest, expected[done:], strict=True))
+
+
+def test_a_snapshot_does_not_grow_with_the_video():
+    def sizes(chunks):
+        case = {**CASES["budget, guided, flowcache"], "request": {"chunks": chunks}}
+        run, held, executor = start(case)
+        keeper = Keeper(run, held, lambda: executor.items)
+        carry_out(WorkOrder(run, barrier=False, on_decision=lambda *_: None, border=keeper), executor, latency=3)
+        return max(
+            sum(part.nbytes for contents in saved for part in contents.tensors.values())
+            for saved, _ in keeper.saved.values()
+        )
+
+    assert sizes(12) == sizes(8)

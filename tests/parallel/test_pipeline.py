@@ -125,6 +125,32 @@ def test_settings_reach_every_stage(tmp_path):
     assert record.kept[4].sum() == pytest.approx(2)
 
 
+def speed_up(got, values):
+    """Over one process, which would run the same items one after another."""
+    return got["reports"][0].items * values["config"]["layers"] * values["layer_seconds"] / got["seconds"]
+
+
+@pytest.mark.slow
+def test_stages_work_at_the_same_time_and_a_barrier_per_tick_costs_time(tmp_path):
+    """With layers that take 60 ms each, so that the cores of this machine do not matter; 2.75 is the most there is."""
+    values = {"config": {"layers": 4}, "requests": [{"chunks": 6}], "layer_seconds": 0.06}
+    free = run(tmp_path, "slow", pp=4, **values)
+    held = run(tmp_path, "slow", pp=4, barrier=True, **values)
+    same(held["latents"], free["latents"])
+    assert speed_up(free, values) > 2.2
+    assert held["seconds"] / free["seconds"] > 1.12
+
+
+@pytest.mark.slow
+def test_two_videos_fill_the_stages_that_reuse_leaves_idle(tmp_path):
+    requests = [{"chunks": 6}, {"chunks": 6, "seed": 1}]
+    values = {"config": {"layers": 4}, "cache": FLOWCACHE, "layer_seconds": 0.05}
+    one = run(tmp_path, "slow", pp=2, requests=requests[:1], **values)
+    two = run(tmp_path, "slow", pp=2, requests=requests, concurrency=2, **values)
+    assert speed_up(two, values) > 1.7
+    assert speed_up(two, values) > 1.1 * speed_up(one, values)
+
+
 def test_a_gang_goes_on_after_a_video_that_was_given_up_or_refused(tmp_path):
     got = run(tmp_path, "abandoned", pp=2)
     same(got["latents"], alone({"requests": [{"seed": 1}, {"seed": 2}]})[0])

@@ -2,13 +2,17 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from models.loading import Loading, load_stage
+from models.magi.config import MagiConfig
+from models.magi.dit import MagiDiT
+from parallel.local import run_ranks
 from parallel.mesh import Layout, Mesh
 from parallel.stages import stage_range
-from tests.parallel.ranks import run
+from tests.parallel.ranks import command, run
 from tests.parallel.small import SmallPipeline, small_config
 
 
@@ -52,3 +56,30 @@ def test_ranks_hold_their_own_weights_only(tmp_path):
         assert count * layer < report.weight_bytes <= count * layer + shared
         assert report.load_seconds > 0
     assert len(got["latents"][0]) == 4
+
+
+@pytest.mark.slow
+def test_no_rank_ever_holds_more_than_its_own_stage(tmp_path):
+    """Measured on processes: 16 layers of 16 MB each over 4 stages."""
+    values = small_config(16).to_dict()
+    values["model_config"] |= {
+        "hidden_size": 512,
+        "ffn_hidden_size": 2048,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "kv_channels": 64,
+    }
+    config = MagiConfig.from_dict(values, source="test")
+    dit = MagiDiT(config.model_config)
+    folder = tmp_path / "inference_weight.distill"
+    folder.mkdir()
+    save_file(dit.state_dict(), folder / "model.safetensors")
+    whole = sum(parameter.nbytes for parameter in dit.parameters())
+    assert whole > 250e6
+    del dit
+    arguments = {"layout": {"pp": 4}, "model": values, "weights": str(tmp_path)}
+    run_ranks(command("load_only", tmp_path / "out", arguments), Layout(pp=4), threads=1)
+    for rank in range(4):
+        figures = json.loads((tmp_path / f"out.{rank}").read_text())
+        assert figures["held"] < 0.3 * whole
+        assert figures["grown"] < 1.2 * figures["held"]

@@ -1,0 +1,224 @@
+"""Keeps account of failures: what was lost, what was made again, and whether any of it had been safe before.
+
+It hears the log of the cluster's engine and looks at checkpoints at the moment when a gang is lost; it shares no code
+with what decides where videos go on. It knows neither Ray nor processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Accountant", "Loss", "Mark", "Strike", "matched"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mark:
+    """The newest whole checkpoint of a video.
+
+    Attributes:
+        turn: that it goes on with; all turns before it are safe.
+        chunks: that were handed out before it; all of them are safe.
+    """
+
+    turn: int = 0
+    chunks: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Strike:
+    """A failure that was caused.
+
+    Attributes:
+        number: from 1.
+        seconds: when, on the clock of the log.
+        kind: rank, gang or node.
+        how: the signal, or what was done.
+        whom: in words.
+        gangs: that have lost ranks by it.
+        hasty: it did not wait for those before it to be made good.
+    """
+
+    number: int
+    seconds: float
+    kind: str
+    how: str
+    whom: str
+    gangs: tuple[str, ...]
+    hasty: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class Loss:
+    """A gang that was lost.
+
+    Attributes:
+        gang: which.
+        seconds: when the driver knew.
+        message: why.
+        videos: that it was making.
+        ready: when it waited for work again.
+        works: when it had done a turn again.
+        turns_again: turns of those videos that had been done, and were done again.
+        chunks_again: chunks of those videos that had been handed in, and were handed in again.
+        worst: most turns that one video had to do again.
+    """
+
+    gang: str
+    seconds: float
+    message: str
+    videos: tuple[str, ...]
+    ready: float | None = None
+    works: float | None = None
+    turns_again: int = 0
+    chunks_again: int = 0
+    worst: int = 0
+
+
+@dataclass(slots=True)
+class _Video:
+    safe: Mark = field(default_factory=Mark)
+    """What no loss may cost any more."""
+    done: int = 0
+    """Turns, counted from the start of the video, that were done at some time."""
+    made: int = 0
+    """Chunks that were handed in at some time."""
+    loss: Loss | None = None
+    """The last one."""
+    again: int = 0
+    """Turns that were done again since then."""
+
+
+class Accountant:
+    """Hears everything that happens.
+
+    Args:
+        newest: the newest whole checkpoint of a video; None where there is none.
+
+    Attributes:
+        losses: in their order.
+        restarts: of gangs.
+        turns: that were done, those done again counted in.
+        chunks_again: chunks that were handed in more than once.
+        turns_again: turns that were done more than once.
+        working: gangs that have done a turn since they were started the last time.
+        violations: what was made again though it was safe, and what else must not be; one line each.
+    """
+
+    def __init__(self, newest: Callable[[str], Mark | None]) -> None:
+        self._newest = newest
+        self._videos: dict[str, _Video] = {}
+        self.losses: list[Loss] = []
+        self.restarts = self.turns = self.turns_again = self.chunks_again = 0
+        self.working: set[str] = set()
+        self.violations: list[str] = []
+
+    def hear(self, entry: Mapping[str, Any]) -> None:
+        """An entry of the log."""
+        seconds, gang = entry["seconds"], entry["gang"]
+        match entry["event"]:
+            case "GangReady":
+                for loss in self._open(gang):
+                    loss.ready = loss.ready or seconds
+            case "GangLost":
+                self._lost(gang, seconds, entry["message"], tuple(entry["videos"]))
+            case "Restarted":
+                self.restarts += 1
+            case "Admitted":
+                self._admitted(entry["video"], entry["first"])
+            case "TurnReady":
+                self._ready(entry["video"], entry["turn"])
+            case "TurnDone":
+                self._done(entry["video"], entry["turn"], gang, seconds)
+            case "ChunkMade":
+                self._made(entry["video"], entry["index"])
+
+    def good_again(self, gang: str, since: float) -> bool:
+        """Whether a gang was lost after a time, and works again. May be asked by any thread."""
+        return gang in self.working and any(loss.gang == gang and loss.seconds >= since for loss in tuple(self.losses))
+
+    def _video(self, name: str) -> _Video:
+        return self._videos.setdefault(name, _Video())
+
+    def _open(self, gang: str) -> list[Loss]:
+        return [loss for loss in self.losses if loss.gang == gang and loss.works is None]
+
+    def _lost(self, gang: str, seconds: float, message: str, videos: tuple[str, ...]) -> None:
+        self.working.discard(gang)
+        loss = Loss(gang=gang, seconds=seconds, message=message, videos=videos)
+        self.losses.append(loss)
+        for name in videos:
+            video = self._video(name)
+            found = self._newest(name) or Mark()
+            if found.turn < video.safe.turn:
+                self._blame(
+                    name, f"its checkpoint of turn {video.safe.turn} is gone; there is one of turn {found.turn}"
+                )
+            if found.chunks > video.made:
+                self._blame(name, f"its checkpoint is after chunk {found.chunks - 1}, which was not handed in")
+            video.safe = Mark(
+                turn=max(video.safe.turn, found.turn), chunks=max(video.safe.chunks, min(found.chunks, video.made))
+            )
+            video.loss, video.again = loss, 0
+
+    def _admitted(self, name: str, first: int) -> None:
+        video = self._video(name)
+        if first < video.safe.chunks:
+            self._blame(name, f"it goes on with chunk {first}, though those before {video.safe.chunks} are safe")
+        if first > video.made:
+            self._blame(name, f"it goes on with chunk {first}, and {video.made} was not handed in")
+
+    def _ready(self, name: str, turn: int) -> None:
+        video = self._video(name)
+        if turn < video.safe.turn:
+            self._blame(name, f"it goes on with turn {turn}, though those before {video.safe.turn} are safe")
+
+    def _done(self, name: str, turn: int, gang: str, seconds: float) -> None:
+        video = self._video(name)
+        self.turns += 1
+        self.working.add(gang)
+        for loss in self._open(gang):
+            if loss.ready is not None:
+                loss.works = seconds
+        if turn < video.safe.turn:
+            self._blame(name, f"turn {turn} was done again, though those before {video.safe.turn} are safe")
+        if turn >= video.done:
+            video.done = turn + 1
+            return
+        self.turns_again += 1
+        if video.loss is None:
+            self._blame(name, f"turn {turn} was done again, and no gang was lost")
+            return
+        video.again += 1
+        video.loss.turns_again += 1
+        video.loss.worst = max(video.loss.worst, video.again)
+
+    def _made(self, name: str, index: int) -> None:
+        video = self._video(name)
+        if index < video.safe.chunks:
+            self._blame(name, f"chunk {index} was made again, though those before {video.safe.chunks} are safe")
+        if index > video.made:
+            self._blame(name, f"chunk {index} was handed in, and {video.made} was not")
+        if index >= video.made:
+            video.made = index + 1
+            return
+        self.chunks_again += 1
+        if video.loss is not None:
+            video.loss.chunks_again += 1
+
+    def _blame(self, name: str, what: str) -> None:
+        self.violations.append(f"{name}: {what}")
+
+
+def matched(strikes: Iterable[Strike], losses: Iterable[Loss]) -> list[list[Loss]]:
+    """For each strike, the losses that it has caused: of each gang that it hit, the first from then on."""
+    losses = list(losses)
+    found = []
+    for strike in strikes:
+        firsts = (
+            next((loss for loss in losses if loss.gang == gang and loss.seconds >= strike.seconds), None)
+            for gang in strike.gangs
+        )
+        found.append([loss for loss in firsts if loss is not None])
+    return found

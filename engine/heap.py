@@ -1,0 +1,45 @@
+"""The C library's heap in processes that make videos: neither grows in a long run, nor is given back all the time.
+
+glibc takes large blocks from the system one by one, and gives them back when they are freed. But each time that such a
+block is freed it raises the size from which on it does so, up to 32 MB; activations then come from the heap, which
+gets holes and grows. A fixed size keeps them out of it.
+
+It also gives back what is free at the end of the heap, and has to ask for it again for the next layer: every page of it
+is then cleared again. That is 2 to 4 % of a small model's time. So some of it is kept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+__all__ = ["heap_variables", "settle_heap"]
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_APART = 4 << 20
+"""Blocks of so many bytes are taken from the system one by one."""
+_KEPT = 512 << 20
+"""Free bytes at the end of the heap that are not given back."""
+
+
+def settle_heap() -> bool:
+    """Have this process use the heap as said above; tells whether that could be had."""
+    if sys.platform != "linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is None:
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, _APART)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEPT))
+
+
+def heap_variables() -> dict[str, str]:
+    """The same for a process that is started with these variables, and works in another thread than its first.
+
+    Other threads have heaps of their own, of 64 MB each, which are given back whatever was asked for; hence one heap
+    for all threads.
+    """
+    return {
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(_APART),
+        "MALLOC_TRIM_THRESHOLD_": str(_KEPT),
+    }

@@ -1,0 +1,275 @@
+"""The desk of a gang's lead: what the driver asks for comes in, events go out, the engine is stepped in between.
+
+The gang's own thread runs the engine; the driver's calls arrive on other threads and only leave notes. It knows
+nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from engine.engine import Progress
+from engine.request import Request
+from engine.schedule import Turn
+from models.errors import InputError
+from parallel.checkpoint import CheckpointPlan, discard, newest
+from parallel.cluster.events import (
+    Admitted,
+    ChunkMade,
+    GangReady,
+    LeadEvent,
+    Progressed,
+    Refused,
+    TurnDone,
+    TurnReady,
+    VideoDone,
+)
+from parallel.engine import Made, ParallelEngine
+
+__all__ = ["Lead", "VideoJob"]
+
+_MOST_WAITING = 8
+"""Chunks that the driver has not fetched before no more are made."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoJob:
+    """A video for a gang.
+
+    Attributes:
+        video: its name.
+        request: what to make.
+        checkpoint: where and how often to note how far it is; None for never.
+        stored: chunks that the driver has, from the first on.
+    """
+
+    video: str
+    request: Request
+    checkpoint: CheckpointPlan | None = None
+    stored: int = 0
+
+
+@dataclass(slots=True)
+class _Resident:
+    """A video that the engine is making, or is about to."""
+
+    job: VideoJob
+    gate: _Gate
+    turn_ticks: int
+    taken: int
+    number: int = -1
+    progress: Progress | None = None
+
+
+class _Gate:
+    """Lets a video's turns begin when the driver has granted them."""
+
+    def __init__(self, video: str, post: Callable[[LeadEvent], None]) -> None:
+        self._video, self._post = video, post
+        self._granted: set[int] = set()
+
+    def grant(self, turn: int) -> None:
+        self._granted.add(turn)
+
+    def announce(self, turn: Turn) -> None:
+        self._post(TurnReady(video=self._video, turn=turn.index, chunk=turn.chunk, slots=turn.slots))
+
+    def open(self, turn: Turn) -> bool:
+        return turn.index in self._granted
+
+
+class Lead:
+    """The desk."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._commands: deque[Callable[[ParallelEngine], None]] = deque()
+        self._events: list[LeadEvent] = []
+        self._urgent = False
+        self._residents: dict[str, _Resident] = {}
+        self._over = False
+        self._engine: ParallelEngine | None = None
+
+    # ---- called by the driver, on other threads
+
+    def admit(self, job: VideoJob) -> None:
+        """Begin a video, once the engine gets to it."""
+        self._command(partial(self._admit, job))
+
+    def grant(self, video: str, turn: int) -> None:
+        """Let a turn begin."""
+        with self._changed:
+            resident = self._residents.get(video)
+        if resident is not None:
+            resident.gate.grant(turn)
+            self._wake()
+
+    def cancel(self, video: str) -> None:
+        """Make no more of a video."""
+        self._command(partial(self._cancel, video))
+
+    def taken(self, video: str, index: int) -> None:
+        """A chunk, and all before it, are in safe hands; checkpoints that are after it may be made whole."""
+        with self._changed:
+            resident = self._residents.get(video)
+            if resident is not None:
+                resident.taken = max(resident.taken, index + 1)
+
+    def finish(self) -> None:
+        """Nothing more will come."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+
+    def events(self, wait: float) -> list[LeadEvent]:
+        """What has happened since the last call; waits up to so many seconds until there is something to act on."""
+        deadline = time.monotonic() + wait
+        with self._changed:
+            while not self._urgent and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(left)
+            events, self._events, self._urgent = self._events, [], False
+            self._changed.notify_all()
+            return events
+
+    # ---- the gang's thread
+
+    def run(self, engine: ParallelEngine, turn_ticks: Callable[[Request], int]) -> None:
+        """Make what comes until `finish`.
+
+        Args:
+            engine: of the gang.
+            turn_ticks: how many ticks a turn of a request has.
+
+        Raises:
+            GangError: a rank has failed.
+        """
+        self._turn_ticks, self._engine = turn_ticks, engine
+        self._post(GangReady())
+        while not (self._over and not engine.in_flight):
+            for command in self._next(idle=not engine.in_flight):
+                command(engine)
+            if not engine.in_flight:
+                continue
+            for made in engine.step():
+                self._hand_out(made)
+            for resident in list(self._residents.values()):
+                if not engine.running(resident.number):
+                    self._done(resident)
+
+    def _next(self, *, idle: bool) -> list[Callable[[ParallelEngine], None]]:
+        """What is to be done; waits while there is nothing to do, or too much for the driver to take."""
+        with self._changed:
+            while not self._commands and not self._over:
+                waiting = sum(isinstance(event, ChunkMade) for event in self._events)
+                if not idle and waiting < _MOST_WAITING:
+                    break
+                self._changed.wait()
+            commands = list(self._commands)
+            self._commands.clear()
+            return commands
+
+    def _admit(self, job: VideoJob, engine: ParallelEngine) -> None:
+        try:
+            resident = _Resident(
+                job=job,
+                gate=_Gate(job.video, self._post),
+                turn_ticks=self._turn_ticks(job.request),
+                taken=job.stored,
+            )
+            with self._changed:
+                self._residents[job.video] = resident
+            resident.number = self._submit(resident, engine)
+        except InputError as error:
+            self._forget(job.video)
+            self._post(Refused(video=job.video, message=str(error)))
+            return
+        self._post(Admitted(video=job.video, number=resident.number, first=engine.resumed(resident.number)))
+
+    def _submit(self, resident: _Resident, engine: ParallelEngine) -> int:
+        job = resident.job
+        if job.checkpoint is not None:
+            found = newest(job.checkpoint.folder)
+            if found is not None and found.counts["chunks"] > job.stored:
+                discard(job.checkpoint.folder)  # the chunks before it are not there any more, so it is of no use
+        return engine.submit(
+            job.request,
+            partial(self._progressed, resident),
+            checkpoint=job.checkpoint,
+            gate=resident.gate,
+            taken=lambda: resident.taken,
+        )
+
+    def _cancel(self, video: str, engine: ParallelEngine) -> None:
+        resident = self._residents.get(video)
+        if resident is not None:
+            self._forget(video)
+            engine.cancel(resident.number)
+
+    def _hand_out(self, made: Made) -> None:
+        chunk = made.chunk
+        for resident in self._residents.values():
+            if resident.number == made.video:
+                self._post(
+                    ChunkMade(
+                        video=resident.job.video,
+                        index=chunk.index,
+                        frames=chunk.frames.cpu().numpy(),
+                        latents=chunk.latents.cpu().numpy(),
+                    )
+                )
+
+    def _progressed(self, resident: _Resident, progress: Progress) -> None:
+        video, resident.progress = resident.job.video, progress
+        if progress.tick % resident.turn_ticks:
+            return
+        self._post(
+            TurnDone(video=video, turn=progress.tick // resident.turn_ticks - 1),
+            Progressed(
+                video=video,
+                done=progress.chunks_done,
+                chunks=progress.chunks,
+                share=progress.tick / progress.ticks,
+                computed=progress.computed_fraction,
+                kv_bytes=progress.kv_bytes,
+                progress=progress,
+            ),
+            urgent=len(self._residents) > 1,  # else nobody waits for the turn's slots
+        )
+
+    def _done(self, resident: _Resident) -> None:
+        self._forget(resident.job.video)
+        progress = resident.progress
+        self._post(
+            VideoDone(
+                video=resident.job.video,
+                computed=1.0 if progress is None else progress.computed_fraction,
+                kv_bytes=0 if progress is None else progress.kv_bytes,
+            )
+        )
+
+    def _forget(self, video: str) -> None:
+        with self._changed:
+            self._residents.pop(video, None)
+
+    def _command(self, command: Callable[[ParallelEngine], None]) -> None:
+        with self._changed:
+            self._commands.append(command)
+            self._changed.notify_all()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._engine is not None:
+            self._engine.wake()
+
+    def _post(self, *events: LeadEvent, urgent: bool = True) -> None:
+        """Tell the driver; what is not urgent goes with what comes next, as every message has its cost."""
+        with self._changed:
+            self._events += events
+            self._urgent |= urgent
+            if urgent:
+                self._changed.notify_all()

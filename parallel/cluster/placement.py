@@ -1,0 +1,191 @@
+"""Where the ranks of gangs run: whether the cluster has room for them, and which rank gets which place.
+
+A bundle holds one pipeline stage, so that the ranks of a context-parallel group, which talk most, never stand on
+different machines. A gang that fits on one node is kept there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from models.errors import InputError
+from parallel.mesh import Layout
+
+__all__ = ["GangShape", "Place", "Placement", "alive_nodes", "assign_places", "cluster_has_gpus", "plan_strategies"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GangShape:
+    """What a gang needs.
+
+    Attributes:
+        layout: of its ranks.
+        gpus: each rank gets a GPU.
+        cpus: of each rank.
+    """
+
+    layout: Layout
+    gpus: bool
+    cpus: int = 1
+
+    @property
+    def rank(self) -> dict[str, float]:
+        """Resources of a rank."""
+        return {"CPU": float(self.cpus), **({"GPU": 1.0} if self.gpus else {})}
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """Resources of a stage."""
+        return {name: count * self.layout.cp for name, count in self.rank.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """The place of one rank.
+
+    Attributes:
+        bundle: of the placement group.
+        node: id.
+        local_rank: among the gang's ranks of that node.
+        local_world_size: how many those are.
+    """
+
+    bundle: int
+    node: str
+    local_rank: int
+    local_world_size: int
+
+
+def alive_nodes() -> dict[str, dict[str, float]]:
+    """Resources of the nodes that are up, by id."""
+    return {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
+
+
+def cluster_has_gpus() -> bool:
+    """Whether any node has a GPU."""
+    return any(resources.get("GPU", 0) >= 1 for resources in alive_nodes().values())
+
+
+def plan_strategies(nodes: Mapping[str, Mapping[str, float]], shape: GangShape, gangs: int) -> list[str]:
+    """How to place gangs, one after another: on one node where one has room, over several otherwise.
+
+    Args:
+        nodes: resources by node.
+        shape: of a gang.
+        gangs: how many.
+
+    Returns:
+        A Ray strategy for each gang.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    rooms = sorted((_room(resources, shape.bundle) for resources in nodes.values()), reverse=True)
+    strategies = []
+    for _ in range(gangs):
+        fitting = [index for index, room in enumerate(rooms) if room >= shape.layout.pp]
+        if fitting:
+            rooms[min(fitting, key=lambda index: rooms[index])] -= shape.layout.pp  # leave large gaps to others
+            strategies.append("STRICT_PACK")
+            continue
+        left = shape.layout.pp
+        for index in sorted(range(len(rooms)), key=lambda index: -rooms[index]):
+            taken = min(left, rooms[index])
+            rooms[index] -= taken
+            left -= taken
+        if left:
+            raise InputError(_too_large(nodes, shape, gangs))
+        strategies.append("PACK")
+    return strategies
+
+
+def assign_places(bundle_nodes: Mapping[int, str], layout: Layout, *, first_node: str) -> list[Place]:
+    """Ranks in order, so that neighbouring stages share a node.
+
+    Args:
+        bundle_nodes: the node of each bundle.
+        layout: of the ranks.
+        first_node: the node whose bundles come first, if it has any.
+    """
+    order = sorted(bundle_nodes, key=lambda bundle: (bundle_nodes[bundle] != first_node, bundle_nodes[bundle], bundle))
+    nodes = [bundle_nodes[bundle] for bundle in order for _ in range(layout.cp)]
+    return [
+        Place(
+            bundle=order[rank // layout.cp],
+            node=node,
+            local_rank=nodes[:rank].count(node),
+            local_world_size=nodes.count(node),
+        )
+        for rank, node in enumerate(nodes)
+    ]
+
+
+class Placement:
+    """A placement group for a gang.
+
+    Args:
+        shape: of the gang.
+        strategy: Ray's name for how to place it.
+    """
+
+    def __init__(self, shape: GangShape, strategy: str) -> None:
+        self._shape = shape
+        self._group: PlacementGroup = placement_group([shape.bundle] * shape.layout.pp, strategy=strategy)
+        self._nodes: set[str] = set()
+
+    def places(self) -> list[Place] | None:
+        """Places of the ranks in order; None while the cluster has not made room."""
+        table: dict[str, Any] = placement_group_table(self._group)
+        if table.get("state") != "CREATED":
+            return None
+        found = {int(bundle): str(node) for bundle, node in table["bundles_to_node_id"].items()}
+        self._nodes = set(found.values())
+        here = ray.get_runtime_context().get_node_id()
+        return assign_places(found, self._shape.layout, first_node=here)
+
+    def stands(self, nodes: Sequence[str]) -> bool:
+        """Whether none of its nodes is gone, given those that are up."""
+        return self._nodes <= set(nodes)
+
+    def at(self, place: Place) -> PlacementGroupSchedulingStrategy:
+        """How to tell Ray to start an actor there."""
+        return PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=place.bundle)
+
+    def remove(self) -> None:
+        """Give the room back; what runs there ends."""
+        remove_placement_group(self._group)
+
+
+def _room(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
+    """Bundles that fit."""
+    return min(int(resources.get(name, 0.0) // count) for name, count in bundle.items())
+
+
+def _too_large(nodes: Mapping[str, Mapping[str, float]], shape: GangShape, gangs: int) -> str:
+    layout = shape.layout
+    kind = "GPU" if shape.gpus else "CPU"
+    each = 1 if shape.gpus else shape.cpus
+    asked = f"{gangs} gang{'s' * (gangs > 1)} of --pp {layout.pp} x --cp {layout.cp}"
+    needs = f"{gangs * layout.world_size * each} {kind}s"
+    if shape.gpus:
+        needs += f" and {gangs * layout.world_size * shape.cpus} CPUs"
+    if layout.cp > 1:
+        needs += f", {layout.cp * each} of the {kind}s of each stage on one node"
+    counts = [int(resources.get(kind, 0)) for resources in nodes.values()]
+    cpus = sum(int(resources.get("CPU", 0)) for resources in nodes.values())
+    has = f"{sum(counts)} {kind}s" + (f" and {cpus} CPUs" if shape.gpus else "")
+    spread = f"{len(counts)} node{'s' * (len(counts) != 1)}"
+    if len(counts) > 1:
+        spread += f" ({', '.join(str(count) for count in sorted(counts, reverse=True))})"
+    return f"{asked} need{'s' * (gangs == 1)} {needs}; the cluster has {has} on {spread}: ask for fewer, or add nodes"

@@ -1,0 +1,223 @@
+"""The account of failures on made-up logs: what is made again is counted, and what had been safe is found."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.chaos_account import Accountant, Loss, Mark, Strike, matched
+from benchmarks.chaos_report import Storm, csv, facts, strikes_table, verdicts
+from benchmarks.cluster_making import Outcome
+
+
+class Story:
+    """A log that is written by hand, and the checkpoints of that moment."""
+
+    def __init__(self):
+        self.marks = {}
+        self.account = Accountant(self.marks.get)
+        self.seconds = 0.0
+
+    def say(self, event, gang="gang-0", **values):
+        self.seconds += 1.0
+        self.account.hear({"seconds": self.seconds, "event": event, "gang": gang, **values})
+        return self
+
+    def turns(self, *turns, video="v", gang="gang-0"):
+        for turn in turns:
+            self.say("TurnReady", gang, video=video, turn=turn)
+            self.say("TurnDone", gang, video=video, turn=turn)
+        return self
+
+    def chunks(self, *chunks, video="v"):
+        for index in chunks:
+            self.say("ChunkMade", video=video, index=index)
+        return self
+
+    def lose(self, *videos, gang="gang-0"):
+        return self.say("GangLost", gang, message="rank 1 has died", videos=videos or ("v",)).say("Restarted", gang)
+
+    def again(self, first, gang="gang-0"):
+        self.say("GangReady", gang)
+        return self.say("Admitted", gang, video="v", first=first)
+
+
+def started():
+    """A video of which six turns are done and two chunks handed in; the checkpoint is two turns old."""
+    story = Story()
+    story.say("GangReady").say("Admitted", video="v", first=0)
+    story.turns(*range(6)).chunks(0, 1)
+    story.marks["v"] = Mark(turn=4, chunks=1)
+    return story
+
+
+def test_a_video_that_goes_on_from_its_checkpoint_is_as_it_should_be():
+    story = started().lose().again(1).turns(4, 5, 6).chunks(1, 2)
+    account = story.account
+    assert not account.violations
+    assert (account.turns_again, account.chunks_again, account.restarts, account.turns) == (2, 1, 1, 9)
+    [loss] = account.losses
+    assert (loss.turns_again, loss.chunks_again, loss.worst, loss.videos) == (2, 1, 2, ("v",))
+    assert loss.seconds < loss.ready < loss.works and "gang-0" in account.working
+
+
+@pytest.mark.parametrize(
+    ("rest", "said"),
+    [
+        (lambda story: story.again(0), "goes on with chunk 0, though those before 1 are safe"),
+        (lambda story: story.again(1).turns(3), "turn 3 was done again, though those before 4 are safe"),
+        (lambda story: story.again(1).say("TurnReady", video="v", turn=2), "goes on with turn 2"),
+        (lambda story: story.again(1).turns(4).chunks(0), "chunk 0 was made again, though those before 1 are safe"),
+        (lambda story: story.again(3), "goes on with chunk 3, and 2 was not handed in"),
+        (lambda story: story.again(1).turns(4, 5, 6, 7).chunks(1, 3), "chunk 3 was handed in, and 2 was not"),
+    ],
+)
+def test_each_breach_is_found(rest, said):
+    account = rest(started().lose()).account
+    assert any(said in line for line in account.violations), account.violations
+
+
+def test_a_video_without_a_checkpoint_begins_again_without_blame():
+    story = started()
+    del story.marks["v"]
+    account = story.lose().again(0).turns(*range(6)).chunks(0, 1).account
+    assert not account.violations and (account.turns_again, account.chunks_again) == (6, 2)
+    assert account.losses[0].worst == 6
+
+
+def test_what_was_safe_stays_safe_over_several_losses():
+    story = started().lose().again(1).turns(4, 5)
+    story.marks["v"] = Mark(turn=2, chunks=0)
+    story.lose()
+    assert "its checkpoint of turn 4 is gone; there is one of turn 2" in story.account.violations[0]
+    story.again(0)
+    assert "those before 1 are safe" in story.account.violations[1]
+
+
+def test_a_checkpoint_must_not_be_after_chunks_that_nobody_has():
+    story = started()
+    story.marks["v"] = Mark(turn=6, chunks=3)
+    assert "after chunk 2, which was not handed in" in story.lose().account.violations[0]
+
+
+def test_turns_that_are_done_again_without_a_loss_are_found():
+    assert "no gang was lost" in started().turns(5).account.violations[0]
+
+
+def test_turns_of_two_losses_in_a_row_are_counted_with_each():
+    account = started().lose().again(1).turns(4).lose().again(1).turns(4, 5, 6).account
+    assert [loss.turns_again for loss in account.losses] == [1, 2] and account.turns_again == 3
+    assert not account.violations
+
+
+def test_a_gang_is_good_again_once_it_has_done_a_turn():
+    story = started().lose()
+    since = story.account.losses[0].seconds - 0.5
+    assert not story.account.good_again("gang-0", since)
+    story.again(1)
+    assert not story.account.good_again("gang-0", since)
+    story.turns(4)
+    assert story.account.good_again("gang-0", since)
+    assert not story.account.good_again("gang-0", story.seconds)  # hit since, and nobody has noticed yet
+    assert not story.account.good_again("gang-1", since)
+
+
+def test_a_loss_before_a_gang_was_ready_again_belongs_to_the_same_time_without_work():
+    account = started().lose().lose().again(1).turns(4).account
+    first, second = account.losses
+    assert first.ready == second.ready and first.works == second.works
+
+
+def strike(number=1, seconds=13.5, gangs=("gang-0",), **changes):
+    return Strike(number=number, seconds=seconds, kind="rank", how="SIGKILL", whom="rank 1", gangs=gangs, **changes)
+
+
+def test_a_strike_is_matched_with_the_next_loss_of_each_gang_that_it_hit():
+    losses = [
+        Loss(gang=gang, seconds=seconds, message="", videos=())
+        for gang, seconds in (("gang-0", 2.0), ("gang-1", 3.0), ("gang-0", 9.0))
+    ]
+    strikes = [strike(seconds=1.0), strike(seconds=1.5), strike(seconds=2.5, gangs=("gang-0", "gang-1"))]
+    assert matched([*strikes, strike(seconds=10.0)], losses) == [
+        [losses[0]],
+        [losses[0]],
+        [losses[2], losses[1]],
+        [],
+    ]
+
+
+def storm(story=None, **changes):
+    """One strike at the gang of a video that goes on as it should; two videos are made, one of them twice."""
+    if story is None:
+        story = Story()
+        story.say("GangReady").turns(0, 1).chunks(0)
+        story.marks["v"] = Mark(turn=1)
+        story.lose().again(0).turns(1, 2).chunks(1)
+    calm = Outcome(chunks={"calm-0": ["a", "b"], "calm-1": ["c"]}, done={"calm-0", "calm-1"})
+    made = Outcome(chunks={"storm-0": ["a", "b"], "storm-1": ["c"], "storm-2": ["a", "b"]})
+    made.done = set(made.chunks)
+    run = Storm(
+        wanted=1,
+        every=1,
+        distinct=2,
+        account=story.account,
+        calm=calm,
+        calm_seconds=2.0,
+        calm_turns=1,
+        storm=made,
+        seconds=20.0,
+        strikes=(strike(seconds=story.account.losses[0].seconds - 0.5),),
+    )
+    for name, value in changes.items():
+        setattr(run, name, value)
+    return run
+
+
+def failing(run):
+    return [one.name for one in verdicts(run) if not one.passed]
+
+
+def test_a_good_run_passes_and_says_what_it_cost():
+    run = storm()
+    assert failing(run) == [] and run.good == 1 and not run.unstruck
+    table = strikes_table(run)
+    assert table.count("\n") == 2 and "SIGKILL" in table and " 0.5 " in table
+    assert len(csv(run).splitlines()) == 2
+    told = facts(run)
+    assert "1 turns were done again (33.3% of all)" in told and "nobody had hit: 0" in told
+    assert "16 s were lost" in told  # of 20, for 2 turns that take 2 s each
+
+
+def test_other_latents_are_found_also_of_the_second_round():
+    run = storm()
+    run.storm.chunks["storm-2"] = ["a", "x"]
+    assert failing(run) == ["latents as undisturbed"] and "other latents: storm-2" in facts(run)
+    run.storm.chunks["storm-2"] = ["a"]
+    assert run.different == ["storm-2"]
+
+
+def test_each_verdict_fails_for_itself():
+    assert failing(storm(wanted=2)) == ["failures caused"]
+    assert failing(storm(left={7: "ray::RankActor"})) == ["processes left"]
+    assert failing(storm(strikes=(strike(seconds=99.0),))) == ["made good"]
+    run = storm()
+    run.storm.done.discard("storm-1")
+    assert failing(run) == ["videos complete"]
+    run = storm()
+    run.account.losses[0].worst = 3
+    assert failing(run) == ["turns again, most of a video and loss"]
+    run = storm()
+    run.account.violations.append("v: chunk 0 was made again")
+    assert failing(run) == ["safe work done again"]
+
+
+def test_a_gang_that_is_lost_by_itself_is_told():
+    run = storm(strikes=(), wanted=0)
+    assert len(run.unstruck) == 1 and "not hit: rank 1 has died" in facts(run)
+
+
+def test_what_two_strikes_share_is_told_once():
+    run = storm()
+    one = run.strikes[0]
+    run.strikes = (one, replace(one, number=2, hasty=True))
+    rows = [line.split(",") for line in csv(run).splitlines()[1:]]
+    assert [row[-2] for row in rows] == ["1", "0"] and rows[0][6:9] == rows[1][6:9]

@@ -1,0 +1,236 @@
+"""Ranks against one process: counts that are worked out, tables and verdicts, and one small run of it all."""
+
+import csv
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from benchmarks.pipeline import app, layouts_for
+from benchmarks.pipeline_job import Case, Job, Made, ModelSpec, launch
+from benchmarks.pipeline_model import build, find_threshold, model_config, requests
+from benchmarks.pipeline_plan import flag_digest, predict, problems
+from benchmarks.pipeline_profile import header_seconds
+from benchmarks.pipeline_rank import make_alone
+from benchmarks.pipeline_report import Row, barrier_table, row_of, rows_table, verdicts
+from benchmarks.pipeline_report import csv as rows_csv
+from benchmarks.report import run_app
+from engine.cache import CacheSettings
+from models.errors import InputError
+from parallel.mesh import Layout
+from parallel.message import HEADER_BYTES
+from parallel.report import RankReport
+from parallel.split import Costs, balanced_split, stage_layers
+
+SPEC = ModelSpec(layers=3, width=192, side=32)
+JOB = Job(model=SPEC, layout=None, cases=(), chunks=2, steps=8)
+PLAIN = Case(videos=1, cache=CacheSettings())
+FLOWCACHE = CacheSettings(
+    policy="flowcache", threshold=0.5, warmup_steps=2, clean_forward=False, nearly_clean_mix=False
+)
+CALLS, CONTEXT_FREE, TOKENS = 2 * 8 + 1, 4, 6 * 2 * 2
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_stage_has_the_weights_of_the_whole():
+    whole = build(SPEC).model.dit.state_dict()
+    seen = set()
+    for stage in range(2):
+        part = build(SPEC, stage_layers(balanced_split(Costs.even(3), 2), stage)).model.dit.state_dict()
+        assert all(torch.equal(part[name], whole[name]) for name in part)
+        seen |= set(part)
+    assert seen == set(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"name": "magi-6b"}, "unknown model"), ({"width": 200}, "multiple of 192"), ({"side": 40}, "multiple of 16")],
+)
+def test_models_that_cannot_be(changes, said):
+    with pytest.raises(InputError, match=said):
+        model_config(replace(SPEC, **changes))
+
+
+def test_gangs_are_those_that_the_ranks_allow():
+    assert layouts_for(JOB, 1) == [Layout()]
+    assert layouts_for(JOB, 2) == [Layout(), Layout(pp=2), Layout(cp=2)]
+    assert Layout(pp=4) not in layouts_for(JOB, 8)  # of three layers
+    assert Layout(pp=2, cp=4) in layouts_for(JOB, 8)
+    with pytest.raises(InputError, match="9 steps"):
+        layouts_for(replace(JOB, steps=9), 2)
+    with pytest.raises(InputError, match="autoencoder"):
+        layouts_for(replace(JOB, decode=True), 2)
+
+
+def test_a_threshold_computes_about_the_share_that_was_asked_for():
+    job = replace(JOB, chunks=4, steps=16)
+    cache = replace(FLOWCACHE, warmup_steps=3)
+    threshold = find_threshold(job, cache, 0.55)
+    case = Case(videos=1, cache=cache.with_threshold(threshold))
+    (decisions,) = make_alone(job, build(SPEC), case).decisions
+    flags = [flag for steps in decisions for flag in steps]
+    assert flags.count(0) / len(flags) == pytest.approx(0.55, abs=0.06)
+
+
+def test_times_of_stages_add_up():
+    job = replace(JOB, split=(1, 2))
+    made = make_alone(job, build(SPEC), PLAIN)
+    timing = made.timing
+    counts = {name: sum(call.count for call in timing.calls if call.name == name) for name in ("denoise", "clean")}
+    assert counts == {"denoise": 2 * 8, "clean": 1}
+    spent = sum(call.count * sum(call.seconds) for call in timing.calls)
+    passes = sum(call.count for call in timing.calls)
+    assert 0.5 * made.seconds < spent <= 1.3 * made.seconds  # what both stages do is counted for each
+    assert spent + timing.rest * passes >= made.seconds * 0.99
+    assert 0 < timing.embed < timing.calls[0].seconds[0]
+    outcome = predict(job, PLAIN, timing, (), hop=None)
+    assert outcome.calls == passes
+    assert max(outcome.busy) <= outcome.seconds <= spent
+    assert predict(job, PLAIN, timing, (), hop=0.1).seconds > outcome.seconds + 1
+
+
+def counts(layout):
+    """What every rank of a gang must report for `PLAIN`, worked out by hand."""
+    calls, returning = CALLS + CONTEXT_FREE, 2 * 8 + CONTEXT_FREE
+    hidden = HEADER_BYTES + TOKENS // layout.cp * 192 * 4
+    digest = flag_digest(JOB, None)
+    made = []
+    for rank in range(layout.world_size):
+        stage, slot = divmod(rank, layout.cp)
+        received = calls * hidden if rank else 0
+        if stage == layout.pp - 1 and slot == 0:
+            received += returning * (layout.cp - 1) * hidden
+        velocity = returning * (HEADER_BYTES + 16 * 6 * 4 * 4 * 4) if layout.pp > 1 and not rank else 0
+        made.append(
+            RankReport(
+                rank=rank,
+                stage=stage,
+                slot=slot,
+                layers=(0, 3),
+                items=calls,
+                item_bytes=received,
+                velocity_bytes=velocity,
+                sent_bytes=10,
+                busy=1.5,
+                waiting=0.25,
+                digests={"0": digest},
+            )
+        )
+    return made
+
+
+def reported(reports, seconds=2.0):
+    return Made(seconds=seconds, first_chunk=1.0, latents=("same",), ranks=tuple(asdict(report) for report in reports))
+
+
+ALONE = Made(seconds=3.0, videos=(3.0,), first_chunk=1.5, latents=("same",))
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(pp=2), Layout(cp=2), Layout(pp=2, cp=2)])
+def test_counts_that_are_right_pass(layout):
+    assert problems(replace(JOB, layout=layout), PLAIN, reported(counts(layout)), ALONE) == []
+
+
+@pytest.mark.parametrize(
+    ("rank", "changes", "said"),
+    [
+        (1, {"items": 22}, "22 calls, not 21"),
+        (0, {"item_bytes": 1}, "1 bytes received"),
+        (1, {"item_bytes": 7}, "7 bytes received"),
+        (0, {"velocity_bytes": 0}, "0 bytes of velocities"),
+        (1, {"digests": {"0": "00"}}, "other flags"),
+    ],
+)
+def test_each_count_that_is_wrong_is_found(rank, changes, said):
+    layout = Layout(pp=2)
+    reports = counts(layout)
+    reports[rank] = replace(reports[rank], **changes)
+    (found,) = problems(replace(JOB, layout=layout), PLAIN, reported(reports), ALONE)
+    assert said in found
+
+
+def test_other_latents_are_found():
+    other = replace(ALONE, latents=("other",))
+    (found,) = problems(replace(JOB, layout=Layout(pp=2)), PLAIN, reported(counts(Layout(pp=2))), other)
+    assert "latents" in found
+
+
+def rows(plain=1.8, reused=1.75, barrier=1.4):
+    layout, two = Layout(pp=2), Case(videos=2, cache=FLOWCACHE)
+    made = row_of(layout, PLAIN, [reported(counts(layout), seconds) for seconds in (2.0, 1.9, 2.2)], [3.6, 3.4, 3.9])
+    return [
+        replace(made, seconds=(1.0, 1.0, 1.0), alone=(plain, 0.5, 9.0)),
+        replace(made, case=two, seconds=(1.0,), alone=(reused,), computed=0.5),
+        replace(made, case=replace(PLAIN, barrier=True), seconds=(2.0,) * 3, alone=(2 * barrier,) * 3),
+    ]
+
+
+def test_a_row_puts_repeats_together():
+    layout = Layout(pp=2)
+    made = row_of(layout, PLAIN, [reported(counts(layout), seconds) for seconds in (2.0, 1.9, 2.2)], [3.6, 3.4, 3.9])
+    assert made.speed_up == pytest.approx(3.4 / 1.9)
+    assert made.median == 2.0
+    assert made.utilisation == pytest.approx([1.5 * (1 / 2 + 1 / 1.9 + 1 / 2.2) / 3] * 2)
+    assert made.other == pytest.approx(0.25)
+    assert (made.sent, made.calls, made.computed) == (20, 21, 1.0)
+
+
+def test_verdicts_hold_each_figure_for_itself():
+    assert [one.passed for one in verdicts(rows(), [], 5)] == [True, True, True]
+    assert [one.passed for one in verdicts(rows(plain=1.74), [], 5)] == [False, True, True]
+    assert [one.passed for one in verdicts(rows(reused=1.69), [], 5)] == [True, False, True]
+    assert [one.passed for one in verdicts(rows(), ["rank 1: 3 calls, not 4"], 5)] == [True, True, False]
+
+
+def test_tables_say_what_was_measured():
+    table = rows_table(rows())
+    assert "1.80 0.50 9.00" in table and "74%" in table
+    assert table.count("\n") == 3  # a barrier is in a table of its own
+    assert "1.40" in barrier_table(rows()) and "50%" in barrier_table(rows())
+    assert barrier_table(rows()[:1]) == ""
+    (first, *_) = csv.DictReader(rows_csv(rows()).splitlines())
+    assert (first["pp"], first["videos"], first["reuse"], first["stage_calls"]) == ("2", "1", "0", "21")
+    assert isinstance(rows()[0], Row)
+
+
+def test_a_header_is_written_and_read_in_less_than_a_millisecond():
+    written, read, size = header_seconds(JOB, PLAIN)
+    assert 0 < written < 1e-2 and 0 < read < 1e-2 and 50 < size < HEADER_BYTES
+
+
+def test_two_ranks_do_the_work_of_one_process():
+    cases = (PLAIN, Case(videos=2, cache=FLOWCACHE))
+    layout = Layout(pp=2)
+    (made,) = launch(replace(JOB, layout=layout, cases=cases, pings=3))
+    alone = [make_alone(JOB, build(SPEC), case) for case in cases]
+    for case, one, other in zip(cases, made, alone, strict=True):
+        assert problems(replace(JOB, layout=layout), case, one, other) == []
+        assert one.decisions == other.decisions
+        assert one.hop > 0 and one.seconds >= one.first_chunk > 0
+    flags = [flag for video in made[1].decisions for steps in video for flag in steps]
+    assert 0 < flags.count(0) < len(flags)
+    assert len(requests(JOB, 2)) == len(made[1].latents) == 2
+
+
+@pytest.mark.slow
+def test_the_command_writes_everything(tmp_path):
+    arguments = ["--quick", "--layers", "2", "--width", "192", "--side", "32", "--ranks", "2", "--out", str(tmp_path)]
+    assert run_app(app, "pipeline", arguments) in (0, 1)  # how fast it is depends on the machine
+    text = (tmp_path / "pipeline.md").read_text()
+    assert "14 runs as worked out" in text and "pp 1 x cp 2" in text and "Where the time of two stages goes" in text
+    assert len((tmp_path / "pipeline.csv").read_text().splitlines()) == 1 + 14
+    assert (tmp_path / "pipeline.png").stat().st_size > 1000
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    for arguments in (["--model", "magi-6b"], ["--steps", "18"], ["--fraction", "1.5"], ["--decode"]):
+        assert run_app(app, "pipeline", [*arguments, "--out", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("pipeline: error: ") and error.count("\n") == 1

@@ -1,0 +1,160 @@
+"""Plans against the engine's own order of work, and flags that are made up."""
+
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.simulate_plan import modelled_flags, plan_video, recorded_flags
+from benchmarks.simulation import Machine, simulate
+from engine.cache import CacheSettings
+from engine.engine import Engine
+from engine.executor import LocalExecutor
+from engine.kv import KVSettings
+from engine.prepare import encode, prepare
+from engine.record import NOT_ACTIVE, RunTrace
+from engine.request import Prefix
+from engine.schedule import Schedule
+from models.errors import InputError
+from models.magi.sampling import MagiSampling
+from parallel.order import WorkOrder
+from tests.parallel.small import SmallPipeline, one_thread, request, small_config
+
+FLOWCACHE = CacheSettings(policy="flowcache", threshold=0.1, warmup_steps=2, clean_forward=False)
+CASES = {
+    "plain": {},
+    "guided": {"config": {"guided": True}},
+    "window 1": {"config": {"window": 1}},
+    "one step per stage": {"config": {"num_steps": 4}, "request": {"num_steps": 4}},
+    "flowcache": {"cache": FLOWCACHE},
+    "teacache": {"cache": CacheSettings(policy="teacache", threshold=0.1, warmup_steps=3)},
+    "clip, guided": {"config": {"guided": True}, "prefix": 32},
+}
+
+
+class Recording(LocalExecutor):
+    def __init__(self, model):
+        super().__init__(model)
+        self.items = []
+
+    def run(self, work):
+        self.items.append(work.item)
+        return super().run(work)
+
+
+def sampling_of(pipeline, wanted, cache):
+    return pipeline.sampling(
+        wanted.num_steps, clean_forward=cache.clean_forward, nearly_clean_mix=cache.nearly_clean_mix
+    )
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_plan_has_the_passes_of_the_engine_in_its_order(case):
+    one_thread()
+    pipeline, cache = SmallPipeline(small_config(2, **case.get("config", {}))), case.get("cache", CacheSettings())
+    prefix = Prefix(frames=torch.zeros(case["prefix"], 32, 48, 3, dtype=torch.uint8)) if "prefix" in case else None
+    wanted = request(chunks=6, prefix=prefix, **case.get("request", {}))
+    executor, trace = Recording(pipeline.model), RunTrace()
+    for _ in Engine(pipeline, cache, executor=executor).generate(wanted, trace=trace):
+        pass
+    record = trace.finish({})
+    plan = plan_video(
+        record.schedule,
+        sampling_of(pipeline, wanted, cache),
+        lambda what, step: (1.0, 1.0),
+        record.flags,
+        whole_window=cache.policy == "teacache",
+    )
+    spans = simulate([plan], Machine(stages=2), spans=True).spans
+    planned = [(span.tick, span.chunk, span.name) for span in spans if span.stage == 0]
+    made = [(item.tick, item.chunk if item.tick >= 0 else -1, item.what.name) for item in executor.items]
+    assert planned == made
+    assert plan.calls == len(made)
+    assert plan.returning == sum(bool(item.what.weight) for item in executor.items)
+    if cache.policy != "none":
+        assert 0 < record.computed_fraction < 1
+
+
+@pytest.mark.parametrize("barrier", [False, True])
+def test_the_real_order_gives_work_out_at_the_simulated_times(barrier):
+    """`WorkOrder` driven by a clock: two stages of one second each, results when both are through."""
+    one_thread()
+    pipeline, wanted = SmallPipeline(small_config(2)), request(chunks=5)
+    prepared = prepare(
+        pipeline,
+        wanted,
+        encode(pipeline, wanted),
+        number=0,
+        cache=CacheSettings(),
+        kv=KVSettings(),
+        observe=False,
+    )
+    order = WorkOrder(prepared.run, barrier=barrier, on_decision=lambda seen, decision: None)
+    now, tail, begun, returning = 0.0, 0.0, [], deque()
+    while not order.over:
+        while returning and returning[0][0] <= now:
+            _, item, velocity = returning.popleft()
+            order.returned(item, velocity)
+        if order.ready():
+            work = order.take()
+            begun.append((now, work.item.tick, work.item.chunk))
+            now += 1.0
+            tail = max(now, tail) + 1.0
+            if work.item.what.weight:
+                returning.append((tail, work.item, torch.zeros_like(work.x)))
+        elif returning:
+            now = max(now, returning[0][0])
+    sampling = sampling_of(pipeline, wanted, CacheSettings())
+    plan = plan_video(prepared.run.schedule, sampling, lambda what, step: (1.0, 1.0))
+    made = simulate([plan], Machine(stages=2, barrier=barrier), spans=True)
+    assert [(span.start, span.tick, span.chunk) for span in made.spans if span.stage == 0] == begun
+
+
+def distilled(steps=16):
+    return MagiSampling(config=small_config(2), num_steps=steps)
+
+
+@pytest.mark.parametrize("fraction", [0.4, 0.55, 0.8])
+def test_made_up_flags_compute_the_share_that_was_asked_for(fraction):
+    schedule = Schedule(first=0, chunks=12, num_steps=16, window=4)
+    flags = modelled_flags(schedule, distilled(), fraction=fraction, warmup=3)
+    steps = np.array([[flags[schedule.tick_of(c, s), c] for s in range(16)] for c in range(12)])
+    assert (steps == 0).mean() == pytest.approx(fraction, abs=0.03)
+    assert (steps[:, :3] == 0).all()
+    assert (flags != NOT_ACTIVE).sum() == steps.size
+    assert (steps[:, 12:] == 0).mean() > (steps[:, 4:8] == 0).mean()  # the cleanest chunk reuses least
+    again = modelled_flags(schedule, distilled(), fraction=fraction, warmup=3)
+    other = modelled_flags(schedule, distilled(), fraction=fraction, warmup=3, seed=1)
+    assert (again == flags).all() and (other != flags).any()
+
+
+def test_a_share_below_the_warm_up_cannot_be_had():
+    with pytest.raises(InputError, match="8 warm-up steps"):
+        modelled_flags(Schedule(first=0, chunks=4, num_steps=16, window=4), distilled(), fraction=0.3, warmup=8)
+
+
+def test_a_record_is_stretched_over_more_chunks():
+    short = Schedule(first=1, chunks=3, num_steps=4, window=2)
+    long = Schedule(first=0, chunks=5, num_steps=4, window=2)
+    flags = np.full((short.ticks, short.chunks), NOT_ACTIVE, dtype=np.uint8)
+    pattern = {1: [0, 1, 0, 2], 2: [0, 0, 1, 1]}
+    for chunk, steps in pattern.items():
+        for step, flag in enumerate(steps):
+            flags[short.tick_of(chunk, step), chunk] = flag
+    made = recorded_flags(flags, long, short)
+    for chunk in range(5):
+        own = [int(made[long.tick_of(chunk, step), chunk]) for step in range(4)]
+        assert own == pattern[1 + chunk % 2]
+    with pytest.raises(InputError, match="give --steps 4"):
+        recorded_flags(flags, Schedule(first=0, chunks=5, num_steps=8, window=2), short)
+
+
+def test_flags_of_another_video_are_refused():
+    with pytest.raises(InputError, match="do not fit"):
+        plan_video(
+            Schedule(first=0, chunks=4, num_steps=16, window=4),
+            distilled(),
+            lambda what, step: (1.0,),
+            np.zeros((3, 4), dtype=np.uint8),
+        )

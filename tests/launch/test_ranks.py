@@ -1,0 +1,294 @@
+"""The command line on ranks: started by torchrun or by itself, several videos, traces, and one line for every error."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+from PIL import Image
+
+from engine.record import RunRecord
+from launch.app import run
+from launch.generate import generate_video
+from launch.plan import Options
+from launch.ranks import RankOptions
+from launch.several import plan_videos, video_names
+from models.errors import InputError
+from tests.launch.process import ROOT, Result, environment, flowcache_process
+
+GOLDENS = ROOT / "tests" / "data" / "goldens"
+PROMPT, OTHER = "a red circle moving right", "a blue cross moving up"
+Flowcache = Callable[..., Result]
+
+
+def torchrun(folder: Path, ranks: int, *arguments: object) -> Result:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [*command, "-m", "launch", *map(str, arguments)],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def errors(result: Result) -> list[str]:
+    return [line for line in result.stderr.splitlines() if line.startswith("flowcache: error: ")]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, random_weights: Path) -> tuple[Path, Result]:
+    """A video of two ranks, with a record and a trace."""
+    folder = tmp_path_factory.mktemp("made")
+    options = ["--chunks", 2, "--steps", 4, "--weights", random_weights, "--record", "run", "--trace", "t.json"]
+    return folder, torchrun(folder, 2, "generate", PROMPT, "--pp", 2, *options, "--cache-threshold", 0.3)
+
+
+# ---- one video
+
+
+def test_ranks_make_the_video_of_one_process(made: tuple[Path, Result], random_weights: Path, tmp_path: Path) -> None:
+    folder, result = made
+    assert result.returncode == 0, result.stderr
+    assert sorted(os.listdir(folder)) == ["run", "t.json", "video.mp4"]
+    lines = result.stdout.splitlines()
+    assert lines[0] == "video.mp4: 48 frames of 64x64, 2.0 s of video" and len(lines) == 4
+    assert lines[3].startswith("2 ranks, pp 2 x cp 1, layers 3,3; weights 6.9 MB, 6.9 MB, loaded in ")
+    assert result.stderr.count("reading the prompt") == 1  # the other rank is silent
+    record = RunRecord.load(folder / "run")
+    assert (record.settings["pp"], record.settings["cp"], record.settings["layers"]) == (2, 1, [3, 3])
+    alone = Options(
+        prompt=PROMPT,
+        out=tmp_path / "alone.mp4",
+        weights=random_weights,
+        steps=4,
+        chunks=2,
+        threads=1,
+        cache=_threshold(0.3),
+    )
+    computed = generate_video(alone).computed
+    assert computed == pytest.approx(record.computed_fraction) and computed < 1
+    assert (folder / "video.mp4").read_bytes() == alone.out.read_bytes()
+
+
+def _threshold(threshold: float) -> Any:
+    from launch.cache_presets import CacheOptions
+
+    return CacheOptions(threshold=threshold)
+
+
+def test_the_trace_has_spans_of_all_ranks(made: tuple[Path, Result]) -> None:
+    folder, _ = made
+    assert (folder / "t.json").read_bytes() == (folder / "run" / "trace.json").read_bytes()
+    events = json.loads((folder / "t.json").read_text())["traceEvents"]
+    items = []
+    for rank in range(2):
+        computed = sorted(
+            (event for event in events if event.get("cat") == "compute" and event["pid"] == rank),
+            key=lambda event: event["ts"],
+        )
+        assert all(one["ts"] + one["dur"] <= two["ts"] + 0.2 for one, two in zip(computed, computed[1:]))
+        items.append([event["args"] for event in computed])
+    assert items[0] == items[1] and len(items[0]) >= 4
+    kinds = {(event["pid"], event["cat"]) for event in events if "cat" in event}
+    assert kinds >= {(rank, kind) for rank in range(2) for kind in ("compute", "wait", "send")}
+    assert (0, "decode") in kinds and (0, "reuse") in kinds
+    for rank in range(2):
+        sent = [event for event in events if event.get("cat") == "send" and event["pid"] == rank]
+        assert len(sent) == len(items[0]) and {event["tid"] for event in sent} == {2}
+
+
+def test_the_trace_is_drawn_and_explained(
+    made: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(made[0])
+    assert run(["plot", "pipeline", "run", "--out", "plot.png"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "plot.png" and [line.split()[:2] for line in shown[2:4]] == [["0", "0"], ["1", "1"]]
+    for line in shown[2:4]:
+        figures = [float(word.rstrip("%")) for word in line.split()[2:]]
+        assert sum(figures) == pytest.approx(100, abs=0.3) and figures[0] > 5
+    with Image.open("plot.png") as image:
+        assert image.width > 1000 and len(image.getcolors(1 << 24) or ()) > 10
+    Path("plot.png").unlink()
+
+
+def test_a_run_without_ranks_has_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("run")
+    assert run(["plot", "pipeline", "run"]) == 2
+    assert "run holds no trace: record a run on ranks" in capsys.readouterr().err
+    for damage in ("{", "[]", '{"traceEvents": [3]}', '{"traceEvents": [{"cat": "compute", "pid": 0}]}'):
+        Path("run/trace.json").write_text(damage)
+        assert run(["plot", "pipeline", "run"]) == 2
+        assert "the trace run/trace.json is damaged" in capsys.readouterr().err
+    Path("run/trace.json").write_text('{"traceEvents": []}')
+    assert run(["plot", "pipeline", "run"]) == 2
+    assert "has no computation in it" in capsys.readouterr().err
+    assert os.listdir("run") == ["trace.json"]
+
+
+# ---- several videos
+
+
+def test_names_follow_from_the_prompts() -> None:
+    assert video_names(["A red circle!", "été, 東京", "../..", "x" * 99]) == [
+        "00-a-red-circle",
+        "01-été-東京",
+        "02",
+        "03-" + "x" * 40,
+    ]
+    assert video_names(["a"] * 101)[100] == "100-a"
+
+
+def test_several_videos_have_seeds_and_records_of_their_own(random_weights: Path, tmp_path: Path) -> None:
+    options = Options(
+        prompt=PROMPT, out=tmp_path / "deep" / "videos", weights=random_weights, seed=7, record=tmp_path / "run"
+    )
+    first, second = plan_videos(options, [PROMPT, OTHER])
+    assert (first.request.seed, second.request.seed) == (7, 8)
+    assert (first.request.prompt, second.request.prompt) == (PROMPT, OTHER)
+    assert second.out == tmp_path / "deep" / "videos" / "01-a-blue-cross-moving-up.mp4"
+    assert second.record == tmp_path / "run" / "01-a-blue-cross-moving-up"
+    with pytest.raises(InputError, match="unknown word 'dog'"):
+        plan_videos(options, [PROMPT, "a red dog moving up"])
+    assert os.listdir(tmp_path) == []
+
+
+def test_more_stages_want_more_videos() -> None:
+    assert [RankOptions(pp=pp).at_a_time(9) for pp in (1, 2, 4, 5, 8)] == [2, 2, 2, 3, 4]
+    assert RankOptions(pp=8).at_a_time(3) == 3 and RankOptions(concurrency=5).at_a_time(9) == 5
+
+
+def test_two_videos_share_two_ranks(flowcache: Flowcache, tmp_path: Path, random_weights: Path) -> None:
+    """Started by the command itself; the second video is the one that its own seed makes."""
+    options = ["--chunks", 1, "--steps", 4, "--weights", random_weights]
+    result = flowcache("generate", PROMPT, OTHER, "--pp", 2, *options, "--out", "videos", "--record", "runs")
+    assert result.returncode == 0, result.stderr
+    names = ["00-a-red-circle-moving-right", "01-a-blue-cross-moving-up"]
+    assert sorted(os.listdir(tmp_path / "videos")) == [f"{name}.mp4" for name in names]
+    assert sorted(os.listdir(tmp_path / "runs")) == [*names, "trace.json"]
+    assert RunRecord.load(tmp_path / "runs" / names[1]).settings["prompt"] == OTHER
+    assert "2 videos made in" in result.stdout and "2 ranks, pp 2 x cp 1" in result.stdout
+    assert f"videos/{names[0]}.mp4 is complete (" in result.stderr
+    alone = Options(
+        prompt=OTHER, seed=1, out=tmp_path / "alone.mp4", weights=random_weights, steps=4, chunks=1, threads=1
+    )
+    generate_video(alone)
+    assert (tmp_path / "videos" / f"{names[1]}.mp4").read_bytes() == alone.out.read_bytes()
+
+
+def test_finished_videos_stay_and_missing_ones_are_named(tmp_path: Path, random_weights: Path) -> None:
+    options = ["--chunks", 30, "--steps", 4, "--weights", random_weights, "--threads", 1, "--out", "videos"]
+    process = flowcache_process(tmp_path, "generate", PROMPT, OTHER, PROMPT, *options)
+    try:
+        first = tmp_path / "videos" / "00-a-red-circle-moving-right.mp4"
+        deadline = time.monotonic() + 90
+        while not first.exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, shown = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    missing = "01-a-blue-cross-moving-up.mp4, 02-a-red-circle-moving-right.mp4"
+    assert f"1 of 3 videos in videos are complete; missing: {missing}\n" in shown
+    assert os.listdir(tmp_path / "videos") == [first.name]
+    with av.open(str(first)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 30 * 24
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--pp", "7"], "6 layers cannot be split over 7 stages: give --pp 1 to 6"),
+        (["--pp", "0"], "--pp 0 leaves nobody to work"),
+        (["--pp", "2", "--split", "3,4"], "--split 3,4 places 7 layers, but the model has 6"),
+        (["--pp", "2", "--split", "6"], "--split 6 names 1 stages, but there are 2"),
+        (["--cp", "5"], "--cp 5 does not divide the model's"),
+        (["--concurrency", "0"], "--concurrency 0 makes nothing"),
+        (["--trace", "trace.txt"], "the name of the trace must end in .json"),
+        ([OTHER, "--out", "video.mp4"], "--out video.mp4 names one video, but there are 2 prompts"),
+        ([OTHER, "--out", "file"], "file is not a folder"),
+        ([OTHER, " "], "the prompt is empty"),
+        (["--pp", "2", "--image", "missing.png"], "cannot read the image missing.png"),
+    ],
+)
+def test_bad_input_is_said_before_ranks_are_started(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    random_weights: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    assert run(["generate", PROMPT, "--weights", str(random_weights), *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("flowcache: error: ") and said in shown and shown.count("\n") == 1
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_wrong_number_of_ranks_is_said_once(tmp_path: Path) -> None:
+    result = torchrun(tmp_path, 2, "generate", PROMPT, "--pp", 3)
+    assert result.returncode == 1  # torchrun's own; the ranks' is 2
+    assert errors(result) == [
+        "flowcache: error: --pp 3 x --cp 1 needs 3 ranks, but 2 were started: "
+        "torchrun --nproc-per-node 3 starts as many"
+    ]
+    assert "exitcode  : 2" in result.stderr and os.listdir(tmp_path) == []
+
+
+def test_what_a_rank_finds_is_said_once(tmp_path: Path) -> None:
+    result = torchrun(tmp_path, 2, "generate", "a red dog", "--pp", 2)
+    assert result.returncode == 1 and result.stdout == ""
+    assert len(errors(result)) == 1 and "unknown word 'dog'" in errors(result)[0]
+    assert os.listdir(tmp_path) == []
+
+
+def test_ctrl_c_ends_ranks_that_the_command_has_started(tmp_path: Path, random_weights: Path) -> None:
+    options = ["--chunks", 5000, "--steps", 4, "--weights", random_weights, "--out", "long.mp4", "--pp", 2]
+    process = flowcache_process(tmp_path, "generate", PROMPT, *options)
+    try:
+        deadline = time.monotonic() + 90
+        while not any(path.stat().st_size for path in tmp_path.glob(".long.mp4.*")):
+            assert process.poll() is None and time.monotonic() < deadline, "no frame was written"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, shown = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert shown.splitlines()[-1] == "flowcache: stopped" and "Traceback" not in shown
+    assert os.listdir(tmp_path) == []
+
+
+# ---- conformance
+
+
+def test_conformance_on_ranks(flowcache: Flowcache) -> None:
+    """A golden file passes; one that is not there does not keep it from being checked."""
+    result = flowcache("conformance", "missing.safetensors", GOLDENS / "t2v_fullkv_window2.safetensors", "--pp", 2)
+    assert result.returncode == 2
+    (line,) = result.stdout.splitlines()
+    assert line.startswith("t2v_fullkv_window2 ") and line.endswith("4 chunks, pp 2 x cp 1  PASS")
+    assert len(errors(result)) == 1 and "missing.safetensors" in errors(result)[0]
+    assert len(result.stderr.splitlines()) == 1

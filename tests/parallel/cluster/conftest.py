@@ -1,0 +1,19 @@
+"""One local cluster for all tests: a head node, to which a test may add others."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    store = 80 * 2**20
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 4, "object_store_memory": store, "include_dashboard": False},
+    )
+    ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
+    yield made
+    ray.shutdown()
+    made.shutdown()

@@ -1,0 +1,120 @@
+"""The scheduler under anything that may happen: gangs die and come back, requests fail, are cancelled, keep coming."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from models.errors import InputError
+from parallel.cluster.jobs import GangSize, Standing
+from parallel.cluster.scheduler import Scheduler
+from tests.parallel.cluster.simulation import WINDOW, World, job
+
+ENDS = {Standing.DONE, Standing.ASIDE, Standing.CANCELLED}
+SIZES = st.builds(
+    GangSize, slots=st.integers(1, 3).map(lambda runs: runs * WINDOW), kv_bytes=st.sampled_from([10, 25, 40])
+)
+
+
+class Cluster(RuleBasedStateMachine):
+    @initialize(sizes=st.lists(SIZES, min_size=1, max_size=3), seed=st.integers(0, 9), share=st.integers(1, 4))
+    def start(self, sizes, seed, share):
+        self.world = World({f"gang {number}": size for number, size in enumerate(sizes)}, seed=seed, share=share)
+        self.events = []
+        self.twin = Scheduler(seed=seed, gangs=sizes, share=share)
+        self._record(self.world.scheduler)
+
+    def _record(self, scheduler):
+        """Note every event, for a twin that must plan the same."""
+        for name in (
+            *("submit", "cancel", "turn_ready", "turn_done", "checkpointed", "request_done", "request_failed"),
+            *("gang_up", "gang_down", "assignments"),
+        ):
+            original = getattr(scheduler, name)
+
+            def noted(*arguments, name=name, original=original, **named):
+                self.events.append((name, arguments, named))
+                return original(*arguments, **named)
+
+            setattr(scheduler, name, noted)
+
+    def _down(self):
+        return [name for name, gang in self.world.gangs.items() if not gang.up]
+
+    def _up(self):
+        return [name for name, gang in self.world.gangs.items() if gang.up]
+
+    @rule(chunks=st.integers(1, 5), kv=st.integers(0, 45), priority=st.integers(-1, 2))
+    def submit(self, chunks, kv, priority):
+        one = job(f"video {len(self.events)}", chunks=chunks, kv_bytes=kv, priority=priority)
+        if any(gang.size.holds(one) for gang in self.world.gangs.values()):
+            self.world.submit(one)
+        else:
+            with pytest.raises(InputError, match="values, a gang has"):
+                self.world.submit(one)
+
+    @precondition(lambda self: self._down())
+    @rule(data=st.data())
+    def gang_comes(self, data):
+        self.world.up(data.draw(st.sampled_from(self._down())))
+
+    @precondition(lambda self: self._up())
+    @rule(data=st.data())
+    def gang_dies(self, data):
+        self.world.down(data.draw(st.sampled_from(self._up())))
+
+    @precondition(lambda self: self.world.resident())
+    @rule(data=st.data(), steps=st.integers(1, 6))
+    def work(self, data, steps):
+        for _ in range(steps):
+            if self.world.resident():
+                self.world.step(data.draw(st.sampled_from(self.world.resident())))
+                self.world.decide()
+
+    @precondition(lambda self: self.world.resident())
+    @rule(data=st.data())
+    def checkpoint(self, data):
+        self.world.checkpoint(data.draw(st.sampled_from(self.world.resident())))
+
+    @precondition(lambda self: self.world.resident())
+    @rule(data=st.data(), reason=st.sampled_from(["nan", "no space"]))
+    def fail(self, data, reason):
+        self.world.fail(data.draw(st.sampled_from(self.world.resident())), reason)
+
+    @precondition(lambda self: self.world.jobs)
+    @rule(data=st.data())
+    def cancel(self, data):
+        self.world.cancel(data.draw(st.sampled_from(sorted(self.world.jobs))))
+
+    @rule(seconds=st.sampled_from([0.0, 0.5, 30.0]))
+    def wait(self, seconds):
+        self.world.now += seconds
+
+    @invariant()
+    def decisions_hold(self):
+        if hasattr(self, "world"):
+            self.world.decide()
+
+    def teardown(self):
+        if not hasattr(self, "world"):
+            return
+        for name in self._down():
+            self.world.up(name)
+        self.world.run()
+        assert {self.world.scheduler.view(one).standing for one in self.world.jobs} <= ENDS
+        plan = []
+        for name, arguments, named in self.events:
+            try:
+                answer = getattr(self.twin, name)(*arguments, **named)
+            except InputError:
+                continue
+            plan += answer if name == "assignments" else []
+        assert plan == self.world.plan
+
+
+TestCluster = Cluster.TestCase
+TestCluster.settings = settings(
+    max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
