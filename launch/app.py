@@ -19,7 +19,7 @@ from engine.heap import settle_heap
 from launch import __version__, options
 from launch.batch_command import BATCH_HELP, batch
 from launch.cache_presets import DEFAULT_CACHE, CacheOptions, KVOptions
-from launch.ending import BAD_INPUT, INTERRUPTED, Ended
+from launch.ending import BAD_INPUT, INTERRUPTED, Ended, has_the_word
 from models.errors import InputError
 from parallel.seat import Seat
 
@@ -259,21 +259,20 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit status: 0, 1 where a check or a rank failed, 2 for bad input, 130 after Ctrl-C.
     """
-    shown_here = True
+    seat = None
     try:
         seat = _seat()
-        shown_here = seat is None or (seat.rank == 0 and not seat.launcher_speaks)
         # Typer turns an interrupt into a status by itself.
         status = app(args=list(arguments), prog_name="flowcache", standalone_mode=False, obj=tuple(arguments)) or 0
     except (InputError, typer.TyperException) as error:
-        if shown_here:  # all ranks were given the same
+        if has_the_word(seat):
             _show_error(error)
         return BAD_INPUT
     except Ended as ended:
         status = ended.status
         if ended.shown_here and status != INTERRUPTED:
             _show_error(ended)
-    if status == INTERRUPTED and shown_here:
+    if status == INTERRUPTED and (seat is None or (seat.rank == 0 and not seat.launcher_speaks)):
         typer.echo("flowcache: stopped", err=True)
     return int(status)
 

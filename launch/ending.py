@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "Ended"]
+import time
+
+from parallel.seat import Seat
+
+__all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "Ended", "has_the_word"]
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # 128 + SIGINT, as shells count
+_WAIT, _APART = 5.0, 0.5  # seconds
 
 
 class Ended(Exception):  # noqa: N818 - it may be an interrupt
@@ -19,3 +24,21 @@ class Ended(Exception):  # noqa: N818 - it may be an interrupt
     def __init__(self, text: str, *, status: int, shown_here: bool) -> None:
         super().__init__(text)
         self.status, self.shown_here = status, shown_here
+
+
+def has_the_word(seat: Seat | None) -> bool:
+    """Whether this process says what is wrong with the input, of ranks that have not met yet.
+
+    All ranks were given the same, and rank 0 says so. The others must not end before it has: a launcher ends all ranks
+    once the first has ended. Whoever is still there after some seconds has found what rank 0 has not, such as a machine
+    that was given other options, and says it.
+
+    Args:
+        seat: of this process; None if it is alone.
+    """
+    if seat is None or (seat.rank == 0 and not seat.launcher_speaks):
+        return True
+    if seat.launcher_speaks:
+        return False
+    time.sleep(_WAIT + seat.local_rank * _APART)
+    return True

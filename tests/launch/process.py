@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -18,13 +19,16 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def flowcache_process(folder: Path, *arguments: object, largest_file: int | None = None) -> subprocess.Popen[str]:
+def flowcache_process(
+    folder: Path, *arguments: object, largest_file: int | None = None, extra: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
     """Start `python -m launch ...`.
 
     Args:
         folder: where it stands.
         arguments: of the command line.
         largest_file: bytes; the kernel refuses to let a file grow beyond.
+        extra: variables of the environment.
     """
 
     def prepare() -> None:
@@ -36,7 +40,7 @@ def flowcache_process(folder: Path, *arguments: object, largest_file: int | None
     return subprocess.Popen(
         [sys.executable, "-m", "launch", *map(str, arguments)],
         cwd=folder,
-        env=environment(),
+        env={**environment(), **(extra or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,10 @@ PROMPT, OTHER = "a red circle moving right", "a blue cross moving up"
 Flowcache = Callable[..., Result]
 
 
-def torchrun(folder: Path, ranks: int, *arguments: object) -> Result:
+def torchrun(folder: Path, ranks: int, *arguments: object, program: Sequence[str] = ("-m", "launch")) -> Result:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.run(
-        [*command, "-m", "launch", *map(str, arguments)],
+        [*command, *program, *map(str, arguments)],
         cwd=folder,
         env=environment(),
         capture_output=True,
@@ -255,6 +255,27 @@ def test_a_wrong_number_of_ranks_is_said_once(tmp_path: Path) -> None:
         "torchrun --nproc-per-node 3 starts as many"
     ]
     assert "exitcode  : 2" in result.stderr and os.listdir(tmp_path) == []
+
+
+SLOW = "import os, time; time.sleep(2 * (os.environ['RANK'] == '0')); from launch.app import main; main()"
+
+
+def test_the_others_wait_until_rank_0_has_said_it(tmp_path: Path) -> None:
+    """torchrun ends all ranks once one has ended; a rank 0 that is slow to start was ended before it spoke."""
+    program = tmp_path / "program" / "slow.py"
+    program.parent.mkdir()
+    program.write_text(SLOW)
+    result = torchrun(program.parent, 2, "generate", PROMPT, "--pp", 3, program=[str(program)])
+    assert len(errors(result)) == 1 and "--pp 3 x --cp 1 needs 3 ranks" in errors(result)[0]
+
+
+def test_what_one_rank_alone_finds_is_said_by_it(tmp_path: Path) -> None:
+    """Rank 0, on another machine, was started with other options and waits."""
+    seat = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    process = flowcache_process(tmp_path, "generate", PROMPT, "--pp", 3, extra=seat)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert shown.startswith("flowcache: error: --pp 3 x --cp 1 needs 3 ranks") and shown.count("\n") == 1
 
 
 def test_what_a_rank_finds_is_said_once(tmp_path: Path) -> None:
