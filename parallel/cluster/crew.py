@@ -20,7 +20,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engine.heap import heap_variables
 from models.errors import InputError
-from parallel.cluster.events import GangReady, LeadEvent
+from parallel.cluster.commands import AskHealth, ChunksHeard, LeadCommand
+from parallel.cluster.events import ChunkMade, GangReady, LeadEvent
+from parallel.cluster.exchange import Exchange, Peer
 from parallel.cluster.placement import GangShape, Place, Placement
 from parallel.cluster.rank_actor import Health, RankEnd, RankTask, actor_class
 from parallel.failure import BAD_INPUT, FailureBoard
@@ -29,8 +31,10 @@ from parallel.seat import Seat
 
 __all__ = ["Crew", "GangBroken", "RankView"]
 
-_HEALTH_EVERY, _LONG_POLL = 2.0, 2.0
+_HEALTH_EVERY, _ENDS_EVERY = 2.0, 0.5
 _GET = 30.0
+_UNEXPLAINED = 10.0
+"""Seconds until Ray says why a rank that has hung up is gone."""
 _LOST = (RayActorError, RayTaskError, GetTimeoutError)
 """What Ray raises for a rank that is gone. The first is the parent of several, and the others do not belong to it."""
 
@@ -71,8 +75,10 @@ class _Rank:
     actor: Any
     run: Any
     place: Place
-    asked: Any
-    asked_at: float
+    peer: Peer
+    asked: bool = False
+    asked_at: float = 0.0
+    gone_at: float | None = None
     health: Health | None = None
 
 
@@ -85,29 +91,35 @@ class Crew:
         placement: where there is room.
         places: of the ranks, in order.
         attempt: how often the gang was started before.
+        exchange: where ranks call.
     """
 
     def __init__(
-        self, shape: GangShape, task: RankTask, placement: Placement, places: Sequence[Place], attempt: int
+        self,
+        shape: GangShape,
+        task: RankTask,
+        placement: Placement,
+        places: Sequence[Place],
+        attempt: int,
+        exchange: Exchange,
     ) -> None:
-        self._task, self._attempt = task, attempt
+        self._task, self._attempt, self._exchange = task, attempt, exchange
         self._mesh = Mesh(layout=shape.layout, rank=0)
         self._host = ray.util.get_node_ip_address()
         self._store = dist.TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
         self._began = time.monotonic()
+        self._ends_at = 0.0
         self._up = False
         self._ranks = [self._start(shape, placement, places, rank) for rank in range(len(places))]
-        self._events = self.lead.events.remote(_LONG_POLL)
+
+    def tell(self, command: LeadCommand) -> None:
+        """Tell the lead something; it is lost if the lead is."""
+        self._ranks[0].peer.send(command)
 
     @property
-    def lead(self) -> Any:
-        """The actor of rank 0."""
-        return self._ranks[0].actor
-
-    @property
-    def refs(self) -> list[Any]:
-        """What to wait for: one of these is ready when `poll` has something."""
-        return [*(rank.run for rank in self._ranks), self._events]
+    def calm(self) -> bool:
+        """Nothing is to be looked at but what comes."""
+        return self._up and not any(rank.peer.gone for rank in self._ranks)
 
     @property
     def ended(self) -> bool:
@@ -148,6 +160,7 @@ class Crew:
         """End all ranks at once, also those that hang."""
         here = ray.get_runtime_context().get_node_id()
         for rank in self._ranks:
+            rank.peer.close()
             if rank.health is not None:
                 _kill(rank.health, here)
             ray.kill(rank.actor, no_restart=True)
@@ -178,26 +191,30 @@ class Crew:
             )
             .remote()
         )
-        return _Rank(
-            actor=actor,
-            run=actor.run.remote(seat, self._task),
-            place=place,
-            asked=actor.health.remote(),
-            asked_at=self._began,
-        )
+        peer, call = self._exchange.expect()
+        return _Rank(actor=actor, run=actor.run.remote(seat, self._task, call), place=place, peer=peer)
 
     def _listen(self) -> list[LeadEvent]:
-        if not ray.wait([self._events], timeout=0)[0]:
-            return []
-        try:
-            events: list[LeadEvent] = ray.get(self._events, timeout=_GET)
-        except _LOST as error:
-            raise self._broken(0, error) from None
-        self._events = self.lead.events.remote(_LONG_POLL)
+        events: list[LeadEvent] = []
+        now = time.monotonic()
+        for rank in self._ranks:
+            if rank.peer.gone and rank.gone_at is None:
+                rank.gone_at = now
+            for message in rank.peer.take():
+                if isinstance(message, Health):
+                    rank.health, rank.asked, rank.asked_at = message, False, now
+                else:
+                    events += message
+        if chunks := sum(isinstance(event, ChunkMade) for event in events):
+            self.tell(ChunksHeard(count=chunks))
         return events
 
     def _check_ends(self) -> None:
         """No rank ends before it is told to."""
+        now = time.monotonic()
+        if self.calm and now - self._ends_at < _ENDS_EVERY:
+            return
+        self._ends_at = now
         runs = {rank.run: number for number, rank in enumerate(self._ranks)}
         ready, _ = ray.wait(list(runs), num_returns=len(runs), timeout=0)
         ends: list[tuple[int, RankEnd]] = []
@@ -214,6 +231,9 @@ class Crew:
                 raise GangBroken(end.message)
         if dead:
             raise dead[0]
+        for number, rank in enumerate(self._ranks):
+            if rank.gone_at is not None and rank.run not in ready and now - rank.gone_at > _UNEXPLAINED:
+                raise GangBroken(f"{self._mesh.name(number)} has hung up")
 
     def _check_health(self) -> None:
         """Every rank answers, and comes on. The ranks watch each other too, and know more; they go first."""
@@ -223,18 +243,12 @@ class Crew:
             raise GangBroken(f"its ranks have not met within {limits.first:.0f} s")
         for number, rank in enumerate(self._ranks):
             name = self._mesh.name(number)
-            if rank.asked is None:
-                if now - rank.asked_at >= _HEALTH_EVERY:
-                    rank.asked, rank.asked_at = rank.actor.health.remote(), now
-                continue
-            if ray.wait([rank.asked], timeout=0)[0]:
-                try:
-                    rank.health = ray.get(rank.asked, timeout=_GET)
-                except _LOST as error:
-                    raise self._broken(number, error) from None
-                rank.asked = None
-            elif rank.health is not None and now - rank.asked_at > limits.silent + 2 * limits.grace:
-                raise GangBroken(f"{name} has not answered for {now - rank.asked_at:.0f} s")
+            if rank.asked:
+                if now - rank.asked_at > limits.silent + 2 * limits.grace:
+                    raise GangBroken(f"{name} has not answered for {now - rank.asked_at:.0f} s")
+            elif rank.peer.here and now - rank.asked_at >= _HEALTH_EVERY:
+                rank.peer.send(AskHealth())
+                rank.asked, rank.asked_at = True, now
             if (health := rank.health) is not None:
                 limit = (limits.first if starting or health.first else limits.step) + 2 * limits.grace
                 if health.age > limit:

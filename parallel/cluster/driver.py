@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import ray
 
+from parallel.cluster.commands import CancelVideo, ChunkTaken, Finish, GrantTurn, VideoJob
 from parallel.cluster.events import (
     Admitted,
     ChunkMade,
@@ -33,9 +34,9 @@ from parallel.cluster.events import (
     VideoFailed,
     log_entry,
 )
+from parallel.cluster.exchange import Exchange
 from parallel.cluster.gang import GangBroken, GangHandle, GangState
 from parallel.cluster.jobs import Admit, Figures, Grant, Job, Standing
-from parallel.cluster.lead import VideoJob
 from parallel.cluster.metrics import Metrics
 from parallel.cluster.placement import alive_nodes, plan_strategies
 from parallel.cluster.scheduler import Scheduler
@@ -68,6 +69,7 @@ class ClusterEngine:
     ) -> None:
         self._settings, self._metrics, self._log = settings, metrics, log
         self._scheduler = Scheduler(seed=settings.seed, gangs=[settings.size])
+        self._exchange: Exchange | None = None
         self._gangs: dict[str, GangHandle] = {}
         self._orders: dict[str, VideoOrder] = {}
         """Videos that are not made yet."""
@@ -86,9 +88,10 @@ class ClusterEngine:
         """
         settings = self._settings
         strategies = plan_strategies(alive_nodes(), settings.shape, settings.gangs)
+        self._exchange = Exchange(ray.util.get_node_ip_address())
         for number, strategy in enumerate(strategies):
             name = f"gang-{number}"
-            self._gangs[name] = GangHandle(name, settings.shape, settings.task, strategy)
+            self._gangs[name] = GangHandle(name, settings.shape, settings.task, strategy, self._exchange)
         return self
 
     def __exit__(
@@ -97,12 +100,14 @@ class ClusterEngine:
         up = [gang for gang in self._gangs.values() if gang.state is GangState.UP]
         if kind is None and self._scheduler.idle:
             for gang in up:
-                gang.finish()
+                gang.tell(Finish())
             deadline = time.monotonic() + _CLOSING
             while not all(gang.ended for gang in up) and time.monotonic() < deadline:
                 time.sleep(0.05)
         for gang in self._gangs.values():
             gang.give_up()
+        if self._exchange is not None:
+            self._exchange.close()
 
     # ---- asked by the caller
 
@@ -126,7 +131,7 @@ class ClusterEngine:
             return
         holder = self._scheduler.view(video).gang
         if holder is not None:
-            self._gangs[holder].cancel(video)
+            self._gangs[holder].tell(CancelVideo(video=video))
         self._scheduler.cancel(video, time.monotonic())
 
     def run(self) -> Iterator[Event]:
@@ -145,7 +150,7 @@ class ClusterEngine:
                 event, gang = self._out.popleft()
                 yield event
                 if isinstance(event, ChunkMade) and gang is not None:
-                    gang.taken(event.video, event.index)
+                    gang.tell(ChunkTaken(video=event.video, index=event.index))
 
     def gangs(self) -> list[GangView]:
         """All gangs, with the processes of their ranks."""
@@ -168,12 +173,10 @@ class ClusterEngine:
     def _round(self) -> None:
         """Take in what has happened, and carry out what follows from it."""
         self._assign()  # what was submitted since the last round does not wait for an event
-        refs = [ref for gang in self._gangs.values() for ref in gang.refs()]
-        if refs:
-            calm = all(gang.state in (GangState.UP, GangState.DOWN) for gang in self._gangs.values())
-            ray.wait(refs, num_returns=1, timeout=_CALM_ROUND if calm else _ROUND)
-        else:
-            time.sleep(_ROUND)
+        assert self._exchange is not None
+        calm = all(gang.calm for gang in self._gangs.values())
+        self._exchange.news.wait(_CALM_ROUND if calm else _ROUND)
+        self._exchange.news.clear()
         for gang in self._gangs.values():
             if gang.state is GangState.DOWN:
                 continue
@@ -193,10 +196,10 @@ class ClusterEngine:
         for decision in self._scheduler.assignments(time.monotonic()):
             gang = self._gangs[decision.gang]
             if isinstance(decision, Grant):
-                gang.grant(decision.request, decision.turn)
+                gang.tell(GrantTurn(video=decision.request, turn=decision.turn))
             elif isinstance(decision, Admit):
                 order = self._orders[decision.request]
-                gang.admit(
+                gang.tell(
                     VideoJob(
                         video=order.video,
                         request=order.request,
@@ -247,7 +250,7 @@ class ClusterEngine:
         if self._metrics is not None:
             self._metrics.chunk(again=chunk.index < expected)
         if chunk.index < expected:
-            gang.taken(chunk.video, chunk.index)
+            gang.tell(ChunkTaken(video=chunk.video, index=chunk.index))
         elif chunk.index > expected:
             raise GangBroken(f"{gang.name} has left out chunk {expected} of {chunk.video}")
         else:

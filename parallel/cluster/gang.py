@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from enum import StrEnum
-from typing import Any
 
 from models.errors import InputError
+from parallel.cluster.commands import LeadCommand
 from parallel.cluster.crew import Crew, GangBroken, RankView
 from parallel.cluster.events import GangReady, LeadEvent
-from parallel.cluster.lead import VideoJob
+from parallel.cluster.exchange import Exchange
 from parallel.cluster.placement import GangShape, Placement, alive_nodes, plan_strategies
 from parallel.cluster.rank_actor import RankTask
 
@@ -45,6 +45,7 @@ class GangHandle:
         shape: what it needs.
         task: of its ranks.
         strategy: how to place it.
+        exchange: where its ranks call.
 
     Attributes:
         name: of the gang.
@@ -53,17 +54,18 @@ class GangHandle:
         stillborn: attempts since it was last ready for work that did not get so far.
     """
 
-    def __init__(self, name: str, shape: GangShape, task: RankTask, strategy: str) -> None:
+    def __init__(self, name: str, shape: GangShape, task: RankTask, strategy: str, exchange: Exchange) -> None:
         self.name, self.attempt, self.state = name, 0, GangState.PLACING
-        self._shape, self._task = shape, task
+        self._shape, self._task, self._exchange = shape, task, exchange
         self._placement: Placement | None = Placement(shape, strategy)
         self._crew: Crew | None = None
         self._wait_until = self._looked = 0.0
         self.stillborn = 0
 
-    def refs(self) -> list[Any]:
-        """What to wait for: one of these is ready when `poll` has something."""
-        return [] if self._crew is None else self._crew.refs
+    @property
+    def calm(self) -> bool:
+        """Nothing happens to it of which no news come."""
+        return self.state is GangState.DOWN or (self._crew is not None and self._crew.calm)
 
     def ranks(self) -> list[RankView]:
         """The ranks that are running now."""
@@ -101,30 +103,10 @@ class GangHandle:
             self.state, self.stillborn = GangState.UP, 0
         return events
 
-    def admit(self, job: VideoJob) -> None:
-        """Begin a video."""
+    def tell(self, command: LeadCommand) -> None:
+        """Tell the lead something, if the gang has one."""
         if self._crew is not None:
-            self._crew.lead.admit.remote(job)
-
-    def grant(self, video: str, turn: int) -> None:
-        """Let a turn of a video begin."""
-        if self._crew is not None:
-            self._crew.lead.grant.remote(video, turn)
-
-    def cancel(self, video: str) -> None:
-        """Make no more of a video."""
-        if self._crew is not None:
-            self._crew.lead.cancel.remote(video)
-
-    def taken(self, video: str, index: int) -> None:
-        """A chunk, and all before it, are in safe hands."""
-        if self._crew is not None:
-            self._crew.lead.taken.remote(video, index)
-
-    def finish(self) -> None:
-        """Nothing more will come."""
-        if self._crew is not None:
-            self._crew.lead.finish.remote()
+            self._crew.tell(command)
 
     @property
     def ended(self) -> bool:
@@ -174,7 +156,7 @@ class GangHandle:
         self._looked = now
         places = self._placement.places()
         if places is not None:
-            self._crew = Crew(self._shape, self._task, self._placement, places, self.attempt)
+            self._crew = Crew(self._shape, self._task, self._placement, places, self.attempt, self._exchange)
             self.state = GangState.STARTING
 
     def _leave_room(self) -> None:

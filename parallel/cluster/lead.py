@@ -7,7 +7,6 @@ nothing of Ray.
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,16 @@ from engine.engine import Progress
 from engine.request import Request
 from engine.schedule import Turn
 from models.errors import InputError
-from parallel.checkpoint import CheckpointPlan, discard, newest
+from parallel.checkpoint import discard, newest
+from parallel.cluster.commands import (
+    CancelVideo,
+    ChunksHeard,
+    ChunkTaken,
+    Finish,
+    GrantTurn,
+    LeadCommand,
+    VideoJob,
+)
 from parallel.cluster.events import (
     Admitted,
     ChunkMade,
@@ -31,27 +39,10 @@ from parallel.cluster.events import (
 )
 from parallel.engine import Made, ParallelEngine
 
-__all__ = ["Lead", "VideoJob"]
+__all__ = ["Lead"]
 
 _MOST_WAITING = 8
-"""Chunks that the driver has not fetched before no more are made."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VideoJob:
-    """A video for a gang.
-
-    Attributes:
-        video: its name.
-        request: what to make.
-        checkpoint: where and how often to note how far it is; None for never.
-        stored: chunks that the driver has, from the first on.
-    """
-
-    video: str
-    request: Request
-    checkpoint: CheckpointPlan | None = None
-    stored: int = 0
+"""Chunks that have not come to the driver before no more are made."""
 
 
 @dataclass(slots=True)
@@ -84,62 +75,52 @@ class _Gate:
 
 
 class Lead:
-    """The desk."""
+    """The desk.
 
-    def __init__(self) -> None:
+    Args:
+        tell: sends what has happened to the driver, and waits for nobody.
+    """
+
+    def __init__(self, tell: Callable[[list[LeadEvent]], None]) -> None:
+        self._tell = tell
         self._changed = threading.Condition()
         self._commands: deque[Callable[[ParallelEngine], None]] = deque()
         self._events: list[LeadEvent] = []
-        self._urgent = False
+        self._waiting = 0
         self._residents: dict[str, _Resident] = {}
         self._over = False
         self._engine: ParallelEngine | None = None
 
-    # ---- called by the driver, on other threads
-
-    def admit(self, job: VideoJob) -> None:
-        """Begin a video, once the engine gets to it."""
-        self._command(partial(self._admit, job))
-
-    def grant(self, video: str, turn: int) -> None:
-        """Let a turn begin."""
-        with self._changed:
-            resident = self._residents.get(video)
-        if resident is not None:
-            resident.gate.grant(turn)
-            self._wake()
-
-    def cancel(self, video: str) -> None:
-        """Make no more of a video."""
-        self._command(partial(self._cancel, video))
-
-    def taken(self, video: str, index: int) -> None:
-        """A chunk, and all before it, are in safe hands; checkpoints that are after it may be made whole."""
-        with self._changed:
-            resident = self._residents.get(video)
-            if resident is not None:
-                resident.taken = max(resident.taken, index + 1)
-
-    def finish(self) -> None:
-        """Nothing more will come."""
-        with self._changed:
-            self._over = True
-            self._changed.notify_all()
-
-    def events(self, wait: float) -> list[LeadEvent]:
-        """What has happened since the last call; waits up to so many seconds until there is something to act on."""
-        deadline = time.monotonic() + wait
-        with self._changed:
-            while not self._urgent and (left := deadline - time.monotonic()) > 0:
-                self._changed.wait(left)
-            events, self._events, self._urgent = self._events, [], False
-            self._changed.notify_all()
-            return events
+    def obey(self, command: LeadCommand) -> None:
+        """Take a command of the driver, on a thread that does nothing else."""
+        match command:
+            case VideoJob():
+                self._command(partial(self._admit, command))
+            case CancelVideo():
+                self._command(partial(self._cancel, command.video))
+            case GrantTurn():
+                with self._changed:
+                    resident = self._residents.get(command.video)
+                if resident is not None:
+                    resident.gate.grant(command.turn)
+                    self._wake()
+            case ChunkTaken():
+                with self._changed:
+                    if (resident := self._residents.get(command.video)) is not None:
+                        resident.taken = max(resident.taken, command.index + 1)
+            case ChunksHeard():
+                with self._changed:
+                    self._waiting -= command.count
+                    self._changed.notify_all()
+            case Finish():
+                with self._changed:
+                    self._over = True
+                    self._changed.notify_all()
 
     # ---- the gang's thread
 
     def run(self, engine: ParallelEngine, turn_ticks: Callable[[Request], int]) -> None:
-        """Make what comes until `finish`.
+        """Make what comes until there will be no more.
 
         Args:
             engine: of the gang.
@@ -165,8 +146,7 @@ class Lead:
         """What is to be done; waits while there is nothing to do, or too much for the driver to take."""
         with self._changed:
             while not self._commands and not self._over:
-                waiting = sum(isinstance(event, ChunkMade) for event in self._events)
-                if not idle and waiting < _MOST_WAITING:
+                if not idle and self._waiting < _MOST_WAITING:
                     break
                 self._changed.wait()
             commands = list(self._commands)
@@ -214,6 +194,8 @@ class Lead:
         chunk = made.chunk
         for resident in self._residents.values():
             if resident.number == made.video:
+                with self._changed:
+                    self._waiting += 1
                 self._post(
                     ChunkMade(
                         video=resident.job.video,
@@ -268,8 +250,7 @@ class Lead:
 
     def _post(self, *events: LeadEvent, urgent: bool = True) -> None:
         """Tell the driver; what is not urgent goes with what comes next, as every message has its cost."""
-        with self._changed:
-            self._events += events
-            self._urgent |= urgent
-            if urgent:
-                self._changed.notify_all()
+        self._events += events
+        if urgent:
+            told, self._events = self._events, []
+            self._tell(told)

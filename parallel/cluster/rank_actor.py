@@ -1,6 +1,6 @@
 """The Ray actor of one rank. It takes its seat as a process of torchrun does, and runs the same loop.
 
-The work is one long call; what the driver says meanwhile arrives on threads of its own (Ray's concurrency groups), so
+The work is one long call, on the actor's main thread; what the driver says meanwhile arrives on a line of its own, so
 that a rank that computes still answers.
 """
 
@@ -19,8 +19,9 @@ from engine.cache import CacheSettings
 from engine.kv import KVSettings
 from engine.request import Request
 from models.errors import InputError
-from parallel.cluster.events import LeadEvent
-from parallel.cluster.lead import Lead, VideoJob
+from parallel.cluster.commands import AskHealth, LeadCommand
+from parallel.cluster.lead import Lead
+from parallel.cluster.line import Call, Line, dial
 from parallel.cluster.source import ModelSource
 from parallel.failure import BAD_INPUT, FAILED, GangError
 from parallel.gang import Gang, open_gang
@@ -30,8 +31,8 @@ from parallel.seat import Seat
 
 __all__ = ["Health", "RankActor", "RankEnd", "RankTask", "actor_class", "device_index"]
 
-_GROUPS = {"control": 1, "events": 1, "health": 1}
 _FIRST_ITEMS = 4
+_FLUSH = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,16 +87,17 @@ class RankActor:
     """One rank of a gang."""
 
     def __init__(self) -> None:
-        self._lead = Lead()
         self._gang: Gang | None = None
+        self._node = ray.get_runtime_context().get_node_id()
         self._seen, self._since, self._items = "starting", time.monotonic(), 0
 
-    def run(self, seat: Seat, task: RankTask) -> RankEnd:
+    def run(self, seat: Seat, task: RankTask, call: Call) -> RankEnd:
         """Take a seat and work until the lead lets go.
 
         Args:
             seat: of this rank.
             task: of its gang.
+            call: how the driver is reached.
 
         Returns:
             How it has ended; a failure is told, not raised.
@@ -103,18 +105,35 @@ class RankActor:
         os.environ.update(seat.variables())
         torch.set_num_threads(task.threads)
         try:
+            connection = dial(call)
+        except OSError as error:
+            message = f"rank {seat.rank} cannot reach the driver at {call.host}:{call.port}: {error.strerror or error}"
+            return RankEnd(status=FAILED, message=message)
+        line = Line(connection)
+        lead = Lead(line.send)
+        line.send(self._health())
+        line.listen(lambda message: self._hear(message, lead, line), lambda: None)
+        try:
             with open_gang(seat, task.layout, timeouts=task.timeouts, device=_own_device()) as gang:
                 self._gang = gang
-                self._work(gang, task)
+                self._work(gang, task, lead)
         except GangError as error:
             return RankEnd(status=error.failure.status, message=str(error))
         except InputError as error:
             return RankEnd(status=BAD_INPUT, message=str(error))
         except Exception as error:  # noqa: BLE001 - the driver shows it
             return RankEnd(status=FAILED, message=f"rank {seat.rank}: {type(error).__name__}: {error}")
+        finally:
+            line.close(flush=_FLUSH)
         return RankEnd(status=0, message="")
 
-    def _work(self, gang: Gang, task: RankTask) -> None:
+    def _hear(self, message: LeadCommand | AskHealth, lead: Lead, line: Line) -> None:
+        if isinstance(message, AskHealth):
+            line.send(self._health())
+        else:
+            lead.obey(message)
+
+    def _work(self, gang: Gang, task: RankTask, lead: Lead) -> None:
         # What is there when the work begins, and that is much with Ray, stays: the garbage collector, which would go
         # through it over and over, takes 1% of a rank's time.
         device = str(gang.device)
@@ -133,41 +152,10 @@ class RankActor:
             return request.num_steps // sampling.window
 
         with gang.lead(pipeline, task.cache, task.kv, identity=task.source.identity) as (engine, _):
-            self._lead.run(engine, turn_ticks)
+            lead.run(engine, turn_ticks)
 
-    @ray.method(concurrency_group="control")
-    def admit(self, job: VideoJob) -> None:
-        """Begin a video."""
-        self._lead.admit(job)
-
-    @ray.method(concurrency_group="control")
-    def grant(self, video: str, turn: int) -> None:
-        """Let a turn of a video begin."""
-        self._lead.grant(video, turn)
-
-    @ray.method(concurrency_group="control")
-    def cancel(self, video: str) -> None:
-        """Make no more of a video."""
-        self._lead.cancel(video)
-
-    @ray.method(concurrency_group="control")
-    def taken(self, video: str, index: int) -> None:
-        """A chunk is in safe hands."""
-        self._lead.taken(video, index)
-
-    @ray.method(concurrency_group="control")
-    def finish(self) -> None:
-        """Nothing more will come."""
-        self._lead.finish()
-
-    @ray.method(concurrency_group="events")
-    def events(self, wait: float) -> list[LeadEvent]:
-        """What has happened since the last call; waits up to so many seconds for something."""
-        return self._lead.events(wait)
-
-    @ray.method(concurrency_group="health")
-    def health(self) -> Health:
-        """What this rank is at. Calls see for how long: an item that does not change is one that is stuck."""
+    def _health(self) -> Health:
+        """What this rank is at. Looks see for how long: an item that does not change is one that is stuck."""
         doing = "starting" if self._gang is None else self._gang.monitor.doing
         now = time.monotonic()
         if doing != self._seen:
@@ -175,7 +163,7 @@ class RankActor:
             self._items += bool(doing)
         return Health(
             pid=os.getpid(),
-            node=ray.get_runtime_context().get_node_id(),
+            node=self._node,
             doing=doing,
             age=now - self._since if doing else 0.0,
             first=self._items <= _FIRST_ITEMS,
@@ -184,8 +172,7 @@ class RankActor:
 
 def actor_class() -> Any:
     """The actor as Ray starts it. It is never restarted alone: a lone rank cannot join the others again."""
-    remote: Any = ray.remote  # its types do not know concurrency groups
-    return remote(concurrency_groups=_GROUPS, max_restarts=0, max_task_retries=0)(RankActor)
+    return ray.remote(max_restarts=0, max_task_retries=0)(RankActor)
 
 
 def device_index(ids: list[str], visible: str | None) -> int | None:
