@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-__all__ = ["heap_variables", "settle_heap"]
+__all__ = ["settle_heap"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _APART = 4 << 20
@@ -30,16 +30,3 @@ def settle_heap() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _APART)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEPT))
-
-
-def heap_variables() -> dict[str, str]:
-    """The same for a process that is started with these variables, and works in another thread than its first.
-
-    Other threads have heaps of their own, of 64 MB each, which are given back whatever was asked for; hence one heap
-    for all threads.
-    """
-    return {
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(_APART),
-        "MALLOC_TRIM_THRESHOLD_": str(_KEPT),
-    }

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from engine.heap import heap_variables
 from models.errors import InputError
 from parallel.cluster.commands import AskHealth, ChunksHeard, LeadCommand
 from parallel.cluster.events import ChunkMade, GangReady, LeadEvent
@@ -180,7 +179,6 @@ class Crew:
         )
         # Ray sets one thread for ranks that reserve one CPU, and hides the other GPUs; torchrun does neither.
         variables = {"OMP_NUM_THREADS": threads, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-        variables |= heap_variables()
         actor = (
             actor_class()
             .options(

@@ -16,6 +16,7 @@ import ray
 import torch
 
 from engine.cache import CacheSettings
+from engine.heap import settle_heap
 from engine.kv import KVSettings
 from engine.request import Request
 from models.errors import InputError
@@ -103,6 +104,7 @@ class RankActor:
             How it has ended; a failure is told, not raised.
         """
         os.environ.update(seat.variables())
+        settle_heap()
         torch.set_num_threads(task.threads)
         try:
             connection = dial(call)
