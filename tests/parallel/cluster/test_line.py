@@ -102,7 +102,7 @@ def test_nobody_waits_for_an_end_that_does_not_listen(exchange):
         peer.send(np.zeros(5_000_000))
     peer.close()
     assert time.monotonic() - began < 1.0
-    until(lambda: len(line_threads()) == before, "threads are left")
+    until(lambda: len(line_threads()) <= before, "threads are left")
     connection.close()
 
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_sent_ends_the_line(exchange):
     end.line.send(threading.Lock())
     assert end.over.wait(5.0)
     until(lambda: peer.gone, "nobody noticed the end")
-    until(lambda: len(line_threads()) == before, "threads are left")
+    until(lambda: len(line_threads()) <= before, "threads are left")
 
 
 def test_a_closed_exchange_leaves_open_lines_alone_and_takes_no_calls():
