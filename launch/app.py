@@ -19,7 +19,7 @@ from engine.heap import settle_heap
 from launch import __version__, options
 from launch.batch_command import BATCH_HELP, batch
 from launch.cache_presets import DEFAULT_CACHE, CacheOptions, KVOptions
-from launch.ending import BAD_INPUT, INTERRUPTED, Ended, has_the_word
+from launch.ending import BAD_INPUT, INTERRUPTED, Ended, has_the_word, speaks_for_all
 from models.errors import InputError
 from parallel.seat import Seat
 
@@ -272,7 +272,7 @@ def run(arguments: Sequence[str]) -> int:
         status = ended.status
         if ended.shown_here and status != INTERRUPTED:
             _show_error(ended)
-    if status == INTERRUPTED and (seat is None or (seat.rank == 0 and not seat.launcher_speaks)):
+    if status == INTERRUPTED and speaks_for_all(seat):
         typer.echo("flowcache: stopped", err=True)
     return int(status)
 

@@ -6,7 +6,7 @@ import time
 
 from parallel.seat import Seat
 
-__all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "Ended", "has_the_word"]
+__all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "Ended", "has_the_word", "speaks_for_all"]
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # 128 + SIGINT, as shells count
 _WAIT, _APART = 5.0, 0.5  # seconds
@@ -26,6 +26,11 @@ class Ended(Exception):  # noqa: N818 - it may be an interrupt
         self.status, self.shown_here = status, shown_here
 
 
+def speaks_for_all(seat: Seat | None) -> bool:
+    """Whether this process shows what all ranks know: it is alone, or rank 0 of a launcher that shows nothing."""
+    return seat is None or (seat.rank == 0 and not seat.launcher_speaks)
+
+
 def has_the_word(seat: Seat | None) -> bool:
     """Whether this process says what is wrong with the input, of ranks that have not met yet.
 
@@ -36,7 +41,7 @@ def has_the_word(seat: Seat | None) -> bool:
     Args:
         seat: of this process; None if it is alone.
     """
-    if seat is None or (seat.rank == 0 and not seat.launcher_speaks):
+    if seat is None or speaks_for_all(seat):
         return True
     if seat.launcher_speaks:
         return False
