@@ -7,7 +7,7 @@ How each figure is measured:
 - Colour: the colour that most coloured pixels of the video are nearest to in hue.
 - Motion: the object's centre in every frame is the circular mean of its pixels on the torus. A robust line (Theil-Sen)
   through all frames gives the velocity, and `tracking.direction` names it.
-- Border error: the same kind of line through the chunk before a border is extended across it. The error is the mean
+- Boundary error: the same kind of line through the chunk before a border is extended across it. The error is the mean
   distance, on the torus, between it and the object in the first 4 frames after the border. It is infinite where there
   is no object to measure.
 - Deviation: the largest distance of any frame from the line through the whole video.
@@ -27,8 +27,6 @@ from torch import Tensor
 
 from benchmarks.tracking import Track, direction, fit_line, shape_overlap, stray_share, track, wrap
 from models.pocket.words import SHAPES, Scene
-
-__all__ = ["AFTER", "Adherence", "adherence"]
 
 AFTER = 4  # frames after a border that are compared with the extended line
 _LEAST = 0.5  # share of the frames that must show an object before a line is fitted

@@ -5,9 +5,9 @@
     python -m benchmarks.chaos --failures 50 --kinds rank,gang --seed 7
 
 Gangs make videos on a Ray cluster of several nodes, all of them on this machine: first a batch that nobody disturbs,
-then the same videos again and again until all failures have struck. Ranks, whole gangs and nodes fail, by lot: killed,
-stopped, or cut off as by a loss of power. Most failures wait until the gang that was hit before works again, some do
-not. An account is kept from the log of events and from the checkpoints on the disk at the moment of each loss.
+then the same videos again and again until all failures have struck. Ranks, whole gangs and nodes fail, by tie-break:
+killed, stopped, or cut off as by a loss of power. Most failures wait until the gang that was hit before works again,
+some do not. An account is kept from the log of events and from the checkpoints on the disk at the moment of each loss.
 
 Exit status 0 if every video is complete with the latents of the undisturbed run, no work from before a checkpoint was
 done again, and no process is left; 1 if not, 2 for bad input.
@@ -41,16 +41,14 @@ from benchmarks.pipeline import plain_and_reused
 from benchmarks.pipeline_job import Job, ModelSpec
 from benchmarks.report import machine_line, output_folder, run_app, save_text
 from benchmarks.verdict import verdict_table
-from engine.kv import KVSettings
+from engine.checkpoint.files import CheckpointConfig, newest
+from engine.kv.settings import KVSettings
 from models.errors import InputError
-from parallel.checkpoint import CheckpointPlan, newest
-from parallel.cluster.driver import ClusterEngine
-from parallel.cluster.events import Event, GangDown, GangLost, GangReady, VideoDone
-from parallel.cluster.settings import VideoOrder
-from parallel.mesh import Layout
-from parallel.monitor import Timeouts
-
-__all__ = ["app"]
+from parallel.cluster.controller import Controller
+from parallel.cluster.messages import Event, GangDown, GangLost, GangReady, VideoDone
+from parallel.cluster.views import VideoOrder
+from parallel.health.monitor import Timeouts
+from parallel.topology.mesh import Layout
 
 _TIMEOUTS = Timeouts(silent=5.0, first=90.0, step=40.0, grace=1.0)
 _RANKS_END, _ALL_END = 10.0, 30.0
@@ -172,7 +170,7 @@ def _limit(seconds: float, found: Storm) -> Iterator[None]:
 def _mark(folder: Path) -> Mark | None:
     """The newest whole checkpoint in a folder."""
     found = newest(folder) or newest(folder)  # a lead that is dying may just have put a newer one in its place
-    return None if found is None else Mark(turn=found.turn, chunks=found.counts["chunks"])
+    return None if found is None else Mark(quantum=found.quantum, chunks=found.counts["chunks"])
 
 
 class _Field:
@@ -200,7 +198,7 @@ class _Field:
         def log(entry: dict[str, object]) -> None:
             account.hear({**entry, "seconds": self._clock()})
 
-        with ClusterEngine(setup.making.settings(setup.seed), log=log) as engine:
+        with Controller(setup.making.settings(setup.seed), log=log) as engine:
             self._say("starting the gangs")
             warm_up(engine, setup.making, self._tell)
             self._calm(engine)
@@ -212,18 +210,18 @@ class _Field:
                 finally:
                     self._found.strikes = tuple(injector.strikes)
 
-    def _calm(self, engine: ClusterEngine) -> None:
+    def _calm(self, engine: Controller) -> None:
         found = self._found
-        before, began = found.account.turns, self._clock()
+        before, began = found.account.quanta, self._clock()
         found.calm.submit(engine, [self._order(f"calm-{number}", number) for number in range(self._setup.videos)])
         for event in engine.run():
             found.calm.hear(event)
             self._tell(event)
         found.calm_seconds = self._clock() - began
-        found.calm_turns = found.account.turns - before
+        found.calm_quanta = found.account.quanta - before
         self._say(f"{self._setup.videos} videos in {found.calm_seconds:.1f} s undisturbed")
 
-    def _disturbed(self, engine: ClusterEngine, injector: Injector) -> None:
+    def _disturbed(self, engine: Controller, injector: Injector) -> None:
         """Make the videos again and again until all failures are made good."""
         found, began, told, enough = self._found, self._clock(), 0, False
         storm, most = found.storm, max(self._setup.videos, 2 * self._setup.making.gangs)
@@ -254,7 +252,7 @@ class _Field:
         return self._order(f"storm-{number}", number % self._setup.videos)
 
     def _order(self, video: str, number: int) -> VideoOrder:
-        plan = CheckpointPlan(folder=self._folder / video, every=self._setup.every)
+        plan = CheckpointConfig(folder=self._folder / video, every=self._setup.every)
         return self._setup.making.order(video, self._requests[number], plan)
 
     def _tell(self, event: Event) -> None:
@@ -284,7 +282,7 @@ def _write(out: Path, setup: _Setup, found: Storm) -> bool:
 
 _NOTES = """\
 Seconds after the failure until the driver knew of it, until the gang waited for work again, and until it had done a
-turn again. Turns again, chunks again: of the videos that were hit; what a gang's loss has cost stands with the first
+quantum again. Turns again, chunks again: of the videos that were hit; what a gang's loss has cost stands with the first
 failure that led to it. At once: it did not wait until failures before it were made good."""
 
 

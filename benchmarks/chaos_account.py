@@ -10,70 +10,41 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Accountant", "Loss", "Mark", "Strike", "matched"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mark:
-    """The newest whole checkpoint of a video.
+    """The newest whole checkpoint of a video."""
 
-    Attributes:
-        turn: that it goes on with; all turns before it are safe.
-        chunks: that were handed out before it; all of them are safe.
-    """
-
-    turn: int = 0
-    chunks: int = 0
+    quantum: int = 0  # that it goes on with; all quanta before it are safe
+    chunks: int = 0  # that were handed out before it; all of them are safe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strike:
-    """A failure that was caused.
+    """A failure that was caused."""
 
-    Attributes:
-        number: from 1.
-        seconds: when, on the clock of the log.
-        kind: rank, gang or node.
-        how: the signal, or what was done.
-        whom: in words.
-        gangs: that have lost ranks by it.
-        hasty: it did not wait for those before it to be made good.
-    """
-
-    number: int
-    seconds: float
-    kind: str
-    how: str
-    whom: str
-    gangs: tuple[str, ...]
-    hasty: bool = False
+    number: int  # from 1
+    seconds: float  # when, on the clock of the log
+    kind: str  # rank, gang or node
+    how: str  # the signal, or what was done
+    whom: str  # in words
+    gangs: tuple[str, ...]  # that have lost ranks by it
+    hasty: bool = False  # it did not wait for those before it to be made good
 
 
 @dataclass(kw_only=True, slots=True)
 class Loss:
-    """A gang that was lost.
-
-    Attributes:
-        gang: which.
-        seconds: when the driver knew.
-        message: why.
-        videos: that it was making.
-        ready: when it waited for work again.
-        works: when it had done a turn again.
-        turns_again: turns of those videos that had been done, and were done again.
-        chunks_again: chunks of those videos that had been handed in, and were handed in again.
-        worst: most turns that one video had to do again.
-    """
+    """A gang that was lost."""
 
     gang: str
-    seconds: float
-    message: str
-    videos: tuple[str, ...]
-    ready: float | None = None
-    works: float | None = None
-    turns_again: int = 0
-    chunks_again: int = 0
-    worst: int = 0
+    seconds: float  # when the driver knew
+    message: str  # why
+    videos: tuple[str, ...]  # that it was making
+    ready: float | None = None  # when it waited for work again
+    works: float | None = None  # when it had done a quantum again
+    quanta_again: int = 0  # quanta of those videos that had been done, and were done again
+    chunks_again: int = 0  # chunks of those videos that had been handed in, and were handed in again
+    worst: int = 0  # most quanta that one video had to do again
 
 
 @dataclass(slots=True)
@@ -99,10 +70,10 @@ class Accountant:
     Attributes:
         losses: in their order.
         restarts: of gangs.
-        turns: that were done, those done again counted in.
+        quanta: that were done, those done again counted in.
         chunks_again: chunks that were handed in more than once.
-        turns_again: turns that were done more than once.
-        working: gangs that have done a turn since they were started the last time.
+        quanta_again: quanta that were done more than once.
+        working: gangs that have done a quantum since they were started the last time.
         violations: what was made again though it was safe, and what else must not be; one line each.
     """
 
@@ -110,7 +81,7 @@ class Accountant:
         self._newest = newest
         self._videos: dict[str, _Video] = {}
         self.losses: list[Loss] = []
-        self.restarts = self.turns = self.turns_again = self.chunks_again = 0
+        self.restarts = self.quanta = self.quanta_again = self.chunks_again = 0
         self.working: set[str] = set()
         self.violations: list[str] = []
 
@@ -127,10 +98,10 @@ class Accountant:
                 self.restarts += 1
             case "Admitted":
                 self._admitted(entry["video"], entry["first"])
-            case "TurnReady":
-                self._ready(entry["video"], entry["turn"])
-            case "TurnDone":
-                self._done(entry["video"], entry["turn"], gang, seconds)
+            case "QuantumReady":
+                self._ready(entry["video"], entry["quantum"])
+            case "QuantumDone":
+                self._done(entry["video"], entry["quantum"], gang, seconds)
             case "ChunkMade":
                 self._made(entry["video"], entry["index"])
 
@@ -151,14 +122,16 @@ class Accountant:
         for name in videos:
             video = self._video(name)
             found = self._newest(name) or Mark()
-            if found.turn < video.safe.turn:
+            if found.quantum < video.safe.quantum:
                 self._blame(
-                    name, f"its checkpoint of turn {video.safe.turn} is gone; there is one of turn {found.turn}"
+                    name,
+                    f"its checkpoint of quantum {video.safe.quantum} is gone; there is one of quantum {found.quantum}",
                 )
             if found.chunks > video.made:
                 self._blame(name, f"its checkpoint is after chunk {found.chunks - 1}, which was not handed in")
             video.safe = Mark(
-                turn=max(video.safe.turn, found.turn), chunks=max(video.safe.chunks, min(found.chunks, video.made))
+                quantum=max(video.safe.quantum, found.quantum),
+                chunks=max(video.safe.chunks, min(found.chunks, video.made)),
             )
             video.loss, video.again = loss, 0
 
@@ -169,29 +142,29 @@ class Accountant:
         if first > video.made:
             self._blame(name, f"it goes on with chunk {first}, and {video.made} was not handed in")
 
-    def _ready(self, name: str, turn: int) -> None:
+    def _ready(self, name: str, quantum: int) -> None:
         video = self._video(name)
-        if turn < video.safe.turn:
-            self._blame(name, f"it goes on with turn {turn}, though those before {video.safe.turn} are safe")
+        if quantum < video.safe.quantum:
+            self._blame(name, f"it goes on with quantum {quantum}, though those before {video.safe.quantum} are safe")
 
-    def _done(self, name: str, turn: int, gang: str, seconds: float) -> None:
+    def _done(self, name: str, quantum: int, gang: str, seconds: float) -> None:
         video = self._video(name)
-        self.turns += 1
+        self.quanta += 1
         self.working.add(gang)
         for loss in self._open(gang):
             if loss.ready is not None:
                 loss.works = seconds
-        if turn < video.safe.turn:
-            self._blame(name, f"turn {turn} was done again, though those before {video.safe.turn} are safe")
-        if turn >= video.done:
-            video.done = turn + 1
+        if quantum < video.safe.quantum:
+            self._blame(name, f"quantum {quantum} was done again, though those before {video.safe.quantum} are safe")
+        if quantum >= video.done:
+            video.done = quantum + 1
             return
-        self.turns_again += 1
+        self.quanta_again += 1
         if video.loss is None:
-            self._blame(name, f"turn {turn} was done again, and no gang was lost")
+            self._blame(name, f"quantum {quantum} was done again, and no gang was lost")
             return
         video.again += 1
-        video.loss.turns_again += 1
+        video.loss.quanta_again += 1
         video.loss.worst = max(video.loss.worst, video.again)
 
     def _made(self, name: str, index: int) -> None:

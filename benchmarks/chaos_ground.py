@@ -21,8 +21,6 @@ from ray.cluster_utils import Cluster
 
 from models.errors import InputError
 
-__all__ = ["Ground", "marked", "processes_of", "simulated_cluster", "survivors"]
-
 _PROC = Path("/proc")
 _MARK = "FLOWCACHE_CHAOS"
 _STORE = 80 * 2**20
@@ -61,7 +59,7 @@ def processes_of(mark: str) -> dict[int, str]:
 
 
 class Ground:
-    """The nodes. Made by `simulated_cluster`.
+    """The nodes. ChunkResult by `simulated_cluster`.
 
     Args:
         cluster: with a head that has no room for ranks.

@@ -10,8 +10,6 @@ from benchmarks.cluster_making import Outcome
 from benchmarks.report import Cell, csv_text, markdown_table
 from benchmarks.verdict import Verdict
 
-__all__ = ["Storm", "csv", "facts", "strikes_table", "verdicts"]
-
 CSV = (
     "number",
     "seconds",
@@ -23,42 +21,28 @@ CSV = (
     "ready_after_s",
     "works_after_s",
     "videos",
-    "turns_again",
+    "quanta_again",
     "chunks_again",
 )
 
 
 @dataclass(kw_only=True, slots=True)
 class Storm:
-    """All that came of a run.
+    """All that came of a run."""
 
-    Attributes:
-        wanted: failures that were to be caused.
-        every: chunks from one checkpoint to the next.
-        distinct: videos that differ; the storm makes them again and again.
-        calm: of the undisturbed videos.
-        calm_seconds: that they took.
-        calm_turns: that they took.
-        storm: of the disturbed videos.
-        seconds: that they took.
-        strikes: that were caused.
-        account: of everything.
-        unfinished: why the run was broken off; empty if it was not.
-        left: processes of the run that outlived it, or ranks that outlived the gangs.
-    """
-
-    wanted: int
-    every: int
-    distinct: int
+    wanted: int  # failures that were to be caused
+    every: int  # chunks from one checkpoint to the next
+    distinct: int  # videos that differ; the storm makes them again and again
     account: Accountant
-    calm: Outcome = field(default_factory=Outcome)
-    calm_seconds: float = 0.0
-    calm_turns: int = 0
-    storm: Outcome = field(default_factory=Outcome)
-    seconds: float = 0.0
-    strikes: Sequence[Strike] = ()
-    unfinished: str = ""
+    calm: Outcome = field(default_factory=Outcome)  # of the undisturbed videos
+    calm_seconds: float = 0.0  # that they took
+    calm_quanta: int = 0  # that they took
+    storm: Outcome = field(default_factory=Outcome)  # of the disturbed videos
+    seconds: float = 0.0  # that they took
+    strikes: Sequence[Strike] = ()  # that were caused
+    unfinished: str = ""  # why the run was broken off; empty if it was not
     left: Mapping[int, str] = field(default_factory=dict)
+    """Processes of the run that outlived it, or ranks that outlived the gangs."""
 
     @property
     def different(self) -> list[str]:
@@ -108,7 +92,7 @@ def verdicts(run: Storm) -> list[Verdict]:
             0 < videos and not different,
         ),
         _verdict("safe work done again", wrong, "nothing older than the last checkpoint", not wrong),
-        _verdict("turns again, most of a video and loss", worst, f"at most {2 * run.every}", worst <= 2 * run.every),
+        _verdict("quanta again, most of a video and loss", worst, f"at most {2 * run.every}", worst <= 2 * run.every),
         _verdict("processes left", len(run.left), 0, not run.left),
     ]
 
@@ -141,7 +125,7 @@ def _rows(run: Storm) -> list[tuple[Cell, ...]]:
                 after([loss.ready for loss in losses]),
                 after([loss.works for loss in losses]),
                 sum(len(loss.videos) for loss in new),
-                sum(loss.turns_again for loss in new),
+                sum(loss.quanta_again for loss in new),
                 sum(loss.chunks_again for loss in new),
             )
         )
@@ -151,7 +135,7 @@ def _rows(run: Storm) -> list[tuple[Cell, ...]]:
 def strikes_table(run: Storm) -> str:
     """A line for each failure."""
     headers = ("", "at s", "what", "how", "whom", "at once", "lost after s", "ready", "works", "videos")
-    return markdown_table((*headers, "turns again", "chunks again"), _rows(run))
+    return markdown_table((*headers, "quanta again", "chunks again"), _rows(run))
 
 
 def csv(run: Storm) -> str:
@@ -162,15 +146,15 @@ def csv(run: Storm) -> str:
 def facts(run: Storm) -> str:
     """What it has cost, line by line."""
     account = run.account
-    turns = account.turns - run.calm_turns
-    rate = run.calm_turns / run.calm_seconds if run.calm_seconds else 0.0
-    needed = (turns - account.turns_again) / rate if rate else 0.0
+    quanta = account.quanta - run.calm_quanta
+    rate = run.calm_quanta / run.calm_seconds if run.calm_seconds else 0.0
+    needed = (quanta - account.quanta_again) / rate if rate else 0.0
     down = sum(_down(losses) for losses in _by_gang(account.losses).values())
     lines = [
-        f"{run.distinct} videos in {run.calm_seconds:.1f} s undisturbed, {run.calm_turns} turns; then "
-        f"{len(run.storm.chunks)} in {run.seconds:.1f} s, {turns} turns",
-        f"{account.turns_again} turns were done again ({_share(account.turns_again, turns)} of all); a turn is the "
-        "work of one chunk",
+        f"{run.distinct} videos in {run.calm_seconds:.1f} s undisturbed, {run.calm_quanta} quanta; then "
+        f"{len(run.storm.chunks)} in {run.seconds:.1f} s, {quanta} quanta",
+        f"{account.quanta_again} quanta were done again ({_share(account.quanta_again, quanta)} of all); a quantum is "
+        "the work of one chunk",
         f"{account.chunks_again} finished chunks came again, which were not yet covered by a checkpoint",
         f"gangs were started again {account.restarts} times, and did no work for {down:.0f} s, all gangs together",
         f"undisturbed the same videos would have taken {needed:.0f} s: {run.seconds - needed:.0f} s were lost",

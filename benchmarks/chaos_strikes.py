@@ -1,4 +1,4 @@
-"""Which failures are caused when, by lot, and the thread that causes them.
+"""Which failures are caused when, by tie-break, and the thread that causes them.
 
 A strike waits until all gangs that were hit before work again, and then for a while; some do not wait. Loss of a node
 goes on until it is replaced, which the main thread does.
@@ -18,9 +18,7 @@ from benchmarks.chaos_account import Accountant, Strike
 from benchmarks.chaos_ground import Ground
 from models.errors import InputError
 from parallel.cluster.gang import GangState
-from parallel.cluster.settings import GangView
-
-__all__ = ["Injector", "Kind", "Planned", "parse_kinds", "plan_strikes"]
+from parallel.cluster.views import GangView
 
 _NODE_SHARE, _STOP_SHARE, _HASTY_SHARE = 0.15, 0.25, 0.2
 _WAIT, _HASTE = (0.3, 2.5), (0.1, 1.0)
@@ -37,21 +35,13 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planned:
-    """A strike to come.
+    """A strike to come."""
 
-    Attributes:
-        kind: what fails.
-        how: SIGKILL or SIGSTOP; a node is cut off in any case.
-        wait: seconds, once it is its turn.
-        hasty: its turn comes while others are not yet made good.
-        lot: picks whom it hits, 0 to 1.
-    """
-
-    kind: Kind
-    how: signal.Signals
-    wait: float
-    hasty: bool
-    lot: float
+    kind: Kind  # what fails
+    how: signal.Signals  # SIGKILL or SIGSTOP; a node is cut off in any case
+    wait: float  # seconds, once it is its quantum
+    hasty: bool  # its quantum comes while others are not yet made good
+    tie_break: float  # picks whom it hits, 0 to 1
 
 
 def parse_kinds(text: str) -> tuple[Kind, ...]:
@@ -90,7 +80,7 @@ def plan_strikes(count: int, kinds: Sequence[Kind], seed: int) -> list[Planned]:
             how=how,
             wait=draw.uniform(*(_HASTE if index in hasty else _WAIT)),
             hasty=index in hasty,
-            lot=draw.random(),
+            tie_break=draw.random(),
         )
         for index, (kind, how) in enumerate(pairs)
     ]
@@ -185,8 +175,8 @@ class Injector:
             views = [view for view in views if view.state is GangState.UP and view.gang in self._account.working]
         if not views or (planned.kind is Kind.NODE and not self._ground.whole):
             return False
-        place = planned.lot * len(views)
-        view, lot = views[int(place)], place % 1
+        place = planned.tie_break * len(views)
+        view, tie_break = views[int(place)], place % 1
         strike = Strike(
             number=len(self.strikes) + 1,
             seconds=self._clock(),
@@ -196,22 +186,26 @@ class Injector:
             gangs=(view.gang,),
             hasty=planned.hasty,
         )
-        hit = self._cut(view, lot, strike) if planned.kind is Kind.NODE else self._signal(view, lot, planned, strike)
+        hit = (
+            self._cut(view, tie_break, strike)
+            if planned.kind is Kind.NODE
+            else self._signal(view, tie_break, planned, strike)
+        )
         if hit is None:
             return False
         self.strikes.append(hit)
         return True
 
-    def _signal(self, view: GangView, lot: float, planned: Planned, strike: Strike) -> Strike | None:
+    def _signal(self, view: GangView, tie_break: float, planned: Planned, strike: Strike) -> Strike | None:
         ranks = list(view.ranks)
         if planned.kind is Kind.RANK:
-            ranks = [ranks[int(lot * len(ranks))]]
+            ranks = [ranks[int(tie_break * len(ranks))]]
             strike = replace(strike, whom=f"{view.gang} rank {ranks[0].rank}")
         sent = self._ground.hit([rank.pid for rank in ranks if rank.pid is not None], planned.how)
         return strike if sent else None
 
-    def _cut(self, view: GangView, lot: float, strike: Strike) -> Strike | None:
-        node = view.ranks[int(lot * len(view.ranks))].node
+    def _cut(self, view: GangView, tie_break: float, strike: Strike) -> Strike | None:
+        node = view.ranks[int(tie_break * len(view.ranks))].node
         there = [(one.gang, rank.pid) for one in self._views for rank in one.ranks if rank.node == node]
         gangs = tuple(sorted({gang for gang, _ in there}))
         if not self._ground.cut(node, [pid for _, pid in there if pid is not None]):

@@ -6,7 +6,7 @@
 
 Throughput: a batch of videos on two gangs of two stages, one video each at a time, against one gang with two videos in
 flight. Overhead: the same videos, all in flight on two stages, by ranks that torchrun starts and by a gang of a Ray
-cluster, in turn; the model is so large that an item of a stage takes 100 ms or more. Seconds are of making,
+cluster, in quantum; the model is so large that an item of a stage takes 100 ms or more. Seconds are of making,
 from the first submission to the last chunk: ranks are loaded and warm. All latents are compared with those of one
 process.
 
@@ -32,16 +32,14 @@ from benchmarks.cluster_runs import Timed, alone, differing, on_ranks, on_ray
 from benchmarks.pipeline_job import ModelSpec
 from benchmarks.report import machine_line, output_folder, run_app, save_text
 from benchmarks.verdict import verdict_table
-from engine.cache import CacheSettings
+from engine.reuse.settings import ReuseSettings
 from models.errors import InputError
-from parallel.failure import GangError
-from parallel.mesh import Layout
-
-__all__ = ["app"]
+from parallel.health.errors import GangError
+from parallel.topology.mesh import Layout
 
 _PARTS = ("throughput", "overhead")
 _STAGES = Layout(pp=2)
-_NO_EXTRA = CacheSettings(clean_forward=False, nearly_clean_mix=False)
+_NO_EXTRA = ReuseSettings(clean_pass=False, copy_pass=False)
 _OVERHEAD_VIDEOS = 2
 
 app = typer.Typer(add_completion=False)

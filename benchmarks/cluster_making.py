@@ -14,23 +14,21 @@ from numpy.typing import NDArray
 
 from benchmarks.pipeline_job import Job, ModelSpec
 from benchmarks.pipeline_model import BenchPipeline, build, model_config, requests
-from engine.cache import CacheSettings
-from engine.kv import KVSettings
+from engine.checkpoint.files import CheckpointConfig
+from engine.kv.settings import KVSettings
 from engine.request import Request
-from parallel.checkpoint import CheckpointPlan
-from parallel.cluster.driver import ClusterEngine
-from parallel.cluster.events import ChunkMade, Event, VideoDone, VideoFailed
-from parallel.cluster.jobs import GangSize
+from engine.reuse.settings import ReuseSettings
+from parallel.cluster.actor import RankTask
+from parallel.cluster.config import VideoSize, video_size
+from parallel.cluster.controller import Controller
+from parallel.cluster.messages import ChunkMade, Event, VideoDone, VideoFailed
 from parallel.cluster.placement import GangShape
-from parallel.cluster.rank_actor import RankTask
-from parallel.cluster.settings import ClusterSettings, VideoOrder
-from parallel.cluster.size import VideoSize, video_size
-from parallel.mesh import Layout, Mesh
-from parallel.monitor import Timeouts
-from parallel.stage import StageModel
-from parallel.stages import stage_range
-
-__all__ = ["BenchSource", "Making", "Outcome", "digest", "warm_up"]
+from parallel.cluster.queue import GangSize
+from parallel.cluster.views import ClusterSettings, VideoOrder
+from parallel.health.monitor import Timeouts
+from parallel.ranks.worker import StageModel
+from parallel.topology.mesh import Layout, Mesh
+from parallel.topology.split import stage_range
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,31 +53,18 @@ class BenchSource:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Making:
-    """What is made, and with what.
-
-    Attributes:
-        spec: the model.
-        layout: of each gang.
-        gangs: how many.
-        concurrency: videos that a gang makes at a time.
-        chunks: of every video.
-        steps: of every chunk.
-        cache: which steps are reused.
-        kv: how much of the past is held.
-        timeouts: how long ranks wait for others.
-        max_restarts: of all gangs together.
-    """
+    """What is made, and with what."""
 
     spec: ModelSpec
-    layout: Layout
-    gangs: int
-    chunks: int
-    steps: int
-    concurrency: int = 1
-    cache: CacheSettings = field(default_factory=CacheSettings)
-    kv: KVSettings = field(default_factory=KVSettings)
-    timeouts: Timeouts = field(default_factory=Timeouts)
-    max_restarts: int = 0
+    layout: Layout  # of each gang
+    gangs: int  # how many
+    chunks: int  # of every video
+    steps: int  # of every chunk
+    concurrency: int = 1  # videos that a gang makes at a time
+    cache: ReuseSettings = field(default_factory=ReuseSettings)  # which steps are reused
+    kv: KVSettings = field(default_factory=KVSettings)  # how much of the past is held
+    timeouts: Timeouts = field(default_factory=Timeouts)  # how long ranks wait for others
+    max_restarts: int = 0  # of all gangs together
 
     @property
     def ranks(self) -> int:
@@ -115,7 +100,7 @@ class Making:
             seed=seed,
         )
 
-    def order(self, video: str, request: Request, checkpoint: CheckpointPlan | None = None) -> VideoOrder:
+    def order(self, video: str, request: Request, checkpoint: CheckpointConfig | None = None) -> VideoOrder:
         """A video to make."""
         return VideoOrder(video=video, request=request, size=self._size(request), checkpoint=checkpoint)
 
@@ -126,26 +111,19 @@ class Making:
 
 @dataclass(slots=True)
 class Outcome:
-    """What has come of videos so far.
+    """What has come of videos so far."""
 
-    Attributes:
-        chunks: a digest of the latents of each chunk, by video.
-        done: videos that are said to be complete.
-        failed: why others are not.
-        problems: chunks that did not come in their order.
-    """
-
-    chunks: dict[str, list[str]] = field(default_factory=dict)
-    done: set[str] = field(default_factory=set)
-    failed: dict[str, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    chunks: dict[str, list[str]] = field(default_factory=dict)  # a digest of the latents of each chunk, by video
+    done: set[str] = field(default_factory=set)  # videos that are said to be complete
+    failed: dict[str, str] = field(default_factory=dict)  # why others are not
+    problems: list[str] = field(default_factory=list)  # chunks that did not come in their order
 
     @property
     def waiting(self) -> int:
         """Videos that have neither come nor failed."""
         return len(self.chunks) - len(self.done) - len(self.failed)
 
-    def submit(self, engine: ClusterEngine, orders: Iterable[VideoOrder]) -> None:
+    def submit(self, engine: Controller, orders: Iterable[VideoOrder]) -> None:
         """Queue videos, and expect them."""
         for order in orders:
             engine.submit(order)
@@ -172,7 +150,7 @@ def digest(chunks: Iterable[NDArray[np.float32]]) -> str:
     return made.hexdigest()
 
 
-def warm_up(engine: ClusterEngine, making: Making, on_event: Callable[[Event], None] = lambda event: None) -> None:
+def warm_up(engine: Controller, making: Making, on_event: Callable[[Event], None] = lambda event: None) -> None:
     """Make short videos until every gang has made one, so that none is starting or new to its work."""
     short, rounds = replace(making, chunks=1), 0
     warm: set[str] = set()

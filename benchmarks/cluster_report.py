@@ -10,27 +10,18 @@ from benchmarks.cluster_runs import Timed
 from benchmarks.report import Cell, csv_text, markdown_table
 from benchmarks.verdict import Verdict
 
-__all__ = ["Overhead", "Throughput", "csv", "table", "verdicts"]
-
 _BELOW, _OVERHEAD, _ITEM = 0.98, 0.03, 0.1
 CSV = ("part", "way", "repeat", "videos", "seconds", "start_s", "videos_per_minute", "item_s")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Throughput:
-    """Two gangs against one.
+    """Two gangs against one."""
 
-    Attributes:
-        videos: of each run.
-        one: runs of one gang with two videos in flight.
-        two: runs of two gangs with one video each.
-        problems: what differs from one process.
-    """
-
-    videos: int
-    one: Sequence[Timed]
-    two: Sequence[Timed]
-    problems: Sequence[str]
+    videos: int  # of each run
+    one: Sequence[Timed]  # runs of one gang with two videos in flight
+    two: Sequence[Timed]  # runs of two gangs with one video each
+    problems: Sequence[str]  # what differs from one process
 
     @property
     def ratio(self) -> float:
@@ -40,19 +31,12 @@ class Throughput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overhead:
-    """One gang on Ray against the same ranks of torchrun.
+    """One gang on Ray against the same ranks of torchrun."""
 
-    Attributes:
-        videos: of each run, all in flight.
-        ranks: runs of torchrun.
-        ray: runs on Ray, each beside one without.
-        problems: what differs from one process.
-    """
-
-    videos: int
-    ranks: Sequence[Timed]
-    ray: Sequence[Timed]
-    problems: Sequence[str]
+    videos: int  # of each run, all in flight
+    ranks: Sequence[Timed]  # runs of torchrun
+    ray: Sequence[Timed]  # runs on Ray, each beside one without
+    problems: Sequence[str]  # what differs from one process
 
     @property
     def share(self) -> float:

@@ -18,44 +18,28 @@ from benchmarks.pipeline_model import build
 from benchmarks.processes import in_fresh_process
 from engine.engine import Engine
 from launch.ray_cluster import ray_cluster
-from parallel.cluster.driver import ClusterEngine
-from parallel.cluster.events import ChunkMade, GangDown, GangLost
-
-__all__ = ["Latents", "Timed", "alone", "differing", "on_ranks", "on_ray"]
+from parallel.cluster.controller import Controller
+from parallel.cluster.messages import ChunkMade, GangDown, GangLost
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latents:
-    """What a video is, as digests.
+    """What a video is, as digests."""
 
-    Attributes:
-        chunks: of each chunk.
-        whole: of all of them.
-    """
-
-    chunks: tuple[str, ...]
-    whole: str
+    chunks: tuple[str, ...]  # of each chunk
+    whole: str  # of all of them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timed:
-    """A run.
-
-    Attributes:
-        seconds: of making.
-        start: seconds until all ranks were warm; None where it was not looked at.
-        chunks: a digest of each chunk of each video, from gangs of a cluster.
-        wholes: a digest of each video, from ranks of torchrun.
-        item: mean seconds of a stage's items, from ranks of torchrun.
-        losses: why gangs were lost; there should be none.
-    """
+    """A run."""
 
     seconds: float
-    start: float | None = None
-    chunks: tuple[tuple[str, ...], ...] = ()
-    wholes: tuple[str, ...] = ()
-    item: float = 0.0
-    losses: tuple[str, ...] = ()
+    start: float | None = None  # seconds until all ranks were warm; None where it was not looked at
+    chunks: tuple[tuple[str, ...], ...] = ()  # a digest of each chunk of each video, from gangs of a cluster
+    wholes: tuple[str, ...] = ()  # a digest of each video, from ranks of torchrun
+    item: float = 0.0  # mean seconds of a stage's items, from ranks of torchrun
+    losses: tuple[str, ...] = ()  # why gangs were lost; there should be none
 
 
 def alone(making: Making, videos: int) -> list[Latents]:
@@ -76,7 +60,7 @@ def _alone(making: Making, videos: int) -> list[Latents]:
 def on_ray(making: Making, videos: int) -> Timed:
     """The videos on gangs of a Ray cluster that is started for them."""
     began = time.perf_counter()
-    with ray_cluster(cpus=making.ranks), ClusterEngine(making.settings()) as engine:
+    with ray_cluster(cpus=making.ranks), Controller(making.settings()) as engine:
         warm_up(engine, making)
         outcome, losses = Outcome(), []
         start, ended = time.perf_counter() - began, 0.0

@@ -17,8 +17,6 @@ from torch import Tensor
 from benchmarks.adherence import Adherence
 from benchmarks.summary import BORDER_PIXELS
 
-__all__ = ["Strip", "contact_sheet", "sampled_frames"]
-
 _CAPTION = 225  # pixels of the sheet, as are all lengths here
 _COLUMNS = (10, 90)  # where the parts of a line of the caption begin
 _HEADER = 34
@@ -29,17 +27,11 @@ _INCH = 75  # pixels of the sheet per inch of the figure, which makes a line of 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strip:
-    """One row.
+    """One row."""
 
-    Attributes:
-        frames: uint8 [N, H, W, 3], the video's frames `shown`.
-        shown: their numbers, rising.
-        measured: the video's figures.
-    """
-
-    frames: Tensor
-    shown: tuple[int, ...]
-    measured: Adherence
+    frames: Tensor  # uint8 [N, H, W, 3], the video's frames `shown`
+    shown: tuple[int, ...]  # their numbers, rising
+    measured: Adherence  # the video's figures
 
 
 def sampled_frames(count: int, chunk_frames: int = 24) -> tuple[int, ...]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-__all__ = ["IDENTICAL", "frames_psnr", "frames_ssim", "latent_error"]
-
 IDENTICAL = 100.0  # dB, in place of infinity where two videos do not differ at all
 
 

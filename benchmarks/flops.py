@@ -11,10 +11,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from engine.executor import Admission, Executor
-from engine.run import Work
+from engine.video import Work
 from models.magi.config import ModelConfig
-
-__all__ = ["CountingExecutor", "pass_flops"]
 
 _FREQUENCIES = 256  # sines and cosines of the timestep embedding (specification 6.1)
 

@@ -24,8 +24,6 @@ from benchmarks.report import Cell, csv_text, machine_line, markdown_table, outp
 from benchmarks.verdict import Verdict, verdict_table
 from models.errors import InputError
 
-__all__ = ["app"]
-
 _FASTER, _EQUAL = 50, 1e-5
 _PAPER: tuple[tuple[Cell, ...], ...] = (
     ("redundancy, naive (paper)", 10.26, 17.79),

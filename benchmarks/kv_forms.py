@@ -17,8 +17,6 @@ from torch import Tensor
 from benchmarks.processes import peak_rss, reset_peak, rss
 from engine.kv.selection import SelectionSettings, redundancy, select
 
-__all__ = ["FORMS", "QUERIES", "Measured", "Problem", "measure", "naive_redundancy", "structured_keys"]
-
 FORMS = ("naive", "linear", "selection")
 QUERIES = 50
 _REPEATS = {"naive": 1, "linear": 9, "selection": 9}
@@ -27,42 +25,25 @@ _CHUNKS, _FRAMES = 3, 6  # how keys are structured: chunks of 6 latent frames
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """Sizes of what is measured.
+    """Sizes of what is measured."""
 
-    Attributes:
-        keys: L, tokens of the past.
-        dim: of a head.
-        heads: key heads.
-        query_heads: that ask, for the selection.
-        keep: tokens that the selection keeps.
-        device: where to compute.
-        at_once: the naive form makes the matrices of all heads together, and not one after the other.
-        seed: of the keys.
-    """
-
-    keys: int
-    dim: int
-    heads: int
-    query_heads: int
-    keep: int
-    device: str
-    at_once: bool
-    seed: int
+    keys: int  # L, tokens of the past
+    dim: int  # of a head
+    heads: int  # key heads
+    query_heads: int  # that ask, for the selection
+    keep: int  # tokens that the selection keeps
+    device: str  # where to compute
+    at_once: bool  # the naive form makes the matrices of all heads together, and not one after the other
+    seed: int  # of the keys
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What one form took.
+    """What one form took."""
 
-    Attributes:
-        seconds: median over the repeats.
-        peak: bytes at most, above what the keys themselves take.
-        scores: [heads, keys] fp32 on the CPU; None for the selection.
-    """
-
-    seconds: float
-    peak: int
-    scores: Tensor | None
+    seconds: float  # median over the repeats
+    peak: int  # bytes at most, above what the keys themselves take
+    scores: Tensor | None  # [heads, keys] fp32 on the CPU; None for the selection
 
 
 def measure(form: str, problem: Problem, threads: int) -> Measured:

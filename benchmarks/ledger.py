@@ -16,24 +16,16 @@ from benchmarks.sweep import Setting
 from benchmarks.trial import Trial
 from models.errors import InputError
 
-__all__ = ["Ledger", "Plan"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What a run does, decided once.
+    """What a run does, decided once."""
 
-    Attributes:
-        run: what results depend on: model, prompts, length, steps, seed.
-        settings: all that are compared.
-        presets: settings that have a name.
-        calibrated: thresholds at which the presets of that name would do the paper's share of the work.
-    """
-
-    run: Mapping[str, Any]
-    settings: tuple[Setting, ...]
-    presets: Mapping[str, Setting]
+    run: Mapping[str, Any]  # what results depend on: model, prompts, length, steps, seed
+    settings: tuple[Setting, ...]  # all that are compared
+    presets: Mapping[str, Setting]  # settings that have a name
     calibrated: Mapping[str, float]
+    """Thresholds at which the presets of that name would do the paper's share of the work."""
 
 
 class Ledger:

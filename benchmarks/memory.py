@@ -29,15 +29,13 @@ from benchmarks.verdict import Verdict, verdict_table
 from engine.engine import Engine
 from engine.executor import LocalExecutor
 from engine.heap import settle_heap
-from engine.kv import KVSettings
+from engine.kv.settings import KVSettings
 from engine.request import Request
 from models.errors import InputError
 from models.loading import load_magi
 from models.magi.pipeline import Loading
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
-
-__all__ = ["Length", "LongVideo", "app", "make_long_video", "verdicts"]
 
 _PROMPT = "a red circle moving right"
 _GROWTH, _SLOWER = 1.02, 1.05
@@ -58,27 +56,16 @@ class Length:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LongVideo:
-    """What making it took.
-
-    Attributes:
-        chunks: its length.
-        budget: of the KV buffer in chunks.
-        kv_bytes: that the KV buffers held, at most.
-        warm_rss: resident bytes after the first `_WARM` chunks, or half of a shorter video.
-        end_rss: at the end.
-        peak_rss: at most.
-        early: seconds per chunk from a twelfth to a sixth of the video, median, decoding included.
-        late: the same for the last sixth, without the chunks that are made while the window empties.
-    """
+    """What making it took."""
 
     chunks: int
-    budget: int | None
-    kv_bytes: int
-    warm_rss: int
-    end_rss: int
-    peak_rss: int
-    early: float
-    late: float
+    budget: int | None  # of the KV buffer in chunks
+    kv_bytes: int  # that the KV buffers held, at most
+    warm_rss: int  # resident bytes after the first `_WARM` chunks, or half of a shorter video
+    end_rss: int  # at the end
+    peak_rss: int  # at most
+    early: float  # seconds per chunk from a twelfth to a sixth of the video, median, decoding included
+    late: float  # the same for the last sixth, without the chunks that are made while the window empties
 
 
 @app.command()

@@ -19,8 +19,6 @@ from matplotlib.figure import Figure
 from benchmarks.sweep import LEAN, Setting
 from benchmarks.trial import Trial
 
-__all__ = ["Comparison", "Way", "compare", "on_curves", "pareto_figure", "psnr_at", "speed_figure", "way_of"]
-
 Way = tuple[str, str]
 """A method and the label of what stands in for a reused step."""
 _COLOURS = {"residual": "#d55e00", "velocity": "#0072b2", "extrapolate": "#009e73"}
@@ -30,19 +28,12 @@ _STYLES = {"flowcache": ("-", "o", "chunk by chunk"), "teacache": ("--", "s", "w
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Two ways at equal computed fraction.
+    """Two ways at equal computed fraction."""
 
-    Attributes:
-        first: mean PSNR of one, dB; nan where there is no prompt to compare on.
-        second: of the other.
-        better: prompts on which the first has more.
-        prompts: that were compared.
-    """
-
-    first: float
-    second: float
-    better: int
-    prompts: int
+    first: float  # mean PSNR of one, dB; nan where there is no prompt to compare on
+    second: float  # of the other
+    better: int  # prompts on which the first has more
+    prompts: int  # that were compared
 
 
 def way_of(setting: Setting) -> Way:

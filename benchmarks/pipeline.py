@@ -27,7 +27,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks.pipeline_job import Case, Job, Made, ModelSpec, launch
+from benchmarks.pipeline_job import Case, ChunkResult, Job, ModelSpec, launch
 from benchmarks.pipeline_model import find_threshold, model_config
 from benchmarks.pipeline_plan import problems
 from benchmarks.pipeline_profile import header_seconds, profile_table, take_timings
@@ -44,17 +44,15 @@ from benchmarks.pipeline_report import (
 from benchmarks.processes import in_fresh_process
 from benchmarks.report import machine_line, output_folder, run_app, save_figure, save_text
 from benchmarks.verdict import verdict_table
-from engine.cache import CacheSettings
+from engine.reuse.settings import ReuseSettings
 from launch.cache_presets import CacheName, cache_preset
 from models.errors import InputError
 from models.magi.sampling import MagiSampling
-from parallel.failure import GangError
-from parallel.mesh import Layout
-from parallel.stages import stage_sizes
+from parallel.health.errors import GangError
+from parallel.topology.mesh import Layout
+from parallel.topology.split import stage_sizes
 
-__all__ = ["app", "layouts_for", "plain_and_reused"]
-
-_PLAIN = CacheSettings()
+_PLAIN = ReuseSettings()
 _WARMUP = 3
 _LAYOUTS = ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (4, 2), (2, 4))
 _PINGS = 30
@@ -66,9 +64,9 @@ app = typer.Typer(add_completion=False)
 class _Runs:
     """What was made, by repeat."""
 
-    alone: list[dict[bool, Made]] = field(default_factory=list)
+    alone: list[dict[bool, ChunkResult]] = field(default_factory=list)
     """Of one process; with reuse and without."""
-    gangs: dict[tuple[Layout, Case], list[Made]] = field(default_factory=dict)
+    gangs: dict[tuple[Layout, Case], list[ChunkResult]] = field(default_factory=dict)
 
 
 @app.command()
@@ -137,7 +135,7 @@ def layouts_for(job: Job, ranks: int) -> list[Layout]:
     return [Layout(), *fits]
 
 
-def plain_and_reused(job: Job, fraction: float) -> tuple[CacheSettings, CacheSettings]:
+def plain_and_reused(job: Job, fraction: float) -> tuple[ReuseSettings, ReuseSettings]:
     """No reuse, and flowcache: magi-pocket's own, or with a threshold that computes a share of the steps.
 
     Raises:
@@ -147,13 +145,13 @@ def plain_and_reused(job: Job, fraction: float) -> tuple[CacheSettings, CacheSet
         return _PLAIN, cache_preset(CacheName.FLOWCACHE_SLOW, "magi-pocket")
     if not _WARMUP / job.steps < fraction < 1:
         raise InputError(f"--fraction {fraction:g} cannot be had with {_WARMUP} warm-up steps of {job.steps}")
-    cache = CacheSettings(
-        policy="flowcache", warmup_steps=_WARMUP, reuse="extrapolate", clean_forward=False, nearly_clean_mix=False
+    cache = ReuseSettings(
+        policy="flowcache", warmup_steps=_WARMUP, reuse="extrapolate", clean_pass=False, copy_pass=False
     )
     return _PLAIN, cache.with_threshold(in_fresh_process(find_threshold, job, cache, fraction))
 
 
-def _cases(layout: Layout, caches: tuple[CacheSettings, CacheSettings], videos: int) -> tuple[Case, ...]:
+def _cases(layout: Layout, caches: tuple[ReuseSettings, ReuseSettings], videos: int) -> tuple[Case, ...]:
     """All numbers of videos on a pipeline, one or two elsewhere."""
     most = videos if layout.pp > 1 and layout.cp == 1 else min(videos, 2)
     cases = [Case(videos=count, cache=cache) for cache in caches for count in range(1, most + 1)]
@@ -165,7 +163,7 @@ def _cases(layout: Layout, caches: tuple[CacheSettings, CacheSettings], videos: 
 def _measure(
     base: Job,
     layouts: Sequence[Layout],
-    caches: tuple[CacheSettings, CacheSettings],
+    caches: tuple[ReuseSettings, ReuseSettings],
     videos: int,
     repeats: int,
     say: Callable[[str], None],

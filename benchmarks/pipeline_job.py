@@ -13,48 +13,32 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from engine.cache import CacheSettings
-from parallel.failure import FAILED, Failure, GangError
-from parallel.local import run_ranks
-from parallel.mesh import Layout
-
-__all__ = ["Case", "Job", "Made", "ModelSpec", "TimedCall", "Timing", "launch", "read_job", "warm_up", "write_results"]
+from engine.reuse.settings import ReuseSettings
+from parallel.health.errors import FAILED, Failure, GangError
+from parallel.ranks.spawn import run_ranks
+from parallel.topology.mesh import Layout
 
 _JOB, _RESULT = "job.json", "result.{}.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
-    """Which model.
+    """Which model."""
 
-    Attributes:
-        name: `random` or `magi-pocket`.
-        layers: of a random model.
-        width: of a random model.
-        side: pixels of a frame's side.
-        weights: folder of magi-pocket's weights, in place of those that ship.
-    """
-
-    name: str = "random"
-    layers: int = 8
-    width: int = 384
-    side: int = 64
-    weights: str | None = None
+    name: str = "random"  # `random` or `magi-pocket`
+    layers: int = 8  # of a random model
+    width: int = 384  # of a random model
+    side: int = 64  # pixels of a frame's side
+    weights: str | None = None  # folder of magi-pocket's weights, in place of those that ship
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """Videos to make.
+    """Videos to make."""
 
-    Attributes:
-        videos: how many, with seeds 0, 1, ...; all in flight at once on a gang, one after another in one process.
-        cache: which steps are reused.
-        barrier: wait for all chunks of a tick before the next.
-    """
-
-    videos: int
-    cache: CacheSettings
-    barrier: bool = False
+    videos: int  # how many, with seeds 0, 1, ...; all in flight at once on a gang, one after another in one process
+    cache: ReuseSettings  # which steps are reused
+    barrier: bool = False  # wait for all chunks of a tick before the next
 
     @property
     def reuses(self) -> bool:
@@ -64,96 +48,59 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What the ranks of one start do.
+    """What the ranks of one start do."""
 
-    Attributes:
-        model: loaded once.
-        layout: of the gang; None for one process without a gang.
-        cases: one after another, after a short video that warms up.
-        chunks: of every video.
-        steps: of every chunk.
-        decode: make frames; latents alone otherwise.
-        trace: a file to write what each rank did when to; only on a gang.
-        pings: messages to and fro that a hop is measured with; only on a gang.
-        split: layers of each stage to take times for; only without a gang.
-        copies: processes that do the same at once; only without a gang.
-        threads: of each process.
-    """
-
-    model: ModelSpec
-    layout: Layout | None
-    cases: tuple[Case, ...]
-    chunks: int
-    steps: int
-    decode: bool = False
-    trace: str | None = None
-    pings: int = 0
-    split: tuple[int, ...] | None = None
-    copies: int = 1
-    threads: int = 1
+    model: ModelSpec  # loaded once
+    layout: Layout | None  # of the gang; None for one process without a gang
+    cases: tuple[Case, ...]  # one after another, after a short video that warms up
+    chunks: int  # of every video
+    steps: int  # of every chunk
+    decode: bool = False  # make frames; latents alone otherwise
+    trace: str | None = None  # a file to write what each rank did when to; only on a gang
+    pings: int = 0  # messages to and fro that a hop is measured with; only on a gang
+    split: tuple[int, ...] | None = None  # layers of each stage to take times for; only without a gang
+    copies: int = 1  # processes that do the same at once; only without a gang
+    threads: int = 1  # of each process
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimedCall:
-    """Mean times of the passes of one name and step.
+    """Mean times of the passes of one name and step."""
 
-    Attributes:
-        name: of the pass.
-        step: of the chunk; None for a pass over a finished chunk.
-        count: how many there were.
-        seconds: on each stage of the split.
-    """
-
-    name: str
-    step: int | None
-    count: int
-    seconds: tuple[float, ...]
+    name: str  # of the pass
+    step: int | None  # of the chunk; None for a pass over a finished chunk
+    count: int  # how many there were
+    seconds: tuple[float, ...]  # on each stage of the split
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """Where the time of one process goes.
+    """Where the time of one process goes."""
 
-    Attributes:
-        calls: what passes take, stage by stage, embedding and reading out counted in.
-        embed: seconds of one patch embedding.
-        rest: seconds per pass outside of calls: decisions and distances, steps, bookkeeping.
-    """
-
-    calls: tuple[TimedCall, ...]
-    embed: float
-    rest: float
+    calls: tuple[TimedCall, ...]  # what passes take, stage by stage, embedding and reading out counted in
+    embed: float  # seconds of one patch embedding
+    rest: float  # seconds per pass outside of calls: decisions and distances, steps, bookkeeping
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Made:
-    """What came of a case.
+class ChunkResult:
+    """What came of a case."""
 
-    Attributes:
-        seconds: from the first video's submission to the last chunk.
-        videos: seconds of each video, where one was made after another.
-        first_chunk: seconds until the first chunk of the first video.
-        latents: a digest for each video.
-        decisions: of each video, [chunks][steps] as in a record; nothing where no step may be reused.
-        ranks: the reports of all ranks, as plain values.
-        hop: seconds of a message with hidden states from one rank to another, if it was measured.
-        timing: if wanted.
-    """
-
-    seconds: float
-    videos: tuple[float, ...] = ()
-    first_chunk: float
-    latents: tuple[str, ...]
+    seconds: float  # from the first video's submission to the last chunk
+    videos: tuple[float, ...] = ()  # seconds of each video, where one was made after another
+    first_chunk: float  # seconds until the first chunk of the first video
+    latents: tuple[str, ...]  # a digest for each video
     decisions: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    ranks: tuple[dict[str, Any], ...] = ()
-    hop: float = 0.0
-    timing: Timing | None = None
+    """Of each video, [chunks][steps] as in a record; nothing where no step may be reused."""
+    ranks: tuple[dict[str, Any], ...] = ()  # the reports of all ranks, as plain values
+    hop: float = 0.0  # seconds of a message with hidden states from one rank to another, if it was measured
+    timing: Timing | None = None  # if wanted
 
 
-_JOBS, _MADE = TypeAdapter(Job), TypeAdapter(list[Made])
+_JOBS, _MADE = TypeAdapter(Job), TypeAdapter(list[ChunkResult])
 
 
-def launch(job: Job, *, torchrun: bool = False) -> list[list[Made]]:
+def launch(job: Job, *, torchrun: bool = False) -> list[list[ChunkResult]]:
     """Start ranks or processes for a job, and wait.
 
     Args:
@@ -193,7 +140,7 @@ def read_job(folder: Path) -> Job:
     return _JOBS.validate_json((folder / _JOB).read_bytes())
 
 
-def write_results(folder: Path, rank: int, made: Iterable[Made]) -> None:
+def write_results(folder: Path, rank: int, made: Iterable[ChunkResult]) -> None:
     """Leave what came of the cases."""
     path = folder / _RESULT.format(rank)
     part = path.with_suffix(".part")
@@ -203,4 +150,4 @@ def write_results(folder: Path, rank: int, made: Iterable[Made]) -> None:
 
 def warm_up(job: Job) -> Job:
     """A short job on the same model, before those that count."""
-    return replace(job, chunks=1, cases=(Case(videos=1, cache=CacheSettings()),))
+    return replace(job, chunks=1, cases=(Case(videos=1, cache=ReuseSettings()),))

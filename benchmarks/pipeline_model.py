@@ -15,26 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.pipeline_job import Job, ModelSpec
-from engine.cache import CacheSettings, Decision, Observation
-from engine.cache.policy import ChunkPolicy
 from engine.engine import Engine
 from engine.prepare import Autoencoder
-from engine.record import RunRecord, RunTrace
+from engine.record import Recorder, RunRecord
 from engine.request import Request
+from engine.reuse.policy import ChunkPolicy, Decision, Observation
+from engine.reuse.settings import ReuseSettings
 from models.attention import Attention
 from models.errors import InputError
-from models.loading import Loading, load_stage
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
-from models.magi.family import FixedCaptions, MagiModel
-from models.magi.pipeline import load_parts
+from models.magi.model import FixedCaptions, MagiModel
+from models.magi.pipeline import Loading, load_parts, load_stage
 from models.magi.sampling import MagiSampling
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
 from models.pocket.text import PocketEncoder
-from parallel.stage import StageModel
-
-__all__ = ["BenchPipeline", "build", "find_threshold", "model_config", "requests"]
+from parallel.ranks.worker import StageModel
 
 PROMPT = "a red circle moving right"
 _HEAD, _KEY_HEADS = 48, 4
@@ -89,11 +86,9 @@ class BenchPipeline:
         """The layers, for a rank that does not lead."""
         return StageModel(model=self.model, attention=self.attention)
 
-    def sampling(self, num_steps: int, *, clean_forward: bool = True, nearly_clean_mix: bool = True) -> MagiSampling:
+    def sampling(self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True) -> MagiSampling:
         """How to denoise with that many steps, with or without the passes that reuse may leave out."""
-        return MagiSampling(
-            config=self.config, num_steps=num_steps, clean_forward=clean_forward, nearly_clean_mix=nearly_clean_mix
-        )
+        return MagiSampling(config=self.config, num_steps=num_steps, clean_pass=clean_pass, copy_pass=copy_pass)
 
     def captions(self, prompt: str) -> FixedCaptions:
         """Encode a prompt."""
@@ -177,7 +172,7 @@ def requests(job: Job, videos: int) -> list[Request]:
     ]
 
 
-def find_threshold(job: Job, cache: CacheSettings, fraction: float) -> float:
+def find_threshold(job: Job, cache: ReuseSettings, fraction: float) -> float:
     """A threshold with which about a share of the chunk-steps is computed, on a short video.
 
     Where to begin is told by the distances of a video without reuse; with reuse they are different.
@@ -189,7 +184,7 @@ def find_threshold(job: Job, cache: CacheSettings, fraction: float) -> float:
     """
     torch.set_num_threads(job.threads)
     short, pipeline = replace(job, chunks=min(job.chunks, _SHORT)), build(job.model)
-    none = CacheSettings(clean_forward=cache.clean_forward, nearly_clean_mix=cache.nearly_clean_mix)
+    none = ReuseSettings(clean_pass=cache.clean_pass, copy_pass=cache.copy_pass)
     changes = _record(short, pipeline, none).changes
     low, high = 0.0, float(np.nansum(changes, axis=1).max())
     for _ in range(_SEARCHES):
@@ -208,9 +203,9 @@ def find_threshold(job: Job, cache: CacheSettings, fraction: float) -> float:
     return found
 
 
-def _record(job: Job, pipeline: BenchPipeline, cache: CacheSettings) -> RunRecord:
+def _record(job: Job, pipeline: BenchPipeline, cache: ReuseSettings) -> RunRecord:
     """Make a video and record it."""
-    trace = RunTrace()
+    trace = Recorder()
     for _ in Engine(pipeline, cache).generate(requests(job, 1)[0], trace=trace):
         pass
     return trace.finish({})

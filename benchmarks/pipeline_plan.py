@@ -6,20 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.pipeline_job import Case, Job, Made, Timing
+from benchmarks.pipeline_job import Case, ChunkResult, Job, Timing
 from benchmarks.pipeline_model import model_config
 from benchmarks.simulate_plan import Seconds, plan_video
 from benchmarks.simulation import Machine, Outcome, VideoPlan, simulate
 from engine.record import NOT_ACTIVE
+from engine.reuse.flags import FlagLog
 from engine.schedule import Schedule
-from models.family import Pass
 from models.magi.sampling import MagiSampling
-from parallel.flags import FlagLog
-from parallel.mesh import Layout, Mesh
-from parallel.message import HEADER_BYTES
-from parallel.ulysses import TokenSplit
-
-__all__ = ["chunk_bytes", "flag_digest", "plan_of", "predict", "problems", "sampling_of", "schedule_of"]
+from models.protocols import Pass
+from parallel.comm.messages import HEADER_BYTES
+from parallel.comm.ulysses import TokenSplit
+from parallel.topology.mesh import Layout, Mesh
 
 _FLOAT = 4
 _PIXELS = 8
@@ -32,8 +30,8 @@ def sampling_of(job: Job, case: Case) -> MagiSampling:
     return MagiSampling(
         config=model_config(job.model),
         num_steps=job.steps,
-        clean_forward=cache.clean_forward,
-        nearly_clean_mix=cache.nearly_clean_mix,
+        clean_pass=cache.clean_pass,
+        copy_pass=cache.copy_pass,
     )
 
 
@@ -44,7 +42,7 @@ def schedule_of(job: Job) -> Schedule:
 
 
 def chunk_bytes(job: Job) -> tuple[list[int], int]:
-    """Bytes of a chunk's hidden states on each slot of a stage, and of its velocity."""
+    """Bytes of a chunk's hidden states on each cp_rank of a stage, and of its velocity."""
     config, cells = model_config(job.model), (job.model.side // _PIXELS) ** 2
     frames, model = config.runtime_config.chunk_width, config.model_config
     split = TokenSplit(frames * cells // model.patch_size**2, 1 if job.layout is None else job.layout.cp)
@@ -105,7 +103,7 @@ def predict(job: Job, case: Case, timing: Timing, decisions: Sequence[Decisions]
     return simulate(plans, machine)
 
 
-def problems(job: Job, case: Case, made: Made, alone: Made) -> list[str]:
+def problems(job: Job, case: Case, made: ChunkResult, alone: ChunkResult) -> list[str]:
     """What is not as it must be: calls and bytes of every rank, flags, and latents.
 
     Args:
@@ -143,7 +141,7 @@ def problems(job: Job, case: Case, made: Made, alone: Made) -> list[str]:
 def _item_bytes(job: Job, layout: Layout, rank: int, calls: int, returning: int) -> int:
     """Bytes that a rank receives with items: its tokens, and on the tail those of the other slots for reading out."""
     mesh, hidden = Mesh(layout=layout, rank=rank), chunk_bytes(job)[0]
-    received = 0 if mesh.leads else calls * (HEADER_BYTES + hidden[mesh.slot])
-    if mesh.stage == mesh.last_stage and mesh.slot == 0:
+    received = 0 if mesh.leads else calls * (HEADER_BYTES + hidden[mesh.cp_rank])
+    if mesh.stage == mesh.last_stage and mesh.cp_rank == 0:
         received += returning * sum(HEADER_BYTES + size for size in hidden[1:])
     return received

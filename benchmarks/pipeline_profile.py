@@ -15,28 +15,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.pipeline_job import Case, Job, Made, TimedCall, Timing, launch
+from benchmarks.pipeline_job import Case, ChunkResult, Job, TimedCall, Timing, launch
 from benchmarks.pipeline_plan import predict, sampling_of
 from benchmarks.report import Cell, markdown_table
-from engine.work import KVOp, WorkItem
-from parallel.message import HEADER_BYTES, Header, Kind
-
-__all__ = ["Timings", "header_seconds", "profile_table", "take_timings"]
+from engine.video import KVOp, WorkItem
+from parallel.comm.messages import HEADER_BYTES, Header, Kind
 
 _HEADERS = 300
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timings:
-    """What calls take on each stage, for each case.
+    """What calls take on each stage, for each case."""
 
-    Attributes:
-        quiet: in one process.
-        busy: in as many processes as there are ranks, at the same time; their mean.
-    """
-
-    quiet: tuple[Timing, ...]
-    busy: tuple[Timing, ...]
+    quiet: tuple[Timing, ...]  # in one process
+    busy: tuple[Timing, ...]  # in as many processes as there are ranks, at the same time; their mean
 
 
 def take_timings(job: Job, split: Sequence[int]) -> Timings:
@@ -52,7 +45,7 @@ def take_timings(job: Job, split: Sequence[int]) -> Timings:
     return Timings(quiet=tuple(_of(one) for one in quiet), busy=tuple(busy))
 
 
-def _of(made: Made) -> Timing:
+def _of(made: ChunkResult) -> Timing:
     assert made.timing is not None
     return made.timing
 
@@ -71,7 +64,7 @@ def _mean(timings: Sequence[Timing | None]) -> Timing:
     )
 
 
-def profile_table(job: Job, case: Case, timings: tuple[Timing, Timing], made: Made, alone: Made) -> str:
+def profile_table(job: Job, case: Case, timings: tuple[Timing, Timing], made: ChunkResult, alone: ChunkResult) -> str:
     """One case: speed-ups from the bound to what was measured, and stage calls in milliseconds.
 
     Args:

@@ -18,24 +18,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.pipeline_job import Case, Job, Made, read_job, warm_up, write_results
+from benchmarks.pipeline_job import Case, ChunkResult, Job, read_job, warm_up, write_results
 from benchmarks.pipeline_model import BenchPipeline, build, model_config, requests
 from benchmarks.pipeline_timing import TimedExecutor
 from engine.engine import Engine
 from engine.heap import settle_heap
-from engine.record import RunTrace
+from engine.record import Recorder
 from models.errors import InputError
-from parallel.failure import BAD_INPUT, STOPPED, GangError
-from parallel.gang import Gang, open_gang
-from parallel.message import HEADER_BYTES
-from parallel.monitor import leave
-from parallel.seat import Seat
-from parallel.stages import stage_range
-
-__all__ = ["main", "make_alone"]
+from parallel.comm.messages import HEADER_BYTES
+from parallel.health.errors import BAD_INPUT, STOPPED, GangError
+from parallel.health.monitor import leave
+from parallel.ranks.environment import RankEnv
+from parallel.ranks.gang import Gang, open_gang
+from parallel.topology.split import stage_range
 
 
-def make_alone(job: Job, pipeline: BenchPipeline, case: Case) -> Made:
+def make_alone(job: Job, pipeline: BenchPipeline, case: Case) -> ChunkResult:
     """Make a case's videos in this process, one after another."""
     timed = None if job.split is None else TimedExecutor(pipeline.model, job.split)
     engine = Engine(pipeline, case.cache, executor=timed)
@@ -48,7 +46,7 @@ def make_alone(job: Job, pipeline: BenchPipeline, case: Case) -> Made:
             made.append(chunk.latents)
         videos.append(time.perf_counter() - began)
         latents.append(_digest(made))
-    return Made(
+    return ChunkResult(
         seconds=sum(videos),
         videos=tuple(videos),
         first_chunk=first,
@@ -58,7 +56,7 @@ def make_alone(job: Job, pipeline: BenchPipeline, case: Case) -> Made:
     )
 
 
-def _make_on_gang(gang: Gang, job: Job, pipeline: BenchPipeline, case: Case, hop: float = 0.0) -> Made | None:
+def _make_on_gang(gang: Gang, job: Job, pipeline: BenchPipeline, case: Case, hop: float = 0.0) -> ChunkResult | None:
     """Make a case's videos with all ranks, all in flight at once; nothing to show for it but on the lead."""
     if not gang.mesh.leads:
         gang.serve(pipeline.stage)
@@ -72,7 +70,7 @@ def _make_on_gang(gang: Gang, job: Job, pipeline: BenchPipeline, case: Case, hop
             first = first or time.perf_counter() - began
             made[one.video].append(one.chunk.latents)
         seconds = time.perf_counter() - began
-    return Made(
+    return ChunkResult(
         seconds=seconds,
         first_chunk=first,
         latents=tuple(_digest(latents) for latents in made),
@@ -82,12 +80,12 @@ def _make_on_gang(gang: Gang, job: Job, pipeline: BenchPipeline, case: Case, hop
     )
 
 
-def _traces(case: Case) -> dict[int, RunTrace]:
+def _traces(case: Case) -> dict[int, Recorder]:
     """Records of the videos that reuse; without reuse a record would make the lead look at distances."""
-    return {number: RunTrace() for number in range(case.videos)} if case.reuses else {}
+    return {number: Recorder() for number in range(case.videos)} if case.reuses else {}
 
 
-def _decisions(traces: dict[int, RunTrace]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+def _decisions(traces: dict[int, Recorder]) -> tuple[tuple[tuple[int, ...], ...], ...]:
     tables = [trace.finish({}).decisions.tolist() for trace in traces.values()]
     return tuple(tuple(tuple(steps) for steps in table) for table in tables)
 
@@ -105,9 +103,9 @@ def _alone(folder: Path, job: Job, rank: int) -> None:
     write_results(folder, rank, [make_alone(job, pipeline, case) for case in job.cases])
 
 
-def _gang(folder: Path, job: Job, seat: Seat) -> None:
+def _gang(folder: Path, job: Job, env: RankEnv) -> None:
     assert job.layout is not None
-    with open_gang(seat, job.layout, trace=job.trace is not None) as gang:
+    with open_gang(env, job.layout, trace=job.trace is not None) as gang:
         layers = stage_range(model_config(job.model), gang.mesh)
         with gang.loading():
             pipeline = build(job.model, layers, decode=job.decode and gang.mesh.leads)
@@ -145,17 +143,17 @@ def _hop(gang: Gang, job: Job, pipeline: BenchPipeline) -> float:
 
 def main(folder: Path) -> None:
     """Do this process's part of the job in a folder."""
-    seat = Seat.from_environment()
-    if seat is None:
+    env = RankEnv.from_environment()
+    if env is None:
         raise InputError("benchmarks.pipeline starts this program: it is of no use alone")
     settle_heap()  # as the command line does
     job = read_job(folder)
     torch.set_num_threads(job.threads)
     try:
         if job.layout is None:
-            _alone(folder, job, seat.rank)
+            _alone(folder, job, env.rank)
         else:
-            _gang(folder, job, seat)
+            _gang(folder, job, env)
     except GangError as error:
         leave(error.failure.status)
     except KeyboardInterrupt:

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from benchmarks.pipeline_job import Case, Made
+from benchmarks.pipeline_job import Case, ChunkResult
 from benchmarks.report import Cell, csv_text, markdown_table
 from benchmarks.verdict import Verdict
-from parallel.mesh import Layout
-
-__all__ = ["CSV", "Row", "barrier_table", "csv", "moved_table", "row_of", "rows_table", "speed_figure", "verdicts"]
+from parallel.topology.mesh import Layout
 
 _PLAIN, _REUSED = 1.75, 1.7
 CSV = (
@@ -38,31 +36,18 @@ CSV = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One case on one layout, over all repeats.
+    """One case on one layout, over all repeats."""
 
-    Attributes:
-        layout: of the gang.
-        case: the videos.
-        seconds: of each repeat.
-        alone: of one process with the same videos, beside each.
-        first_chunk: seconds until the first chunk, median.
-        utilisation: of each stage, share of the time that its ranks are in their layers, mean.
-        other: seconds that the lead was neither in its layers nor waiting, median.
-        sent: bytes that all ranks have sent.
-        calls: of each stage.
-        computed: chunk-steps, as a share of all.
-    """
-
-    layout: Layout
+    layout: Layout  # of the gang
     case: Case
-    seconds: tuple[float, ...]
-    alone: tuple[float, ...]
-    first_chunk: float
-    utilisation: tuple[float, ...]
-    other: float
-    sent: int
-    calls: int
-    computed: float
+    seconds: tuple[float, ...]  # of each repeat
+    alone: tuple[float, ...]  # of one process with the same videos, beside each
+    first_chunk: float  # seconds until the first chunk, median
+    utilisation: tuple[float, ...]  # of each stage, share of the time that its ranks are in their layers, mean
+    other: float  # seconds that the lead was neither in its layers nor waiting, median
+    sent: int  # bytes that all ranks have sent
+    calls: int  # of each stage
+    computed: float  # chunk-steps, as a share of all
 
     @property
     def speed_up(self) -> float:
@@ -75,7 +60,7 @@ class Row:
         return statistics.median(self.seconds)
 
 
-def row_of(layout: Layout, case: Case, made: Sequence[Made], alone: Sequence[float]) -> Row:
+def row_of(layout: Layout, case: Case, made: Sequence[ChunkResult], alone: Sequence[float]) -> Row:
     """Put the repeats of a case together.
 
     Args:

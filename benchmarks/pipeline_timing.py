@@ -15,11 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.pipeline_job import TimedCall, Timing
 from engine.executor import Stage
-from engine.run import Work
-from engine.work import WorkItem
-from models.magi.family import MagiModel
-
-__all__ = ["TimedExecutor"]
+from engine.video import Work, WorkItem
+from models.magi.model import MagiModel
 
 
 class TimedExecutor(Stage):

@@ -22,9 +22,8 @@ from benchmarks.sweep import (
     refined,
 )
 from benchmarks.trial import Case, Studio
-from engine.cache import CacheSettings, Policy
-
-__all__ = ["make_plan"]
+from engine.reuse.policy import Policy
+from engine.reuse.settings import ReuseSettings
 
 _LADDER_CASES, _CALIBRATION_CASES = 2, 4  # prompts that thresholds are found on
 _WIDEST, _NARROWEST = 0.97, 0.38  # computed fractions that the ladder spans, as estimated
@@ -75,7 +74,7 @@ def _rungs(seen: Sequence[Ticks], method: str, grid: Grid) -> list[float]:
     """Thresholds that span all useful fractions. Reuse shrinks the distances of some kinds, so they begin lower."""
 
     def policy(threshold: float) -> Policy:
-        return CacheSettings(policy=method, threshold=threshold, warmup_steps=grid.warmup).new_policy()
+        return ReuseSettings(policy=method, threshold=threshold, warmup_steps=grid.warmup).new_policy()
 
     lowest, highest = (estimate_threshold(seen, policy, fraction) for fraction in (_WIDEST, _NARROWEST))
     return ladder(lowest / 2, highest, grid.rungs)

@@ -32,12 +32,11 @@ from benchmarks.summary import COLUMNS, WORD_COLUMNS, by_word, csv_row, figures
 from engine.engine import Engine
 from engine.request import Request
 from models.errors import InputError
-from models.loading import Loading, load_magi
+from models.loading import load_magi
+from models.magi.pipeline import Loading
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
 from models.pocket.words import Scene, parse_prompt
-
-__all__ = ["Video", "app", "make_videos"]
 
 _SEEDS = 1000  # of noise per seed of the benchmark, so that two runs share none
 
@@ -46,19 +45,12 @@ app = typer.Typer(add_completion=False)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Video:
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        frames: uint8 [F, 64, 64, 3].
-        scene: what was asked for.
-        seed: of the noise.
-        seconds: that making it took.
-    """
-
-    frames: Tensor
-    scene: Scene
-    seed: int
-    seconds: float
+    frames: Tensor  # uint8 [F, 64, 64, 3]
+    scene: Scene  # what was asked for
+    seed: int  # of the noise
+    seconds: float  # that making it took
 
 
 @app.command()

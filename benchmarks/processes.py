@@ -19,8 +19,6 @@ from typing import ParamSpec, TypeVar
 
 from models.errors import InputError
 
-__all__ = ["in_fresh_process", "peak_rss", "reset_peak", "rss"]
-
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _STATUS = Path("/proc/self/status")

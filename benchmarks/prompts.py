@@ -7,8 +7,6 @@ import random
 
 from models.pocket.words import COLOURS, MOTIONS, SHAPES, Scene
 
-__all__ = ["balanced_scenes"]
-
 
 def balanced_scenes(count: int, seed: int) -> list[Scene]:
     """Scenes in which every colour, shape and motion comes up equally often, to within one.

@@ -36,14 +36,12 @@ from benchmarks.report import machine_line, output_folder, run_app, save_figure,
 from benchmarks.sweep import WORK, Grid, Setting, StandIn
 from benchmarks.trial import Case, Studio
 from benchmarks.verdict import verdict_table
-from engine.cache import CacheSettings
+from engine.reuse.settings import ReuseSettings
 from launch.cache_presets import CACHE_FIGURES, CacheName, cache_preset
 from models.errors import InputError
 from models.loading import load_magi
 from models.magi.pipeline import Loading, MagiPipeline
 from models.pocket.preset import pocket_config
-
-__all__ = ["app"]
 
 _MODEL = "magi-pocket"
 _SEEDS = 1000  # of noise per seed of the benchmark, so that two runs share none
@@ -84,7 +82,7 @@ def run(
         share = figures.extrapolate_from if kind is None else 1.0
     chosen = StandIn(kind=str(kind or figures.reuse), extrapolate_from=share)
     grid = Grid(warmup=warmup or figures.warmup_steps, chosen=chosen)
-    CacheSettings(policy="flowcache", reuse=chosen.kind, extrapolate_from=share)  # checks them
+    ReuseSettings(policy="flowcache", reuse=chosen.kind, extrapolate_from=share)  # checks them
     if quick:
         grid = replace(grid, fractions=_QUICK_FRACTIONS, budgets=_QUICK_BUDGETS, rungs=_QUICK_RUNGS)
     output_folder(out)

@@ -14,8 +14,6 @@ from benchmarks.sweep import LEAN, WORK, Setting
 from benchmarks.trial import Trial
 from benchmarks.verdict import Verdict
 
-__all__ = ["FRACTIONS", "csv", "curve_table", "setting_tables", "verdicts"]
-
 FRACTIONS = (0.8, 0.65, 0.5)
 """Computed fractions at which curves are compared."""
 _WORK_TOLERANCE = 0.02

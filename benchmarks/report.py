@@ -18,8 +18,6 @@ from matplotlib.figure import Figure
 
 from models.errors import InputError
 
-__all__ = ["csv_text", "machine_line", "markdown_table", "output_folder", "run_app", "save_figure", "save_text"]
-
 Cell = str | int | float | bool | None
 
 

@@ -24,11 +24,9 @@ from benchmarks.simulate_check import check_stages
 from benchmarks.simulate_cluster import Cluster, Hardware
 from benchmarks.simulate_report import csv, document, throughput_figure
 from benchmarks.simulate_runs import Reuse, Study, layouts_on, reuse_of_record, run_study, sampled_reuse
-from launch.presets import find_preset
 from models.errors import InputError
 from models.magi.config import MagiConfig
-
-__all__ = ["app"]
+from models.magi.presets import find_preset
 
 _FRACTIONS = (0.53, 0.46)
 _CONCURRENCY = (1, 2, 4, 8, 16)

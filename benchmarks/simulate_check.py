@@ -15,37 +15,27 @@ import typer
 from rich.console import Console
 
 from benchmarks.pipeline import plain_and_reused
-from benchmarks.pipeline_job import Case, Job, Made, ModelSpec, launch
+from benchmarks.pipeline_job import Case, ChunkResult, Job, ModelSpec, launch
 from benchmarks.pipeline_model import model_config
 from benchmarks.pipeline_plan import predict, problems
 from benchmarks.pipeline_profile import take_timings
 from benchmarks.report import csv_text, machine_line, markdown_table, save_text
 from benchmarks.verdict import Verdict, verdict_table
-from parallel.failure import GangError
-from parallel.mesh import Layout
-from parallel.stages import stage_sizes
-
-__all__ = ["Compared", "check_stages", "verdict_of"]
+from parallel.health.errors import GangError
+from parallel.topology.mesh import Layout
+from parallel.topology.split import stage_sizes
 
 _STAGES, _PINGS, _OFF = 2, 50, 0.10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compared:
-    """One case.
-
-    Attributes:
-        case: the videos.
-        predicted: seconds, of each repeat.
-        measured: seconds, of each repeat.
-        predicted_busy: of each stage, share of the time.
-        measured_busy: the same.
-    """
+    """One case."""
 
     case: Case
-    predicted: tuple[float, ...]
-    measured: tuple[float, ...]
-    predicted_busy: tuple[float, ...]
+    predicted: tuple[float, ...]  # seconds, of each repeat
+    measured: tuple[float, ...]  # seconds, of each repeat
+    predicted_busy: tuple[float, ...]  # of each stage, share of the time
     measured_busy: tuple[float, ...]
 
     @property
@@ -100,7 +90,7 @@ def check_stages(out: Path, *, quick: bool) -> int:
 def _compare(base: Job, repeats: int, say: Callable[[str], None]) -> tuple[list[Compared], list[str]]:
     layout, sizes = Layout(pp=_STAGES), stage_sizes(model_config(base.model), _STAGES)
     predicted: list[list[float]] = [[] for _ in base.cases]
-    measured: list[list[Made]] = [[] for _ in base.cases]
+    measured: list[list[ChunkResult]] = [[] for _ in base.cases]
     shares: list[tuple[float, ...]] = []
     found: list[str] = []
     for repeat in range(repeats):

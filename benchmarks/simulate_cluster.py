@@ -16,13 +16,11 @@ from benchmarks.flops import pass_flops
 from benchmarks.simulate_data import Machine, VideoPlan
 from benchmarks.simulate_plan import Seconds
 from models.errors import InputError
-from models.family import Pass
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
-from parallel.mesh import Layout
-from parallel.stages import stage_sizes
-
-__all__ = ["Cluster", "Hardware", "Memory"]
+from models.protocols import Pass
+from parallel.topology.mesh import Layout
+from parallel.topology.split import stage_sizes
 
 _CELL, _WIDTH = 8, 2  # pixels of a latent cell; bytes of bf16
 _TEXT = 100  # caption tokens that count
@@ -31,64 +29,39 @@ _VAE_BYTES = 2 * 613_755_239
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hardware:
-    """GPUs of one machine; by default A800s.
+    """GPUs of one machine; by default A800s."""
 
-    Attributes:
-        gpus: how many.
-        peak: bf16 operations per second of one.
-        memory: bytes of one.
-        bandwidth: bytes per second of a GPU's NVLinks, in one direction: half of the 400 GB/s of both.
-        used: share of that which transfers reach.
-        latency: seconds of a message between stages, its header by way of the host.
-        collective: seconds of an all-to-all that carries nothing.
-        doubling: share of the speed that is kept when cp is doubled, communication apart: smaller matrix products, and
-            what every rank does for itself.
-        decide: seconds that the lead takes for a distance and a decision.
-        take: seconds that the lead takes for a velocity that is back.
-    """
-
-    gpus: int = 8
-    peak: float = 312e12
-    memory: float = 80e9
-    bandwidth: float = 200e9
-    used: float = 0.8
-    latency: float = 0.5e-3
-    collective: float = 30e-6
+    gpus: int = 8  # how many
+    peak: float = 312e12  # bf16 operations per second of one
+    memory: float = 80e9  # bytes of one
+    bandwidth: float = 200e9  # bytes per second of a GPU's NVLinks, in one direction: half of the 400 GB/s of both
+    used: float = 0.8  # share of that which transfers reach
+    latency: float = 0.5e-3  # seconds of a message between stages, its header by way of the host
+    collective: float = 30e-6  # seconds of an all-to-all that carries nothing
     doubling: float = 0.95
-    decide: float = 2e-3
-    take: float = 1e-3
+    """Share of the speed that is kept when cp is doubled, communication apart: smaller matrix products, and what every
+    rank does for itself."""
+    decide: float = 2e-3  # seconds that the lead takes for a distance and a decision
+    take: float = 1e-3  # seconds that the lead takes for a velocity that is back
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes on the fullest rank.
+    """Bytes on the fullest rank."""
 
-    Attributes:
-        weights: its layers; on the lead the autoencoder as well.
-        kv: of one video.
-    """
-
-    weights: int
-    kv: int
+    weights: int  # its layers; on the lead the autoencoder as well
+    kv: int  # of one video
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A model on GPUs.
+    """A model on GPUs."""
 
-    Attributes:
-        config: of the model.
-        hardware: the GPUs.
-        pass_seconds: of a full pass of one chunk on one GPU.
-        mfu: share of the peak that it reaches.
-        budget: finished chunks that the KV buffer holds.
-    """
-
-    config: MagiConfig
+    config: MagiConfig  # of the model
     hardware: Hardware
-    pass_seconds: float
-    mfu: float
-    budget: int
+    pass_seconds: float  # of a full pass of one chunk on one GPU
+    mfu: float  # share of the peak that it reaches
+    budget: int  # finished chunks that the KV buffer holds
 
     @property
     def tokens(self) -> int:

@@ -10,54 +10,34 @@ from dataclasses import dataclass
 
 from engine.schedule import Schedule, Tick
 
-__all__ = ["Call", "Machine", "Outcome", "Span", "TickPlan", "VideoPlan", "lay_out"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """One pass of one chunk.
+    """One pass of one chunk."""
 
-    Attributes:
-        seconds: on each stage; embedding belongs to the first, reading out to the last.
-        returns: its velocity counts, so the head waits for it; otherwise it is run for its KV alone.
-        name: of the pass.
-    """
-
-    seconds: tuple[float, ...]
-    returns: bool = True
-    name: str = "denoise"
+    seconds: tuple[float, ...]  # on each stage; embedding belongs to the first, reading out to the last
+    returns: bool = True  # its velocity counts, so the head waits for it; otherwise it is run for its KV alone
+    name: str = "denoise"  # of the pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TickPlan:
-    """The work of one tick.
+    """The work of one tick."""
 
-    Attributes:
-        tick: of the schedule.
-        clean: passes that renew the KV of the chunk that retires.
-        steps: each chunk of the window with its passes, oldest first; no passes for a step that is reused.
-    """
-
-    tick: Tick
-    clean: tuple[Call, ...]
+    tick: Tick  # of the schedule
+    clean: tuple[Call, ...]  # passes that renew the KV of the chunk that retires
     steps: tuple[tuple[int, tuple[Call, ...]], ...]
+    """Each chunk of the window with its passes, oldest first; no passes for a step that is reused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoPlan:
-    """The work of one video.
+    """The work of one video."""
 
-    Attributes:
-        ticks: in order.
-        prefix: passes over the chunks that are given.
-        renews: the KV of a finished chunk is renewed, which has to wait for its last velocity.
-        whole_window: all chunks of a tick are decided at once.
-    """
-
-    ticks: tuple[TickPlan, ...]
-    prefix: tuple[Call, ...] = ()
-    renews: bool = False
-    whole_window: bool = False
+    ticks: tuple[TickPlan, ...]  # in order
+    prefix: tuple[Call, ...] = ()  # passes over the chunks that are given
+    renews: bool = False  # the KV of a finished chunk is renewed, which has to wait for its last velocity
+    whole_window: bool = False  # all chunks of a tick are decided at once
 
     @property
     def calls(self) -> int:
@@ -80,27 +60,16 @@ class VideoPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """What carries the work out, apart from what the calls themselves take.
+    """What carries the work out, apart from what the calls themselves take."""
 
-    Attributes:
-        stages: of the pipeline.
-        latency: seconds of a message that carries nothing.
-        bandwidth: bytes per second of a link, in one direction.
-        hidden_bytes: of a call on its way to the next stage, on one link.
-        velocity_bytes: of a result on its way to the head.
-        decide: seconds that the head takes to decide one chunk's step.
-        take: seconds that the head takes for a velocity that is back.
-        barrier: begin a tick only when the one before is done; for comparison.
-    """
-
-    stages: int
-    latency: float = 0.0
-    bandwidth: float = float("inf")
-    hidden_bytes: float = 0.0
-    velocity_bytes: float = 0.0
-    decide: float = 0.0
-    take: float = 0.0
-    barrier: bool = False
+    stages: int  # of the pipeline
+    latency: float = 0.0  # seconds of a message that carries nothing
+    bandwidth: float = float("inf")  # bytes per second of a link, in one direction
+    hidden_bytes: float = 0.0  # of a call on its way to the next stage, on one link
+    velocity_bytes: float = 0.0  # of a result on its way to the head
+    decide: float = 0.0  # seconds that the head takes to decide one chunk's step
+    take: float = 0.0  # seconds that the head takes for a velocity that is back
+    barrier: bool = False  # begin a tick only when the one before is done; for comparison
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,21 +87,13 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What was simulated.
+    """What was simulated."""
 
-    Attributes:
-        seconds: from the first call to the last result.
-        busy: of each stage, seconds in calls.
-        chunks: of each video, when each of its chunks was finished.
-        calls: of every stage.
-        spans: what each stage did when, if wanted.
-    """
-
-    seconds: float
-    busy: tuple[float, ...]
-    chunks: tuple[tuple[float, ...], ...]
-    calls: int
-    spans: tuple[Span, ...] = ()
+    seconds: float  # from the first call to the last result
+    busy: tuple[float, ...]  # of each stage, seconds in calls
+    chunks: tuple[tuple[float, ...], ...]  # of each video, when each of its chunks was finished
+    calls: int  # of every stage
+    spans: tuple[Span, ...] = ()  # what each stage did when, if wanted
 
     @property
     def utilisation(self) -> tuple[float, ...]:

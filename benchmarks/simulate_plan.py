@@ -1,6 +1,6 @@
 """From a family's sampling and reuse flags to a plan of calls: which passes each chunk's step is made of.
 
-The passes are those that `engine.run.VideoRun` asks for; what each of them takes is handed in. It also makes flags
+The passes are those that `engine.video.VideoRun` asks for; what each of them takes is handed in. It also makes flags
 where there is no record, from a model of how far a chunk moves from step to step, with the real policy deciding.
 """
 
@@ -11,15 +11,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.simulation import Call, VideoPlan, lay_out
-from engine.cache import Decision, Observation
-from engine.cache.policy import ChunkPolicy
+from benchmarks.simulate_data import lay_out
+from benchmarks.simulation import Call, VideoPlan
 from engine.record import NOT_ACTIVE
+from engine.reuse.policy import ChunkPolicy, Decision, Observation
 from engine.schedule import Schedule, Tick
 from models.errors import InputError
-from models.family import Pass, Sampling
-
-__all__ = ["Seconds", "modelled_flags", "plan_video", "recorded_flags"]
+from models.protocols import Pass, Sampling
 
 Seconds = Callable[[Pass, int | None], tuple[float, ...]]
 """What a pass takes on each stage; with the chunk's own step, or None for a pass over a finished chunk."""
@@ -68,7 +66,7 @@ def plan_video(
         return [call(what, step) for what in passes]
 
     def clean(tick: Tick) -> list[Call]:
-        passes = sampling.clean_passes(tick.step_in_stage, prefix=False, text_needed=text_needed(tick))
+        passes = sampling.clean_passes(tick.step_in_quantum, prefix=False, text_needed=text_needed(tick))
         return [call(what, None) for what in passes]
 
     prefix = [
@@ -76,7 +74,7 @@ def plan_video(
         for _ in range(schedule.first)
         for what in sampling.clean_passes(0, prefix=True, text_needed=False)
     ]
-    return lay_out(schedule, steps, clean, renews=sampling.clean_forward, whole_window=whole_window, prefix=prefix)
+    return lay_out(schedule, steps, clean, renews=sampling.clean_pass, whole_window=whole_window, prefix=prefix)
 
 
 def recorded_flags(flags: np.ndarray, schedule: Schedule, recorded: Schedule) -> np.ndarray:

@@ -9,9 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.report import Cell, csv_text, markdown_table
 from benchmarks.simulate_runs import Reuse, Run, Study, run_study, whole_plan
-from parallel.mesh import Layout
-
-__all__ = ["csv", "document", "throughput_figure"]
+from parallel.topology.mesh import Layout
 
 _COLOURS = ("#27548a", "#d55e00", "#009e73", "#cc79a7", "#f3b23f", "#444444")
 _DOUBLINGS = (1.0, 0.95, 0.9, 0.85, 0.8)

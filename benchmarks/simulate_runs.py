@@ -17,9 +17,7 @@ from engine.schedule import Schedule
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.sampling import MagiSampling
-from parallel.mesh import Layout
-
-__all__ = ["Reuse", "Run", "Study", "layouts_on", "reuse_of_record", "run_study", "sampled_reuse", "whole_plan"]
+from parallel.topology.mesh import Layout
 
 _SEEDS = 4  # different videos; more of them are the same again
 _POWERS = (1, 2, 4, 8, 16, 32, 64)
@@ -27,21 +25,13 @@ _POWERS = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
-    """What is simulated.
+    """What is simulated."""
 
-    Attributes:
-        cluster: the model on its GPUs.
-        chunks: of each video.
-        steps: of each chunk.
-        layouts: of a gang; there are as many gangs as fit onto the GPUs.
-        concurrency: videos in flight, over all gangs.
-    """
-
-    cluster: Cluster
-    chunks: int
-    steps: int
-    layouts: tuple[Layout, ...]
-    concurrency: tuple[int, ...]
+    cluster: Cluster  # the model on its GPUs
+    chunks: int  # of each video
+    steps: int  # of each chunk
+    layouts: tuple[Layout, ...]  # of a gang; there are as many gangs as fit onto the GPUs
+    concurrency: tuple[int, ...]  # videos in flight, over all gangs
 
     @property
     def schedule(self) -> Schedule:
@@ -51,9 +41,7 @@ class Study:
 
     def sampling(self, *, lean: bool) -> MagiSampling:
         """The passes; `lean` without clean and copy passes, as runs with reuse have it."""
-        return MagiSampling(
-            config=self.cluster.config, num_steps=self.steps, clean_forward=not lean, nearly_clean_mix=not lean
-        )
+        return MagiSampling(config=self.cluster.config, num_steps=self.steps, clean_pass=not lean, copy_pass=not lean)
 
     def gangs(self, layout: Layout) -> int:
         """Gangs of a layout."""
@@ -62,15 +50,10 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Reuse:
-    """Which steps are computed.
+    """Which steps are computed."""
 
-    Attributes:
-        name: what it is called.
-        flags: of different videos, [ticks, chunks] each; none for computing everything.
-    """
-
-    name: str
-    flags: tuple[np.ndarray, ...] = ()
+    name: str  # what it is called
+    flags: tuple[np.ndarray, ...] = ()  # of different videos, [ticks, chunks] each; none for computing everything
 
     @property
     def computed(self) -> float:
@@ -82,29 +65,17 @@ class Reuse:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One layout, one kind of reuse, one number of videos.
+    """One layout, one kind of reuse, one number of videos."""
 
-    Attributes:
-        layout: of each gang.
-        gangs: that have something to do.
-        reuse: its name.
-        videos: in flight, over all gangs, begun together.
-        seconds: until all are made.
-        first_chunk: seconds until the first chunk of the first video.
-        utilisation: of each stage of the first gang.
-        chunks: made in all.
-        alone: seconds of the same videos on one GPU.
-    """
-
-    layout: Layout
-    gangs: int
+    layout: Layout  # of each gang
+    gangs: int  # that have something to do
     reuse: str
-    videos: int
-    seconds: float
-    first_chunk: float
-    utilisation: tuple[float, ...]
-    chunks: int
-    alone: float
+    videos: int  # in flight, over all gangs, begun together
+    seconds: float  # until all are made
+    first_chunk: float  # seconds until the first chunk of the first video
+    utilisation: tuple[float, ...]  # of each stage of the first gang
+    chunks: int  # made in all
+    alone: float  # seconds of the same videos on one GPU
 
     @property
     def per_chunk(self) -> float:

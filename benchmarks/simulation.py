@@ -1,8 +1,8 @@
 """Videos on a pipeline of stages, in simulated time: when each stage works, and when each chunk is finished.
 
-The order of work is that of `parallel.order` and `parallel.head`: items in the order (tick, chunk, pass), the next one
-begun as soon as its chunk's own velocity is back, several videos first ready first, reused steps without any item. What
-a call takes on each stage, and what a link takes, is handed in.
+The order of work is that of `engine.order` and `parallel.ranks.leader`: items in the order (tick, chunk, pass), the
+next one begun as soon as its chunk's own velocity is back, several videos first ready first, reused steps without any
+item. What a call takes on each stage, and what a link takes, is handed in.
 
 Stages and links serve in order of arrival and nothing is lost or overtaken, so a call's whole way through the pipeline
 is known when the head begins it; only the head has to be stepped through. Plain Python, no torch, no randomness.
@@ -15,10 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from benchmarks.simulate_data import Call, Machine, Outcome, Span, TickPlan, VideoPlan, lay_out
+from benchmarks.simulate_data import Call, Machine, Outcome, Span, VideoPlan
 from engine.schedule import Tick
-
-__all__ = ["Call", "Machine", "Outcome", "Span", "TickPlan", "VideoPlan", "lay_out", "simulate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +27,7 @@ class _Item:
 
 
 class _Order:
-    """Walks through one video as `parallel.order.WorkOrder` does."""
+    """Walks through one video as `engine.order.WorkOrder` does."""
 
     def __init__(self, plan: VideoPlan, *, barrier: bool) -> None:
         self._plan, self._barrier = plan, barrier
@@ -148,7 +146,7 @@ class _Pipeline:
 
 @dataclass(slots=True)
 class _Head:
-    """The head's loop, as `parallel.head.Head.pump` has it."""
+    """The head's loop, as `parallel.ranks.leader.Leader.pump` has it."""
 
     pipeline: _Pipeline
     plans: Iterator[tuple[int, VideoPlan]]

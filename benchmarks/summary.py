@@ -14,8 +14,6 @@ from benchmarks.adherence import Adherence
 from benchmarks.report import Cell
 from models.pocket.words import COLOURS, MOTIONS, SHAPES
 
-__all__ = ["BORDER_PIXELS", "COLUMNS", "Figure", "WORD_COLUMNS", "by_word", "csv_row", "figures", "percentile"]
-
 COLOUR_SHARE, DIRECTION_SHARE, BORDER_PIXELS = 0.9, 0.8, 2.0  # what the project holds itself to
 
 COLUMNS = (
@@ -28,21 +26,13 @@ WORD_COLUMNS = ("word", "videos", "colour right", "direction right", "shape righ
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
-    """One line of the result.
+    """One line of the result."""
 
-    Attributes:
-        name: what was measured.
-        value: the figure.
-        unit: `share`, `px` or nothing.
-        least: it must be at least this.
-        most: it must be at most this.
-    """
-
-    name: str
+    name: str  # what was measured
     value: float
-    unit: str = ""
-    least: float | None = None
-    most: float | None = None
+    unit: str = ""  # `share`, `px` or nothing
+    least: float | None = None  # it must be at least this
+    most: float | None = None  # it must be at most this
 
     @property
     def passed(self) -> bool | None:

@@ -13,15 +13,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from engine.cache import CacheSettings, Decision, Observation, Policy
-from engine.cache.reuse import KINDS
-from engine.kv import KVSettings
-from engine.record import RunTrace
-
-__all__ = [
-    *("LEAN", "METHODS", "VANILLA", "WORK", "Grid", "ObservationLog", "STAND_INS", "Setting", "StandIn", "Ticks"),
-    *("calibrate", "estimate_threshold", "ladder", "refined"),
-]
+from engine.kv.settings import KVSettings
+from engine.record import Recorder
+from engine.reuse.memory import KINDS
+from engine.reuse.policy import Decision, Observation, Policy
+from engine.reuse.settings import ReuseSettings
 
 METHODS = ("flowcache", "teacache")
 VANILLA, LEAN = "vanilla", "lean"
@@ -37,15 +33,11 @@ Ticks = Sequence[Sequence[Observation]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StandIn:
-    """What stands in for a step that is not computed.
-
-    Attributes:
-        kind: of reuse.
-        extrapolate_from: share of the threshold above which it is extrapolated in place of that; 1 never does.
-    """
+    """What stands in for a step that is not computed."""
 
     kind: str
     extrapolate_from: float = 1.0
+    """Share of the threshold above which it is extrapolated in place of that; 1 never does."""
 
     @property
     def label(self) -> str:
@@ -61,25 +53,16 @@ STAND_INS = (*(StandIn(kind=kind) for kind in KINDS), StandIn(kind="velocity", e
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """One way to make a video.
+    """One way to make a video."""
 
-    Attributes:
-        method: policy of reuse, or `none`.
-        kind: what stands in for a reused step.
-        extrapolate_from: see `StandIn`.
-        threshold: of the policy.
-        warmup: first steps that are computed.
-        passes: `vanilla` has the clean and the context-free passes, `lean` neither, as the published reuse runs.
-        budget: of the KV buffer in chunks; None holds what the model's own range asks for.
-    """
-
-    method: str = "none"
-    kind: str = "residual"
-    extrapolate_from: float = 1.0
-    threshold: float = 0.0
-    warmup: int = 1
+    method: str = "none"  # policy of reuse, or `none`
+    kind: str = "residual"  # what stands in for a reused step
+    extrapolate_from: float = 1.0  # see `StandIn`
+    threshold: float = 0.0  # of the policy
+    warmup: int = 1  # first steps that are computed
     passes: str = VANILLA
-    budget: int | None = None
+    """`vanilla` has the clean and the context-free passes, `lean` neither, as the published reuse runs."""
+    budget: int | None = None  # of the KV buffer in chunks; None holds what the model's own range asks for
 
     @property
     def stand_in(self) -> StandIn:
@@ -87,17 +70,17 @@ class Setting:
         return StandIn(kind=self.kind, extrapolate_from=self.extrapolate_from)
 
     @property
-    def cache(self) -> CacheSettings:
+    def cache(self) -> ReuseSettings:
         """The engine's settings of reuse."""
         extra = self.passes == VANILLA
-        return CacheSettings(
+        return ReuseSettings(
             policy=self.method,
             threshold=self.threshold,
             warmup_steps=self.warmup,
             reuse=self.kind,
             extrapolate_from=self.extrapolate_from,
-            clean_forward=extra,
-            nearly_clean_mix=extra,
+            clean_pass=extra,
+            copy_pass=extra,
         )
 
     @property
@@ -113,21 +96,13 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """What is swept.
+    """What is swept."""
 
-    Attributes:
-        warmup: first steps that are computed.
-        chosen: what stands in for a reused step in the presets.
-        fractions: computed fractions that thresholds of the curves aim at.
-        budgets: of the KV buffer.
-        rungs: thresholds that are tried to find those of the curves.
-    """
-
-    warmup: int
-    chosen: StandIn
-    fractions: tuple[float, ...] = (0.9, 0.8, 0.65, 0.5, 0.4)
-    budgets: tuple[int, ...] = (1, 2, 3, 4)
-    rungs: int = 9
+    warmup: int  # first steps that are computed
+    chosen: StandIn  # what stands in for a reused step in the presets
+    fractions: tuple[float, ...] = (0.9, 0.8, 0.65, 0.5, 0.4)  # computed fractions that thresholds of the curves aim at
+    budgets: tuple[int, ...] = (1, 2, 3, 4)  # of the KV buffer
+    rungs: int = 9  # thresholds that are tried to find those of the curves
 
     @property
     def stand_ins(self) -> tuple[StandIn, ...]:
@@ -164,7 +139,7 @@ class Grid:
         return tuple(dict.fromkeys(found))
 
 
-class ObservationLog(RunTrace):
+class ObservationLog(Recorder):
     """Keeps what a policy would see, tick by tick."""
 
     def __init__(self) -> None:

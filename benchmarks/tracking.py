@@ -19,8 +19,6 @@ from torch import Tensor
 from models.pocket.clips import RADIUS, SIDE, Objects, render
 from models.pocket.words import COLOURS, SHAPES
 
-__all__ = ["Line", "Track", "direction", "fit_line", "shape_overlap", "stray_share", "track", "wrap"]
-
 _SEEN = 0.25  # chroma from which a pixel counts as coloured; the six colours have 0.58 to 0.77, grey has 0
 _FAINT = 0.2  # coverage below this is taken for noise
 _MIN_AREA = 60.0  # pixels; a whole object has about 400

@@ -23,13 +23,11 @@ from benchmarks.sweep import LEAN, VANILLA, ObservationLog, Setting, Ticks
 from engine.engine import Engine, Progress
 from engine.executor import LocalExecutor
 from engine.noise import SeededNoise
-from engine.record import RunTrace
+from engine.record import Recorder
 from engine.request import Request
 from models.magi.pipeline import MagiPipeline
 from models.pocket.clips import SIDE
 from models.pocket.words import Scene
-
-__all__ = ["Case", "Studio", "Trial", "Video"]
 
 _GROUP = 6  # settings between two runs of what they are compared with
 
@@ -58,72 +56,40 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Video:
-    """Latents [1, C, T, h, w] of a whole video and what they cost.
+    """Latents [1, C, T, h, w] of a whole video and what they cost."""
 
-    Attributes:
-        latents: on the CPU.
-        seconds: of denoising.
-        computed: computed chunk-steps as a share of all.
-        items: passes through the layers.
-        flops: of these passes.
-    """
-
-    latents: Tensor
+    latents: Tensor  # on the CPU
     seconds: float
-    computed: float
-    items: int
-    flops: int
+    computed: float  # computed chunk-steps as a share of all
+    items: int  # passes through the layers
+    flops: int  # of these passes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """One setting on one prompt.
+    """One setting on one prompt."""
 
-    Attributes:
-        setting: what was run.
-        prompt: the text.
-        seed: of the noise.
-        computed: computed chunk-steps as a share of all.
-        items: passes through the layers.
-        tflop: their operations, in 10^12.
-        work: the same as a share of vanilla.
-        seconds: of denoising.
-        decode_seconds: of turning the latents into frames.
-        plain_seconds: of denoising without reuse, with the same passes and KV, in the same minute.
-        vanilla_seconds: the same with vanilla.
-        psnr: of the frames against those without reuse, with the same passes and KV.
-        ssim: likewise.
-        latent_error: relative L2, likewise.
-        psnr_uncompressed: against no reuse and no compression, with the same passes.
-        psnr_vanilla: against vanilla.
-        ssim_vanilla: likewise.
-        colour_right: the prompt's colour was seen.
-        motion_right: the object moves as asked.
-        whole: one object of the right shape.
-        border_error: mean jump at chunk borders, pixels.
-    """
-
-    setting: Setting
+    setting: Setting  # what was run
     prompt: str
-    seed: int
-    computed: float
-    items: int
-    tflop: float
-    work: float
+    seed: int  # of the noise
+    computed: float  # computed chunk-steps as a share of all
+    items: int  # passes through the layers
+    tflop: float  # their operations, in 10^12
+    work: float  # the same as a share of vanilla
     seconds: float
-    decode_seconds: float
-    plain_seconds: float
-    vanilla_seconds: float
-    psnr: float
-    ssim: float
-    latent_error: float
-    psnr_uncompressed: float
-    psnr_vanilla: float
-    ssim_vanilla: float
-    colour_right: bool
-    motion_right: bool
-    whole: bool
-    border_error: float
+    decode_seconds: float  # of turning the latents into frames
+    plain_seconds: float  # of denoising without reuse, with the same passes and KV, in the same minute
+    vanilla_seconds: float  # the same with vanilla
+    psnr: float  # of the frames against those without reuse, with the same passes and KV
+    ssim: float  # likewise
+    latent_error: float  # relative L2, likewise
+    psnr_uncompressed: float  # against no reuse and no compression, with the same passes
+    psnr_vanilla: float  # against vanilla
+    ssim_vanilla: float  # likewise
+    colour_right: bool  # the prompt's colour was seen
+    motion_right: bool  # the object moves as asked
+    whole: bool  # one object of the right shape
+    border_error: float  # mean jump at chunk borders, pixels
 
 
 class Studio:
@@ -136,7 +102,7 @@ class Studio:
     def __init__(self, pipeline: MagiPipeline) -> None:
         self._pipeline = pipeline
 
-    def make(self, setting: Setting, case: Case, trace: RunTrace | None = None) -> Video:
+    def make(self, setting: Setting, case: Case, trace: Recorder | None = None) -> Video:
         """Denoise a video."""
         pipeline = self._pipeline
         executor = CountingExecutor(LocalExecutor(pipeline.model), pipeline.config.model_config)

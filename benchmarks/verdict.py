@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from benchmarks.report import markdown_table
 
-__all__ = ["Verdict", "verdict_table"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:

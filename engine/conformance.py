@@ -15,22 +15,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.cache import CacheSettings
-from engine.engine import Autoencoder, Engine, OnProgress, Pipeline
+from engine.engine import Engine, OnProgress
 from engine.kv.selection import Granularity, SelectionSettings, select
 from engine.noise import GivenNoise, NoiseSource
-from engine.record import RunTrace
+from engine.prepare import Autoencoder, Pipeline
+from engine.record import Recorder
 from engine.request import Request
+from engine.reuse.settings import ReuseSettings
 from models.attention import Attention
 from models.errors import InputError
-from models.family import CaptionTable
-from models.magi.checkpoint import load_dit
 from models.magi.config import MagiConfig
-from models.magi.family import FixedCaptions, MagiModel
+from models.magi.model import FixedCaptions, MagiModel
 from models.magi.sampling import MagiSampling
 from models.magi.vae import VaeConfig, ViTVAE
-
-__all__ = ["LatentEngine", "Runner", "Verdict", "check_file", "load_stage"]
+from models.magi.weights import load_dit
+from models.protocols import CaptionTable
 
 TOLERANCE = 1e-4
 DECODED_TOLERANCE = 1e-2  # stored as fp16
@@ -39,21 +38,13 @@ _CELL = 8  # pixels
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What a golden file says of the engine.
+    """What a golden file says of the engine."""
 
-    Attributes:
-        name: of the file, without its ending.
-        kind: of the case.
-        error: the largest relative error (Frobenius) among the latents.
-        detail: what was compared, in words.
-        passed: whether everything agrees.
-    """
-
-    name: str
-    kind: str
-    error: float
-    detail: str
-    passed: bool
+    name: str  # of the file, without its ending
+    kind: str  # of the case
+    error: float  # the largest relative error (Frobenius) among the latents
+    detail: str  # what was compared, in words
+    passed: bool  # whether everything agrees
 
 
 class LatentEngine(Protocol):
@@ -66,12 +57,12 @@ class LatentEngine(Protocol):
         prefix: Tensor | None,
         noise: NoiseSource,
         on_progress: OnProgress | None = None,
-        trace: RunTrace | None = None,
+        trace: Recorder | None = None,
     ) -> Iterator[Tensor]:
         """Latents [1, C, t, h, w], chunk by chunk."""
 
 
-def _local_engine(pipeline: Pipeline, cache: CacheSettings) -> LatentEngine:
+def _local_engine(pipeline: Pipeline, cache: ReuseSettings) -> LatentEngine:
     return Engine(pipeline, cache)
 
 
@@ -81,17 +72,12 @@ def _all_layers(config: MagiConfig) -> range | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Runner:
-    """Where cases of generation are run.
+    """Where cases of generation are run."""
 
-    Attributes:
-        engine: makes the engine for a case, of its model and its reuse settings.
-        layers: which layers of a model are loaded here; None for all.
-        device: where to run.
-    """
-
-    engine: Callable[[Pipeline, CacheSettings], LatentEngine] = _local_engine
-    layers: Callable[[MagiConfig], range | None] = _all_layers
-    device: str = "cpu"
+    engine: Callable[[Pipeline, ReuseSettings], LatentEngine] = _local_engine
+    """Makes the engine for a case, of its model and its reuse settings."""
+    layers: Callable[[MagiConfig], range | None] = _all_layers  # which layers of a model are loaded here; None for all
+    device: str = "cpu"  # where to run
 
 
 _HERE = Runner()
@@ -195,10 +181,8 @@ class _LatentPipeline:
     def attention(self) -> Attention:
         return self.model.dit.attention
 
-    def sampling(self, num_steps: int, *, clean_forward: bool, nearly_clean_mix: bool) -> MagiSampling:
-        return MagiSampling(
-            config=self._config, num_steps=num_steps, clean_forward=clean_forward, nearly_clean_mix=nearly_clean_mix
-        )
+    def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> MagiSampling:
+        return MagiSampling(config=self._config, num_steps=num_steps, clean_pass=clean_pass, copy_pass=copy_pass)
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -232,7 +216,7 @@ def _check_generation(golden: _Golden, runner: Runner) -> Verdict:
         seed=0,
     )
     given = None if prefix is None else prefix.to(config.model_config.dtype)
-    trace = RunTrace()
+    trace = Recorder()
     made = list(engine.generate_latents(request, captions, given, GivenNoise(noise.cpu()), trace=trace))
     expected = list(golden.named("output.chunk.").values())
     if len(made) != len(expected):
@@ -247,12 +231,16 @@ def _check_generation(golden: _Golden, runner: Runner) -> Verdict:
     return _verdict(golden, error=error, detail=detail, passed=equal and error <= TOLERANCE)
 
 
-def _cache_settings(golden: _Golden) -> CacheSettings:
-    given = golden.json("cache")
-    known = {field.name for field in fields(CacheSettings)}
+_PUBLISHED = {"clean_forward": "clean_pass", "nearly_clean_mix": "copy_pass"}
+"""Settings whose names in golden files are those of the published code."""
+
+
+def _cache_settings(golden: _Golden) -> ReuseSettings:
+    given = {_PUBLISHED.get(name, name): value for name, value in golden.json("cache").items()}
+    known = {field.name for field in fields(ReuseSettings)}
     if unknown := set(given) - known:
         raise InputError(f"{golden.path}: unknown cache setting {', '.join(sorted(unknown))}")
-    return CacheSettings(**given)
+    return ReuseSettings(**given)
 
 
 def _check_vae(golden: _Golden) -> Verdict:

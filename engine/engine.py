@@ -12,36 +12,30 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.cache import CacheSettings, Decision
 from engine.executor import Admission, Executor, LocalExecutor
-from engine.kv import KVBuffer, KVSettings
+from engine.kv.buffer import KVBuffer
+from engine.kv.settings import KVSettings
 from engine.noise import NoiseSource
-from engine.prepare import Autoencoder, Encoded, Pipeline, encode, prepare
-from engine.record import RunTrace
+from engine.prepare import Encoded, Pipeline, encode, prepare
+from engine.record import Recorder
 from engine.request import Request
-from engine.run import VideoRun, Work
+from engine.reuse.policy import Decision
+from engine.reuse.settings import ReuseSettings
 from engine.schedule import Schedule, Tick
-from models.family import CaptionTable
+from engine.video import VideoRun, Work
+from models.protocols import CaptionTable
 
-__all__ = ["Autoencoder", "Chunk", "Engine", "OnProgress", "Pipeline", "Progress", "Totals"]
-
-_NO_CACHE, _OWN_RANGE = CacheSettings(), KVSettings()
+_NO_CACHE, _OWN_RANGE = ReuseSettings(), KVSettings()
 OnProgress = Callable[["Progress"], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """A finished chunk.
+    """A finished chunk."""
 
-    Attributes:
-        index: 0 for the first that is handed out.
-        latents: [1, C, t, h, w] fp32.
-        frames: uint8 [F, H, W, 3].
-    """
-
-    index: int
-    latents: Tensor
-    frames: Tensor
+    index: int  # 0 for the first that is handed out
+    latents: Tensor  # [1, C, t, h, w] fp32
+    frames: Tensor  # uint8 [F, H, W, 3]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,31 +49,18 @@ class Totals:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How far a video is, after a tick.
+    """How far a video is, after a tick."""
 
-    Attributes:
-        tick: ticks done.
-        ticks: of the whole video.
-        chunks_done: finished chunks.
-        chunks: of the whole video.
-        step: steps done of the oldest chunk.
-        num_steps: steps of a chunk.
-        items_done: passes through the layers so far.
-        computed_fraction: computed chunk-steps as a share of all so far.
-        kv_fill: share of the KV buffer's rows in use.
-        kv_bytes: size of the KV buffers.
-    """
-
-    tick: int
-    ticks: int
-    chunks_done: int
-    chunks: int
-    step: int
-    num_steps: int
-    items_done: int
-    computed_fraction: float
-    kv_fill: float
-    kv_bytes: int
+    tick: int  # ticks done
+    ticks: int  # of the whole video
+    chunks_done: int  # finished chunks
+    chunks: int  # of the whole video
+    step: int  # steps done of the oldest chunk
+    num_steps: int  # steps of a chunk
+    items_done: int  # passes through the layers so far
+    computed_fraction: float  # computed chunk-steps as a share of all so far
+    kv_fill: float  # share of the KV buffer's rows in use
+    kv_bytes: int  # size of the KV buffers
 
     @classmethod
     def of(
@@ -113,7 +94,7 @@ class Engine:
     def __init__(
         self,
         pipeline: Pipeline,
-        cache: CacheSettings = _NO_CACHE,
+        cache: ReuseSettings = _NO_CACHE,
         kv: KVSettings = _OWN_RANGE,
         executor: Executor | None = None,
     ) -> None:
@@ -122,7 +103,7 @@ class Engine:
         self._requests = 0
 
     def generate(
-        self, request: Request, on_progress: OnProgress | None = None, trace: RunTrace | None = None
+        self, request: Request, on_progress: OnProgress | None = None, trace: Recorder | None = None
     ) -> Iterator[Chunk]:
         """Make a video, chunk by chunk.
 
@@ -150,7 +131,7 @@ class Engine:
         prefix: Tensor | None,
         noise: NoiseSource,
         on_progress: OnProgress | None = None,
-        trace: RunTrace | None = None,
+        trace: Recorder | None = None,
     ) -> Iterator[Tensor]:
         """Make a video's latents [1, C, t, h, w] from what is encoded already; arguments as in `generate`."""
         number = self._requests
@@ -172,7 +153,7 @@ class Engine:
             self._executor.release(number)
 
     def _ticks(
-        self, run: VideoRun, kv: KVBuffer, on_progress: OnProgress | None, trace: RunTrace | None
+        self, run: VideoRun, kv: KVBuffer, on_progress: OnProgress | None, trace: Recorder | None
     ) -> Iterator[Tensor]:
         schedule = run.schedule
         if trace is not None:
@@ -194,7 +175,7 @@ class Engine:
             if finished is not None and finished.shape[2]:
                 yield finished
 
-    def _tick(self, run: VideoRun, kv: KVBuffer, tick: Tick, totals: Totals, trace: RunTrace | None) -> Totals:
+    def _tick(self, run: VideoRun, kv: KVBuffer, tick: Tick, totals: Totals, trace: Recorder | None) -> Totals:
         items = self._run_all(run.begin(tick), kv, trace)
         computed = 0
         decided = run.decide(tick)
@@ -212,12 +193,12 @@ class Engine:
             items=totals.items + items, computed=totals.computed + computed, steps=totals.steps + len(decided)
         )
 
-    def _run_all(self, work: list[Work], kv: KVBuffer, trace: RunTrace | None) -> int:
+    def _run_all(self, work: list[Work], kv: KVBuffer, trace: Recorder | None) -> int:
         for one in work:
             self._run_one(one, kv, trace)
         return len(work)
 
-    def _run_one(self, work: Work, kv: KVBuffer, trace: RunTrace | None) -> Tensor:
+    def _run_one(self, work: Work, kv: KVBuffer, trace: Recorder | None) -> Tensor:
         """Run an item; chunks that retire do so with the first item after it, which may be some ticks later."""
         velocity = self._executor.run(work)
         retired = [op.chunk for op in work.item.before if op.kind == "retire"]

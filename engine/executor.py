@@ -12,13 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.kv import KVBuffer
-from engine.run import Work
-from engine.work import WorkItem
-from models.family import CaptionTable, VideoModel
+from engine.kv.buffer import KVBuffer
+from engine.video import Work, WorkItem
 from models.magi.layer import KVView
-
-__all__ = ["Admission", "Executor", "LocalExecutor", "Stage", "TokenShare"]
+from models.protocols import CaptionTable, VideoModel
 
 
 class TokenShare(Protocol):
@@ -34,19 +31,12 @@ class TokenShare(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Admission:
-    """What an executor holds for one request.
+    """What an executor holds for one request."""
 
-    Attributes:
-        kv: its KV buffers.
-        captions: its texts, on the model's device.
-        grid: latent (T, h, w) of a chunk.
-        share: the tokens that are computed here; None for all.
-    """
-
-    kv: KVBuffer
-    captions: CaptionTable
-    grid: tuple[int, int, int]
-    share: TokenShare | None = None
+    kv: KVBuffer  # its KV buffers
+    captions: CaptionTable  # its texts, on the model's device
+    grid: tuple[int, int, int]  # latent (T, h, w) of a chunk
+    share: TokenShare | None = None  # the tokens that are computed here; None for all
 
 
 class Executor(Protocol):

@@ -13,8 +13,6 @@ from __future__ import annotations
 import ctypes
 import sys
 
-__all__ = ["settle_heap"]
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _APART = 4 << 20
 """Blocks of so many bytes are taken from the system one by one."""

@@ -10,8 +10,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["GivenNoise", "NoiseSource", "SeededNoise"]
-
 
 class NoiseSource(Protocol):
     """Where a chunk's noise comes from."""

@@ -12,16 +12,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.cache import CacheSettings
-from engine.kv import KVPlan, KVSettings
+from engine.kv.plan import KVPlan
+from engine.kv.settings import KVSettings
 from engine.noise import NoiseSource, SeededNoise
 from engine.request import Prefix, Request
-from engine.run import Reuse, VideoRun, VideoShape, clean_capacity
+from engine.reuse.settings import ReuseSettings
+from engine.video import Reuse, VideoRun, VideoShape, clean_capacity
 from models.attention import Attention
 from models.errors import InputError
-from models.family import CaptionTable, Sampling, VideoModel
-
-__all__ = ["Autoencoder", "Encoded", "Pipeline", "Prepared", "encode", "prepare"]
+from models.protocols import CaptionTable, Sampling, VideoModel
 
 
 class Autoencoder(Protocol):
@@ -35,7 +34,7 @@ class Autoencoder(Protocol):
 
 
 class Pipeline(Protocol):
-    """A loaded model with all that turns a request into latents and latents into frames."""
+    """A loaded model with all that quanta a request into latents and latents into frames."""
 
     @property
     def model(self) -> VideoModel:
@@ -53,7 +52,7 @@ class Pipeline(Protocol):
     def patch_pixels(self) -> int:
         """Pixels of a latent cell's side."""
 
-    def sampling(self, num_steps: int, *, clean_forward: bool, nearly_clean_mix: bool) -> Sampling:
+    def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> Sampling:
         """How to denoise with that many steps, with or without the passes that reuse may leave out."""
 
     def captions(self, prompt: str) -> CaptionTable:
@@ -62,17 +61,11 @@ class Pipeline(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoded:
-    """A request as the model reads it.
-
-    Attributes:
-        captions: its texts.
-        prefix: latents [1, C, P, h, w] to go on from.
-        noise: where the chunks start.
-    """
+    """A request as the model reads it."""
 
     captions: CaptionTable
-    prefix: Tensor | None
-    noise: NoiseSource
+    prefix: Tensor | None  # latents [1, C, P, h, w] to go on from
+    noise: NoiseSource  # where the chunks start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +93,7 @@ def prepare(
     encoded: Encoded,
     *,
     number: int,
-    cache: CacheSettings,
+    cache: ReuseSettings,
     kv: KVSettings,
     observe: bool,
 ) -> Prepared:
@@ -118,9 +111,7 @@ def prepare(
     Raises:
         InputError: the model cannot make what is asked for.
     """
-    sampling = pipeline.sampling(
-        request.num_steps, clean_forward=cache.clean_forward, nearly_clean_mix=cache.nearly_clean_mix
-    )
+    sampling = pipeline.sampling(request.num_steps, clean_pass=cache.clean_pass, copy_pass=cache.copy_pass)
     run = VideoRun(
         number,
         _shape(pipeline, request, sampling, encoded.prefix),

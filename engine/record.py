@@ -20,11 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from engine.cache import Decision, Observation
+from engine.reuse.policy import Decision, Observation
 from engine.schedule import Schedule
 from models.errors import InputError
-
-__all__ = ["NOT_ACTIVE", "RunRecord", "RunTrace"]
 
 NOT_ACTIVE = 255
 """In `flags`: the chunk was not in the window. 0 is computed, 1 reused, 2 extrapolated."""
@@ -36,27 +34,17 @@ _DAMAGE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZip
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
-    """A finished record.
+    """A finished record."""
 
-    Attributes:
-        settings: what was asked for, as plain JSON values.
-        span: int64 [4], the schedule: first chunk that was made, all chunks, steps of a chunk, window.
-        decisions: uint8 [made chunks, steps], see `NOT_ACTIVE`.
-        changes: float32 [made chunks, steps], relative L1; NaN where none was taken.
-        tick_seconds: float64 [ticks].
-        tick_items: int32 [ticks], passes through the layers.
-        fill: float32 [ticks], share of the KV buffer's rows in use at the tick's end.
-        held: float64 [entries, 3]: after which chunk retired, of which chunk, what share of its tokens was still held.
-    """
-
-    settings: Mapping[str, Any]
-    span: np.ndarray
-    decisions: np.ndarray
-    changes: np.ndarray
-    tick_seconds: np.ndarray
-    tick_items: np.ndarray
-    fill: np.ndarray
+    settings: Mapping[str, Any]  # what was asked for, as plain JSON values
+    span: np.ndarray  # int64 [4], the schedule: first chunk that was made, all chunks, steps of a chunk, window
+    decisions: np.ndarray  # uint8 [made chunks, steps], see `NOT_ACTIVE`
+    changes: np.ndarray  # float32 [made chunks, steps], relative L1; NaN where none was taken
+    tick_seconds: np.ndarray  # float64 [ticks]
+    tick_items: np.ndarray  # int32 [ticks], passes through the layers
+    fill: np.ndarray  # float32 [ticks], share of the KV buffer's rows in use at the tick's end
     held: np.ndarray
+    """Float64 [entries, 3]: after which chunk retired, of which chunk, what share of its tokens was still held."""
 
     @property
     def schedule(self) -> Schedule:
@@ -175,7 +163,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         return {name: arrays[name] for name in _ARRAYS}
 
 
-class RunTrace:
+class Recorder:
     """A record in the making; the engine tells it what happens."""
 
     def __init__(self) -> None:

@@ -9,20 +9,14 @@ from torch import Tensor
 
 from models.errors import InputError
 
-__all__ = ["Prefix", "Request"]
-
 SIZE_STEP = 16  # pixels: the autoencoder's 8 times the model's patch of 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prefix:
-    """Frames that the video goes on from: one for image to video, more for video to video.
+    """Frames that the video goes on from: one for image to video, more for video to video."""
 
-    Attributes:
-        frames: uint8 [F, H, W, 3], at the size of the request.
-    """
-
-    frames: Tensor
+    frames: Tensor  # uint8 [F, H, W, 3], at the size of the request
 
     def __post_init__(self) -> None:
         if self.frames.dtype != torch.uint8 or self.frames.dim() != 4 or self.frames.shape[-1] != 3:
@@ -36,26 +30,17 @@ class Prefix:
 class Request:
     """One video to make.
 
-    Attributes:
-        prompt: what it shows.
-        chunks: length in chunks of 24 frames, the prefix not counted.
-        height: pixels, a multiple of 16.
-        width: pixels, a multiple of 16.
-        num_steps: denoising steps of a chunk; must divide into the model's window.
-        seed: of the noise.
-        prefix: frames to go on from.
-
     Raises:
         InputError: a value cannot be used.
     """
 
-    prompt: str
-    chunks: int
-    height: int
-    width: int
-    num_steps: int
-    seed: int
-    prefix: Prefix | None = None
+    prompt: str  # what it shows
+    chunks: int  # length in chunks of 24 frames, the prefix not counted
+    height: int  # pixels, a multiple of 16
+    width: int  # pixels, a multiple of 16
+    num_steps: int  # denoising steps of a chunk; must divide into the model's window
+    seed: int  # of the noise
+    prefix: Prefix | None = None  # frames to go on from
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():

@@ -2,8 +2,8 @@
 
 Plain Python: chunks and steps in, ticks out. It knows no model, no times and no tensors.
 
-A turn is the stretch of ticks from one chunk border to the next. At a border the window moves on: a chunk enters, or
-at the end of the video one leaves and none enters. The passes of given chunks (prefix) belong to the first turn.
+A quantum is the stretch of ticks from one chunk border to the next. At a border the window moves on: a chunk enters, or
+at the end of the video one leaves and none enters. The passes of given chunks (prefix) belong to the first quantum.
 """
 
 from __future__ import annotations
@@ -13,63 +13,40 @@ from dataclasses import dataclass
 
 from models.errors import InputError
 
-__all__ = ["Schedule", "Tick", "Turn"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tick:
-    """One step of the window.
+    """One step of the window."""
 
-    Attributes:
-        index: ticks are counted from 0.
-        step_in_stage: position within the stage, 0 .. steps / window - 1.
-        active: (chunk, step) of every chunk in the window, oldest and cleanest first.
-        entering: the chunk that enters with this tick.
-        retiring: the chunk that has just finished and leaves the window; its KV is still to be renewed.
-        finishing: the chunk that takes its last step in this tick.
-    """
-
-    index: int
-    step_in_stage: int
-    active: tuple[tuple[int, int], ...]
-    entering: int | None
-    retiring: int | None
-    finishing: int | None
+    index: int  # ticks are counted from 0
+    step_in_quantum: int  # position within the stage, 0 .. steps / window - 1
+    active: tuple[tuple[int, int], ...]  # (chunk, step) of every chunk in the window, oldest and cleanest first
+    entering: int | None  # the chunk that enters with this tick
+    retiring: int | None  # the chunk that has just finished and leaves the window; its KV is still to be renewed
+    finishing: int | None  # the chunk that takes its last step in this tick
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Turn:
-    """The ticks from one chunk border to the next.
+class Quantum:
+    """The ticks from one chunk border to the next."""
 
-    Attributes:
-        index: turns are counted from 0.
-        chunk: the chunk that enters with it; None once all have.
-        slots: chunks that are active in it, in each of its ticks.
-    """
-
-    index: int
-    chunk: int | None
-    slots: int
+    index: int  # quanta are counted from 0
+    chunk: int | None  # the chunk that enters with it; None once all have
+    slots: int  # chunks that are active in it, in each of its ticks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
     """When each chunk takes each step.
 
-    Attributes:
-        first: the first chunk that is generated; those before it are given (prefix).
-        chunks: all chunks, given and generated.
-        num_steps: denoising steps of a chunk.
-        window: chunks that are denoised at once.
-
     Raises:
         InputError: the figures do not make a schedule.
     """
 
-    first: int
-    chunks: int
-    num_steps: int
-    window: int
+    first: int  # the first chunk that is generated; those before it are given (prefix)
+    chunks: int  # all chunks, given and generated
+    num_steps: int  # denoising steps of a chunk
+    window: int  # chunks that are denoised at once
 
     def __post_init__(self) -> None:
         if self.window < 1:
@@ -80,7 +57,7 @@ class Schedule:
             raise InputError(f"nothing to generate: chunk {self.first} of {self.chunks} would be the first")
 
     @property
-    def stage_steps(self) -> int:
+    def quantum_steps(self) -> int:
         """Ticks between two chunks that enter."""
         return self.num_steps // self.window
 
@@ -92,49 +69,49 @@ class Schedule:
     @property
     def ticks(self) -> int:
         """Length of the schedule."""
-        return self.stages * self.stage_steps
+        return self.stages * self.quantum_steps
 
     @property
-    def turns(self) -> int:
-        """How many turns there are; the window moves on with each."""
+    def quanta(self) -> int:
+        """How many quanta there are; the window moves on with each."""
         return self.stages
 
-    def turn(self, index: int) -> Turn:
-        """One turn, in constant time.
+    def quantum(self, index: int) -> Quantum:
+        """One quantum, in constant time.
 
         Raises:
             IndexError: the video does not have so many.
         """
-        if not 0 <= index < self.turns:
-            raise IndexError(f"turn {index} of {self.turns}")
+        if not 0 <= index < self.quanta:
+            raise IndexError(f"quantum {index} of {self.quanta}")
         newest = self.first + index
         oldest = max(self.first, newest - self.window + 1)
         end = min(self.chunks, newest + 1)
-        return Turn(index=index, chunk=newest if newest < self.chunks else None, slots=end - oldest)
+        return Quantum(index=index, chunk=newest if newest < self.chunks else None, slots=end - oldest)
 
-    def turn_ticks(self, index: int) -> range:
-        """Ticks of a turn."""
-        return range(index * self.stage_steps, (index + 1) * self.stage_steps)
+    def quantum_ticks(self, index: int) -> range:
+        """Ticks of a quantum."""
+        return range(index * self.quantum_steps, (index + 1) * self.quantum_steps)
 
-    def turn_of(self, tick: int) -> int:
-        """The turn that a tick belongs to."""
-        return tick // self.stage_steps
+    def quantum_of(self, tick: int) -> int:
+        """The quantum that a tick belongs to."""
+        return tick // self.quantum_steps
 
-    def finished_before(self, turn: int) -> int:
-        """How many generated chunks have taken all their steps before a turn begins."""
-        return max(0, turn - self.window + 1)
+    def finished_before(self, quantum: int) -> int:
+        """How many generated chunks have taken all their steps before a quantum begins."""
+        return max(0, quantum - self.window + 1)
 
     def tick(self, index: int) -> Tick:
         """One tick, in constant time."""
-        stage, inner = divmod(index, self.stage_steps)
+        stage, inner = divmod(index, self.quantum_steps)
         newest = self.first + stage
         start, end = max(self.first, newest - self.window + 1), min(self.chunks, newest + 1)
-        active = tuple((chunk, (newest - chunk) * self.stage_steps + inner) for chunk in range(start, end))
+        active = tuple((chunk, (newest - chunk) * self.quantum_steps + inner) for chunk in range(start, end))
         begins = inner == 0
         oldest, step = active[0]
         return Tick(
             index=index,
-            step_in_stage=inner,
+            step_in_quantum=inner,
             active=active,
             entering=newest if begins and newest < self.chunks else None,
             retiring=start - 1 if begins and start > self.first else None,
@@ -146,4 +123,4 @@ class Schedule:
 
     def tick_of(self, chunk: int, step: int) -> int:
         """When a chunk takes a step."""
-        return (chunk - self.first) * self.stage_steps + step
+        return (chunk - self.first) * self.quantum_steps + step

@@ -1,6 +1,6 @@
 """`python -m launch`, the same as the command `flowcache`."""
 
-from launch.app import main
+from launch.cli import main
 
 if __name__ == "__main__":
     main()

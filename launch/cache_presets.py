@@ -13,22 +13,9 @@ from typing import TYPE_CHECKING
 from models.errors import InputError
 
 if TYPE_CHECKING:  # the engine pulls in torch, which a list of names must not wait for
-    from engine.cache import CacheSettings
-    from engine.kv import KVSettings
+    from engine.kv.settings import KVSettings
+    from engine.reuse.settings import ReuseSettings
 
-__all__ = [
-    "CACHE_FIGURES",
-    "DEFAULT_CACHE",
-    "CacheFigures",
-    "CacheName",
-    "CacheOptions",
-    "KVOptions",
-    "ReuseKind",
-    "TokenUnit",
-    "cache_preset",
-    "cache_settings",
-    "kv_settings",
-]
 
 # magi-pocket's thresholds, for 16 steps; benchmarks.quality measures what they mean.
 POCKET_WARMUP = 3
@@ -67,23 +54,16 @@ DEFAULT_CACHE = CacheName.FLOWCACHE_SLOW
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheFigures:
-    """What the presets of one model are made of.
+    """What the presets of one model are made of."""
 
-    Attributes:
-        warmup_steps: m, a chunk's first steps, which are computed.
-        slow: threshold of `flowcache-slow`.
-        fast: threshold of `flowcache-fast`.
-        teacache: threshold of `teacache`.
-        reuse: what stands in for a step that is left out.
-        extrapolate_from: share of the threshold above which a step is extrapolated in place of that; 1 never does.
-    """
-
-    warmup_steps: int
-    slow: float
-    fast: float
-    teacache: float
+    warmup_steps: int  # m, a chunk's first steps, which are computed
+    slow: float  # threshold of `flowcache-slow`
+    fast: float  # threshold of `flowcache-fast`
+    teacache: float  # threshold of `teacache`
     reuse: ReuseKind = ReuseKind.EXTRAPOLATE  # docs/reuse.md has the figures that decided it
+    """What stands in for a step that is left out."""
     extrapolate_from: float = 1.0
+    """Share of the threshold above which a step is extrapolated in place of that; 1 never does."""
 
 
 _MAGI_1 = CacheFigures(warmup_steps=5, slow=0.01, fast=0.015, teacache=0.01)  # FlowCache, below Eq. 8
@@ -123,7 +103,7 @@ class KVOptions:
     queries: TokenUnit | None = None
 
 
-def cache_preset(name: CacheName, model: str | None) -> CacheSettings:
+def cache_preset(name: CacheName, model: str | None) -> ReuseSettings:
     """What a name of `--cache` stands for.
 
     The published runs with reuse leave out the clean pass and the copy pass, and so do the presets; a run without
@@ -133,28 +113,28 @@ def cache_preset(name: CacheName, model: str | None) -> CacheSettings:
         name: of the preset.
         model: name of the model's preset; None for a configuration file, which is one of MAGI-1.
     """
-    from engine.cache import CacheSettings
+    from engine.reuse.settings import ReuseSettings
 
     if name is CacheName.NONE:
-        return CacheSettings()
+        return ReuseSettings()
     figures = _MAGI_1 if model is None else CACHE_FIGURES[model]
     policy, threshold = {
         CacheName.TEACACHE: ("teacache", figures.teacache),
         CacheName.FLOWCACHE_SLOW: ("flowcache", figures.slow),
         CacheName.FLOWCACHE_FAST: ("flowcache", figures.fast),
     }[name]
-    return CacheSettings(
+    return ReuseSettings(
         policy=policy,
         threshold=threshold,
         warmup_steps=figures.warmup_steps,
         reuse=figures.reuse.value,
         extrapolate_from=figures.extrapolate_from,
-        clean_forward=False,
-        nearly_clean_mix=False,
+        clean_pass=False,
+        copy_pass=False,
     )
 
 
-def cache_settings(options: CacheOptions, *, model: str | None, num_steps: int, guided: bool) -> CacheSettings:
+def cache_settings(options: CacheOptions, *, model: str | None, num_steps: int, guided: bool) -> ReuseSettings:
     """The preset that was asked for, with what was given on top of it.
 
     Args:
@@ -178,9 +158,9 @@ def cache_settings(options: CacheOptions, *, model: str | None, num_steps: int, 
     if options.extrapolate_from is not None:
         settings = replace(settings, extrapolate_from=options.extrapolate_from)
     if options.clean_pass is not None:
-        settings = replace(settings, clean_forward=options.clean_pass)
+        settings = replace(settings, clean_pass=options.clean_pass)
     if options.copy_pass is not None:
-        settings = replace(settings, nearly_clean_mix=options.copy_pass)
+        settings = replace(settings, copy_pass=options.copy_pass)
     return settings
 
 
@@ -190,8 +170,8 @@ def kv_settings(options: KVOptions) -> KVSettings:
     Raises:
         InputError: the options do not fit each other.
     """
-    from engine.kv import KVSettings
     from engine.kv.selection import SelectionSettings
+    from engine.kv.settings import KVSettings
 
     if options.budget is None and (options.retention is not None or options.queries is not None):
         name = "--kv-queries" if options.retention is None else "--kv-retention"

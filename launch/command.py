@@ -11,9 +11,7 @@ from launch.plan import Options
 from launch.ranks import RankOptions, start_ranks
 from launch.several import plan_videos
 from models.errors import InputError
-from parallel.seat import Seat
-
-__all__ = ["conformance_command", "generate_command"]
+from parallel.ranks.environment import RankEnv
 
 
 def generate_command(
@@ -32,17 +30,17 @@ def generate_command(
 
     Raises:
         InputError: something given cannot be used.
-        Ended: a rank has failed.
+        CommandFailed: a rank has failed.
     """
-    seat = Seat.from_environment()
+    env = RankEnv.from_environment()
     if on_ray:
-        if seat is not None:
+        if env is not None:
             raise InputError("--launcher ray starts the ranks itself: leave torchrun out, or --launcher")
         from launch.ray_generate import generate_on_ray  # imports Ray, which takes a second
 
         return generate_on_ray(options, prompts)
-    if seat is not None:
-        return generate_on_ranks(options, prompts, seat)
+    if env is not None:
+        return generate_on_ranks(options, prompts, env)
     if not options.ranks.wanted:
         return generate_videos(options, prompts)
     plan_videos(options, prompts)  # what can be checked is said before ranks are started
@@ -70,11 +68,11 @@ def conformance_command(
 
     Raises:
         InputError: the layout cannot be used.
-        Ended: a rank has failed, or a file does not pass or cannot be read.
+        CommandFailed: a rank has failed, or a file does not pass or cannot be read.
     """
-    seat = Seat.from_environment()
-    if seat is not None:
-        return show_conformance_on_ranks(files, ranks, seat)
+    env = RankEnv.from_environment()
+    if env is not None:
+        return show_conformance_on_ranks(files, ranks, env)
     if not ranks.wanted:
         return show_conformance(files, report_error=report_error)
     start_ranks(arguments, ranks)

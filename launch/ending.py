@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 
-from parallel.seat import Seat
-
-__all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "Ended", "has_the_word", "speaks_for_all"]
+from parallel.ranks.environment import RankEnv
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # 128 + SIGINT, as shells count
 _WAIT, _APART = 5.0, 0.5  # seconds
 
 
-class Ended(Exception):  # noqa: N818 - it may be an interrupt
+class CommandFailed(Exception):  # noqa: N818 - it may be an interrupt
     """The ranks have ended.
 
     Args:
@@ -26,12 +24,12 @@ class Ended(Exception):  # noqa: N818 - it may be an interrupt
         self.status, self.shown_here = status, shown_here
 
 
-def speaks_for_all(seat: Seat | None) -> bool:
+def speaks_for_all(env: RankEnv | None) -> bool:
     """Whether this process shows what all ranks know: it is alone, or rank 0 of a launcher that shows nothing."""
-    return seat is None or (seat.rank == 0 and not seat.launcher_speaks)
+    return env is None or (env.rank == 0 and not env.launcher_speaks)
 
 
-def has_the_word(seat: Seat | None) -> bool:
+def has_the_word(env: RankEnv | None) -> bool:
     """Whether this process says what is wrong with the input, of ranks that have not met yet.
 
     All ranks were given the same, and rank 0 says so. The others must not end before it has: a launcher ends all ranks
@@ -39,11 +37,11 @@ def has_the_word(seat: Seat | None) -> bool:
     that was given other options, and says it.
 
     Args:
-        seat: of this process; None if it is alone.
+        env: of this process; None if it is alone.
     """
-    if seat is None or speaks_for_all(seat):
+    if env is None or speaks_for_all(env):
         return True
-    if seat.launcher_speaks:
+    if env.launcher_speaks:
         return False
-    time.sleep(_WAIT + seat.local_rank * _APART)
+    time.sleep(_WAIT + env.local_rank * _APART)
     return True

@@ -15,27 +15,26 @@ from pathlib import Path
 
 import torch
 
-from engine.cache import Decision, Observation
 from engine.engine import Engine
-from engine.record import RunTrace
-from launch.files import file_errors
-from launch.filming import Filming
+from engine.record import Recorder
+from engine.reuse.policy import Decision, Observation
+from launch.output.files import file_errors
+from launch.output.progress import open_display
+from launch.output.sinks import VideoSinks
+from launch.output.summary import RankSummary, Summary, summary_text
 from launch.plan import Options, Plan, plan_model
-from launch.progress import open_display
 from launch.ranks import join_ranks
 from launch.several import plan_videos
-from launch.summary import Crew, Summary, summary_text
 from models.errors import InputError
-from models.loading import load_magi, load_stage
-from parallel.engine import ParallelEngine
-from parallel.gang import Gang
-from parallel.report import RankReport
-from parallel.seat import Seat
-from parallel.stage import StageModel
-from parallel.stages import stage_range
-from parallel.timeline import Timeline
-
-__all__ = ["generate_on_ranks", "generate_video", "generate_videos"]
+from models.loading import load_magi
+from models.magi.pipeline import load_stage
+from parallel.ranks.engine import GangEngine
+from parallel.ranks.environment import RankEnv
+from parallel.ranks.gang import Gang
+from parallel.ranks.worker import StageModel
+from parallel.topology.split import stage_range
+from parallel.trace.counters import RankCounters
+from parallel.trace.tracer import Tracer
 
 TRACE_FILE = "trace.json"
 """In a record's folder."""
@@ -63,7 +62,7 @@ def generate_videos(options: Options, prompts: Sequence[str]) -> str:
     return summary_text(filming.summaries, making=time.monotonic() - filming.began)
 
 
-def generate_on_ranks(options: Options, prompts: Sequence[str], seat: Seat) -> str | None:
+def generate_on_ranks(options: Options, prompts: Sequence[str], env: RankEnv) -> str | None:
     """Make the videos as one of the ranks.
 
     Returns:
@@ -71,19 +70,19 @@ def generate_on_ranks(options: Options, prompts: Sequence[str], seat: Seat) -> s
 
     Raises:
         InputError: another number of ranks was started.
-        Ended: something given cannot be used, or a rank has failed.
+        CommandFailed: something given cannot be used, or a rank has failed.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     traced = options.ranks.trace is not None or options.record is not None
-    with join_ranks(seat, options.ranks, trace=traced) as gang, _memory_errors(options):
+    with join_ranks(env, options.ranks, trace=traced) as gang, _memory_errors(options):
         if gang.mesh.leads:
             return _lead(gang, plan_videos(options, prompts), options)
         _serve(gang, options)
     return None
 
 
-def _make_here(plans: list[Plan], options: Options) -> Filming:
+def _make_here(plans: list[Plan], options: Options) -> VideoSinks:
     """Make the videos in this process."""
     plan = plans[0]
     if options.threads is not None:
@@ -94,8 +93,8 @@ def _make_here(plans: list[Plan], options: Options) -> Filming:
         engine = Engine(load_magi(plan.config, plan.weights, plan.loading), plan.cache, plan.kv)
         loading = time.monotonic() - began
         display.phase(_reading(plan))
-        traces = [None if one.record is None else RunTrace() for one in plans]
-        with Filming(plans, display, traces, loading) as filming:
+        traces = [None if one.record is None else Recorder() for one in plans]
+        with VideoSinks(plans, display, traces, loading) as filming:
             for index in range(len(plans)):
                 video = filming.begin(index)
                 for chunk in engine.generate(video.plan.request, video, video.trace):
@@ -129,13 +128,13 @@ def _lead(gang: Gang, plans: list[Plan], options: Options) -> str:
             )
         loading = time.monotonic() - began
         display.phase(_reading(plan))
-        marks = gang.timeline.wanted and plan.cache.policy != "none"
+        marks = gang.tracer.wanted and plan.cache.policy != "none"
         traces = [
-            _MarkingTrace(gang.timeline, index) if marks or one.record is not None else None
+            _MarkingTrace(gang.tracer, index) if marks or one.record is not None else None
             for index, one in enumerate(plans)
         ]
         with gang.lead(pipeline, plan.cache, plan.kv) as (engine, reports):
-            with Filming(plans, display, traces, loading) as filming:
+            with VideoSinks(plans, display, traces, loading) as filming:
                 _make_together(engine, filming, ranks.at_a_time(len(plans)))
             making = time.monotonic() - filming.began
         if files := list(_trace_files(options)):
@@ -147,7 +146,7 @@ def _lead(gang: Gang, plans: list[Plan], options: Options) -> str:
     return summary_text([replace(one, crew=crew) for one in filming.summaries], making=making)
 
 
-def _make_together(engine: ParallelEngine, filming: Filming, at_a_time: int) -> None:
+def _make_together(engine: GangEngine, filming: VideoSinks, at_a_time: int) -> None:
     """Make the videos, some of them at the same time; the next begins when one is complete."""
     waiting, in_flight = list(range(len(filming.videos))), dict[int, int]()
     while waiting or in_flight:
@@ -160,12 +159,12 @@ def _make_together(engine: ParallelEngine, filming: Filming, at_a_time: int) -> 
             filming.end(in_flight.pop(number))
 
 
-class _MarkingTrace(RunTrace):
+class _MarkingTrace(Recorder):
     """A record in the making that also marks the steps that are reused in the trace."""
 
-    def __init__(self, timeline: Timeline, video: int) -> None:
+    def __init__(self, tracer: Tracer, video: int) -> None:
         super().__init__()
-        self._timeline, self._video = timeline, video
+        self._timeline, self._video = tracer, video
 
     def decided(self, seen: Observation, decision: Decision) -> None:
         super().decided(seen, decision)
@@ -187,9 +186,9 @@ def _trace_files(options: Options) -> Iterator[Path]:
         yield options.ranks.trace
 
 
-def _crew(options: Options, reports: Sequence[RankReport]) -> Crew:
-    heads = sorted((report for report in reports if report.slot == 0), key=lambda report: report.stage)
-    return Crew(
+def _crew(options: Options, reports: Sequence[RankCounters]) -> RankSummary:
+    heads = sorted((report for report in reports if report.cp_rank == 0), key=lambda report: report.stage)
+    return RankSummary(
         pp=options.ranks.pp,
         cp=options.ranks.cp,
         layers=tuple(report.layers[1] - report.layers[0] for report in heads),

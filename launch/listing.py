@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from launch.presets import PRESETS
 from models.errors import InputError
+from models.magi.presets import PRESETS
 
 if TYPE_CHECKING:
     from engine.conformance import Verdict
     from launch.ranks import RankOptions
-    from parallel.seat import Seat
+    from parallel.ranks.environment import RankEnv
 
-__all__ = ["show_conformance", "show_conformance_on_ranks", "show_models"]
 
 _NOTES = """\
 Disk: the DiT and the autoencoder as stored; of a released model also T5 (19 GB). Those share autoencoder and T5.
@@ -72,19 +71,19 @@ def show_conformance(files: Sequence[Path], *, report_error: Callable[[InputErro
     return status
 
 
-def show_conformance_on_ranks(files: Sequence[Path], ranks: RankOptions, seat: Seat) -> int:
+def show_conformance_on_ranks(files: Sequence[Path], ranks: RankOptions, env: RankEnv) -> int:
     """Check golden files as one of the ranks; the lead prints.
 
     Returns:
         0; anything else ends all ranks.
 
     Raises:
-        Ended: a file does not pass or cannot be read, or a rank has failed.
+        CommandFailed: a file does not pass or cannot be read, or a rank has failed.
     """
     from launch.ending import FAILED
     from launch.ranks import join_ranks
-    from parallel.conformance import check_on_gang
-    from parallel.failure import GangError
+    from parallel.health.errors import GangError
+    from parallel.ranks.conformance import check_on_gang
 
     console, layout = Console(), f"pp {ranks.pp} x cp {ranks.cp}"
     failed: list[str] = []
@@ -95,7 +94,7 @@ def show_conformance_on_ranks(files: Sequence[Path], ranks: RankOptions, seat: S
         if not verdict.passed:
             failed.append(verdict.name)
 
-    with join_ranks(seat, ranks, trace=False) as gang:
+    with join_ranks(env, ranks, trace=False) as gang:
         check_on_gang(gang, files, split=ranks.split, on_verdict=show, on_unreadable=unreadable.append)
         if unreadable:
             raise InputError("; ".join(dict.fromkeys(map(str, unreadable))))

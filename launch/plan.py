@@ -11,22 +11,20 @@ from pathlib import Path
 
 import torch
 
-from engine.cache import CacheSettings
-from engine.kv import KVSettings
+from engine.kv.settings import KVSettings
 from engine.request import Prefix, Request
+from engine.reuse.settings import ReuseSettings
 from launch.cache_presets import CacheName, CacheOptions, KVOptions, cache_settings, kv_settings
-from launch.files import check_folder, check_target
-from launch.media import read_image, read_video
-from launch.presets import find_preset
+from launch.output.files import check_folder, check_target
+from launch.output.media import read_image, read_video
 from launch.ranks import RankOptions, check_layout
 from models.attention import attention_backend
 from models.errors import InputError
-from models.loading import Loading
 from models.magi.config import MagiConfig
+from models.magi.pipeline import Loading
+from models.magi.presets import find_preset
 from models.magi.sampling import MagiSampling
 from models.pocket.words import parse_prompt
-
-__all__ = ["DEFAULT_MODEL", "ModelPlan", "Options", "Plan", "check_prompt", "plan_model", "plan_video"]
 
 DEFAULT_MODEL = "magi-pocket"
 
@@ -69,33 +67,19 @@ class ModelPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Checked options: what to load, what to make, and where to put it.
+    """Checked options: what to load, what to make, and where to put it."""
 
-    Attributes:
-        name: of the model, for people.
-        config: of the model.
-        weights: folder in place of the configured one.
-        request: the video.
-        out: the file.
-        loading: device, precision, attention.
-        cache_name: of the preset that `cache` began as.
-        cache: which steps are reused.
-        kv: how much of the past is held.
-        record: folder for a record of the run; None for none.
-        ranks: who makes it.
-    """
-
-    name: str
-    config: MagiConfig
-    weights: Path | None
+    name: str  # of the model, for people
+    config: MagiConfig  # of the model
+    weights: Path | None  # folder in place of the configured one
     request: Request
     out: Path
-    loading: Loading
-    cache_name: CacheName
-    cache: CacheSettings
-    kv: KVSettings
-    record: Path | None
-    ranks: RankOptions
+    loading: Loading  # device, precision, attention
+    cache_name: CacheName  # of the preset that `cache` began as
+    cache: ReuseSettings  # which steps are reused
+    kv: KVSettings  # how much of the past is held
+    record: Path | None  # folder for a record of the run; None for none
+    ranks: RankOptions  # who makes it
 
 
 def plan_model(options: Options) -> ModelPlan:

@@ -11,17 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.ending import Ended
+from launch.ending import CommandFailed
 from models.errors import InputError
 from models.magi.config import MagiConfig
-from parallel.failure import GangError
-from parallel.gang import Gang, open_gang
-from parallel.local import run_ranks
-from parallel.mesh import Layout
-from parallel.seat import Seat
-from parallel.stages import stage_sizes
-
-__all__ = ["RankOptions", "check_layout", "join_ranks", "start_ranks"]
+from parallel.health.errors import GangError
+from parallel.ranks.environment import RankEnv
+from parallel.ranks.gang import Gang, open_gang
+from parallel.ranks.spawn import run_ranks
+from parallel.topology.mesh import Layout
+from parallel.topology.split import stage_sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,20 +78,20 @@ def start_ranks(arguments: Sequence[str], ranks: RankOptions, *, threads: int | 
         threads: CPU threads of each; None shares the cores evenly.
 
     Raises:
-        Ended: a rank has failed.
+        CommandFailed: a rank has failed.
     """
     try:
         run_ranks([sys.executable, "-m", "launch", *arguments], ranks.layout, threads=threads)
     except GangError as error:
-        raise Ended(str(error), status=error.failure.status, shown_here=True) from None
+        raise CommandFailed(str(error), status=error.failure.status, shown_here=True) from None
 
 
 @contextmanager
-def join_ranks(seat: Seat, ranks: RankOptions, *, trace: bool) -> Iterator[Gang]:
+def join_ranks(env: RankEnv, ranks: RankOptions, *, trace: bool) -> Iterator[Gang]:
     """Join the other ranks.
 
     Args:
-        seat: this rank's.
+        env: this rank's.
         ranks: how many there must be.
         trace: remember what is done when.
 
@@ -102,11 +100,11 @@ def join_ranks(seat: Seat, ranks: RankOptions, *, trace: bool) -> Iterator[Gang]
 
     Raises:
         InputError: another number of ranks was started.
-        Ended: a rank has failed.
+        CommandFailed: a rank has failed.
     """
     try:
-        with open_gang(seat, ranks.layout, trace=trace) as gang:
+        with open_gang(env, ranks.layout, trace=trace) as gang:
             yield gang
     except GangError as error:
-        mine = not seat.launcher_speaks and error.failure.reporter == seat.rank
-        raise Ended(str(error), status=error.failure.status, shown_here=mine) from None
+        mine = not env.launcher_speaks and error.failure.reporter == env.rank
+        raise CommandFailed(str(error), status=error.failure.status, shown_here=mine) from None

@@ -13,8 +13,6 @@ import torch
 
 from models.errors import InputError
 
-__all__ = ["ray_cluster"]
-
 _OBJECT_STORE = 512 * 2**20
 """Bytes for chunks on their way from the ranks to here; nothing else goes through it."""
 _SYSTEM = {"worker_niceness": 0}

@@ -10,21 +10,28 @@ from pathlib import Path
 import torch
 
 from engine.engine import Chunk
-from launch.batch_options import BatchOptions, cluster_settings
-from launch.ending import FAILED, Ended
-from launch.filming import Filming
+from launch.batch.options import BatchOptions, cluster_settings
+from launch.ending import FAILED, CommandFailed
+from launch.output.progress import Display, open_display
+from launch.output.sinks import VideoSinks
+from launch.output.summary import summary_text
 from launch.plan import Options
-from launch.progress import Display, open_display
 from launch.ray_cluster import ray_cluster
 from launch.several import plan_videos
-from launch.summary import summary_text
 from models.errors import InputError
-from parallel.cluster.driver import ClusterEngine
-from parallel.cluster.events import Admitted, ChunkMade, Event, GangLost, GangReady, Progressed, VideoDone, VideoFailed
-from parallel.cluster.settings import VideoOrder
-from parallel.cluster.size import video_size
-
-__all__ = ["generate_on_ray"]
+from parallel.cluster.config import video_size
+from parallel.cluster.controller import Controller
+from parallel.cluster.messages import (
+    Admitted,
+    ChunkMade,
+    Event,
+    GangLost,
+    GangReady,
+    Progressed,
+    VideoDone,
+    VideoFailed,
+)
+from parallel.cluster.views import VideoOrder
 
 
 def generate_on_ray(options: Options, prompts: Sequence[str]) -> str:
@@ -39,7 +46,7 @@ def generate_on_ray(options: Options, prompts: Sequence[str]) -> str:
 
     Raises:
         InputError: something given cannot be used.
-        Ended: a video could not be made.
+        CommandFailed: a video could not be made.
     """
     ranks = options.ranks
     if options.record is not None or ranks.trace is not None:
@@ -56,7 +63,7 @@ def generate_on_ray(options: Options, prompts: Sequence[str]) -> str:
         display.phase(f"loading {plans[0].name} on {world} ranks (pp {ranks.pp} x cp {ranks.cp})")
         base = BatchOptions(file=Path(), out=options.out, base=options)
         settings = cluster_settings(base, list(zip(plans, sizes, strict=True)), threads)
-        with ClusterEngine(settings) as engine:
+        with Controller(settings) as engine:
             for index, (plan, size) in enumerate(zip(plans, sizes, strict=True)):
                 engine.submit(VideoOrder(video=str(index), request=plan.request, size=size))
             events = engine.run()
@@ -64,7 +71,7 @@ def generate_on_ray(options: Options, prompts: Sequence[str]) -> str:
                 _say(display, event)
                 if isinstance(event, GangReady):
                     break
-            with Filming(plans, display, [None] * len(plans), time.monotonic() - began) as filming:
+            with VideoSinks(plans, display, [None] * len(plans), time.monotonic() - began) as filming:
                 for event in events:
                     _say(display, event)
                     _film(filming, event)
@@ -76,10 +83,10 @@ def _say(display: Display, event: Event) -> None:
     if isinstance(event, GangLost):
         display.phase(f"starting again: {event.message}")
     elif isinstance(event, VideoFailed):
-        raise Ended(event.message, status=FAILED, shown_here=True)
+        raise CommandFailed(event.message, status=FAILED, shown_here=True)
 
 
-def _film(filming: Filming, event: Event) -> None:
+def _film(filming: VideoSinks, event: Event) -> None:
     """Put what comes into the files."""
     if isinstance(event, Admitted):
         if filming.videos[int(event.video)].sink is None:

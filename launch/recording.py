@@ -6,11 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from launch import __version__
+from launch.output.summary import Summary
 from launch.plan import Plan
-from launch.summary import Summary
-from parallel.stages import stage_sizes
-
-__all__ = ["record_settings"]
+from parallel.topology.split import stage_sizes
 
 
 def record_settings(plan: Plan, summary: Summary) -> dict[str, Any]:

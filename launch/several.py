@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch.files import check_folder
+from launch.output.files import check_folder
 from launch.plan import Options, Plan, check_prompt, plan_video
 from models.errors import InputError
-
-__all__ = ["plan_videos", "video_names"]
 
 _LETTERS = 40  # of a prompt in a name; file systems take 255 bytes
 

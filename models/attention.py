@@ -18,8 +18,6 @@ from torch import Tensor
 
 from models.errors import InputError
 
-__all__ = ["BACKENDS", "Attention", "attention_backend", "available_backends"]
-
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [B, S, H, d], k [B, K, G, d], v [B, K, G, d]) -> [B, S, H, d]; H is a multiple of G, scale 1/sqrt(d)."""
 

@@ -3,8 +3,6 @@
 It does not know how it is shown: the command line prints its message as one line and exits with status 2.
 """
 
-__all__ = ["InputError"]
-
 
 class InputError(ValueError):
     """Something that was given cannot be used. The message says what, where, and what to do, in one line."""

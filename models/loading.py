@@ -8,10 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from models.magi.config import MagiConfig
-from models.magi.pipeline import Loading, MagiPipeline, load_parts, load_released, load_stage
+from models.magi.pipeline import Loading, MagiPipeline, load_parts, load_released
 from models.pocket.text import PocketEncoder
-
-__all__ = ["Loading", "load_magi", "load_stage"]
 
 
 def load_magi(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiPipeline:

@@ -16,56 +16,37 @@ from torch import Tensor
 
 from engine.kv.layout import KVLayout, LayoutState
 from engine.kv.selection import SelectionSettings, select
-from engine.work import KVOp
+from engine.video import KVOp
 from models.attention import Attention
-from models.family import KVGeometry
-
-__all__ = ["Compression", "IsolatedView", "KVBuffer", "KVState", "LayerState", "SliceView"]
+from models.protocols import KVGeometry
 
 _BLOCK = 4096  # rows that are moved at once; bounds the scratch memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compression:
-    """What a buffer must know to compress.
+    """What a buffer must know to compress."""
 
-    Attributes:
-        settings: how tokens are scored.
-        query_heads: heads of the queries that ask.
-        frame_tokens: tokens of a latent frame.
-    """
-
-    settings: SelectionSettings
-    query_heads: int
-    frame_tokens: int
+    settings: SelectionSettings  # how tokens are scored
+    query_heads: int  # heads of the queries that ask
+    frame_tokens: int  # tokens of a latent frame
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerState:
-    """One layer of one branch, rows in use only; on the CPU.
+    """One layer of one branch, rows in use only; on the CPU."""
 
-    Attributes:
-        kv: keys and values [2, n, G, d].
-        queries: who asks at the next compression [Q, H, d]; None without compression.
-        origin: chunk of each row [n, G]; None without compression.
-    """
-
-    kv: Tensor
-    queries: Tensor | None
-    origin: Tensor | None
+    kv: Tensor  # keys and values [2, n, G, d]
+    queries: Tensor | None  # who asks at the next compression [Q, H, d]; None without compression
+    origin: Tensor | None  # chunk of each row [n, G]; None without compression
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVState:
-    """The state of a `KVBuffer`: copies, which later writes do not touch.
+    """The state of a `KVBuffer`: copies, which later writes do not touch."""
 
-    Attributes:
-        layout: where the tokens stand.
-        layers: by branch and layer.
-    """
-
-    layout: LayoutState
-    layers: Mapping[tuple[int, int], LayerState]
+    layout: LayoutState  # where the tokens stand
+    layers: Mapping[tuple[int, int], LayerState]  # by branch and layer
 
 
 @dataclass(slots=True)

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["KVLayout", "LayoutState"]
-
-
 _MIXED = -1
 """Stands for the tokens of many chunks that a compression has left."""
 
@@ -22,15 +19,11 @@ class _Kept:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayoutState:
-    """What a layout has come to.
-
-    Attributes:
-        clean: (chunk, rows) of the clean region, oldest first; chunk -1 stands for tokens of many.
-        window: chunks of the window, oldest first.
-    """
+    """What a layout has come to."""
 
     clean: tuple[tuple[int, int], ...]
-    window: tuple[int, ...]
+    """(chunk, rows) of the clean region, oldest first; chunk -1 stands for tokens of many."""
+    window: tuple[int, ...]  # chunks of the window, oldest first
 
 
 class KVLayout:

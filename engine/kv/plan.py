@@ -11,32 +11,20 @@ from engine.kv.buffer import Compression, KVBuffer
 from engine.kv.layout import KVLayout
 from engine.kv.selection import SelectionSettings
 from models.attention import Attention
-from models.family import KVGeometry
-
-__all__ = ["KVPlan"]
+from models.protocols import KVGeometry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVPlan:
-    """What there is to allocate for a request.
+    """What there is to allocate for a request."""
 
-    Attributes:
-        chunk_tokens: tokens of a chunk.
-        frame_tokens: tokens of a latent frame.
-        clean_tokens: size of the clean region.
-        window: chunks of the window.
-        chunks: of the whole video.
-        branches: of guidance.
-        selection: how the clean region is compressed; None drops its oldest rows.
-    """
-
-    chunk_tokens: int
-    frame_tokens: int
-    clean_tokens: int
-    window: int
-    chunks: int
+    chunk_tokens: int  # tokens of a chunk
+    frame_tokens: int  # tokens of a latent frame
+    clean_tokens: int  # size of the clean region
+    window: int  # chunks of the window
+    chunks: int  # of the whole video
     branches: int
-    selection: SelectionSettings | None
+    selection: SelectionSettings | None  # how the clean region is compressed; None drops its oldest rows
 
     def allocate(self, geometry: KVGeometry, attention: Attention) -> KVBuffer:
         """The buffers of the layers and heads of a geometry."""

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from models.errors import InputError
 
-__all__ = ["Granularity", "SelectionSettings", "importance", "redundancy", "select"]
-
 Granularity = Literal["token", "frame", "chunk"]
 _GRANULARITIES = ("token", "frame", "chunk")
 _ROWS_AT_ONCE = 1 << 24
@@ -28,21 +26,14 @@ _ROWS_AT_ONCE = 1 << 24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelectionSettings:
-    """How tokens are scored and kept.
+    """How tokens are scored and kept."""
 
-    Attributes:
-        retention: what is kept or dropped as one: single tokens, latent frames, or chunks.
-        queries: which queries of the chunk that was denoised last ask: its last tokens, its last frame, or all.
-        query_tokens: how many tokens that is for `token`.
-        importance_weight: lambda of Eq. 12.
-        pool: kernel of the max-pooling of Eq. 10; odd.
-    """
-
-    retention: Granularity = "token"
+    retention: Granularity = "token"  # what is kept or dropped as one: single tokens, latent frames, or chunks
     queries: Granularity = "token"
-    query_tokens: int = 50
-    importance_weight: float = 0.07
-    pool: int = 7
+    """Which queries of the chunk that was denoised last ask: its last tokens, its last frame, or all."""
+    query_tokens: int = 50  # how many tokens that is for `token`
+    importance_weight: float = 0.07  # lambda of Eq. 12
+    pool: int = 7  # kernel of the max-pooling of Eq. 10; odd
 
     def __post_init__(self) -> None:
         for name, value in (("retention", self.retention), ("queries", self.queries)):

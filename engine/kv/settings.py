@@ -7,21 +7,15 @@ from dataclasses import dataclass, field
 from engine.kv.selection import SelectionSettings
 from models.errors import InputError
 
-__all__ = ["KVSettings"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVSettings:
-    """Memory policy of the finished chunks.
-
-    Attributes:
-        budget: B_budget in chunks: everything is attended to, and compressed to that size as chunks retire. None holds
-            what the model's own range asks for.
-        selection: how tokens are scored and kept.
-    """
+    """Memory policy of the finished chunks."""
 
     budget: int | None = None
-    selection: SelectionSettings = field(default_factory=SelectionSettings)
+    """B_budget in chunks: everything is attended to, and compressed to that size as chunks retire. None holds what the
+    model's own range asks for."""
+    selection: SelectionSettings = field(default_factory=SelectionSettings)  # how tokens are scored and kept
 
     def __post_init__(self) -> None:
         if self.budget is not None and self.budget < 1:

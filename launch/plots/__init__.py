@@ -13,13 +13,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from engine.record import RunRecord
-from launch.files import check_target, file_errors, part_of
+from launch.output.files import check_target, file_errors, part_of
 from launch.plots.distance import distance_figure
 from launch.plots.kv import kv_figure
 from launch.plots.pipeline import PipelineTrace, pipeline_figure, pipeline_table
 from launch.plots.reuse import reuse_figure
-
-__all__ = ["PLOTS", "distance_figure", "kv_figure", "pipeline_figure", "plot_pipeline", "plot_record", "reuse_figure"]
 
 _DPI = 150
 

@@ -12,14 +12,12 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullL
 
 from engine.record import RunRecord
 from launch.plots.style import FEW, GREY, GRID, add_title
-from launch.plots.timeline import Timeline
-
-__all__ = ["distance_figure"]
+from launch.plots.tracer import Tracer
 
 
 def distance_figure(record: RunRecord) -> Figure:
     """Relative L1 distance between a chunk's steps over its denoising, one line per chunk (FlowCache, Figure 2)."""
-    time = Timeline.of(record)
+    time = Tracer.of(record)
     figure = Figure(figsize=(9, 5.4), layout="constrained")
     axes = figure.add_subplot()
     progress = 100 * np.arange(time.num_steps) / time.num_steps

@@ -12,16 +12,14 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from engine.record import RunRecord
 from launch.plots.style import COMPUTED, FEW, GREY, GRID, add_title, cell_lines, map_height
-from launch.plots.timeline import Timeline
-
-__all__ = ["kv_figure"]
+from launch.plots.tracer import Tracer
 
 _GONE = "#dcdcdc"
 
 
 def kv_figure(record: RunRecord) -> Figure:
     """What of each past chunk is still held, each time that a chunk retires; below, how full the buffer is."""
-    time = Timeline.of(record)
+    time = Tracer.of(record)
     figure = Figure(figsize=(10, 1.6 + map_height(time.chunks)), layout="constrained")
     grid = figure.add_gridspec(2, 1, height_ratios=(max(2.2, map_height(time.chunks) - 1.6), 1.2))
     axes = figure.add_subplot(grid[0])
@@ -33,7 +31,7 @@ def kv_figure(record: RunRecord) -> Figure:
         axes.set_yticks([])
     axes.set_ylabel("past chunk")
     axes.tick_params(labelbottom=False)
-    at = np.arange(time.ticks + 1) / time.stage_steps
+    at = np.arange(time.ticks + 1) / time.quantum_steps
     fill = np.append(record.fill, record.fill[-1])
     below.fill_between(at, fill, step="post", color=COMPUTED, alpha=0.25, linewidth=0)
     below.step(at, fill, where="post", color=COMPUTED, linewidth=1.2)
@@ -49,7 +47,7 @@ def kv_figure(record: RunRecord) -> Figure:
     return figure
 
 
-def _draw_shares(figure: Figure, axes: Axes, record: RunRecord, time: Timeline) -> None:
+def _draw_shares(figure: Figure, axes: Axes, record: RunRecord, time: Tracer) -> None:
     """The heat map: time to the right, past chunks downwards."""
     retired = time.retired
     shares = record.kept[retired.start : retired.stop].T  # [past chunk, time]

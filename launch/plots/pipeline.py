@@ -19,9 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from engine.record import RunRecord
 from launch.plots.style import REUSED, settings_line
 from models.errors import InputError
-from parallel.utilisation import Cause, RankUse, Run, Utilisation, analyse
-
-__all__ = ["PipelineTrace", "pipeline_figure", "pipeline_table"]
+from parallel.trace.idle_time import Cause, RankUse, Run, Utilisation, analyse
 
 _IDLE = {Cause.DEPENDENCY: "#e6e6e6", Cause.TRANSPORT: "#c2c2c2", Cause.IMBALANCE: "#8f8f8f"}
 _DECODING = "#7f6a93"
@@ -34,19 +32,12 @@ _ROW = 0.8  # of a row's height that is drawn on
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineTrace:
-    """A trace as it is drawn.
+    """A trace as it is drawn."""
 
-    Attributes:
-        use: what each rank did; times in seconds on the trace's clock.
-        reused: moments at which the lead left a step out.
-        decoding: spans of decoding on the lead.
-        settings: of the record in the same folder; empty without one.
-    """
-
-    use: Utilisation
-    reused: np.ndarray
-    decoding: list[tuple[float, float]]
-    settings: Mapping[str, Any]
+    use: Utilisation  # what each rank did; times in seconds on the trace's clock
+    reused: np.ndarray  # moments at which the lead left a step out
+    decoding: list[tuple[float, float]]  # spans of decoding on the lead
+    settings: Mapping[str, Any]  # of the record in the same folder; empty without one
 
     @classmethod
     def load(cls, folder: Path) -> PipelineTrace:
@@ -185,8 +176,8 @@ def _rows(
             )
         else:
             _draw_shares(axes, runs, box, span, zero)
-        slot = f".{rank.slot}" if any(other.slot for other in use.ranks) else ""
-        labels.append(f"rank {rank.rank}, stage {rank.stage}{slot}\n{rank.busy / length:.0%} busy")
+        cp_rank = f".{rank.cp_rank}" if any(other.cp_rank for other in use.ranks) else ""
+        labels.append(f"rank {rank.rank}, stage {rank.stage}{cp_rank}\n{rank.busy / length:.0%} busy")
     if trace.decoding:
         box = (len(use.ranks) - _ROW / 2, _ROW / 2)
         axes.broken_barh([(began - zero, ended - began) for began, ended in trace.decoding], box, facecolor=_DECODING)

@@ -13,9 +13,7 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 
 from engine.record import NOT_ACTIVE, RunRecord
 from launch.plots.style import COMPUTED, EXTRAPOLATED, FEW, GREY, REUSED, add_title, cell_lines, map_height
-from launch.plots.timeline import Timeline
-
-__all__ = ["reuse_figure"]
+from launch.plots.tracer import Tracer
 
 _STATES = {"computed": COMPUTED, "reused": REUSED, "extrapolated": EXTRAPOLATED, "not in the window": "#f1f1f1"}
 _OUTSIDE = 3  # in a map of states; below it are the flags
@@ -27,7 +25,7 @@ def reuse_figure(record: RunRecord) -> Figure:
 
     In a long video the window is a thin line across that map; then a chunk's row begins when the chunk enters.
     """
-    time = Timeline.of(record)
+    time = Tracer.of(record)
     figure = Figure(figsize=(11, map_height(time.chunks)), layout="constrained")
     grid = figure.add_gridspec(1, 2, width_ratios=(6, 1))
     axes = figure.add_subplot(grid[0])
@@ -53,7 +51,9 @@ def reuse_figure(record: RunRecord) -> Figure:
         axes.text(*middle, "given", ha="center", va="center", color=GREY)
     axes.set(xlabel=_tick_label(time), ylabel="chunk")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=15, min_n_ticks=1))
-    axes.xaxis.set_major_locator(MultipleLocator(time.stage_steps * math.ceil(states.shape[1] / time.stage_steps / 12)))
+    axes.xaxis.set_major_locator(
+        MultipleLocator(time.quantum_steps * math.ceil(states.shape[1] / time.quantum_steps / 12))
+    )
     _computed_bars(side, record, time)
     patches = [
         Patch(facecolor=colour, edgecolor="#999999", label=name)
@@ -65,13 +65,13 @@ def reuse_figure(record: RunRecord) -> Figure:
     return figure
 
 
-def _tick_label(time: Timeline) -> str:
+def _tick_label(time: Tracer) -> str:
     if time.chunks > _MANY:
-        return f"step of the chunk (each row begins {time.stage_steps} ticks after the one above)"
-    return f"tick (a chunk enters every {time.stage_steps} ticks)" if time.stages > 1 else "tick"
+        return f"step of the chunk (each row begins {time.quantum_steps} ticks after the one above)"
+    return f"tick (a chunk enters every {time.quantum_steps} ticks)" if time.stages > 1 else "tick"
 
 
-def _computed_bars(axes: Axes, record: RunRecord, time: Timeline) -> None:
+def _computed_bars(axes: Axes, record: RunRecord, time: Tracer) -> None:
     """Computed share of each chunk, as bars at the side of the map."""
     made = np.arange(time.first, time.chunks)
     shares, extrapolated = ((record.decisions == state).sum(axis=1) / time.num_steps for state in (0, 2))

@@ -13,20 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 
 from engine.record import RunRecord
-from launch.plots.timeline import Timeline
-
-__all__ = [
-    "COMPUTED",
-    "EXTRAPOLATED",
-    "FEW",
-    "GREY",
-    "GRID",
-    "REUSED",
-    "add_title",
-    "cell_lines",
-    "map_height",
-    "settings_line",
-]
+from launch.plots.tracer import Tracer
 
 COMPUTED, REUSED, EXTRAPOLATED = "#27548a", "#f3b23f", "#6fae8f"
 GREY, GRID = "#666666", "#e4e4e4"
@@ -51,7 +38,7 @@ def cell_lines(axes: Axes, xs: np.ndarray, ys: np.ndarray) -> None:
     axes.tick_params(which="minor", length=0)
 
 
-def add_title(figure: Figure, title: str, record: RunRecord, time: Timeline) -> None:
+def add_title(figure: Figure, title: str, record: RunRecord, time: Tracer) -> None:
     """What the figure shows, and below in small which run it is of."""
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=13)
     made = time.chunks - time.first

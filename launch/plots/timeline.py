@@ -6,29 +6,19 @@ from dataclasses import dataclass
 
 from engine.record import RunRecord
 
-__all__ = ["Timeline"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Timeline:
-    """The schedule of a record: ticks, chunks and steps.
+class Tracer:
+    """The schedule of a record: ticks, chunks and steps."""
 
-    Attributes:
-        ticks: of the video.
-        chunks: of the video, given ones counted.
-        first: the first chunk that was made.
-        num_steps: of a chunk.
-        stage_steps: ticks between two chunks that enter the window.
-    """
-
-    ticks: int
-    chunks: int
-    first: int
-    num_steps: int
-    stage_steps: int
+    ticks: int  # of the video
+    chunks: int  # of the video, given ones counted
+    first: int  # the first chunk that was made
+    num_steps: int  # of a chunk
+    quantum_steps: int  # ticks between two chunks that enter the window
 
     @classmethod
-    def of(cls, record: RunRecord) -> Timeline:
+    def of(cls, record: RunRecord) -> Tracer:
         """The schedule that the record names."""
         schedule = record.schedule
         return cls(
@@ -36,18 +26,18 @@ class Timeline:
             chunks=schedule.chunks,
             first=schedule.first,
             num_steps=schedule.num_steps,
-            stage_steps=schedule.stage_steps,
+            quantum_steps=schedule.quantum_steps,
         )
 
     @property
     def window(self) -> int:
         """Chunks that are denoised at once."""
-        return self.num_steps // self.stage_steps
+        return self.num_steps // self.quantum_steps
 
     @property
     def stages(self) -> float:
         """Length in chunks of time."""
-        return self.ticks / self.stage_steps
+        return self.ticks / self.quantum_steps
 
     @property
     def retired(self) -> range:

@@ -17,8 +17,6 @@ from pydantic.dataclasses import dataclass
 
 from models.errors import InputError
 
-__all__ = ["EngineConfig", "MagiConfig", "ModelConfig", "RuntimeConfig"]
-
 _STRICT = ConfigDict(extra="forbid")
 _DTYPES = {"torch.bfloat16": torch.bfloat16, "torch.float16": torch.float16, "torch.float32": torch.float32}
 

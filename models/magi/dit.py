@@ -20,8 +20,6 @@ from models.magi.layer import KVView, TransformerLayer
 from models.magi.norms import LayerNorm1p
 from models.magi.rope import RotaryBands
 
-__all__ = ["NULL_TEXT_ROWS", "MagiDiT"]
-
 NULL_TEXT_ROWS = 50
 """How many rows of the learned null caption stand for "no text" (specification 2.4)."""
 _FREQUENCIES = 128

@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fp8ChannelLinear", "Fp8TensorLinear"]
-
 _FP8_MAX = 448.0
 
 

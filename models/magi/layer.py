@@ -20,8 +20,6 @@ from models.magi.fp8 import Fp8ChannelLinear, Fp8TensorLinear
 from models.magi.norms import LayerNorm, LayerNorm1p
 from models.magi.rope import apply_rotary
 
-__all__ = ["KVView", "TransformerLayer"]
-
 
 class KVView(Protocol):
     """What one chunk's tokens attend to, in every layer."""

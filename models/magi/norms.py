@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LayerNorm", "LayerNorm1p"]
-
 
 class LayerNorm(nn.LayerNorm):
     """Ordinary layer norm that computes in its parameters' dtype (specification 6.3, steps 1 and 9)."""

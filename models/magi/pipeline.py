@@ -14,33 +14,24 @@ from torch import Tensor
 
 from models.attention import Attention
 from models.errors import InputError
-from models.magi.checkpoint import load_dit, load_vae, weights_folder
 from models.magi.config import MagiConfig
-from models.magi.family import FixedCaptions, MagiModel
+from models.magi.model import FixedCaptions, MagiModel
 from models.magi.sampling import MagiSampling
 from models.magi.text import Caption, SpecialTokens, T5Encoder, TextEncoder, with_special_tokens
 from models.magi.tiling import TiledVAE
-
-__all__ = ["Loading", "MagiPipeline", "load_parts", "load_released", "load_stage"]
+from models.magi.weights import load_dit, load_vae, weights_folder
 
 _LATENT_CELL = 8  # pixels of a latent cell's side
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loading:
-    """How to load a model.
+    """How to load a model."""
 
-    Attributes:
-        device: where to put it.
-        precise: fp32 output projections, as released; False is the `fast` precision.
-        attention: name of the attention backend.
-        layers: which layers of the DiT to load; None for all.
-    """
-
-    device: str = "cpu"
-    precise: bool = True
-    attention: str = "sdpa"
-    layers: range | None = None
+    device: str = "cpu"  # where to put it
+    precise: bool = True  # fp32 output projections, as released; False is the `fast` precision
+    attention: str = "sdpa"  # name of the attention backend
+    layers: range | None = None  # which layers of the DiT to load; None for all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,11 +92,9 @@ class MagiPipeline:
         """Pixels of a latent cell's side."""
         return _LATENT_CELL
 
-    def sampling(self, num_steps: int, *, clean_forward: bool = True, nearly_clean_mix: bool = True) -> MagiSampling:
+    def sampling(self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True) -> MagiSampling:
         """How to denoise with that many steps, with or without the passes that reuse may leave out."""
-        return MagiSampling(
-            config=self.config, num_steps=num_steps, clean_forward=clean_forward, nearly_clean_mix=nearly_clean_mix
-        )
+        return MagiSampling(config=self.config, num_steps=num_steps, clean_pass=clean_pass, copy_pass=copy_pass)
 
     def captions(self, prompt: str) -> FixedCaptions | TokenCaptions:
         """Encode a prompt.

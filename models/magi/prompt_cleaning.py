@@ -16,8 +16,6 @@ from types import ModuleType
 
 from models.errors import InputError
 
-__all__ = ["clean_prompt"]
-
 _Rule = tuple[re.Pattern[str], str]
 
 

@@ -13,8 +13,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RotaryBands", "apply_rotary"]
-
 
 class RotaryBands(nn.Module):
     """Holds the bands, shared by the three axes: head size / 8 values, 10000^(-i/n) at the start."""

@@ -12,10 +12,8 @@ from functools import cached_property
 import torch
 
 from models.errors import InputError
-from models.family import CaptionKind, Pass, PassCondition
 from models.magi.config import MagiConfig
-
-__all__ = ["MagiSampling", "timesteps"]
+from models.protocols import CaptionKind, Pass, PassCondition
 
 _SHORTCUT_STEPS = 12
 _SHORTCUTS = {"16,16,8": ((0.0, 1 / 16, 2 / 16), (1, 1, 2))}
@@ -37,21 +35,13 @@ def timesteps(num_steps: int, shortcut_mode: str) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class MagiSampling:
-    """Sampling of one request.
+    """Sampling of one request."""
 
-    Attributes:
-        config: the model's configuration.
-        num_steps: denoising steps, in place of the configuration's.
-        clean_forward: renew the KV of a finished chunk by a pass at `clean_t`.
-        nearly_clean_mix: blend in a context-free copy of the cleanest chunk of a distilled model.
-        copy_weight: weight of that copy, 1 - the released `prev_chunks_scale`.
-    """
-
-    config: MagiConfig
-    num_steps: int
-    clean_forward: bool = True
-    nearly_clean_mix: bool = True
-    copy_weight: float = 0.3
+    config: MagiConfig  # the model's configuration
+    num_steps: int  # denoising steps, in place of the configuration's
+    clean_pass: bool = True  # renew the KV of a finished chunk by a pass at `clean_t`
+    copy_pass: bool = True  # blend in a context-free copy of the cleanest chunk of a distilled model
+    copy_weight: float = 0.3  # weight of that copy, 1 - the released `prev_chunks_scale`
 
     def __post_init__(self) -> None:
         if self.num_steps < 1 or self.num_steps % self.window:
@@ -112,15 +102,15 @@ class MagiSampling:
             return runtime.noise2clean_kvrange[-1]
         return _PREFIX_FALLBACK if prefix else None
 
-    def _distill(self, step_in_stage: int) -> float | None:
+    def _distill(self, step_in_quantum: int) -> float | None:
         """The step-size constant of a distilled model (6.1, step 4)."""
         if not self.config.engine_config.distill:
             return None
         if self.num_steps != _SHORTCUT_STEPS:
             return self.num_steps / 4 * 2
         _, intervals = _SHORTCUTS.get(self.config.engine_config.shortcut_mode, _DEFAULT_SHORTCUT)
-        stage_steps = self.num_steps // self.window
-        return 8 / intervals[step_in_stage] if stage_steps == len(intervals) else 8.0
+        quantum_steps = self.num_steps // self.window
+        return 8 / intervals[step_in_quantum] if quantum_steps == len(intervals) else 8.0
 
     def _scales(self, step: int) -> tuple[float, float]:
         """(previous-chunks scale, text scale) at a step's time (7.5)."""
@@ -148,7 +138,7 @@ class MagiSampling:
 
         if not self.guided:
             threshold = self.config.engine_config.distill_nearly_clean_chunk_threshold
-            if not (oldest and self.nearly_clean_mix and time > threshold):
+            if not (oldest and self.copy_pass and time > threshold):
                 return (one("denoise", "text", 1.0, drop=False),)
             return (
                 one("denoise", "text", 1 - self.copy_weight, drop=False),
@@ -162,11 +152,11 @@ class MagiSampling:
             passes.append(one("text", "text", text, drop=False, branch=1))
         return tuple(passes)
 
-    def clean_passes(self, step_in_stage: int, *, prefix: bool, text_needed: bool) -> tuple[Pass, ...]:
+    def clean_passes(self, step_in_quantum: int, *, prefix: bool, text_needed: bool) -> tuple[Pass, ...]:
         """Passes of a finished or a prefix chunk: null text, t = clean_t (7.4, step 2; 7.6)."""
-        if not prefix and not self.clean_forward:
+        if not prefix and not self.clean_pass:
             return ()
-        distill = self._distill(step_in_stage)
+        distill = self._distill(step_in_quantum)
         t = self.config.runtime_config.clean_t
         drop = PassCondition(t=t, distill=distill, drop=self.guided)
         passes = [Pass(name="clean", caption="null", branch=0, isolated=False, weight=0.0, condition=drop)]

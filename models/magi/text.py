@@ -24,16 +24,6 @@ from torch import Tensor
 from models.errors import InputError
 from models.magi.prompt_cleaning import clean_prompt
 
-__all__ = [
-    "SPECIAL_TOKENS_SHA256",
-    "T5_FOLDER",
-    "Caption",
-    "SpecialTokens",
-    "T5Encoder",
-    "TextEncoder",
-    "with_special_tokens",
-]
-
 T5_FOLDER = "t5-v1_1-xxl"
 """The folder inside `t5_pretrained` that holds the encoder."""
 

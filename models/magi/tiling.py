@@ -21,8 +21,6 @@ from torch import Tensor
 from models.errors import InputError
 from models.magi.vae import ViTVAE
 
-__all__ = ["Tile", "TileGrid", "TiledVAE", "plan_tiles"]
-
 Size = tuple[int, int, int]
 """Extent in time, rows and columns."""
 

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from models.errors import InputError
 
-__all__ = ["VaeConfig", "ViTVAE"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
 class VaeConfig:

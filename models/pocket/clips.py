@@ -14,8 +14,6 @@ from torch import Tensor
 
 from models.pocket.words import COLOURS, MOTIONS, SHAPES
 
-__all__ = ["RADIUS", "SIDE", "SPEED", "Objects", "draw_background", "draw_objects", "render"]
-
 SIDE = 64  # pixels
 RADIUS = 12.0  # pixels, of every object of the DiT's clips
 SPEED = 1.0  # pixels per frame

@@ -12,8 +12,6 @@ from models.magi.vae import VaeConfig
 from models.pocket.clips import SIDE
 from models.pocket.text import CAPTION_CHANNELS
 
-__all__ = ["POCKET_DIT", "WEIGHTS", "pocket_config", "write_vae_config"]
-
 WEIGHTS = Path(__file__).parent / "weights"
 POCKET_DIT = ModelConfig(
     model_name="videodit_ardf",

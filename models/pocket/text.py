@@ -11,8 +11,6 @@ from torch import Tensor
 from models.magi.text import Caption
 from models.pocket.words import VOCABULARY, parse_prompt
 
-__all__ = ["CAPTION_CHANNELS", "PocketEncoder", "encode_prompt"]
-
 CAPTION_CHANNELS = 32
 _LENGTH = 5  # "a red circle moving right"
 _SCALE = 4.0

@@ -26,8 +26,6 @@ from models.pocket.text import encode_prompt
 from models.pocket.trainer import Ema, Trainer, linear_decay
 from models.pocket.words import COLOURS, MOTIONS, SHAPES, Scene
 
-__all__ = ["Latents", "encode_clips", "train_dit"]
-
 CHUNK_FRAMES = 6  # latent
 CHUNK_PIXELS = 24  # frames
 TILE_PIXELS = 12  # frames

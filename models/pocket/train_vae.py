@@ -17,8 +17,6 @@ from models.magi.vae import VaeConfig, ViTVAE
 from models.pocket.clips import draw_background, draw_objects, render
 from models.pocket.trainer import Ema, Trainer, linear_decay
 
-__all__ = ["POCKET_VAE", "polish_decoder", "train_vae"]
-
 TILE_FRAMES = 12
 POCKET_VAE = VaeConfig(
     video_size=64,

@@ -15,8 +15,6 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Ema", "Trainer", "linear_decay"]
-
 Module = TypeVar("Module", bound=nn.Module)
 Step = Callable[[torch.Generator], tuple[Tensor, dict[str, float]]]
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from models.errors import InputError
 
-__all__ = ["COLOURS", "MOTIONS", "SHAPES", "VOCABULARY", "Scene", "parse_prompt"]
-
 # sRGB, 0..1
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.88, 0.13, 0.13),

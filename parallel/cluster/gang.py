@@ -11,14 +11,11 @@ from contextlib import suppress
 from enum import StrEnum
 
 from models.errors import InputError
-from parallel.cluster.commands import LeadCommand
-from parallel.cluster.crew import Crew, GangBroken, RankView
-from parallel.cluster.events import GangReady, LeadEvent
-from parallel.cluster.exchange import Exchange
+from parallel.cluster.actor import RankTask
+from parallel.cluster.connection import Exchange
+from parallel.cluster.messages import Command, GangEvent, GangReady
 from parallel.cluster.placement import GangShape, Placement, alive_nodes, plan_strategies
-from parallel.cluster.rank_actor import RankTask
-
-__all__ = ["GangBroken", "GangHandle", "GangState"]
+from parallel.cluster.rank_actors import GangBroken, RankActors, RankView
 
 _NODES_EVERY, _PLACES_EVERY = 1.0, 0.2
 _UNSURE = 20.0
@@ -58,7 +55,7 @@ class GangHandle:
         self.name, self.attempt, self.state = name, 0, GangState.PLACING
         self._shape, self._task, self._exchange = shape, task, exchange
         self._placement: Placement | None = Placement(shape, strategy)
-        self._crew: Crew | None = None
+        self._crew: RankActors | None = None
         self._wait_until = self._looked = 0.0
         self.stillborn = 0
 
@@ -72,7 +69,7 @@ class GangHandle:
         crew = self._crew  # which may be gone at the next look, if another thread asks
         return [] if crew is None else crew.views()
 
-    def poll(self) -> list[LeadEvent]:
+    def poll(self) -> list[GangEvent]:
         """Take in what has come, and go on with starting.
 
         Returns:
@@ -103,7 +100,7 @@ class GangHandle:
             self.state, self.stillborn = GangState.UP, 0
         return events
 
-    def tell(self, command: LeadCommand) -> None:
+    def tell(self, command: Command) -> None:
         """Tell the lead something, if the gang has one."""
         if self._crew is not None:
             self._crew.tell(command)
@@ -156,7 +153,7 @@ class GangHandle:
         self._looked = now
         places = self._placement.places()
         if places is not None:
-            self._crew = Crew(self._shape, self._task, self._placement, places, self.attempt, self._exchange)
+            self._crew = RankActors(self._shape, self._task, self._placement, places, self.attempt, self._exchange)
             self.state = GangState.STARTING
 
     def _leave_room(self) -> None:

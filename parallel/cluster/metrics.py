@@ -9,9 +9,7 @@ from typing import Protocol
 
 from ray.util.metrics import Counter, Gauge
 
-from parallel.cluster.jobs import Figures, Standing
-
-__all__ = ["Metrics", "RayMetrics"]
+from parallel.cluster.queue import Figures, RequestState
 
 
 class Metrics(Protocol):
@@ -59,7 +57,7 @@ class RayMetrics:
     def figures(self, figures: Figures) -> None:
         """The state of the queue and the gangs."""
         self._queued.set(figures.queued)
-        for standing in Standing:
+        for standing in RequestState:
             self._standing.set(figures.standings.get(standing, 0), tags={"standing": standing.value})
         for gang in figures.gangs:
             self._used.set(gang.utilisation, tags={"gang": gang.gang})

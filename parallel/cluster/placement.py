@@ -20,24 +20,16 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from models.errors import InputError
-from parallel.mesh import Layout
-
-__all__ = ["GangShape", "Place", "Placement", "alive_nodes", "assign_places", "cluster_has_gpus", "plan_strategies"]
+from parallel.topology.mesh import Layout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GangShape:
-    """What a gang needs.
+    """What a gang needs."""
 
-    Attributes:
-        layout: of its ranks.
-        gpus: each rank gets a GPU.
-        cpus: of each rank.
-    """
-
-    layout: Layout
-    gpus: bool
-    cpus: int = 1
+    layout: Layout  # of its ranks
+    gpus: bool  # each rank gets a GPU
+    cpus: int = 1  # of each rank
 
     @property
     def rank(self) -> dict[str, float]:
@@ -52,19 +44,12 @@ class GangShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """The place of one rank.
+    """The place of one rank."""
 
-    Attributes:
-        bundle: of the placement group.
-        node: id.
-        local_rank: among the gang's ranks of that node.
-        local_world_size: how many those are.
-    """
-
-    bundle: int
-    node: str
-    local_rank: int
-    local_world_size: int
+    bundle: int  # of the placement group
+    node: str  # id
+    local_rank: int  # among the gang's ranks of that node
+    local_world_size: int  # how many those are
 
 
 def alive_nodes() -> dict[str, dict[str, float]]:

@@ -4,25 +4,25 @@ A pure object: it is told what happens, with the time, and answers with decision
 decisions. It knows no Ray, no torch, no threads and no clock.
 
 Rules
-    Turns. A turn is granted after it was announced, and the turns of a request in their order. Among the announced
-    turns of a gang the highest priority goes first, then who has had the fewest turns (a newcomer counts as having had
-    as many as the least of its equals on the gang), then who was ready first, then by lot. A turn may be granted while
-    the one before still runs; as they never run together, a request uses the wider one's slots. Where the next turn
-    does not fit into the free slots, none slips past it.
+    Turns. A quantum is granted after it was announced, and the quanta of a request in their order. Among the announced
+    quanta of a gang the highest priority goes first, then who has had the fewest quanta (a newcomer counts as having
+    had as many as the least of its equals on the gang), then who was ready first, then by tie-break. A quantum may be
+    granted while the one before still runs; as they never run together, a request uses the wider one's slots. Where the
+    next quantum does not fit into the free slots, none slips past it.
 
-    Admission. A request is admitted by priority, then age, then by lot, where its KV fits into the gang's free
+    Admission. A request is admitted by priority, then age, then by tie-break, where its KV fits into the gang's free
     memory, on the gang whose slots are spoken for least, then with the most free memory, then by name. None slips past
     one that the gang could hold but for its present requests. A gang takes no more requests than `crowd` times
     its slots, counting those of the same or a higher priority only: more would make all of them late and leave
     nothing to a gang that comes up later.
 
-    No starvation. Of every `share` turns in a row that a gang grants, one at least goes to the turn that has waited
-    longest. So a turn is granted at the latest as the `share * (r + 1)`-th of its gang after it was announced, when r
-    turns were waiting there before it. Likewise for admission: while a request waits, a gang that could hold it admits
-    at most `(share - 1) * (a + 1)` younger requests, where a is the number of older ones that it admits meanwhile. (A
-    request that has to run alone is not counted.) The rule on crowding does not hold the oldest back.
+    No starvation. Of every `share` quanta in a row that a gang grants, one at least goes to the quantum that has waited
+    longest. So a quantum is granted at the latest as the `share * (r + 1)`-th of its gang after it was announced, when
+    r quanta were waiting there before it. Likewise for admission: while a request waits, a gang that could hold it
+    admits at most `(share - 1) * (a + 1)` younger requests, where a is the number of older ones that it admits
+    meanwhile. (A request that has to run alone is not counted.) The rule on crowding does not hold the oldest back.
 
-    Loss. When a gang goes down its requests go back to the queue with the turn of their last checkpoint and keep
+    Loss. When a gang goes down its requests go back to the queue with the quantum of their last checkpoint and keep
     their age. One that fails `same` times with the same reason is set aside. So is one that fails, or whose gang is
     lost while it runs, `fruitless` times without getting further than ever before. From half as many such losses for
     which nobody is blamed it runs alone: it may be what kills the gangs, and so it harms no other and no other harms
@@ -34,29 +34,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from models.errors import InputError
-from parallel.cluster.jobs import (
+from parallel.cluster.queue import (
+    ENDED,
     Admit,
     Assignment,
     Figures,
+    GangEntry,
     GangSize,
-    Grant,
     Job,
-    Standing,
-    View,
-)
-from parallel.cluster.ledger import (
-    ENDED,
-    GangBook,
+    Permit,
     Ready,
-    RequestBook,
+    RequestEntry,
+    RequestState,
+    View,
     check_fit,
-    lot,
     next_admission,
-    next_turn,
+    next_quantum,
     reserve,
+    tie_break,
 )
-
-__all__ = ["Scheduler"]
 
 
 class Scheduler:
@@ -70,8 +66,8 @@ class Scheduler:
     Args:
         seed: of the lots.
         gangs: sizes that a gang may ever have; a request that fits none of them is refused.
-        share: a turn, or a request, is passed over at most `share - 1` times for each that has waited longer.
-        crowd: how many requests a gang may hold, as a multiple of those whose turns fit into its slots.
+        share: a quantum, or a request, is passed over at most `share - 1` times for each that has waited longer.
+        crowd: how many requests a gang may hold, as a multiple of those whose quanta fit into its slots.
         same: how often a request may fail in the same way until it is set aside.
         fruitless: how often a request may be lost or fail without getting further until it is set aside.
     """
@@ -90,9 +86,9 @@ class Scheduler:
             raise InputError(f"share {share}, crowd {crowd}, same {same} and fruitless {fruitless} must be 1 or more")
         self._seed, self._sizes = seed, set(gangs)
         self._share, self._crowd, self._same, self._fruitless = share, crowd, same, fruitless
-        self._requests: dict[str, RequestBook] = {}
-        self._queue: dict[str, RequestBook] = {}
-        self._gangs: dict[str, GangBook] = {}
+        self._requests: dict[str, RequestEntry] = {}
+        self._queue: dict[str, RequestEntry] = {}
+        self._gangs: dict[str, GangEntry] = {}
         self._now = float("-inf")
         self._announcements = 0
         self._admissions_due = False
@@ -110,13 +106,13 @@ class Scheduler:
         if job.request in self._requests:
             raise InputError(f"there is a request {job.request} already: give every request its own id")
         check_fit(job, self._sizes)
-        one = RequestBook(
+        one = RequestEntry(
             job=job,
             submitted=now,
             number=len(self._requests),
-            lot=lot(self._seed, job.request),
-            checkpoint=job.resume_turn,
-            furthest=job.resume_turn,
+            tie_break=tie_break(self._seed, job.request),
+            checkpoint=job.resume_quantum,
+            furthest=job.resume_quantum,
         )
         self._requests[job.request] = self._queue[job.request] = one
         self._admissions_due = True
@@ -129,58 +125,60 @@ class Scheduler:
         self._tell_time(now)
         one = self._requests[request]
         if one.standing not in ENDED:
-            self._end(one, Standing.CANCELLED)
+            self._end(one, RequestState.CANCELLED)
 
-    def turn_ready(self, request: str, gang: str, turn: int, now: float) -> None:
-        """The gang has announced a turn. The first one after admission says with which turn the request goes on.
+    def quantum_ready(self, request: str, gang: str, quantum: int, now: float) -> None:
+        """The gang has announced a quantum. The first one after admission says with which quantum the request goes on.
 
         Raises:
-            ValueError: it is not the turn that comes next.
+            ValueError: it is not the quantum that comes next.
         """
         self._tell_time(now)
         one = self._resident(request, gang)
         if one is None:
             return
         expected = one.expected
-        if expected is not None and turn < expected:
+        if expected is not None and quantum < expected:
             return  # said before
-        if turn >= len(one.job.turns) or turn < 0 or (expected is not None and turn > expected) or one.ready:
-            raise ValueError(f"request {request}: turn {turn} was announced, {expected} comes next")
+        if quantum >= len(one.job.quanta) or quantum < 0 or (expected is not None and quantum > expected) or one.ready:
+            raise ValueError(f"request {request}: quantum {quantum} was announced, {expected} comes next")
         if one.done is None:
-            one.done = turn
+            one.done = quantum
         self._announcements += 1
-        one.ready = Ready(turn=turn, since=now, number=self._announcements, lot=lot(self._seed, request, turn))
+        one.ready = Ready(
+            quantum=quantum, since=now, number=self._announcements, tie_break=tie_break(self._seed, request, quantum)
+        )
 
-    def turn_done(self, request: str, gang: str, turn: int, now: float) -> None:
-        """All ticks of a turn are done; its slots are free.
+    def quantum_done(self, request: str, gang: str, quantum: int, now: float) -> None:
+        """All ticks of a quantum are done; its slots are free.
 
         Raises:
-            ValueError: a turn before it is not done, or it was not granted.
+            ValueError: a quantum before it is not done, or it was not granted.
         """
         self._tell_time(now)
         one = self._resident(request, gang)
-        if one is None or (one.done is not None and turn < one.done):
+        if one is None or (one.done is not None and quantum < one.done):
             return
-        if not one.granted or one.granted[0] != turn:
-            raise ValueError(f"request {request}: turn {turn} is said to be done, granted are {one.granted}")
+        if not one.granted or one.granted[0] != quantum:
+            raise ValueError(f"request {request}: quantum {quantum} is said to be done, granted are {one.granted}")
         one.granted.pop(0)
-        one.done = turn + 1
+        one.done = quantum + 1
         if one.done > one.furthest:
             one.furthest, one.fruitless, one.suspicions = one.done, 0, 0
 
-    def checkpointed(self, request: str, gang: str, turn: int, now: float) -> None:
-        """There is a whole checkpoint, from which the request would go on with this turn."""
+    def checkpointed(self, request: str, gang: str, quantum: int, now: float) -> None:
+        """There is a whole checkpoint, from which the request would go on with this quantum."""
         self._tell_time(now)
         one = self._resident(request, gang)
         if one is not None:
-            one.checkpoint = turn
+            one.checkpoint = quantum
 
     def request_done(self, request: str, gang: str, now: float) -> None:
         """The video is complete and handed out."""
         self._tell_time(now)
         one = self._resident(request, gang)
         if one is not None:
-            self._end(one, Standing.DONE)
+            self._end(one, RequestState.DONE)
 
     def request_failed(self, request: str, gang: str, reason: str, now: float) -> None:
         """The gang gave the request up and is well itself. It is queued again, or set aside."""
@@ -199,7 +197,7 @@ class Scheduler:
             ValueError: it is up already.
         """
         self._tell_time(now)
-        book = self._gangs.setdefault(gang, GangBook(gang))
+        book = self._gangs.setdefault(gang, GangEntry(gang))
         if book.up:
             raise ValueError(f"gang {gang} is up already")
         book.tell_time(now)
@@ -246,7 +244,7 @@ class Scheduler:
                 made.append(admit)
             self._admissions_due = False
         for gang in self._up():
-            while (one := next_turn(gang, self._share)) is not None:
+            while (one := next_quantum(gang, self._share)) is not None:
                 made.append(self._grant(gang, one))
         return made
 
@@ -265,7 +263,7 @@ class Scheduler:
         up = [gang.size for gang in self._up()]
         return Figures(
             queued=len(self._queue),
-            standings={standing: sum(view.standing is standing for view in views) for standing in Standing},
+            standings={standing: sum(view.standing is standing for view in views) for standing in RequestState},
             restarts=sum(view.restarts for view in views),
             gangs=tuple(gang.figures() for _, gang in sorted(self._gangs.items())),
             unplaceable=tuple(name for name, one in self._queue.items() if not any(size.holds(one.job) for size in up)),
@@ -285,10 +283,10 @@ class Scheduler:
         for gang in self._gangs.values():
             gang.tell_time(now)
 
-    def _up(self) -> list[GangBook]:
+    def _up(self) -> list[GangEntry]:
         return [gang for gang in self._gangs.values() if gang.up]
 
-    def _resident(self, request: str, gang: str) -> RequestBook | None:
+    def _resident(self, request: str, gang: str) -> RequestEntry | None:
         """The request, if that gang holds it."""
         one = self._requests[request]
         return one if one.gang == gang else None
@@ -302,36 +300,38 @@ class Scheduler:
             if gang.reserved is one:
                 gang.reserved = None
             equals = [other.served for other in gang.residents.values() if other.job.priority == one.job.priority]
-            one.standing, one.gang, one.served = Standing.PAUSED, gang.name, min(equals, default=0)
+            one.standing, one.gang, one.served = RequestState.PAUSED, gang.name, min(equals, default=0)
             gang.residents[one.job.request] = one
-            return Admit(request=one.job.request, gang=gang.name, resume_turn=one.checkpoint)
+            return Admit(request=one.job.request, gang=gang.name, resume_quantum=one.checkpoint)
         return None
 
-    def _grant(self, gang: GangBook, one: RequestBook) -> Grant:
+    def _grant(self, gang: GangEntry, one: RequestEntry) -> Permit:
         ready, one.ready = one.ready, None
         assert ready is not None
-        one.granted.append(ready.turn)
+        one.granted.append(ready.quantum)
         one.served += 1
-        gang.turns_granted += 1
-        plan = one.job.turns[ready.turn]
-        return Grant(request=one.job.request, gang=gang.name, turn=ready.turn, chunk=plan.chunk, slots=plan.slots)
+        gang.quanta_granted += 1
+        plan = one.job.quanta[ready.quantum]
+        return Permit(
+            request=one.job.request, gang=gang.name, quantum=ready.quantum, chunk=plan.chunk, slots=plan.slots
+        )
 
-    def _lost(self, one: RequestBook, reason: str, *, guilty: bool, suspect: bool) -> None:
+    def _lost(self, one: RequestEntry, reason: str, *, guilty: bool, suspect: bool) -> None:
         """A request came off its gang before its end."""
         one.reason = reason
         one.failures[reason] += guilty
         one.fruitless += guilty or suspect
         one.suspicions += suspect
         if one.failures[reason] >= self._same or one.fruitless >= self._fruitless:
-            self._end(one, Standing.ASIDE)
+            self._end(one, RequestState.QUARANTINED)
             return
         one.alone = one.suspicions >= max(1, self._fruitless // 2)
         one.restarts += 1
-        one.leave(Standing.QUEUED)
+        one.leave(RequestState.QUEUED)
         self._queue[one.job.request] = one
         self._admissions_due = True
 
-    def _end(self, one: RequestBook, standing: Standing) -> None:
+    def _end(self, one: RequestEntry, standing: RequestState) -> None:
         self._queue.pop(one.job.request, None)
         for gang in self._gangs.values():
             gang.residents.pop(one.job.request, None)

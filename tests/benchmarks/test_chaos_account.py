@@ -22,10 +22,10 @@ class Story:
         self.account.hear({"seconds": self.seconds, "event": event, "gang": gang, **values})
         return self
 
-    def turns(self, *turns, video="v", gang="gang-0"):
-        for turn in turns:
-            self.say("TurnReady", gang, video=video, turn=turn)
-            self.say("TurnDone", gang, video=video, turn=turn)
+    def quanta(self, *quanta, video="v", gang="gang-0"):
+        for quantum in quanta:
+            self.say("QuantumReady", gang, video=video, quantum=quantum)
+            self.say("QuantumDone", gang, video=video, quantum=quantum)
         return self
 
     def chunks(self, *chunks, video="v"):
@@ -42,21 +42,21 @@ class Story:
 
 
 def started():
-    """A video of which six turns are done and two chunks handed in; the checkpoint is two turns old."""
+    """A video of which six quanta are done and two chunks handed in; the checkpoint is two quanta old."""
     story = Story()
     story.say("GangReady").say("Admitted", video="v", first=0)
-    story.turns(*range(6)).chunks(0, 1)
-    story.marks["v"] = Mark(turn=4, chunks=1)
+    story.quanta(*range(6)).chunks(0, 1)
+    story.marks["v"] = Mark(quantum=4, chunks=1)
     return story
 
 
 def test_a_video_that_goes_on_from_its_checkpoint_is_as_it_should_be():
-    story = started().lose().again(1).turns(4, 5, 6).chunks(1, 2)
+    story = started().lose().again(1).quanta(4, 5, 6).chunks(1, 2)
     account = story.account
     assert not account.violations
-    assert (account.turns_again, account.chunks_again, account.restarts, account.turns) == (2, 1, 1, 9)
+    assert (account.quanta_again, account.chunks_again, account.restarts, account.quanta) == (2, 1, 1, 9)
     [loss] = account.losses
-    assert (loss.turns_again, loss.chunks_again, loss.worst, loss.videos) == (2, 1, 2, ("v",))
+    assert (loss.quanta_again, loss.chunks_again, loss.worst, loss.videos) == (2, 1, 2, ("v",))
     assert loss.seconds < loss.ready < loss.works and "gang-0" in account.working
 
 
@@ -64,11 +64,11 @@ def test_a_video_that_goes_on_from_its_checkpoint_is_as_it_should_be():
     ("rest", "said"),
     [
         (lambda story: story.again(0), "goes on with chunk 0, though those before 1 are safe"),
-        (lambda story: story.again(1).turns(3), "turn 3 was done again, though those before 4 are safe"),
-        (lambda story: story.again(1).say("TurnReady", video="v", turn=2), "goes on with turn 2"),
-        (lambda story: story.again(1).turns(4).chunks(0), "chunk 0 was made again, though those before 1 are safe"),
+        (lambda story: story.again(1).quanta(3), "quantum 3 was done again, though those before 4 are safe"),
+        (lambda story: story.again(1).say("QuantumReady", video="v", quantum=2), "goes on with quantum 2"),
+        (lambda story: story.again(1).quanta(4).chunks(0), "chunk 0 was made again, though those before 1 are safe"),
         (lambda story: story.again(3), "goes on with chunk 3, and 2 was not handed in"),
-        (lambda story: story.again(1).turns(4, 5, 6, 7).chunks(1, 3), "chunk 3 was handed in, and 2 was not"),
+        (lambda story: story.again(1).quanta(4, 5, 6, 7).chunks(1, 3), "chunk 3 was handed in, and 2 was not"),
     ],
 )
 def test_each_breach_is_found(rest, said):
@@ -79,50 +79,50 @@ def test_each_breach_is_found(rest, said):
 def test_a_video_without_a_checkpoint_begins_again_without_blame():
     story = started()
     del story.marks["v"]
-    account = story.lose().again(0).turns(*range(6)).chunks(0, 1).account
-    assert not account.violations and (account.turns_again, account.chunks_again) == (6, 2)
+    account = story.lose().again(0).quanta(*range(6)).chunks(0, 1).account
+    assert not account.violations and (account.quanta_again, account.chunks_again) == (6, 2)
     assert account.losses[0].worst == 6
 
 
 def test_what_was_safe_stays_safe_over_several_losses():
-    story = started().lose().again(1).turns(4, 5)
-    story.marks["v"] = Mark(turn=2, chunks=0)
+    story = started().lose().again(1).quanta(4, 5)
+    story.marks["v"] = Mark(quantum=2, chunks=0)
     story.lose()
-    assert "its checkpoint of turn 4 is gone; there is one of turn 2" in story.account.violations[0]
+    assert "its checkpoint of quantum 4 is gone; there is one of quantum 2" in story.account.violations[0]
     story.again(0)
     assert "those before 1 are safe" in story.account.violations[1]
 
 
 def test_a_checkpoint_must_not_be_after_chunks_that_nobody_has():
     story = started()
-    story.marks["v"] = Mark(turn=6, chunks=3)
+    story.marks["v"] = Mark(quantum=6, chunks=3)
     assert "after chunk 2, which was not handed in" in story.lose().account.violations[0]
 
 
-def test_turns_that_are_done_again_without_a_loss_are_found():
-    assert "no gang was lost" in started().turns(5).account.violations[0]
+def test_quanta_that_are_done_again_without_a_loss_are_found():
+    assert "no gang was lost" in started().quanta(5).account.violations[0]
 
 
-def test_turns_of_two_losses_in_a_row_are_counted_with_each():
-    account = started().lose().again(1).turns(4).lose().again(1).turns(4, 5, 6).account
-    assert [loss.turns_again for loss in account.losses] == [1, 2] and account.turns_again == 3
+def test_quanta_of_two_losses_in_a_row_are_counted_with_each():
+    account = started().lose().again(1).quanta(4).lose().again(1).quanta(4, 5, 6).account
+    assert [loss.quanta_again for loss in account.losses] == [1, 2] and account.quanta_again == 3
     assert not account.violations
 
 
-def test_a_gang_is_good_again_once_it_has_done_a_turn():
+def test_a_gang_is_good_again_once_it_has_done_a_quantum():
     story = started().lose()
     since = story.account.losses[0].seconds - 0.5
     assert not story.account.good_again("gang-0", since)
     story.again(1)
     assert not story.account.good_again("gang-0", since)
-    story.turns(4)
+    story.quanta(4)
     assert story.account.good_again("gang-0", since)
     assert not story.account.good_again("gang-0", story.seconds)  # hit since, and nobody has noticed yet
     assert not story.account.good_again("gang-1", since)
 
 
 def test_a_loss_before_a_gang_was_ready_again_belongs_to_the_same_time_without_work():
-    account = started().lose().lose().again(1).turns(4).account
+    account = started().lose().lose().again(1).quanta(4).account
     first, second = account.losses
     assert first.ready == second.ready and first.works == second.works
 
@@ -149,9 +149,9 @@ def storm(story=None, **changes):
     """One strike at the gang of a video that goes on as it should; two videos are made, one of them twice."""
     if story is None:
         story = Story()
-        story.say("GangReady").turns(0, 1).chunks(0)
-        story.marks["v"] = Mark(turn=1)
-        story.lose().again(0).turns(1, 2).chunks(1)
+        story.say("GangReady").quanta(0, 1).chunks(0)
+        story.marks["v"] = Mark(quantum=1)
+        story.lose().again(0).quanta(1, 2).chunks(1)
     calm = Outcome(chunks={"calm-0": ["a", "b"], "calm-1": ["c"]}, done={"calm-0", "calm-1"})
     made = Outcome(chunks={"storm-0": ["a", "b"], "storm-1": ["c"], "storm-2": ["a", "b"]})
     made.done = set(made.chunks)
@@ -162,7 +162,7 @@ def storm(story=None, **changes):
         account=story.account,
         calm=calm,
         calm_seconds=2.0,
-        calm_turns=1,
+        calm_quanta=1,
         storm=made,
         seconds=20.0,
         strikes=(strike(seconds=story.account.losses[0].seconds - 0.5),),
@@ -183,8 +183,8 @@ def test_a_good_run_passes_and_says_what_it_cost():
     assert table.count("\n") == 2 and "SIGKILL" in table and " 0.5 " in table
     assert len(csv(run).splitlines()) == 2
     told = facts(run)
-    assert "1 turns were done again (33.3% of all)" in told and "nobody had hit: 0" in told
-    assert "16 s were lost" in told  # of 20, for 2 turns that take 2 s each
+    assert "1 quanta were done again (33.3% of all)" in told and "nobody had hit: 0" in told
+    assert "16 s were lost" in told  # of 20, for 2 quanta that take 2 s each
 
 
 def test_other_latents_are_found_also_of_the_second_round():
@@ -204,7 +204,7 @@ def test_each_verdict_fails_for_itself():
     assert failing(run) == ["videos complete"]
     run = storm()
     run.account.losses[0].worst = 3
-    assert failing(run) == ["turns again, most of a video and loss"]
+    assert failing(run) == ["quanta again, most of a video and loss"]
     run = storm()
     run.account.violations.append("v: chunk 0 was made again")
     assert failing(run) == ["safe work done again"]

@@ -11,9 +11,9 @@ from benchmarks.cluster_report import Overhead, Throughput, csv, table, verdicts
 from benchmarks.cluster_runs import Latents, Timed, alone, differing, on_ranks
 from benchmarks.pipeline_job import ModelSpec
 from benchmarks.report import run_app
-from engine.cache import CacheSettings
-from parallel.cluster.events import ChunkMade, VideoDone, VideoFailed
-from parallel.mesh import Layout, Mesh
+from engine.reuse.settings import ReuseSettings
+from parallel.cluster.messages import ChunkMade, VideoDone, VideoFailed
+from parallel.topology.mesh import Layout, Mesh
 
 SPEC = ModelSpec(layers=2, width=192, side=32)
 MAKING = Making(spec=SPEC, layout=Layout(pp=2), gangs=2, concurrency=3, chunks=2, steps=8)
@@ -124,7 +124,7 @@ def test_ranks_make_the_videos_of_one_process():
         concurrency=2,
         chunks=2,
         steps=8,
-        cache=CacheSettings(clean_forward=False, nearly_clean_mix=False),
+        cache=ReuseSettings(clean_pass=False, copy_pass=False),
     )
     run = on_ranks(making, 2)
     assert differing([run], alone(making, 2)) == [] and run.seconds > 0 and 0 < run.item < run.seconds

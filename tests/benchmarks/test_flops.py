@@ -8,11 +8,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import CountingExecutor, pass_flops
-from engine.cache import CacheSettings
 from engine.engine import Engine
 from engine.executor import LocalExecutor
-from engine.kv import KVSettings
+from engine.kv.settings import KVSettings
 from engine.request import Request
+from engine.reuse.settings import ReuseSettings
 from models.magi.dit import MagiDiT
 from models.pocket.preset import POCKET_DIT
 from tests.engine.tiny import TinyPipeline, tiny_config
@@ -46,7 +46,7 @@ def test_a_videos_operations_are_those_that_pytorch_counts(guided, budget):
     pipeline = TinyPipeline(tiny_config(guided=guided))
     by_torch = TorchCounted(pipeline.model)
     counting = CountingExecutor(by_torch, pipeline.config.model_config)
-    cache = CacheSettings(policy="flowcache", threshold=0.2, warmup_steps=2)
+    cache = ReuseSettings(policy="flowcache", threshold=0.2, warmup_steps=2)
     engine = Engine(pipeline, cache, KVSettings(budget=budget), counting)
     request = Request(prompt="a thing", chunks=5, height=32, width=32, num_steps=4, seed=3)
     for _ in engine.generate(request):

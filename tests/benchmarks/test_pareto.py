@@ -8,7 +8,7 @@ from benchmarks.pareto import compare, pareto_figure, psnr_at, speed_figure
 from benchmarks.quality_report import FRACTIONS, csv, curve_table, setting_tables, verdicts
 from benchmarks.sweep import LEAN, METHODS, WORK, Setting
 from benchmarks.trial import Trial
-from engine.cache.reuse import KINDS
+from engine.reuse.memory import KINDS
 
 
 def trial(setting, seed=0, **changes):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.pipeline import app, layouts_for
-from benchmarks.pipeline_job import Case, Job, Made, ModelSpec, launch
+from benchmarks.pipeline_job import Case, ChunkResult, Job, ModelSpec, launch
 from benchmarks.pipeline_model import build, find_threshold, model_config, requests
 from benchmarks.pipeline_plan import flag_digest, predict, problems
 from benchmarks.pipeline_profile import header_seconds
@@ -15,19 +15,17 @@ from benchmarks.pipeline_rank import make_alone
 from benchmarks.pipeline_report import Row, barrier_table, row_of, rows_table, verdicts
 from benchmarks.pipeline_report import csv as rows_csv
 from benchmarks.report import run_app
-from engine.cache import CacheSettings
+from engine.reuse.settings import ReuseSettings
 from models.errors import InputError
-from parallel.mesh import Layout
-from parallel.message import HEADER_BYTES
-from parallel.report import RankReport
-from parallel.split import Costs, balanced_split, stage_layers
+from parallel.comm.messages import HEADER_BYTES
+from parallel.topology.mesh import Layout
+from parallel.topology.split import Costs, balanced_split, stage_layers
+from parallel.trace.counters import RankCounters
 
 SPEC = ModelSpec(layers=3, width=192, side=32)
 JOB = Job(model=SPEC, layout=None, cases=(), chunks=2, steps=8)
-PLAIN = Case(videos=1, cache=CacheSettings())
-FLOWCACHE = CacheSettings(
-    policy="flowcache", threshold=0.5, warmup_steps=2, clean_forward=False, nearly_clean_mix=False
-)
+PLAIN = Case(videos=1, cache=ReuseSettings())
+FLOWCACHE = ReuseSettings(policy="flowcache", threshold=0.5, warmup_steps=2, clean_pass=False, copy_pass=False)
 CALLS, CONTEXT_FREE, TOKENS = 2 * 8 + 1, 4, 6 * 2 * 2
 
 
@@ -109,10 +107,10 @@ def counts(layout):
             received += returning * (layout.cp - 1) * hidden
         velocity = returning * (HEADER_BYTES + 16 * 6 * 4 * 4 * 4) if layout.pp > 1 and not rank else 0
         made.append(
-            RankReport(
+            RankCounters(
                 rank=rank,
                 stage=stage,
-                slot=slot,
+                cp_rank=slot,
                 layers=(0, 3),
                 items=calls,
                 item_bytes=received,
@@ -127,10 +125,12 @@ def counts(layout):
 
 
 def reported(reports, seconds=2.0):
-    return Made(seconds=seconds, first_chunk=1.0, latents=("same",), ranks=tuple(asdict(report) for report in reports))
+    return ChunkResult(
+        seconds=seconds, first_chunk=1.0, latents=("same",), ranks=tuple(asdict(report) for report in reports)
+    )
 
 
-ALONE = Made(seconds=3.0, videos=(3.0,), first_chunk=1.5, latents=("same",))
+ALONE = ChunkResult(seconds=3.0, videos=(3.0,), first_chunk=1.5, latents=("same",))
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(pp=2), Layout(cp=2), Layout(pp=2, cp=2)])

@@ -19,11 +19,12 @@ from benchmarks.simulate_runs import (
     sampled_reuse,
     whole_plan,
 )
-from engine.cache import CacheSettings, Decision, Observation
-from engine.record import RunTrace
-from launch.presets import PRESETS, find_preset
+from engine.record import Recorder
+from engine.reuse.policy import Decision, Observation
+from engine.reuse.settings import ReuseSettings
 from models.errors import InputError
-from parallel.mesh import Layout
+from models.magi.presets import PRESETS, find_preset
+from parallel.topology.mesh import Layout
 
 
 def cluster(**changes):
@@ -110,7 +111,7 @@ def test_reuse_leaves_the_share_of_the_operations():
 
 
 def test_the_reuse_of_a_record_is_taken(tmp_path):
-    trace, recorded = RunTrace(), study(chunks=3).schedule
+    trace, recorded = Recorder(), study(chunks=3).schedule
     trace.begin(recorded)
     for tick in recorded:
         for chunk, step in tick.active:
@@ -166,7 +167,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, said):
 @pytest.mark.parametrize(("predicted", "passed"), [(0.95, True), (1.09, True), (1.12, False), (0.85, False)])
 def test_a_prediction_holds_within_a_tenth(predicted, passed):
     one = Compared(
-        case=Case(videos=1, cache=CacheSettings()),
+        case=Case(videos=1, cache=ReuseSettings()),
         predicted=(9.0, predicted, 0.1),
         measured=(1.0, 0.5, 2.0),
         predicted_busy=(0.9, 0.9),

@@ -8,27 +8,27 @@ import torch
 
 from benchmarks.simulate_plan import modelled_flags, plan_video, recorded_flags
 from benchmarks.simulation import Machine, simulate
-from engine.cache import CacheSettings
 from engine.engine import Engine
 from engine.executor import LocalExecutor
-from engine.kv import KVSettings
+from engine.kv.settings import KVSettings
+from engine.order import WorkOrder
 from engine.prepare import encode, prepare
-from engine.record import NOT_ACTIVE, RunTrace
+from engine.record import NOT_ACTIVE, Recorder
 from engine.request import Prefix
+from engine.reuse.settings import ReuseSettings
 from engine.schedule import Schedule
 from models.errors import InputError
 from models.magi.sampling import MagiSampling
-from parallel.order import WorkOrder
 from tests.parallel.small import SmallPipeline, one_thread, request, small_config
 
-FLOWCACHE = CacheSettings(policy="flowcache", threshold=0.1, warmup_steps=2, clean_forward=False)
+FLOWCACHE = ReuseSettings(policy="flowcache", threshold=0.1, warmup_steps=2, clean_pass=False)
 CASES = {
     "plain": {},
     "guided": {"config": {"guided": True}},
     "window 1": {"config": {"window": 1}},
     "one step per stage": {"config": {"num_steps": 4}, "request": {"num_steps": 4}},
     "flowcache": {"cache": FLOWCACHE},
-    "teacache": {"cache": CacheSettings(policy="teacache", threshold=0.1, warmup_steps=3)},
+    "teacache": {"cache": ReuseSettings(policy="teacache", threshold=0.1, warmup_steps=3)},
     "clip, guided": {"config": {"guided": True}, "prefix": 32},
 }
 
@@ -44,18 +44,16 @@ class Recording(LocalExecutor):
 
 
 def sampling_of(pipeline, wanted, cache):
-    return pipeline.sampling(
-        wanted.num_steps, clean_forward=cache.clean_forward, nearly_clean_mix=cache.nearly_clean_mix
-    )
+    return pipeline.sampling(wanted.num_steps, clean_pass=cache.clean_pass, copy_pass=cache.copy_pass)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_plan_has_the_passes_of_the_engine_in_its_order(case):
     one_thread()
-    pipeline, cache = SmallPipeline(small_config(2, **case.get("config", {}))), case.get("cache", CacheSettings())
+    pipeline, cache = SmallPipeline(small_config(2, **case.get("config", {}))), case.get("cache", ReuseSettings())
     prefix = Prefix(frames=torch.zeros(case["prefix"], 32, 48, 3, dtype=torch.uint8)) if "prefix" in case else None
     wanted = request(chunks=6, prefix=prefix, **case.get("request", {}))
-    executor, trace = Recording(pipeline.model), RunTrace()
+    executor, trace = Recording(pipeline.model), Recorder()
     for _ in Engine(pipeline, cache, executor=executor).generate(wanted, trace=trace):
         pass
     record = trace.finish({})
@@ -86,7 +84,7 @@ def test_the_real_order_gives_work_out_at_the_simulated_times(barrier):
         wanted,
         encode(pipeline, wanted),
         number=0,
-        cache=CacheSettings(),
+        cache=ReuseSettings(),
         kv=KVSettings(),
         observe=False,
     )
@@ -105,7 +103,7 @@ def test_the_real_order_gives_work_out_at_the_simulated_times(barrier):
                 returning.append((tail, work.item, torch.zeros_like(work.x)))
         elif returning:
             now = max(now, returning[0][0])
-    sampling = sampling_of(pipeline, wanted, CacheSettings())
+    sampling = sampling_of(pipeline, wanted, ReuseSettings())
     plan = plan_video(prepared.run.schedule, sampling, lambda what, step: (1.0, 1.0))
     made = simulate([plan], Machine(stages=2, barrier=barrier), spans=True)
     assert [(span.start, span.tick, span.chunk) for span in made.spans if span.stage == 0] == begun

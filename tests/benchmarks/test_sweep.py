@@ -20,8 +20,7 @@ from benchmarks.sweep import (
     ladder,
     refined,
 )
-from engine.cache import Decision, Observation
-from engine.cache.policy import ChunkPolicy
+from engine.reuse.policy import ChunkPolicy, Decision, Observation
 from engine.schedule import Schedule
 
 VELOCITY = StandIn(kind="velocity")
@@ -55,10 +54,10 @@ def test_settings_become_those_of_the_engine():
     setting = Setting(method="flowcache", kind="velocity", threshold=0.02, warmup=3, passes=LEAN, budget=2)
     cache = setting.cache
     assert (cache.policy, cache.reuse, cache.threshold, cache.warmup_steps) == ("flowcache", "velocity", 0.02, 3)
-    assert not cache.clean_forward and not cache.nearly_clean_mix and setting.kv.budget == 2
+    assert not cache.clean_pass and not cache.copy_pass and setting.kv.budget == 2
     assert replace(setting, extrapolate_from=0.5).cache.extrapolate_from == 0.5
     vanilla = Setting().cache
-    assert vanilla.policy == "none" and vanilla.clean_forward and vanilla.nearly_clean_mix
+    assert vanilla.policy == "none" and vanilla.clean_pass and vanilla.copy_pass
     assert setting.plain == Setting(passes=LEAN, budget=2)
 
 

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from engine.cache import CacheSettings
 from engine.engine import Engine
 from engine.executor import LocalExecutor
-from engine.kv import KVSettings
-from engine.record import NOT_ACTIVE, RunRecord, RunTrace
+from engine.kv.settings import KVSettings
+from engine.record import NOT_ACTIVE, Recorder, RunRecord
 from engine.request import Prefix, Request
+from engine.reuse.settings import ReuseSettings
 from engine.schedule import Schedule
 from models.errors import InputError
 from tests.engine.tiny import TinyPipeline, tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
-FLOWCACHE = CacheSettings(policy="flowcache", threshold=0.05, warmup_steps=2, clean_forward=False)
+FLOWCACHE = ReuseSettings(policy="flowcache", threshold=0.05, warmup_steps=2, clean_pass=False)
 
 
 def request(**changes):
@@ -107,7 +107,7 @@ def test_reused_steps_have_no_work():
             counted.append(work.item)
             return super().run(work)
 
-    pipeline, trace = TinyPipeline(tiny_config()), RunTrace()
+    pipeline, trace = TinyPipeline(tiny_config()), Recorder()
     engine = Engine(pipeline, FLOWCACHE)
     engine._executor = Counting(pipeline.model)
     list(engine.generate(request(chunks=6), trace=trace))
@@ -125,14 +125,14 @@ def test_every_kind_of_reuse_makes_a_video():
     pipeline = TinyPipeline(tiny_config())
     plain = latents(Engine(pipeline), request())
     for kind in ("residual", "velocity", "extrapolate"):
-        cache = CacheSettings(policy="flowcache", threshold=0.2, warmup_steps=2, reuse=kind)
+        cache = ReuseSettings(policy="flowcache", threshold=0.2, warmup_steps=2, reuse=kind)
         made = latents(Engine(pipeline, cache), request())
         assert all(torch.isfinite(part).all() for part in made)
         assert not torch.equal(made[-1], plain[-1])
 
 
 def test_a_record_is_what_happened_and_survives_the_disk(tmp_path):
-    trace, progress = RunTrace(), []
+    trace, progress = Recorder(), []
     engine = Engine(TinyPipeline(tiny_config()), FLOWCACHE, KVSettings(budget=2))
     list(engine.generate(request(chunks=6), on_progress=progress.append, trace=trace))
     trace.finish({"prompt": "a thing"}).save(tmp_path / "run")
@@ -153,7 +153,7 @@ def test_a_record_is_what_happened_and_survives_the_disk(tmp_path):
 def test_a_record_grows_in_proportion_to_the_video():
     sizes = []
     for chunks in (50, 100, 200):
-        trace = RunTrace()
+        trace = Recorder()
         trace.begin(Schedule(first=0, chunks=chunks, num_steps=8, window=4))
         for chunk in range(chunks - 1):
             trace.retired(chunk, np.eye(chunk + 1)[chunk])
@@ -165,8 +165,8 @@ def test_a_record_grows_in_proportion_to_the_video():
 
 def test_what_was_kept_is_noted_when_it_is_so_though_whole_ticks_are_reused():
     """A chunk retires with the next item; with much reuse some ticks have none."""
-    everything = CacheSettings(policy="flowcache", threshold=1e9, warmup_steps=1)
-    trace = RunTrace()
+    everything = ReuseSettings(policy="flowcache", threshold=1e9, warmup_steps=1)
+    trace = Recorder()
     list(Engine(TinyPipeline(tiny_config()), everything, KVSettings(budget=2)).generate(request(chunks=6), trace=trace))
     record = trace.finish({})
     assert (record.tick_items == 0).any()
@@ -187,7 +187,7 @@ import resource, sys
 import torch
 torch.set_num_threads(1)
 from engine.engine import Engine
-from engine.kv import KVSettings
+from engine.kv.settings import KVSettings
 from engine.request import Request
 from tests.engine.tiny import TinyPipeline, tiny_config
 

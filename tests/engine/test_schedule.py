@@ -31,12 +31,12 @@ def test_each_chunk_gets_each_step_once_and_in_order(schedule):
 
 
 @given(schedules())
-def test_a_window_holds_neighbours_one_stage_apart(schedule):
+def test_a_window_holds_processes_one_stage_apart(schedule):
     for tick in schedule:
         assert 1 <= len(tick.active) <= schedule.window
         for (older, ahead), (younger, behind) in zip(tick.active, tick.active[1:], strict=False):
             assert younger == older + 1
-            assert ahead - behind == schedule.stage_steps
+            assert ahead - behind == schedule.quantum_steps
 
 
 @given(schedules())
@@ -55,39 +55,39 @@ def test_chunks_enter_finish_and_retire_once_in_order(schedule):
 
 
 @given(schedules())
-def test_turns_partition_the_ticks(schedule):
-    ticks = [tick for index in range(schedule.turns) for tick in schedule.turn_ticks(index)]
+def test_quanta_partition_the_ticks(schedule):
+    ticks = [tick for index in range(schedule.quanta) for tick in schedule.quantum_ticks(index)]
     assert ticks == list(range(schedule.ticks))
     for tick in ticks:
-        assert tick in schedule.turn_ticks(schedule.turn_of(tick))
+        assert tick in schedule.quantum_ticks(schedule.quantum_of(tick))
 
 
 @given(schedules())
-def test_a_turn_begins_where_the_window_moves_and_takes_a_slot_for_each_active_chunk(schedule):
+def test_a_quantum_begins_where_the_window_moves_and_takes_a_slot_for_each_active_chunk(schedule):
     entered = []
-    for index in range(schedule.turns):
-        turn = schedule.turn(index)
-        first, *rest = (schedule.tick(tick) for tick in schedule.turn_ticks(index))
-        assert turn.index == index
-        assert turn.chunk == first.entering
-        assert turn.slots == max(len(tick.active) for tick in (first, *rest)) <= schedule.window
+    for index in range(schedule.quanta):
+        quantum = schedule.quantum(index)
+        first, *rest = (schedule.tick(tick) for tick in schedule.quantum_ticks(index))
+        assert quantum.index == index
+        assert quantum.chunk == first.entering
+        assert quantum.slots == max(len(tick.active) for tick in (first, *rest)) <= schedule.window
         assert all(tick.entering is None and tick.retiring is None for tick in rest)
-        entered += [] if turn.chunk is None else [turn.chunk]
+        entered += [] if quantum.chunk is None else [quantum.chunk]
     assert entered == list(range(schedule.first, schedule.chunks))
 
 
 @given(schedules())
-def test_chunks_finished_before_a_turn_are_counted(schedule):
-    for index in range(schedule.turns):
-        begins = schedule.turn_ticks(index).start
+def test_chunks_finished_before_a_quantum_are_counted(schedule):
+    for index in range(schedule.quanta):
+        begins = schedule.quantum_ticks(index).start
         finished = sum(schedule.tick(tick).finishing is not None for tick in range(begins))
         assert schedule.finished_before(index) == finished
 
 
 @given(schedules(), st.sampled_from([-1, 0]))
-def test_a_turn_that_is_not_there_is_refused(schedule, which):
-    with pytest.raises(IndexError, match="turn"):
-        schedule.turn(schedule.turns if which == 0 else -1)
+def test_a_quantum_that_is_not_there_is_refused(schedule, which):
+    with pytest.raises(IndexError, match="quantum"):
+        schedule.quantum(schedule.quanta if which == 0 else -1)
 
 
 def test_number_of_ticks_of_the_published_run():

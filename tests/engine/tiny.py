@@ -5,7 +5,7 @@ import torch
 from models.attention import attention_backend
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
-from models.magi.family import FixedCaptions, MagiModel
+from models.magi.model import FixedCaptions, MagiModel
 from models.magi.sampling import MagiSampling
 from models.pocket.preset import pocket_config
 
@@ -46,10 +46,8 @@ class TinyPipeline:
         self.attention = attention_backend("sdpa")
         self.autoencoder = self
 
-    def sampling(self, num_steps, *, clean_forward=True, nearly_clean_mix=True):
-        return MagiSampling(
-            config=self.config, num_steps=num_steps, clean_forward=clean_forward, nearly_clean_mix=nearly_clean_mix
-        )
+    def sampling(self, num_steps, *, clean_pass=True, copy_pass=True):
+        return MagiSampling(config=self.config, num_steps=num_steps, clean_pass=clean_pass, copy_pass=copy_pass)
 
     def captions(self, prompt):
         generator = torch.Generator().manual_seed(len(prompt))

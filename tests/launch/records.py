@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.cache import Decision, Observation
-from engine.cache.policy import ChunkPolicy
-from engine.record import RunRecord, RunTrace
+from engine.record import Recorder, RunRecord
+from engine.reuse.policy import ChunkPolicy, Decision, Observation
 from engine.schedule import Schedule
 
 SETTINGS = {"prompt": "a red circle moving right", "model": "magi-pocket", "kv_bytes": 12_345_678}
@@ -24,7 +23,7 @@ def made_up_record(
 ) -> RunRecord:
     """A run whose distances rise as the paper's do; of the past, the newest chunks are kept the most."""
     schedule = Schedule(first=first, chunks=chunks, num_steps=num_steps, window=4)
-    policy, trace = ChunkPolicy(threshold, 3, extrapolate_from), RunTrace()
+    policy, trace = ChunkPolicy(threshold, 3, extrapolate_from), Recorder()
     trace.begin(schedule)
     for tick in schedule:
         seen = [

@@ -6,10 +6,10 @@ from typing import get_args
 
 import pytest
 
-from engine.cache import CacheSettings
-from engine.cache.reuse import KINDS
-from engine.kv import KVSettings, SelectionSettings
-from engine.kv.selection import Granularity
+from engine.kv.selection import Granularity, SelectionSettings
+from engine.kv.settings import KVSettings
+from engine.reuse.memory import KINDS
+from engine.reuse.settings import ReuseSettings
 from launch.cache_presets import (
     CACHE_FIGURES,
     CacheName,
@@ -21,13 +21,13 @@ from launch.cache_presets import (
     cache_settings,
     kv_settings,
 )
-from launch.presets import PRESETS
 from models.errors import InputError
+from models.magi.presets import PRESETS
 
 MAGI_1 = [None, *(name for name in PRESETS if name != "magi-pocket")]
 
 
-def _settings(options: CacheOptions, *, num_steps: int = 16, guided: bool = False) -> CacheSettings:
+def _settings(options: CacheOptions, *, num_steps: int = 16, guided: bool = False) -> ReuseSettings:
     return cache_settings(options, model="magi-4.5b-distill", num_steps=num_steps, guided=guided)
 
 
@@ -52,7 +52,7 @@ def test_names_are_those_of_the_engine() -> None:
 def test_magi_1_has_the_figures_of_the_paper(name: CacheName, model: str, policy: str, threshold: float) -> None:
     settings = cache_preset(name, model)
     assert (settings.policy, settings.threshold, settings.warmup_steps) == (policy, threshold, 5)
-    assert not settings.clean_forward and not settings.nearly_clean_mix
+    assert not settings.clean_pass and not settings.copy_pass
 
 
 def test_magi_pocket_has_its_own() -> None:
@@ -65,7 +65,7 @@ def test_magi_pocket_has_its_own() -> None:
 @pytest.mark.parametrize("model", PRESETS)
 def test_without_reuse_nothing_is_left_out(model: str) -> None:
     settings = cache_preset(CacheName.NONE, model)
-    assert settings == CacheSettings() and settings.clean_forward and settings.nearly_clean_mix
+    assert settings == ReuseSettings() and settings.clean_pass and settings.copy_pass
 
 
 def test_options_change_single_figures() -> None:
@@ -78,16 +78,16 @@ def test_options_change_single_figures() -> None:
         clean_pass=True,
         copy_pass=True,
     )
-    assert _settings(options) == CacheSettings(
+    assert _settings(options) == ReuseSettings(
         policy="flowcache", threshold=0.2, warmup_steps=2, reuse="velocity", extrapolate_from=0.5
     )
     one = _settings(CacheOptions(preset=CacheName.FLOWCACHE_FAST, warmup=2))
-    assert (one.threshold, one.warmup_steps, one.clean_forward) == (0.015, 2, False)
+    assert (one.threshold, one.warmup_steps, one.clean_pass) == (0.015, 2, False)
 
 
 def test_passes_can_be_left_out_without_reuse() -> None:
     settings = _settings(CacheOptions(preset=CacheName.NONE, clean_pass=False, copy_pass=False))
-    assert settings == CacheSettings(clean_forward=False, nearly_clean_mix=False)
+    assert settings == ReuseSettings(clean_pass=False, copy_pass=False)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_teacache_warms_up_once_for_the_whole_video() -> None:
 def test_a_copy_pass_needs_a_distilled_model() -> None:
     with pytest.raises(InputError, match="--copy-pass is for distilled models"):
         _settings(CacheOptions(copy_pass=True), guided=True)
-    assert not _settings(CacheOptions(copy_pass=False), guided=True).nearly_clean_mix
+    assert not _settings(CacheOptions(copy_pass=False), guided=True).copy_pass
 
 
 def test_memory() -> None:

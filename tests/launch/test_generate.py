@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.cache import CacheSettings
-from engine.kv import KVSettings
+from engine.kv.settings import KVSettings
+from engine.reuse.settings import ReuseSettings
 from launch.cache_presets import CacheName, CacheOptions, KVOptions, TokenUnit, cache_preset
 from launch.generate import generate_video
-from launch.media import read_video
+from launch.output.media import read_video
+from launch.output.video import VideoWriter
 from launch.plan import Options, Plan, plan_video
-from launch.video import VideoWriter
 from models.errors import InputError
 from models.pocket.preset import pocket_config
 
@@ -72,7 +72,7 @@ def test_precision_and_attention_reach_the_model(options: Options) -> None:
 
 def test_reuse_is_on_unless_it_is_turned_off(options: Options) -> None:
     assert _plan(options).cache == cache_preset(CacheName.FLOWCACHE_SLOW, "magi-pocket")
-    assert _plan(options, cache=CacheOptions(preset=CacheName.NONE)).cache == CacheSettings()
+    assert _plan(options, cache=CacheOptions(preset=CacheName.NONE)).cache == ReuseSettings()
     assert _plan(options).kv == KVSettings()
 
 

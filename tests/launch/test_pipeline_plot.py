@@ -9,7 +9,7 @@ from launch.plots import plot_pipeline
 
 
 def trace(ranks, items, decoding):
-    """A made-up trace: stages take turns, one item after another."""
+    """A made-up trace: stages take quanta, one item after another."""
     events = [
         {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}} for rank in range(ranks)
     ]

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launch.plots.tracer import Tracer
 from matplotlib.figure import Figure
 from PIL import Image
 
 from engine.record import NOT_ACTIVE, RunRecord
-from launch.app import run
+from launch.cli import run
 from launch.plots import PLOTS, distance_figure, kv_figure, plot_record, reuse_figure
-from launch.plots.timeline import Timeline
 from models.errors import InputError
 from tests.launch.process import environment, flowcache_process
 from tests.launch.records import SETTINGS, made_up_record
@@ -47,7 +47,7 @@ def _texts(figure: Figure) -> str:
     ("chunks", "first", "num_steps", "window"), [(6, 0, 16, 4), (1, 0, 16, 4), (6, 2, 8, 4), (2, 0, 4, 4)]
 )
 def test_the_schedule_is_that_of_the_record(chunks: int, first: int, num_steps: int, window: int) -> None:
-    time = Timeline.of(made_up_record(chunks, first=first, num_steps=num_steps))
+    time = Tracer.of(made_up_record(chunks, first=first, num_steps=num_steps))
     assert (time.chunks, time.first, time.num_steps, time.window) == (chunks, first, num_steps, window)
     assert time.stages == chunks - first + window - 1
     assert list(time.retired) == list(range(first, chunks - 1))
@@ -208,7 +208,7 @@ def test_plots_go_into_the_record_or_where_they_are_asked_for(
 
 def test_a_plot_leaves_matplotlib_as_it_was(folder: Path) -> None:
     code = (
-        "import sys, launch.app; status = launch.app.run(['plot', 'kv', 'run']); "
+        "import sys, launch.cli; status = launch.cli.run(['plot', 'kv', 'run']); "
         "sys.exit(status or 'matplotlib.pyplot' in sys.modules or 'matplotlib' not in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0

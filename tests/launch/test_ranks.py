@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from engine.record import RunRecord
-from launch.app import run
+from launch.cli import run
 from launch.generate import generate_video
 from launch.plan import Options
 from launch.ranks import RankOptions
@@ -257,7 +257,7 @@ def test_a_wrong_number_of_ranks_is_said_once(tmp_path: Path) -> None:
     assert "exitcode  : 2" in result.stderr and os.listdir(tmp_path) == []
 
 
-SLOW = "import os, time; time.sleep(2 * (os.environ['RANK'] == '0')); from launch.app import main; main()"
+SLOW = "import os, time; time.sleep(2 * (os.environ['RANK'] == '0')); from launch.cli import main; main()"
 
 
 def test_the_others_wait_until_rank_0_has_said_it(tmp_path: Path) -> None:
@@ -271,8 +271,8 @@ def test_the_others_wait_until_rank_0_has_said_it(tmp_path: Path) -> None:
 
 def test_what_one_rank_alone_finds_is_said_by_it(tmp_path: Path) -> None:
     """Rank 0, on another machine, was started with other options and waits."""
-    seat = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    process = flowcache_process(tmp_path, "generate", PROMPT, "--pp", 3, extra=seat)
+    env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    process = flowcache_process(tmp_path, "generate", PROMPT, "--pp", 3, extra=env)
     _, shown = process.communicate(timeout=60)
     assert process.returncode == 2
     assert shown.startswith("flowcache: error: --pp 3 x --cp 1 needs 3 ranks") and shown.count("\n") == 1

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from engine.cache import CacheSettings
-from engine.kv import SelectionSettings
+from engine.kv.selection import SelectionSettings
 from engine.record import NOT_ACTIVE, RunRecord
+from engine.reuse.settings import ReuseSettings
 from launch import __version__
-from launch.app import run
-from launch.video import VideoWriter
+from launch.cli import run
+from launch.output.video import VideoWriter
 from tests.launch.process import Result
 
 PROMPT = "a red circle moving right"
@@ -41,7 +41,7 @@ def test_record_then_plot(flowcache: Callable[..., Result], tmp_path: Path, rand
     assert 0 < record.tick_seconds.sum() < seconds["making"] and seconds["loading"] > 0
     assert settings.pop("computed_fraction") == pytest.approx(record.computed_fraction)
     assert settings.pop("kv_bytes") > 1_000_000
-    cache = CacheSettings(**settings.pop("cache"))
+    cache = ReuseSettings(**settings.pop("cache"))
     assert (cache.policy, cache.threshold, cache.reuse) == ("flowcache", 0.2, "velocity")
     assert settings.pop("kv") == {"budget": 1, "selection": asdict(SelectionSettings())}
     assert settings == {

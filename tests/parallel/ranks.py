@@ -5,8 +5,8 @@ import sys
 
 import torch
 
-from parallel.local import run_ranks
-from parallel.mesh import Layout
+from parallel.ranks.spawn import run_ranks
+from parallel.topology.mesh import Layout
 
 
 def command(name, out, values):

@@ -14,30 +14,30 @@ from pathlib import Path
 
 import torch
 
-from engine.cache import CacheSettings
-from engine.kv import KVSettings
-from engine.record import RunTrace
+from engine.checkpoint.files import CheckpointConfig
+from engine.kv.settings import KVSettings
+from engine.record import Recorder
 from engine.request import Prefix
+from engine.reuse.flags import FlagLog
+from engine.reuse.settings import ReuseSettings
 from models.errors import InputError
-from models.loading import Loading, load_stage
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
-from parallel.checkpoint import CheckpointPlan
-from parallel.conformance import check_on_gang
-from parallel.failure import GangError
-from parallel.flags import FlagLog
-from parallel.gang import open_gang
-from parallel.mesh import Layout
-from parallel.message import Header, Kind
-from parallel.monitor import Timeouts, leave
-from parallel.seat import Seat
-from parallel.stages import stage_range
-from parallel.transport import GlooWire, Inbox, Outbox
+from models.magi.pipeline import Loading, load_stage
+from parallel.comm.channel import GlooWire, Inbox, Outbox
+from parallel.comm.messages import Header, Kind
+from parallel.health.errors import GangError
+from parallel.health.monitor import Timeouts, leave
+from parallel.ranks.conformance import check_on_gang
+from parallel.ranks.environment import RankEnv
+from parallel.ranks.gang import open_gang
+from parallel.topology.mesh import Layout
+from parallel.topology.split import stage_range
 from tests.parallel.small import one_thread, request, small_config, stage_pipeline
 
 
 def settings(values):
-    cache = CacheSettings(**values.get("cache", {}))
+    cache = ReuseSettings(**values.get("cache", {}))
     return cache, KVSettings(budget=values.get("budget"))
 
 
@@ -62,7 +62,7 @@ def videos(gang, values, out, flag_log=FlagLog, wrap=lambda model: model):
         return
     cache, kv = settings(values)
     requests = wanted(values)
-    traces = {video: RunTrace() for video in range(len(requests))} if values.get("trace") else {}
+    traces = {video: Recorder() for video in range(len(requests))} if values.get("trace") else {}
     latents = [[] for _ in requests]
     began = time.perf_counter()
     with gang.lead(pipeline, cache, kv, barrier=values.get("barrier", False)) as (engine, reports):
@@ -258,7 +258,7 @@ def kept(gang, values, out):
         return
     folder, requests, cut = Path(values["folder"]), wanted(values), kill.get("steps", 0)
     plans = [
-        CheckpointPlan(folder=folder / f"video-{video}", every=every) if every else None
+        CheckpointConfig(folder=folder / f"video-{video}", every=every) if every else None
         for video, every in enumerate(values["every"])
     ]
     wholes = set()
@@ -271,7 +271,7 @@ def kept(gang, values, out):
                 torch.save(made.chunk.latents, folder / f"{made.video}-{made.chunk.index}.pt")
             whole = sorted(path.parent.name[:13] for path in folder.glob("video-*/*/manifest.json"))
             wholes.add(tuple(whole))
-            if kill.get("turn", "turn-99999999") <= (whole or [""])[-1]:
+            if kill.get("quantum", "quantum-99999999") <= (whole or [""])[-1]:
                 cut -= 1
                 if not cut:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -279,16 +279,16 @@ def kept(gang, values, out):
 
 
 class _Held:
-    """A gate whose turns from one on are shut until it is told to open."""
+    """A gate whose quanta from one on are shut until it is told to open."""
 
-    def __init__(self, turn):
-        self.turn, self.announced, self.free = turn, [], threading.Event()
+    def __init__(self, quantum):
+        self.quantum, self.announced, self.free = quantum, [], threading.Event()
 
-    def announce(self, turn):
-        self.announced.append(turn.index)
+    def announce(self, quantum):
+        self.announced.append(quantum.index)
 
-    def open(self, turn):
-        return turn.index < self.turn or self.free.is_set()
+    def open(self, quantum):
+        return quantum.index < self.quantum or self.free.is_set()
 
 
 def gated(gang, values, out):
@@ -342,16 +342,16 @@ SCENARIOS = {
 def main():
     name, out, values = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     one_thread()
-    seat = Seat.from_environment()
+    env = RankEnv.from_environment()
     layout = Layout(**values["layout"])
     timeouts = Timeouts(**values.get("timeouts", {}))
     try:
-        with open_gang(seat, layout, timeouts=timeouts) as gang:
+        with open_gang(env, layout, timeouts=timeouts) as gang:
             SCENARIOS[name](gang, values, out)
     except InputError:
         leave(2)
     except GangError as error:
-        if not seat.launcher_speaks and error.failure.reporter == seat.rank:
+        if not env.launcher_speaks and error.failure.reporter == env.rank:
             sys.stderr.write(f"error: {error}\n")
         if "survives" in values:
             time.sleep(values["survives"])

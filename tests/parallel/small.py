@@ -6,9 +6,9 @@ from engine.request import Request
 from models.attention import attention_backend
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
-from models.magi.family import MagiModel
-from parallel.split import Costs, balanced_split, stage_layers
-from parallel.stage import StageModel
+from models.magi.model import MagiModel
+from parallel.ranks.worker import StageModel
+from parallel.topology.split import Costs, balanced_split, stage_layers
 from tests.engine.tiny import TinyPipeline, tiny_config
 
 

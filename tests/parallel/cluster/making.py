@@ -5,16 +5,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engine.cache import CacheSettings
-from engine.kv import KVSettings
-from parallel.checkpoint import CheckpointPlan
-from parallel.cluster.events import ChunkMade, VideoDone, VideoFailed
-from parallel.cluster.jobs import GangSize
+from engine.checkpoint.files import CheckpointConfig
+from engine.kv.settings import KVSettings
+from engine.reuse.settings import ReuseSettings
+from parallel.cluster.actor import RankTask
+from parallel.cluster.messages import ChunkMade, VideoDone, VideoFailed
 from parallel.cluster.placement import GangShape
-from parallel.cluster.rank_actor import RankTask
-from parallel.cluster.settings import ClusterSettings, VideoOrder
-from parallel.mesh import Layout
-from parallel.monitor import Timeouts
+from parallel.cluster.queue import GangSize
+from parallel.cluster.views import ClusterSettings, VideoOrder
+from parallel.health.monitor import Timeouts
+from parallel.topology.mesh import Layout
 from tests.parallel.cluster.sources import SmallSource, size
 
 WINDOW = 4
@@ -26,7 +26,7 @@ def settings(*, gangs=2, pp=2, cp=1, source=None, concurrency=1, cpus=1, **chang
     task = RankTask(
         layout=layout,
         source=source or SmallSource(),
-        cache=CacheSettings(),
+        cache=ReuseSettings(),
         kv=KVSettings(),
         timeouts=TIMEOUTS,
         threads=1,
@@ -38,7 +38,7 @@ def settings(*, gangs=2, pp=2, cp=1, source=None, concurrency=1, cpus=1, **chang
 
 
 def order(video, request, *, layout=None, folder=None, every=1, stored=0):
-    plan = None if folder is None else CheckpointPlan(folder=folder / video, every=every)
+    plan = None if folder is None else CheckpointConfig(folder=folder / video, every=every)
     return VideoOrder(
         video=video,
         request=request,

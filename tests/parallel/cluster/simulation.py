@@ -1,6 +1,6 @@
 """Gangs that behave as real ones do towards the scheduler, in simulated time, with an account of their own.
 
-What must always hold is asserted here as it happens: slots, memory, one gang per request, order of turns, and both
+What must always hold is asserted here as it happens: slots, memory, one gang per request, order of quanta, and both
 bounds on waiting.
 """
 
@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from parallel.cluster.jobs import Admit, GangSize, Grant, Job, Standing, plan_turns
+from parallel.cluster.queue import Admit, GangSize, Job, Permit, RequestState, plan_quanta
 from parallel.cluster.scheduler import Scheduler
 
 WINDOW = 4
 
 
-def job(request: str, *, chunks: int = 3, kv_bytes: int = 10, priority: int = 0, resume_turn: int = 0) -> Job:
-    turns = plan_turns(chunks=chunks, window=WINDOW)
-    return Job(request=request, turns=turns, kv_bytes=kv_bytes, priority=priority, resume_turn=resume_turn)
+def job(request: str, *, chunks: int = 3, kv_bytes: int = 10, priority: int = 0, resume_quantum: int = 0) -> Job:
+    quanta = plan_quanta(chunks=chunks, window=WINDOW)
+    return Job(request=request, quanta=quanta, kv_bytes=kv_bytes, priority=priority, resume_quantum=resume_quantum)
 
 
 @dataclass
@@ -25,13 +25,13 @@ class Held:
     """A request on a gang, as the gang sees it."""
 
     job: Job
-    next_turn: int
+    next_quantum: int
     announced: bool = False
     granted: list[int] = field(default_factory=list)
 
     @property
     def slots(self) -> int:
-        return self.job.turns[self.granted[0]].slots if self.granted else 0
+        return self.job.quanta[self.granted[0]].slots if self.granted else 0
 
 
 @dataclass
@@ -50,10 +50,10 @@ class World:
         self.jobs: dict[str, Job] = {}
         self.age: dict[str, tuple[float, int]] = {}
         self.checkpoints: dict[str, int] = {}
-        self.plan: list[Admit | Grant] = []
+        self.plan: list[Admit | Permit] = []
         self.now = 0.0
         self._due: dict[str, int] = {}
-        """The last grant of its gang that an announced turn can be."""
+        """The last grant of its gang that an announced quantum can be."""
         self._older: dict[tuple[str, str], int] = defaultdict(int)
         self._younger: dict[tuple[str, str], int] = defaultdict(int)
 
@@ -62,7 +62,7 @@ class World:
     def submit(self, one: Job) -> None:
         self.scheduler.submit(one, self.now)
         self.age[one.request] = (self.now, len(self.jobs))
-        self.jobs[one.request], self.checkpoints[one.request] = one, one.resume_turn
+        self.jobs[one.request], self.checkpoints[one.request] = one, one.resume_quantum
 
     def up(self, name: str) -> None:
         self.gangs[name].up = True
@@ -75,33 +75,33 @@ class World:
         gang.up = False
         for request in lost:
             view = self.scheduler.view(request)
-            assert view.standing is Standing.ASIDE or view.turn == self.checkpoints[request]
+            assert view.standing is RequestState.QUARANTINED or view.quantum == self.checkpoints[request]
             self._forget(request)
         gang.held.clear()
 
     def step(self, request: str) -> None:
-        """The gang of a request does the next thing for it: announce a turn, or end one."""
+        """The gang of a request does the next thing for it: announce a quantum, or end one."""
         name, gang = self.where(request)
         held = gang.held[request]
-        if not held.announced and held.next_turn < len(held.job.turns):
+        if not held.announced and held.next_quantum < len(held.job.quanta):
             waiting = sum(other.announced for other in gang.held.values())
-            self.scheduler.turn_ready(request, name, held.next_turn, self.now)
+            self.scheduler.quantum_ready(request, name, held.next_quantum, self.now)
             self._due[request] = gang.grants + self.share * (waiting + 1)
             held.announced = True
         elif held.granted:
-            turn = held.granted.pop(0)
-            self.scheduler.turn_done(request, name, turn, self.now)
-            if turn + 1 == len(held.job.turns):
+            quantum = held.granted.pop(0)
+            self.scheduler.quantum_done(request, name, quantum, self.now)
+            if quantum + 1 == len(held.job.quanta):
                 self.scheduler.request_done(request, name, self.now)
                 self._let_go(request)
 
     def checkpoint(self, request: str) -> None:
-        """At a border, with the turn that comes."""
+        """At a border, with the quantum that comes."""
         name, gang = self.where(request)
         held = gang.held[request]
-        if not held.granted and held.next_turn > self.checkpoints[request]:
-            self.checkpoints[request] = held.next_turn
-            self.scheduler.checkpointed(request, name, held.next_turn, self.now)
+        if not held.granted and held.next_quantum > self.checkpoints[request]:
+            self.checkpoints[request] = held.next_quantum
+            self.scheduler.checkpointed(request, name, held.next_quantum, self.now)
 
     def fail(self, request: str, reason: str) -> None:
         name, _ = self.where(request)
@@ -115,7 +115,7 @@ class World:
 
     # ---- what is decided
 
-    def decide(self) -> list[Admit | Grant]:
+    def decide(self) -> list[Admit | Permit]:
         """Carry out the scheduler's decisions, and check each of them."""
         made = self.scheduler.assignments(self.now)
         for one in made:
@@ -138,8 +138,8 @@ class World:
     def _admitted(self, one: Admit) -> None:
         assert one.request not in self.resident(), "on two gangs"
         gang = self.gangs[one.gang]
-        assert gang.up and one.resume_turn == self.checkpoints[one.request]
-        gang.held[one.request] = Held(job=self.jobs[one.request], next_turn=one.resume_turn)
+        assert gang.up and one.resume_quantum == self.checkpoints[one.request]
+        gang.held[one.request] = Held(job=self.jobs[one.request], next_quantum=one.resume_quantum)
         if self.scheduler.view(one.request).alone:
             assert len(gang.held) == 1
         else:
@@ -157,13 +157,13 @@ class World:
             count[other, name] += 1
             assert self._younger[other, name] <= (self.share - 1) * (self._older[other, name] + 1)
 
-    def _granted(self, one: Grant) -> None:
+    def _granted(self, one: Permit) -> None:
         gang = self.gangs[one.gang]
         held = gang.held[one.request]
-        assert held.announced and one.turn == held.next_turn
-        assert (one.chunk, one.slots) == (held.job.turns[one.turn].chunk, held.job.turns[one.turn].slots)
-        held.granted.append(one.turn)
-        held.next_turn, held.announced = one.turn + 1, False
+        assert held.announced and one.quantum == held.next_quantum
+        assert (one.chunk, one.slots) == (held.job.quanta[one.quantum].chunk, held.job.quanta[one.quantum].slots)
+        held.granted.append(one.quantum)
+        held.next_quantum, held.announced = one.quantum + 1, False
         gang.grants += 1
         assert gang.grants <= self._due.pop(one.request)
 
@@ -173,7 +173,7 @@ class World:
         return sorted(request for gang in self.gangs.values() for request in gang.held)
 
     def queued(self) -> list[str]:
-        return [one for one in self.jobs if self.scheduler.view(one).standing is Standing.QUEUED]
+        return [one for one in self.jobs if self.scheduler.view(one).standing is RequestState.QUEUED]
 
     def where(self, request: str) -> tuple[str, Gang]:
         return next((name, gang) for name, gang in self.gangs.items() if request in gang.held)

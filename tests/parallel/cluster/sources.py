@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engine.cache import CacheSettings
 from engine.engine import Engine
-from engine.kv import KVSettings
-from models.magi.family import FixedCaptions
-from parallel.cluster.size import video_size
-from parallel.mesh import Layout
-from parallel.stage import StageModel
+from engine.kv.settings import KVSettings
+from engine.reuse.settings import ReuseSettings
+from models.magi.model import FixedCaptions
+from parallel.cluster.config import video_size
+from parallel.ranks.worker import StageModel
+from parallel.topology.mesh import Layout
 from tests.parallel.small import request, small_config, stage_pipeline
 
 POISON = "a poisoned thing"
@@ -36,7 +36,7 @@ class SmallSource:
 
 
 class _Poisoned:
-    """A pipeline that turns one prompt into captions which the layers choke on."""
+    """A pipeline that quanta one prompt into captions which the layers choke on."""
 
     def __init__(self, pipeline):
         self._pipeline = pipeline
@@ -70,16 +70,16 @@ class _Brittle:
 
 
 def size(made, layout, config=None):
-    return video_size(small_config(**(config or {})), made, cache=CacheSettings(), kv=KVSettings(), layout=layout)
+    return video_size(small_config(**(config or {})), made, cache=ReuseSettings(), kv=KVSettings(), layout=layout)
 
 
 def alone(made, config=None):
     """Latents of one process."""
     layout = Layout(pp=1)
-    from parallel.mesh import Mesh
+    from parallel.topology.mesh import Mesh
 
     pipeline = stage_pipeline(small_config(**(config or {})), Mesh(layout=layout, rank=0))
-    engine = Engine(pipeline, CacheSettings(), KVSettings())
+    engine = Engine(pipeline, ReuseSettings(), KVSettings())
     return [chunk.latents for chunk in engine.generate(made)]
 
 

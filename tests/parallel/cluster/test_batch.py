@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.batch_parts import ChunkFiles
+from launch.batch.folder import ChunkFiles
 from launch.generate import generate_video
 from launch.plan import Options
 from tests.launch.process import flowcache_process

@@ -6,8 +6,8 @@ import signal
 import pytest
 
 from models.errors import InputError
-from parallel.cluster.driver import ClusterEngine
-from parallel.cluster.events import ChunkMade, GangLost
+from parallel.cluster.controller import Controller
+from parallel.cluster.messages import ChunkMade, GangLost
 from tests.parallel.cluster.making import check_same, make, order, settings
 from tests.parallel.cluster.sources import POISON, SmallSource, alone, requests
 from tests.parallel.small import one_thread, request
@@ -40,7 +40,7 @@ def log():
 @pytest.fixture(scope="module")
 def engine(cluster, log):
     one_thread()
-    with ClusterEngine(settings(gangs=2, pp=2, source=SmallSource(layer_seconds=0.004)), log=log) as engine:
+    with Controller(settings(gangs=2, pp=2, source=SmallSource(layer_seconds=0.004)), log=log) as engine:
         yield engine
 
 
@@ -81,9 +81,11 @@ def test_a_killed_rank_costs_nothing_but_time(engine, log, tmp_path):
         check_same(outcome.latents[f"k{index}"], alone(one))
     [lost] = [event for event in outcome.events if isinstance(event, GangLost)]
     assert lost.gang == "gang-0" and lost.videos and "rank 1" in lost.message
-    turns = [entry["turn"] for entry in log.of("TurnReady") if entry["video"] == lost.videos[0]]
-    again = next(index for index, turn in enumerate(turns) if turns[:index] and turn <= turns[index - 1])
-    assert turns[again] >= turns[again - 1] - 2  # a checkpoint a turn: that which ran, and one that was not yet whole
+    quanta = [entry["quantum"] for entry in log.of("QuantumReady") if entry["video"] == lost.videos[0]]
+    again = next(index for index, quantum in enumerate(quanta) if quanta[:index] and quantum <= quanta[index - 1])
+    assert (
+        quanta[again] >= quanta[again - 1] - 2
+    )  # a checkpoint a quantum: that which ran, and one that was not yet whole
 
 
 def test_a_stopped_rank_is_found_and_its_gang_started_again(engine, tmp_path):
@@ -116,5 +118,5 @@ def test_a_video_that_cannot_be_made_is_refused_and_the_gang_goes_on(engine):
 
 def test_what_the_cluster_has_no_room_for_is_refused_at_once(cluster):
     with pytest.raises(InputError, match="2 gangs of --pp 8 x --cp 1 need 16 CPUs; the cluster has .* CPUs on"):
-        with ClusterEngine(settings(gangs=2, pp=8)):
+        with Controller(settings(gangs=2, pp=8)):
             pass

@@ -2,8 +2,8 @@
 
 import pytest
 
-from parallel.cluster.driver import ClusterEngine
-from parallel.cluster.events import ChunkMade, GangLost
+from parallel.cluster.controller import Controller
+from parallel.cluster.messages import ChunkMade, GangLost
 from tests.parallel.cluster.making import check_same, make, order, settings
 from tests.parallel.cluster.sources import SmallSource, alone, requests
 from tests.parallel.small import one_thread
@@ -18,7 +18,7 @@ def test_a_lost_node_costs_its_gang_and_no_video(cluster, tmp_path):
     told = []
     [wanted] = requests(1, chunks=6)
     source = SmallSource(layer_seconds=0.01)
-    with ClusterEngine(settings(gangs=1, cpus=3, source=source), log=told.append) as engine:
+    with Controller(settings(gangs=1, cpus=3, source=source), log=told.append) as engine:
 
         def watch(event):
             if isinstance(event, ChunkMade) and event.index == 1 and len(nodes) == 1:

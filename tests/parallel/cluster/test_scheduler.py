@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from engine.schedule import Schedule
 from models.errors import InputError
-from parallel.cluster.jobs import Admit, GangSize, Grant, Job, Standing, plan_turns
+from parallel.cluster.queue import Admit, GangSize, Job, Permit, RequestState, plan_quanta
 from parallel.cluster.scheduler import Scheduler
 from tests.parallel.cluster.simulation import WINDOW, World, job
 
@@ -29,11 +29,11 @@ def world(*sizes: GangSize, share: int = 8, fruitless: int = 4, seed: int = 0) -
     return made
 
 
-def grants(plan: list[Admit | Grant]) -> list[Grant]:
-    return [one for one in plan if isinstance(one, Grant)]
+def grants(plan: list[Admit | Permit]) -> list[Permit]:
+    return [one for one in plan if isinstance(one, Permit)]
 
 
-def places(plan: list[Admit | Grant]) -> dict[str, str]:
+def places(plan: list[Admit | Permit]) -> dict[str, str]:
     return {one.request: one.gang for one in plan if isinstance(one, Admit)}
 
 
@@ -46,13 +46,13 @@ def rounds(made: World, count: int) -> None:
 
 
 @given(first=st.integers(0, 3), made=st.integers(1, 7), window=st.integers(1, 5))
-def test_turns_are_the_stages_of_the_schedule(first, made, window):
+def test_quanta_are_the_stages_of_the_schedule(first, made, window):
     schedule = Schedule(first=first, chunks=first + made, num_steps=2 * window, window=window)
-    turns = plan_turns(chunks=first + made, window=window, first=first)
-    assert len(turns) == schedule.stages
-    for index, turn in enumerate(turns):
-        tick = schedule.tick(index * schedule.stage_steps)
-        assert (turn.chunk, turn.slots) == (tick.entering, len(tick.active))
+    quanta = plan_quanta(chunks=first + made, window=window, first=first)
+    assert len(quanta) == schedule.stages
+    for index, quantum in enumerate(quanta):
+        tick = schedule.tick(index * schedule.quantum_steps)
+        assert (quantum.chunk, quantum.slots) == (tick.entering, len(tick.active))
 
 
 def test_equal_requests_share_a_gang_evenly():
@@ -85,12 +85,14 @@ def test_an_urgent_late_request_overtakes_at_the_next_border():
     rounds(made, 30)
     after = [one.request for one in grants(made.plan[before:])]
     start = after.index("urgent")
-    assert start <= 2  # the turns that were granted before it was ready
+    assert start <= 2  # the quanta that were granted before it was ready
     own = [index for index, name in enumerate(after) if name == "urgent"]
-    assert len(own) == 5 and own[-1] - own[0] <= 5  # all of its turns, but for the one that is due to who waits longest
+    assert (
+        len(own) == 5 and own[-1] - own[0] <= 5
+    )  # all of its quanta, but for the one that is due to who waits longest
 
 
-def test_a_request_of_low_priority_gets_its_share_of_turns():
+def test_a_request_of_low_priority_gets_its_share_of_quanta():
     made = world(ONE, share=4)
     made.submit(job("low", chunks=30, priority=-5))
     rounds(made, 3)
@@ -172,16 +174,16 @@ def test_a_video_that_goes_on_needs_no_free_slots_of_others():
     assert made.gangs["gang 0"].held["a"].granted
 
 
-def test_a_turn_is_granted_ahead_of_its_time_when_nobody_else_is_next():
+def test_a_quantum_is_granted_ahead_of_its_time_when_nobody_else_is_next():
     made = world(ONE)
     made.submit(job("a", chunks=8))
     made.decide()
-    for turn in range(6):
-        made.step("a")  # announces while the turn before runs
-        assert [(one.turn, one.chunk) for one in made.decide()] == [(turn, turn)]
-        if turn:
+    for quantum in range(6):
+        made.step("a")  # announces while the quantum before runs
+        assert [(one.quantum, one.chunk) for one in made.decide()] == [(quantum, quantum)]
+        if quantum:
             made.gangs["gang 0"].held["a"].granted.pop(0)
-            made.scheduler.turn_done("a", "gang 0", turn - 1, made.now)
+            made.scheduler.quantum_done("a", "gang 0", quantum - 1, made.now)
     assert made.scheduler.figures(made.now).gangs[0].slots_busy == WINDOW
 
 
@@ -198,10 +200,10 @@ def test_a_lost_gangs_requests_go_on_elsewhere_and_keep_their_age():
         made.submit(job(f"later {number}", chunks=1))
     made.down("gang 0")
     view = made.scheduler.view("a")
-    assert (view.standing, view.gang, view.turn, view.restarts) == (Standing.QUEUED, None, 3, 1)
-    assert made.decide()[0] == Admit(request="a", gang="gang 1", resume_turn=3)
+    assert (view.standing, view.gang, view.quantum, view.restarts) == (RequestState.QUEUED, None, 3, 1)
+    assert made.decide()[0] == Admit(request="a", gang="gang 1", resume_quantum=3)
     made.run()
-    assert made.scheduler.view("a").standing is Standing.DONE
+    assert made.scheduler.view("a").standing is RequestState.DONE
     assert made.scheduler.figures(made.now).restarts == 1
 
 
@@ -211,23 +213,23 @@ def test_what_a_gang_says_too_late_is_ignored():
     rounds(made, 4)
     made.down("gang 0")
     scheduler = made.scheduler
-    scheduler.turn_ready("a", "gang 0", 2, made.now)
-    scheduler.turn_done("a", "gang 0", 1, made.now)
+    scheduler.quantum_ready("a", "gang 0", 2, made.now)
+    scheduler.quantum_done("a", "gang 0", 1, made.now)
     scheduler.checkpointed("a", "gang 0", 2, made.now)
     scheduler.request_failed("a", "gang 0", "late", made.now)
     scheduler.request_done("a", "gang 0", made.now)
     view = scheduler.view("a")
-    assert (view.standing, view.turn) == (Standing.QUEUED, 0)
+    assert (view.standing, view.quantum) == (RequestState.QUEUED, 0)
     assert scheduler.gang_down("gang 0", made.now) == []
 
 
 def test_a_gang_may_go_on_from_an_older_checkpoint_than_was_known():
     made = world(ONE)
-    made.submit(job("a", chunks=5, resume_turn=3))
-    assert made.decide() == [Admit(request="a", gang="gang 0", resume_turn=3)]
-    made.scheduler.turn_ready("a", "gang 0", 1, made.now)
-    assert [one.turn for one in grants(made.scheduler.assignments(made.now))] == [1]
-    assert made.scheduler.view("a").turn == 1
+    made.submit(job("a", chunks=5, resume_quantum=3))
+    assert made.decide() == [Admit(request="a", gang="gang 0", resume_quantum=3)]
+    made.scheduler.quantum_ready("a", "gang 0", 1, made.now)
+    assert [one.quantum for one in grants(made.scheduler.assignments(made.now))] == [1]
+    assert made.scheduler.view("a").quantum == 1
 
 
 def test_failing_twice_the_same_way_is_set_aside():
@@ -237,13 +239,13 @@ def test_failing_twice_the_same_way_is_set_aside():
     for reason in ("nan", "no space"):
         made.decide()
         made.fail("bad", reason)
-        assert made.scheduler.view("bad").standing is Standing.QUEUED
+        assert made.scheduler.view("bad").standing is RequestState.QUEUED
     made.decide()
     made.fail("bad", "nan")
     view = made.scheduler.view("bad")
-    assert (view.standing, view.reason, view.restarts) == (Standing.ASIDE, "nan", 2)
+    assert (view.standing, view.reason, view.restarts) == (RequestState.QUARANTINED, "nan", 2)
     made.run()
-    assert made.scheduler.view("good").standing is Standing.DONE
+    assert made.scheduler.view("good").standing is RequestState.DONE
 
 
 def test_blame_falls_on_the_one_that_is_named():
@@ -254,10 +256,10 @@ def test_blame_falls_on_the_one_that_is_named():
         made.decide()
         made.down("gang 0", {"bad": "rank 1: layer 3 is not finite"})
         made.up("gang 0")
-    assert made.scheduler.view("bad").standing is Standing.ASIDE
-    assert made.scheduler.view("good").standing is Standing.QUEUED
+    assert made.scheduler.view("bad").standing is RequestState.QUARANTINED
+    assert made.scheduler.view("good").standing is RequestState.QUEUED
     made.run()
-    assert made.scheduler.view("good").standing is Standing.DONE
+    assert made.scheduler.view("good").standing is RequestState.DONE
 
 
 def test_a_request_that_kills_every_gang_is_found_and_harms_no_other_for_long():
@@ -267,7 +269,7 @@ def test_a_request_that_kills_every_gang_is_found_and_harms_no_other_for_long():
         made.submit(job(name, chunks=6))
     losses = 0
 
-    def runs_turn_3(held):
+    def runs_quantum_3(held):
         return held is not None and held.granted[:1] == [3]
 
     for _ in range(400):
@@ -278,13 +280,13 @@ def test_a_request_that_kills_every_gang_is_found_and_harms_no_other_for_long():
         for request in made.resident():
             if request in made.resident():
                 made.step(request)
-                for name in [name for name, gang in made.gangs.items() if runs_turn_3(gang.held.get("killer"))]:
+                for name in [name for name, gang in made.gangs.items() if runs_quantum_3(gang.held.get("killer"))]:
                     made.down(name)
                     made.up(name)
                     losses += 1
     standings = {name: made.scheduler.view(name).standing for name in names}
-    assert standings.pop("killer") is Standing.ASIDE
-    assert set(standings.values()) == {Standing.DONE}
+    assert standings.pop("killer") is RequestState.QUARANTINED
+    assert set(standings.values()) == {RequestState.DONE}
     assert losses == 4
 
 
@@ -296,7 +298,7 @@ def waits_for_an_empty_gang() -> Scheduler:
     scheduler.submit(job("suspect"), 0.0)
     for _ in range(2):
         assert places(scheduler.assignments(0.0)) == {"suspect": "gang 0"}
-        scheduler.turn_ready("suspect", "gang 0", 0, 0.0)
+        scheduler.quantum_ready("suspect", "gang 0", 0, 0.0)
         assert len(scheduler.assignments(0.0)) == 1
         if not scheduler.view("suspect").restarts:
             scheduler.gang_down("gang 0", 0.0)
@@ -352,15 +354,15 @@ def test_only_who_runs_and_gets_no_further_is_suspected(running):
     scheduler.submit(job("a", chunks=9), 0.0)
     for life in range(11):
         scheduler.gang_up("gang 0", ONE, 0.0)
-        for turn in range(life + 1 if running else 2):  # it gets one further in every life, or waits at a border
+        for quantum in range(life + 1 if running else 2):  # it gets one further in every life, or waits at a border
             scheduler.assignments(0.0)
-            scheduler.turn_ready("a", "gang 0", turn, 0.0)
+            scheduler.quantum_ready("a", "gang 0", quantum, 0.0)
             scheduler.assignments(0.0)
-            if turn < life or not running:
-                scheduler.turn_done("a", "gang 0", turn, 0.0)
+            if quantum < life or not running:
+                scheduler.quantum_done("a", "gang 0", quantum, 0.0)
         scheduler.gang_down("gang 0", 0.0)
         view = scheduler.view("a")
-        assert (view.standing, view.alone, view.restarts) == (Standing.QUEUED, False, life + 1)
+        assert (view.standing, view.alone, view.restarts) == (RequestState.QUEUED, False, life + 1)
 
 
 def test_the_oldest_is_admitted_however_crowded_the_gang_is():
@@ -372,20 +374,20 @@ def test_the_oldest_is_admitted_however_crowded_the_gang_is():
     assert len(places(made.plan)) == 3 and list(places(made.plan))[-1] == "low"
 
 
-def test_fewer_turns_so_far_go_before_having_been_ready_first():
+def test_fewer_quanta_so_far_go_before_having_been_ready_first():
     scheduler = Scheduler(seed=0, gangs=[ONE])
     scheduler.gang_up("gang 0", ONE, 0.0)
     for name in ("a", "b"):
-        scheduler.submit(job(name, chunks=9, resume_turn=3), 0.0)
+        scheduler.submit(job(name, chunks=9, resume_quantum=3), 0.0)
     scheduler.assignments(0.0)
-    for turn in (3, 4):
-        scheduler.turn_ready("a", "gang 0", turn, 1.0)
+    for quantum in (3, 4):
+        scheduler.quantum_ready("a", "gang 0", quantum, 1.0)
         assert len(scheduler.assignments(1.0)) == 1
-    scheduler.turn_done("a", "gang 0", 3, 2.0)
-    scheduler.turn_ready("a", "gang 0", 5, 2.0)
-    scheduler.turn_ready("b", "gang 0", 3, 3.0)
+    scheduler.quantum_done("a", "gang 0", 3, 2.0)
+    scheduler.quantum_ready("a", "gang 0", 5, 2.0)
+    scheduler.quantum_ready("b", "gang 0", 3, 3.0)
     assert scheduler.assignments(3.0) == []
-    scheduler.turn_done("a", "gang 0", 4, 4.0)
+    scheduler.quantum_done("a", "gang 0", 4, 4.0)
     assert [one.request for one in grants(scheduler.assignments(4.0))] == ["b"]
 
 
@@ -396,10 +398,10 @@ def test_refused_at_once():
     made.scheduler.submit(job("fits", kv_bytes=100), 0.0)
     with pytest.raises(InputError, match="there is a request fits already"):
         made.scheduler.submit(job("fits"), 0.0)
-    with pytest.raises(InputError, match="cannot go on with turn 9"):
-        job("a", chunks=2, resume_turn=9)
-    with pytest.raises(InputError, match="no turns at all"):
-        Job(request="a", turns=(), kv_bytes=1)
+    with pytest.raises(InputError, match="cannot go on with quantum 9"):
+        job("a", chunks=2, resume_quantum=9)
+    with pytest.raises(InputError, match="no quanta at all"):
+        Job(request="a", quanta=(), kv_bytes=1)
     with pytest.raises(InputError, match="must be 1 or more"):
         Scheduler(seed=0, gangs=[ONE], share=0)
 
@@ -408,11 +410,11 @@ def test_what_cannot_be_is_an_error():
     made = world(ONE)
     made.submit(job("a"))
     made.decide()
-    with pytest.raises(ValueError, match="turn 0 is said to be done"):
-        made.scheduler.turn_done("a", "gang 0", 0, 0.0)
-    made.scheduler.turn_ready("a", "gang 0", 0, 0.0)
-    with pytest.raises(ValueError, match="turn 2 was announced, 1 comes next"):
-        made.scheduler.turn_ready("a", "gang 0", 2, 0.0)
+    with pytest.raises(ValueError, match="quantum 0 is said to be done"):
+        made.scheduler.quantum_done("a", "gang 0", 0, 0.0)
+    made.scheduler.quantum_ready("a", "gang 0", 0, 0.0)
+    with pytest.raises(ValueError, match="quantum 2 was announced, 1 comes next"):
+        made.scheduler.quantum_ready("a", "gang 0", 2, 0.0)
     with pytest.raises(ValueError, match="gang 0 is up already"):
         made.scheduler.gang_up("gang 0", ONE, 0.0)
     made.scheduler.assignments(5.0)
@@ -423,7 +425,7 @@ def test_what_cannot_be_is_an_error():
 def test_a_queue_that_no_gang_can_serve_is_seen_in_the_figures():
     made = World({"gang 0": ONE, "gang 1": TWO})
     made.up("gang 0")
-    made.scheduler.submit(Job(request="wide", turns=plan_turns(chunks=9, window=2 * WINDOW), kv_bytes=1), made.now)
+    made.scheduler.submit(Job(request="wide", quanta=plan_quanta(chunks=9, window=2 * WINDOW), kv_bytes=1), made.now)
     assert made.scheduler.assignments(made.now) == []
     figures = made.scheduler.figures(made.now)
     assert figures.queued == 1 and figures.unplaceable == ("wide",)
@@ -435,12 +437,12 @@ def test_utilisation_is_the_busy_share_of_the_time_that_a_gang_is_up():
     made = World({"gang 0": TWO})
     made.now = 100.0
     made.up("gang 0")
-    made.submit(job("a", chunks=8, resume_turn=4))
+    made.submit(job("a", chunks=8, resume_quantum=4))
     made.decide()
-    made.scheduler.turn_ready("a", "gang 0", 4, made.now)
+    made.scheduler.quantum_ready("a", "gang 0", 4, made.now)
     made.scheduler.assignments(made.now)  # four slots of eight
     made.now += 30
-    made.scheduler.turn_done("a", "gang 0", 4, made.now)
+    made.scheduler.quantum_done("a", "gang 0", 4, made.now)
     made.now += 10
     assert made.scheduler.figures(made.now).gangs[0].utilisation == pytest.approx(30 * 4 / (40 * 8))
     made.scheduler.gang_down("gang 0", made.now)

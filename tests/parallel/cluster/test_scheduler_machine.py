@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from models.errors import InputError
-from parallel.cluster.jobs import GangSize, Standing
+from parallel.cluster.queue import GangSize, RequestState
 from parallel.cluster.scheduler import Scheduler
 from tests.parallel.cluster.simulation import WINDOW, World, job
 
-ENDS = {Standing.DONE, Standing.ASIDE, Standing.CANCELLED}
+ENDS = {RequestState.DONE, RequestState.QUARANTINED, RequestState.CANCELLED}
 SIZES = st.builds(
     GangSize, slots=st.integers(1, 3).map(lambda runs: runs * WINDOW), kv_bytes=st.sampled_from([10, 25, 40])
 )
@@ -29,7 +29,7 @@ class Cluster(RuleBasedStateMachine):
     def _record(self, scheduler):
         """Note every event, for a twin that must plan the same."""
         for name in (
-            *("submit", "cancel", "turn_ready", "turn_done", "checkpointed", "request_done", "request_failed"),
+            *("submit", "cancel", "quantum_ready", "quantum_done", "checkpointed", "request_done", "request_failed"),
             *("gang_up", "gang_down", "assignments"),
         ):
             original = getattr(scheduler, name)

@@ -1,0 +1,1 @@
+"""Checkpoints of a video: what they hold, how they are written, when they are whole."""

@@ -1,0 +1,160 @@
+"""What a checkpoint's files hold: states as named tensors and plain values, and back.
+
+It knows neither paths nor ranks' messages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from engine.checkpoint.files import Contents
+from engine.kv.buffer import KVState, LayerState
+from engine.kv.layout import LayoutState
+from engine.kv.settings import KVSettings
+from engine.prepare import Pipeline
+from engine.request import Request
+from engine.reuse.flags import FlagState
+from engine.reuse.settings import ReuseSettings
+from engine.video import KVOp, VideoState
+
+RUN_FILE = "run.safetensors"
+_FORMAT = 1
+
+
+def rank_file(rank: int) -> str:
+    """Name of a rank's file."""
+    return f"rank-{rank}.safetensors"
+
+
+def fingerprint(
+    request: Request, pipeline: Pipeline, identity: str, layout: Mapping[str, int], cache: ReuseSettings, kv: KVSettings
+) -> dict[str, Any]:
+    """All that must be the same when a checkpoint is taken up, as plain JSON values.
+
+    Args:
+        request: the request.
+        pipeline: the model, or its first stage.
+        identity: names the model and its weights, and whatever else the caller wants to be the same.
+        layout: of the ranks.
+        cache: which steps are reused.
+        kv: how much of the past is held.
+    """
+    model, prefix = pipeline.model, request.prefix
+    asked: dict[str, Any] = {
+        "prompt": request.prompt,
+        "chunks": request.chunks,
+        "height": request.height,
+        "width": request.width,
+        "num_steps": request.num_steps,
+        "seed": request.seed,
+        "prefix": None if prefix is None else _digest(prefix.frames),
+    }
+    held = {
+        "identity": identity,
+        "class": type(model).__name__,
+        "first_stage_bytes": model.weight_bytes,
+        "first_stage_layers": [model.kv.layers.start, model.kv.layers.stop],
+        "dtype": str(model.kv.dtype),
+    }
+    parts = {
+        "format": _FORMAT,
+        "request": asked,
+        "model": held,
+        "layout": dict(layout),
+        "cache": asdict(cache),
+        "kv": asdict(kv),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(parts))  # as it looks when it is read again
+    return plain
+
+
+def pack_share(kv: KVState, flags: FlagState, about: Mapping[str, Any]) -> Contents:
+    """One rank's share of a video: its KV, and how far its log of flags is.
+
+    Args:
+        kv: of its layers and heads.
+        flags: of its log.
+        about: plain JSON values that tell this rank's share from others.
+    """
+    tensors: dict[str, Tensor] = {}
+    for (branch, layer), state in kv.layers.items():
+        for name in ("kv", "queries", "origin"):
+            part = getattr(state, name)
+            if part is not None:
+                tensors[f"{branch}.{layer}.{name}"] = part
+    values = {
+        "about": dict(about),
+        "clean": kv.layout.clean,
+        "window": kv.layout.window,
+        "layers": list(kv.layers),
+        "flags": {"digest": flags.digest.hex(), "count": flags.count, "reused": flags.reused},
+    }
+    return Contents(tensors=tensors, values=values)
+
+
+def unpack_share(contents: Contents) -> tuple[KVState, FlagState]:
+    """From what `pack_share` gave."""
+    values, tensors = contents.values, contents.tensors
+    layers = {
+        (branch, layer): LayerState(
+            kv=tensors[f"{branch}.{layer}.kv"],
+            queries=tensors.get(f"{branch}.{layer}.queries"),
+            origin=tensors.get(f"{branch}.{layer}.origin"),
+        )
+        for branch, layer in values["layers"]
+    }
+    layout = LayoutState(clean=tuple((chunk, rows) for chunk, rows in values["clean"]), window=tuple(values["window"]))
+    flags = values["flags"]
+    log = FlagState(digest=bytes.fromhex(flags["digest"]), count=flags["count"], reused=flags["reused"])
+    return KVState(layout=layout, layers=layers), log
+
+
+def pack_run(state: VideoState) -> Contents:
+    """The state of a run, its tensors copied to the CPU."""
+    tensors = {f"latents.{chunk}": _copy(part) for chunk, part in state.latents.items()}
+    tensors |= {f"before.{chunk}": _copy(part) for chunk, part in state.before.items()}
+    memory = []
+    for chunk, held in state.memory.items():
+        for place, (time, size, velocity) in enumerate(held):
+            tensors[f"velocity.{chunk}.{place}"] = _copy(velocity)
+            memory.append([chunk, place, time, size])
+    values = {
+        "latents": list(state.latents),
+        "before": list(state.before),
+        "ops": [[op.kind, op.chunk] for op in state.ops],
+        "leaving": sorted(state.leaving),
+        "policy": dict(state.policy),
+        "memory": memory,
+    }
+    return Contents(tensors=tensors, values=values)
+
+
+def unpack_run(contents: Contents) -> VideoState:
+    """From what `pack_run` gave."""
+    values, tensors = contents.values, contents.tensors
+    memory: dict[int, list[tuple[float, float, Tensor]]] = {}
+    for chunk, place, time, size in values["memory"]:
+        memory.setdefault(chunk, []).append((time, size, tensors[f"velocity.{chunk}.{place}"]))
+    return VideoState(
+        latents={chunk: tensors[f"latents.{chunk}"] for chunk in values["latents"]},
+        before={chunk: tensors[f"before.{chunk}"] for chunk in values["before"]},
+        ops=tuple(KVOp(kind=kind, chunk=chunk) for kind, chunk in values["ops"]),
+        leaving=frozenset(values["leaving"]),
+        policy=values["policy"],
+        memory=memory,
+    )
+
+
+def _copy(part: Tensor) -> Tensor:
+    return part.detach().to("cpu", copy=True).contiguous()
+
+
+def _digest(frames: Tensor) -> str:
+    shape = ",".join(str(size) for size in frames.shape)
+    return hashlib.blake2b(frames.cpu().contiguous().numpy().tobytes(), digest_size=16, key=shape.encode()).hexdigest()

@@ -1,0 +1,168 @@
+"""Reuse policies: what was seen of a chunk goes in, whether to compute it comes out.
+
+Plain Python: a policy sees figures, never tensors, and does not know what is reused (`reuse.py`) or where it is
+computed. Its state is a few numbers per chunk of the window, and can be saved and restored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, Protocol
+
+from models.errors import InputError
+
+State = dict[str, float]
+
+
+class Decision(Enum):
+    """What happens to a chunk in a tick."""
+
+    COMPUTE = 0
+    REUSE = 1
+    EXTRAPOLATE = 2  # reused too, but with the change of the velocity taken on: between the other two
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observation:
+    """One chunk at the start of a tick."""
+
+    chunk: int  # absolute number
+    step: int  # the chunk's own step
+    tick: int  # of the video
+    last_tick: bool  # the video ends with this tick
+    change: float | None
+    """L1 norm of the difference of its patch embeddings of this tick and the one before; None at step 0."""
+    scale: float | None  # L1 norm of the patch embeddings of the tick before; None at step 0
+
+    @property
+    def distance(self) -> float | None:
+        """Relative L1 distance (FlowCache, Eq. 5)."""
+        if self.change is None or self.scale is None:
+            return None
+        return self.change / self.scale if self.scale else float("inf")
+
+
+class Policy(Protocol):
+    """Decides, for chunks of one request."""
+
+    @property
+    def scope(self) -> Literal["chunk", "window"]:
+        """Whether it decides for one chunk at a time, or needs to see the whole window at once."""
+
+    @property
+    def observes(self) -> bool:
+        """Whether it looks at distances at all."""
+
+    def decide(self, observations: Sequence[Observation]) -> list[Decision]:
+        """Decide for the chunks that were observed, in order."""
+
+    def forget(self, chunk: int) -> None:
+        """A chunk has left the window."""
+
+    def state(self) -> State:
+        """All that the next decisions depend on."""
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Go on from a saved state."""
+
+
+class NoReuse:
+    """Computes everything."""
+
+    scope: Literal["chunk", "window"] = "chunk"
+    observes = False
+
+    def decide(self, observations: Sequence[Observation]) -> list[Decision]:
+        """Compute."""
+        return [Decision.COMPUTE] * len(observations)
+
+    def forget(self, chunk: int) -> None:
+        """Nothing is held."""
+
+    def state(self) -> State:
+        """Nothing is held."""
+        return {}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Nothing is held."""
+
+
+class _Accumulator:
+    """Sums of distances since the last computation, one for each key."""
+
+    def __init__(self, threshold: float, warmup_steps: int, extrapolate_from: float = 1.0) -> None:
+        if not 0 <= extrapolate_from <= 1:
+            raise InputError(f"extrapolation from {extrapolate_from} of the threshold on: give a share of 0 to 1")
+        if not threshold >= 0:
+            raise InputError(f"the reuse threshold {threshold} must be zero or more")
+        if warmup_steps < 1:
+            raise InputError(f"{warmup_steps} warm-up steps: a chunk's first step must be computed, so give 1 or more")
+        self.threshold = threshold
+        self.warmup_steps = warmup_steps
+        self._middle = extrapolate_from * threshold
+        self._sums: dict[str, float] = {}
+
+    def add(self, key: str, distance: float | None, *, forced: bool) -> Decision:
+        total = self._sums.get(key, 0.0) + (float("inf") if distance is None else distance)
+        if forced or not total <= self.threshold:
+            self._sums[key] = 0.0
+            return Decision.COMPUTE
+        self._sums[key] = total
+        return Decision.REUSE if total <= self._middle else Decision.EXTRAPOLATE
+
+    def forget(self, chunk: int) -> None:
+        """A chunk has left the window."""
+        self._sums.pop(str(chunk), None)
+
+    def state(self) -> State:
+        """The sums."""
+        return dict(self._sums)
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Go on from saved sums."""
+        self._sums = dict(state)
+
+
+class ChunkPolicy(_Accumulator):
+    """FlowCache: each chunk sums its own distances and is reused while the sum stays within the threshold (Eq. 8).
+
+    Args:
+        threshold: epsilon.
+        warmup_steps: m, a chunk's first steps, which are computed. The last tick of the video is computed too.
+        extrapolate_from: share of the threshold above which a step is extrapolated and not just reused.
+    """
+
+    scope: Literal["chunk", "window"] = "chunk"
+    observes = True
+
+    def decide(self, observations: Sequence[Observation]) -> list[Decision]:
+        """Decide for each chunk on its own."""
+        return [
+            self.add(str(one.chunk), one.distance, forced=one.step < self.warmup_steps or one.last_tick)
+            for one in observations
+        ]
+
+
+class WindowPolicy(_Accumulator):
+    """TeaCache on a window: one sum and one decision for all chunks. A chunk in its first step is computed anyway.
+
+    Args:
+        threshold: bound of the sum of the window's relative L1 distances since it was last computed.
+        warmup_steps: ticks at the start of the video that are computed, and the last one.
+        extrapolate_from: as in `ChunkPolicy`.
+    """
+
+    scope: Literal["chunk", "window"] = "window"
+    observes = True
+
+    def decide(self, observations: Sequence[Observation]) -> list[Decision]:
+        """Decide once for the window."""
+        known = [(one.change, one.scale) for one in observations if one.change is not None and one.scale is not None]
+        scale = sum(scale for _, scale in known)
+        distance = sum(change for change, _ in known) / scale if scale else None
+        now = observations[0]
+        forced = now.last_tick or now.tick < self.warmup_steps
+        shared = self.add("window", distance, forced=forced)
+        return [Decision.COMPUTE if one.step == 0 else shared for one in observations]

@@ -1,0 +1,368 @@
+"""Work items: what a stage needs to know to run one pass of one chunk.
+
+The list of items in the order (tick, chunk, pass) is the meaning of the program: a chunk reads the KV that the chunk
+before it wrote at the same tick. Items are plain data, so they can be printed, compared and sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from engine.noise import NoiseSource
+from engine.reuse.memory import ReuseMemory
+from engine.reuse.policy import Decision, Observation, Policy
+from engine.schedule import Schedule, Tick
+from models.protocols import Pass, Sampling
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVOp:
+    """A change of the KV buffers that happens before an item is run.
+
+    `enter` gives a chunk a slot at the end of the window; `retire` moves the oldest chunk of the window to the clean
+    region, which is then cut down to its size; `publish` copies a finished chunk's KV from branch 0 to the others.
+    """
+
+    kind: Literal["enter", "retire", "publish"]
+    chunk: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkItem:
+    """One pass of one chunk at one tick."""
+
+    request: int  # number of the request
+    tick: int  # of the schedule; -1 for a prefix chunk
+    chunk: int  # absolute number of the chunk
+    step: int | None  # the chunk's own step; None for a pass over a finished chunk
+    chunks_left: int  # chunks of the video still to come after this one, which captions may depend on
+    what: Pass
+    keys_from: int | None  # first chunk that is attended to; None for everything that is held
+    before: tuple[KVOp, ...]  # changes of the KV buffers to make first
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoState:
+    """The state of a `VideoRun`. Tensors are not copied: a run replaces them and never writes into them."""
+
+    latents: Mapping[int, Tensor]  # of the chunks of the window [1, C, T, h, w] fp32
+    before: Mapping[int, Tensor]  # inputs of the tick before, which distances are taken from; the same shape
+    ops: tuple[KVOp, ...]  # changes of the KV that no work item has carried yet
+    leaving: frozenset[int]  # chunks that were either retired or finished, and still have to be the other
+    policy: Mapping[str, float]
+    memory: Mapping[int, Sequence[tuple[float, float, Tensor]]]
+    """Of reuse: (time, size, velocity) of the last computed steps of each chunk."""
+
+
+Patches = Callable[[Tensor], Tensor]
+"""Patch embedding of a latent, which distances are taken between."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoShape:
+    """Size of a video in latents."""
+
+    channels: int  # of a latent
+    chunks: int  # all chunks, those that the prefix fills counted
+    prefix_frames: int  # latent frames that are given
+    height: int  # latent cells
+    width: int  # latent cells
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """A work item and the latent it is run on."""
+
+    item: WorkItem
+    x: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reuse:
+    """How one request reuses steps."""
+
+    policy: Policy  # who decides
+    memory: ReuseMemory  # what stands in for a step
+    patches: Patches  # what distances are taken between
+    observe: bool  # take distances even if the policy does not look at them, for a record
+
+
+def clean_capacity(schedule: Schedule, sampling: Sampling, budget: int | None) -> int:
+    """Finished chunks to hold: the budget, or those that some chunk still attends to; all where a limit is None.
+
+    In a full window the chunk in step s stands window - 1 - s // quantum_steps places behind the oldest. A prefix is
+    seen further back, while its first successors are young.
+    """
+    if budget is not None:
+        return min(schedule.chunks - 1, budget)
+    limits = [sampling.key_limit(step) for step in range(schedule.num_steps)]
+    clean = sampling.clean_limit(prefix=False)
+    if any(limit is None for limit in limits) or clean is None:
+        return schedule.chunks - 1
+    bounded = [limit for limit in limits if limit is not None]
+    within = [limit - schedule.window + step // schedule.quantum_steps for step, limit in enumerate(bounded)]
+    prefix = sampling.clean_limit(prefix=True) or schedule.first
+    behind_prefix = min(schedule.first, max(max(bounded), prefix) - 1)
+    return min(schedule.chunks - 1, max(0, clean - 1, behind_prefix, *within))
+
+
+class VideoRun:
+    """One video in the making.
+
+    Args:
+        request: number of the request, carried by its work items.
+        shape: size of the video.
+        sampling: how the family denoises.
+        noise: where the chunks start.
+        reuse: which steps are not computed.
+        prefix: latents [1, C, P, h, w] to go on from, in the dtype that the prefix pass reads.
+        compressed: the past is compressed, so a chunk attends to all of it and not to a range of chunks.
+        device: where latents are kept.
+    """
+
+    def __init__(
+        self,
+        request: int,
+        shape: VideoShape,
+        sampling: Sampling,
+        noise: NoiseSource,
+        reuse: Reuse,
+        *,
+        prefix: Tensor | None,
+        compressed: bool,
+        device: torch.device,
+    ) -> None:
+        self._request, self._shape, self._sampling, self._noise = request, shape, sampling, noise
+        self._reuse, self._prefix, self._compressed, self._device = reuse, prefix, compressed, device
+        width = sampling.chunk_width
+        self.schedule = Schedule(
+            first=shape.prefix_frames // width,
+            chunks=shape.chunks,
+            num_steps=sampling.num_steps,
+            window=sampling.window,
+        )
+        self._latents: dict[int, Tensor] = {}
+        self._before: dict[int, Tensor] = {}
+        """Model inputs of the tick before, which distances are taken from."""
+        self._ops: list[KVOp] = []
+        self._leaving: set[int] = set()
+        """Chunks that were either retired or finished, and still have to be the other."""
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Latent (T, h, w) of a chunk."""
+        return self._sampling.chunk_width, self._shape.height, self._shape.width
+
+    @property
+    def renews(self) -> bool:
+        """The KV of a finished chunk is renewed from its final latents."""
+        return self._sampling.clean_pass
+
+    @property
+    def whole_window(self) -> bool:
+        """`decide` must be given all chunks of a tick at once."""
+        return self._reuse.policy.scope == "window"
+
+    def prefix_work(self) -> list[Work]:
+        """Passes that fill the KV of the chunks that are given whole (7.6)."""
+        work = []
+        for chunk in range(self.schedule.first):
+            assert self._prefix is not None
+            width = self._sampling.chunk_width
+            x = self._prefix[:, :, chunk * width : (chunk + 1) * width].to(self._device)
+            self._ops.append(KVOp(kind="enter", chunk=chunk))
+            limit = self._sampling.clean_limit(prefix=True)
+            for what in self._sampling.clean_passes(0, prefix=True, text_needed=False):
+                work.append(self._work(-1, chunk, None, what, limit, x))
+            self._publish(chunk)
+            self._ops.append(KVOp(kind="retire", chunk=chunk))
+        return work
+
+    def begin(self, tick: Tick) -> list[Work]:
+        """Start a tick: renew the KV of the chunk that has just finished, and let the next one in.
+
+        The tick before must be sealed. If `renews`, the retiring chunk's last step must be closed.
+
+        Returns:
+            The clean passes, if the sampling has them; they must be run before the tick's other work.
+        """
+        work = []
+        chunk = tick.retiring
+        if chunk is not None:
+            limit = self._sampling.clean_limit(prefix=False)
+            text_needed = self._text_needed(tick)
+            passes = self._sampling.clean_passes(tick.step_in_quantum, prefix=False, text_needed=text_needed)
+            work = [self._work(tick.index, chunk, None, what, limit, self._model_input(chunk)) for what in passes]
+            if self._compressed and self._sampling.clean_pass:
+                self._publish(chunk)  # after the compression it could not be told apart
+            self._ops.append(KVOp(kind="retire", chunk=chunk))
+            self._leave(chunk)
+        if tick.entering is not None:
+            self._ops.append(KVOp(kind="enter", chunk=tick.entering))
+            shape = (1, self._shape.channels, *self.grid)
+            self._latents[tick.entering] = self._noise.chunk(tick.entering, shape).to(self._device)
+        return work
+
+    def decide(self, tick: Tick, chunks: Sequence[int] | None = None) -> list[tuple[Observation, Decision]]:
+        """Decide which chunks are computed, and take the steps of those that are not.
+
+        The distances of all the chunks are read back from the device at once.
+
+        Args:
+            tick: the tick.
+            chunks: which of its chunks to decide for, now that their latents are known; all of them by default. A
+                policy that looks at the whole window must be given all.
+
+        Returns:
+            What was seen and what was decided, in the order of the chunks.
+        """
+        active = [(chunk, step) for chunk, step in tick.active if chunks is None or chunk in chunks]
+        last = tick.index == self.schedule.ticks - 1
+        looks = self._reuse.policy.observes or self._reuse.observe
+        observed = self._observe([chunk for chunk, _ in active]) if looks else {}
+        observations = []
+        for chunk, step in active:
+            change, scale = observed.get(chunk, (None, None))
+            observations.append(
+                Observation(chunk=chunk, step=step, tick=tick.index, last_tick=last, change=change, scale=scale)
+            )
+        decisions = self._reuse.policy.decide(observations)
+        for (chunk, step), decision in zip(active, decisions, strict=True):
+            if decision is not Decision.COMPUTE:
+                time, size = self._sampling.time(step), self._sampling.step_size(step)
+                increment = self._reuse.memory.increment(chunk, decision, time=time, size=size)
+                self._latents[chunk] = self._model_input(chunk) + increment
+        return list(zip(observations, decisions, strict=True))
+
+    def open(self, tick: Tick, chunk: int, step: int) -> list[Work]:
+        """The passes of one chunk's step, if it is computed."""
+        oldest = chunk == tick.active[0][0]
+        passes = self._sampling.step_passes(step, oldest=oldest, text_needed=self._text_needed(tick))
+        x = self._model_input(chunk)
+        limit = self._sampling.key_limit(step)
+        return [self._work(tick.index, chunk, step, what, limit, x) for what in passes]
+
+    def close(self, chunk: int, step: int, passes: Sequence[Pass], velocities: Sequence[Tensor]) -> None:
+        """Take a step with the weighted sum of its passes' velocities (7.4, step 6; 7.5).
+
+        Passes without a weight, which are run for their KV alone, may be left out.
+        """
+        x = self._model_input(chunk)
+        velocity = torch.zeros_like(x)
+        for what, part in zip(passes, velocities, strict=True):
+            if what.weight:
+                velocity = velocity + part * what.weight
+        time, size = self._sampling.time(step), self._sampling.step_size(step)
+        self._reuse.memory.computed(chunk, time=time, size=size, velocity=velocity)
+        self._latents[chunk] = x + velocity * size
+
+    def seal(self, tick: Tick) -> None:
+        """All work of a tick was opened; what comes after it reads what it leaves behind."""
+        if tick.retiring is not None and self._sampling.clean_pass and not self._compressed:
+            self._publish(tick.retiring)
+
+    def finish(self, chunk: int) -> Tensor:
+        """Take the latents of a chunk whose last step is closed, without the frames that were given.
+
+        An image's first frame stays.
+        """
+        given = self._given_frames(chunk)
+        start = 0 if self._shape.prefix_frames == 1 else given
+        latents = self._latents[chunk][:, :, start:]
+        self._leave(chunk)
+        return latents
+
+    def state(self) -> VideoState:
+        """What the next ticks depend on; between ticks only, when every step that was opened is closed."""
+        return VideoState(
+            latents=dict(self._latents),
+            before=dict(self._before),
+            ops=tuple(self._ops),
+            leaving=frozenset(self._leaving),
+            policy=self._reuse.policy.state(),
+            memory=self._reuse.memory.state(),
+        )
+
+    def restore(self, state: VideoState) -> None:
+        """Go on from the state of a run of the same request; in place of `prefix_work` and the ticks before."""
+        self._latents = {chunk: part.to(self._device) for chunk, part in state.latents.items()}
+        self._before = {chunk: part.to(self._device) for chunk, part in state.before.items()}
+        self._ops, self._leaving = list(state.ops), set(state.leaving)
+        self._reuse.policy.restore(state.policy)
+        self._reuse.memory.restore(
+            {
+                chunk: [(time, size, velocity.to(self._device)) for time, size, velocity in held]
+                for chunk, held in state.memory.items()
+            }
+        )
+
+    def _observe(self, chunks: Sequence[int]) -> dict[int, tuple[float, float]]:
+        """L1 norms (of the change, of what was before) of the chunks' patch embeddings; one copy from the device."""
+        norms, known = [], []
+        for chunk in chunks:
+            x = self._model_input(chunk)
+            before = self._before.get(chunk)
+            if before is not None:
+                then = self._reuse.patches(before).float()
+                now = self._reuse.patches(x).float()
+                norms += [(now - then).abs().mean(), then.abs().mean()]
+                known.append(chunk)
+            self._before[chunk] = x
+        values = torch.stack(norms).tolist() if norms else []
+        return {chunk: (values[2 * i], values[2 * i + 1]) for i, chunk in enumerate(known)}
+
+    def _leave(self, chunk: int) -> None:
+        """A chunk was retired or finished; once it is both, nothing of it is needed any more."""
+        if chunk not in self._leaving:
+            self._leaving.add(chunk)
+            return
+        self._leaving.remove(chunk)
+        del self._latents[chunk]
+        self._before.pop(chunk, None)
+        self._reuse.policy.forget(chunk)
+        self._reuse.memory.forget(chunk)
+
+    def _publish(self, chunk: int) -> None:
+        """Later ticks of the other branches read what the null branch wrote (6.5)."""
+        if self._sampling.branches > 1:
+            self._ops.append(KVOp(kind="publish", chunk=chunk))
+
+    def _text_needed(self, tick: Tick) -> bool:
+        return any(self._sampling.weighs_text(step) for _, step in tick.active)
+
+    def _given_frames(self, chunk: int) -> int:
+        """How many of a chunk's first latent frames are given."""
+        width = self._sampling.chunk_width
+        return min(width, max(0, self._shape.prefix_frames - chunk * width))
+
+    def _model_input(self, chunk: int) -> Tensor:
+        """The chunk's latents with the given frames written over them (7.4, step 4)."""
+        x, given = self._latents[chunk], self._given_frames(chunk)
+        if not given:
+            return x
+        assert self._prefix is not None
+        start = chunk * self._sampling.chunk_width
+        x = x.clone()
+        x[:, :, :given] = self._prefix[:, :, start : start + given].to(x)
+        return x
+
+    def _work(self, tick: int, chunk: int, step: int | None, what: Pass, limit: int | None, x: Tensor) -> Work:
+        before, self._ops = tuple(self._ops), []
+        if self._compressed and limit != 1:
+            limit = None
+        item = WorkItem(
+            request=self._request,
+            tick=tick,
+            chunk=chunk,
+            step=step,
+            chunks_left=self._shape.chunks - 1 - chunk,
+            what=what,
+            keys_from=None if limit is None else max(0, chunk + 1 - limit),
+            before=before,
+        )
+        return Work(item=item, x=x)

@@ -1,0 +1,1 @@
+"""Many videos from a file: `flowcache batch`."""

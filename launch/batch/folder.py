@@ -1,0 +1,236 @@
+"""The folder of a batch: which videos are there, and a line of results for each.
+
+It knows files and names; what a video depends on is in its name, and `batch_file.py` has put it there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from launch.batch.file import DIGEST_LENGTH
+from launch.output.files import check_folder, file_errors
+from launch.output.video import VideoWriter
+from models.errors import InputError
+
+RESULTS = "results.jsonl"
+_NAME = rf"\d{{3,}}-[a-z0-9-]+-([0-9a-f]{{{DIGEST_LENGTH}}})\.mp4"
+_VIDEO = re.compile(_NAME)
+_PART = re.compile(rf"\.{_NAME}\.(\d+)\.part")
+
+
+class Status(StrEnum):
+    """How a video ended."""
+
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """A line of the results."""
+
+    name: str  # of the file
+    line: int  # of the batch file
+    prompt: str  # of the video
+    status: Status  # how it ended
+    seconds: float  # from its first admission to its end
+    chunks: int  # made
+    computed: float | None  # computed chunk-steps as a share of all; None if it did not get that far
+    gang: str | None  # that made the end of it; None if none did
+    restarts: int  # how often it had to go on from a checkpoint
+    error: str | None = None  # why it failed; None if it did not
+
+
+class OutputFolder:
+    """The folder while a batch is made, as a context. Only one batch at a time can have it.
+
+    Args:
+        folder: made if it is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._done: dict[str, Path] = {}
+
+    def __enter__(self) -> Self:
+        """Take the folder: look what is there, and remove what batches that have died left behind.
+
+        Raises:
+            InputError: it cannot be written, or another batch has it.
+        """
+        check_folder(self._folder)
+        with file_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._results = _open_results(self._folder / RESULTS)
+            for path in sorted(self._folder.iterdir()):
+                self._look_at(path)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._results.close()
+
+    def done(self, digest: str) -> Path | None:
+        """The whole video of that digest, if it was there at the start, whatever the rest of its name."""
+        return self._done.get(digest)
+
+    def record(self, result: Result) -> None:
+        """Add a line to the results. It is there as a whole or not at all.
+
+        Raises:
+            InputError: it cannot be written; what is there already is kept.
+        """
+        line = json.dumps(asdict(result)).encode() + b"\n"
+        with file_errors(self._folder / RESULTS):
+            end = self._results.seek(0, os.SEEK_END)
+            try:
+                if self._results.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(self._results.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._results.truncate(end)
+                raise
+
+    def _look_at(self, path: Path) -> None:
+        part = _PART.fullmatch(path.name)
+        if part is not None and not _runs(int(part[2])):
+            path.unlink(missing_ok=True)
+        video = _VIDEO.fullmatch(path.name)
+        if video is not None and is_whole(path):
+            self._done.setdefault(video[1], path)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is a complete MP4: its boxes fill it to the last byte, and the index of frames is among them.
+
+    The form of boxes is that of ISO/IEC 14496-12, section 4.2.
+    """
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return _has_index(file, size=path.stat().st_size)
+    except OSError:
+        return False
+
+
+def _has_index(file: BinaryIO, *, size: int) -> bool:
+    at, found = 0, False
+    while at < size:
+        file.seek(at)
+        head = file.read(16)
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:  # the real length follows
+            length = int.from_bytes(head[8:16], "big")
+        elif length == 0:  # to the end of the file
+            length = size - at
+        if len(head) < 8 or length < 8:
+            return False
+        found |= head[4:8] == b"moov"
+        at += length
+    return found and at == size
+
+
+def _open_results(path: Path) -> FileIO:
+    file = FileIO(path, "a+")  # without a buffer, which would keep what a full disk has refused
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(
+            f"another batch is writing to {path.parent}: wait for its end, or give another folder with --out"
+        ) from None
+    # A batch that was killed while it wrote may have left part of a line.
+    file.truncate(path.read_bytes().rfind(b"\n") + 1)
+    return file
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChunkFiles:
+    """The chunks of one video."""
+
+    folder: Path  # hidden, made when there is a chunk
+
+    def count(self) -> int:
+        """Chunks that are there, from the first on without a gap."""
+        index = 0
+        while self._is_whole(self._file(index)):
+            index += 1
+        return index
+
+    def write(self, index: int, frames: NDArray[np.uint8]) -> None:
+        """Keep a chunk.
+
+        Args:
+            index: counted from 0.
+            frames: uint8 [F, H, W, 3].
+
+        Raises:
+            InputError: the disk is full or cannot be written.
+        """
+        path = self._file(index)
+        part = path.with_name(f".{path.name}.part")
+        with file_errors(path):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with part.open("wb") as file:
+                    np.save(file, frames)
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)  # what a full disk has taken of it
+
+    def encode(self, path: Path, *, fps: int) -> None:
+        """Make the video file of all chunks. It appears when it is complete.
+
+        Raises:
+            InputError: as in `write`.
+        """
+        files = [self._file(index) for index in range(self.count())]
+        _, height, width, _ = np.load(files[0], mmap_mode="r").shape
+        with VideoWriter(path, fps=fps, height=height, width=width) as writer:
+            for file in files:
+                writer.write(torch.from_numpy(np.load(file)))
+
+    def remove(self) -> None:
+        """The video is there, or not wanted any more."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"{index:06}.npy"
+
+    @staticmethod
+    def _is_whole(path: Path) -> bool:
+        """Whether all frames are there: a machine that went down may have cut the file off."""
+        try:
+            frames = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            return False
+        return bool(frames.size)

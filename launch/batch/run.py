@@ -1,0 +1,245 @@
+"""Many videos on many gangs: `flowcache batch`. What is there is kept, what was begun goes on, what fails is told.
+
+It puts the batch file, the folder of videos, the cluster and the display together; each of them is elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from engine.checkpoint.files import CheckpointConfig
+from launch.batch.file import BatchItem, read_batch
+from launch.batch.folder import ChunkFiles, OutputFolder, Result, Status
+from launch.batch.options import BatchOptions, cluster_settings
+from launch.ending import BAD_INPUT, FAILED
+from launch.output.table import BatchDisplay, RowState, State, open_batch_display, summary
+from launch.plan import Plan, plan_video
+from launch.ray_cluster import ray_cluster
+from models.errors import InputError
+from parallel.cluster.config import VideoSize, video_size
+from parallel.cluster.controller import Controller
+from parallel.cluster.messages import Admitted, ChunkMade, Event, GangDown, GangLost, Progressed, VideoDone, VideoFailed
+from parallel.cluster.metrics import RayMetrics
+from parallel.cluster.views import VideoOrder
+
+
+def run_batch(options: BatchOptions, *, say: Callable[[str], None]) -> int:
+    """Make the videos of a batch file, with progress on standard error.
+
+    Args:
+        options: what was given.
+        say: shows a line to people.
+
+    Returns:
+        The exit status: 0 if all videos are there, 1 if some are not.
+
+    Raises:
+        InputError: nothing can be made with what was given.
+    """
+    began = time.monotonic()
+    with OutputFolder(options.out) as folder:
+        items, problems = read_batch(options.file, options.base, options.out)
+        for problem in problems:
+            say(problem.message)
+        if not items:
+            if problems:
+                return BAD_INPUT
+            raise InputError(f"{options.file} has no lines: write a JSON object for each video")
+        batch = _Batch(options, folder, items, say)
+        with open_batch_display() as display:
+            batch.make(display)
+        say(summary(batch.rows, seconds=time.monotonic() - began))
+    return FAILED if problems or batch.failed else 0
+
+
+@dataclass(slots=True)
+class _Video:
+    """A video of the batch."""
+
+    item: BatchItem
+    plan: Plan
+    size: VideoSize
+    files: ChunkFiles
+    checkpoint: CheckpointConfig | None
+    row: RowState
+    began: float | None = None
+    share: float = 0.0
+    ending: Future[None] | None = None
+
+
+class _Batch:
+    """The videos that are still to be made, and what is shown of all of them."""
+
+    def __init__(
+        self, options: BatchOptions, folder: OutputFolder, items: list[BatchItem], say: Callable[[str], None]
+    ) -> None:
+        self._options, self._folder, self._say = options, folder, say
+        self._rows: dict[str, RowState] = {}
+        self._videos: dict[str, _Video] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        for item in items:
+            row = RowState(line=item.line, title=item.options.prompt, state=State.QUEUED, chunks=item.chunks)
+            if folder.done(item.digest) is not None:
+                self._rows[item.digest] = replace(row, state=State.KEPT, chunks_done=item.chunks)
+            else:
+                self._videos[item.digest] = self._video(item, row)
+
+    @property
+    def rows(self) -> list[RowState]:
+        """All videos, by line."""
+        rows = [*self._rows.values(), *(video.row for video in self._videos.values())]
+        return sorted(rows, key=lambda row: row.line)
+
+    @property
+    def failed(self) -> bool:
+        """Some videos could not be made."""
+        return any(row.state is State.FAILED for row in self.rows)
+
+    def make(self, display: BatchDisplay) -> None:
+        """Make what is missing."""
+        display.update(self.rows)
+        with self._pool:
+            waiting = [video for video in self._videos.values() if not self._end_if_complete(video)]
+            if waiting:
+                self._make(waiting, display)
+            for video in self._videos.values():
+                self._settle(video, wait=True)
+                display.update(self.rows)
+
+    def _make(self, waiting: list[_Video], display: BatchDisplay) -> None:
+        base = self._options.base
+        ranks = min(self._options.gangs, len(waiting)) * base.ranks.layout.world_size
+        threads = base.threads or max(1, (os.cpu_count() or 1) // ranks)
+        with ray_cluster(cpus=ranks * threads, address=self._options.address):
+            settings = cluster_settings(self._options, [(video.plan, video.size) for video in waiting], threads)
+            with Controller(settings, metrics=RayMetrics()) as engine:
+                for video in waiting:
+                    self._submit(engine, video)
+                for event in engine.run():
+                    self._hear(engine, event)
+                    for video in self._videos.values():
+                        self._settle(video, wait=False)
+                    display.update(self.rows)
+
+    def _video(self, item: BatchItem, row: RowState) -> _Video:
+        options, plan = self._options, plan_video(item.options)
+        checkpoint = None
+        if options.checkpoint_every:
+            folder = (options.checkpoints or options.out / ".checkpoints") / item.digest
+            checkpoint = CheckpointConfig(folder=folder.absolute(), every=options.checkpoint_every)
+        ranks = options.base.ranks
+        size = video_size(
+            plan.config, plan.request, cache=plan.cache, kv=plan.kv, layout=ranks.layout, split=ranks.split
+        )
+        files = ChunkFiles(folder=options.out / f".{item.digest}.parts")
+        return _Video(item=item, plan=plan, size=size, files=files, checkpoint=checkpoint, row=row)
+
+    def _submit(self, engine: Controller, video: _Video) -> None:
+        try:
+            engine.submit(
+                VideoOrder(
+                    video=video.item.digest,
+                    request=video.plan.request,
+                    size=video.size,
+                    checkpoint=video.checkpoint,
+                    stored=video.row.chunks_done,
+                    priority=video.item.priority,
+                )
+            )
+        except InputError as error:
+            self._fail(video, str(error))
+
+    def _hear(self, engine: Controller, event: Event) -> None:
+        if isinstance(event, GangDown):
+            self._say(f"{event.gang} is given up: {event.message}")
+        elif isinstance(event, GangLost):
+            self._say(f"{event.gang} was lost: {event.message}")
+            for name in event.videos:
+                lost = self._videos[name]
+                lost.row = replace(lost.row, state=State.RESTARTING, gang=None, restarts=lost.row.restarts + 1)
+        elif isinstance(event, ChunkMade):
+            self._keep(engine, self._videos[event.video], event)
+        elif isinstance(event, Admitted | Progressed | VideoDone | VideoFailed):
+            self._hear_of(self._videos[event.video], event)
+
+    def _hear_of(self, video: _Video, event: Admitted | Progressed | VideoDone | VideoFailed) -> None:
+        if isinstance(event, Admitted):
+            video.began = video.began or time.monotonic()
+            video.row = replace(video.row, state=State.RUNNING, gang=event.gang)
+        elif isinstance(event, Progressed):
+            self._progress(video, event)
+        elif isinstance(event, VideoFailed):
+            self._fail(video, event.message)
+        else:
+            video.row = replace(video.row, computed=event.computed)
+            self._end_if_complete(video)
+
+    def _keep(self, engine: Controller, video: _Video, chunk: ChunkMade) -> None:
+        try:
+            video.files.write(chunk.index, chunk.frames)
+        except InputError as error:
+            engine.cancel(chunk.video)
+            self._fail(video, str(error))
+            return
+        video.row = replace(video.row, chunks_done=chunk.index + 1)
+
+    def _progress(self, video: _Video, event: Progressed) -> None:
+        now = time.monotonic()
+        if not video.share:
+            video.began, video.share = now, event.share
+        done = event.share - video.share
+        left = None if done <= 0 or video.began is None else (now - video.began) * (1 - event.share) / done
+        video.row = replace(video.row, computed=event.computed, seconds_left=left)
+
+    def _end_if_complete(self, video: _Video) -> bool:
+        """Begin to encode a video all of whose chunks are there."""
+        done = video.files.count()
+        video.row = replace(video.row, chunks=video.size.chunks, chunks_done=done)
+        if done < video.size.chunks:
+            return False
+        fps = video.plan.config.runtime_config.fps
+        video.ending = self._pool.submit(video.files.encode, video.plan.out, fps=fps)
+        return True
+
+    def _settle(self, video: _Video, *, wait: bool) -> None:
+        """Take note of a video that is encoded, or could not be."""
+        ending = video.ending
+        if ending is None or not (wait or ending.done()):
+            return
+        video.ending = None
+        try:
+            ending.result()
+        except InputError as error:
+            self._fail(video, str(error))
+            return
+        video.files.remove()
+        if video.checkpoint is not None:
+            shutil.rmtree(video.checkpoint.folder, ignore_errors=True)
+        video.row = replace(video.row, state=State.DONE, seconds_left=None)
+        self._record(video, Status.DONE)
+
+    def _fail(self, video: _Video, message: str) -> None:
+        video.row = replace(video.row, state=State.FAILED, error=message)
+        self._record(video, Status.FAILED)
+
+    def _record(self, video: _Video, status: Status) -> None:
+        row = video.row
+        self._folder.record(
+            Result(
+                name=video.item.name,
+                line=row.line,
+                prompt=video.plan.request.prompt,
+                status=status,
+                seconds=0.0 if video.began is None else time.monotonic() - video.began,
+                chunks=row.chunks_done,
+                computed=row.computed,
+                gang=row.gang,
+                restarts=row.restarts,
+                error=row.error,
+            )
+        )

@@ -1,0 +1,1 @@
+"""What a run leaves: video files, progress on the terminal, summaries, tables."""

@@ -1,0 +1,107 @@
+"""What a finished video cost, for people."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.cache_presets import CacheName
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankSummary:
+    """The ranks that made a video."""
+
+    pp: int  # pipeline stages
+    cp: int  # ranks of a stage
+    layers: tuple[int, ...]  # of each stage
+    weights: tuple[int, ...]  # bytes that each rank holds
+    loading: tuple[float, ...]  # seconds that each rank took to load them
+
+    def text(self) -> str:
+        """A line for people."""
+        ranks = self.pp * self.cp
+        sizes = ", ".join(_size(count) for count in self.weights)
+        return (
+            f"{ranks} rank{'s' if ranks > 1 else ''}, pp {self.pp} x cp {self.cp}, "
+            f"layers {','.join(map(str, self.layers))}; weights {sizes}, "
+            f"loaded in {min(self.loading):.1f} to {max(self.loading):.1f} s"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """What was made and what it cost."""
+
+    out: Path
+    frames: int  # frames in it
+    fps: int  # frames per second
+    height: int  # pixels
+    width: int  # pixels
+    chunks: int  # chunks made
+    loading: float  # seconds to load the model
+    making: float  # seconds from the loaded model, or from the video's own start, to the finished file
+    computed: float  # computed chunk-steps as a share of all
+    cache_name: CacheName  # preset of reuse
+    kv_bytes: int  # size of the KV buffers; on ranks, of the lead's part
+    memory: int  # peak of the process, bytes; on ranks, of the lead
+    gpu_memory: int | None  # peak of tensors on the GPU, bytes; None without one
+    crew: RankSummary | None = None  # the ranks that made it; None for this process alone
+
+    def text(self) -> str:
+        """Three lines for people, and one more for ranks."""
+        return (
+            f"{self.headline()}\n"
+            f"made in {self.making:.1f} s, {self.making / self.chunks:.2f} s per chunk, "
+            f"after {self.loading:.1f} s of loading\n"
+            f"{self.computed:.0%} of the steps computed ({self.cache_name}); {_memory(self)}"
+        )
+
+    def headline(self) -> str:
+        """What was made, in a line."""
+        size = f"{self.width}x{self.height}"
+        return f"{self.out}: {self.frames} frames of {size}, {self.frames / self.fps:.1f} s of video"
+
+
+def summary_text(summaries: Sequence[Summary], *, making: float) -> str:
+    """One video's summary, or that of several: a line for each, and what they cost together.
+
+    Args:
+        summaries: of the videos, in order.
+        making: seconds that all of them took together.
+    """
+    last = summaries[-1]
+    if len(summaries) == 1:
+        return last.text()
+    chunks = sum(one.chunks for one in summaries)
+    computed = sum(one.computed * one.chunks for one in summaries) / chunks
+    return "\n".join(
+        [
+            *(one.headline() for one in summaries),
+            f"{len(summaries)} videos made in {making:.1f} s, {making / chunks:.2f} s per chunk, "
+            f"after {last.loading:.1f} s of loading",
+            f"{computed:.0%} of the steps computed ({last.cache_name}); {_memory(last)}",
+        ]
+    )
+
+
+def _memory(summary: Summary) -> str:
+    """What was held; figures of a process are those of the lead where there are ranks."""
+    peak = _size(summary.memory)
+    if summary.gpu_memory is not None:
+        peak += f", on the GPU {_size(summary.gpu_memory)}"
+    text = f"keys and values {_size(summary.kv_bytes)}, peak memory {peak}"
+    return text if summary.crew is None else f"on the lead {text}\n{summary.crew.text()}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def peak_memory() -> int:
+    """Largest size that this process has had, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # bytes there, kilobytes elsewhere

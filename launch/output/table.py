@@ -1,0 +1,226 @@
+"""Showing how far a batch is: a live table in a terminal, plain lines elsewhere, and a summary at the end.
+
+It knows plain rows; who fills them is not its business. All of it goes to standard error.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from launch.output.progress import clock
+
+_PLAIN_EVERY = 10.0  # seconds
+_PROMPT = 60  # letters, in plain lines
+
+
+class State(StrEnum):
+    """Where a video is; the order is that of the table."""
+
+    RUNNING = "running"
+    RESTARTING = "restarting"
+    FAILED = "failed"
+    QUEUED = "queued"
+    DONE = "done"
+    KEPT = "there already"
+
+
+_STYLES = {
+    State.RUNNING: "cyan",
+    State.RESTARTING: "yellow",
+    State.FAILED: "red",
+    State.QUEUED: "dim",
+    State.DONE: "green",
+    State.KEPT: "green dim",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowState:
+    """A video of the batch at one moment."""
+
+    line: int  # of the batch file
+    title: str  # prompt or name
+    state: State  # where it is
+    chunks: int  # of the whole video
+    chunks_done: int = 0  # finished and handed out
+    gang: str | None = None  # that has it; None where none has
+    computed: float | None = None  # computed chunk-steps as a share of all so far; None before the first
+    seconds_left: float | None = None  # None where nobody can say
+    restarts: int = 0  # so far
+    error: str | None = None  # why it failed; None if it did not
+
+
+class BatchDisplay(Protocol):
+    """Where a batch is shown, as a context."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def update(self, rows: Sequence[RowState]) -> None:
+        """Show all videos of the batch as they are now; to be called as often as one likes."""
+
+
+def open_batch_display() -> BatchDisplay:
+    """The display that fits where standard error goes."""
+    console = Console(stderr=True)
+    return LiveTable(console) if console.is_terminal else PlainLines(console)
+
+
+class LiveTable:
+    """A table that is redrawn in place, and is gone at the end."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, transient=True, refresh_per_second=4)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def update(self, rows: Sequence[RowState]) -> None:
+        """Show the rows, as many as the terminal has lines for."""
+        self._live.update(render(rows, height=self._console.size.height))
+
+
+class PlainLines:
+    """A line whenever a video begins, restarts or ends, and one for all of them now and then.
+
+    Args:
+        console: where they go.
+        now: a clock in seconds.
+    """
+
+    def __init__(self, console: Console, now: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._now = console, now
+        self._states: dict[int, State] = {}
+        self._said = now()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def update(self, rows: Sequence[RowState]) -> None:
+        """Say what is new."""
+        for row in rows:
+            before = self._states.get(row.line, State.QUEUED)
+            self._states[row.line] = row.state
+            if row.state is not before:
+                self._say(_news(row))
+        if self._now() - self._said >= _PLAIN_EVERY:
+            done, total = sum(row.chunks_done for row in rows), sum(row.chunks for row in rows)
+            self._say(f"{_counts(rows)}; {done} of {total} chunks")
+
+    def _say(self, text: str) -> None:
+        self._said = self._now()
+        self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def render(rows: Sequence[RowState], *, height: int) -> RenderableType:
+    """The rows as a table of at most `height - 1` lines: those that run come first, the last line counts all.
+
+    Args:
+        rows: all videos.
+        height: lines of the terminal.
+    """
+    order = list(State)
+    room = max(0, height - 3)  # the head, the count, and the line that the cursor stands in
+    shown = sorted(rows, key=lambda row: (order.index(row.state), row.line))[:room]
+    table = Table(box=None, pad_edge=False, expand=True)
+    table.add_column("Line", justify="right", no_wrap=True)
+    table.add_column("Video", no_wrap=True, overflow="ellipsis", ratio=3, min_width=8)
+    table.add_column("State", no_wrap=True, overflow="ellipsis")
+    table.add_column("", no_wrap=True, ratio=1)
+    table.add_column("Chunks", justify="right", no_wrap=True)
+    table.add_column("Gang", no_wrap=True, overflow="ellipsis", max_width=12)
+    table.add_column("Computed", justify="right", no_wrap=True)
+    table.add_column("Left", justify="right", no_wrap=True)
+    for row in shown:
+        table.add_row(*_cells(row))
+    rest = len(rows) - len(shown)
+    count = f"{_counts(rows)}; {rest} not shown" if rest else _counts(rows)
+    return Group(table, Text(count, style="bold", no_wrap=True, overflow="ellipsis"))
+
+
+def summary(rows: Sequence[RowState], *, seconds: float) -> str:
+    """What became of a batch, for people: a line for all, and one for each video that failed.
+
+    Args:
+        rows: all videos at the end.
+        seconds: that it took.
+    """
+    made = [row for row in rows if row.state is not State.KEPT]
+    chunks, restarts = sum(row.chunks_done for row in made), sum(row.restarts for row in made)
+    text = f"{_counts(rows)}; {chunks} chunks in {clock(seconds)}"
+    if chunks:
+        text += f", {seconds / chunks:.2f} s per chunk"
+    shares = [(row.computed, row.chunks_done) for row in made if row.computed is not None and row.chunks_done]
+    if shares:
+        mean = sum(share * count for share, count in shares) / sum(count for _, count in shares)
+        text += f", {mean:.0%} of the steps computed"
+    if restarts:
+        text += f", {restarts} restart{'s' if restarts > 1 else ''}"
+    failed = [row for row in rows if row.state is State.FAILED]
+    return "\n".join([text, *(_news(row) for row in sorted(failed, key=lambda row: row.line))])
+
+
+def _cells(row: RowState) -> list[RenderableType]:
+    left = "" if row.seconds_left is None or row.state is not State.RUNNING else clock(row.seconds_left)
+    note = row.state.value + (f" (restart {row.restarts})" if row.restarts and row.state is State.RUNNING else "")
+    return [
+        str(row.line),
+        Text(_plain(row.title if row.error is None else f"{row.title}: {row.error}")),
+        Text(note, style=_STYLES[row.state]),
+        ProgressBar(total=row.chunks, completed=row.chunks_done),
+        f"{row.chunks_done}/{row.chunks}",
+        Text("" if row.gang is None else _plain(row.gang)),
+        "" if row.computed is None else f"{row.computed:.0%}",
+        left,
+    ]
+
+
+def _news(row: RowState) -> str:
+    title = _plain(row.title)
+    title = title if len(title) <= _PROMPT else f"{title[: _PROMPT - 3]}..."
+    text = f"line {row.line} ({title}): {row.state.value}"
+    if row.state is State.RUNNING and row.gang is not None:
+        text += f" on {_plain(row.gang)}"
+    if row.state is State.RESTARTING:
+        text += f" from chunk {row.chunks_done}"
+    if row.state is State.DONE:
+        text += f", {row.chunks} chunks" + ("" if row.computed is None else f", {row.computed:.0%} computed")
+    return text if row.error is None else f"{text}: {_plain(row.error)}"
+
+
+def _counts(rows: Sequence[RowState]) -> str:
+    found = Counter(row.state for row in rows)
+    parts = [f"{found[state]} {state.value}" for state in State if found[state]]
+    return f"{len(rows)} video{'' if len(rows) == 1 else 's'}" + (f": {', '.join(parts)}" if parts else "")
+
+
+def _plain(text: str) -> str:
+    """On one line, and without what would move the cursor."""
+    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())

@@ -1,0 +1,235 @@
+"""The models that can be asked for by name: released configurations, sizes, and what a machine needs for each.
+
+Presets are plain data and functions; nothing is read or loaded here. Configuration values: specification part 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from models.errors import InputError
+
+if TYPE_CHECKING:  # the configuration pulls in torch, which a listing of names must not wait for
+    from models.magi.config import MagiConfig
+
+
+_T5_BYTES = 19_000_000_000  # specification 2.1; fp32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """One model."""
+
+    name: str  # what it is called on the command line
+    summary: str  # what it is good for
+    config: Callable[[], MagiConfig]  # makes its configuration
+    parameters: int  # of the DiT, the scales of a quantised model counted
+    stored: int  # bytes of the DiT's weights on disk; the embedders are fp32, the layers bf16 or fp8
+    folder: str | None
+    """Where the weights are published, under sand-ai/MAGI-1; None when they ship with the project, in fp16."""
+    vae_parameters: int = 613_755_239  # specification 1.1
+    """Of the autoencoder."""
+
+    @property
+    def disk(self) -> int:
+        """Bytes of files: the DiT, the autoencoder (fp32 in released folders), and T5."""
+        return self.stored + (4 * self.vae_parameters + _T5_BYTES if self.folder else 2 * self.vae_parameters)
+
+    @property
+    def memory(self) -> int:
+        """Bytes on the device for one video of the preset's size: DiT, autoencoder and KV; estimated.
+
+        What the layers work with comes on top, and so does T5 where the configuration puts it on the device.
+        """
+        shipped = self.folder is None  # and computed in fp32; a released model stays as stored, its autoencoder bf16
+        weights = 4 * (self.parameters + self.vae_parameters) if shipped else self.stored + 2 * self.vae_parameters
+        return weights + kv_bytes(self.config())
+
+
+def kv_bytes(config: MagiConfig) -> int:
+    """Bytes of keys and values that one video needs on one device, for the configuration's own size of video.
+
+    Counted are the chunks of the window and one finished chunk, which is all that the released key ranges attend to
+    (specification 6.5); a model with guidance keeps them twice, with and without text.
+    """
+    shape, run = config.model_config, config.runtime_config
+    cells = run.chunk_width * (run.video_size_h // 8) * (run.video_size_w // 8)
+    tokens = (run.window_size + 1) * cells // (shape.patch_size**2 * shape.t_patch_size)
+    width = {"torch.float32": 4}.get(shape.params_dtype, 2)
+    per_token = 2 * shape.num_query_groups * shape.kv_channels * width
+    return tokens * per_token * shape.num_layers * (2 if run.cfg_number > 1 else 1)
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of a name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in PRESETS:
+        raise InputError(f"unknown model {name!r}: choose from {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def released_config(*, large: bool, distill: bool = False, quant: bool = False) -> MagiConfig:
+    """The configuration file of a released model, as values.
+
+    Args:
+        large: 24B, otherwise 4.5B.
+        distill: the distilled model.
+        quant: with fp8 weights.
+    """
+    from models.magi.config import MagiConfig
+
+    name = ("24B" if large else "4.5B") + ("_distill" if distill else "_base") + ("_quant" if quant else "")
+    values = {
+        "model_config": _model_values(large=large),
+        "runtime_config": _runtime_values(name, large=large, distill=distill),
+        "engine_config": _engine_values(large=large, distill=distill, quant=quant),
+    }
+    return MagiConfig.from_dict(values, source=f"preset {name}")
+
+
+def _model_values(*, large: bool) -> dict[str, object]:
+    return {
+        "model_name": "videodit_ardf",
+        "num_layers": 48 if large else 34,
+        "hidden_size": 6144 if large else 3072,
+        "ffn_hidden_size": 16384 if large else 12288,
+        "num_attention_heads": 48 if large else 24,
+        "num_query_groups": 8,
+        "kv_channels": 128,
+        "layernorm_epsilon": 1e-6,
+        "apply_layernorm_1p": True,
+        "x_rescale_factor": 0.1 if large else 1,
+        "half_channel_vae": large,
+        "params_dtype": "torch.bfloat16",
+        "patch_size": 2,
+        "t_patch_size": 1,
+        "in_channels": 32 if large else 16,
+        "out_channels": 32 if large else 16,
+        "cond_hidden_ratio": 0.25,
+        "caption_channels": 4096,
+        "caption_max_length": 800,
+        "xattn_cond_hidden_ratio": 1.0,
+        "cond_gating_ratio": 1.0,
+        "gated_linear_unit": large,
+    }
+
+
+def _runtime_values(name: str, *, large: bool, distill: bool) -> dict[str, object]:
+    large_steps = 16 if distill else 32
+    return {
+        "cfg_number": 1 if distill else 3,
+        "cfg_t_range": [0.0, 0.0217, 0.1, 0.3, 0.999],
+        "prev_chunk_scales": [1.5, 1.5, 1.5, 1.0, 1.0],
+        "text_scales": [7.5, 7.5, 7.5, 0.0, 0.0],
+        "noise2clean_kvrange": [5, 4, 3, 2],
+        "clean_chunk_kvrange": 1,
+        "clean_t": 0.9999,
+        "seed": 1234,
+        "num_frames": 96,
+        "video_size_h": 720,
+        "video_size_w": 1280 if large else 720,
+        # The distilled 4.5B files say 64 too; 32, 16, 12 or 8 steps are what distillation is for: --steps 16.
+        "num_steps": large_steps if large else 64,
+        "window_size": 4,
+        "fps": 24,
+        "chunk_width": 6,
+        "t5_pretrained": "./downloads/t5_pretrained",
+        "t5_device": "cuda" if large else "cpu",
+        "vae_pretrained": "./downloads/vae",
+        "scale_factor": 0.18215,
+        "temporal_downsample_factor": 4,
+        "load": f"./downloads/{name}",
+    }
+
+
+def _engine_values(*, large: bool, distill: bool, quant: bool) -> dict[str, object]:
+    return {
+        "distributed_backend": "nccl",
+        "distributed_timeout_minutes": 15,
+        "pp_size": 1,
+        "cp_size": 8 if large else 1,
+        "cp_strategy": "cp_ulysses",
+        "ulysses_overlap_degree": 1,
+        "fp8_quant": quant,
+        "distill_nearly_clean_chunk_threshold": 0.3,
+        "shortcut_mode": "8,16,16",
+        "distill": distill,
+        "kv_offload": True,
+        "enable_cuda_graph": False,
+    }
+
+
+def _pocket() -> MagiConfig:
+    from models.pocket.preset import pocket_config
+
+    return pocket_config()
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="magi-pocket",
+            summary="small and trained here: coloured shapes that move, on a laptop's CPU",
+            config=_pocket,
+            parameters=3_401_702,
+            stored=2 * 3_401_702,
+            folder=None,
+            vae_parameters=5_310_823,
+        ),
+        Preset(
+            name="magi-4.5b",
+            summary="guidance in three branches, 64 steps",
+            config=partial(released_config, large=False),
+            parameters=4_459_898_128,
+            stored=8_960_177_216,
+            folder="ckpt/magi/4.5B_base",
+        ),
+        Preset(
+            name="magi-4.5b-distill",
+            summary="one pass a step; give --steps 16 or 12 or 8",
+            config=partial(released_config, large=False, distill=True),
+            parameters=4_459_898_128,
+            stored=8_960_177_216,
+            folder="ckpt/magi/4.5B_distill",
+        ),
+        Preset(
+            name="magi-4.5b-distill-quant",
+            summary="distilled, fp8 weights; give --steps 16 or 12 or 8",
+            config=partial(released_config, large=False, distill=True, quant=True),
+            parameters=4_460_979_760,
+            stored=5_139_298_496,
+            folder="ckpt/magi/4.5B_distill_quant",
+        ),
+        Preset(
+            name="magi-24b",
+            summary="the large model: guidance in three branches, 32 steps",
+            config=partial(released_config, large=True),
+            parameters=23_899_281_936,
+            stored=47_876_704_320,
+            folder="ckpt/magi/24B_base",
+        ),
+        Preset(
+            name="magi-24b-distill",
+            summary="the large model, one pass a step, 16 steps",
+            config=partial(released_config, large=True, distill=True),
+            parameters=23_899_281_936,
+            stored=47_876_704_320,
+            folder="ckpt/magi/24B_distill",
+        ),
+        Preset(
+            name="magi-24b-distill-quant",
+            summary="the large model, distilled, fp8 weights",
+            config=partial(released_config, large=True, distill=True, quant=True),
+            parameters=23_902_014_382,
+            stored=26_471_517_880,
+            folder="ckpt/magi/24B_distill_quant",
+        ),
+    )
+}

@@ -1,0 +1,146 @@
+"""What a family of chunk-autoregressive models looks like to the engine.
+
+A family describes its sampling (`Sampling`: times, passes of a step, how far back a chunk looks) and computes
+(`VideoModel`: embed, layers, velocity). The engine orders the work and keeps the state; it knows no model in
+particular.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from models.magi.layer import KVView
+
+CaptionKind = Literal["text", "null"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassCondition:
+    """What the model is told of a pass besides latents and text."""
+
+    t: float  # time of the chunk, 0 noise and 1 clean
+    distill: float | None  # step-size constant of a distilled model, None for a base model
+    drop: bool  # the captionless condition
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pass:
+    """One run of one chunk through the layers."""
+
+    name: str  # `denoise`, `clean`, `context_free`, or a branch of guidance
+    caption: CaptionKind  # which text the chunk sees
+    branch: int  # which KV buffer it reads and writes
+    isolated: bool  # it attends to itself only and leaves no KV behind
+    weight: float
+    """Of its velocity in the sum that makes the step's velocity; 0 for a pass that is run for its KV alone."""
+    condition: PassCondition  # what the model is told
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVGeometry:
+    """Shape of what one token leaves behind in every layer that is held here."""
+
+    layers: range
+    query_heads: int
+    key_heads: int
+    head_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class CaptionTable(Protocol):
+    """The texts of one request; a fixed number of them, however long the video."""
+
+    def get(self, kind: CaptionKind, chunks_left: int) -> Tensor:
+        """Caption tokens [N, channels] for a chunk with that many chunks of the video still to come after it."""
+
+    def to(self, device: torch.device) -> CaptionTable:
+        """The same on a device."""
+
+
+class Sampling(Protocol):
+    """How a family denoises: pure figures, no weights."""
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps of a chunk."""
+
+    @property
+    def window(self) -> int:
+        """Chunks that are denoised at once."""
+
+    @property
+    def chunk_width(self) -> int:
+        """Latent frames of a chunk."""
+
+    @property
+    def branches(self) -> int:
+        """How many KV buffers the passes use."""
+
+    @property
+    def clean_pass(self) -> bool:
+        """Whether the KV of a finished chunk is renewed by a pass of its own."""
+
+    def time(self, step: int) -> float:
+        """Time before a step; `time(num_steps)` is the end."""
+
+    def step_size(self, step: int) -> float:
+        """What the velocity is multiplied with in a step."""
+
+    def key_limit(self, step: int) -> int | None:
+        """How many chunks a chunk in this step attends to, itself included; None for all."""
+
+    def clean_limit(self, *, prefix: bool) -> int | None:
+        """The same for a finished chunk, or for one of the prefix."""
+
+    def step_passes(self, step: int, *, oldest: bool, text_needed: bool) -> tuple[Pass, ...]:
+        """Passes of a denoising step, in order. `oldest`: it is the cleanest of its window. `text_needed`: some chunk
+        of the window weighs its text branch in this tick."""
+
+    def clean_passes(self, step_in_quantum: int, *, prefix: bool, text_needed: bool) -> tuple[Pass, ...]:
+        """Passes that renew the KV of a finished chunk, or fill in that of a prefix chunk."""
+
+    def weighs_text(self, step: int) -> bool:
+        """Whether the text branch counts in this step."""
+
+
+class VideoModel(Protocol):
+    """The weights of all or some layers of a model, and what is computed with them."""
+
+    @property
+    def kv(self) -> KVGeometry:
+        """Shape of the KV of the layers that are held."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the parameters that are held."""
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+
+    def token_count(self, frames: int, height: int, width: int) -> int:
+        """Tokens of a latent of that size."""
+
+    def patches(self, x: Tensor) -> Tensor:
+        """Patch embedding [1, S, D] of a latent [1, C, T, h, w]."""
+
+    def layers(
+        self,
+        hidden: Tensor,
+        condition: PassCondition,
+        caption: Tensor,
+        first_frame: int,
+        grid: tuple[int, int, int],
+        view: KVView,
+        tokens: slice = slice(None),
+    ) -> Tensor:
+        """Run the layers that are held over one chunk's tokens. `grid`: latent (T, h, w). `tokens`: which of the
+        chunk's tokens `hidden` is; all by default."""
+
+    def velocity(self, hidden: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Velocity [1, C, T, h, w] fp32 of the last hidden states."""

@@ -1,0 +1,137 @@
+"""How a rank of a cluster comes by its part of a model: it is sent a configuration and loads the weights itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from engine.kv.settings import KVSettings
+from engine.prepare import Pipeline
+from engine.request import Request
+from engine.reuse.settings import ReuseSettings
+from engine.schedule import Schedule
+from engine.video import clean_capacity
+from models.loading import load_magi
+from models.magi.config import MagiConfig
+from models.magi.pipeline import Loading, load_stage
+from models.magi.sampling import MagiSampling
+from parallel.cluster.queue import QuantumPlan, plan_quanta
+from parallel.ranks.worker import StageModel
+from parallel.topology.mesh import Layout, Mesh
+from parallel.topology.split import stage_range, stage_sizes
+
+
+class ModelSource(Protocol):
+    """A model that every rank can load its part of. It is sent to the ranks, so it holds no weights."""
+
+    @property
+    def identity(self) -> str:
+        """Names the model, its weights and their split; a checkpoint is taken up by the same only."""
+
+    def lead(self, mesh: Mesh, device: str) -> Pipeline:
+        """The first stage's layers, the text encoder and the autoencoder."""
+
+    def stage(self, mesh: Mesh, device: str) -> StageModel:
+        """A rank's layers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MagiSource:
+    """A MAGI-1 model, or magi-pocket."""
+
+    config: MagiConfig  # values of the configuration file
+    weights: Path | None = None  # folder in place of the configured one; every node must see it
+    split: str | None = None  # layers of each stage, as in `9,9,8,8`; None balances them
+    precise: bool = True  # fp32 output projections, as released
+    attention: str = "sdpa"  # name of the attention backend
+
+    @property
+    def identity(self) -> str:
+        """A digest of all that is told here."""
+        told = [self.config.to_dict(), str(self.weights), self.split, self.precise, self.attention]
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def lead(self, mesh: Mesh, device: str) -> Pipeline:
+        """The first stage's layers, the text encoder and the autoencoder.
+
+        Raises:
+            InputError: something is missing or damaged.
+        """
+        return load_magi(self.config, self.weights, self._loading(mesh, device))
+
+    def stage(self, mesh: Mesh, device: str) -> StageModel:
+        """A rank's layers.
+
+        Raises:
+            InputError: something is missing or damaged.
+        """
+        model = load_stage(self.config, self.weights, self._loading(mesh, device))
+        return StageModel(model=model, attention=model.dit.attention)
+
+    def _loading(self, mesh: Mesh, device: str) -> Loading:
+        layers = stage_range(self.config, mesh, self.split)
+        return Loading(device=device, precise=self.precise, attention=self.attention, layers=layers)
+
+
+_CELL, _FRAMES_OF_LATENT = 8, 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoSize:
+    """What a video takes."""
+
+    quanta: tuple[QuantumPlan, ...]  # in order
+    window: int  # chunks that are denoised at once
+    chunks: int  # that are handed out
+    kv_bytes: int  # of keys and values on the rank that holds most of them
+
+
+def video_size(
+    config: MagiConfig,
+    request: Request,
+    *,
+    cache: ReuseSettings,
+    kv: KVSettings,
+    layout: Layout,
+    split: str | None = None,
+) -> VideoSize:
+    """What a video of a MAGI-1 model takes.
+
+    Args:
+        config: of the model.
+        request: the video.
+        cache: which steps are reused.
+        kv: how much of the past is held.
+        layout: of the gang.
+        split: layers of each stage; None balances them.
+
+    Raises:
+        InputError: the model cannot make it, or does not fit the layout.
+    """
+    model = config.model_config
+    sampling = MagiSampling(
+        config=config,
+        num_steps=request.num_steps,
+        clean_pass=cache.clean_pass,
+        copy_pass=cache.copy_pass,
+    )
+    width = sampling.chunk_width
+    frames = 0 if request.prefix is None else len(request.prefix.frames)
+    given = 1 if frames == 1 else frames // _FRAMES_OF_LATENT
+    chunks = math.ceil((request.chunks * width + given) / width)
+    schedule = Schedule(first=given // width, chunks=chunks, num_steps=request.num_steps, window=sampling.window)
+    side = _CELL * model.patch_size
+    tokens = width * (request.height // side) * (request.width // side) // model.t_patch_size
+    rows = tokens * (clean_capacity(schedule, sampling, kv.budget) + sampling.window) * sampling.branches
+    per_row = 2 * model.num_query_groups * model.kv_channels * model.dtype.itemsize / layout.cp
+    layers = max(stage_sizes(config, layout.pp, split))
+    return VideoSize(
+        quanta=plan_quanta(chunks=chunks, window=sampling.window, first=schedule.first),
+        window=sampling.window,
+        chunks=chunks - schedule.first,
+        kv_bytes=math.ceil(rows * per_row * layers),
+    )

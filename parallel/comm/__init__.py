@@ -1,0 +1,1 @@
+"""What ranks send each other: headers, hidden states, and the exchange of context parallelism."""

@@ -1,0 +1,1 @@
+"""Heartbeats, the hang detector, and how one failure ends all ranks with one message."""

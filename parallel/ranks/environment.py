@@ -1,0 +1,88 @@
+"""A process's env among the ranks, as torchrun or another launcher tells it.
+
+This is the only module that reads the environment. The variables are those of torchrun, so that every launcher that
+sets them starts the same ranks. No torch in here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from models.errors import InputError
+
+_NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_SPEAKS = "FLOWCACHE_LAUNCHER_SPEAKS"
+_LAUNCHED = "FLOWCACHE_LAUNCHED"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankEnv:
+    """Which rank this process is, and where the ranks meet."""
+
+    rank: int  # among all
+    world_size: int  # how many there are
+    local_rank: int  # among those of this machine
+    local_world_size: int  # how many this machine has
+    host: str  # of the store where ranks meet
+    port: int  # of that store
+    launcher_serves: bool = False  # the launcher serves the store; otherwise rank 0 does
+    launcher_speaks: bool = False  # the launcher shows what went wrong, so the ranks stay silent
+    launched: bool = False
+    """This process was started for its rank alone, by a launcher that is its parent, and ends with it."""
+    attempt: int = 0  # how often the launcher has started all ranks again
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> RankEnv | None:
+        """The env that the environment tells; None if this process is alone.
+
+        Raises:
+            InputError: a variable is missing or no number.
+        """
+        found = os.environ if environment is None else environment
+        if "RANK" not in found and "WORLD_SIZE" not in found:
+            return None
+        if missing := [name for name in _NEEDED if name not in found]:
+            raise InputError(f"the environment lacks {', '.join(missing)}: start ranks with torchrun")
+        world = _number(found, "WORLD_SIZE")
+        return cls(
+            rank=_number(found, "RANK"),
+            world_size=world,
+            local_rank=_number(found, "LOCAL_RANK"),
+            local_world_size=_number(found, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in found else world,
+            host=found["MASTER_ADDR"],
+            port=_number(found, "MASTER_PORT"),
+            launcher_serves=found.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            launcher_speaks=found.get(_SPEAKS) == "1",
+            launched=found.get(_LAUNCHED, "1" if "TORCHELASTIC_RUN_ID" in found else "0") == "1",
+            attempt=_number(found, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in found else 0,
+        )
+
+    def variables(self) -> dict[str, str]:
+        """The variables that tell this env."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "MASTER_ADDR": self.host,
+            "MASTER_PORT": str(self.port),
+            "TORCHELASTIC_USE_AGENT_STORE": str(self.launcher_serves),
+            "TORCHELASTIC_RESTART_COUNT": str(self.attempt),
+            _SPEAKS: "1" if self.launcher_speaks else "0",
+            _LAUNCHED: "1" if self.launched else "0",
+        }
+
+
+def child_environment(env: RankEnv, *, threads: int | None) -> dict[str, str]:
+    """The environment of a process that is started for an env: this one's, with the env and a number of threads."""
+    chosen = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    return {**os.environ, **env.variables(), **chosen}
+
+
+def _number(found: Mapping[str, str], name: str) -> int:
+    try:
+        return int(found[name])
+    except ValueError:
+        raise InputError(f"the environment's {name} is {found[name]!r}, not a number") from None

@@ -1,0 +1,109 @@
+"""Starts all ranks on this machine, as torchrun does for one node, and tells in one line what went wrong.
+
+The launcher serves the rendezvous store: ranks whose launcher is gone notice that and end, and a failure can be read
+from it after they have ended. Ranks are process groups of their own, so that Ctrl-C reaches the launcher alone, which
+then lets them end in order.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+import torch.distributed as dist
+
+from parallel.health.errors import FAILED, STOPPED, ErrorStore, Failure, GangError
+from parallel.ranks.environment import RankEnv, child_environment
+from parallel.topology.mesh import Layout, Mesh
+
+_HOST = "127.0.0.1"
+_POLL = 0.05
+
+
+def run_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = None, grace: float = 10.0) -> None:
+    """Run a command once for each rank, and wait for all of them.
+
+    Args:
+        command: program and arguments; each process finds its env in its environment.
+        layout: of the ranks.
+        threads: CPU threads of each; None shares the cores evenly.
+        grace: seconds that ranks have to end by themselves once one of them has failed.
+
+    Raises:
+        GangError: a rank has failed; the text names it.
+        KeyboardInterrupt: Ctrl-C; all ranks have ended.
+    """
+    count = layout.world_size
+    share = max(1, (os.cpu_count() or 1) // count) if threads is None else threads
+    store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+    board = ErrorStore(dist.PrefixStore("flowcache/0", store))
+    ranks: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(count):
+            env = RankEnv(
+                rank=rank,
+                world_size=count,
+                local_rank=rank,
+                local_world_size=count,
+                host=_HOST,
+                port=store.port,
+                launcher_serves=True,
+                launcher_speaks=True,
+                launched=True,
+            )
+            ranks.append(
+                subprocess.Popen(
+                    command,
+                    env=child_environment(env, threads=share),
+                    stdin=subprocess.DEVNULL,
+                    stdout=None if rank == 0 else subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            )
+        _wait(ranks, board, layout, grace)
+    except (KeyboardInterrupt, SystemExit):
+        board.report(Failure(message="stopped", status=STOPPED, reporter=-1))
+        _wait_for_all(ranks, grace)
+        raise
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], board: ErrorStore, layout: Layout, grace: float) -> None:
+    """Wait until all have ended well.
+
+    Raises:
+        GangError: one has not.
+    """
+    while True:
+        statuses = [process.poll() for process in ranks]
+        bad = [(rank, status) for rank, status in enumerate(statuses) if status]
+        if bad:
+            break
+        if None not in statuses:
+            return
+        time.sleep(_POLL)
+    # A rank that fails in order reports it before it ends. If this one has not, it could not, or was not there yet.
+    failure = board.report(_ended(*bad[0], layout))
+    _wait_for_all(ranks, grace)
+    raise GangError(failure)
+
+
+def _ended(rank: int, status: int, layout: Layout) -> Failure:
+    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    text = f"{Mesh(layout=layout, rank=rank).name(rank)} {how}"
+    return Failure(message=text, status=max(status, FAILED), reporter=rank)
+
+
+def _wait_for_all(ranks: list[subprocess.Popen[bytes]], grace: float) -> None:
+    deadline = time.monotonic() + grace
+    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+        time.sleep(_POLL)

@@ -1,0 +1,1 @@
+"""Which rank is where, and which layers it holds. Plain Python."""

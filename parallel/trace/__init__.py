@@ -1,0 +1,1 @@
+"""What each rank did when, and what it counted."""

@@ -1,0 +1,278 @@
+"""Where the time of each rank went: busy, or idle for which reason. A pure function on the events of a trace.
+
+Idle time before an item is explained by following what was awaited back through the pipeline. At each moment it was
+
+- under way: a stage was done with it and the next one, which was free, had not begun: `transport`;
+- held up at a stage that was busy with other items, or computed there after it was held up: `imbalance`. On a faster
+  stage it would have come earlier;
+- computed as soon as it came, or not there at all: `dependency`. A faster link or a better split would not help;
+  only more work in flight would.
+
+What a stage awaits is its next item. What the lead awaits is the velocity that let it go on: the last one that was
+computed before it did. An item that has not begun anywhere waits for such a velocity, and is followed through that.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+Event = Mapping[str, Any]
+_AT_ONCE = 0.05
+"""Of an item's own time: who waited no longer than that before it went on to it straight from other work."""
+
+
+class Cause(StrEnum):
+    """Why a rank was idle."""
+
+    DEPENDENCY = "dependency"
+    TRANSPORT = "transport"
+    IMBALANCE = "imbalance"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """An item on a rank, the changes of the KV before it counted. Times in seconds."""
+
+    key: tuple[int, int, int, str]  # (request, tick, chunk, pass) of the item
+    chunk: int
+    request: int
+    began: float  # start
+    ended: float  # end
+    returns: bool  # its velocity goes back to the lead
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Idle:
+    """A stretch of idle time, in seconds, and why."""
+
+    began: float
+    ended: float
+    cause: Cause
+
+
+@dataclass(slots=True)
+class RankUse:
+    """One rank over the whole window of the trace."""
+
+    rank: int
+    stage: int
+    cp_rank: int  # its place in the stage
+    runs: list[Run] = field(default_factory=list)  # its items in order
+    idle: list[Idle] = field(default_factory=list)  # its idle time in order
+    busy: float = 0.0  # seconds with items
+    other: float = 0.0  # seconds with anything else: reading messages, embedding, deciding, reading velocities out
+
+    def idle_seconds(self, cause: Cause) -> float:
+        """Seconds idle for one reason."""
+        return sum(one.ended - one.began for one in self.idle if one.cause is cause)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Utilisation:
+    """All ranks, from the start of the first item to the end of the last; seconds on the trace's clock."""
+
+    began: float
+    ended: float
+    ranks: tuple[RankUse, ...]
+
+
+def analyse(events: Iterable[Event]) -> Utilisation | None:
+    """Explain a trace.
+
+    Args:
+        events: of all ranks, in any order.
+
+    Returns:
+        What each rank did; None if nothing was computed.
+    """
+    ranks, waits = _read(events)
+    runs = [run for rank in ranks.values() for run in rank.runs]
+    if not runs:
+        return None
+    began, ended = min(run.began for run in runs), max(run.ended for run in runs)
+    story = _Story(ranks, waits)
+    for rank in ranks.values():
+        rank.busy = sum(run.ended - run.began for run in rank.runs)
+        rank.idle = _joined(story.idle(rank, began, ended))
+        rank.other = max(0.0, ended - began - rank.busy - sum(one.ended - one.began for one in rank.idle))
+    ordered = sorted(ranks.values(), key=lambda rank: (rank.stage, rank.cp_rank))
+    return Utilisation(began=began, ended=ended, ranks=tuple(ordered))
+
+
+def _read(events: Iterable[Event]) -> tuple[dict[int, RankUse], dict[int, list[tuple[float, float]]]]:
+    ranks: dict[int, RankUse] = {}
+    waits: dict[int, list[tuple[float, float]]] = {}
+    changed: dict[tuple[int, tuple[int, int, int, str]], float] = {}
+    computed: list[tuple[int, Event]] = []
+    for event in events:
+        kind, rank = event.get("cat"), int(event.get("pid", -1))
+        if event.get("name") == "process_name":
+            about = event["args"]
+            ranks[rank] = RankUse(rank=rank, stage=int(about.get("stage", rank)), cp_rank=int(about.get("cp_rank", 0)))
+        elif kind == "wait":
+            began = event["ts"] / 1e6
+            waits.setdefault(rank, []).append((began, began + event["dur"] / 1e6))
+        elif kind == "compress":
+            changed[rank, _key(event)] = event["ts"] / 1e6
+        elif kind == "compute":
+            computed.append((rank, event))
+    for rank, event in computed:
+        key, about, began = _key(event), event["args"], event["ts"] / 1e6
+        run = Run(
+            key=key,
+            chunk=int(about["chunk"]),
+            request=int(about["request"]),
+            began=min(began, changed.get((rank, key), began)),
+            ended=began + event["dur"] / 1e6,
+            returns=bool(about.get("returns", True)),
+        )
+        ranks.setdefault(rank, RankUse(rank=rank, stage=rank, cp_rank=0)).runs.append(run)
+    for use in ranks.values():
+        use.runs.sort(key=lambda run: run.began)
+        waits.setdefault(use.rank, []).sort()
+    return ranks, waits
+
+
+def _key(event: Event) -> tuple[int, int, int, str]:
+    about = event["args"]
+    return int(about["request"]), int(about["tick"]), int(about["chunk"]), str(about.get("what", event["name"]))
+
+
+class _Story:
+    """Follows items back through the pipeline."""
+
+    def __init__(self, ranks: Mapping[int, RankUse], waits: Mapping[int, list[tuple[float, float]]]) -> None:
+        self._waits = waits
+        self._at = {(rank.stage, rank.cp_rank): rank for rank in ranks.values()}
+        self._last = max(stage for stage, _ in self._at)
+        self._index = {place: {run.key: n for n, run in enumerate(rank.runs)} for place, rank in self._at.items()}
+        tail = self._at.get((self._last, 0))
+        self._returned = sorted((run for run in tail.runs if run.returns), key=lambda run: run.ended) if tail else []
+        self._ends = [run.ended for run in self._returned]
+
+    def idle(self, rank: RankUse, began: float, ended: float) -> Iterator[Idle]:
+        """A rank's idle time from the trace's start to its end."""
+        before, waits = began, self._waits[rank.rank]
+        for run in rank.runs:
+            pieces: list[Idle] | None = None
+            for wait in waits[self._first(waits, before) :]:
+                if wait[0] >= run.began:
+                    break
+                start, end = max(wait[0], before), min(wait[1], run.began)
+                if end > start:
+                    if pieces is None:  # from the gap's end backwards, as far as the gap goes
+                        pieces = list(self._back(run, (rank.stage, rank.cp_rank), before))[::-1]
+                    yield from _cut(pieces, start, end)
+            before = run.ended
+        if ended > before:
+            yield Idle(began=before, ended=ended, cause=Cause.DEPENDENCY)  # nothing comes any more
+
+    @staticmethod
+    def _first(waits: list[tuple[float, float]], after: float) -> int:
+        """The first wait that may reach beyond a time; waits do not overlap."""
+        return max(0, bisect_left(waits, (after, 0.0)) - 1)
+
+    def _back(self, run: Run | None, place: tuple[int, int], until: float) -> Iterator[Idle]:
+        """Where what is awaited was, from its start at a place backwards until a time."""
+        now = None if run is None else run.began
+        while run is not None and now is not None and now > until:
+            if place == (0, 0):
+                run, since = self._released_by(run)
+                yield from self._between(since, now, place)
+                place, upstream = (self._last, 0), run
+            elif place[0] == 0:  # another cp_rank of the first stage: the lead sends when it begins
+                upstream = self._find(run, (0, 0))
+                since = until if upstream is None else upstream.began
+                yield from self._between(since, now, place)
+                place, run, now = (0, 0), upstream, since
+                continue
+            else:
+                before = (place[0] - 1, place[1])
+                upstream = self._find(run, before)
+                yield from self._between(until if upstream is None else upstream.ended, now, place)
+                place = before
+            run = upstream
+            if run is None:
+                break
+            held_up = self._held_up(run, place)
+            cause = Cause.IMBALANCE if held_up else Cause.DEPENDENCY
+            yield Idle(began=run.began, ended=run.ended, cause=cause)
+            now = run.began
+
+    def _between(self, since: float, now: float, place: tuple[int, int]) -> Iterator[Idle]:
+        """On the way to a place: held up while that is busy with other items, else under way; backwards."""
+        runs = self._at[place].runs
+        index = bisect_left(runs, now, key=lambda run: run.began) - 1
+        while index >= 0 and now > since and runs[index].ended > since:
+            other = runs[index]
+            if now > other.ended:
+                yield Idle(began=other.ended, ended=now, cause=Cause.TRANSPORT)
+                now = other.ended
+            start = max(since, other.began)
+            yield Idle(began=start, ended=now, cause=Cause.IMBALANCE)
+            now, index = start, index - 1
+        if now > since:
+            yield Idle(began=since, ended=now, cause=Cause.TRANSPORT)
+
+    def _released_by(self, run: Run) -> tuple[Run | None, float]:
+        """The result that let the lead begin an item, and when that was computed."""
+        index = bisect_right(self._ends, run.began) - 1
+        if self._held_up(run, (0, 0)):  # it was ready before: with the last step of its own chunk
+            while index >= 0 and (self._returned[index].request, self._returned[index].chunk) != (
+                run.request,
+                run.chunk,
+            ):
+                index -= 1
+        found = self._returned[index] if index >= 0 else None
+        return found, run.began if found is None else found.ended
+
+    def _held_up(self, run: Run, place: tuple[int, int]) -> bool:
+        """Whether an item had to wait until a rank was through with another one."""
+        rank, index = self._at[place], self._index[place][run.key]
+        if not index:
+            return False
+        previous = rank.runs[index - 1]
+        if place[0] > 0:
+            upstream = self._find(run, (place[0] - 1, place[1]))
+            return upstream is not None and upstream.ended < previous.ended
+        waits, waited = self._waits[rank.rank], 0.0
+        for wait in waits[self._first(waits, previous.ended) :]:
+            if wait[0] >= run.began:
+                break
+            waited += max(0.0, min(wait[1], run.began) - max(wait[0], previous.ended))
+        return waited < _AT_ONCE * (run.ended - run.began)
+
+    def _find(self, run: Run, place: tuple[int, int]) -> Run | None:
+        if place not in self._at or run.key not in self._index[place]:
+            return None
+        return self._at[place].runs[self._index[place][run.key]]
+
+
+def _cut(pieces: list[Idle], began: float, ended: float) -> Iterator[Idle]:
+    """The pieces within a stretch; what they leave open is a dependency on what was never there."""
+    at = began
+    for piece in pieces:
+        start, end = max(piece.began, at), min(piece.ended, ended)
+        if end <= start:
+            continue
+        if start > at:
+            yield Idle(began=at, ended=start, cause=Cause.DEPENDENCY)
+        yield Idle(began=start, ended=end, cause=piece.cause)
+        at = end
+    if at < ended:
+        yield Idle(began=at, ended=ended, cause=Cause.DEPENDENCY)
+
+
+def _joined(idle: Iterable[Idle]) -> list[Idle]:
+    """Neighbours of one cause as one."""
+    joined: list[Idle] = []
+    for one in idle:
+        if joined and joined[-1].cause is one.cause and one.began <= joined[-1].ended:
+            joined[-1] = Idle(began=joined[-1].began, ended=max(one.ended, joined[-1].ended), cause=one.cause)
+        else:
+            joined.append(one)
+    return joined

@@ -1,0 +1,228 @@
+"""The order of work with results that come late, in one process: what `Engine` makes, bit for bit."""
+
+import json
+from collections import deque
+
+import pytest
+import torch
+
+from engine.checkpoint.files import Contents
+from engine.checkpoint.snapshot import pack_run, pack_share, unpack_run, unpack_share
+from engine.engine import Engine
+from engine.executor import Admission, LocalExecutor
+from engine.kv.settings import KVSettings
+from engine.order import WorkOrder
+from engine.prepare import encode, prepare
+from engine.record import Recorder
+from engine.request import Prefix
+from engine.reuse.flags import FlagState
+from engine.reuse.settings import ReuseSettings
+from tests.parallel.small import SmallPipeline, one_thread, request, small_config
+
+FLOWCACHE = {"policy": "flowcache", "threshold": 0.1, "warmup_steps": 2}
+CASES = {
+    "plain": {},
+    "guided": {"config": {"guided": True}},
+    "window 1": {"config": {"window": 1}},
+    "one step per stage": {"request": {"num_steps": 4}, "config": {"num_steps": 4}},
+    "flowcache": {"cache": {**FLOWCACHE, "clean_pass": False}},
+    "flowcache, renewed": {"cache": {**FLOWCACHE, "threshold": 0.3}, "config": {"guided": True}},
+    "flowcache, one step per stage": {
+        "cache": {**FLOWCACHE, "warmup_steps": 1, "clean_pass": False},
+        "request": {"num_steps": 4},
+        "config": {"num_steps": 4},
+    },
+    "teacache": {"cache": {"policy": "teacache", "threshold": 0.1, "warmup_steps": 3}},
+    "budget": {"budget": 1, "config": {"ranges": ()}},
+    "budget, guided, flowcache": {
+        "budget": 2,
+        "config": {"guided": True},
+        "cache": {**FLOWCACHE, "clean_pass": False},
+    },
+    "image": {"prefix": 1},
+    "clip": {"prefix": 32, "config": {"guided": True}},
+}
+
+
+class Recording(LocalExecutor):
+    def __init__(self, model):
+        super().__init__(model)
+        self.items = []
+
+    def run(self, work):
+        self.items.append(work.item)
+        return super().run(work)
+
+
+def build(case):
+    one_thread()
+    pipeline = SmallPipeline(small_config(2, **case.get("config", {})))
+    changes = {"chunks": 6, **case.get("request", {})}
+    if "prefix" in case:
+        changes["prefix"] = Prefix(frames=torch.zeros(case["prefix"], 32, 48, 3, dtype=torch.uint8))
+    return pipeline, request(**changes), ReuseSettings(**case.get("cache", {})), KVSettings(budget=case.get("budget"))
+
+
+def start(case, saved=None):
+    """A run, its KV and where its work is carried out; `saved` are the contents of a checkpoint."""
+    pipeline, wanted, cache, kv = build(case)
+    prepared = prepare(pipeline, wanted, encode(pipeline, wanted), number=0, cache=cache, kv=kv, observe=True)
+    executor = Recording(pipeline.model)
+    held = prepared.kv.allocate(pipeline.model.kv, pipeline.attention)
+    if saved is not None:
+        run, share = saved
+        prepared.run.restore(unpack_run(run))
+        held.restore(unpack_share(share)[0])
+    executor.admit(0, Admission(kv=held, captions=prepared.captions, grid=prepared.run.grid))
+    return prepared.run, held, executor
+
+
+def carry_out(order, executor, latency):
+    """Take results in only after `latency` others were given out, or when nothing else is ready."""
+    made, ticks, overlap = [], [], 0
+    under_way = deque()
+    while not order.over:
+        if len(under_way) < latency and order.ready():
+            work = order.take()
+            velocity = executor.run(work)
+            if work.item.what.weight:
+                under_way.append((work.item, velocity))
+                overlap = max(overlap, len({item.tick for item, _ in under_way}))
+        elif under_way:
+            order.returned(*under_way.popleft())
+        else:
+            assert order.held or order.over, "nothing is under way and nothing may begin"
+        made += order.finished()
+        ticks += order.ticks_done()
+    return [latents for _, latents in made], ticks, overlap
+
+
+def delayed(case, latency, *, barrier=False):
+    run, _, executor = start(case)
+    decisions = []
+    order = WorkOrder(run, barrier=barrier, on_decision=lambda seen, what: decisions.append((seen, what)))
+    made, ticks, overlap = carry_out(order, executor, latency)
+    return made, executor.items, decisions, ticks, overlap
+
+
+@pytest.mark.parametrize("latency", [1, 3, 100])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_late_results_change_nothing(case, latency):
+    pipeline, wanted, cache, kv = build(case)
+    executor, trace = Recording(pipeline.model), Recorder()
+    expected = [chunk.latents for chunk in Engine(pipeline, cache, kv, executor).generate(wanted, trace=trace)]
+    made, items, decisions, ticks, _ = delayed(case, latency)
+    assert len(made) == len(expected)
+    for a, b in zip(made, expected, strict=True):
+        assert torch.equal(a, b)
+    assert items == executor.items
+    record = trace.finish({})
+    assert [tick.tick.index for tick in ticks] == list(range(len(record.flags)))
+    assert [tick.items for tick in ticks] == record.tick_items.tolist()
+    for seen, decision in decisions:
+        assert record.flags[seen.tick, seen.chunk] == decision.value
+    if cache.policy != "none":
+        assert 0 < record.computed_fraction < 1
+
+
+def test_ticks_overlap_unless_there_is_a_barrier():
+    *_, overlap = delayed(CASES["plain"], 100)
+    assert overlap == 2
+    made, *_, overlap = delayed(CASES["plain"], 100, barrier=True)
+    assert overlap == 1
+    free, *_ = delayed(CASES["plain"], 100)
+    assert all(torch.equal(a, b) for a, b in zip(made, free, strict=True))
+
+
+class Hesitant:
+    """A gate that opens when it is asked for the third time."""
+
+    def __init__(self, executor):
+        self.executor, self.announced, self.opened, self.asked = executor, [], [], 0
+
+    def announce(self, quantum):
+        begun = max((item.tick for item in self.executor.items), default=-1)
+        self.announced.append((quantum, begun))
+
+    def open(self, quantum):
+        assert quantum == self.announced[-1][0]
+        assert all(item.tick < 2 * quantum.index for item in self.executor.items)
+        self.asked += 1
+        if self.asked % 3:
+            return False
+        self.opened.append(quantum)
+        return True
+
+
+@pytest.mark.parametrize("latency", [1, 100])
+@pytest.mark.parametrize("name", ["plain", "flowcache, renewed", "teacache", "clip"])
+def test_quanta_wait_for_their_gate_and_nothing_else_changes(name, latency):
+    expected, items, *_ = delayed(CASES[name], 3)
+    run, _, executor = start(CASES[name])
+    gate = Hesitant(executor)
+    order = WorkOrder(run, barrier=False, on_decision=lambda *_: None, gate=gate)
+    assert [quantum.index for quantum, _ in gate.announced] == [0]
+    made, *_ = carry_out(order, executor, latency)
+    quanta = [run.schedule.quantum(index) for index in range(run.schedule.quanta)]
+    assert gate.opened == [quantum for quantum, _ in gate.announced] == quanta
+    assert executor.items == items
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+    for quantum, begun in gate.announced[1:]:  # the last tick of the quantum before has begun, and none of its work has
+        assert begun < run.schedule.quantum_ticks(quantum.index).start - 1
+    assert max(begun - run.schedule.quantum_ticks(quantum.index).start for quantum, begun in gate.announced[1:]) == -2
+
+
+class Keeper:
+    """Takes a snapshot before every quantum."""
+
+    def __init__(self, run, held, order):
+        self.run, self.held, self.order, self.saved, self.refusals = run, held, order, {}, 0
+
+    def due(self, quantum):
+        return quantum.index > 0
+
+    def reached(self, quantum):
+        self.refusals += 1
+        if self.refusals % 2:
+            return False
+        share = pack_share(self.held.state(), FlagState(digest=bytes(8), count=0, reused=0), {})
+        contents = [pack_run(self.run.state()), share]
+        plain = [Contents(tensors=one.tensors, values=json.loads(json.dumps(one.values))) for one in contents]
+        self.saved[quantum.index] = (plain, len(self.order()))
+        return True
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_video_goes_on_from_a_snapshot_bit_for_bit(case):
+    """In fresh buffers, from before its second quantum, from its middle and from before its last quantum."""
+    expected, items, *_ = delayed(case, 3)
+    run, held, executor = start(case)
+    keeper = Keeper(run, held, lambda: executor.items)
+    made, *_ = carry_out(WorkOrder(run, barrier=False, on_decision=lambda *_: None, border=keeper), executor, latency=3)
+    assert executor.items == items
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+    quanta = run.schedule.quanta
+    assert sorted(keeper.saved) == list(range(1, quanta))
+    for quantum in {1, quanta // 2, quanta - 1}:
+        saved, given_out = keeper.saved[quantum]
+        again, _, other = start(case, saved)
+        order = WorkOrder(again, barrier=False, on_decision=lambda *_: None, start=quantum)
+        rest, *_ = carry_out(order, other, latency=3)
+        assert other.items == items[given_out:]
+        done = run.schedule.finished_before(quantum)
+        assert len(rest) == len(expected) - done
+        assert all(torch.equal(a, b) for a, b in zip(rest, expected[done:], strict=True))
+
+
+def test_a_snapshot_does_not_grow_with_the_video():
+    def sizes(chunks):
+        case = {**CASES["budget, guided, flowcache"], "request": {"chunks": chunks}}
+        run, held, executor = start(case)
+        keeper = Keeper(run, held, lambda: executor.items)
+        carry_out(WorkOrder(run, barrier=False, on_decision=lambda *_: None, border=keeper), executor, latency=3)
+        return max(
+            sum(part.nbytes for contents in saved for part in contents.tensors.values())
+            for saved, _ in keeper.saved.values()
+        )
+
+    assert sizes(12) == sizes(8)

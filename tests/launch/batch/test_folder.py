@@ -1,0 +1,155 @@
+"""The folder of a batch: what counts as done, what is cleaned up, results, and disks that are full."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from launch.batch.folder import RESULTS, ChunkFiles, OutputFolder, Result, Status, is_whole
+from launch.output.video import VideoWriter
+from models.errors import InputError
+from tests.launch.output.test_video import _noise
+
+NAME = "001-a-red-circle-0123456789ab.mp4"
+DIGEST = "0123456789ab"
+
+
+def video(path: Path) -> Path:
+    with VideoWriter(path, fps=24, height=64, width=96) as writer:
+        writer.write(_noise(4))
+    return path
+
+
+def result(line: int, **changes: object) -> Result:
+    values = {"status": Status.DONE, "seconds": 1.5, "chunks": 3, "computed": 0.5, "gang": "gang 0", "restarts": 0}
+    return Result(name=NAME, line=line, prompt="ä", **{**values, **changes})
+
+
+def results(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / RESULTS).read_text().splitlines()]
+
+
+def frames(path: Path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@contextmanager
+def short_files() -> Iterator[None]:
+    """Nothing may grow beyond 1000 bytes; the system says it as it says that a disk is full.
+
+    Not a fixture: the limit holds for the process, and pytest writes to its log before a fixture ends.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_whole_file_is_done_whatever_its_line_was(tmp_path: Path) -> None:
+    video(tmp_path / "017-a-red-circle-0123456789ab.mp4")
+    with OutputFolder(tmp_path) as folder:
+        assert folder.done(DIGEST) == tmp_path / "017-a-red-circle-0123456789ab.mp4"
+        assert folder.done("ba9876543210") is None
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_file_that_was_cut_off_is_not_done(tmp_path: Path, keep: int) -> None:
+    path = video(tmp_path / NAME)
+    assert is_whole(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    assert not is_whole(path)
+    with OutputFolder(tmp_path) as folder:
+        assert folder.done(DIGEST) is None
+
+
+def test_other_things_under_the_name_are_not_done(tmp_path: Path) -> None:
+    (tmp_path / NAME).mkdir()
+    (tmp_path / "002-text-ba9876543210.mp4").write_text("not a video, but long enough for a head")
+    with OutputFolder(tmp_path) as folder:
+        assert folder.done(DIGEST) is None and folder.done("ba9876543210") is None
+
+
+def test_parts_of_dead_processes_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    dead = dead_process()
+    stale = tmp_path / f".{NAME}.{dead}.part"
+    kept = [
+        tmp_path / f".{NAME}.{os.getpid()}.part",  # somebody is at it
+        tmp_path / f".{NAME}.1.part",  # likewise, somebody else
+        tmp_path / f".film.mp4.{dead}.part",  # not of a batch
+        tmp_path / "notes.part",
+    ]
+    for path in (stale, *kept):
+        path.write_bytes(b"x")
+    with OutputFolder(tmp_path) as folder:
+        assert folder.done(DIGEST) is None
+    assert not stale.exists() and all(path.exists() for path in kept)
+
+
+def test_results_are_added_line_by_line(tmp_path: Path) -> None:
+    with OutputFolder(tmp_path / "new" / "folder") as folder:
+        folder.record(result(1))
+    with OutputFolder(tmp_path / "new" / "folder") as folder:
+        folder.record(result(2, status=Status.FAILED, computed=None, gang=None, error="no space"))
+    first, second = results(tmp_path / "new" / "folder")
+    assert (first["line"], first["status"], first["prompt"], first["error"]) == (1, "done", "ä", None)
+    assert (second["status"], second["computed"], second["error"]) == ("failed", None, "no space")
+
+
+def test_a_line_that_was_cut_off_is_removed(tmp_path: Path) -> None:
+    (tmp_path / RESULTS).write_text('{"line": 1}\n{"line": 2')
+    with OutputFolder(tmp_path) as folder:
+        folder.record(result(3))
+    assert [one["line"] for one in results(tmp_path)] == [1, 3]
+
+
+def test_a_full_disk_leaves_the_results_as_they_were(tmp_path: Path) -> None:
+    with short_files(), OutputFolder(tmp_path) as folder:
+        folder.record(result(1))
+        before = (tmp_path / RESULTS).read_bytes()
+        with pytest.raises(InputError, match=r"results\.jsonl: no space left"):
+            folder.record(result(2, error="x" * 2000))
+        assert (tmp_path / RESULTS).read_bytes() == before
+        folder.record(result(3))
+    assert [one["line"] for one in results(tmp_path)] == [1, 3]
+
+
+def test_one_batch_at_a_time(tmp_path: Path) -> None:
+    with OutputFolder(tmp_path), pytest.raises(InputError, match="another batch is writing to .*give another folder"):
+        OutputFolder(tmp_path).__enter__()
+    with OutputFolder(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file is not a folder"):
+        OutputFolder(tmp_path / "file" / "below").__enter__()
+
+
+def test_a_full_disk_leaves_nothing_of_a_chunk(tmp_path: Path) -> None:
+    files = ChunkFiles(folder=tmp_path / "parts")
+    with short_files():
+        files.write(0, np.zeros((1, 4, 4, 3), dtype=np.uint8))
+        with pytest.raises(InputError, match=r"000001\.npy"):
+            files.write(1, np.zeros((8, 16, 16, 3), dtype=np.uint8))
+    assert files.count() == 1
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["000000.npy"]

@@ -1,0 +1,103 @@
+"""Reading pictures and clips: real files, with colours, rates, sizes and orientation that can be told apart."""
+
+from __future__ import annotations
+
+import wave
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from launch.output.media import PREFIX_FRAMES, read_image, read_video
+from launch.output.video import VideoWriter
+from models.errors import InputError
+
+RED, BLUE = torch.tensor([224, 0, 0]), torch.tensor([0, 0, 235])
+
+
+def _near(pixel: Tensor, colour: Tensor) -> bool:
+    return bool((pixel.int() - colour).abs().max() <= 6)
+
+
+def _write(path: Path, frames: Tensor, *, fps: int = 24) -> Path:
+    with VideoWriter(path, fps=fps, height=frames.shape[1], width=frames.shape[2]) as writer:
+        writer.write(frames)
+    return path
+
+
+def _plain(colour: Tensor, count: int) -> Tensor:
+    return colour.to(torch.uint8).expand(count, 64, 64, 3)
+
+
+def test_an_image_is_stretched_to_the_size(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (40, 20), tuple(BLUE.tolist()))
+    picture.paste(tuple(RED.tolist()), (0, 0, 20, 20))  # the left half
+    path = tmp_path / "picture.png"
+    picture.save(path)
+    frames = read_image(path, height=64, width=32)
+    assert frames.dtype == torch.uint8 and frames.shape == (1, 64, 32, 3)
+    for row in (2, 61):
+        assert _near(frames[0, row, 2], RED) and _near(frames[0, row, 29], BLUE)
+
+
+def test_an_image_is_turned_as_its_orientation_says(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (40, 20), tuple(BLUE.tolist()))
+    picture.paste(tuple(RED.tolist()), (0, 0, 20, 20))
+    exif = picture.getexif()
+    exif[0x112] = 6  # quantum clockwise: left becomes top
+    path = tmp_path / "photo.jpg"
+    picture.save(path, exif=exif, quality=95)
+    frame = read_image(path, height=40, width=32)[0]
+    assert _near(frame[3, 16], torch.tensor([224, 0, 0])) and _near(frame[36, 16], BLUE)
+
+
+def test_a_clip_is_read_from_its_start(tmp_path: Path) -> None:
+    path = _write(tmp_path / "clip.mp4", torch.cat([_plain(RED, 24), _plain(BLUE, 24)]))
+    frames = read_video(path, fps=24, height=32, width=48)
+    assert frames.dtype == torch.uint8 and frames.shape == (PREFIX_FRAMES, 32, 48, 3)
+    red = [_near(frame[16, 24], RED) for frame in frames]
+    assert red == [True] * 24 + [False] * 8
+    assert _near(frames[31, 16, 24], BLUE)
+
+
+@pytest.mark.parametrize(("fps", "frames_of_red"), [(12, 24), (48, 6)])
+def test_a_clip_is_resampled_in_time(tmp_path: Path, fps: int, frames_of_red: int) -> None:
+    path = _write(tmp_path / "clip.mp4", torch.cat([_plain(RED, 12), _plain(BLUE, 60)]), fps=fps)
+    frames = read_video(path, fps=24, height=64, width=64)
+    assert sum(_near(frame[32, 32], RED) for frame in frames) == frames_of_red
+
+
+def test_a_short_clip_is_cut_to_whole_latent_frames(tmp_path: Path) -> None:
+    path = _write(tmp_path / "clip.mp4", _plain(RED, 14))
+    assert len(read_video(path, fps=24, height=64, width=64)) == 12
+
+
+def test_a_clip_of_less_than_a_latent_frame_is_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path / "clip.mp4", _plain(RED, 3))
+    with pytest.raises(InputError, match=r"clip.mp4 has only 3 frames at 24 per second: at least 4 are needed"):
+        read_video(path, fps=24, height=64, width=64)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    text, cut = tmp_path / "notes.png", tmp_path / "cut.mp4"
+    text.write_text("no picture\n" * 100)
+    whole = _write(tmp_path / "clip.mp4", _plain(RED, 24)).read_bytes()
+    cut.write_bytes(whole[: len(whole) // 2])  # without its index, which stands at the end
+    for path, reason in ((text, "Invalid data"), (cut, "Invalid data"), (tmp_path / "none.mp4", "No such file")):
+        with pytest.raises(InputError, match=rf"cannot read the image .*{path.name}: {reason}"):
+            read_image(path, height=64, width=64)
+        with pytest.raises(InputError, match=rf"cannot read the video .*{path.name}: {reason}"):
+            read_video(path, fps=24, height=64, width=64)
+
+
+def test_files_without_a_picture_are_refused(tmp_path: Path) -> None:
+    sound, text = tmp_path / "sound.wav", tmp_path / "notes.txt"
+    with wave.open(str(sound), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", "not compressed"))
+        file.writeframes(bytes(1000))
+    text.write_text("FFmpeg would draw these words\n" * 100)
+    for path in (sound, text):
+        with pytest.raises(InputError, match=rf"{path.name}: there is no picture in it"):
+            read_video(path, fps=24, height=64, width=64)

@@ -1,0 +1,115 @@
+"""The table of a batch: what it shows, in how many lines; lines without a terminal; the summary."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from launch.output.table import LiveTable, PlainLines, RowState, State, open_batch_display, render, summary
+
+
+def row(line: int, state: State = State.QUEUED, **changes: object) -> RowState:
+    return RowState(**{"line": line, "title": f"video {line}", "state": state, "chunks": 8, **changes})
+
+
+def shown(rows: list[RowState], *, height: int = 24, width: int = 100) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, height=height, color_system=None)
+    with console.capture() as capture:
+        console.print(render(rows, height=height))
+    return capture.get().splitlines()
+
+
+MIXED = [
+    row(1, State.DONE, chunks_done=8, computed=0.5, gang="gang 0"),
+    row(2, State.RUNNING, chunks_done=3, computed=0.625, gang="gang 1", seconds_left=75, restarts=1),
+    row(3, State.QUEUED),
+    row(4, State.FAILED, chunks_done=2, computed=0.25, error="no space left", restarts=2),
+    row(5, State.RESTARTING, chunks_done=2),
+    row(6, State.KEPT, chunks_done=8),
+]
+
+
+def test_the_table_says_all_of_a_video() -> None:
+    lines = shown(MIXED, width=140)
+    running = lines[1]
+    for part in ("2", "video 2", "running (restart 1)", "3/8", "gang 1", "62%", "1:15"):
+        assert part in running
+    assert lines[0].split() == ["Line", "Video", "State", "Chunks", "Gang", "Computed", "Left"]
+    assert "video 4: no space left" in "".join(lines)
+    assert lines[-1].strip() == "6 videos: 1 running, 1 restarting, 1 failed, 1 queued, 1 done, 1 there already"
+
+
+def test_those_that_run_come_first_and_the_last_line_counts_the_rest() -> None:
+    rows = [row(line) for line in range(1, 100)] + [row(200, State.RUNNING), row(100, State.RUNNING)]
+    lines = shown(rows, height=8)
+    assert len(lines) == 7
+    assert [line.split()[0] for line in lines[1:-1]] == ["100", "200", "1", "2", "3"]
+    assert lines[-1].strip() == "101 videos: 2 running, 99 queued; 96 not shown"
+
+
+@given(
+    count=st.integers(0, 40),
+    height=st.integers(3, 30),
+    width=st.integers(30, 160),
+    title=st.text(max_size=200),
+    state=st.sampled_from(State),
+)
+def test_it_never_has_more_lines_than_the_terminal(
+    count: int, height: int, width: int, title: str, state: State
+) -> None:
+    rows = [row(line, state, title=title, error=title, gang=title, seconds_left=1e6) for line in range(count)]
+    assert len(shown(rows, height=height, width=width)) <= height - 1
+
+
+def test_what_looks_like_markup_or_moves_the_cursor_is_shown_as_text() -> None:
+    lines = shown([row(1, State.RUNNING, title="[red]a[/] \x1b[2J\nb :smile:")], width=140)
+    assert "[red]a[/] [2J b :smile:" in lines[1]
+
+
+def test_a_terminal_gets_a_table() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=100, height=10, color_system=None)
+    with LiveTable(console) as display:
+        display.update([row(line, State.RUNNING) for line in range(30)])
+        display.update(MIXED)
+    assert "running (restart 1)" in stream.getvalue() and "6 videos: 1 running" in stream.getvalue()
+
+
+def test_without_a_terminal_lines_say_what_is_new() -> None:
+    stream, time = io.StringIO(), [0.0]
+    with PlainLines(Console(file=stream, width=40), now=lambda: time[0]) as display:
+        display.update([row(1), row(2), row(3, State.KEPT, chunks_done=8)])
+        running = [row(1, State.RUNNING, gang="gang 0"), row(2)]
+        display.update(running)
+        display.update(running)  # nothing is new
+        time[0] = 11.0
+        display.update([row(1, State.RUNNING, gang="gang 0", chunks_done=2), row(2)])
+        display.update([row(1, State.RESTARTING, chunks_done=2), row(2)])
+        display.update([row(1, State.DONE, chunks_done=8, computed=0.5), row(2, State.FAILED, error="no\nspace")])
+    assert stream.getvalue().splitlines() == [
+        "line 3 (video 3): there already",
+        "line 1 (video 1): running on gang 0",
+        "2 videos: 1 running, 1 queued; 2 of 16 chunks",
+        "line 1 (video 1): restarting from chunk 2",
+        "line 1 (video 1): done, 8 chunks, 50% computed",
+        "line 2 (video 2): failed: no space",
+    ]
+
+
+def test_a_pipe_gets_lines(capfd: pytest.CaptureFixture[str]) -> None:
+    with open_batch_display() as display:
+        display.update([row(1, State.RUNNING, gang="gang 0")])
+    assert capfd.readouterr().err == "line 1 (video 1): running on gang 0\n"
+
+
+def test_the_summary_counts_costs_and_names_what_failed() -> None:
+    assert summary(MIXED, seconds=150).splitlines() == [
+        "6 videos: 1 running, 1 restarting, 1 failed, 1 queued, 1 done, 1 there already; 15 chunks in 2:30, "
+        "10.00 s per chunk, 49% of the steps computed, 3 restarts",
+        "line 4 (video 4): failed: no space left",
+    ]
+    assert summary([], seconds=0) == "0 videos; 0 chunks in 0:00"

@@ -1,0 +1,91 @@
+"""Other processes of this machine, and signals that must not end a rank at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from parallel.health.processes import LocalProcess, WakeupPipe, this_machine
+
+
+def eventually(condition):
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.fixture
+def process():
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    yield sleeper
+    sleeper.kill()
+    sleeper.wait()
+
+
+def test_a_stopped_process_is_told_from_a_running_one_and_ends(process):
+    process = LocalProcess(process.pid)
+    assert not process.gone and not process.stopped
+    process.send_signal(signal.SIGSTOP)
+    assert eventually(lambda: process.stopped)
+    process.end()
+    assert eventually(lambda: process.gone)  # though nobody has waited for it yet
+    assert not process.stopped
+    assert process.wait(10) == -signal.SIGKILL
+    process.end()
+    process.close()
+
+
+def test_a_process_that_has_gone_before_is_gone(process):
+    process.kill()
+    process.wait()
+    assert LocalProcess(process.pid).gone
+
+
+def test_this_machine_has_one_name():
+    found = subprocess.run(
+        [sys.executable, "-c", "from parallel.health.processes import this_machine; print(this_machine())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == this_machine()
+
+
+@pytest.fixture
+def unhandled():
+    """Nobody handles SIGTERM; Ray does, in a process that has started a node."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_bell_tells_of_sigterm_and_survives_it(unhandled):
+    bell = WakeupPipe()
+    try:
+        assert bell.wait(0.01) == set()
+        bell.ring()
+        began = time.monotonic()
+        assert bell.wait(10) == set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert bell.wait(10) == {signal.SIGTERM}
+        assert time.monotonic() - began < 5
+    finally:
+        bell.close()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    bell.ring()  # of no use, and of no harm
+
+
+def test_a_bell_leaves_a_handler_of_somebody_else_alone():
+    def handler(number, frame):
+        pass
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        WakeupPipe().close()
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,217 @@
+"""When a rank fails, hangs or is killed, all end soon, and one line names it."""
+
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from parallel.health.errors import Failure, GangError
+from parallel.ranks.environment import RankEnv, child_environment
+from parallel.ranks.spawn import run_ranks
+from parallel.topology.mesh import Layout
+from tests.parallel.ranks import command, run
+
+ROOT = Path(__file__).parents[3]
+SHORT = {"silent": 6.0, "first": 60.0, "step": 6.0, "grace": 2.0}
+GONE = r"(was ended by SIGKILL|has gone: it(s process has ended| has closed its connections))(, last seen .+)?$"
+LONG = [{"chunks": 200, "height": 64, "width": 64}]
+
+
+def gone(pids):
+    def alive(pid):
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+        except OSError:
+            return False
+
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not any(alive(pid) for pid in pids)
+
+
+def pids(tmp_path, count):
+    return [int((tmp_path / f"out.pt.{rank}").read_text()) for rank in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("action", "layout", "rank", "message"),
+    [
+        (
+            "raise",
+            {"pp": 3},
+            1,
+            r"^rank 1 \(stage 1 of 3\): request 0, tick \d+, chunk \d+ \(\w+\): ValueError: a matrix",
+        ),
+        ("raise", {"pp": 2, "cp": 2}, 3, r"^rank 3 \(stage 1 of 2, cp 1 of 2\): request 0, tick \d+, chunk \d+"),
+        ("raise", {"pp": 2}, 0, r"^rank 0 \(stage 0 of 2\): request 0, tick \d+, chunk \d+ \(\w+\): ValueError"),
+        ("input", {"pp": 2}, 1, r"^the weights have gone for a walk$"),
+        (
+            "flip",
+            {"pp": 2},
+            1,
+            r"^rank 1 .*tick \d+, chunk \d+.*: FlagMismatch: the reuse flags differ from the head's",
+        ),
+        ("kill", {"pp": 3}, 1, rf"^rank 1 \(stage 1 of 3\) {GONE}"),
+        ("kill", {"cp": 2}, 1, rf"^rank 1 \(stage 0 of 1, cp 1 of 2\) {GONE}"),
+        ("kill", {"pp": 2}, 0, rf"^rank 0 \(stage 0 of 2\) {GONE}"),
+        (
+            "stop",
+            {"pp": 3},
+            1,
+            r"^rank 1 \(stage 1 of 3\) has given no sign of life for \d+ s (at|after) request 0, tick",
+        ),
+        ("stop", {"pp": 2}, 0, r"^rank 0 \(stage 0 of 2\) has given no sign of life"),
+        ("terminate", {"pp": 2}, 1, r"^rank 1 \(stage 1 of 2\) was told to stop$"),
+        (
+            "sleep",
+            {"pp": 2},
+            1,
+            r"^rank 1 \(stage 1 of 2\) has not come on for \d+ s at request 0, tick \d+, chunk \d+",
+        ),
+    ],
+)
+def test_one_bad_rank_ends_all_and_is_named(tmp_path, action, layout, rank, message):
+    count = layout.get("pp", 1) * layout.get("cp", 1)
+    calls = 200 if action == "stop" else 20  # so that there was a heartbeat since work began
+    with pytest.raises(GangError, match=message) as caught:
+        run(tmp_path, "trouble", **layout, action=action, rank=rank, calls=calls, timeouts=SHORT, requests=LONG)
+    assert caught.value.failure.status == {"input": 2, "terminate": 130}.get(action, 1)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out.pt").exists()
+    assert gone(pids(tmp_path, count))
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def trouble(tmp_path, action, rank, **more):
+    values = {"layout": {"pp": 2}, "action": action, "rank": rank, "timeouts": SHORT, "requests": LONG, **more}
+    return command("trouble", tmp_path / "out.pt", {"calls": 200 if action == "stop" else 20, **values})
+
+
+def started(tmp_path, count):
+    """The processes of all ranks, once they are there."""
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / f"out.pt.{rank}").exists() for rank in range(count)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    return pids(tmp_path, count)
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        ("kill", r"rank 1 \(stage 1 of 2\) has gone: "),
+        ("stop", r"rank 1 \(stage 1 of 2\) has given no sign of life for \d+ s (at|after) request 0, tick"),
+    ],
+)
+def test_torchrun_shows_the_message_once_and_leaves_nobody_behind(tmp_path, action, message):
+    ended = subprocess.run(
+        [*TORCHRUN, *trouble(tmp_path, action, 1)[1:]], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    assert ended.returncode == 1
+    found = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(found) == 1, ended.stderr
+    assert re.match(f"error: {message}", found[0])
+    assert gone(pids(tmp_path, 2))
+
+
+def test_ranks_of_a_killed_torchrun_end(tmp_path):
+    agent = subprocess.Popen([*TORCHRUN, *trouble(tmp_path, "none", -1)[1:]], cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        found = started(tmp_path, 2)
+    finally:
+        agent.kill()
+        agent.wait()
+    assert gone(found)
+
+
+@contextmanager
+def alone(arguments):
+    """Two ranks without a launcher: nobody shows or ends anything for them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = []
+    try:
+        for rank in range(2):
+            env = RankEnv(rank=rank, world_size=2, local_rank=rank, local_world_size=2, host="127.0.0.1", port=port)
+            environment = child_environment(env, threads=1)
+            ranks.append(subprocess.Popen(arguments, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
+def test_without_a_launcher_a_process_may_go_on_after_a_failure(tmp_path):
+    """As an actor does that tells its driver; the store is served by the rank that goes on."""
+    with alone(trouble(tmp_path, "kill", 1, survives=SHORT["grace"] + 1)) as ranks:
+        assert ranks[0].wait(60) == 1
+        assert ranks[1].wait(10) == -signal.SIGKILL
+    assert re.match(r"rank 1 \(stage 1 of 2\) has gone: ", (tmp_path / "out.pt").read_text())
+
+
+def test_a_gang_error_can_be_sent_to_another_process():
+    failure = Failure(message="rank 1 has gone", status=1, reporter=0, hung=(1,))
+    assert pickle.loads(pickle.dumps(GangError(failure))).failure == failure
+
+
+@pytest.mark.parametrize(
+    ("action", "how"),
+    [("kill", "it has closed its connections"), ("stop", r"it has given no sign of life for \d+ s")],
+)
+def test_without_a_launcher_the_rank_that_serves_the_store_is_named(tmp_path, action, how):
+    with alone(trouble(tmp_path, action, 0)) as ranks:
+        said = ranks[1].communicate(timeout=120)[1]
+        assert ranks[1].returncode == 1
+        assert ranks[0].wait(10) == -signal.SIGKILL
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, said
+    assert re.match(rf"error: rank 0 \(stage 0 of 2\) has gone: {how}(, last seen (at|after) .+)?$", errors[0])
+
+
+LAUNCHER = """
+import sys
+from parallel.health.errors import GangError
+from parallel.ranks.spawn import run_ranks
+from parallel.topology.mesh import Layout
+from tests.parallel.ranks import command
+try:
+    run_ranks(command("trouble", sys.argv[1], {values}), Layout(pp=2), threads=1)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_no_rank_outlives_its_launcher(tmp_path, sent, status):
+    """Ctrl-C, and a launcher that cannot do anything any more."""
+    values = {"layout": {"pp": 2}, "action": "none", "rank": -1, "timeouts": SHORT, "requests": LONG}
+    code = LAUNCHER.replace("{values}", repr(values))
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "out.pt")],
+        cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background test run ignores it
+    )
+    try:
+        found = started(tmp_path, 2)
+        launcher.send_signal(sent)
+        assert launcher.wait(20) == status
+        assert gone(found)
+    finally:
+        launcher.kill()
+
+
+def test_a_wrong_number_of_ranks_is_one_clear_line(tmp_path):
+    values = {"layout": {"pp": 3}}
+    with pytest.raises(GangError, match="ended with status 2"):
+        run_ranks(command("videos", tmp_path / "out.pt", values), Layout(pp=2), threads=1)

@@ -1,0 +1,299 @@
+"""Checkpoints: what is whole is found and taken up bit for bit, what is not is passed over."""
+
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.checkpoint.files import (
+    AsyncSave,
+    Checkpoint,
+    CheckpointConfig,
+    Contents,
+    Shard,
+    commit,
+    discard,
+    new_place,
+    newest,
+    read_contents,
+)
+from models.errors import InputError
+from parallel.comm.messages import HEADER_BYTES
+from parallel.health.errors import GangError
+from tests.parallel.ranks import run
+from tests.parallel.ranks.test_pipeline import FLOWCACHE, HIDDEN, TOKENS, alone, same
+
+# ---- files
+
+
+def contents(value=1.0):
+    return Contents(tensors={"a": torch.full((3, 40), value), "b": torch.arange(5)}, values={"x": [1, None, 0.1]})
+
+
+def write(folder, quantum, *, value=1.0, files=("rank-0.safetensors", "run.safetensors")):
+    """A checkpoint that is complete but for its manifest."""
+    place = new_place(folder, quantum)
+    writing = AsyncSave(place, {name: contents(value) for name in files})
+    return Checkpoint(place=place, quantum=quantum, counts={"chunks": quantum}, fingerprint={}, shards=writing.shards())
+
+
+def whole(folder, quantum, **named):
+    """A checkpoint beside the others, as if there had been no time to delete them."""
+    aside = folder.parent / "aside"
+    made = write(aside, quantum, **named)
+    commit(made)
+    folder.mkdir(exist_ok=True)
+    return made.place.rename(folder / made.place.name)
+
+
+def test_what_was_written_is_read(tmp_path):
+    made = write(tmp_path / "new" / "video", 3)
+    commit(made)
+    found = newest(tmp_path / "new" / "video")
+    assert found == made
+    read = read_contents(found.place / "run.safetensors")
+    assert read.values == contents().values
+    for name, part in contents().tensors.items():
+        assert torch.equal(read.tensors[name], part)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_one_without_a_manifest_does_not_exist(tmp_path):
+    assert newest(tmp_path / "nowhere") is None
+    first = write(tmp_path, 3)
+    assert newest(tmp_path) is None
+    commit(first)
+    write(tmp_path, 4)
+    assert newest(tmp_path).quantum == 3
+
+
+def test_only_the_newest_stays_and_other_files_are_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for quantum in (10, 4, 9):
+        commit(write(tmp_path, quantum))
+        write(tmp_path, 11)  # never finished
+    last = write(tmp_path, 12)
+    commit(last)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", last.place.name]
+    discard(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_newest_is_that_of_the_latest_quantum(tmp_path):
+    for quantum in (10, 9, 100):
+        whole(tmp_path / "video", quantum)
+    assert newest(tmp_path / "video").quantum == 100
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
+
+
+def edit(path):
+    manifest = json.loads(path.read_text())
+    manifest["manifest"]["quantum"] = 4
+    path.write_text(json.dumps(manifest))
+
+
+SHARD, MANIFEST = "rank-0.safetensors", "manifest.json"
+DAMAGE = {
+    "a shard is cut off": lambda place: os.truncate(place / SHARD, 200),
+    "a shard is empty": lambda place: os.truncate(place / SHARD, 0),
+    "a bit of a shard is flipped": lambda place: flip(place / SHARD, -3),
+    "a shard is missing": lambda place: (place / SHARD).unlink(),
+    "the manifest is missing": lambda place: (place / MANIFEST).unlink(),
+    "the manifest is garbage": lambda place: (place / MANIFEST).write_bytes(os.urandom(300)),
+    "the manifest is cut off": lambda place: os.truncate(place / MANIFEST, 100),
+    "the manifest is another JSON": lambda place: (place / MANIFEST).write_text("[1, 2]"),
+    "the manifest is changed": lambda place: edit(place / MANIFEST),
+    "the manifest is a folder": lambda place: ((place / MANIFEST).unlink(), (place / MANIFEST).mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_one_is_passed_over(tmp_path, damage):
+    video = tmp_path / "video"
+    whole(video, 3)
+    damage(whole(video, 5))
+    found = newest(video)
+    assert found is not None and found.quantum == 3
+    damage(found.place)
+    assert newest(video) is None
+
+
+@pytest.mark.parametrize("damage", list(DAMAGE.values())[:4], ids=list(DAMAGE)[:4])
+def test_a_damaged_file_is_an_input_error(tmp_path, damage):
+    place = whole(tmp_path / "video", 3)
+    if damage is DAMAGE["a bit of a shard is flipped"]:
+        flip(place / SHARD, 9)  # in its header
+    else:
+        damage(place)
+    with pytest.raises(InputError, match="rank-0.safetensors"):
+        read_contents(place / SHARD)
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
+    """No file may grow beyond some bytes, as on a disk with no room left; what is whole stays so."""
+    commit(write(tmp_path, 3))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*rank-0.safetensors: .*File too large") as caught:
+            write(tmp_path, 5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value)
+    assert newest(tmp_path).quantum == 3
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_folder_that_cannot_be_made_is_an_input_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write the checkpoint file"):
+        write(tmp_path / "file", 5)
+    made = Checkpoint(place=tmp_path / "gone", quantum=1, counts={}, fingerprint={}, shards=())
+    with pytest.raises(InputError, match="manifest.json: No such file"):
+        commit(made)
+
+
+def test_what_differs_is_named():
+    shards = (Shard(file="x", nbytes=1, digest=""),)
+    then = {"layout": {"pp": 2}, "kv": {"budget": 1}}
+    made = Checkpoint(place=Path("p"), quantum=1, counts={}, fingerprint=then, shards=shards)
+    made.check_fits({"kv": {"budget": 1}, "layout": {"pp": 2}})
+    with pytest.raises(InputError, match=r'another layout: \{"pp": 2\}, now \{"pp": 4\}'):
+        made.check_fits({**then, "layout": {"pp": 4}})
+    with pytest.raises(InputError, match="another cache"):
+        made.check_fits({**then, "cache": {}})
+
+
+def test_a_plan_without_a_rhythm_is_refused(tmp_path):
+    with pytest.raises(InputError, match="every 0 chunks"):
+        CheckpointConfig(folder=tmp_path, every=0)
+
+
+# ---- ranks
+
+
+def quanta(got):
+    """The quanta of the whole checkpoints that there have been at a time."""
+    return [[int(name[5:]) for name in names] for names in got["wholes"]]
+
+
+def files(folder, video):
+    paths = sorted(folder.glob(f"{video}-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
+    return [torch.load(path) for path in paths]
+
+
+def together(tmp_path, layout, values):
+    """Run until somebody is killed, look at what there is, and go on; the latents are those of one process."""
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    values = {**values, "folder": str(folder)}
+    with pytest.raises(GangError):
+        run(tmp_path, "kept", **layout, **values)
+    made = [len(files(folder, video)) for video in range(len(values["every"]))]
+    del values["kill"]
+    found = newest(folder / "video-0")
+    assert found is not None
+    assert found.counts["chunks"] <= made[0]
+    first = found.counts["chunks"]
+    for index in range(first, made[0]):
+        (folder / f"0-{index}.pt").unlink()  # it is handed out again
+    expected, _ = alone(values)
+    return folder, values, found, expected
+
+
+def test_two_videos_one_of_them_kept_over_two_stages(tmp_path):
+    """Compressed KV, reuse, a clip; the lead is killed. Another layout is refused, a damaged newest passed over."""
+    values = {
+        "budget": 1,
+        "config": {"ranges": ()},
+        "cache": FLOWCACHE,
+        "requests": [{"chunks": 7, "prefix": 32}, {"chunks": 3, "seed": 8}],
+        "every": [2, 0],
+        "kill": {"quantum": "quantum-00000004", "steps": 5},
+    }
+    folder, values, found, expected = together(tmp_path, {"pp": 2}, values)
+    assert found.quantum % 2 == 0 and found.quantum >= 4
+    damaged = shutil.copytree(found.place, found.place.with_name("quantum-00000099-00000000"))
+    os.truncate(damaged / "rank-1.safetensors", 1000)
+    with pytest.raises(GangError, match="was made with another layout"):
+        run(tmp_path, "kept", pp=1, **values)
+    got = run(tmp_path, "kept", pp=2, **values)
+    assert got["resumed"] == [found.counts["chunks"], 0]
+    same([files(folder, 0), files(folder, 1)], expected)
+    made = quanta(got)
+    assert max(len(names) for names in made) <= 2  # the damaged one goes with the first that is written
+    assert {quantum for names in made for quantum in names} - {99} <= {quantum for quantum in range(2, 11, 2)}
+    assert not damaged.exists()
+    assert len(list((folder / "video-0").iterdir())) <= 2  # the last whole one, and one that the end has overtaken
+    assert not list(folder.glob("video-1"))
+
+
+def test_a_video_goes_on_over_two_stages_of_two(tmp_path):
+    """A rolling KV whose chunks are renewed, after an image; the lead is killed at some point after a checkpoint."""
+    values = {
+        "cache": {**FLOWCACHE, "clean_pass": True},
+        "requests": [{"chunks": 8, "prefix": 1}],
+        "every": [3],
+        "kill": {"quantum": "quantum-00000006", "steps": 9},
+    }
+    folder, values, found, expected = together(tmp_path, {"pp": 2, "cp": 2}, values)
+    assert found.quantum >= 6 and found.counts["chunks"] == found.quantum - 3
+    assert len(found.shards) == 5
+    got = run(tmp_path, "kept", pp=2, cp=2, **values)
+    assert got["resumed"] == [found.counts["chunks"]]
+    same([files(folder, 0)], expected)
+
+
+def test_checkpoints_are_made_as_often_as_asked_and_counted_apart(tmp_path):
+    """With two slots of one stage. Bytes and calls of items are those of a run without checkpoints."""
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    values = {"requests": [{"chunks": 6}], "every": [2], "folder": str(folder), "trace": True}
+    got = run(tmp_path, "kept", cp=2, **values)
+    expected, (record,) = alone(values)
+    same([files(folder, 0)], expected)
+    assert got["resumed"] == [0]
+    made = quanta(got)
+    assert all(len(names) <= 1 for names in made)
+    seen = {quantum for names in made for quantum in names}
+    assert seen <= {2, 4, 6, 8} and seen >= {2, 4, 6}
+    items = int(record.tick_items.sum())
+    lead, other = got["reports"]
+    share = TOKENS // 2 * HIDDEN * 4
+    assert lead.items == other.items == items
+    assert other.item_bytes == items * (HEADER_BYTES + share)
+    assert lead.item_bytes == (items - 5) * (HEADER_BYTES + share)  # the passes that renew a chunk give nothing back
+    assert lead.velocity_bytes == 0
+    assert lead.checkpoints == other.checkpoints == 4
+    assert 0 < other.checkpoint_bytes < 4 * 3 * HEADER_BYTES
+    assert 0 < lead.checkpoint_bytes < 4 * 3 * HEADER_BYTES
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_gang_with_one_line(tmp_path):
+    (tmp_path / "video-0").write_text("in the way")
+    values = {"requests": [{"chunks": 6}], "every": [1], "folder": str(tmp_path)}
+    with pytest.raises(
+        GangError, match=r"^cannot write the checkpoint file .*video-0/quantum-0000000.*safetensors: "
+    ) as caught:
+        run(tmp_path, "kept", pp=2, **values)
+    assert caught.value.failure.status == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gate_holds_one_video_and_no_other(tmp_path):
+    values = {"requests": [{"chunks": 5}, {"chunks": 4, "seed": 4}], "cache": FLOWCACHE}
+    got = run(tmp_path, "gated", pp=2, **values)
+    same(got["latents"], alone(values)[0])
+    held, first, second = got["announced"]
+    assert held == [0, 1, 2, 3]
+    assert first == list(range(8)) and second == list(range(7))
+    assert got["computed"] < 0.3  # of the second in which nothing could be done

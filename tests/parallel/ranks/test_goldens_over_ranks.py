@@ -1,0 +1,31 @@
+"""Published figures over several ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from parallel.ranks.spawn import run_ranks
+from parallel.topology.mesh import Layout
+from tests.parallel.ranks import command
+
+GOLDENS = Path(__file__).parents[2] / "data" / "goldens"
+CASES = sorted(path for path in GOLDENS.glob("*.safetensors") if not path.stem.startswith("weights"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "split"),
+    [({"pp": 2}, None), ({"pp": 3}, None), ({"pp": 2}, "1,2"), ({"pp": 2, "cp": 2}, None)],
+    ids=["pp 2", "pp 3", "pp 2 the other way round", "pp 2 x cp 2"],
+)
+def test_goldens_pass_over_ranks(tmp_path, layout, split):
+    out = tmp_path / "verdicts.json"
+    values = {"layout": layout, "split": split, "files": [str(path) for path in CASES]}
+    run_ranks(command("goldens", out, values), Layout(**layout), threads=1)
+    verdicts = json.loads(out.read_text())
+    assert [verdict["name"] for verdict in verdicts] == [path.stem for path in CASES]
+    for verdict in verdicts:
+        assert verdict["passed"], verdict
+        assert verdict["error"] <= 1e-4
+        if verdict["name"].startswith("flowcache"):
+            assert "flags equal" in verdict["detail"]

@@ -1,0 +1,187 @@
+"""Videos over several ranks: the same bits as from one process, and no work for what is reused."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.engine import Engine
+from engine.prepare import encode, prepare
+from engine.record import Recorder
+from engine.reuse.flags import FlagLog
+from parallel.comm.messages import HEADER_BYTES
+from tests.parallel.ranks import command, run
+from tests.parallel.scenarios import settings, wanted
+from tests.parallel.small import SmallPipeline, one_thread, small_config
+
+ROOT = Path(__file__).parents[3]
+FLOWCACHE = {"policy": "flowcache", "threshold": 0.1, "warmup_steps": 2, "clean_pass": False}
+TOKENS, HIDDEN, FLOATS = 36, 32, 4
+VELOCITY = 16 * 6 * 4 * 6 * FLOATS
+
+
+def alone(values):
+    """The same videos from one process: latents and records."""
+    one_thread()
+    pipeline = SmallPipeline(small_config(**values.get("config", {})))
+    engine = Engine(pipeline, *settings(values))
+    made, records = [], []
+    for one in wanted(values):
+        trace = Recorder() if values.get("trace") else None
+        made.append([chunk.latents for chunk in engine.generate(one, trace=trace)])
+        records.append(None if trace is None else trace.finish({}))
+    return made, records
+
+
+def same(made, expected):
+    assert [len(video) for video in made] == [len(video) for video in expected]
+    for video, other in zip(made, expected, strict=True):
+        for a, b in zip(video, other, strict=True):
+            assert torch.equal(a, b)
+
+
+CASES = {
+    "two stages": {"pp": 2},
+    "three uneven stages, guided": {"pp": 3, "config": {"guided": True}, "split": [1, 3, 1]},
+    "compressed": {"pp": 2, "budget": 1, "config": {"ranges": ()}, "trace": True, "requests": [{"chunks": 6}]},
+    "image": {"pp": 2, "requests": [{"prefix": 1}]},
+    "clip, guided, renewed and reused": {
+        "pp": 2,
+        "config": {"guided": True},
+        "requests": [{"prefix": 32}],
+        "cache": {**FLOWCACHE, "threshold": 0.3, "clean_pass": True},
+        "trace": True,
+    },
+    "teacache": {"pp": 2, "cache": {"policy": "teacache", "threshold": 0.1, "warmup_steps": 3}, "trace": True},
+    "barrier": {"pp": 2, "barrier": True},
+}
+
+
+@pytest.mark.parametrize("values", CASES.values(), ids=CASES)
+def test_stages_make_the_same_bits_as_one_process(tmp_path, values):
+    values = dict(values)
+    pp = values.pop("pp")
+    got = run(tmp_path, pp=pp, **values)
+    expected, records = alone(values)
+    same(got["latents"], expected)
+    for video, record in enumerate(records):
+        if record is not None:
+            assert torch.equal(got["flags"][video], torch.from_numpy(record.flags))
+            assert got["items"][video].tolist() == record.tick_items.tolist()
+    sizes = [report.layers[1] - report.layers[0] for report in got["reports"]]
+    assert sum(sizes) == 5
+    assert sizes == values.get("split", sizes)
+
+
+def test_a_reused_chunk_costs_no_stage_anything(tmp_path):
+    """Calls and bytes of every rank are those of the computed items; all ranks have seen the same flags."""
+    values = {"cache": FLOWCACHE, "trace": True, "requests": [{"chunks": 7}, {"chunks": 5, "seed": 9}]}
+    got = run(tmp_path, pp=3, concurrency=2, **values)
+    expected, records = alone(values)
+    same(got["latents"], expected)
+    items = sum(int(record.tick_items.sum()) for record in records)
+    assert 0.1 < records[0].computed_fraction < 0.9
+    for report in got["reports"]:
+        assert report.items == items
+        hidden = 0 if report.rank == 0 else items * (HEADER_BYTES + TOKENS * HIDDEN * FLOATS)
+        assert report.item_bytes == hidden
+    assert got["reports"][0].velocity_bytes == items * (HEADER_BYTES + VELOCITY)
+    pipeline = SmallPipeline(small_config())
+    for video, record in enumerate(records):
+        one = wanted(values)[video]
+        cache, kv = settings(values)
+        prepared = prepare(pipeline, one, encode(pipeline, one), number=0, cache=cache, kv=kv, observe=False)
+        log = FlagLog(prepared.run.schedule)
+        log.add(int(record.flags[tick.index, chunk]) for tick in prepared.run.schedule for chunk, _ in tick.active)
+        assert {report.digests[str(video)] for report in got["reports"]} == {log.digest.hex()}
+
+
+def test_several_videos_at_once_are_those_made_one_by_one(tmp_path):
+    """Different lengths, sizes and step counts in flight together; more requests than places."""
+    requests = [
+        {"chunks": 5},
+        {"chunks": 2, "seed": 1, "height": 64},
+        {"chunks": 3, "seed": 2, "prompt": "another thing", "num_steps": 4},
+        {"chunks": 1, "seed": 5},
+        {"chunks": 4, "seed": 6, "prefix": 1},
+    ]
+    values = {"requests": requests, "cache": {**FLOWCACHE, "clean_pass": True}}
+    got = run(tmp_path, pp=2, concurrency=3, **values)
+    same(got["latents"], alone(values)[0])
+
+
+def test_settings_reach_every_stage(tmp_path):
+    """What stages hold of the past is what the lead's record says of one process."""
+    values = {"budget": 2, "cache": FLOWCACHE, "trace": True, "requests": [{"chunks": 6}]}
+    got = run(tmp_path, pp=2, split=[4, 1], **values)
+    expected, (record,) = alone(values)
+    same(got["latents"], expected)
+    kept = got["kept"][0]
+    assert kept[4].sum().item() == pytest.approx(2)
+    assert kept[0].tolist() == [1, 0, 0, 0, 0, 0]
+    assert record.kept[4].sum() == pytest.approx(2)
+
+
+def speed_up(got, values):
+    """Over one process, which would run the same items one after another."""
+    return got["reports"][0].items * values["config"]["layers"] * values["layer_seconds"] / got["seconds"]
+
+
+@pytest.mark.slow
+def test_stages_work_at_the_same_time_and_a_barrier_per_tick_costs_time(tmp_path):
+    """With layers that take 60 ms each, so that the cores of this machine do not matter; 2.75 is the most there is."""
+    values = {"config": {"layers": 4}, "requests": [{"chunks": 6}], "layer_seconds": 0.06}
+    free = run(tmp_path, "slow", pp=4, **values)
+    held = run(tmp_path, "slow", pp=4, barrier=True, **values)
+    same(held["latents"], free["latents"])
+    assert speed_up(free, values) > 2.2
+    assert held["seconds"] / free["seconds"] > 1.12
+
+
+@pytest.mark.slow
+def test_two_videos_fill_the_stages_that_reuse_leaves_idle(tmp_path):
+    requests = [{"chunks": 6}, {"chunks": 6, "seed": 1}]
+    values = {"config": {"layers": 4}, "cache": FLOWCACHE, "layer_seconds": 0.05}
+    one = run(tmp_path, "slow", pp=2, requests=requests[:1], **values)
+    two = run(tmp_path, "slow", pp=2, requests=requests, concurrency=2, **values)
+    assert speed_up(two, values) > 1.7
+    assert speed_up(two, values) > 1.1 * speed_up(one, values)
+
+
+def test_a_gang_goes_on_after_a_video_that_was_given_up_or_refused(tmp_path):
+    got = run(tmp_path, "abandoned", pp=2)
+    same(got["latents"], alone({"requests": [{"seed": 1}, {"seed": 2}]})[0])
+    assert "multiple of 4" in got["refused"]
+    for reports in got["reports"]:
+        assert reports[0].digests == reports[1].digests
+        assert reports[0].items == reports[1].items
+
+
+def torchrun(count, name, out, values):
+    started = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.run(
+        [sys.executable, *started, *command(name, out, values)[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_torchrun_starts_the_same_ranks(tmp_path):
+    values = {"layout": {"pp": 2}, "requests": [{"chunks": 2}]}
+    done = torchrun(2, "videos", tmp_path / "out.pt", values)
+    assert done.returncode == 0, done.stderr
+    same(torch.load(tmp_path / "out.pt", weights_only=False)["latents"], alone(values)[0])
+
+
+def test_under_torchrun_one_rank_says_what_went_wrong(tmp_path):
+    values = {"layout": {"pp": 2}, "action": "raise", "rank": 1}
+    done = torchrun(2, "trouble", tmp_path / "out.pt", values)
+    assert done.returncode != 0
+    said = re.findall(r"^error: .*", done.stderr, re.MULTILINE)
+    assert len(said) == 1
+    assert re.match(r"error: rank 1 \(stage 1 of 2\): request 0, tick \d+, chunk \d+ .*a matrix of sorrows", said[0])
