@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 from models.errors import InputError
-from models.magi.config import MagiConfig
 from parallel.topology.mesh import Mesh
+
+if TYPE_CHECKING:  # the configuration pulls in torch, which a check of figures must not wait for
+    from models.magi.config import MagiConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 from parallel.comm.channel import BufferPool
 from parallel.ranks.spawn import run_ranks
 from parallel.topology.mesh import Layout
-from tests.parallel.ranks import command
+from tests.parallel.on_ranks import command
 
 
 def test_a_slow_receiver_gets_everything_in_order(tmp_path):

@@ -16,7 +16,7 @@ from parallel.health.errors import Failure, GangError
 from parallel.ranks.environment import RankEnv, child_environment
 from parallel.ranks.spawn import run_ranks
 from parallel.topology.mesh import Layout
-from tests.parallel.ranks import command, run
+from tests.parallel.on_ranks import command, run
 
 ROOT = Path(__file__).parents[3]
 SHORT = {"silent": 6.0, "first": 60.0, "step": 6.0, "grace": 2.0}
@@ -184,7 +184,7 @@ import sys
 from parallel.health.errors import GangError
 from parallel.ranks.spawn import run_ranks
 from parallel.topology.mesh import Layout
-from tests.parallel.ranks import command
+from tests.parallel.on_ranks import command
 try:
     run_ranks(command("trouble", sys.argv[1], {values}), Layout(pp=2), threads=1)
 except KeyboardInterrupt:

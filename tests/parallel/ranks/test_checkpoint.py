@@ -24,7 +24,7 @@ from engine.checkpoint.files import (
 from models.errors import InputError
 from parallel.comm.messages import HEADER_BYTES
 from parallel.health.errors import GangError
-from tests.parallel.ranks import run
+from tests.parallel.on_ranks import run
 from tests.parallel.ranks.test_pipeline import FLOWCACHE, HIDDEN, TOKENS, alone, same
 
 # ---- files

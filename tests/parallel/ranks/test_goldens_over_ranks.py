@@ -7,7 +7,7 @@ import pytest
 
 from parallel.ranks.spawn import run_ranks
 from parallel.topology.mesh import Layout
-from tests.parallel.ranks import command
+from tests.parallel.on_ranks import command
 
 GOLDENS = Path(__file__).parents[2] / "data" / "goldens"
 CASES = sorted(path for path in GOLDENS.glob("*.safetensors") if not path.stem.startswith("weights"))

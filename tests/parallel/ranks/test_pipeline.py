@@ -13,7 +13,7 @@ from engine.prepare import encode, prepare
 from engine.record import Recorder
 from engine.reuse.flags import FlagLog
 from parallel.comm.messages import HEADER_BYTES
-from tests.parallel.ranks import command, run
+from tests.parallel.on_ranks import command, run
 from tests.parallel.scenarios import settings, wanted
 from tests.parallel.small import SmallPipeline, one_thread, small_config
 

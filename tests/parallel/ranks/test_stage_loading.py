@@ -12,7 +12,7 @@ from models.magi.pipeline import Loading, load_stage
 from parallel.ranks.spawn import run_ranks
 from parallel.topology.mesh import Layout, Mesh
 from parallel.topology.split import stage_range
-from tests.parallel.ranks import command, run
+from tests.parallel.on_ranks import command, run
 from tests.parallel.small import SmallPipeline, small_config
 
 
