@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,45 +17,8 @@ from engine.noise import NoiseSource, SeededNoise
 from engine.request import Prefix, Request
 from engine.reuse.settings import ReuseSettings
 from engine.video import Reuse, VideoRun, VideoShape, clean_capacity
-from models.attention import Attention
 from models.errors import InputError
-from models.protocols import CaptionTable, Sampling, VideoModel
-
-
-class Autoencoder(Protocol):
-    """Frames to latents and back."""
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """uint8 [F, H, W, 3] -> latents [1, C, t, h, w]."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [1, C, t, h, w] -> uint8 [F, H, W, 3]."""
-
-
-class Pipeline(Protocol):
-    """A loaded model with all that quanta a request into latents and latents into frames."""
-
-    @property
-    def model(self) -> VideoModel:
-        """The weights."""
-
-    @property
-    def autoencoder(self) -> Autoencoder:
-        """Frames to latents and back."""
-
-    @property
-    def attention(self) -> Attention:
-        """What KV views attend with."""
-
-    @property
-    def patch_pixels(self) -> int:
-        """Pixels of a latent cell's side."""
-
-    def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> Sampling:
-        """How to denoise with that many steps, with or without the passes that reuse may leave out."""
-
-    def captions(self, prompt: str) -> CaptionTable:
-        """Encode a prompt."""
+from models.protocols import CaptionTable, Pipeline, Sampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
