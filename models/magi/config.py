@@ -1,51 +1,63 @@
 """The released MAGI-1 configuration files, as checked, frozen dataclasses.
 
 A configuration file is a JSON object with exactly three objects, and every field must be there: a missing or an unknown
-key is an error, as in the released loader. The module knows the format only; what the numbers mean is said where they
-are used.
+key is an error, as in the released loader. Numbers have bounds, so that a file that is wrong by orders of magnitude is
+an error too, and not a crash or a hang later. What the numbers mean is said where they are used.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from models.errors import InputError
 
-_STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+"""Of dataclasses that are read from files: every key is known, every number finite."""
+
+Count = Annotated[int, Field(ge=1, le=1_000)]
+"""Of layers, heads, chunks, frames per chunk."""
+Width = Annotated[int, Field(ge=1, le=1_000_000)]
+"""Of a vector."""
+Ratio = Annotated[float, Field(gt=0, le=100)]
+"""Of two widths."""
+_Chunks = Annotated[int, Field(ge=1, le=1_000_000)]
+_Pixels = Annotated[int, Field(ge=16, le=16_384)]
+_Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
+_Checked = TypeVar("_Checked")
 _DTYPES = {"torch.bfloat16": torch.bfloat16, "torch.float16": torch.float16, "torch.float32": torch.float32}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class ModelConfig:
     """Shapes of the DiT (`model_config`)."""
 
     model_name: str
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-    layernorm_epsilon: float
+    num_layers: Count
+    hidden_size: Width
+    ffn_hidden_size: Width
+    num_attention_heads: Count
+    num_query_groups: Count
+    kv_channels: Width
+    layernorm_epsilon: Annotated[float, Field(gt=0, le=1)]
     apply_layernorm_1p: bool
-    x_rescale_factor: float
+    x_rescale_factor: _Scale
     half_channel_vae: bool
     params_dtype: Literal["torch.bfloat16", "torch.float16", "torch.float32"]
-    patch_size: int
-    t_patch_size: int
-    in_channels: int
-    out_channels: int
-    cond_hidden_ratio: float
-    caption_channels: int
-    caption_max_length: int
-    xattn_cond_hidden_ratio: float
-    cond_gating_ratio: float
+    patch_size: Annotated[int, Field(ge=1, le=64)]
+    t_patch_size: Literal[1]
+    in_channels: Count
+    out_channels: Count
+    cond_hidden_ratio: Ratio
+    caption_channels: Width
+    caption_max_length: Annotated[int, Field(ge=2, le=100_000)]
+    xattn_cond_hidden_ratio: Ratio
+    cond_gating_ratio: Ratio
     gated_linear_unit: bool
 
     @model_validator(mode="after")
@@ -56,6 +68,13 @@ class ModelConfig:
             raise ValueError("num_attention_heads x kv_channels must equal hidden_size")
         if self.kv_channels % 8:
             raise ValueError("kv_channels must be a multiple of 8")
+        if self.half_channel_vae and self.in_channels % 2:
+            raise ValueError("in_channels must be even with half_channel_vae")
+        if self.out_channels < self.latent_channels:
+            raise ValueError("out_channels must not be fewer than the channels of a latent")
+        ratios = (self.cond_hidden_ratio, self.xattn_cond_hidden_ratio, self.cond_gating_ratio)
+        if min(ratios) * self.hidden_size < 1:
+            raise ValueError("a conditioning ratio leaves no channels of hidden_size")
         return self
 
     @property
@@ -74,7 +93,7 @@ class ModelConfig:
         return self.in_channels // 2 if self.half_channel_vae else self.in_channels
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class RuntimeConfig:
     """Sampling settings (`runtime_config`)."""
 
@@ -82,32 +101,36 @@ class RuntimeConfig:
     cfg_t_range: tuple[float, ...]
     prev_chunk_scales: tuple[float, ...]
     text_scales: tuple[float, ...]
-    noise2clean_kvrange: tuple[int, ...]
-    clean_chunk_kvrange: int
-    clean_t: float
+    noise2clean_kvrange: tuple[_Chunks, ...]
+    clean_chunk_kvrange: Annotated[int, Field(ge=-1, le=1_000_000)]  # -1: none of its own
+    clean_t: Annotated[float, Field(ge=0, le=1)]
     seed: int
-    num_frames: int
-    video_size_h: int
-    video_size_w: int
-    num_steps: int
-    window_size: int
-    fps: int
-    chunk_width: int
+    num_frames: Annotated[int, Field(ge=1, le=100_000_000)]
+    video_size_h: _Pixels
+    video_size_w: _Pixels
+    num_steps: Annotated[int, Field(ge=1, le=10_000)]
+    window_size: Count
+    fps: Count
+    chunk_width: Count
     t5_pretrained: str | None
     t5_device: str
     vae_pretrained: str | None
-    scale_factor: float
-    temporal_downsample_factor: int
+    scale_factor: _Scale
+    temporal_downsample_factor: Annotated[int, Field(ge=1, le=64)]
     load: str | None
 
     @model_validator(mode="after")
     def _tables_fit(self) -> RuntimeConfig:
         if not len(self.cfg_t_range) == len(self.prev_chunk_scales) == len(self.text_scales):
             raise ValueError("cfg_t_range, prev_chunk_scales and text_scales must have the same length")
+        if self.cfg_number > 1 and not self.cfg_t_range:
+            raise ValueError("cfg_t_range must not be empty in a model with guidance")
+        if self.clean_chunk_kvrange == 0:
+            raise ValueError("clean_chunk_kvrange must be -1, or 1 or more")
         return self
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class EngineConfig:
     """Settings of the released runtime (`engine_config`). This engine reads `distill`, `fp8_quant`, `shortcut_mode`
     and `distill_nearly_clean_chunk_threshold`; the layout over GPUs comes from the command line."""
@@ -126,7 +149,7 @@ class EngineConfig:
     enable_cuda_graph: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class MagiConfig:
     """A whole configuration file."""
 
@@ -148,10 +171,7 @@ class MagiConfig:
         Raises:
             InputError: a key is unknown or missing, or a value does not fit.
         """
-        try:
-            return TypeAdapter(cls).validate_python(values)
-        except ValidationError as error:
-            raise InputError(f"{source}: {_first_problem(error)}") from None
+        return checked(cls, values, source=source)
 
     @classmethod
     def from_json(cls, path: Path) -> MagiConfig:
@@ -160,23 +180,42 @@ class MagiConfig:
         Raises:
             InputError: the file cannot be read, is no JSON, or does not fit.
         """
-        try:
-            values = json.loads(path.read_text())
-        except OSError as error:
-            raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON: {error}") from None
-        return cls.from_dict(values, source=str(path))
+        return cls.from_dict(read_json(path, "the configuration"), source=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it would stand in a file."""
         return TypeAdapter(MagiConfig).dump_python(self, mode="json")
 
 
-def _first_problem(error: ValidationError) -> str:
-    found = error.errors()
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a file that holds one JSON object; `what` names it in errors.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {what} {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must be a JSON object")
+    return values
+
+
+def checked(kind: type[_Checked], values: dict[str, Any], *, source: str) -> _Checked:
+    """A pydantic dataclass of decoded values.
+
+    Raises:
+        InputError: the first value that does not fit, as `source: field: problem`.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        found = error.errors()
     first = found[0]
     where = ".".join(str(part) for part in first["loc"])
     what = {"missing": "key is missing", "unexpected_keyword_argument": "unknown key"}.get(first["type"], first["msg"])
     more = f" (and {len(found) - 1} more problems)" if len(found) > 1 else ""
-    return f"{where}: {what}{more}" if where else f"{what}{more}"
+    raise InputError(f"{source}: {where}: {what}{more}" if where else f"{source}: {what}{more}")
