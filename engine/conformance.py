@@ -23,10 +23,10 @@ from engine.request import Request
 from engine.reuse.settings import ReuseSettings
 from models.attention import Attention
 from models.errors import InputError
-from models.magi.config import MagiConfig
+from models.magi.config import MagiConfig, VaeConfig
 from models.magi.model import FixedCaptions, MagiModel
 from models.magi.sampling import MagiSampling
-from models.magi.vae import VaeConfig, ViTVAE
+from models.magi.vae import ViTVAE
 from models.magi.weights import load_dit
 from models.protocols import Autoencoder, CaptionTable, Pipeline
 

@@ -15,6 +15,11 @@ from torch import Tensor
 
 from models.attention import Attention
 
+CELL_PIXELS = 8
+"""Side of a latent cell, as of every autoencoder there is: sizes are checked and planned before a model is read."""
+CELL_FRAMES = 4
+"""Frames of a latent frame, likewise; an image alone is a latent frame too."""
+
 CaptionKind = Literal["text", "null"]
 
 

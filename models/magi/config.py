@@ -1,8 +1,8 @@
-"""The released MAGI-1 configuration files, as checked, frozen dataclasses.
+"""The released MAGI-1 configuration files, of the model and of its autoencoder, as checked, frozen dataclasses.
 
-A configuration file is a JSON object with exactly three objects, and every field must be there: a missing or an unknown
-key is an error, as in the released loader. Numbers have bounds, so that a file that is wrong by orders of magnitude is
-an error too, and not a crash or a hang later. What the numbers mean is said where they are used.
+A model's file is a JSON object with exactly three objects, and every field must be there: a missing or an unknown key is
+an error, as in the released loader. Numbers have bounds, so that a file that is wrong by orders of magnitude is an error
+too, and not a crash or a hang later. What the numbers mean is said where they are used.
 """
 
 from __future__ import annotations
@@ -16,48 +16,46 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 from pydantic.dataclasses import dataclass
 
 from models.errors import InputError
+from models.protocols import CELL_FRAMES, CELL_PIXELS
 
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-"""Of dataclasses that are read from files: every key is known, every number finite."""
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-Count = Annotated[int, Field(ge=1, le=1_000)]
-"""Of layers, heads, chunks, frames per chunk."""
-Width = Annotated[int, Field(ge=1, le=1_000_000)]
-"""Of a vector."""
-Ratio = Annotated[float, Field(gt=0, le=100)]
-"""Of two widths."""
+_Count = Annotated[int, Field(ge=1, le=1_000)]
+_Width = Annotated[int, Field(ge=1, le=1_000_000)]
+_Ratio = Annotated[float, Field(gt=0, le=100)]
 _Chunks = Annotated[int, Field(ge=1, le=1_000_000)]
 _Pixels = Annotated[int, Field(ge=16, le=16_384)]
+_Patch = Annotated[int, Field(ge=1, le=64)]
 _Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
 _Checked = TypeVar("_Checked")
 _DTYPES = {"torch.bfloat16": torch.bfloat16, "torch.float16": torch.float16, "torch.float32": torch.float32}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class ModelConfig:
     """Shapes of the DiT (`model_config`)."""
 
     model_name: str
-    num_layers: Count
-    hidden_size: Width
-    ffn_hidden_size: Width
-    num_attention_heads: Count
-    num_query_groups: Count
-    kv_channels: Width
+    num_layers: _Count
+    hidden_size: _Width
+    ffn_hidden_size: _Width
+    num_attention_heads: _Count
+    num_query_groups: _Count
+    kv_channels: _Width
     layernorm_epsilon: Annotated[float, Field(gt=0, le=1)]
     apply_layernorm_1p: bool
     x_rescale_factor: _Scale
     half_channel_vae: bool
     params_dtype: Literal["torch.bfloat16", "torch.float16", "torch.float32"]
-    patch_size: Annotated[int, Field(ge=1, le=64)]
+    patch_size: _Patch
     t_patch_size: Literal[1]
-    in_channels: Count
-    out_channels: Count
-    cond_hidden_ratio: Ratio
-    caption_channels: Width
+    in_channels: _Count
+    out_channels: _Count
+    cond_hidden_ratio: _Ratio
+    caption_channels: _Width
     caption_max_length: Annotated[int, Field(ge=2, le=100_000)]
-    xattn_cond_hidden_ratio: Ratio
-    cond_gating_ratio: Ratio
+    xattn_cond_hidden_ratio: _Ratio
+    cond_gating_ratio: _Ratio
     gated_linear_unit: bool
 
     @model_validator(mode="after")
@@ -84,7 +82,7 @@ class ModelConfig:
 
     @property
     def cond_size(self) -> int:
-        """Width of the conditioning vector (C in the specification)."""
+        """_Width of the conditioning vector (C in the specification)."""
         return int(self.hidden_size * self.cond_hidden_ratio)
 
     @property
@@ -93,7 +91,7 @@ class ModelConfig:
         return self.in_channels // 2 if self.half_channel_vae else self.in_channels
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class RuntimeConfig:
     """Sampling settings (`runtime_config`)."""
 
@@ -109,9 +107,9 @@ class RuntimeConfig:
     video_size_h: _Pixels
     video_size_w: _Pixels
     num_steps: Annotated[int, Field(ge=1, le=10_000)]
-    window_size: Count
-    fps: Count
-    chunk_width: Count
+    window_size: _Count
+    fps: _Count
+    chunk_width: _Count
     t5_pretrained: str | None
     t5_device: str
     vae_pretrained: str | None
@@ -130,7 +128,7 @@ class RuntimeConfig:
         return self
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class EngineConfig:
     """Settings of the released runtime (`engine_config`). This engine reads `distill`, `fp8_quant`, `shortcut_mode`
     and `distill_nearly_clean_chunk_threshold`; the layout over GPUs comes from the command line."""
@@ -149,7 +147,7 @@ class EngineConfig:
     enable_cuda_graph: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class MagiConfig:
     """A whole configuration file."""
 
@@ -185,6 +183,72 @@ class MagiConfig:
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it would stand in a file."""
         return TypeAdapter(MagiConfig).dump_python(self, mode="json")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class VaeConfig:
+    """The `ddconfig` object of the autoencoder's config.json (specification 1.1)."""
+
+    video_size: _Pixels = 256
+    video_length: _Count = 16
+    patch_size: _Patch = CELL_PIXELS
+    patch_length: _Count = CELL_FRAMES
+    in_chans: _Count = 3
+    z_chans: _Count = 4
+    double_z: bool = True
+    embed_dim: _Width = 768
+    depth: _Count = 12
+    num_heads: _Count = 12
+    mlp_ratio: _Ratio = 4.0
+    qkv_bias: bool = False
+    ln_in_attn: bool = False
+    conv_last_layer: bool = False
+    with_cls_token: bool = True
+    norm_code: bool = False
+    use_rope: bool = False
+    use_final_proj: bool = False
+    qk_scale: float | None = None
+    drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> VaeConfig:
+        if self.embed_dim % self.num_heads:
+            raise ValueError("embed_dim must be a multiple of num_heads")
+        if min(self.grid) < 1:
+            raise ValueError("video_size and video_length must hold at least one patch")
+        if not self.patch_values[-1]:
+            raise ValueError("embed_dim holds no channel for each pixel of a patch")
+        return self
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, source: str) -> VaeConfig:
+        """Check a decoded `ddconfig`.
+
+        Raises:
+            InputError: a key is unknown or wrong, or names a variant that no released model uses.
+        """
+        config = checked(cls, values, source=source)
+        needed = {"double_z": True, "ln_in_attn": True, "conv_last_layer": True, "with_cls_token": True}
+        needed |= {"norm_code": False, "use_rope": False, "qkv_bias": True}
+        for key, value in needed.items():
+            if getattr(config, key) is not value:
+                raise InputError(f"{source}: {key} must be {value}: no released autoencoder differs")
+        return config
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """The grid (t, h, w) that the position embedding was trained at."""
+        side = self.video_size // self.patch_size
+        return self.video_length // self.patch_length, side, side
+
+    @property
+    def patch_values(self) -> tuple[int, int, int, int]:
+        """How a decoded token is read: (frames, height, width, channels), channels fastest (1.5)."""
+        pixels = self.patch_length * self.patch_size**2
+        width = 4 * pixels if self.use_final_proj else self.embed_dim
+        return self.patch_length, self.patch_size, self.patch_size, width // pixels
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from models.magi.config import MagiConfig
 from models.magi.model import FixedCaptions, MagiModel
 from models.magi.sampling import MagiSampling
 from models.magi.text import Caption, SpecialTokens, T5Encoder, TextEncoder, with_special_tokens
-from models.magi.tiling import TiledVAE
+from models.magi.vae import TiledVAE
 from models.magi.weights import load_dit, load_vae, weights_folder
 
 _LATENT_CELL = 8  # pixels of a latent cell's side

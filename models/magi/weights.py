@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from models.errors import InputError
-from models.magi.config import MagiConfig
+from models.magi.config import MagiConfig, VaeConfig
 from models.magi.dit import MagiDiT
-from models.magi.vae import VaeConfig, ViTVAE
+from models.magi.vae import ViTVAE
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

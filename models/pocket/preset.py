@@ -6,9 +6,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from models.magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
+from models.magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig, VaeConfig
 from models.magi.dit import NULL_TEXT_ROWS
-from models.magi.vae import VaeConfig
 from models.pocket.clips import SIDE
 from models.pocket.text import CAPTION_CHANNELS
 

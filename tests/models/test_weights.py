@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.errors import InputError
-from models.magi.config import MagiConfig
+from models.magi.config import MagiConfig, VaeConfig
 from models.magi.dit import MagiDiT
-from models.magi.vae import VaeConfig, ViTVAE
+from models.magi.vae import ViTVAE
 from models.magi.weights import load_dit, load_tensors, load_vae, weights_folder
 from tests.models.released import GOLDENS, random_weights, released_config, tiny_config
 
