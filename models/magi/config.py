@@ -1,8 +1,8 @@
 """The released MAGI-1 configuration files, of the model and of its autoencoder, as checked, frozen dataclasses.
 
-A model's file is a JSON object with exactly three objects, and every field must be there: a missing or an unknown key is
-an error, as in the released loader. Numbers have bounds, so that a file that is wrong by orders of magnitude is an error
-too, and not a crash or a hang later. What the numbers mean is said where they are used.
+A model's file is a JSON object with exactly three objects, and every field must be there: a missing or an unknown key
+is an error, as in the released loader. Numbers have bounds, so that a file that is wrong by orders of magnitude is an
+error too, and not a crash or a hang later. What the numbers mean is said where they are used.
 """
 
 from __future__ import annotations
