@@ -25,7 +25,7 @@ from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.model import FixedCaptions, MagiModel
-from models.magi.pipeline import Loading, load_parts, load_stage
+from models.magi.pipeline import Loading, load_autoencoder, load_stage
 from models.magi.sampling import MagiSampling
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
@@ -143,9 +143,9 @@ def build(spec: ModelSpec, layers: range | None = None, *, decode: bool = False)
             raise InputError("a random model has no autoencoder: leave out --decode")
         return BenchPipeline(config, _random_model(config, layers), None)
     weights = None if spec.weights is None else Path(spec.weights)
-    if decode:
-        return BenchPipeline(config, *load_parts(config, weights, Loading(layers=layers)))
-    return BenchPipeline(config, load_stage(config, weights, Loading(layers=layers)), None)
+    loading = Loading(layers=layers)
+    autoencoder = load_autoencoder(config, weights, loading) if decode else None
+    return BenchPipeline(config, load_stage(config, weights, loading), autoencoder)
 
 
 def _random_model(config: MagiConfig, layers: range | None) -> MagiModel:

@@ -27,7 +27,7 @@ from models.magi.config import MagiConfig, VaeConfig
 from models.magi.model import FixedCaptions, MagiModel
 from models.magi.sampling import MagiSampling
 from models.magi.vae import ViTVAE
-from models.magi.weights import load_dit
+from models.magi.weights import Checkpoint
 from models.protocols import Autoencoder, CaptionTable, Pipeline
 
 TOLERANCE = 1e-4
@@ -195,7 +195,7 @@ def _load_model(golden: _Golden, config: MagiConfig, runner: Runner) -> MagiMode
     if "weights" not in golden.metadata:
         raise InputError(f"{golden.path} lacks the metadata weights")
     weights = golden.path.parent / golden.metadata["weights"]
-    return MagiModel(load_dit(config, weights, layers=runner.layers(config), device=runner.device))
+    return MagiModel(Checkpoint(weights).dit(config, layers=runner.layers(config), device=runner.device))
 
 
 def _check_generation(golden: _Golden, runner: Runner) -> Verdict:

@@ -14,9 +14,8 @@ from engine.request import Request
 from engine.reuse.settings import ReuseSettings
 from engine.schedule import Schedule
 from engine.video import clean_capacity
-from models.loading import load_magi
 from models.magi.config import MagiConfig
-from models.magi.pipeline import Loading, load_stage
+from models.magi.pipeline import Loading, load_pipeline, load_stage
 from models.magi.sampling import MagiSampling
 from models.protocols import Pipeline
 from parallel.cluster.queue import QuantumPlan, plan_quanta
@@ -61,7 +60,7 @@ class MagiSource:
         Raises:
             InputError: something is missing or damaged.
         """
-        return load_magi(self.config, self.weights, self._loading(mesh, device))
+        return load_pipeline(self.config, self.weights, self._loading(mesh, device))
 
     def stage(self, mesh: Mesh, device: str) -> StageModel:
         """A rank's layers.
