@@ -12,12 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.kv.plan import KVPlan
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVPlan
+from engine.kv.size import KVSettings
 from engine.noise import NoiseSource, SeededNoise
 from engine.request import Prefix, Request
 from engine.reuse.settings import ReuseSettings
-from engine.video import Reuse, VideoRun, VideoShape, clean_capacity
+from engine.video import Reuse, VideoRun, VideoShape, 
 from models.attention import Attention
 from models.errors import InputError
 from models.protocols import CaptionTable, Sampling, VideoModel
@@ -146,7 +146,7 @@ def _plan_kv(run: VideoRun, sampling: Sampling, pipeline: Pipeline, settings: KV
     return KVPlan(
         chunk_tokens=tokens,
         frame_tokens=tokens // sampling.chunk_width,
-        clean_tokens=clean_capacity(run.schedule, sampling, settings.budget) * tokens,
+        clean_tokens=clean_chunks(run.schedule, sampling, settings.budget) * tokens,
         window=sampling.window,
         chunks=run.schedule.chunks,
         branches=sampling.branches,
