@@ -1,7 +1,7 @@
 """What a video's keys and values take: the settings, the plan that every process allocates from, and its bytes.
 
-This is the one place that says how much a video holds; who asks before there is a model asks here too. Plain figures: it
-knows neither which layers a process holds nor how many of the heads, and is handed their geometry.
+This is the one place that says how much a video holds, also before a model is loaded. Plain figures: it knows neither
+which layers a process holds nor how many of the heads, and is handed their geometry.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Protocol
 
 from engine.kv.size import KVSettings, clean_chunks
-from engine.prepare import Pipeline
 from engine.request import Request
 from engine.reuse.settings import ReuseSettings
 from engine.schedule import Schedule
@@ -18,6 +17,7 @@ from models.loading import load_magi
 from models.magi.config import MagiConfig
 from models.magi.pipeline import Loading, load_stage
 from models.magi.sampling import MagiSampling
+from models.protocols import Pipeline
 from parallel.cluster.queue import QuantumPlan, plan_quanta
 from parallel.ranks.worker import StageModel
 from parallel.topology.mesh import Layout, Mesh

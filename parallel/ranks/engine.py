@@ -20,13 +20,13 @@ from engine.kv.buffer import KVBuffer
 from engine.kv.size import KVSettings
 from engine.noise import NoiseSource
 from engine.order import AdmissionGate
-from engine.prepare import Encoded, Pipeline, encode, prepare
+from engine.prepare import Encoded, encode, prepare
 from engine.progress import OnFinished, Reporter
 from engine.record import Recorder
 from engine.request import Request
 from engine.reuse.settings import ReuseSettings
 from models.errors import InputError
-from models.protocols import CaptionTable
+from models.protocols import CaptionTable, Pipeline
 from parallel.ranks.leader import Leader
 from parallel.topology.mesh import Layout
 
