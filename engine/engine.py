@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.executor import Admission, Executor, LocalExecutor
 from engine.kv.buffer import KVBuffer
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.noise import NoiseSource
 from engine.prepare import Encoded, encode, prepare
 from engine.record import Recorder

@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.checkpoint.files import Contents
 from engine.kv.buffer import KVState, LayerState
 from engine.kv.layout import LayoutState
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.request import Request
 from engine.reuse.flags import FlagState
 from engine.reuse.settings import ReuseSettings

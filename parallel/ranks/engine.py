@@ -17,7 +17,7 @@ from engine.checkpoint.snapshot import RUN_FILE, fingerprint, unpack_run
 from engine.decoder import Decoder
 from engine.engine import Chunk, OnProgress
 from engine.kv.buffer import KVBuffer
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.noise import NoiseSource
 from engine.order import AdmissionGate
 from engine.prepare import Encoded, encode, prepare

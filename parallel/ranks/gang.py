@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from engine.decoder import Decoder
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.reuse.flags import FlagLog
 from engine.reuse.settings import ReuseSettings
 from engine.schedule import Schedule
