@@ -35,7 +35,6 @@ from parallel.ranks.worker import StageModel
 
 PROMPT = "a red circle moving right"
 _HEAD, _KEY_HEADS = 48, 4
-_PIXELS = 8
 _GAIN = 0.3 - 1  # of post-norms, which have an offset of one
 _SEARCHES = 40
 _SHORT, _TRIES, _NEAR = 4, 6, 0.02
@@ -75,11 +74,6 @@ class BenchPipeline:
     def attention(self) -> Attention:
         """What KV views attend with."""
         return self.model.dit.attention
-
-    @property
-    def patch_pixels(self) -> int:
-        """Pixels of a latent cell's side."""
-        return _PIXELS
 
     @property
     def stage(self) -> StageModel:

@@ -28,11 +28,10 @@ from models.magi.model import FixedCaptions, MagiModel
 from models.magi.sampling import MagiSampling
 from models.magi.vae import ViTVAE
 from models.magi.weights import Checkpoint
-from models.protocols import Autoencoder, CaptionTable, Pipeline
+from models.protocols import CELL_PIXELS, Autoencoder, CaptionTable, Pipeline
 
 TOLERANCE = 1e-4
 DECODED_TOLERANCE = 1e-2  # stored as fp16
-_CELL = 8  # pixels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,8 +170,6 @@ def _read(path: Path) -> _Golden:
 class _LatentPipeline:
     """A model without text encoder and autoencoder: a case brings captions and ends with latents."""
 
-    patch_pixels = _CELL
-
     def __init__(self, config: MagiConfig, model: MagiModel) -> None:
         self._config, self.model = config, model
 
@@ -209,8 +206,8 @@ def _check_generation(golden: _Golden, runner: Runner) -> Verdict:
     request = Request(
         prompt=golden.path.stem,
         chunks=runtime.num_frames // runtime.temporal_downsample_factor // runtime.chunk_width,
-        height=noise.shape[-2] * _CELL,
-        width=noise.shape[-1] * _CELL,
+        height=noise.shape[-2] * CELL_PIXELS,
+        width=noise.shape[-1] * CELL_PIXELS,
         num_steps=runtime.num_steps,
         seed=0,
     )

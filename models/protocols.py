@@ -186,10 +186,6 @@ class Pipeline(Protocol):
     def attention(self) -> Attention:
         """What KV views attend with."""
 
-    @property
-    def patch_pixels(self) -> int:
-        """Pixels of a latent cell's side."""
-
     def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> Sampling:
         """How to denoise with that many steps, with or without the passes that reuse may leave out."""
 

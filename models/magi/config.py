@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 from pydantic.dataclasses import dataclass
 
 from models.errors import InputError
-from models.protocols import CELL_FRAMES, CELL_PIXELS
+from models.protocols import CELL_FRAMES, CELL_PIXELS, KVGeometry
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -84,6 +84,17 @@ class ModelConfig:
     def cond_size(self) -> int:
         """_Width of the conditioning vector (C in the specification)."""
         return int(self.hidden_size * self.cond_hidden_ratio)
+
+    def kv_geometry(self, layers: range, device: torch.device) -> KVGeometry:
+        """Shape of the KV of some layers."""
+        return KVGeometry(
+            layers=layers,
+            query_heads=self.num_attention_heads,
+            key_heads=self.num_query_groups,
+            head_size=self.kv_channels,
+            dtype=self.dtype,
+            device=device,
+        )
 
     @property
     def latent_channels(self) -> int:
@@ -161,6 +172,11 @@ class MagiConfig:
         if self.runtime_config.cfg_number != (1 if distilled else 3):
             raise ValueError(f"cfg_number must be {1 if distilled else 3} for this kind of model")
         return self
+
+    def chunk_tokens(self, height: int, width: int) -> int:
+        """Tokens of a chunk of a video of that size in pixels."""
+        side = CELL_PIXELS * self.model_config.patch_size
+        return self.runtime_config.chunk_width * (height // side) * (width // side)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, source: str) -> MagiConfig:

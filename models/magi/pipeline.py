@@ -21,7 +21,6 @@ from models.magi.text import Caption, SpecialTokens, T5Encoder, TextEncoder, wit
 from models.magi.vae import TiledVAE
 from models.magi.weights import Checkpoint, weights_folder
 from models.pocket.text import PocketEncoder
-from models.protocols import CELL_PIXELS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,11 +85,6 @@ class MagiPipeline:
     def attention(self) -> Attention:
         """What KV views attend with."""
         return self.model.dit.attention
-
-    @property
-    def patch_pixels(self) -> int:
-        """Pixels of a latent cell's side."""
-        return CELL_PIXELS
 
     def sampling(self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True) -> MagiSampling:
         """How to denoise with that many steps, with or without the passes that reuse may leave out."""
