@@ -36,7 +36,9 @@ class PassCondition:
 class Pass:
     """One run of one chunk through the layers."""
 
-    name: str  # `denoise`, `clean`, `context_free`, or a branch of guidance
+    name: str
+    """`denoise`, `copy` (see `MagiSampling.copy_pass`), `clean`, `clean_text`, or a branch of guidance: `null`, `text`,
+    and `context_free`, which sees no chunk before it."""
     caption: CaptionKind  # which text the chunk sees
     branch: int  # which KV buffer it reads and writes
     isolated: bool  # it attends to itself only and leaves no KV behind
