@@ -47,9 +47,7 @@ class TokenCaptions:
         """The caption of a chunk."""
         if kind == "null":
             return self.null
-        made = with_special_tokens(
-            self.text, self.tokens, chunks_left=chunks_left, duration=True, hq=True, max_length=self.max_length
-        )
+        made = with_special_tokens(self.text, self.tokens, chunks_left=chunks_left, max_length=self.max_length)
         return made.embeddings.to(self.device)
 
     def to(self, device: torch.device) -> TokenCaptions:

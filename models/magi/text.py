@@ -96,17 +96,13 @@ class SpecialTokens:
         return cls(other=torch.from_numpy(rows.astype(np.float16).astype(np.float32)))
 
 
-def with_special_tokens(
-    caption: Caption, tokens: SpecialTokens, *, chunks_left: int, duration: bool, hq: bool, max_length: int
-) -> Caption:
-    """Caption of one chunk with the special tokens in front: duration, quality, text (specification 2.3).
+def with_special_tokens(caption: Caption, tokens: SpecialTokens, *, chunks_left: int, max_length: int) -> Caption:
+    """Caption of one chunk with the special tokens in front: duration, high quality, text (specification 2.3).
 
     Args:
         caption: the encoded prompt.
         tokens: the vectors.
         chunks_left: how many chunks of the video come after this one; 0 for the last. More than 7 count as 7.
-        duration: add the token that says how much of the video is left.
-        hq: add the token that asks for high quality.
         max_length: most tokens of a caption; the last ones of the text fall off.
 
     Returns:
@@ -114,8 +110,7 @@ def with_special_tokens(
     """
     if chunks_left < 0:
         raise ValueError(f"chunks_left must not be negative, got {chunks_left}")
-    rows = [_DURATION_ROW + min(chunks_left, _DURATION_ROWS - 1)] if duration else []
-    rows += [_HQ_ROW] if hq else []
+    rows = [_DURATION_ROW + min(chunks_left, _DURATION_ROWS - 1), _HQ_ROW]
     text = caption.embeddings
     return Caption(embeddings=torch.cat([tokens.other[rows].to(text), text])[:max_length])
 

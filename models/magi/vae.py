@@ -292,35 +292,14 @@ class TiledVAE:
 
         Here a tile is blended with neighbours that are blended already, and every product is rounded (1.8).
         """
-        overlap = self._latent_tile[1] - self._latent_stride[1]
-        merged: dict[Size, Tensor] = {}
-        for tile in grid.tiles:
-            above, left = _neighbours(tile)
-            part = tiles[tile.index]
-            if above in merged:
-                part = _blend_stepwise(merged[above], part, overlap, dim=3)
-            if left in merged:
-                part = _blend_stepwise(merged[left], part, overlap, dim=4)
-            merged[tile.place] = part
-        return _assemble(grid, merged, keep=self._latent_stride)
+        return _merge(grid, tiles, tile=self._latent_tile, stride=self._latent_stride, stepwise=True)
 
     def merge_frames(self, grid: TileGrid, tiles: Sequence[Tensor]) -> Tensor:
         """Blend decoded tiles, given in the grid's order, into pixels [1, 3, F, H, W].
 
         Here a tile is blended with neighbours as they were decoded, and rounded once per blend (1.8).
         """
-        overlap = self._pixel_tile[1] - self._pixel_stride[1]
-        raw = {tile.place: tiles[tile.index] for tile in grid.tiles}
-        merged: dict[Size, Tensor] = {}
-        for tile in grid.tiles:
-            above, left = _neighbours(tile)
-            part = raw[tile.place]
-            if above in raw:
-                part = _blend(raw[above], part, overlap, dim=3)
-            if left in raw:
-                part = _blend(raw[left], part, overlap, dim=4)
-            merged[tile.place] = part
-        return _assemble(grid, merged, keep=self._pixel_stride)
+        return _merge(grid, tiles, tile=self._pixel_tile, stride=self._pixel_stride, stepwise=False)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -369,38 +348,35 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return (pixels * 127.5 + 127.5).clamp(0, 255).to(torch.uint8)
 
 
-def _neighbours(tile: Tile) -> tuple[Size, Size]:
-    """Places of the tile above and of the one to the left; a place outside the grid has a negative index."""
-    f, i, j = tile.place
-    return (f, i - 1, j), (f, i, j - 1)
+def _merge(grid: TileGrid, tiles: Sequence[Tensor], *, tile: Size, stride: Size, stepwise: bool) -> Tensor:
+    """Blend tiles with those above and to the left of them, and join them; `stepwise` as in `merge_latents`."""
+    overlap = tile[1] - stride[1]
+    merged: dict[Size, Tensor] = {}
+    seen = merged if stepwise else {one.place: tiles[one.index] for one in grid.tiles}
+    for one in grid.tiles:
+        f, i, j = one.place
+        part = tiles[one.index]
+        for neighbour, dim in (((f, i - 1, j), 3), ((f, i, j - 1), 4)):
+            if neighbour in seen:
+                part = _blend(seen[neighbour], part, overlap, dim, stepwise=stepwise)
+        merged[one.place] = part
+    return _assemble(grid, merged, keep=stride)
 
 
-def _fade(a: Tensor, b: Tensor, extent: int, dim: int) -> tuple[Tensor, Tensor]:
-    """The lines where two tiles overlap, at most `extent`, in fp32: those of a fading out and those of b fading in."""
+def _blend(a: Tensor, b: Tensor, extent: int, dim: int, *, stepwise: bool) -> Tensor:
+    """b with its first lines, at most `extent`, faded in from the last lines of a.
+
+    Products and sum are fp32 and rounded once; stepwise, both products and the sum are rounded.
+    """
     extent = min(a.shape[dim], b.shape[dim], extent)
     weight = torch.arange(extent, dtype=torch.float64) / extent
     fade_in, fade_out = (
         w.float().to(b.device).reshape([-1 if axis == dim else 1 for axis in range(b.dim())])
         for w in (weight, 1 - weight)
     )
-    old = a.narrow(dim, a.shape[dim] - extent, extent)
-    return old.float() * fade_out, b.narrow(dim, 0, extent).float() * fade_in
-
-
-def _blend_stepwise(a: Tensor, b: Tensor, extent: int, *, dim: int) -> Tensor:
-    """b with its first lines faded in from the last lines of a; both products and the sum are rounded."""
-    old, new = _fade(a, b, extent, dim)
-    return _replace_first(b, old.to(b.dtype) + new.to(b.dtype), dim)
-
-
-def _blend(a: Tensor, b: Tensor, extent: int, *, dim: int) -> Tensor:
-    """As `_blend_stepwise`, with one rounding."""
-    old, new = _fade(a, b, extent, dim)
-    return _replace_first(b, (old + new).to(b.dtype), dim)
-
-
-def _replace_first(b: Tensor, lines: Tensor, dim: int) -> Tensor:
-    extent = lines.shape[dim]
+    old = a.narrow(dim, a.shape[dim] - extent, extent).float() * fade_out
+    new = b.narrow(dim, 0, extent).float() * fade_in
+    lines = old.to(b.dtype) + new.to(b.dtype) if stepwise else (old + new).to(b.dtype)
     return torch.cat([lines, b.narrow(dim, extent, b.shape[dim] - extent)], dim=dim)
 
 

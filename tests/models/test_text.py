@@ -222,23 +222,20 @@ def numbered() -> tuple[Caption, SpecialTokens]:
     return Caption(embeddings=text), SpecialTokens(other=torch.arange(100.0)[:, None].expand(100, CHANNELS))
 
 
-@pytest.mark.parametrize(
-    ("duration", "hq", "first"), [(True, True, [9, 1]), (True, False, [9]), (False, True, [1]), (False, False, [])]
-)
-def test_special_tokens_come_first_duration_before_quality(duration: bool, hq: bool, first: list[int]) -> None:
+def test_special_tokens_come_first_duration_before_quality() -> None:
     caption, tokens = numbered()
-    out = with_special_tokens(caption, tokens, chunks_left=2, duration=duration, hq=hq, max_length=800)
-    assert out.embeddings[:, 0].tolist() == [*first, -1, -2, -3]
+    out = with_special_tokens(caption, tokens, chunks_left=2, max_length=800)
+    assert out.embeddings[:, 0].tolist() == [9, 1, -1, -2, -3]
 
 
 @pytest.mark.parametrize(("chunks_left", "row"), [(0, 7), (1, 8), (6, 13), (7, 14), (8, 14), (500, 14)])
 def test_the_duration_token_counts_chunks_down(chunks_left: int, row: int) -> None:
     caption, tokens = numbered()
-    out = with_special_tokens(caption, tokens, chunks_left=chunks_left, duration=True, hq=False, max_length=800)
+    out = with_special_tokens(caption, tokens, chunks_left=chunks_left, max_length=800)
     assert out.embeddings[0, 0] == row
 
 
 def test_the_end_of_a_long_text_falls_off() -> None:
     caption, tokens = numbered()
-    out = with_special_tokens(caption, tokens, chunks_left=0, duration=True, hq=True, max_length=4)
+    out = with_special_tokens(caption, tokens, chunks_left=0, max_length=4)
     assert out.embeddings[:, 0].tolist() == [7, 1, -1, -2]
