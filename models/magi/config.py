@@ -232,6 +232,8 @@ class VaeConfig:
     def _shapes_fit(self) -> VaeConfig:
         if self.embed_dim % self.num_heads:
             raise ValueError("embed_dim must be a multiple of num_heads")
+        if self.embed_dim * self.mlp_ratio < 1:
+            raise ValueError("mlp_ratio leaves no channels of embed_dim")
         if min(self.grid) < 1:
             raise ValueError("video_size and video_length must hold at least one patch")
         if not self.patch_values[-1]:

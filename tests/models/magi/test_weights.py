@@ -333,6 +333,8 @@ def test_the_released_autoencoder_has_the_released_size() -> None:
         ({"ddconfig": None}, "ddconfig is missing"),
         ({"ddconfig": DDCONFIG | {"depht": 3}}, "depht"),
         ({"ddconfig": DDCONFIG | {"depth": 2}}, "lacks decoder.blocks.1"),
+        ({"ddconfig": DDCONFIG | {"patch_size": 4}}, "patch_size must be 8 and patch_length 4"),
+        ({"ddconfig": DDCONFIG | {"num_heads": 0}}, "num_heads: Input should be greater than or equal to 1"),
     ],
 )
 def test_another_autoencoder_is_reported(tmp_path: Path, changes: dict[str, object], part: str) -> None:
