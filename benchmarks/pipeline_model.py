@@ -87,7 +87,7 @@ class BenchPipeline:
     def captions(self, prompt: str) -> FixedCaptions:
         """Encode a prompt."""
         dit = self.model.dit
-        return FixedCaptions(text=self._encoder.encode(prompt).embeddings, null=dit.null_text())
+        return FixedCaptions(text=self._encoder.encode(prompt), null=dit.null_text())
 
 
 def model_config(spec: ModelSpec) -> MagiConfig:

@@ -6,13 +6,12 @@ It turns the engine's words (a chunk's first frame, a pass's condition) into cal
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from models.magi.dit import MagiDiT
-from models.protocols import KVGeometry, KVView, PassCondition
+from models.protocols import CaptionKind, KVGeometry, KVView, PassCondition
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +21,7 @@ class FixedCaptions:
     text: Tensor
     null: Tensor
 
-    def get(self, kind: Literal["text", "null"], chunks_left: int) -> Tensor:
+    def get(self, kind: CaptionKind, chunks_left: int) -> Tensor:
         """The caption of a chunk."""
         return self.text if kind == "text" else self.null
 

@@ -17,7 +17,7 @@ import urllib.parse
 import warnings
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError
+from models.protocols import CaptionKind
 
 T5_FOLDER = "t5-v1_1-xxl"
 """The folder inside `t5_pretrained` that holds the encoder."""
@@ -40,18 +41,11 @@ _DURATION_ROW = 7  # for the last chunk; the next row for the one before it, and
 _DURATION_ROWS = 8
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Caption:
-    """An encoded prompt: `embeddings` is [N, C] fp32."""
-
-    embeddings: Tensor
-
-
 class TextEncoder(Protocol):
     """What turns a prompt into a caption."""
 
-    def encode(self, prompt: str) -> Caption:
-        """Encode one prompt.
+    def encode(self, prompt: str) -> Tensor:
+        """Encode one prompt: [N, C] fp32.
 
         Raises:
             InputError: the prompt cannot be encoded.
@@ -96,23 +90,27 @@ class SpecialTokens:
         return cls(other=torch.from_numpy(rows.astype(np.float16).astype(np.float32)))
 
 
-def with_special_tokens(caption: Caption, tokens: SpecialTokens, *, chunks_left: int, max_length: int) -> Caption:
-    """Caption of one chunk with the special tokens in front: duration, high quality, text (specification 2.3).
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenCaptions:
+    """The captions of one request, with special tokens in front that count the chunks that are left (2.3)."""
 
-    Args:
-        caption: the encoded prompt.
-        tokens: the vectors.
-        chunks_left: how many chunks of the video come after this one; 0 for the last. More than 7 count as 7.
-        max_length: most tokens of a caption; the last ones of the text fall off.
+    text: Tensor  # the encoded prompt [N, C]
+    null: Tensor  # what stands for no text
+    tokens: SpecialTokens
+    max_length: int  # most tokens of a caption; the last ones of the text fall off
 
-    Returns:
-        A caption of at most `max_length` tokens.
-    """
-    if chunks_left < 0:
-        raise ValueError(f"chunks_left must not be negative, got {chunks_left}")
-    rows = [_DURATION_ROW + min(chunks_left, _DURATION_ROWS - 1), _HQ_ROW]
-    text = caption.embeddings
-    return Caption(embeddings=torch.cat([tokens.other[rows].to(text), text])[:max_length])
+    def get(self, kind: CaptionKind, chunks_left: int) -> Tensor:
+        """The caption of a chunk: duration, high quality, text. More than 7 chunks left count as 7."""
+        if kind == "null":
+            return self.null
+        row = _DURATION_ROW + min(chunks_left, _DURATION_ROWS - 1)
+        duration, quality = self.tokens.other[row, None], self.tokens.other[_HQ_ROW, None]
+        return torch.cat([duration, quality, self.text])[: self.max_length]
+
+    def to(self, device: torch.device) -> TokenCaptions:
+        """The same on a device."""
+        tokens = SpecialTokens(other=self.tokens.other.to(device))
+        return replace(self, text=self.text.to(device), null=self.null.to(device), tokens=tokens)
 
 
 class T5Encoder:
@@ -147,8 +145,8 @@ class T5Encoder:
         self._tokenizer: Any = None
         self._model: Any = None
 
-    def encode(self, prompt: str) -> Caption:
-        """Clean a prompt (specification 2.2) and encode it.
+    def encode(self, prompt: str) -> Tensor:
+        """Clean a prompt (specification 2.2) and encode it: [N, C] fp32.
 
         Raises:
             InputError: the files in the folder cannot be used.
@@ -158,7 +156,7 @@ class T5Encoder:
         ids = self._tokenizer(clean_prompt(prompt), max_length=self.max_length, truncation=True, return_tensors="pt")
         with torch.no_grad():
             rows = self._model(ids["input_ids"].to(self.device)).last_hidden_state[0]
-        return Caption(embeddings=rows.float())
+        return rows.float()
 
     def release(self) -> None:
         """Free the weights. Another `encode` reads them again."""

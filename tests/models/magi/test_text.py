@@ -13,7 +13,7 @@ import torch
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from models.errors import InputError
-from models.magi.text import Caption, SpecialTokens, T5Encoder, TextEncoder, clean_prompt, with_special_tokens
+from models.magi.text import SpecialTokens, T5Encoder, TextEncoder, TokenCaptions, clean_prompt
 
 CHANNELS = 16
 CORPUS = """a cat sits on a red mat
@@ -122,7 +122,7 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_t5_gives_the_rows_that_count_of_a_padded_encoding(t5_folder: Path) -> None:
     prompt = "A cat sits on a Red mat"
     encoder: TextEncoder = T5Encoder(t5_folder, max_length=40)
-    rows = encoder.encode(prompt).embeddings
+    rows = encoder.encode(prompt)
     tokenizer = T5Tokenizer.from_pretrained(t5_folder / "t5-v1_1-xxl")
     model = T5EncoderModel.from_pretrained(t5_folder / "t5-v1_1-xxl").eval()
     padded = tokenizer(prompt.lower(), max_length=40, padding="max_length", truncation=True, return_tensors="pt")
@@ -139,25 +139,25 @@ def test_t5_gives_the_rows_that_count_of_a_padded_encoding(t5_folder: Path) -> N
 
 def test_t5_cleans_the_prompt(t5_folder: Path) -> None:
     encoder = T5Encoder(t5_folder)
-    clean = encoder.encode("a cat on a mat").embeddings
-    assert torch.equal(encoder.encode("A <b>cat</b> on a mat @nobody").embeddings, clean)
-    assert not torch.equal(encoder.encode("a dog on a mat").embeddings[-1], clean[-1])
+    clean = encoder.encode("a cat on a mat")
+    assert torch.equal(encoder.encode("A <b>cat</b> on a mat @nobody"), clean)
+    assert not torch.equal(encoder.encode("a dog on a mat")[-1], clean[-1])
 
 
 def test_t5_cuts_a_long_prompt(t5_folder: Path) -> None:
     encoder = T5Encoder(t5_folder, max_length=6)
-    assert encoder.encode(CORPUS).embeddings.shape == (6, CHANNELS)
+    assert encoder.encode(CORPUS).shape == (6, CHANNELS)
 
 
 def test_t5_can_be_released_and_used_again(t5_folder: Path) -> None:
     encoder = T5Encoder(t5_folder)
-    before = encoder.encode("a cat").embeddings
+    before = encoder.encode("a cat")
     encoder.release()
-    assert torch.equal(encoder.encode("a cat").embeddings, before)
+    assert torch.equal(encoder.encode("a cat"), before)
 
 
 def test_an_empty_prompt_still_has_its_end_token(t5_folder: Path) -> None:
-    assert T5Encoder(t5_folder).encode("").embeddings.shape == (1, CHANNELS)
+    assert T5Encoder(t5_folder).encode("").shape == (1, CHANNELS)
 
 
 def test_a_missing_or_damaged_t5_is_reported(t5_folder: Path, tmp_path: Path) -> None:
@@ -216,26 +216,22 @@ def test_other_special_tokens_are_reported(tmp_path: Path) -> None:
         SpecialTokens.from_npz(path, sha256=hashlib.sha256(b"no archive").hexdigest())
 
 
-def numbered() -> tuple[Caption, SpecialTokens]:
+def numbered(max_length: int = 800) -> TokenCaptions:
     """Text rows hold -1, -2, -3; row r of the special tokens holds r."""
     text = -torch.arange(1.0, 4.0)[:, None].expand(3, CHANNELS)
-    return Caption(embeddings=text), SpecialTokens(other=torch.arange(100.0)[:, None].expand(100, CHANNELS))
+    tokens = SpecialTokens(other=torch.arange(100.0)[:, None].expand(100, CHANNELS))
+    return TokenCaptions(text=text, null=torch.zeros(2, CHANNELS), tokens=tokens, max_length=max_length)
 
 
 def test_special_tokens_come_first_duration_before_quality() -> None:
-    caption, tokens = numbered()
-    out = with_special_tokens(caption, tokens, chunks_left=2, max_length=800)
-    assert out.embeddings[:, 0].tolist() == [9, 1, -1, -2, -3]
+    assert numbered().get("text", 2)[:, 0].tolist() == [9, 1, -1, -2, -3]
+    assert numbered().get("null", 2)[:, 0].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("chunks_left", "row"), [(0, 7), (1, 8), (6, 13), (7, 14), (8, 14), (500, 14)])
 def test_the_duration_token_counts_chunks_down(chunks_left: int, row: int) -> None:
-    caption, tokens = numbered()
-    out = with_special_tokens(caption, tokens, chunks_left=chunks_left, max_length=800)
-    assert out.embeddings[0, 0] == row
+    assert numbered().get("text", chunks_left)[0, 0] == row
 
 
 def test_the_end_of_a_long_text_falls_off() -> None:
-    caption, tokens = numbered()
-    out = with_special_tokens(caption, tokens, chunks_left=0, max_length=4)
-    assert out.embeddings[:, 0].tolist() == [7, 1, -1, -2]
+    assert numbered(max_length=4).get("text", 0)[:, 0].tolist() == [7, 1, -1, -2]
