@@ -19,6 +19,7 @@ from models.magi.text import SpecialTokens, T5Encoder, TextEncoder, TokenCaption
 from models.magi.vae import TiledVAE
 from models.magi.weights import Checkpoint, weights_folder
 from models.pocket.text import PocketEncoder
+from models.protocols import Autoencoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +47,7 @@ class MagiPipeline:
         self,
         config: MagiConfig,
         model: MagiModel,
-        autoencoder: TiledVAE,
+        autoencoder: Autoencoder,
         encoder: TextEncoder,
         *,
         tokens: SpecialTokens | None = None,
