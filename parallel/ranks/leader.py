@@ -31,7 +31,7 @@ from engine.reuse.flags import FlagLog
 from engine.reuse.policy import Decision, Observation
 from engine.video import VideoRun, Work, WorkItem
 from parallel.comm.edges import Edges
-from parallel.comm.messages import Admit, Header, Kind, Message, pack_admit, pack_values, unpack_values
+from parallel.comm.messages import Admit, Header, Kind, Message, pack_admit, pack_json, unpack_json
 from parallel.health.monitor import Monitor
 from parallel.ranks.worker import StageWorker
 from parallel.trace.tracer import Tracer
@@ -151,7 +151,7 @@ class Leader:
         """
         self._monitor.check()
         self._wake.clear()
-        while not self._alone and (message := self._links.returned(wait=False)) is not None:
+        while not self._alone and (message := self._links.receive_result(wait=False)) is not None:
             self._take(message)
         self._pass_on_saved()
         request = self._first_ready()
@@ -212,7 +212,7 @@ class Leader:
         if not self._outstanding and not also:
             return
         began = time.perf_counter()
-        message = self._glance(began + _NAP) if also else self._links.returned(wait=True)
+        message = self._glance(began + _NAP) if also else self._links.receive_result(wait=True)
         self._runner.report.waiting += time.perf_counter() - began
         self._timeline.add("wait", began)
         if message is not None:
@@ -223,7 +223,7 @@ class Leader:
         pause = _GLANCE if self._outstanding else _NAP
         with self._monitor.expecting() if self._outstanding else nullcontext():
             while not self._wake.wait(pause) and time.perf_counter() < until:
-                if self._outstanding and (message := self._links.returned(wait=False)) is not None:
+                if self._outstanding and (message := self._links.receive_result(wait=False)) is not None:
                     return message
         return None
 
@@ -233,7 +233,7 @@ class Leader:
         self._tell(request, video)  # so that the counts are those of all ticks before
         header = Header(kind=Kind.CHECKPOINT, request=request, flags=tuple(video.flags), digest=video.log.digest)
         video.flags.clear()
-        self._links.announce(header, pack_values(str(place)))
+        self._links.announce(header, pack_json(str(place)))
         others = {RUN_FILE: pack_run(video.run.state())}
         return self._runner.save(header, place, others, self._wake.set), video.listener.counts()
 
@@ -243,15 +243,14 @@ class Leader:
             if video.saving is None or not video.saving.written():
                 continue
             header = Header(kind=Kind.SAVED, request=request)
-            self._links.announce(header, pack_values([]))
+            self._links.announce(header, pack_json([]))
             if not self._alone:
                 self._outstanding += 1
                 continue
             files: list[dict[str, Any]] = []
-            for inbox, part in self._links.parts(header):
+            for part in self._links.receive_parts(header):
                 self._runner.report.checkpoint_bytes += part.nbytes
-                files += unpack_values(part.payload)
-                inbox.done(part)
+                files += unpack_json(part.payload)
             video.saving.acknowledged(Shard(**file) for file in files)
 
     def _begin(self, request: int, work: Work) -> None:
@@ -264,7 +263,7 @@ class Leader:
         for cp_rank, part in enumerate(others, 1):
             self._links.to_cp_rank(cp_rank, header, part)
         hidden = self._runner.run(header, own)
-        self._links.on(header, hidden)
+        self._links.send_on(header, hidden)
         for op in item.before:
             if op.kind == "retire":
                 video.listener.retired(op.chunk)
@@ -278,14 +277,11 @@ class Leader:
     def _read_out(self, header: Header, hidden: Tensor) -> Tensor:
         """The velocity, where the first stage is the last."""
         assert header.item is not None
-        parts = self._links.parts(header)
-        velocity = self._runner.velocity(
-            header.item, [hidden, *(part.payload for _, part in parts if part.payload is not None)]
+        parts = self._links.receive_parts(header)
+        self._runner.report.item_bytes += sum(part.nbytes for part in parts)
+        return self._runner.velocity(
+            header.item, [hidden, *(part.payload for part in parts if part.payload is not None)]
         )
-        for inbox, part in parts:
-            self._runner.report.item_bytes += part.nbytes
-            inbox.done(part)
-        return velocity
 
     def _take(self, message: Message) -> None:
         """Take a result in."""
@@ -294,7 +290,7 @@ class Leader:
             self._runner.report.checkpoint_bytes += message.nbytes
             video = self._videos.get(message.header.request)
             if video is not None and video.saving is not None:
-                video.saving.acknowledged(Shard(**file) for file in unpack_values(message.payload))
+                video.saving.acknowledged(Shard(**file) for file in unpack_json(message.payload))
             return
         assert message.header.item is not None and message.payload is not None
         self._outstanding -= 1

@@ -25,7 +25,7 @@ from models.errors import InputError
 from models.protocols import VideoModel
 from parallel.comm.edges import Edges
 from parallel.comm.groups import Groups
-from parallel.comm.messages import Admit, Header, Kind, Message, pack_values, unpack_admit, unpack_values
+from parallel.comm.messages import Admit, Header, Kind, Message, pack_json, unpack_admit, unpack_json
 from parallel.comm.ulysses import TokenSplit, UlyssesShare, local_heads
 from parallel.health.monitor import Monitor
 from parallel.topology.mesh import Mesh
@@ -115,7 +115,9 @@ class StageWorker:
         split = TokenSplit(tokens, ranks)
         share = None
         if self._groups.cp is not None:
-            share = UlyssesShare(split, self._mesh.cp_rank, self._groups.cp, through_host=self._groups.through_host)
+            share = UlyssesShare(
+                split, self._mesh.cp_rank, self._groups.cp, through_host=self._groups.transfer == "host"
+            )
         geometry = local_heads(self._model.kv, ranks)
         kv, log = admit.kv.allocate(geometry, self._attention), self._flag_log(admit.schedule)
         if admit.checkpoint is not None:
@@ -280,7 +282,7 @@ class WorkerLoop:
         self._runner.ready()
         while True:
             began = time.perf_counter()
-            message = self._links.take()
+            message = self._links.receive()
             header = message.header
             report.waiting += message.waited
             self._timeline.add("wait", began)
@@ -297,7 +299,7 @@ class WorkerLoop:
             elif header.kind is Kind.CHECKPOINT:
                 report.checkpoint_bytes += message.nbytes
                 self._links.announce(header, message.payload)  # first, so that all ranks write at the same time
-                self._runner.save(header, Path(unpack_values(message.payload)))
+                self._runner.save(header, Path(unpack_json(message.payload)))
             elif header.kind is Kind.SAVED:
                 report.checkpoint_bytes += message.nbytes
                 self._saved(message)
@@ -310,34 +312,30 @@ class WorkerLoop:
         header, links, runner = message.header, self._links, self._runner
         assert message.payload is not None and header.item is not None
         hidden = runner.run(header, message.payload)
-        links.done(message)
-        links.on(header, hidden)
+        links.send_on(header, hidden)
         if not header.item.what.weight:
             return  # run for its KV alone: nobody waits for its velocity
         if links.reads_velocity:
-            parts = links.parts(header)
+            parts = links.receive_parts(header)
             velocity = runner.velocity(
-                header.item, [hidden, *(part.payload for _, part in parts if part.payload is not None)]
+                header.item, [hidden, *(part.payload for part in parts if part.payload is not None)]
             )
-            for inbox, part in parts:
-                runner.report.item_bytes += part.nbytes
-                inbox.done(part)
-            links.result(Header(kind=Kind.VELOCITY, request=header.request, item=header.item), velocity)
+            runner.report.item_bytes += sum(part.nbytes for part in parts)
+            links.send_result(Header(kind=Kind.VELOCITY, request=header.request, item=header.item), velocity)
         elif links.is_tail:
-            links.part(header, hidden)
+            links.send_part(header, hidden)
 
     def _saved(self, message: Message) -> None:
         """The ranks before this one have their files on the disk: wait for one's own, and say so."""
         header, links = message.header, self._links
-        files = unpack_values(message.payload)
+        files = unpack_json(message.payload)
         files += [asdict(shard) for shard in self._runner.saved(header.request)]
         if links.reads_velocity:
-            for inbox, part in links.parts(header):
+            for part in links.receive_parts(header):
                 self._runner.report.checkpoint_bytes += part.nbytes
-                files += unpack_values(part.payload)
-                inbox.done(part)
-            links.result(header, pack_values(files))
+                files += unpack_json(part.payload)
+            links.send_result(header, pack_json(files))
         elif links.is_tail:
-            links.part(header, pack_values(files))
+            links.send_part(header, pack_json(files))
         else:
-            links.on(header, pack_values(files))
+            links.send_on(header, pack_json(files))
