@@ -24,7 +24,7 @@ from engine.reuse.settings import ReuseSettings
 from models.attention import Attention
 from models.errors import InputError
 from models.magi.config import MagiConfig
-from models.magi.model import FixedCaptions, MagiModel
+from models.magi.model import MagiModel
 from models.magi.sampling import MagiSampling
 from models.magi.vae import VaeConfig, ViTVAE
 from models.magi.weights import load_dit
@@ -187,7 +187,7 @@ class _LatentPipeline:
     def autoencoder(self) -> Autoencoder:
         raise ValueError("a golden case ends with latents")
 
-    def captions(self, prompt: str) -> FixedCaptions:
+    def captions(self, prompt: str) -> CaptionTable:
         raise ValueError("a golden case brings its own captions")
 
 
@@ -202,7 +202,7 @@ def _check_generation(golden: _Golden, runner: Runner) -> Verdict:
     config = MagiConfig.from_dict(golden.json("config"), source=str(golden.path))
     model = _load_model(golden, config, runner)
     text = golden.tensor("input.caption_embs").float()[golden.tensor("input.caption_mask").bool()]
-    captions = FixedCaptions(text=text, null=model.dit.null_text())
+    captions = CaptionTable(text=text, null=model.dit.null_text())
     noise, prefix = golden.tensor("input.noise"), golden.tensors.get("input.prefix_latents")
     runtime = config.runtime_config
     engine = runner.engine(_LatentPipeline(config, model), _cache_settings(golden))
