@@ -24,10 +24,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import torch
 from torch import Tensor
 
-from engine.kv.size import KVPlan
-from engine.schedule import Schedule
+from engine.executor import Admission
 from engine.video import WorkItem
-from models.protocols import CaptionTable
 
 HEADER_BYTES = 2048
 _DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
@@ -45,7 +43,7 @@ class Kind(IntEnum):
     """What a message is about."""
 
     ADMIT = 1
-    """Allocate for a request. The payload is an `Admit`."""
+    """Allocate for a request. The payload is an `Admission`."""
     ITEM = 2
     """Run a work item. The payload is the hidden states of the receiver's tokens, [1, S, D]."""
     VELOCITY = 3
@@ -56,8 +54,6 @@ class Kind(IntEnum):
     """The last message."""
     CHECKPOINT = 6
     """Take a snapshot of a request and begin to write it. The payload is the folder, as JSON."""
-    SAVED = 7
-    """The ranks before the receiver have their files on the disk. The payload is the list of files, as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,37 +140,25 @@ class Message:
     waited: float  # seconds that the receiver waited for it
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Admit:
-    """What every rank needs to know of a request."""
-
-    request: int
-    schedule: Schedule  # of its video, which says in what order flags come
-    kv: KVPlan  # what to allocate
-    captions: CaptionTable
-    grid: tuple[int, int, int]  # latent (T, h, w) of a chunk
-    checkpoint: str | None = None  # folder of the checkpoint to resume from
-
-
-def pack_admit(admit: Admit) -> Tensor:
+def pack_admission(admission: Admission) -> Tensor:
     """As a payload, uint8 [bytes]: the length of a JSON text, the text, and tensors at multiples of 16 bytes."""
     tensors: list[Tensor] = []
-    text = _json(to_plain(admit, tensors))
+    text = _json(to_plain(admission, tensors))
     parts = [_LENGTH.pack(len(text)) + text]
     parts += [one.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for one in tensors]
     return _as_payload(b"".join(part.ljust(_aligned(len(part)), b"\0") for part in parts))
 
 
-def unpack_admit(payload: Tensor) -> Admit:
+def unpack_admission(payload: Tensor) -> Admission:
     """From a payload; tensors are on the CPU.
 
     Raises:
-        ValueError: it is no `Admit`.
+        ValueError: it is no `Admission`.
     """
     (length,) = _LENGTH.unpack(payload[: _LENGTH.size].numpy().tobytes())
     end = _LENGTH.size + length
     text = payload[_LENGTH.size : end].numpy().tobytes()
-    return from_plain(Admit, json.loads(text), payload[_aligned(end) :])
+    return from_plain(Admission, json.loads(text), payload[_aligned(end) :])
 
 
 def pack_json(values: Any) -> Tensor:
