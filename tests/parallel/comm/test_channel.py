@@ -14,7 +14,7 @@ from parallel.health.errors import GangError
 from parallel.ranks.spawn import run_ranks
 from parallel.topology.mesh import Layout
 from tests.parallel.comm.fakes import LocalTransport, local_link
-from tests.parallel.on_ranks import command
+from tests.parallel.on_ranks import command, run
 
 OWN = pytest.mark.parametrize("inline", [True, False], ids=["in the header's buffer", "by themselves"])
 
@@ -167,6 +167,15 @@ def test_a_thread_that_dies_of_any_error_ends_the_gang_with_one_line(tmp_path):
         run_ranks(command("lost_key", tmp_path / "out", values), Layout(pp=2), threads=1)
 
 
+@pytest.mark.slow
+def test_payloads_by_themselves_make_the_same_video(tmp_path):
+    """Over gloo, payloads move as between GPUs: bit for bit what comes with payloads in the buffers of headers."""
+    values = {"pp": 2, "cp": 2, "requests": [{}, {"prefix": 32, "seed": 8}], "concurrency": 2}
+    got, expected = (run(tmp_path, inline=inline, **values)["latents"] for inline in (False, True))
+    for video, other in zip(got, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(video, other, strict=True))
+
+
 class StreamCopies:
     """A transport on one GPU that copies as NCCL does: on a stream of its own, after what was current when it began."""
 
@@ -209,3 +218,17 @@ def test_a_receive_does_not_overwrite_memory_that_queued_kernels_still_read():
         expected += [float(index), 100.0 + index]
         del message, older  # the memory is free for what is received next; its reads are not done
     assert torch.stack(sums).tolist() == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("pp", "cp"), [(2, 1), (1, 2)])
+def test_two_gpus_make_the_video_of_one(tmp_path, pp, cp):
+    """Over NCCL: bit for bit with two stages; with two ranks of a stage, whose sums are in another order, to 1e-5."""
+    values = {"requests": [{}, {"prefix": 32, "seed": 8}], "concurrency": 2, "device": "cuda"}
+    one, two = run(tmp_path, **values), run(tmp_path, pp=pp, cp=cp, **values)
+    assert two["transfer"] == "nccl"
+    for video, other in zip(two["latents"], one["latents"], strict=True):
+        for got, expected in zip(video, other, strict=True):
+            assert torch.equal(got, expected) if cp == 1 else (got - expected).norm() <= 1e-5 * expected.norm()
