@@ -42,7 +42,7 @@ from benchmarks.pipeline_job import Job, ModelSpec
 from benchmarks.report import machine_line, output_folder, run_app, save_text
 from benchmarks.verdict import verdict_table
 from engine.checkpoint.files import CheckpointConfig, newest
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from models.errors import InputError
 from parallel.cluster.controller import Controller
 from parallel.cluster.messages import Event, GangDown, GangLost, GangReady, VideoDone

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from benchmarks.pipeline_job import Job, ModelSpec
 from benchmarks.pipeline_model import BenchPipeline, build, model_config, requests
 from engine.checkpoint.files import CheckpointConfig
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.request import Request
 from engine.reuse.settings import ReuseSettings
 from parallel.cluster.actor import RankTask

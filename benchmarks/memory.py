@@ -29,7 +29,7 @@ from benchmarks.verdict import Verdict, verdict_table
 from engine.engine import Engine
 from engine.executor import LocalExecutor
 from engine.heap import settle_heap
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.request import Request
 from models.errors import InputError
 from models.loading import load_magi

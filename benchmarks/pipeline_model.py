@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from benchmarks.pipeline_job import Job, ModelSpec
 from engine.engine import Engine
-from engine.prepare import Autoencoder
 from engine.record import Recorder, RunRecord
 from engine.request import Request
 from engine.reuse.policy import ChunkPolicy, Decision, Observation
@@ -31,6 +30,7 @@ from models.magi.sampling import MagiSampling
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
 from models.pocket.text import PocketEncoder
+from models.protocols import Autoencoder
 from parallel.ranks.worker import StageModel
 
 PROMPT = "a red circle moving right"

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.record import Recorder
 from engine.reuse.memory import KINDS
 from engine.reuse.policy import Decision, Observation, Policy

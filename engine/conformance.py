@@ -18,7 +18,6 @@ from torch import Tensor
 from engine.engine import Engine, OnProgress
 from engine.kv.selection import Granularity, SelectionSettings, select
 from engine.noise import GivenNoise, NoiseSource
-from engine.prepare import Autoencoder, Pipeline
 from engine.record import Recorder
 from engine.request import Request
 from engine.reuse.settings import ReuseSettings
@@ -29,7 +28,7 @@ from models.magi.model import FixedCaptions, MagiModel
 from models.magi.sampling import MagiSampling
 from models.magi.vae import VaeConfig, ViTVAE
 from models.magi.weights import load_dit
-from models.protocols import CaptionTable
+from models.protocols import Autoencoder, CaptionTable, Pipeline
 
 TOLERANCE = 1e-4
 DECODED_TOLERANCE = 1e-2  # stored as fp16

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.engine import Chunk
-from engine.prepare import Autoencoder
+from models.protocols import Autoencoder
 
 _AHEAD = 4
 """Chunks that wait to be decoded before denoising is held up."""

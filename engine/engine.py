@@ -14,16 +14,16 @@ from torch import Tensor
 
 from engine.executor import Admission, Executor, LocalExecutor
 from engine.kv.buffer import KVBuffer
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.noise import NoiseSource
-from engine.prepare import Encoded, Pipeline, encode, prepare
+from engine.prepare import Encoded, encode, prepare
 from engine.record import Recorder
 from engine.request import Request
 from engine.reuse.policy import Decision
 from engine.reuse.settings import ReuseSettings
 from engine.schedule import Schedule, Tick
 from engine.video import VideoRun, Work
-from models.protocols import CaptionTable
+from models.protocols import CaptionTable, Pipeline
 
 _NO_CACHE, _OWN_RANGE = ReuseSettings(), KVSettings()
 OnProgress = Callable[["Progress"], None]

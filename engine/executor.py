@@ -14,8 +14,7 @@ from torch import Tensor
 
 from engine.kv.buffer import KVBuffer
 from engine.video import Work, WorkItem
-from models.magi.layer import KVView
-from models.protocols import CaptionTable, VideoModel
+from models.protocols import CaptionTable, KVView, VideoModel
 
 
 class TokenShare(Protocol):

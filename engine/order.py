@@ -158,7 +158,7 @@ class WorkOrder:
             yield from self._hold(schedule.quantum(index))
             if not index:
                 yield from self._run.prefix_work()
-            ticks = schedule.quantum_ticks(index)
+            ticks = schedule.ticks_of_quantum(index)
             for tick in ticks:
                 last = tick == ticks[-1] and index < schedule.quanta - 1
                 yield from self._tick(schedule.tick(tick), schedule.quantum(index + 1) if last else None)

@@ -7,56 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from engine.kv.plan import KVPlan
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVPlan, KVSettings, plan_kv
 from engine.noise import NoiseSource, SeededNoise
 from engine.request import Prefix, Request
 from engine.reuse.settings import ReuseSettings
-from engine.video import Reuse, VideoRun, VideoShape, clean_capacity
-from models.attention import Attention
+from engine.video import Reuse, VideoRun, VideoShape
 from models.errors import InputError
-from models.protocols import CaptionTable, Sampling, VideoModel
-
-
-class Autoencoder(Protocol):
-    """Frames to latents and back."""
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """uint8 [F, H, W, 3] -> latents [1, C, t, h, w]."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [1, C, t, h, w] -> uint8 [F, H, W, 3]."""
-
-
-class Pipeline(Protocol):
-    """A loaded model with all that quanta a request into latents and latents into frames."""
-
-    @property
-    def model(self) -> VideoModel:
-        """The weights."""
-
-    @property
-    def autoencoder(self) -> Autoencoder:
-        """Frames to latents and back."""
-
-    @property
-    def attention(self) -> Attention:
-        """What KV views attend with."""
-
-    @property
-    def patch_pixels(self) -> int:
-        """Pixels of a latent cell's side."""
-
-    def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> Sampling:
-        """How to denoise with that many steps, with or without the passes that reuse may leave out."""
-
-    def captions(self, prompt: str) -> CaptionTable:
-        """Encode a prompt."""
+from models.protocols import CaptionTable, Pipeline, Sampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +54,7 @@ def prepare(
     encoded: Encoded,
     *,
     number: int,
-    cache: ReuseSettings,
+    reuse: ReuseSettings,
     kv: KVSettings,
     observe: bool,
 ) -> Prepared:
@@ -104,30 +65,27 @@ def prepare(
         request: what to make.
         encoded: the same as the model reads it.
         number: of the request, carried by its work items.
-        cache: which steps are reused.
+        reuse: which steps are reused.
         kv: how much of the past is held.
         observe: take distances even if the policy does not look at them, for a record.
 
     Raises:
         InputError: the model cannot make what is asked for.
     """
-    sampling = pipeline.sampling(request.num_steps, clean_pass=cache.clean_pass, copy_pass=cache.copy_pass)
+    sampling = pipeline.sampling(request.num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
+    model = pipeline.model
     run = VideoRun(
         number,
         _shape(pipeline, request, sampling, encoded.prefix),
         sampling,
         encoded.noise,
-        Reuse(
-            policy=cache.new_policy(),
-            memory=cache.new_memory(),
-            patches=pipeline.model.patches,
-            observe=observe,
-        ),
+        Reuse(policy=reuse.new_policy(), memory=reuse.new_memory(), patches=model.patches, observe=observe),
         prefix=encoded.prefix,
         compressed=kv.budget is not None,
-        device=pipeline.model.kv.device,
+        device=model.kv.device,
     )
-    return Prepared(run=run, captions=encoded.captions, kv=_plan_kv(run, sampling, pipeline, kv))
+    plan = plan_kv(sampling, run.schedule, kv, chunk_tokens=model.token_count(*run.grid))
+    return Prepared(run=run, captions=encoded.captions, kv=plan)
 
 
 def _shape(pipeline: Pipeline, request: Request, sampling: Sampling, prefix: Tensor | None) -> VideoShape:
@@ -138,19 +96,6 @@ def _shape(pipeline: Pipeline, request: Request, sampling: Sampling, prefix: Ten
         prefix_frames=given,
         height=request.height // pipeline.patch_pixels,
         width=request.width // pipeline.patch_pixels,
-    )
-
-
-def _plan_kv(run: VideoRun, sampling: Sampling, pipeline: Pipeline, settings: KVSettings) -> KVPlan:
-    tokens = pipeline.model.token_count(*run.grid)
-    return KVPlan(
-        chunk_tokens=tokens,
-        frame_tokens=tokens // sampling.chunk_width,
-        clean_tokens=clean_capacity(run.schedule, sampling, settings.budget) * tokens,
-        window=sampling.window,
-        chunks=run.schedule.chunks,
-        branches=sampling.branches,
-        selection=None if settings.budget is None else settings.selection,
     )
 
 

@@ -57,24 +57,19 @@ class Schedule:
             raise InputError(f"nothing to generate: chunk {self.first} of {self.chunks} would be the first")
 
     @property
-    def quantum_steps(self) -> int:
+    def quantum_ticks(self) -> int:
         """Ticks between two chunks that enter."""
         return self.num_steps // self.window
 
     @property
-    def stages(self) -> int:
-        """How often the window moves on."""
-        return self.chunks - self.first + self.window - 1
-
-    @property
     def ticks(self) -> int:
         """Length of the schedule."""
-        return self.stages * self.quantum_steps
+        return self.quanta * self.quantum_ticks
 
     @property
     def quanta(self) -> int:
         """How many quanta there are; the window moves on with each."""
-        return self.stages
+        return self.chunks - self.first + self.window - 1
 
     def quantum(self, index: int) -> Quantum:
         """One quantum, in constant time.
@@ -89,13 +84,13 @@ class Schedule:
         end = min(self.chunks, newest + 1)
         return Quantum(index=index, chunk=newest if newest < self.chunks else None, slots=end - oldest)
 
-    def quantum_ticks(self, index: int) -> range:
+    def ticks_of_quantum(self, index: int) -> range:
         """Ticks of a quantum."""
-        return range(index * self.quantum_steps, (index + 1) * self.quantum_steps)
+        return range(index * self.quantum_ticks, (index + 1) * self.quantum_ticks)
 
     def quantum_of(self, tick: int) -> int:
         """The quantum that a tick belongs to."""
-        return tick // self.quantum_steps
+        return tick // self.quantum_ticks
 
     def finished_before(self, quantum: int) -> int:
         """How many generated chunks have taken all their steps before a quantum begins."""
@@ -103,10 +98,10 @@ class Schedule:
 
     def tick(self, index: int) -> Tick:
         """One tick, in constant time."""
-        stage, inner = divmod(index, self.quantum_steps)
-        newest = self.first + stage
+        quantum, inner = divmod(index, self.quantum_ticks)
+        newest = self.first + quantum
         start, end = max(self.first, newest - self.window + 1), min(self.chunks, newest + 1)
-        active = tuple((chunk, (newest - chunk) * self.quantum_steps + inner) for chunk in range(start, end))
+        active = tuple((chunk, (newest - chunk) * self.quantum_ticks + inner) for chunk in range(start, end))
         begins = inner == 0
         oldest, step = active[0]
         return Tick(
@@ -123,4 +118,4 @@ class Schedule:
 
     def tick_of(self, chunk: int, step: int) -> int:
         """When a chunk takes a step."""
-        return (chunk - self.first) * self.quantum_steps + step
+        return (chunk - self.first) * self.quantum_ticks + step

@@ -92,25 +92,6 @@ class Reuse:
     observe: bool  # take distances even if the policy does not look at them, for a record
 
 
-def clean_capacity(schedule: Schedule, sampling: Sampling, budget: int | None) -> int:
-    """Finished chunks to hold: the budget, or those that some chunk still attends to; all where a limit is None.
-
-    In a full window the chunk in step s stands window - 1 - s // quantum_steps places behind the oldest. A prefix is
-    seen further back, while its first successors are young.
-    """
-    if budget is not None:
-        return min(schedule.chunks - 1, budget)
-    limits = [sampling.key_limit(step) for step in range(schedule.num_steps)]
-    clean = sampling.clean_limit(prefix=False)
-    if any(limit is None for limit in limits) or clean is None:
-        return schedule.chunks - 1
-    bounded = [limit for limit in limits if limit is not None]
-    within = [limit - schedule.window + step // schedule.quantum_steps for step, limit in enumerate(bounded)]
-    prefix = sampling.clean_limit(prefix=True) or schedule.first
-    behind_prefix = min(schedule.first, max(max(bounded), prefix) - 1)
-    return min(schedule.chunks - 1, max(0, clean - 1, behind_prefix, *within))
-
-
 class VideoRun:
     """One video in the making.
 

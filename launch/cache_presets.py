@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from models.errors import InputError
 
 if TYPE_CHECKING:  # the engine pulls in torch, which a list of names must not wait for
-    from engine.kv.settings import KVSettings
+    from engine.kv.size import KVSettings
     from engine.reuse.settings import ReuseSettings
 
 
@@ -171,7 +171,7 @@ def kv_settings(options: KVOptions) -> KVSettings:
         InputError: the options do not fit each other.
     """
     from engine.kv.selection import SelectionSettings
-    from engine.kv.settings import KVSettings
+    from engine.kv.size import KVSettings
 
     if options.budget is None and (options.retention is not None or options.queries is not None):
         name = "--kv-queries" if options.retention is None else "--kv-retention"

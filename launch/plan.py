@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.request import Prefix, Request
 from engine.reuse.settings import ReuseSettings
 from launch.cache_presets import CacheName, CacheOptions, KVOptions, cache_settings, kv_settings

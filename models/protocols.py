@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from models.magi.layer import KVView
+from models.attention import Attention
 
 CaptionKind = Literal["text", "null"]
 
@@ -50,6 +50,16 @@ class KVGeometry:
     head_size: int
     dtype: torch.dtype
     device: torch.device
+
+
+class KVView(Protocol):
+    """What one chunk's tokens attend to, in every layer."""
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Take the chunk's own keys (rotated) and values of a layer, each [B, S, G, d]."""
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """Attention of queries [B, S, H, d] over all that the chunk may see of that layer -> [B, S, H, d]."""
 
 
 class CaptionTable(Protocol):
@@ -144,3 +154,39 @@ class VideoModel(Protocol):
 
     def velocity(self, hidden: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Velocity [1, C, T, h, w] fp32 of the last hidden states."""
+
+
+class Autoencoder(Protocol):
+    """Frames to latents and back."""
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """uint8 [F, H, W, 3] -> latents [1, C, t, h, w]."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [1, C, t, h, w] -> uint8 [F, H, W, 3]."""
+
+
+class Pipeline(Protocol):
+    """A loaded model with all that turns a request into latents and latents into frames."""
+
+    @property
+    def model(self) -> VideoModel:
+        """The weights."""
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """Frames to latents and back."""
+
+    @property
+    def attention(self) -> Attention:
+        """What KV views attend with."""
+
+    @property
+    def patch_pixels(self) -> int:
+        """Pixels of a latent cell's side."""
+
+    def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> Sampling:
+        """How to denoise with that many steps, with or without the passes that reuse may leave out."""
+
+    def captions(self, prompt: str) -> CaptionTable:
+        """Encode a prompt."""

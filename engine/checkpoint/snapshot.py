@@ -16,12 +16,12 @@ from torch import Tensor
 from engine.checkpoint.files import Contents
 from engine.kv.buffer import KVState, LayerState
 from engine.kv.layout import LayoutState
-from engine.kv.settings import KVSettings
-from engine.prepare import Pipeline
+from engine.kv.size import KVSettings
 from engine.request import Request
 from engine.reuse.flags import FlagState
 from engine.reuse.settings import ReuseSettings
 from engine.video import KVOp, VideoState
+from models.protocols import Pipeline
 
 RUN_FILE = "run.safetensors"
 _FORMAT = 1

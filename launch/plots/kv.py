@@ -31,7 +31,7 @@ def kv_figure(record: RunRecord) -> Figure:
         axes.set_yticks([])
     axes.set_ylabel("past chunk")
     axes.tick_params(labelbottom=False)
-    at = np.arange(time.ticks + 1) / time.quantum_steps
+    at = np.arange(time.ticks + 1) / time.quantum_ticks
     fill = np.append(record.fill, record.fill[-1])
     below.fill_between(at, fill, step="post", color=COMPUTED, alpha=0.25, linewidth=0)
     below.step(at, fill, where="post", color=COMPUTED, linewidth=1.2)

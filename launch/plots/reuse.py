@@ -52,7 +52,7 @@ def reuse_figure(record: RunRecord) -> Figure:
     axes.set(xlabel=_tick_label(time), ylabel="chunk")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=15, min_n_ticks=1))
     axes.xaxis.set_major_locator(
-        MultipleLocator(time.quantum_steps * math.ceil(states.shape[1] / time.quantum_steps / 12))
+        MultipleLocator(time.quantum_ticks * math.ceil(states.shape[1] / time.quantum_ticks / 12))
     )
     _computed_bars(side, record, time)
     patches = [
@@ -67,8 +67,8 @@ def reuse_figure(record: RunRecord) -> Figure:
 
 def _tick_label(time: Tracer) -> str:
     if time.chunks > _MANY:
-        return f"step of the chunk (each row begins {time.quantum_steps} ticks after the one above)"
-    return f"tick (a chunk enters every {time.quantum_steps} ticks)" if time.stages > 1 else "tick"
+        return f"step of the chunk (each row begins {time.quantum_ticks} ticks after the one above)"
+    return f"tick (a chunk enters every {time.quantum_ticks} ticks)" if time.stages > 1 else "tick"
 
 
 def _computed_bars(axes: Axes, record: RunRecord, time: Tracer) -> None:

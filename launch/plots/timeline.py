@@ -15,7 +15,7 @@ class Tracer:
     chunks: int  # of the video, given ones counted
     first: int  # the first chunk that was made
     num_steps: int  # of a chunk
-    quantum_steps: int  # ticks between two chunks that enter the window
+    quantum_ticks: int  # ticks between two chunks that enter the window
 
     @classmethod
     def of(cls, record: RunRecord) -> Tracer:
@@ -26,18 +26,18 @@ class Tracer:
             chunks=schedule.chunks,
             first=schedule.first,
             num_steps=schedule.num_steps,
-            quantum_steps=schedule.quantum_steps,
+            quantum_ticks=schedule.quantum_ticks,
         )
 
     @property
     def window(self) -> int:
         """Chunks that are denoised at once."""
-        return self.num_steps // self.quantum_steps
+        return self.num_steps // self.quantum_ticks
 
     @property
     def stages(self) -> float:
         """Length in chunks of time."""
-        return self.ticks / self.quantum_steps
+        return self.ticks / self.quantum_ticks
 
     @property
     def retired(self) -> range:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from models.attention import Attention, attention_backend
 from models.magi.config import ModelConfig
-from models.magi.layer import KVView, TransformerLayer
+from models.magi.layer import TransformerLayer
 from models.magi.norms import LayerNorm1p
 from models.magi.rope import RotaryBands
+from models.protocols import KVView
 
 NULL_TEXT_ROWS = 50
 """How many rows of the learned null caption stand for "no text" (specification 2.4)."""

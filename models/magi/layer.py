@@ -8,8 +8,6 @@ Shapes: B batch, S tokens, D hidden, C condition, H query heads, G key heads, d 
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,16 +17,7 @@ from models.magi.config import ModelConfig
 from models.magi.fp8 import Fp8ChannelLinear, Fp8TensorLinear
 from models.magi.norms import LayerNorm, LayerNorm1p
 from models.magi.rope import apply_rotary
-
-
-class KVView(Protocol):
-    """What one chunk's tokens attend to, in every layer."""
-
-    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Take the chunk's own keys (rotated) and values of a layer, each [B, S, G, d]."""
-
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Attention of queries [B, S, H, d] over all that the chunk may see of that layer -> [B, S, H, d]."""
+from models.protocols import KVView
 
 
 class _ProjectionIn(nn.Module):

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from models.magi.dit import MagiDiT
-from models.magi.layer import KVView
-from models.protocols import KVGeometry, PassCondition
+from models.protocols import KVGeometry, KVView, PassCondition
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ import ray
 import torch
 
 from engine.heap import settle_heap
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.request import Request
 from engine.reuse.settings import ReuseSettings
 from models.errors import InputError

@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from engine.kv.settings import KVSettings
-from engine.prepare import Pipeline
+from engine.kv.size import KVSettings, clean_chunks
 from engine.request import Request
 from engine.reuse.settings import ReuseSettings
 from engine.schedule import Schedule
-from engine.video import clean_capacity
 from models.loading import load_magi
 from models.magi.config import MagiConfig
 from models.magi.pipeline import Loading, load_stage
 from models.magi.sampling import MagiSampling
+from models.protocols import Pipeline
 from parallel.cluster.queue import QuantumPlan, plan_quanta
 from parallel.ranks.worker import StageModel
 from parallel.topology.mesh import Layout, Mesh
@@ -126,7 +125,7 @@ def video_size(
     schedule = Schedule(first=given // width, chunks=chunks, num_steps=request.num_steps, window=sampling.window)
     side = _CELL * model.patch_size
     tokens = width * (request.height // side) * (request.width // side) // model.t_patch_size
-    rows = tokens * (clean_capacity(schedule, sampling, kv.budget) + sampling.window) * sampling.branches
+    rows = tokens * (clean_chunks(schedule, sampling, kv.budget) + sampling.window) * sampling.branches
     per_row = 2 * model.num_query_groups * model.kv_channels * model.dtype.itemsize / layout.cp
     layers = max(stage_sizes(config, layout.pp, split))
     return VideoSize(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kv.plan import KVPlan
+from engine.kv.size import KVPlan
 from engine.schedule import Schedule
 from engine.video import WorkItem
 from models.protocols import CaptionTable

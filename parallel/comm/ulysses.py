@@ -18,8 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.errors import InputError
-from models.magi.layer import KVView
-from models.protocols import KVGeometry
+from models.protocols import KVGeometry, KVView
 
 
 def local_heads(geometry: KVGeometry, ranks: int) -> KVGeometry:

@@ -10,13 +10,12 @@ from torch import Tensor
 from engine.conformance import LatentEngine, Runner, Verdict, check_file, load_stage
 from engine.engine import OnProgress
 from engine.noise import NoiseSource
-from engine.prepare import Pipeline
 from engine.record import Recorder
 from engine.request import Request
 from engine.reuse.settings import ReuseSettings
 from models.errors import InputError
 from models.magi.config import MagiConfig
-from models.protocols import CaptionTable
+from models.protocols import CaptionTable, Pipeline
 from parallel.ranks.gang import Gang
 from parallel.ranks.worker import StageModel
 from parallel.topology.split import stage_range

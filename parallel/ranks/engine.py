@@ -17,16 +17,16 @@ from engine.checkpoint.snapshot import RUN_FILE, fingerprint, unpack_run
 from engine.decoder import Decoder
 from engine.engine import Chunk, OnProgress
 from engine.kv.buffer import KVBuffer
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.noise import NoiseSource
 from engine.order import AdmissionGate
-from engine.prepare import Encoded, Pipeline, encode, prepare
+from engine.prepare import Encoded, encode, prepare
 from engine.progress import OnFinished, Reporter
 from engine.record import Recorder
 from engine.request import Request
 from engine.reuse.settings import ReuseSettings
 from models.errors import InputError
-from models.protocols import CaptionTable
+from models.protocols import CaptionTable, Pipeline
 from parallel.ranks.leader import Leader
 from parallel.topology.mesh import Layout
 

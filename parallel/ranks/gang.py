@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 
 from engine.decoder import Decoder
-from engine.kv.settings import KVSettings
-from engine.prepare import Pipeline
+from engine.kv.size import KVSettings
 from engine.reuse.flags import FlagLog
 from engine.reuse.settings import ReuseSettings
 from engine.schedule import Schedule
 from models.errors import InputError
+from models.protocols import Pipeline
 from parallel.comm.edges import Edges
 from parallel.comm.groups import Groups, connect, open_groups, pick_device, serve_store
 from parallel.health.errors import BAD_INPUT, INTERRUPTED, GangError

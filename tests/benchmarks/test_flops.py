@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.flops import CountingExecutor, pass_flops
 from engine.engine import Engine
 from engine.executor import LocalExecutor
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.request import Request
 from engine.reuse.settings import ReuseSettings
 from models.magi.dit import MagiDiT

@@ -10,7 +10,7 @@ from benchmarks.simulate_plan import modelled_flags, plan_video, recorded_flags
 from benchmarks.simulation import Machine, simulate
 from engine.engine import Engine
 from engine.executor import LocalExecutor
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.order import WorkOrder
 from engine.prepare import encode, prepare
 from engine.record import NOT_ACTIVE, Recorder

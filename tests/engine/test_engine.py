@@ -11,7 +11,7 @@ import torch
 
 from engine.engine import Engine
 from engine.executor import LocalExecutor
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.record import NOT_ACTIVE, Recorder, RunRecord
 from engine.request import Prefix, Request
 from engine.reuse.settings import ReuseSettings
@@ -82,7 +82,7 @@ def test_a_rolling_buffer_gives_what_full_history_gives(guided, window, monkeypa
     """Rows that fall out of the buffer are never attended to, for any window and range."""
     pipeline = TinyPipeline(tiny_config(guided=guided, window=window))
     rolling = latents(Engine(pipeline), request(chunks=7))
-    monkeypatch.setattr("engine.prepare.clean_capacity", lambda schedule, sampling, budget: schedule.chunks - 1)
+    monkeypatch.setattr("engine.kv.size.clean_chunks", lambda schedule, sampling, budget: schedule.chunks - 1)
     held = latents(Engine(pipeline), request(chunks=7))
     for a, b in zip(rolling, held, strict=True):
         assert torch.equal(a, b)
@@ -187,7 +187,7 @@ import resource, sys
 import torch
 torch.set_num_threads(1)
 from engine.engine import Engine
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.request import Request
 from tests.engine.tiny import TinyPipeline, tiny_config
 

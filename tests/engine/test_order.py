@@ -10,7 +10,7 @@ from engine.checkpoint.files import Contents
 from engine.checkpoint.snapshot import pack_run, pack_share, unpack_run, unpack_share
 from engine.engine import Engine
 from engine.executor import Admission, LocalExecutor
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.order import WorkOrder
 from engine.prepare import encode, prepare
 from engine.record import Recorder
@@ -168,8 +168,10 @@ def test_quanta_wait_for_their_gate_and_nothing_else_changes(name, latency):
     assert executor.items == items
     assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
     for quantum, begun in gate.announced[1:]:  # the last tick of the quantum before has begun, and none of its work has
-        assert begun < run.schedule.quantum_ticks(quantum.index).start - 1
-    assert max(begun - run.schedule.quantum_ticks(quantum.index).start for quantum, begun in gate.announced[1:]) == -2
+        assert begun < run.schedule.ticks_of_quantum(quantum.index).start - 1
+    assert (
+        max(begun - run.schedule.ticks_of_quantum(quantum.index).start for quantum, begun in gate.announced[1:]) == -2
+    )
 
 
 class Keeper:

@@ -36,7 +36,7 @@ def test_a_window_holds_processes_one_stage_apart(schedule):
         assert 1 <= len(tick.active) <= schedule.window
         for (older, ahead), (younger, behind) in zip(tick.active, tick.active[1:], strict=False):
             assert younger == older + 1
-            assert ahead - behind == schedule.quantum_steps
+            assert ahead - behind == schedule.quantum_ticks
 
 
 @given(schedules())
@@ -56,10 +56,10 @@ def test_chunks_enter_finish_and_retire_once_in_order(schedule):
 
 @given(schedules())
 def test_quanta_partition_the_ticks(schedule):
-    ticks = [tick for index in range(schedule.quanta) for tick in schedule.quantum_ticks(index)]
+    ticks = [tick for index in range(schedule.quanta) for tick in schedule.ticks_of_quantum(index)]
     assert ticks == list(range(schedule.ticks))
     for tick in ticks:
-        assert tick in schedule.quantum_ticks(schedule.quantum_of(tick))
+        assert tick in schedule.ticks_of_quantum(schedule.quantum_of(tick))
 
 
 @given(schedules())
@@ -67,7 +67,7 @@ def test_a_quantum_begins_where_the_window_moves_and_takes_a_slot_for_each_activ
     entered = []
     for index in range(schedule.quanta):
         quantum = schedule.quantum(index)
-        first, *rest = (schedule.tick(tick) for tick in schedule.quantum_ticks(index))
+        first, *rest = (schedule.tick(tick) for tick in schedule.ticks_of_quantum(index))
         assert quantum.index == index
         assert quantum.chunk == first.entering
         assert quantum.slots == max(len(tick.active) for tick in (first, *rest)) <= schedule.window
@@ -79,7 +79,7 @@ def test_a_quantum_begins_where_the_window_moves_and_takes_a_slot_for_each_activ
 @given(schedules())
 def test_chunks_finished_before_a_quantum_are_counted(schedule):
     for index in range(schedule.quanta):
-        begins = schedule.quantum_ticks(index).start
+        begins = schedule.ticks_of_quantum(index).start
         finished = sum(schedule.tick(tick).finishing is not None for tick in range(begins))
         assert schedule.finished_before(index) == finished
 

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.kv.layout import KVLayout
+from engine.kv.size import clean_chunks
 from engine.noise import SeededNoise
 from engine.reuse.policy import NoReuse
 from engine.reuse.settings import ReuseSettings
-from engine.video import Reuse, VideoRun, VideoShape, clean_capacity
+from engine.video import Reuse, VideoRun, VideoShape
 from models.magi.sampling import MagiSampling
 from tests.engine.tiny import tiny_config
 
@@ -67,7 +68,7 @@ def videos(draw):
 def test_the_layout_can_follow_any_order_with_the_rows_it_was_given(video):
     """Buffers are sized by what is ever attended: no item asks for rows that were dropped, none overflows."""
     run, sampling = new_run(**video)
-    capacity = clean_capacity(run.schedule, sampling, None)
+    capacity = clean_chunks(run.schedule, sampling, None)
     layout = KVLayout(
         chunk_tokens=TOKENS, clean_tokens=capacity * TOKENS, window=sampling.window, chunks=run.schedule.chunks
     )

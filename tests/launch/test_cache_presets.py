@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from engine.kv.selection import Granularity, SelectionSettings
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.reuse.memory import KINDS
 from engine.reuse.settings import ReuseSettings
 from launch.cache_presets import (

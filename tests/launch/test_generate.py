@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.reuse.settings import ReuseSettings
 from launch.cache_presets import CacheName, CacheOptions, KVOptions, TokenUnit, cache_preset
 from launch.generate import generate_video

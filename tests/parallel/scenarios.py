@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from engine.checkpoint.files import CheckpointConfig
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.record import Recorder
 from engine.request import Prefix
 from engine.reuse.flags import FlagLog

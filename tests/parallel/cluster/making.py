@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.checkpoint.files import CheckpointConfig
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.reuse.settings import ReuseSettings
 from parallel.cluster.actor import RankTask
 from parallel.cluster.messages import ChunkMade, VideoDone, VideoFailed

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.engine import Engine
-from engine.kv.settings import KVSettings
+from engine.kv.size import KVSettings
 from engine.reuse.settings import ReuseSettings
 from models.magi.model import FixedCaptions
 from parallel.cluster.config import video_size

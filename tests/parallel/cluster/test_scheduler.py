@@ -49,9 +49,9 @@ def rounds(made: World, count: int) -> None:
 def test_quanta_are_the_stages_of_the_schedule(first, made, window):
     schedule = Schedule(first=first, chunks=first + made, num_steps=2 * window, window=window)
     quanta = plan_quanta(chunks=first + made, window=window, first=first)
-    assert len(quanta) == schedule.stages
+    assert len(quanta) == schedule.quanta
     for index, quantum in enumerate(quanta):
-        tick = schedule.tick(index * schedule.quantum_steps)
+        tick = schedule.tick(index * schedule.quantum_ticks)
         assert (quantum.chunk, quantum.slots) == (tick.entering, len(tick.active))
 
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.kv.plan import KVPlan
 from engine.kv.selection import SelectionSettings
+from engine.kv.size import KVPlan
 from engine.schedule import Schedule
 from engine.video import KVOp, WorkItem
 from models.magi.model import FixedCaptions

@@ -1,0 +1,101 @@
+"""Files that appear whole: written under a hidden name beside their place, flushed to the disk, and renamed.
+
+The hidden name carries the number of the process, so that what a killed process has left can be told from what another
+one is writing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from models.errors import InputError
+
+_PART = re.compile(r"\..+\.(\d+)\.part")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def part_of(path: Path) -> Path:
+    """The hidden name that a file is written under; different for every process."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def publish(part: Path, path: Path) -> None:
+    """Rename a finished part to its place, once it is on the disk."""
+    _flush(part)
+    os.replace(part, path)
+    _flush(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, what: str = "") -> Iterator[BinaryIO]:
+    """A binary file that appears under `path` when the context ends well, and leaves nothing behind otherwise.
+
+    Args:
+        path: of the file; an older one is replaced.
+        what: it is, for the message of an error, such as "the record".
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    part = part_of(path)
+    with write_errors(path, what):
+        try:
+            with part.open("wb") as file:
+                yield file
+            publish(part, path)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_errors(path: Path, what: str = "", kinds: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn errors of the system into one line about the file.
+
+    Args:
+        path: that is written.
+        what: it is, for people.
+        kinds: errors of libraries to treat likewise.
+    """
+    expected: tuple[type[Exception], ...] = (OSError, *kinds)
+    try:
+        yield
+    except expected as error:
+        if getattr(error, "errno", None) in _FULL:
+            reason = "no space left there (the unfinished file was removed)"
+        else:
+            reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"cannot write {what + ' ' if what else ''}{path}: {reason}") from None
+
+
+def remove_stale_parts(folder: Path) -> None:
+    """Remove the unfinished files of processes that are gone."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            found = _PART.fullmatch(path.name)
+            if found is not None and not _runs(int(found[1])):
+                path.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
