@@ -26,7 +26,8 @@ from models.protocols import Pipeline
 from parallel.comm.edges import Edges
 from parallel.comm.groups import Groups, connect, open_groups, pick_device, serve_store
 from parallel.health.errors import BAD_INPUT, INTERRUPTED, GangError
-from parallel.health.monitor import Monitor, Timeouts, is_connection_error
+from parallel.health.monitor import Monitor, is_connection_error
+from parallel.health.timeouts import Timeouts
 from parallel.ranks.engine import GangEngine
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.leader import Leader
