@@ -51,7 +51,7 @@ def test_spans_of_all_ranks_make_one_trace(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "trace.json"]
 
 
-def test_nothing_is_remembered_that_nobody_wants():
+def test_nothing_is_recorded_that_nobody_wants():
     tracer = Tracer(0, "rank 0", wanted=False)
     tracer.add("wait", time.perf_counter())
     tracer.mark("reuse", request=0, tick=0, chunk=0, step=0)
@@ -59,15 +59,15 @@ def test_nothing_is_remembered_that_nobody_wants():
     assert list(tracer.lines()) == []
 
 
-def test_a_long_trace_is_shipped_in_blocks_and_let_go_of():
-    """More than a block, told by two threads while it is being read."""
+def test_a_long_trace_is_shipped_in_blocks_and_deleted():
+    """More than a block, recorded by two threads while it is being read."""
     tracer, where = Tracer(1, "rank 1", wanted=True), store()
 
-    def tell():
+    def record():
         for _ in range(12000):
             tracer.add("wait", time.perf_counter())
 
-    threads = [threading.Thread(target=tell) for _ in range(2)]
+    threads = [threading.Thread(target=record) for _ in range(2)]
     for thread in threads:
         thread.start()
     read = len(spans(tracer.lines()))
