@@ -118,7 +118,7 @@ class Monitor:
             self._close()
 
     def watch(self, outstanding: Callable[[], int]) -> None:
-        """Ask this for the number of items under way, to tell a hanging gang from one without work."""
+        """Ask this for the number of items under way, to distinguish a hanging gang from an idle one."""
         self._outstanding = outstanding
 
     @contextmanager
@@ -149,8 +149,8 @@ class Monitor:
             raise GangError(self._failure)
 
     def fail(self, message: str, *, status: int = FAILED) -> Failure:
-        """Report a failure of this rank; returns the one that was reported first."""
-        failure = Failure(message=message, status=status, reporter=self._mesh.rank)
+        """Report a failure of this rank, in one line; returns the one that was reported first."""
+        failure = Failure(message=message.partition("\n")[0], status=status, reporter=self._mesh.rank)
         self._heartbeats.report(failure)
         return self.await_failure() or failure
 
