@@ -2,8 +2,9 @@
 
 Plain Python: chunks and steps in, ticks out. It knows no model, no times and no tensors.
 
-A quantum is the stretch of ticks from one chunk boundary to the next. At a boundary the window moves on: a chunk enters, or
-at the end of the video one leaves and none enters. The passes of given chunks (prefix) belong to the first quantum.
+A quantum is the stretch of ticks from one chunk boundary to the next. At a boundary the window moves on: a chunk
+enters, or at the end of the video one leaves and none enters. The passes of given chunks (prefix) belong to the first
+quantum.
 """
 
 from __future__ import annotations

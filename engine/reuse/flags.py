@@ -1,8 +1,8 @@
 """The reuse flags of one request as one rank has seen them, with a running digest.
 
-The leader decides and writes; every other rank reads the flags from headers, follows them along the schedule on its own,
-and compares. Two ranks with the same digest have seen the same flags for the same chunks at the same ticks. The digest
-is a chain, digest = H(digest before, tick, chunk, flag), so it can be saved and gone on from.
+The leader decides and writes; every other rank reads the flags from headers, follows them along the schedule on its
+own, and compares. Two ranks with the same digest have seen the same flags for the same chunks at the same ticks. The
+digest is a chain, digest = H(digest before, tick, chunk, flag), so it can be saved and resumed.
 """
 
 from __future__ import annotations
