@@ -140,7 +140,7 @@ class Message:
     waited: float  # seconds that the receiver waited for it
 
 
-def pack_admission(admission: Admission) -> Tensor:
+def pack_admit(admission: Admission) -> Tensor:
     """As a payload, uint8 [bytes]: the length of a JSON text, the text, and tensors at multiples of 16 bytes."""
     tensors: list[Tensor] = []
     text = _json(to_plain(admission, tensors))
@@ -149,7 +149,7 @@ def pack_admission(admission: Admission) -> Tensor:
     return _as_payload(b"".join(part.ljust(_aligned(len(part)), b"\0") for part in parts))
 
 
-def unpack_admission(payload: Tensor) -> Admission:
+def unpack_admit(payload: Tensor) -> Admission:
     """From a payload; tensors are on the CPU.
 
     Raises:

@@ -25,7 +25,7 @@ from engine.reuse.flags import FlagLog
 from engine.reuse.policy import Decision
 from engine.video import Work, WorkItem
 from parallel.comm.edges import Edges
-from parallel.comm.messages import Header, Kind, Message, pack_admission, pack_json
+from parallel.comm.messages import Header, Kind, Message, pack_admit, pack_json
 from parallel.ranks.worker import RankServices, StageModel, StageWorker, read_velocity, saved_key
 
 _SAVED_INTERVAL = 0.05
@@ -70,7 +70,7 @@ class Leader:
         """
         admission = Admission.of(video, prepared, checkpoint)
         self.worker.admit(admission)
-        self._edges.announce(Header(kind=Kind.ADMIT, request=video), pack_admission(admission))
+        self._edges.announce(Header(kind=Kind.ADMIT, request=video), pack_admit(admission))
         log = FlagLog(admission.schedule)
         log.restore(self.worker.flags(video).state())
         self._decided[video] = (log, [])

@@ -29,12 +29,12 @@ from models.errors import InputError
 from models.protocols import VideoModel
 from parallel.comm.edges import Edges
 from parallel.comm.groups import Groups
-from parallel.comm.messages import Header, Kind, Message, unpack_admission, unpack_json
+from parallel.comm.messages import Header, Kind, Message, unpack_admit, unpack_json
 from parallel.comm.ulysses import TokenSplit, UlyssesShare, local_heads
 from parallel.health.errors import BAD_INPUT
 from parallel.health.monitor import Monitor
 from parallel.topology.mesh import Mesh
-from parallel.trace.counters import DeviceTimer, RankCounters
+from parallel.trace.counters import DeviceTimer, OnMeasured, RankCounters
 from parallel.trace.tracer import Tracer
 
 
@@ -136,25 +136,18 @@ class StageWorker:
         item = header.item
         assert item is not None
         with self._working(describe(item)):
-            began = time.perf_counter()
             self._follow(header)
-            with self._timer.measure():
+            retires = any(op.kind == "retire" for op in item.before)
+            with self._timer.measure(self._span("compress", item) if retires else None):
                 self._stage.change(item)
-            if self._tracer.wanted and any(op.kind == "retire" for op in item.before):
-                self._synchronize(hidden.device)
-                self._tracer.add("compress", began, item)
-                began = time.perf_counter()
-            with self._timer.measure():
+            with self._timer.measure(self._span("compute", item)):
                 hidden = self._stage.forward(item, hidden)
-            self._synchronize(hidden.device)
             self.counters.items += 1
-            self._tracer.add("compute", began, item)
         return hidden
 
-    def _synchronize(self, device: torch.device) -> None:
-        """A trace shows when something was computed, not when it was launched."""
-        if self._tracer.wanted and device.type == "cuda":
-            torch.cuda.synchronize(device)
+    def _span(self, kind: str, item: WorkItem) -> OnMeasured:
+        """Traces a span once the device has passed its end."""
+        return lambda began, ended: self._tracer.add(kind, began, item, ended=ended)
 
     def embed(self, item: WorkItem, x: Tensor) -> list[Tensor]:
         """Patch embeddings [1, s, D] of a latent for each cp_rank of the stage; on the first stage only."""
@@ -263,7 +256,7 @@ class WorkerLoop:
             elif header.kind is Kind.ADMIT:
                 assert message.payload is not None
                 edges.announce(header, message.payload)
-                worker.admit(unpack_admission(message.payload))
+                worker.admit(unpack_admit(message.payload))
             elif header.kind is Kind.RELEASE:
                 edges.announce(header)
                 worker.release(header)
@@ -295,4 +288,5 @@ def read_velocity(worker: StageWorker, edges: Edges, header: Header, hidden: Ten
     assert header.item is not None
     parts = edges.receive_parts(header)
     worker.counters.item_bytes += sum(part.nbytes for part in parts)
-    return worker.velocity(header.item, [hidden, *(part.payload for part in parts if part.payload is not None)])
+    others = [part.payload for part in parts if part.payload is not None]
+    return worker.velocity(header.item, [hidden, *others])

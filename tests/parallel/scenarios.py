@@ -30,7 +30,8 @@ from models.protocols import Pass, PassCondition
 from parallel.comm.channel import GroupTransport, Inbox, Link, Outbox
 from parallel.comm.messages import Header, Kind
 from parallel.health.errors import GangError
-from parallel.health.monitor import Timeouts, leave
+from parallel.health.monitor import leave
+from parallel.health.timeouts import Timeouts
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import open_gang
 from parallel.topology.mesh import Layout

@@ -16,9 +16,9 @@ from parallel.comm.messages import (
     Header,
     Kind,
     from_plain,
-    pack_admission,
+    pack_admit,
     to_plain,
-    unpack_admission,
+    unpack_admit,
 )
 
 items = st.builds(
@@ -139,7 +139,7 @@ admissions = st.builds(
 
 @given(admission=admissions)
 def test_an_admission_is_read_as_it_was_packed(admission):
-    read = unpack_admission(pack_admission(admission))
+    read = unpack_admit(pack_admit(admission))
     for name in ("video", "schedule", "kv", "grid", "checkpoint"):
         assert getattr(read, name) == getattr(admission, name)
     for name in ("text", "null", "counters"):
