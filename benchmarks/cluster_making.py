@@ -25,7 +25,7 @@ from parallel.cluster.messages import ChunkMade, Event, VideoDone, VideoFailed
 from parallel.cluster.placement import GangShape
 from parallel.cluster.queue import GangSize
 from parallel.cluster.views import ClusterSettings, VideoOrder
-from parallel.health.monitor import Timeouts
+from parallel.health.timeouts import Timeouts
 from parallel.ranks.worker import StageModel
 from parallel.topology.mesh import Layout, Mesh
 from parallel.topology.split import stage_range

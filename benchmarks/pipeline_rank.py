@@ -26,7 +26,7 @@ from engine.heap import settle_heap
 from engine.record import Recorder
 from models.errors import InputError
 from parallel.comm.messages import HEADER_BYTES
-from parallel.health.errors import BAD_INPUT, STOPPED, GangError
+from parallel.health.errors import BAD_INPUT, INTERRUPTED, GangError
 from parallel.health.monitor import leave
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
@@ -157,7 +157,7 @@ def main(folder: Path) -> None:
     except GangError as error:
         leave(error.failure.status)
     except KeyboardInterrupt:
-        leave(STOPPED)
+        leave(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -80,9 +80,8 @@ def show_conformance_on_ranks(files: Sequence[Path], ranks: RankOptions, env: Ra
     Raises:
         CommandFailed: a file does not pass or cannot be read, or a rank has failed.
     """
-    from launch.ending import FAILED
     from launch.ranks import join_ranks
-    from parallel.health.errors import GangError
+    from parallel.health.errors import FAILED, GangError
     from parallel.ranks.conformance import check_on_gang
 
     console, layout = Console(), f"pp {ranks.pp} x cp {ranks.cp}"

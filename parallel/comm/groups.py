@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from parallel.comm.channel import GlooWire, Wire
 from parallel.comm.device_wires import HostWire, NcclWire
-from parallel.health.monitor import Timeouts
+from parallel.health.timeouts import Timeouts
 from parallel.ranks.environment import RankEnv
 from parallel.topology.mesh import Edge, Mesh
 

@@ -97,9 +97,9 @@ class WakeupPipe:
         signal.signal(signal.SIGTERM, _only_ring)
         self._handles = True
 
-    def ring(self) -> None:
-        """Wake who waits."""
-        with suppress(OSError):  # full, so it rings already; or closed
+    def notify(self) -> None:
+        """Wake the thread that waits."""
+        with suppress(OSError):  # the pipe is full, so the thread wakes anyway; or the pipe is closed
             self._outside.send(b"\0")
 
     def wait(self, seconds: float) -> set[int]:

@@ -25,8 +25,9 @@ from models.errors import InputError
 from models.protocols import Pipeline
 from parallel.comm.edges import Edges
 from parallel.comm.groups import Groups, connect, open_groups, pick_device, serve_store
-from parallel.health.errors import BAD_INPUT, STOPPED, GangError
-from parallel.health.monitor import Monitor, Timeouts, is_connection_error
+from parallel.health.errors import BAD_INPUT, INTERRUPTED, GangError
+from parallel.health.monitor import Monitor, is_connection_error
+from parallel.health.timeouts import Timeouts
 from parallel.ranks.engine import GangEngine
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.leader import Leader
@@ -217,10 +218,10 @@ def _fail(monitor: Monitor, mesh: Mesh, error: BaseException) -> None:
     if isinstance(error, GangError):
         return
     if isinstance(error, KeyboardInterrupt):
-        monitor.fail("stopped", status=STOPPED)
+        monitor.fail("stopped", status=INTERRUPTED)
         return
     if isinstance(error, SystemExit | GeneratorExit):
-        monitor.fail(f"{mesh.name(mesh.rank)} was told to stop", status=STOPPED)
+        monitor.fail(f"{mesh.name(mesh.rank)} was told to stop", status=INTERRUPTED)
         return
     if isinstance(error, InputError):
         failure = monitor.fail(str(error), status=BAD_INPUT)

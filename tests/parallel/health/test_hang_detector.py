@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from parallel.health.hang_detector import HangDetector, Timeouts
+from parallel.health.hang_detector import HangDetector
 from parallel.health.heartbeats import Heartbeat
+from parallel.health.timeouts import Timeouts
 from parallel.topology.mesh import Layout, Mesh
 
 TIMES = Timeouts(silent=6.0, first=60.0, step=6.0, grace=2.0)
