@@ -104,7 +104,9 @@ class Connection:
                 the other end has closed it, or is gone.
         """
         self._sender.start()
-        threading.Thread(target=self._receive, args=(on_message, on_end), name="connection-receive", daemon=True).start()
+        threading.Thread(
+            target=self._receive, args=(on_message, on_end), name="connection-receive", daemon=True
+        ).start()
 
     def send(self, message: object) -> None:
         """Have a message sent after those before it; it is lost if the connection has ended."""
