@@ -28,7 +28,7 @@ from typing import Any
 from parallel.cluster.messages import decode, encode
 
 _CONNECT, _AUTHENTICATE, _PAUSE = 30.0, 10.0, 0.1
-_NUMBER, _ARRAYS = struct.Struct("<Q"), struct.Struct("<I")
+_NUMBER = struct.Struct("<Q")
 _KEY_BYTES = 32
 _REFUSED = (EOFError, OSError, AuthenticationError, AssertionError)
 """What the challenge raises when the other end hangs up, is too slow, does not know the key or says something else."""
@@ -127,7 +127,7 @@ class Connection:
         try:
             while (entry := self._outbox.get()) is not None:
                 text, arrays = encode(entry[0])
-                self._stream.send_bytes(_ARRAYS.pack(len(arrays)) + text)
+                self._stream.send_bytes(text)
                 for array in arrays:
                     self._stream.send_bytes(array.reshape(-1).view("u1").data)
         except OSError:
@@ -139,9 +139,7 @@ class Connection:
     def _receive(self, on_message: Callable[[Any], None], on_end: Callable[[Exception | None], None]) -> None:
         try:
             while True:
-                data = self._stream.recv_bytes()
-                (count,) = _ARRAYS.unpack_from(data)
-                on_message(decode(data[_ARRAYS.size :], [self._stream.recv_bytes() for _ in range(count)]))
+                on_message(decode(self._stream.recv_bytes(), self._stream.recv_bytes))
         except (EOFError, OSError):
             pass  # the other end is gone
         except Exception as error:  # noqa: BLE001 - `on_end` reports it

@@ -138,6 +138,7 @@ class Controller:
             self._gangs[holder].send(CancelVideo(video=video))
         self._scheduler.cancel(video, time.monotonic())
         self._forget(video)
+        self._out = deque(entry for entry in self._out if getattr(entry[0], "video", None) != video)
 
     def run(self) -> Iterator[Event]:
         """Make the videos that were submitted; more may be submitted meanwhile.

@@ -1,13 +1,13 @@
 """What the controller and the ranks of a gang say to each other, and how it becomes bytes.
 
-Plain data. A message is one of the dataclasses below or a list of them, and travels as JSON and the bytes of its arrays:
-decoding makes nothing but those dataclasses, paths, numbers, texts and arrays, whoever has sent it.
+Plain data. A message is one of the dataclasses below or a list of them, and travels as JSON and the bytes of its
+arrays: decoding makes nothing but those dataclasses, paths, numbers, texts and arrays, whoever has sent it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -224,18 +224,24 @@ def encode(message: object) -> tuple[bytes, list[NDArray[Any]]]:
         MessageError: something in it is neither a kind of message nor a plain value.
     """
     arrays: list[NDArray[Any]] = []
-    return json.dumps(_plain(message, arrays)).encode(), arrays
+    plain = _plain(message, arrays)
+    return json.dumps({"message": plain, "arrays": len(arrays)}).encode(), arrays
 
 
-def decode(text: bytes, arrays: Sequence[bytes]) -> Any:
+def decode(text: bytes, receive: Callable[[], bytes]) -> Any:
     """The message of which `encode` has made this; a list comes back as a tuple, arrays cannot be written to.
+
+    Args:
+        text: of the message.
+        receive: receives the bytes of its next array.
 
     Raises:
         MessageError: it is no message: an unknown kind, unknown or missing fields, or something else.
     """
     try:
-        return _value(json.loads(text), arrays)
-    except (ValueError, TypeError, LookupError, RecursionError, InputError) as error:
+        plain = json.loads(text)
+        return _value(plain["message"], [receive() for _ in range(plain["arrays"])])
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, InputError) as error:
         raise MessageError(f"this is no message: {error}") from error
 
 
@@ -265,7 +271,7 @@ def _value(plain: Any, arrays: Sequence[bytes]) -> Any:
         return tuple(_value(part, arrays) for part in plain)
     if not isinstance(plain, dict):
         return plain
-    match plain.get("kind"):
+    match plain["kind"]:
         case "path":
             return Path(plain["path"])
         case "tensor":

@@ -1,4 +1,4 @@
-"""State of the scheduler: the requests in its queue and on gangs, the gangs, and the decisions and figures it gives out.
+"""State of the scheduler: requests in its queue and on gangs, the gangs, and the decisions and figures it gives out.
 
 Plain values: no Ray, no torch, no clock. `scheduler.py` has the rules.
 """
