@@ -20,9 +20,10 @@ from benchmarks.adherence import adherence
 from benchmarks.fidelity import frames_psnr, frames_ssim, latent_error
 from benchmarks.flops import CountingExecutor
 from benchmarks.sweep import LEAN, VANILLA, ObservationLog, Setting, Ticks
-from engine.engine import Engine, Progress
+from engine.engine import Engine
 from engine.executor import LocalExecutor
 from engine.noise import SeededNoise
+from engine.progress import Progress
 from engine.record import Recorder
 from engine.request import Request
 from models.magi.pipeline import MagiPipeline

@@ -99,7 +99,7 @@ def _work(gang: Gang, task: RankTask, loop: CommandLoop) -> None:
         pipeline = task.source.lead(gang.mesh, device)
     gc.freeze()
     with gang.lead(pipeline, task.cache, task.kv, identity=task.source.identity) as (engine, _):
-        loop.run(engine)
+        loop.run(engine, gang.device)
 
 
 def actor_class() -> Any:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
-from engine.checkpoint.files import discard, newest
-from engine.engine import Progress
+import torch
+
+from engine.engine import ChunkResult, Engine, Submission
+from engine.progress import Progress
 from engine.schedule import Quantum
 from models.errors import InputError
 from parallel.cluster.messages import (
@@ -34,7 +37,6 @@ from parallel.cluster.messages import (
     VideoDone,
     VideoOrder,
 )
-from parallel.ranks.engine import ChunkResult, GangEngine
 
 _MOST_WAITING = 8
 """Chunks on their way to the controller before no more are made."""
@@ -71,12 +73,13 @@ class CommandLoop:
     def __init__(self, send: Callable[[list[GangEvent]], None]) -> None:
         self._send = send
         self._changed = threading.Condition()
-        self._commands: deque[Callable[[GangEngine], None]] = deque()
+        self._commands: deque[Callable[[Engine], None]] = deque()
         self._events: list[GangEvent] = []
         self._waiting = 0
         self._videos: dict[str, _Video] = {}
         self._finishing = False
-        self._engine: GangEngine | None = None
+        self._engine: Engine | None = None
+        self._reader: ThreadPoolExecutor | None = None
 
     def handle(self, command: Command) -> None:
         """Take a command of the controller, on any thread.
@@ -86,7 +89,7 @@ class CommandLoop:
         """
         match command:
             case VideoOrder():
-                self._queue(partial(self._admit, command))
+                self._order(command)
             case CancelVideo():
                 self._queue(partial(self._cancel, command.video))
             case PermitQuantum():
@@ -109,18 +112,28 @@ class CommandLoop:
             case _:
                 raise TypeError(f"a {type(command).__name__} is no command")
 
+    def _order(self, order: VideoOrder) -> None:
+        assert self._engine is not None and self._reader is not None, "videos are ordered of a gang that is ready"
+        video = _Video(order=order, send=self._post, stored=order.stored)
+        with self._changed:
+            self._videos[order.video] = video
+        self._reader.submit(self._read, video, self._engine)
+
     # ---- the leader's main thread
 
-    def run(self, engine: GangEngine) -> None:
+    def run(self, engine: Engine, device: torch.device) -> None:
         """Make the videos that come until there will be no more.
 
         Args:
             engine: of the gang.
+            device: of the pipeline.
 
         Raises:
             GangError: a rank has failed.
         """
         self._engine = engine
+        own_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read", initializer=own_device)
         self._post(GangReady())
         while not (self._finishing and not engine.in_flight):
             for command in self._next(idle=not engine.in_flight):
@@ -130,10 +143,10 @@ class CommandLoop:
             for made in engine.step():
                 self._hand_out(made)
             for video in list(self._videos.values()):
-                if not engine.running(video.number):
+                if video.number >= 0 and not engine.running(video.number):
                     self._done(video)
 
-    def _next(self, *, idle: bool) -> list[Callable[[GangEngine], None]]:
+    def _next(self, *, idle: bool) -> list[Callable[[Engine], None]]:
         """Commands that have come; waits while there is nothing to do, or too much for the controller to take."""
         with self._changed:
             while not self._commands and not self._finishing:
@@ -144,33 +157,32 @@ class CommandLoop:
             self._commands.clear()
             return commands
 
-    def _admit(self, order: VideoOrder, engine: GangEngine) -> None:
-        video = _Video(order=order, send=self._post, stored=order.stored)
-        with self._changed:
-            self._videos[order.video] = video
-        try:
-            video.number = self._submit(video, engine)
-        except InputError as error:
-            self._forget(order.video)
-            self._post(Refused(video=order.video, message=str(error)))
-            return
-        self._post(Admitted(video=order.video, number=video.number, first=engine.resumed(video.number)))
-
-    def _submit(self, video: _Video, engine: GangEngine) -> int:
+    def _read(self, video: _Video, engine: Engine) -> None:
+        """Encode an order and verify its checkpoint, which takes long, while the main thread goes on."""
         order = video.order
-        if order.checkpoint is not None:
-            found = newest(order.checkpoint.folder)
-            if found is not None and found.counts["chunks"] > order.stored:
-                discard(order.checkpoint.folder)  # the caller lacks chunks before it, so it is of no use
-        return engine.submit(
-            order.request,
-            partial(self._progressed, video),
-            checkpoint=order.checkpoint,
-            gate=video,
-            taken=lambda: video.stored,
-        )
+        read: Submission | Exception
+        try:
+            read = engine.read(order.request, order.checkpoint, stored=order.stored)
+        except Exception as error:  # noqa: BLE001 - the main thread raises it
+            read = error
+        self._queue(partial(self._admit, video, read))
 
-    def _cancel(self, name: str, engine: GangEngine) -> None:
+    def _admit(self, video: _Video, read: Submission | Exception, engine: Engine) -> None:
+        name = video.order.video
+        if self._videos.get(name) is not video:
+            return  # cancelled meanwhile
+        try:
+            if isinstance(read, Exception):
+                raise read
+            progressed = partial(self._progressed, video)
+            video.number = engine.submit(read, on_progress=progressed, gate=video, stored=lambda: video.stored)
+        except InputError as error:
+            self._forget(name)
+            self._post(Refused(video=name, message=str(error)))
+            return
+        self._post(Admitted(video=name, number=video.number, first=engine.resumed(video.number)))
+
+    def _cancel(self, name: str, engine: Engine) -> None:
         video = self._videos.get(name)
         if video is not None:
             self._forget(name)
@@ -178,11 +190,12 @@ class CommandLoop:
 
     def _hand_out(self, made: ChunkResult) -> None:
         chunk = made.chunk
+        assert chunk.frames is not None
         for video in self._videos.values():
             if video.number == made.video:
                 with self._changed:
                     self._waiting += 1
-                frames, latents = chunk.frames.cpu().numpy(), chunk.latents.cpu().numpy()
+                frames, latents = chunk.frames.numpy(), chunk.latents.numpy()
                 self._post(ChunkMade(video=video.order.video, index=chunk.index, frames=frames, latents=latents))
 
     def _progressed(self, video: _Video, progress: Progress) -> None:
@@ -219,7 +232,7 @@ class CommandLoop:
         with self._changed:
             self._videos.pop(name, None)
 
-    def _queue(self, command: Callable[[GangEngine], None]) -> None:
+    def _queue(self, command: Callable[[Engine], None]) -> None:
         with self._changed:
             self._commands.append(command)
             self._changed.notify_all()

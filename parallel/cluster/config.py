@@ -18,11 +18,10 @@ from engine.kv.size import KVSettings, plan_kv
 from engine.request import Request
 from engine.reuse.settings import ReuseSettings
 from engine.schedule import Schedule
-from models.loading import load_magi
 from models.magi.config import MagiConfig
-from models.magi.pipeline import Loading, load_stage
+from models.magi.pipeline import Loading, load_pipeline, load_stage
 from models.magi.sampling import MagiSampling
-from models.protocols import KVGeometry, Pipeline
+from models.protocols import CELL_FRAMES, KVGeometry, Pipeline
 from parallel.cluster.placement import GangShape
 from parallel.cluster.queue import GangSize, VideoSize
 from parallel.comm.ulysses import local_heads
@@ -68,7 +67,7 @@ class MagiSource:
         Raises:
             InputError: something is missing or damaged.
         """
-        return load_magi(self.config, self.weights, self._loading(mesh, device))
+        return load_pipeline(self.config, self.weights, self._loading(mesh, device))
 
     def stage(self, mesh: Mesh, device: str) -> StageModel:
         """A rank's layers.
@@ -108,9 +107,6 @@ class ClusterSettings:
     node_wait: float = 300.0  # seconds to wait for nodes when no gang has room any more
 
 
-_CELL, _FRAMES_OF_LATENT = 8, 4
-
-
 def video_size(
     config: MagiConfig,
     request: Request,
@@ -142,11 +138,9 @@ def video_size(
     )
     width = sampling.chunk_width
     frames = 0 if request.prefix is None else len(request.prefix.frames)
-    given = 1 if frames == 1 else frames // _FRAMES_OF_LATENT
+    given = 1 if frames == 1 else frames // CELL_FRAMES
     chunks = math.ceil((request.chunks * width + given) / width)
     schedule = Schedule(first=given // width, chunks=chunks, num_steps=request.num_steps, window=sampling.window)
-    side = _CELL * model.patch_size
-    tokens = width * (request.height // side) * (request.width // side) // model.t_patch_size
     geometry = KVGeometry(
         layers=range(max(stage_sizes(config, layout.pp, split))),
         query_heads=model.num_attention_heads,
@@ -155,5 +149,5 @@ def video_size(
         dtype=model.dtype,
         device=torch.device("cpu"),
     )
-    plan = plan_kv(sampling, schedule, kv, chunk_tokens=tokens)
+    plan = plan_kv(sampling, schedule, kv, chunk_tokens=config.chunk_tokens(request.height, request.width))
     return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(local_heads(geometry, layout.cp)))

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.checkpoint.files import CheckpointConfig
-from engine.engine import Progress
+from engine.progress import Progress
 from engine.request import Prefix, Request
 from engine.schedule import Schedule
 from models.errors import InputError

@@ -71,7 +71,8 @@ class HangDetector:
 
     def busy(self, rank: int) -> float:
         """Seconds for which a rank has been at its present task."""
-        return self._ranks[rank].busy if rank in self._ranks else 0.0
+        one = self._ranks.get(rank)
+        return 0.0 if one is None else one.busy
 
     def _observe(self, heartbeats: Mapping[int, Heartbeat | None], passed: float) -> None:
         for rank, heartbeat in heartbeats.items():

@@ -83,18 +83,11 @@ class Heartbeats:
             self.reported = self.reported or failure
         self.refresh()
 
-    def leave(self) -> None:
-        """Let the others expect no more heartbeats of this rank."""
+    def leave(self, wait: float = 0.0) -> None:
+        """Announce that this rank sends no more heartbeats; waits for so many seconds until the others can know it."""
         self._leaves = True
         self.refresh()
-
-    def wait_left(self, seconds: float) -> None:
-        """Wait until the others can know that this rank has left."""
-        self._left.wait(seconds)
-
-    def give_up(self) -> None:
-        """Wait for the store no more."""
-        self._left.set()
+        self._left.wait(wait)
 
     def close(self, seconds: float) -> None:
         """End the thread; it is abandoned if the store does not answer in time."""

@@ -71,6 +71,7 @@ class Monitor:
         self._processes: dict[int, LocalProcess] = {}  # of the other ranks on this machine
         self._gone: dict[int, int] = {}  # ranks whose process has ended, and the round in which that was seen
         self._rounds, self._unread = 0, 0.0  # heartbeats read, and seconds since
+        self._store_lost = False
         self._terminating: float | None = None  # seconds since SIGTERM
         self._failed, self._stopped = threading.Event(), threading.Event()
         self._pipe = WakeupPipe()
@@ -117,7 +118,7 @@ class Monitor:
             self._close()
 
     def watch(self, outstanding: Callable[[], int]) -> None:
-        """Ask this for the number of items under way, to tell a hanging gang from one without work."""
+        """Ask this for the number of items under way, to distinguish a hanging gang from an idle one."""
         self._outstanding = outstanding
 
     @contextmanager
@@ -148,8 +149,8 @@ class Monitor:
             raise GangError(self._failure)
 
     def fail(self, message: str, *, status: int = FAILED) -> Failure:
-        """Report a failure of this rank; returns the one that was reported first."""
-        failure = Failure(message=message, status=status, reporter=self._mesh.rank)
+        """Report a failure of this rank, in one line; returns the one that was reported first."""
+        failure = Failure(message=message.partition("\n")[0], status=status, reporter=self._mesh.rank)
         self._heartbeats.report(failure)
         return self.await_failure() or failure
 
@@ -158,7 +159,7 @@ class Monitor:
         self._failed.wait(self._timeouts.silent + 2 * self._timeouts.grace)
         return self._failure
 
-    def lost(self, rank: int, error: Exception) -> None:
+    def lost(self, rank: int, error: BaseException) -> None:
         """Report that a connection to a rank has failed. A report of that rank itself is older and holds."""
         if self._stopped.is_set():
             return
@@ -183,31 +184,25 @@ class Monitor:
         try:
             self._watch()
         except Exception as error:  # noqa: BLE001 - without this thread the rank would run unwatched
-            failure = Failure(
-                message=f"{self._name}: monitor: {_first_line(error)}", status=FAILED, reporter=self._mesh.rank
-            )
-            self._heartbeats.report(failure)
-            self._failure = self._failure or failure
+            self._report(f"{self._name}: monitor: {_first_line(error)}")
+            self._failed_at, self._failure = time.monotonic(), self._heartbeats.reported
             self._failed.set()
-            if not self._stopped.wait(self._timeouts.grace):
+        grace = self._timeouts.grace * (2 if self._server == self._mesh.rank else 1)
+        while not self._stopped.wait(self._timeouts.interval):
+            if time.monotonic() - self._failed_at > grace:
                 self._end_process()
 
     def _watch(self) -> None:
-        interval = self._timeouts.interval
-        grace = self._timeouts.grace * (2 if self._server == self._mesh.rank else 1)
-        before = time.monotonic()
-        while not self._stopped.is_set():
+        """Look for failures until there is one."""
+        interval, before = self._timeouts.interval, time.monotonic()
+        while self._failure is None and not self._stopped.is_set():
             signals = self._pipe.wait(interval)
             now = time.monotonic()
             passed, before = min(now - before, 2 * interval), now
             if signal.SIGTERM in signals and self._terminating is None:
                 self._terminating = 0.0
-            if self._stopped.is_set():
-                return
-            if self._failure is None:
+            if not self._stopped.is_set():
                 self._look(passed)
-            elif now - self._failed_at > grace:
-                self._end_process()
 
     def _look(self, passed: float) -> None:
         """Look for a failure, `passed` seconds after the last look."""
@@ -231,9 +226,9 @@ class Monitor:
 
     def _open_processes(self) -> None:
         for rank, heartbeat in self._heartbeats.latest.items():
-            here = heartbeat is not None and heartbeat.machine == self._machine and rank != self._mesh.rank
-            if here and heartbeat is not None and rank not in self._processes:
-                self._processes[rank] = LocalProcess(heartbeat.pid)
+            if heartbeat is not None and heartbeat.machine == self._machine:
+                if rank != self._mesh.rank and rank not in self._processes:
+                    self._processes[rank] = LocalProcess(heartbeat.pid)
 
     def _check_processes(self, passed: float) -> None:
         """Check the processes of this machine: the other ranks, the launcher, and SIGTERM to this one."""
@@ -260,13 +255,13 @@ class Monitor:
 
     def _lose_store(self, how: str) -> None:
         """The process that serves the store is gone, or hangs: each rank finds that out alone."""
-        self._heartbeats.give_up()
+        self._store_lost = True
         if self._server is None:
-            message = f"the launcher, which holds the ranks together, has gone: {how}"
-            self._set_failure(Failure(message=message, status=FAILED, reporter=0))
+            text = f"the launcher, which holds the ranks together, has gone: {how}"
+            self._set_failure(Failure(message=text, status=FAILED, reporter=0))
         else:
-            message = self._describe_gone(self._server, how)
-            self._set_failure(Failure(message=message, status=FAILED, reporter=1, hung=(self._server,)))
+            text = self._describe_gone(self._server, how)
+            self._set_failure(Failure(message=text, status=FAILED, reporter=1, hung=(self._server,)))
 
     def _set_failure(self, failure: Failure) -> None:
         # Ranks that cannot read the failure are ended first: later there might be nobody left to do it.
@@ -280,8 +275,7 @@ class Monitor:
 
     def _leave(self) -> None:
         """Leave the gang; the rank that serves the store leaves last."""
-        self._heartbeats.leave()
-        self._heartbeats.wait_left(self._timeouts.grace)
+        self._heartbeats.leave(0.0 if self._store_lost else self._timeouts.grace)
         deadline = time.monotonic() + self._timeouts.grace
         while self._server == self._mesh.rank and time.monotonic() < deadline and self._others_read():
             self._heartbeats.refresh()
@@ -289,11 +283,9 @@ class Monitor:
 
     def _others_read(self) -> bool:
         """Whether another rank may still read the store."""
-        for rank, heartbeat in self._heartbeats.latest.items():
-            process = self._processes.get(rank)
-            if heartbeat is not None and rank != self._mesh.rank and (process is None or not process.gone):
-                return True
-        return False
+        there = {rank for rank, heartbeat in self._heartbeats.latest.items() if heartbeat is not None}
+        gone = {rank for rank, process in self._processes.items() if process.gone}
+        return bool(there - gone - {self._mesh.rank})
 
     def _close(self) -> None:
         self._heartbeats.close(self._timeouts.grace)
@@ -322,5 +314,5 @@ def is_connection_error(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(part in str(error) for part in _DISCONNECTED)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -1,4 +1,4 @@
-"""How long the ranks of a gang, and whoever watches them, wait for one another."""
+"""How long the ranks of a gang, and a process that watches them, wait for one another."""
 
 from __future__ import annotations
 

@@ -116,9 +116,6 @@ def stage_layers(sizes: Sequence[int], stage: int) -> range:
     return range(start, start + sizes[stage])
 
 
-_CELL_PIXELS = 8
-
-
 def stage_sizes(config: MagiConfig, stages: int, split: str | None = None) -> tuple[int, ...]:
     """Layers of each stage.
 
@@ -133,8 +130,7 @@ def stage_sizes(config: MagiConfig, stages: int, split: str | None = None) -> tu
     model, runtime = config.model_config, config.runtime_config
     if split is not None:
         return parse_split(split, layers=model.num_layers, stages=stages)
-    side = _CELL_PIXELS * model.patch_size
-    tokens = runtime.chunk_width * (runtime.video_size_h // side) * (runtime.video_size_w // side)
+    tokens = config.chunk_tokens(runtime.video_size_h, runtime.video_size_w)
     ranges = runtime.noise2clean_kvrange or (runtime.window_size,)
     costs = modelled_costs(
         model.num_layers,

@@ -69,7 +69,7 @@ def running():
             with open_gang(env, layout, timeouts=Timeouts(silent=30.0)) as gang:
                 pipeline = SmallSource().lead(Mesh(layout=layout, rank=0), "cpu")
                 with gang.lead(pipeline) as (engine, _):
-                    controller.loop.run(engine)
+                    controller.loop.run(engine, torch.device("cpu"))
         except BaseException as error:
             failures.append(error)
             raise

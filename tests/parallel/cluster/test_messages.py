@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.checkpoint.files import CheckpointConfig
-from engine.engine import Progress
+from engine.progress import Progress
 from engine.request import Prefix, Request
 from parallel.cluster.messages import (
     _KINDS,

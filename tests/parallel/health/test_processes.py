@@ -63,23 +63,23 @@ def unhandled():
     signal.signal(signal.SIGTERM, before)
 
 
-def test_a_bell_tells_of_sigterm_and_survives_it(unhandled):
-    bell = WakeupPipe()
+def test_a_pipe_wakes_on_sigterm_and_survives_it(unhandled):
+    pipe = WakeupPipe()
     try:
-        assert bell.wait(0.01) == set()
-        bell.notify()
+        assert pipe.wait(0.01) == set()
+        pipe.notify()
         began = time.monotonic()
-        assert bell.wait(10) == set()
+        assert pipe.wait(10) == set()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert bell.wait(10) == {signal.SIGTERM}
+        assert pipe.wait(10) == {signal.SIGTERM}
         assert time.monotonic() - began < 5
     finally:
-        bell.close()
+        pipe.close()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    bell.notify()  # of no use, and of no harm
+    pipe.notify()  # of no use, and of no harm
 
 
-def test_a_bell_leaves_a_handler_of_somebody_else_alone():
+def test_a_pipe_leaves_a_handler_of_somebody_else_alone():
     def handler(number, frame):
         pass
 
