@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from models.errors import InputError
 from parallel.cluster.command_loop import CommandLoop
 from parallel.cluster.config import RankTask
 from parallel.cluster.connection import Address, connect
-from parallel.cluster.messages import RankStarted
+from parallel.cluster.messages import GangEvent, RankStarted
 from parallel.health.errors import BAD_INPUT, FAILED, GangError
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
@@ -56,19 +57,18 @@ class RankActor:
         settle_heap()
         if task.threads is not None:
             torch.set_num_threads(task.threads)
+        loop = CommandLoop()
         try:
-            connection = connect(address)
+            connection = connect(address, loop.handle, self._on_end)
         except OSError as error:
             where = f"{address.host}:{address.port}"
             message = f"rank {env.rank} cannot reach the controller at {where}: {error.strerror or error}"
             return RankEnd(status=FAILED, message=message)
-        loop = CommandLoop(connection.send)
         connection.send(RankStarted(pid=os.getpid()))
-        connection.start(loop.handle, self._on_end)
         try:
             with open_gang(env, task.layout, timeouts=task.timeouts, device=_own_device()) as gang:
                 self._gang = gang
-                _work(gang, task, loop)
+                _work(gang, task, loop, connection.send)
         except GangError as error:
             return RankEnd(status=error.failure.status, message=str(error))
         except InputError as error:
@@ -85,7 +85,7 @@ class RankActor:
             self._gang.monitor.fail(f"messages of the controller: {type(error).__name__}: {error}")
 
 
-def _work(gang: Gang, task: RankTask, loop: CommandLoop) -> None:
+def _work(gang: Gang, task: RankTask, loop: CommandLoop, send: Callable[[list[GangEvent]], None]) -> None:
     # Objects that exist when the work begins, and they are many with Ray, stay: the garbage collector, which would go
     # through them over and over, takes 1% of a rank's time.
     device = str(gang.device)
@@ -99,7 +99,7 @@ def _work(gang: Gang, task: RankTask, loop: CommandLoop) -> None:
         pipeline = task.source.lead(gang.mesh, device)
     gc.freeze()
     with gang.lead(pipeline, task.cache, task.kv, identity=task.source.identity) as (engine, _):
-        loop.run(engine, gang.device)
+        loop.run(engine, gang.device, send)
 
 
 def actor_class() -> Any:

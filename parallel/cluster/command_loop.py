@@ -64,14 +64,9 @@ class _Video:
 
 
 class CommandLoop:
-    """The leader's loop.
+    """The leader's loop."""
 
-    Args:
-        send: sends events to the controller, and waits for nobody.
-    """
-
-    def __init__(self, send: Callable[[list[GangEvent]], None]) -> None:
-        self._send = send
+    def __init__(self) -> None:
         self._changed = threading.Condition()
         self._commands: deque[Callable[[Engine], None]] = deque()
         self._events: list[GangEvent] = []
@@ -121,17 +116,18 @@ class CommandLoop:
 
     # ---- the leader's main thread
 
-    def run(self, engine: Engine, device: torch.device) -> None:
+    def run(self, engine: Engine, device: torch.device, send: Callable[[list[GangEvent]], None]) -> None:
         """Make the videos that come until there will be no more.
 
         Args:
             engine: of the gang.
             device: of the pipeline.
+            send: sends events to the controller, and waits for nobody.
 
         Raises:
             GangError: a rank has failed.
         """
-        self._engine = engine
+        self._engine, self._send = engine, send
         own_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read", initializer=own_device)
         self._post(GangReady())

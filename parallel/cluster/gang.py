@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -24,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from models.errors import InputError
 from parallel.cluster.actor import RankEnd, actor_class
 from parallel.cluster.config import ClusterSettings
-from parallel.cluster.connection import Listener, Peer
+from parallel.cluster.connection import Connection, Listener
 from parallel.cluster.messages import ChunkMade, ChunksReceived, Command, GangEvent, GangReady, RankStarted
 from parallel.cluster.placement import Place, Placement, alive_nodes, plan_strategies, threads_per_rank
 from parallel.comm.groups import connect
@@ -85,12 +86,20 @@ class GangView:
 
 @dataclass(slots=True)
 class _Rank:
-    actor: Any  # its actor
-    run: Any  # Ray's reference to its one long call
+    """A started rank."""
+
     place: Place
-    peer: Peer
+    connection: Connection = field(init=False)
+    actor: Any = None
+    run: Any = None  # Ray's reference to its one long call
+    inbox: deque[Any] = field(default_factory=deque)  # what it has sent
     pid: int | None = None
-    gone_at: float | None = None  # when its connection was seen to have ended
+    gone_at: float | None = None  # when its connection has ended
+    error: Exception | None = None  # why, if not because the rank has closed it or is gone
+
+    def end(self, error: Exception | None) -> None:
+        """Its connection has ended."""
+        self.error, self.gone_at = error, time.monotonic()
 
 
 class Gang:
@@ -121,7 +130,7 @@ class Gang:
     @property
     def quiet(self) -> bool:
         """Nothing can happen to it without news on the listener, but what heartbeats tell."""
-        gone = any(rank.peer.gone for rank in self._ranks)
+        gone = any(rank.gone_at is not None for rank in self._ranks)
         return self.state is GangState.DOWN or (self.state is GangState.UP and not gone and self._error is None)
 
     @property
@@ -144,7 +153,7 @@ class Gang:
     def send(self, command: Command) -> None:
         """Send the leader a command; it is lost if there is no leader."""
         if self._ranks:
-            self._ranks[0].peer.send(command)
+            self._ranks[0].connection.send(command)
 
     def poll(self) -> list[GangEvent]:
         """Go on with starting, and receive.
@@ -183,7 +192,7 @@ class Gang:
         ranks, self._ranks = self._ranks, []
         here = ray.get_runtime_context().get_node_id() if ranks else ""
         for rank in ranks:
-            rank.peer.close()
+            rank.connection.close()
             if rank.pid is not None:
                 _kill(rank.pid, rank.place.node, here)
             ray.kill(rank.actor, no_restart=True)
@@ -266,7 +275,9 @@ class Gang:
         shape, task = self._settings.shape, replace(self._settings.task, threads=threads)
         # Ray sets one thread for ranks that reserve one CPU, and hides the other GPUs; torchrun does neither.
         variables = {"OMP_NUM_THREADS": str(threads), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-        actor = (
+        rank = _Rank(place=place)
+        rank.connection, address = self._listener.expect(rank.inbox.append, rank.end)
+        rank.actor = (
             actor_class()
             .options(
                 num_cpus=shape.cpus,
@@ -276,8 +287,8 @@ class Gang:
             )
             .remote()
         )
-        peer, address = self._listener.expect()
-        return _Rank(actor=actor, run=actor.run.remote(env, task, address), place=place, peer=peer)
+        rank.run = rank.actor.run.remote(env, task, address)
+        return rank
 
     def _release(self) -> None:
         if self._placement is not None:
@@ -289,9 +300,7 @@ class Gang:
     def _receive(self) -> list[GangEvent]:
         events: list[GangEvent] = []
         for rank in self._ranks:
-            if rank.peer.gone and rank.gone_at is None:
-                rank.gone_at = time.monotonic()
-            for message in rank.peer.take():
+            for message in [rank.inbox.popleft() for _ in range(len(rank.inbox))]:
                 if isinstance(message, RankStarted):
                     rank.pid = message.pid
                 else:
@@ -325,8 +334,8 @@ class Gang:
             self._ends_at = now
             self._check_ends()
         for number, rank in enumerate(self._ranks):
-            if rank.peer.error is not None:
-                raise GangBroken(f"{self._mesh.name(number)}: its connection: {rank.peer.error}")
+            if rank.error is not None:
+                raise GangBroken(f"{self._mesh.name(number)}: its connection: {rank.error}")
         assert self._heartbeats is not None
         found = self._heartbeats.poll()
         if isinstance(found, Failure):

@@ -43,7 +43,7 @@ class Controller:
 
     def __init__(self):
         self.received = []
-        self.loop = CommandLoop(self.receive)
+        self.loop = CommandLoop()
 
     def receive(self, events):
         self.received.append(events)
@@ -69,7 +69,7 @@ def running():
             with open_gang(env, layout, timeouts=Timeouts(silent=30.0)) as gang:
                 pipeline = SmallSource().lead(Mesh(layout=layout, rank=0), "cpu")
                 with gang.lead(pipeline) as (engine, _):
-                    controller.loop.run(engine, torch.device("cpu"))
+                    controller.loop.run(engine, torch.device("cpu"), controller.receive)
         except BaseException as error:
             failures.append(error)
             raise

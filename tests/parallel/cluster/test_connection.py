@@ -14,7 +14,7 @@ from multiprocessing import connection as mp
 import numpy as np
 import pytest
 
-from parallel.cluster.connection import Connection, Listener, connect
+from parallel.cluster.connection import Listener, connect
 from parallel.cluster.messages import ChunkMade, ChunksReceived, MessageError, PermitQuantum
 
 HOST = "127.0.0.1"
@@ -28,16 +28,40 @@ def listener():
 
 
 class End:
-    """A rank's end of a connection."""
+    """One end of a connection: what it has received, and how it ended."""
 
-    def __init__(self, address):
-        self.received, self.ended, self.error = [], threading.Event(), None
-        self.connection = connect(address)
-        self.connection.start(self.received.append, self._end)
+    def __init__(self):
+        self.received, self.ended, self.error, self.connection = [], threading.Event(), None, None
 
-    def _end(self, error):
+    def end(self, error):
         self.error = error
         self.ended.set()
+
+    def take(self):
+        taken, self.received = self.received, []
+        return taken
+
+    @property
+    def gone(self):
+        return self.ended.is_set()
+
+    @property
+    def connected(self):
+        return self.connection._socket is not None
+
+
+def expect(listener):
+    """The controller's end, and the address for the rank's."""
+    peer = End()
+    peer.connection, address = listener.expect(lambda message: peer.received.append(message), peer.end)
+    return peer, address
+
+
+def rank(address):
+    """The rank's end."""
+    made = End()
+    made.connection = connect(address, made.received.append, made.end)
+    return made
 
 
 def until(condition, what, seconds=10.0):
@@ -77,9 +101,9 @@ def authenticated(address):
 
 
 def test_messages_come_whole_and_in_order_both_ways(listener):
-    peer, address = listener.expect()
+    peer, address = expect(listener)
     assert not peer.connected
-    end = End(address)
+    end = rank(address)
     sent = [chunk(0, 2, 0), chunk(1, 2, 3), chunk(2, 2, 300_000)]
     for one in sent:
         end.connection.send([one])
@@ -90,24 +114,24 @@ def test_messages_come_whole_and_in_order_both_ways(listener):
         assert one.frames.dtype == np.uint8 and np.array_equal(one.frames, other.frames)
     assert peer.connected and not peer.gone and peer.take() == []
     for number in range(100):
-        peer.send(ChunksReceived(count=number))
+        peer.connection.send(ChunksReceived(count=number))
     until(lambda: len(end.received) == 100, "not all came")
     assert [one.count for one in end.received] == list(range(100))
     end.connection.close()
 
 
 def test_small_messages_leave_at_once(listener):
-    peer, address = listener.expect()
-    end = End(address)
+    peer, address = expect(listener)
+    end = rank(address)
     until(lambda: peer.connected, "it was not taken")
-    for own in (end.connection._socket, peer._connection._socket):
+    for own in (end.connection._socket, peer.connection._socket):
         assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
     end.connection.close()
 
 
 def test_what_was_sent_before_the_end_is_received(listener):
-    peer, address = listener.expect()
-    end = End(address)
+    peer, address = expect(listener)
+    end = rank(address)
     for number in range(50):
         end.connection.send(chunk(number, 100_000))
     end.connection.close(flush=10.0)
@@ -118,7 +142,7 @@ def test_what_was_sent_before_the_end_is_received(listener):
 
 def test_a_rank_that_is_cut_off_is_gone_at_once(listener):
     """As when its process is killed: the system closes the socket, in the middle of a message or not."""
-    peer, address = listener.expect()
+    peer, address = expect(listener)
     raw = authenticated(address)
     os.write(raw.fileno(), b"\0\0")  # the beginning of a message
     until(lambda: peer.connected, "it was not taken")
@@ -130,13 +154,13 @@ def test_a_rank_that_is_cut_off_is_gone_at_once(listener):
 def test_nobody_waits_for_an_end_that_does_not_listen(listener):
     """A stopped rank takes nothing in; sending to it, and giving it up, take no time, and no thread is left."""
     before = len(threads())
-    peer, address = listener.expect()
+    peer, address = expect(listener)
     raw = authenticated(address)
     until(lambda: peer.connected, "it was not taken")
     began = time.monotonic()
     for number in range(20):
-        peer.send(chunk(number, 5_000_000))
-    peer.close()
+        peer.connection.send(chunk(number, 5_000_000))
+    peer.connection.close()
     assert time.monotonic() - began < 3.0  # the arrays themselves take a while to make
     until(lambda: len(threads()) <= before, "threads are left")
     raw.close()
@@ -146,8 +170,8 @@ def test_a_caller_that_says_nothing_is_dropped_and_holds_up_nobody(listener):
     silent = socket.create_connection((HOST, listener._port))
     slow = socket.create_connection((HOST, listener._port))
     slow.sendall(b"\0\0")
-    peer, address = listener.expect()
-    end = End(address)
+    peer, address = expect(listener)
+    end = rank(address)
     end.connection.send(ChunksReceived(count=1))
     began = time.monotonic()
     assert taken(listener, peer, 1) == [ChunksReceived(count=1)]
@@ -161,15 +185,15 @@ def test_a_caller_that_says_nothing_is_dropped_and_holds_up_nobody(listener):
 
 
 def test_a_caller_without_the_key_is_refused_and_a_key_opens_one_connection(listener):
-    peer, address = listener.expect()
+    peer, address = expect(listener)
     for wrong in (replace(address, key=bytes(32)), replace(address, number=99)):
         with pytest.raises(OSError):
-            connect(wrong)
+            connect(wrong, print, print)
     assert not peer.connected
-    end = End(address)
+    end = rank(address)
     until(lambda: peer.connected, "it was not taken")
     with pytest.raises(OSError):
-        connect(address)
+        connect(address, print, print)
     assert not peer.gone
     end.connection.close()
 
@@ -177,7 +201,7 @@ def test_a_caller_without_the_key_is_refused_and_a_key_opens_one_connection(list
 def test_a_rank_does_not_talk_to_somebody_who_does_not_know_the_key():
     """As when another process has got the controller's port meanwhile."""
     server = socket.create_server((HOST, 0))
-    _, address = Listener(HOST).expect()
+    _, address = expect(Listener(HOST))
 
     def pretend():
         raw = mp.Connection(server.accept()[0].detach())
@@ -188,7 +212,7 @@ def test_a_rank_does_not_talk_to_somebody_who_does_not_know_the_key():
     thread = threading.Thread(target=pretend, daemon=True)
     thread.start()
     with pytest.raises(OSError):
-        connect(replace(address, port=server.getsockname()[1]))
+        connect(replace(address, port=server.getsockname()[1]), print, print)
     thread.join(5)
     server.close()
 
@@ -202,7 +226,7 @@ def test_a_pickle_does_nothing_but_end_the_connection(listener, tmp_path):
     bomb = Bomb()
     bomb.place = str(tmp_path / "went off")
     for payload in (pickle.dumps(bomb), b"{}" + pickle.dumps(bomb)):
-        peer, address = listener.expect()
+        peer, address = expect(listener)
         raw = authenticated(address)
         raw.send_bytes(payload)
         until(lambda peer=peer: peer.gone, "the connection is still there")
@@ -216,8 +240,8 @@ def test_a_pickle_does_nothing_but_end_the_connection(listener, tmp_path):
 def test_what_cannot_be_sent_ends_the_connection_and_is_reported(listener):
     """In place of a rank that waits for an answer which never comes."""
     before = len(threads())
-    peer, address = listener.expect()
-    end = End(address)
+    peer, address = expect(listener)
+    end = rank(address)
     end.connection.send(threading.Lock())
     assert end.ended.wait(5.0)
     assert isinstance(end.error, MessageError)
@@ -226,32 +250,32 @@ def test_what_cannot_be_sent_ends_the_connection_and_is_reported(listener):
 
 
 def test_an_error_of_who_receives_ends_the_connection_and_is_reported(listener):
-    peer, address = listener.expect()
-    connection, errors = connect(address), []
-    connection.start(lambda message: message.missing, errors.append)
+    peer, address = expect(listener)
+    errors = []
+    connect(address, lambda message: message.missing, errors.append)
     until(lambda: peer.connected, "it was not taken")
-    peer.send(PermitQuantum(video="a", quantum=0))
+    peer.connection.send(PermitQuantum(video="a", quantum=0))
     until(lambda: peer.gone and errors, "nobody noticed the end")
     assert isinstance(errors[0], AttributeError)
 
 
 def test_a_rank_that_was_given_up_before_it_connected_is_disconnected(listener):
-    peer, address = listener.expect()
-    peer.close()
-    end = End(address)
+    peer, address = expect(listener)
+    peer.connection.close()
+    end = rank(address)
     assert end.ended.wait(5.0)
 
 
 def test_a_closed_listener_leaves_connections_alone_and_takes_no_others():
     made = Listener(HOST)
-    peer, address = made.expect()
-    _, late = made.expect()
-    end = End(address)
+    peer, address = expect(made)
+    _, late = expect(made)
+    end = rank(address)
     until(lambda: peer.connected, "it was not taken")
     made.close()
     assert not made._thread.is_alive()
     with pytest.raises(OSError):
-        connect(late)
+        connect(late, print, print)
     end.connection.send(ChunksReceived(count=1))
     until(lambda: peer.take() == [ChunksReceived(count=1)], "it did not come")
     end.connection.close()
@@ -262,19 +286,9 @@ def test_ipv6():
         made = Listener("::1")
     except OSError:
         pytest.skip("this machine has no IPv6")
-    peer, address = made.expect()
-    end = End(address)
+    peer, address = expect(made)
+    end = rank(address)
     end.connection.send(ChunksReceived(count=1))
     assert taken(made, peer, 1) == [ChunksReceived(count=1)]
     end.connection.close()
     made.close()
-
-
-def test_a_connection_needs_no_reader_to_be_closed():
-    own, other = socket.socketpair()
-    own.close()
-    other.close()
-    server = socket.create_server((HOST, 0))
-    connection = Connection(socket.create_connection(server.getsockname()))
-    connection.close(flush=1.0)
-    server.close()

@@ -19,18 +19,10 @@ CHUNK = ChunkMade(video="a", index=0, frames=np.zeros(1, np.uint8), latents=np.z
 
 
 class Ranks:
-    """Two ranks: what they have sent, how they have ended, and what their heartbeats tell."""
+    """Two ranks: how they have ended, what they were sent, and what their heartbeats tell."""
 
     def __init__(self):
-        self.messages, self.ends, self.found, self.sent = {0: [], 1: []}, {}, None, []
-        self.heartbeats = {}
-
-    def peer(self, rank):
-        def take():
-            taken, self.messages[rank] = self.messages[rank], []
-            return taken
-
-        return SimpleNamespace(gone=False, error=None, take=take, send=self.sent.append, close=lambda: None)
+        self.ends, self.found, self.sent, self.heartbeats = {}, None, [], {}
 
     def poll(self):
         return self.found
@@ -59,9 +51,9 @@ def gang(monkeypatch, ranks):
     monkeypatch.setattr(gang_module, "Placement", lambda shape, strategy: SimpleNamespace(remove=lambda: None))
     made = Gang("gang-0", settings(), "PACK", None)
     place = SimpleNamespace(node="here")
-    made._ranks = [
-        gang_module._Rank(actor=None, run=number, place=place, peer=ranks.peer(number)) for number in range(2)
-    ]
+    made._ranks = [gang_module._Rank(place=place, run=number) for number in range(2)]
+    for rank in made._ranks:
+        rank.connection = SimpleNamespace(send=ranks.sent.append, close=lambda: None)
     made._heartbeats, made.state, made._began = ranks, GangState.STARTING, float("inf")
     yield made
     made.stop()
@@ -69,7 +61,7 @@ def gang(monkeypatch, ranks):
 
 @pytest.mark.parametrize("how", ["heartbeats", "end"])
 def test_events_that_come_with_a_failure_are_not_lost(gang, ranks, how):
-    ranks.messages[0] = [RankStarted(pid=2**22 + 1), [GangReady()], [CHUNK]]
+    gang._ranks[0].inbox += [RankStarted(pid=2**22 + 1), [GangReady()], [CHUNK]]
     if how == "heartbeats":
         ranks.found = Diagnosis(message="rank 1 has given no heartbeat")
     else:
@@ -95,7 +87,7 @@ def test_a_reported_failure_waits_for_what_the_ranks_still_send(gang, ranks, mon
     ranks.found = Failure(message="rank 1: it broke", status=FAILED, reporter=1)
     assert gang.poll() == []
     now[0] += 1.0
-    ranks.messages[0] = [[CHUNK]]
+    gang._ranks[0].inbox.append([CHUNK])
     assert gang.poll() == [CHUNK]
     now[0] += 2.0
     with pytest.raises(GangBroken, match="it broke"):
@@ -104,7 +96,7 @@ def test_a_reported_failure_waits_for_what_the_ranks_still_send(gang, ranks, mon
 
 @pytest.mark.parametrize("ready", [False, True])
 def test_bad_input_ends_everything_while_the_gang_starts_and_the_gang_alone_later(gang, ranks, ready):
-    ranks.messages[0] = [[GangReady()]] if ready else []
+    gang._ranks[0].inbox += [[GangReady()]] * ready
     gang.poll()
     ranks.ends[0] = RankEnd(status=BAD_INPUT, message="no such weights")
     gang._ends_at = 0.0  # it looks at them twice a second
@@ -113,7 +105,7 @@ def test_bad_input_ends_everything_while_the_gang_starts_and_the_gang_alone_late
 
 
 def test_a_connection_that_ends_with_an_error_breaks_the_gang(gang, ranks):
-    gang._ranks[1].peer.error = ValueError("this is no message")
+    gang._ranks[1].end(ValueError("this is no message"))
     with pytest.raises(GangBroken, match="rank 1.*its connection: this is no message"):
         gang.poll()
 
