@@ -1,4 +1,4 @@
-"""Starts all ranks on this machine, as torchrun does for one node, and tells in one line what went wrong.
+"""Starts all ranks on this machine, as torchrun does for one node, and says in one line what went wrong.
 
 The launcher serves the rendezvous store: ranks whose launcher is gone notice that and end, and a failure can be read
 from it after they have ended. Ranks are process groups of their own, so that Ctrl-C reaches the launcher alone, which
