@@ -142,16 +142,16 @@ class Connection:
 
 
 class Listener:
-    """Takes the connections of ranks. Who connects and says nothing is dropped after a while, and holds up nobody.
+    """Takes the connections of ranks. A caller that says nothing is dropped after a while, and holds up no other one.
 
     Args:
         host: address of this machine that ranks can reach.
-        patience: seconds for who has connected to authenticate.
+        patience: seconds that a caller has to authenticate.
     """
 
     def __init__(self, host: str, *, patience: float = _AUTHENTICATE) -> None:
         self.news = threading.Event()
-        """Set after every message and every end of a connection; who waits for it clears it."""
+        """Set after every message and every end of a connection; the thread that waits for it clears it."""
         self._host, self._patience, self._closed = host, patience, False
         self._expected: dict[int, tuple[bytes, Connection]] = {}
         self._numbers = 0
@@ -199,7 +199,7 @@ class Listener:
                 time.sleep(_PAUSE)
 
     def _admit(self, caller: socket.socket) -> None:
-        """Authenticate who has connected, and open the connection that is meant."""
+        """Authenticate a caller, and open its connection."""
         stream = _stream(caller)
         with suppress(EOFError, OSError, AuthenticationError, AssertionError), _time_limit(caller, self._patience):
             (number,) = _NUMBER.unpack(stream.recv_bytes(_NUMBER.size).ljust(_NUMBER.size))

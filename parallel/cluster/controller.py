@@ -46,7 +46,7 @@ from parallel.cluster.messages import (
     VideoOrder,
     log_entry,
 )
-from parallel.cluster.metrics import Metrics
+from parallel.cluster.metrics import RayMetrics
 from parallel.cluster.placement import alive_nodes, plan_strategies
 from parallel.cluster.queue import Figures, Permit, RequestState
 from parallel.cluster.scheduler import Scheduler
@@ -71,7 +71,7 @@ class Controller:
         self,
         settings: ClusterSettings,
         *,
-        metrics: Metrics | None = None,
+        metrics: RayMetrics | None = None,
         log: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self._settings, self._metrics, self._log = settings, metrics, log

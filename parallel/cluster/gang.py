@@ -339,7 +339,7 @@ class Gang:
         assert self._heartbeats is not None
         found = self._heartbeats.poll()
         if isinstance(found, Failure):
-            # The ranks end by themselves and say so: what they have sent before comes first.
+            # The ranks end by themselves and say so: messages that they sent before are received first.
             self._failed_at = self._failed_at or now
             if now - self._failed_at > 2 * timeouts.grace:
                 raise self._failure(found.status, found.message)
@@ -347,7 +347,7 @@ class Gang:
             raise GangBroken(found.message)
 
     def _check_ends(self) -> None:
-        """No rank ends before it is told to."""
+        """No rank ends before the leader ends the session."""
         now = time.monotonic()
         runs = {rank.run: number for number, rank in enumerate(self._ranks)}
         ready, _ = ray.wait(list(runs), num_returns=len(runs), timeout=0)
@@ -372,7 +372,7 @@ class Gang:
         return GangBroken(message)
 
     def _died(self, number: int, error: Exception) -> GangBroken:
-        """What to say of a rank that has died: what the ranks have reported, if they have."""
+        """Why a rank has died: what the ranks have reported, if anything."""
         name, rank = self._mesh.name(number), self._ranks[number]
         if isinstance(error, RayTaskError):
             return GangBroken(f"{name}: {error.cause}")

@@ -1,7 +1,7 @@
-"""What the controller and the ranks of a gang say to each other, and how it becomes bytes.
+"""The messages between the controller and the ranks of a gang, and how they become bytes.
 
 Plain data. A message is one of the dataclasses below or a list of them, and travels as JSON and the bytes of its
-arrays: decoding makes nothing but those dataclasses, paths, numbers, texts and arrays, whoever has sent it.
+arrays: decoding makes nothing but those dataclasses, paths, numbers, texts and arrays.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def cluster_has_gpus() -> bool:
 
 
 def plan_strategies(nodes: Mapping[str, Mapping[str, float]], shape: GangShape, gangs: int) -> list[str]:
-    """How to place gangs, one after another: on one node where one has room, over several otherwise.
+    """How to place gangs, one after another: on one node that has the resources, over several otherwise.
 
     Args:
         nodes: resources by node.

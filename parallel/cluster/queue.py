@@ -99,8 +99,6 @@ class GangFigures:
 
     gang: str
     up: bool  # it can be given work
-    slots: int
-    slots_busy: int  # occupied by quanta that run
     utilisation: float  # busy slots as a share of all, averaged over the time it was up; 0 if it never was
     residents: int  # requests on it
 
@@ -110,7 +108,7 @@ class Figures:
     """The queue and the gangs at this moment."""
 
     queued: int  # length of the queue
-    standings: Mapping[RequestState, int]  # requests by where they are, those that have ended among them
+    states: Mapping[RequestState, int]  # requests by where they are, those that have ended among them
     restarts: int  # how often a request went back to the queue, of all requests together
     gangs: tuple[GangFigures, ...]  # each gang that ever was up, by name
 
@@ -125,7 +123,7 @@ class QueueEntry:
     number: int  # requests are numbered as they are submitted; less is older
     ended: RequestState | None = None  # how it ended
     gang: str | None = None  # the gang that holds its KV
-    granted: list[int] = field(default_factory=list)  # quanta that were permitted and are not done, in order
+    permitted: list[int] = field(default_factory=list)  # quanta that were permitted and are not done, in order
     ready: int | None = None  # the quantum that is announced and waits for its permit
     announcement: int = 0  # announcements are numbered in their order; that of `ready`
     done: int | None = None  # quanta done, counted from the video's start; None until this gang has announced one
@@ -142,12 +140,12 @@ class QueueEntry:
             return self.ended
         if self.gang is None:
             return RequestState.QUEUED
-        return RequestState.RUNNING if self.granted else RequestState.PAUSED
+        return RequestState.RUNNING if self.permitted else RequestState.PAUSED
 
     @property
     def slots(self) -> int:
         """Slots that it occupies. Of two permitted quanta the second waits for the first, so the wider one counts."""
-        return max((self.size.schedule.quantum(quantum).slots for quantum in self.granted), default=0)
+        return max((self.size.schedule.quantum(quantum).slots for quantum in self.permitted), default=0)
 
     @property
     def more_slots(self) -> int:
@@ -160,12 +158,12 @@ class QueueEntry:
         """The quantum that its gang announces next; None where any may come."""
         if self.ready is not None:
             return self.ready + 1
-        return self.granted[-1] + 1 if self.granted else self.done
+        return self.permitted[-1] + 1 if self.permitted else self.done
 
     def leave(self) -> None:
         """Leave the gang; what was permitted or announced there is void."""
         self.gang, self.ready, self.done = None, None, None
-        self.granted.clear()
+        self.permitted.clear()
 
 
 class GangEntry:
@@ -214,8 +212,6 @@ class GangEntry:
         return GangFigures(
             gang=self.name,
             up=self.up,
-            slots=self.size.slots,
-            slots_busy=self.slots_busy,
             utilisation=self._busy_seconds / self._slot_seconds if self._slot_seconds else 0.0,
             residents=len(self.residents),
         )

@@ -1,6 +1,6 @@
 """Decides which request runs on which gang, and which chunk enters a gang's window next.
 
-A pure object: it is told what happens, with the time, and answers with decisions. The same events give the same
+A pure object: events go in, with their times, and decisions come out. The same events give the same
 decisions. It knows no Ray, no torch, no threads and no clock.
 
 Rules
@@ -40,14 +40,14 @@ _PROMISED = 2
 class Scheduler:
     """Holds requests, gangs and window slots.
 
-    Events may come late: what a gang says of a request that it does not hold any more is ignored. A gang that comes
-    back may have its old name, if nothing that it said before it went down is passed on after that.
+    Events may come late: an event of a gang that does not hold the request any more is ignored. A gang that comes
+    back may have its old name, if none of the events before it went down is passed on after that.
 
     Times are in seconds on any clock that does not go backwards. A request that has ended leaves nothing but its count.
 
     Args:
         sizes: sizes that a gang may ever have; a request that fits none of them is refused.
-        share: every so manieth decision of a gang goes to what has waited longest.
+        share: one in so many decisions of a gang goes to what has waited longest.
         same: how often a request may be blamed for the same reason until it is set aside.
         losses: how often a request may be blamed or suspected without getting further until it is set aside.
     """
@@ -92,14 +92,14 @@ class Scheduler:
     def cancel(self, request: str, now: float) -> None:
         """Forget a request; its slots and memory are free at once. Nothing happens if it has ended.
 
-        The gang must be told before it is given anything else.
+        The caller cancels it on its gang before it carries out another decision.
         """
         self._advance(now)
         if (entry := self._entries.get(request)) is not None:
             self._end(entry, RequestState.CANCELLED)
 
     def quantum_ready(self, request: str, gang: str, quantum: int, now: float) -> None:
-        """The gang has announced a quantum. The first one after admission says where the request goes on.
+        """The gang has announced a quantum. The first one after admission is where the request goes on.
 
         Raises:
             ValueError: it is not the quantum that comes next.
@@ -129,9 +129,11 @@ class Scheduler:
         entry = self._resident(request, gang)
         if entry is None or (entry.done is not None and quantum < entry.done):
             return
-        if not entry.granted or entry.granted[0] != quantum:
-            raise ValueError(f"request {request}: quantum {quantum} is said to be done, permitted are {entry.granted}")
-        entry.granted.pop(0)
+        if not entry.permitted or entry.permitted[0] != quantum:
+            raise ValueError(
+                f"request {request}: quantum {quantum} is reported as done, permitted are {entry.permitted}"
+            )
+        entry.permitted.pop(0)
         entry.done = quantum + 1
         if entry.done > entry.furthest:
             entry.furthest, entry.losses = entry.done, 0
@@ -179,7 +181,7 @@ class Scheduler:
         lost.residents.clear()
         for entry in held:
             # A request that waited at a chunk boundary did nothing that could break the gang; any other one may have.
-            suspected = not blamed and (bool(entry.granted) or entry.done is None)
+            suspected = not blamed and (bool(entry.permitted) or entry.done is None)
             self._lose(entry, blamed.get(entry.request), suspected=suspected)
         self._admissions_due = True
         return held
@@ -198,7 +200,7 @@ class Scheduler:
             while (entry := self._next_quantum(gang)) is not None:
                 assert entry.ready is not None
                 decisions.append(Permit(request=entry.request, gang=gang.name, quantum=entry.ready))
-                entry.granted.append(entry.ready)
+                entry.permitted.append(entry.ready)
                 entry.ready = None
         return decisions
 
@@ -216,7 +218,7 @@ class Scheduler:
         states = self._ended + Counter(entry.state for entry in self._entries.values())
         return Figures(
             queued=len(self._queue),
-            standings={state: states[state] for state in RequestState},
+            states={state: states[state] for state in RequestState},
             restarts=self._restarts,
             gangs=tuple(gang.figures() for _, gang in sorted(self._gangs.items())),
         )

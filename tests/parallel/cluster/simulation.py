@@ -128,8 +128,8 @@ class World:
         figures = self.scheduler.figures(self.now)
         for one in figures.gangs:
             assert one.residents == len(self.gangs[one.gang].held)
-            assert one.slots_busy <= one.slots and 0 <= one.utilisation <= 1
-        assert sum(figures.standings.values()) == len(self.requests)
+            assert 0 <= one.utilisation <= 1
+        assert sum(figures.states.values()) == len(self.requests)
         assert self.scheduler.idle == (len(self.ended) == len(self.requests))
         return made
 

@@ -171,7 +171,7 @@ def test_a_quantum_is_granted_ahead_of_its_time_when_nobody_else_is_next():
         if quantum:
             made.gangs["gang 0"].held["a"].granted.pop(0)
             made.scheduler.quantum_done("a", "gang 0", quantum - 1, made.now)
-    assert made.scheduler.figures(made.now).gangs[0].slots_busy == WINDOW
+    assert made.scheduler._gangs["gang 0"].slots_busy == WINDOW
 
 
 def test_a_lost_gangs_requests_go_on_elsewhere_and_keep_their_age():
@@ -217,7 +217,7 @@ def test_a_request_that_has_ended_leaves_nothing_but_its_count():
     made.cancel("video 2")
     made.run()
     assert not made.scheduler._entries and not made.scheduler._queue and not made.scheduler._gangs["gang 0"].residents
-    standings = made.scheduler.figures(made.now).standings
+    standings = made.scheduler.figures(made.now).states
     assert standings[RequestState.DONE] == 2 and standings[RequestState.CANCELLED] == 1
     with pytest.raises(KeyError):
         made.scheduler.entry("video 0")
@@ -375,7 +375,7 @@ def test_what_cannot_be_is_an_error():
     made = world(ONE)
     made.submit("a")
     made.decide()
-    with pytest.raises(ValueError, match="quantum 0 is said to be done"):
+    with pytest.raises(ValueError, match="quantum 0 is reported as done"):
         made.scheduler.quantum_done("a", "gang 0", 0, 0.0)
     made.scheduler.quantum_ready("a", "gang 0", 0, 0.0)
     with pytest.raises(ValueError, match="quantum 2 was announced, 1 comes next"):
