@@ -24,13 +24,13 @@ from models.attention import Attention
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
-from models.magi.model import FixedCaptions, MagiModel
+from models.magi.model import MagiModel
 from models.magi.pipeline import Loading, load_autoencoder, load_stage
 from models.magi.sampling import MagiSampling
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
 from models.pocket.text import PocketEncoder
-from models.protocols import Autoencoder
+from models.protocols import Autoencoder, CaptionTable
 from parallel.ranks.worker import StageModel
 
 PROMPT = "a red circle moving right"
@@ -84,10 +84,10 @@ class BenchPipeline:
         """How to denoise with that many steps, with or without the passes that reuse may leave out."""
         return MagiSampling(config=self.config, num_steps=num_steps, clean_pass=clean_pass, copy_pass=copy_pass)
 
-    def captions(self, prompt: str) -> FixedCaptions:
+    def captions(self, prompt: str) -> CaptionTable:
         """Encode a prompt."""
         dit = self.model.dit
-        return FixedCaptions(text=self._encoder.encode(prompt), null=dit.null_text())
+        return CaptionTable(text=self._encoder.encode(prompt), null=dit.null_text())
 
 
 def model_config(spec: ModelSpec) -> MagiConfig:

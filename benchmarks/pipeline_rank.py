@@ -27,7 +27,7 @@ from engine.record import Recorder
 from models.errors import InputError
 from models.protocols import CELL_PIXELS
 from parallel.comm.messages import HEADER_BYTES
-from parallel.health.errors import BAD_INPUT, STOPPED, GangError
+from parallel.health.errors import BAD_INPUT, INTERRUPTED, GangError
 from parallel.health.monitor import leave
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
@@ -158,7 +158,7 @@ def main(folder: Path) -> None:
     except GangError as error:
         leave(error.failure.status)
     except KeyboardInterrupt:
-        leave(STOPPED)
+        leave(INTERRUPTED)
 
 
 if __name__ == "__main__":

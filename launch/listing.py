@@ -98,9 +98,8 @@ def show_conformance_on_ranks(files: Sequence[Path], ranks: RankOptions, env: Ra
         CommandFailed: a file does not pass or cannot be read, or a rank has failed.
     """
     from launch.conformance import check_on_gang
-    from launch.ending import FAILED
     from launch.ranks import join_ranks
-    from parallel.health.errors import GangError
+    from parallel.health.errors import FAILED, GangError
 
     console, layout = Console(), f"pp {ranks.pp} x cp {ranks.cp}"
     failed: list[str] = []

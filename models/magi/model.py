@@ -1,33 +1,15 @@
-"""MAGI-1 as the engine sees it: a `VideoModel` over the DiT, and its captions.
+"""MAGI-1 as the engine sees it: a `VideoModel` over the DiT.
 
 It turns the engine's words (a chunk's first frame, a pass's condition) into calls of the DiT.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from models.magi.dit import MagiDiT
-from models.protocols import CaptionKind, KVGeometry, KVView, PassCondition
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FixedCaptions:
-    """Captions that are the same for every chunk: `text` and `null`, each [N, channels]."""
-
-    text: Tensor
-    null: Tensor
-
-    def get(self, kind: CaptionKind, chunks_left: int) -> Tensor:
-        """The caption of a chunk."""
-        return self.text if kind == "text" else self.null
-
-    def to(self, device: torch.device) -> FixedCaptions:
-        """The same on a device."""
-        return FixedCaptions(text=self.text.to(device), null=self.null.to(device))
+from models.protocols import KVGeometry, KVView, PassCondition
 
 
 class MagiModel:

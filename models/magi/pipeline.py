@@ -13,13 +13,13 @@ import torch
 from models.attention import Attention
 from models.errors import InputError
 from models.magi.config import MagiConfig
-from models.magi.model import FixedCaptions, MagiModel
+from models.magi.model import MagiModel
 from models.magi.sampling import MagiSampling
-from models.magi.text import SpecialTokens, T5Encoder, TextEncoder, TokenCaptions
+from models.magi.text import SpecialTokens, T5Encoder, TextEncoder
 from models.magi.vae import TiledVAE
 from models.magi.weights import Checkpoint, weights_folder
 from models.pocket.text import PocketEncoder
-from models.protocols import Autoencoder
+from models.protocols import Autoencoder, CaptionTable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,7 @@ class MagiPipeline:
         """How to denoise with that many steps, with or without the passes that reuse may leave out."""
         return MagiSampling(config=self.config, num_steps=num_steps, clean_pass=clean_pass, copy_pass=copy_pass)
 
-    def captions(self, prompt: str) -> FixedCaptions | TokenCaptions:
+    def captions(self, prompt: str) -> CaptionTable:
         """Encode a prompt.
 
         Raises:
@@ -72,10 +72,12 @@ class MagiPipeline:
         """
         text, dit = self._encoder.encode(prompt), self.model.dit
         self._encoder.release()
-        if self._tokens is None:
-            return FixedCaptions(text=text, null=dit.null_text()).to(dit.device)
-        length = self.config.model_config.caption_max_length
-        return TokenCaptions(text=text, null=dit.null_text(), tokens=self._tokens, max_length=length).to(dit.device)
+        counters, length = None, None
+        if self._tokens is not None:
+            counters = self._tokens.counters().to(text)
+            length = self.config.model_config.caption_max_length
+        table = CaptionTable(text=text, null=dit.null_text(), counters=counters, max_length=length)
+        return table.to(dit.device)
 
 
 def load_pipeline(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiPipeline:

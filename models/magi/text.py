@@ -17,7 +17,7 @@ import urllib.parse
 import warnings
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError
-from models.protocols import CaptionKind
 
 T5_FOLDER = "t5-v1_1-xxl"
 """The folder inside `t5_pretrained` that holds the encoder."""
@@ -89,28 +88,13 @@ class SpecialTokens:
         # Through fp16, as released: the vectors that the DiT was trained with were rounded to it.
         return cls(other=torch.from_numpy(rows.astype(np.float16).astype(np.float32)))
 
+    def counters(self) -> Tensor:
+        """Rows in front of the text: how much of the video is left, and that high quality is wanted (2.3).
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenCaptions:
-    """The captions of one request, with special tokens in front that count the chunks that are left (2.3)."""
-
-    text: Tensor  # the encoded prompt [N, C]
-    null: Tensor  # what stands for no text
-    tokens: SpecialTokens
-    max_length: int  # most tokens of a caption; the last ones of the text fall off
-
-    def get(self, kind: CaptionKind, chunks_left: int) -> Tensor:
-        """The caption of a chunk: duration, high quality, text. More than 7 chunks left count as 7."""
-        if kind == "null":
-            return self.null
-        row = _DURATION_ROW + min(chunks_left, _DURATION_ROWS - 1)
-        duration, quality = self.tokens.other[row, None], self.tokens.other[_HQ_ROW, None]
-        return torch.cat([duration, quality, self.text])[: self.max_length]
-
-    def to(self, device: torch.device) -> TokenCaptions:
-        """The same on a device."""
-        tokens = SpecialTokens(other=self.tokens.other.to(device))
-        return replace(self, text=self.text.to(device), null=self.null.to(device), tokens=tokens)
+        Returns:
+            [8, 2, C] fp32, by how many chunks come after the chunk; more than 7 count as 7.
+        """
+        return torch.stack([self.other[[_DURATION_ROW + left, _HQ_ROW]] for left in range(_DURATION_ROWS)])
 
 
 class T5Encoder:

@@ -13,7 +13,8 @@ import torch
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from models.errors import InputError
-from models.magi.text import SpecialTokens, T5Encoder, TextEncoder, TokenCaptions, clean_prompt
+from models.magi.text import SpecialTokens, T5Encoder, TextEncoder, clean_prompt
+from models.protocols import CaptionTable
 
 CHANNELS = 16
 CORPUS = """a cat sits on a red mat
@@ -216,16 +217,17 @@ def test_other_special_tokens_are_reported(tmp_path: Path) -> None:
         SpecialTokens.from_npz(path, sha256=hashlib.sha256(b"no archive").hexdigest())
 
 
-def numbered(max_length: int = 800) -> TokenCaptions:
-    """Text rows hold -1, -2, -3; row r of the special tokens holds r."""
-    text = -torch.arange(1.0, 4.0)[:, None].expand(3, CHANNELS)
+def numbered(max_length: int = 800) -> CaptionTable:
+    """Text rows hold -1, -2, -3, row r of the special tokens holds r, the null text -9."""
     tokens = SpecialTokens(other=torch.arange(100.0)[:, None].expand(100, CHANNELS))
-    return TokenCaptions(text=text, null=torch.zeros(2, CHANNELS), tokens=tokens, max_length=max_length)
+    text = -torch.arange(1.0, 4.0)[:, None].expand(3, CHANNELS)
+    null = torch.full((2, CHANNELS), -9.0)
+    return CaptionTable(text=text, null=null, counters=tokens.counters(), max_length=max_length)
 
 
 def test_special_tokens_come_first_duration_before_quality() -> None:
     assert numbered().get("text", 2)[:, 0].tolist() == [9, 1, -1, -2, -3]
-    assert numbered().get("null", 2)[:, 0].tolist() == [0, 0]
+    assert numbered().get("null", 2)[:, 0].tolist() == [-9, -9]
 
 
 @pytest.mark.parametrize(("chunks_left", "row"), [(0, 7), (1, 8), (6, 13), (7, 14), (8, 14), (500, 14)])
@@ -234,4 +236,4 @@ def test_the_duration_token_counts_chunks_down(chunks_left: int, row: int) -> No
 
 
 def test_the_end_of_a_long_text_falls_off() -> None:
-    assert numbered(max_length=4).get("text", 0)[:, 0].tolist() == [7, 1, -1, -2]
+    assert numbered(4).get("text", 0)[:, 0].tolist() == [7, 1, -1, -2]
