@@ -1,6 +1,29 @@
-"""`python -m launch`, the same as the command `flowcache`."""
+"""`python -m launch` and the command `flowcache`. Until everything is imported, Ctrl-C ends the process at once.
 
-from launch.cli import main
+Imports take a while, and an interrupt within one would be shown as a traceback, or swallowed. There is nothing to clean
+up yet.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+from typing import NoReturn
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    os._exit(128 + number)
+
+
+def main() -> NoReturn:
+    """Run the command line of this process and exit."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end_at_once)
+    from launch.cli import main as run
+
+    run()
+
 
 if __name__ == "__main__":
     main()

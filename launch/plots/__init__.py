@@ -6,14 +6,14 @@ matplotlib's global state.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from engine.files import atomic_write
 from engine.record import RunRecord
-from launch.output.files import check_target, file_errors, part_of
+from launch.output.files import check_target
 from launch.plots.distance import distance_figure
 from launch.plots.kv import kv_figure
 from launch.plots.pipeline import PipelineTrace, pipeline_figure, pipeline_table
@@ -68,11 +68,6 @@ def plot_pipeline(folder: Path, out: Path) -> str:
 
 
 def _save(figure: Figure, out: Path) -> Path:
-    part = part_of(out)
-    try:
-        with file_errors(out):
-            figure.savefig(part, format="png", dpi=_DPI)
-            os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_write(out) as file:
+        figure.savefig(file, format="png", dpi=_DPI)
     return out
