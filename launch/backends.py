@@ -18,6 +18,7 @@ from engine.checkpoint.files import CheckpointConfig
 from engine.engine import Engine
 from engine.progress import Progress
 from engine.record import Recorder
+from launch.declare import arguments
 from launch.ending import CommandFailed, check_signals
 from launch.options import Options
 from launch.plan import ModelPlan, Plan, layout_of, plan_model
@@ -28,7 +29,7 @@ from parallel.cluster.messages import Admitted, ChunkMade, Event, GangReady, Pro
 from parallel.health.errors import GangError
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
-from parallel.ranks.spawn import run_ranks
+from parallel.ranks.spawn import run_ranks, worker_ranks
 from parallel.ranks.worker import StageModel
 from parallel.topology.split import stage_range
 from parallel.trace.counters import RankCounters
@@ -216,17 +217,37 @@ def serve_stage(gang: Gang, options: Options) -> None:
     gang.serve(StageModel(model=model, attention=model.dit.attention))
 
 
-def start_ranks(arguments: Sequence[str], options: Options) -> None:
+def start_ranks(given: Sequence[str], options: Options) -> None:
     """Run this command line once for each rank, on this machine, and wait for all of them.
 
     Raises:
         CommandFailed: a rank has failed.
     """
-    command = [sys.executable, "-m", "launch", *arguments]
+    command = [sys.executable, "-m", "launch", *given]
     try:
         run_ranks(command, layout_of(options), threads=options.threads)
     except GangError as error:
         raise CommandFailed(str(error), status=error.failure.status, shown_here=True) from None
+
+
+@contextmanager
+def started_ranks(options: Options) -> Iterator[Gang]:
+    """Start all ranks but the leader on this machine, and join them as the leader.
+
+    Yields:
+        The gang.
+
+    Raises:
+        CommandFailed: a rank has failed.
+    """
+    # A rank that does not lead serves whatever is asked for; it needs a prompt on its command line all the same.
+    served = replace(options, prompts=["-"], out=None, record=None, trace=None)
+    command = [sys.executable, "-m", "launch", "generate", *arguments(served)]
+    with (
+        worker_ranks(command, layout_of(options), threads=options.threads) as env,
+        join_ranks(env, options, trace=False) as gang,
+    ):
+        yield gang
 
 
 @contextmanager

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
+from enum import Enum
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typer
 
 from models.errors import InputError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,23 @@ class Declared:
             shown: bool | str = True if opt.shown is None else opt.shown
             info = typer.Option(name, metavar=opt.metavar, help=opt.help, show_default=shown, rich_help_panel=opt.panel)
         return Parameter(self.name, Parameter.KEYWORD_ONLY, default=self.default, annotation=Annotated[self.kind, info])
+
+    def convert(self, value: Any) -> Any:
+        """A value of the option's type, of one that a script gives.
+
+        Raises:
+            InputError: it is of another kind.
+        """
+        kind = self.value_type
+        if value is None or get_origin(kind) is not None:
+            return value
+        try:
+            if isinstance(value, bool) != (kind is bool) or (kind is int and value != int(value)):
+                raise ValueError
+            return kind(value)
+        except (TypeError, ValueError):
+            choices = f": choose from {', '.join(kind)}" if issubclass(kind, Enum) else f", not of type {kind.__name__}"
+            raise InputError(f"{self.name}={value!r} cannot be used{choices}") from None
 
     def check(self, value: Any) -> None:
         """See that a value is within its bounds.
@@ -137,6 +157,25 @@ def command(options: Sequence[Declared], run: Callable[[typer.Context, dict[str,
     first = Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     call.__dict__["__signature__"] = Signature([first, *(one.parameter() for one in options)])
     return call
+
+
+def from_values(shape: type[T], base: T | None = None, /, **values: Any) -> T:
+    """An instance of a dataclass of options, of values as a script has them: names of enums and paths may be text.
+
+    Args:
+        shape: the dataclass.
+        base: an instance whose values hold where none are given.
+        values: by the names of fields.
+
+    Raises:
+        InputError: there is no such option, or a value is not of its kind.
+    """
+    known = {one.name: one for one in declared(shape)}
+    for name in values:
+        if name not in known:
+            raise InputError(f"there is no option {name}: known are {', '.join(known)}")
+    given = {name: known[name].convert(value) for name, value in values.items()}
+    return replace(base, **given) if base is not None else shape(**given)  # type: ignore[type-var]
 
 
 def arguments(options: Any) -> list[str]:
