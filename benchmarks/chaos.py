@@ -45,9 +45,8 @@ from engine.checkpoint.files import CheckpointConfig, newest
 from engine.kv.size import KVSettings
 from models.errors import InputError
 from parallel.cluster.controller import Controller
-from parallel.cluster.messages import Event, GangDown, GangLost, GangReady, VideoDone
-from parallel.cluster.views import VideoOrder
-from parallel.health.monitor import Timeouts
+from parallel.cluster.messages import Event, GangDown, GangLost, GangReady, VideoDone, VideoOrder
+from parallel.health.timeouts import Timeouts
 from parallel.topology.mesh import Layout
 
 _TIMEOUTS = Timeouts(silent=5.0, first=90.0, step=40.0, grace=1.0)

@@ -17,8 +17,7 @@ from enum import StrEnum
 from benchmarks.chaos_account import Accountant, Strike
 from benchmarks.chaos_ground import Ground
 from models.errors import InputError
-from parallel.cluster.gang import GangState
-from parallel.cluster.views import GangView
+from parallel.cluster.gang import GangState, GangView
 
 _NODE_SHARE, _STOP_SHARE, _HASTY_SHARE = 0.15, 0.25, 0.2
 _WAIT, _HASTE = (0.3, 2.5), (0.1, 1.0)

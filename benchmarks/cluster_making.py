@@ -18,14 +18,12 @@ from engine.checkpoint.files import CheckpointConfig
 from engine.kv.size import KVSettings
 from engine.request import Request
 from engine.reuse.settings import ReuseSettings
-from parallel.cluster.actor import RankTask
-from parallel.cluster.config import VideoSize, video_size
+from parallel.cluster.config import ClusterSettings, RankTask, VideoSize, video_size
 from parallel.cluster.controller import Controller
-from parallel.cluster.messages import ChunkMade, Event, VideoDone, VideoFailed
+from parallel.cluster.messages import ChunkMade, Event, VideoDone, VideoFailed, VideoOrder
 from parallel.cluster.placement import GangShape
 from parallel.cluster.queue import GangSize
-from parallel.cluster.views import ClusterSettings, VideoOrder
-from parallel.health.monitor import Timeouts
+from parallel.health.timeouts import Timeouts
 from parallel.ranks.worker import StageModel
 from parallel.topology.mesh import Layout, Mesh
 from parallel.topology.split import stage_range
@@ -97,7 +95,6 @@ class Making:
             task=task,
             size=room,
             max_restarts=self.max_restarts,
-            seed=seed,
         )
 
     def order(self, video: str, request: Request, checkpoint: CheckpointConfig | None = None) -> VideoOrder:

@@ -32,8 +32,7 @@ from engine.heap import settle_heap
 from engine.kv.size import KVSettings
 from engine.request import Request
 from models.errors import InputError
-from models.loading import load_magi
-from models.magi.pipeline import Loading
+from models.magi.pipeline import Loading, load_pipeline
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
 
@@ -101,7 +100,7 @@ def make_long_video(length: Length, threads: int) -> LongVideo:
     settle_heap()  # as the command line does
     torch.set_num_threads(threads)
     config = pocket_config()
-    pipeline = load_magi(config, length.weights, Loading())
+    pipeline = load_pipeline(config, length.weights, Loading())
     executor = CountingExecutor(LocalExecutor(pipeline.model), config.model_config)
     engine = Engine(pipeline, kv=KVSettings(budget=length.budget), executor=executor)
     request = Request(prompt=_PROMPT, chunks=length.chunks, height=SIDE, width=SIDE, num_steps=length.steps, seed=0)

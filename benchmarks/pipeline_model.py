@@ -24,18 +24,17 @@ from models.attention import Attention
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
-from models.magi.model import FixedCaptions, MagiModel
-from models.magi.pipeline import Loading, load_parts, load_stage
+from models.magi.model import MagiModel
+from models.magi.pipeline import Loading, load_autoencoder, load_stage
 from models.magi.sampling import MagiSampling
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
 from models.pocket.text import PocketEncoder
-from models.protocols import Autoencoder
+from models.protocols import Autoencoder, CaptionTable
 from parallel.ranks.worker import StageModel
 
 PROMPT = "a red circle moving right"
 _HEAD, _KEY_HEADS = 48, 4
-_PIXELS = 8
 _GAIN = 0.3 - 1  # of post-norms, which have an offset of one
 _SEARCHES = 40
 _SHORT, _TRIES, _NEAR = 4, 6, 0.02
@@ -77,11 +76,6 @@ class BenchPipeline:
         return self.model.dit.attention
 
     @property
-    def patch_pixels(self) -> int:
-        """Pixels of a latent cell's side."""
-        return _PIXELS
-
-    @property
     def stage(self) -> StageModel:
         """The layers, for a rank that does not lead."""
         return StageModel(model=self.model, attention=self.attention)
@@ -90,10 +84,10 @@ class BenchPipeline:
         """How to denoise with that many steps, with or without the passes that reuse may leave out."""
         return MagiSampling(config=self.config, num_steps=num_steps, clean_pass=clean_pass, copy_pass=copy_pass)
 
-    def captions(self, prompt: str) -> FixedCaptions:
+    def captions(self, prompt: str) -> CaptionTable:
         """Encode a prompt."""
         dit = self.model.dit
-        return FixedCaptions(text=self._encoder.encode(prompt).embeddings, null=dit.null_text())
+        return CaptionTable(text=self._encoder.encode(prompt).embeddings, null=dit.null_text())
 
 
 def model_config(spec: ModelSpec) -> MagiConfig:
@@ -143,9 +137,9 @@ def build(spec: ModelSpec, layers: range | None = None, *, decode: bool = False)
             raise InputError("a random model has no autoencoder: leave out --decode")
         return BenchPipeline(config, _random_model(config, layers), None)
     weights = None if spec.weights is None else Path(spec.weights)
-    if decode:
-        return BenchPipeline(config, *load_parts(config, weights, Loading(layers=layers)))
-    return BenchPipeline(config, load_stage(config, weights, Loading(layers=layers)), None)
+    loading = Loading(layers=layers)
+    autoencoder = load_autoencoder(config, weights, loading) if decode else None
+    return BenchPipeline(config, load_stage(config, weights, loading), autoencoder)
 
 
 def _random_model(config: MagiConfig, layers: range | None) -> MagiModel:

@@ -25,8 +25,9 @@ from engine.engine import Engine
 from engine.heap import settle_heap
 from engine.record import Recorder
 from models.errors import InputError
+from models.protocols import CELL_PIXELS
 from parallel.comm.messages import HEADER_BYTES
-from parallel.health.errors import BAD_INPUT, STOPPED, GangError
+from parallel.health.errors import BAD_INPUT, INTERRUPTED, GangError
 from parallel.health.monitor import leave
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
@@ -121,7 +122,7 @@ def _gang(folder: Path, job: Job, env: RankEnv) -> None:
 
 def _hop(gang: Gang, job: Job, pipeline: BenchPipeline) -> float:
     """Seconds of a header and hidden states from the lead to the last stage: half of the median way to and fro."""
-    mesh, side = gang.mesh, job.model.side // pipeline.patch_pixels
+    mesh, side = gang.mesh, job.model.side // CELL_PIXELS
     tail = mesh.rank_of(mesh.last_stage, 0)
     if mesh.rank not in (0, tail):
         return 0.0
@@ -157,7 +158,7 @@ def main(folder: Path) -> None:
     except GangError as error:
         leave(error.failure.status)
     except KeyboardInterrupt:
-        leave(STOPPED)
+        leave(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,7 @@ from engine.reuse.settings import ReuseSettings
 from launch.options import CacheName
 from launch.reuse_presets import REUSE_FIGURES, reuse_preset
 from models.errors import InputError
-from models.loading import load_magi
-from models.magi.pipeline import Loading, MagiPipeline
+from models.magi.pipeline import Loading, MagiPipeline, load_pipeline
 from models.pocket.preset import pocket_config
 
 _MODEL = "magi-pocket"
@@ -87,7 +86,7 @@ def run(
     if quick:
         grid = replace(grid, fractions=_QUICK_FRACTIONS, budgets=_QUICK_BUDGETS, rungs=_QUICK_RUNGS)
     output_folder(out)
-    pipeline = load_magi(pocket_config(), weights, Loading(device=device))
+    pipeline = load_pipeline(pocket_config(), weights, Loading(device=device))
     scenes = balanced_scenes(prompts or (_QUICK_PROMPTS if quick else _PROMPTS), seed)
     cases = [Case(scene=s, seed=seed * _SEEDS + i, chunks=chunks, num_steps=steps) for i, s in enumerate(scenes)]
     about = {"model": model, "weights": _digest(pipeline), "prompts": len(cases), "chunks": chunks, "steps": steps}

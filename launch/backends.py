@@ -23,8 +23,7 @@ from launch.ending import CommandFailed, check_signals
 from launch.options import Options
 from launch.plan import ModelPlan, Plan, layout_of, plan_model
 from models.errors import InputError
-from models.loading import load_magi
-from models.magi.pipeline import load_stage
+from models.magi.pipeline import load_pipeline, load_stage
 from parallel.cluster.messages import Admitted, ChunkMade, Event, GangReady, Progressed, VideoDone, VideoFailed
 from parallel.health.errors import GangError
 from parallel.ranks.environment import RankEnv
@@ -178,7 +177,7 @@ def this_process(model: ModelPlan, concurrency: int) -> Iterator[EngineBackend]:
     Raises:
         InputError: something is missing or damaged.
     """
-    engine = Engine(load_magi(model.config, model.weights, model.loading), reuse=model.reuse, kv=model.kv)
+    engine = Engine(load_pipeline(model.config, model.weights, model.loading), reuse=model.reuse, kv=model.kv)
     try:
         yield EngineBackend(engine, concurrency)
     finally:
@@ -196,7 +195,7 @@ def led_ranks(gang: Gang, model: ModelPlan, options: Options, concurrency: int) 
     layers = stage_range(model.config, gang.mesh, options.split)
     with gang.loading():
         loading = replace(model.loading, layers=layers, device=str(gang.device))
-        pipeline = load_magi(model.config, model.weights, loading)
+        pipeline = load_pipeline(model.config, model.weights, loading)
     with gang.lead(pipeline, model.reuse, model.kv) as (engine, counters):
         backend = EngineBackend(engine, concurrency, gang.tracer)
         yield backend

@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 
 from engine.kv.size import KVSettings, plan_kv
-from engine.request import SIZE_STEP, Request
+from engine.request import Request
 from engine.schedule import Schedule
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.sampling import MagiSampling
-from models.protocols import KVGeometry
 from parallel.topology.mesh import Layout
 from parallel.topology.split import stage_sizes
 
@@ -36,16 +35,9 @@ def bytes_needed(config: MagiConfig, request: Request, kv: KVSettings, layout: L
     """
     model, sampling = config.model_config, MagiSampling(config=config, num_steps=request.num_steps)
     schedule = Schedule(first=0, chunks=request.chunks, num_steps=request.num_steps, window=sampling.window)
-    tokens = sampling.chunk_width * (request.height // SIZE_STEP) * (request.width // SIZE_STEP)
-    geometry = KVGeometry(
-        layers=range(max(stage_sizes(config, layout.pp, split))),
-        query_heads=model.num_attention_heads // layout.cp,
-        key_heads=max(1, model.num_query_groups // layout.cp),
-        head_size=model.kv_channels,
-        dtype=model.dtype,
-        device=torch.device("cpu"),
-    )
-    held = plan_kv(sampling, schedule, kv, chunk_tokens=tokens).nbytes(geometry)
+    tokens = config.chunk_tokens(request.height, request.width)
+    geometry = model.kv_geometry(range(max(stage_sizes(config, layout.pp, split))), torch.device("cpu"))
+    held = plan_kv(sampling, schedule, kv, chunk_tokens=tokens).nbytes(geometry) // layout.cp
     width = _STREAMS * model.hidden_size + model.ffn_hidden_size
     return held + math.ceil(tokens * width * model.dtype.itemsize / layout.cp)
 

@@ -5,7 +5,6 @@ A file of its own because importing Ray takes a second.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,15 +12,13 @@ from launch.backends import Job
 from launch.plan import Plan, at_a_time, layout_of
 from launch.ray_cluster import ray_cluster
 from models.errors import InputError
-from parallel.cluster.actor import RankTask
-from parallel.cluster.config import MagiSource, VideoSize, video_size
+from parallel.cluster.config import ClusterSettings, MagiSource, RankTask, video_size
 from parallel.cluster.controller import Controller
-from parallel.cluster.messages import Event
+from parallel.cluster.messages import Event, VideoOrder
 from parallel.cluster.metrics import RayMetrics
 from parallel.cluster.placement import GangShape, cluster_has_gpus
-from parallel.cluster.queue import GangSize
-from parallel.cluster.views import ClusterSettings, VideoOrder
-from parallel.health.monitor import Timeouts
+from parallel.cluster.queue import GangSize, VideoSize
+from parallel.health.timeouts import Timeouts
 
 
 def size_of(plan: Plan) -> VideoSize:
@@ -91,12 +88,12 @@ def on_ray(
     options = plans[0].options
     gangs = min(gangs, len(plans))
     world = layout_of(options).world_size
-    threads = options.threads or max(1, (os.cpu_count() or 1) // (gangs * world))
-    with ray_cluster(cpus=gangs * world * threads):
+    cpus = options.threads or 1  # that a rank reserves; without --threads ranks share the cores of their node
+    with ray_cluster(cpus=gangs * world * cpus):
         settings = ClusterSettings(
             gangs=gangs,
-            shape=GangShape(layout=layout_of(options), gpus=cluster_has_gpus(), cpus=threads),
-            task=_task(plans[0], threads),
+            shape=GangShape(layout=layout_of(options), gpus=cluster_has_gpus(), cpus=cpus),
+            task=_task(plans[0]),
             size=_gang_size(plans, kv_bytes),
             max_restarts=max_restarts,
         )
@@ -104,7 +101,7 @@ def on_ray(
             yield RayBackend(controller)
 
 
-def _task(plan: Plan, threads: int) -> RankTask:
+def _task(plan: Plan) -> RankTask:
     model = plan.model
     source = MagiSource(
         config=model.config,
@@ -119,7 +116,7 @@ def _task(plan: Plan, threads: int) -> RankTask:
         cache=model.reuse,
         kv=model.kv,
         timeouts=Timeouts(),
-        threads=threads,
+        threads=plan.options.threads,
     )
 
 

@@ -5,23 +5,21 @@ It knows files and the released configuration; it does not know how a video is s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor
 
 from models.attention import Attention
 from models.errors import InputError
 from models.magi.config import MagiConfig
-from models.magi.model import FixedCaptions, MagiModel
+from models.magi.model import MagiModel
 from models.magi.sampling import MagiSampling
-from models.magi.text import Caption, SpecialTokens, T5Encoder, TextEncoder, with_special_tokens
-from models.magi.tiling import TiledVAE
-from models.magi.weights import load_dit, load_vae, weights_folder
-
-_LATENT_CELL = 8  # pixels of a latent cell's side
+from models.magi.text import SpecialTokens, T5Encoder, TextEncoder
+from models.magi.vae import TiledVAE
+from models.magi.weights import Checkpoint, weights_folder
+from models.pocket.text import PocketEncoder
+from models.protocols import CaptionTable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,31 +30,6 @@ class Loading:
     precise: bool = True  # fp32 output projections, as released; False is the `fast` precision
     attention: str = "sdpa"  # name of the attention backend
     layers: range | None = None  # which layers of the DiT to load; None for all
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenCaptions:
-    """Captions with the released special tokens in front, which count the chunks that are left (2.3)."""
-
-    text: Caption
-    null: Tensor
-    tokens: SpecialTokens
-    max_length: int
-    device: torch.device
-
-    def get(self, kind: Literal["text", "null"], chunks_left: int) -> Tensor:
-        """The caption of a chunk."""
-        if kind == "null":
-            return self.null
-        made = with_special_tokens(
-            self.text, self.tokens, chunks_left=chunks_left, duration=True, hq=True, max_length=self.max_length
-        )
-        return made.embeddings.to(self.device)
-
-    def to(self, device: torch.device) -> TokenCaptions:
-        """The same on a device."""
-        text = replace(self.text, embeddings=self.text.embeddings.to(device))
-        return replace(self, text=text, null=self.null.to(device), device=device)
 
 
 class MagiPipeline:
@@ -87,16 +60,11 @@ class MagiPipeline:
         """What KV views attend with."""
         return self.model.dit.attention
 
-    @property
-    def patch_pixels(self) -> int:
-        """Pixels of a latent cell's side."""
-        return _LATENT_CELL
-
     def sampling(self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True) -> MagiSampling:
         """How to denoise with that many steps, with or without the passes that reuse may leave out."""
         return MagiSampling(config=self.config, num_steps=num_steps, clean_pass=clean_pass, copy_pass=copy_pass)
 
-    def captions(self, prompt: str) -> FixedCaptions | TokenCaptions:
+    def captions(self, prompt: str) -> CaptionTable:
         """Encode a prompt.
 
         Raises:
@@ -104,30 +72,38 @@ class MagiPipeline:
         """
         caption, dit = self._encoder.encode(prompt), self.model.dit
         self._encoder.release()
-        null = dit.null_text()
-        if self._tokens is None:
-            return FixedCaptions(text=caption.embeddings.to(dit.device), null=null)
-        length = self.config.model_config.caption_max_length
-        return TokenCaptions(text=caption, null=null, tokens=self._tokens, max_length=length, device=dit.device)
+        counters, length = None, None
+        if self._tokens is not None:
+            counters = self._tokens.counters().to(caption.embeddings)
+            length = self.config.model_config.caption_max_length
+        table = CaptionTable(text=caption.embeddings, null=dit.null_text(), counters=counters, max_length=length)
+        return table.to(dit.device)
 
 
-def load_parts(config: MagiConfig, weights: Path | None, loading: Loading) -> tuple[MagiModel, TiledVAE]:
-    """Load the DiT and the autoencoder; what is missing of the smaller files is said before the large ones are read.
+def load_pipeline(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiPipeline:
+    """Load a model whole, or with the layers that are asked for: DiT, autoencoder and text encoder.
 
-    Returns:
-        The model and the autoencoder.
+    What is missing of the smaller files is said before the large ones are read.
+
+    Args:
+        config: of the model. One without T5 is magi-pocket's, which has a fixed vocabulary.
+        weights: folder in place of the configuration's `load`; an autoencoder in its sub-folder `vae` and text
+            encoders in `t5` are taken before those of the configuration. `special_tokens.npz` lies in it.
+        loading: device, precision, attention, layers.
 
     Raises:
         InputError: something is missing or damaged.
     """
     runtime = config.runtime_config
-    root = weights or _folder(runtime.load, "load")
-    vae_folder = root / "vae" if (root / "vae").is_dir() else _folder(runtime.vae_pretrained, "vae_pretrained")
-    # The released autoencoder runs in bf16 whatever the DiT's dtype (1.1); fp32 models keep theirs.
-    vae_dtype = torch.float32 if config.model_config.dtype == torch.float32 else torch.bfloat16
-    vae = load_vae(vae_folder, dtype=vae_dtype, device=loading.device)
-    model = load_stage(config, weights, loading)
-    return model, TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
+    encoder: TextEncoder = PocketEncoder()
+    tokens = None
+    if runtime.t5_pretrained is not None:
+        root = weights or _folder(runtime.load, "load")
+        t5 = root / "t5" if (root / "t5").is_dir() else Path(runtime.t5_pretrained)
+        tokens = SpecialTokens.from_npz(root / "special_tokens.npz")
+        encoder = T5Encoder(t5, device=runtime.t5_device, max_length=config.model_config.caption_max_length)
+    autoencoder = load_autoencoder(config, weights, loading)
+    return MagiPipeline(config, load_stage(config, weights, loading), autoencoder, encoder, tokens=tokens)
 
 
 def load_stage(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiModel:
@@ -138,10 +114,9 @@ def load_stage(config: MagiConfig, weights: Path | None, loading: Loading) -> Ma
     """
     root = weights or _folder(config.runtime_config.load, "load")
     inner = weights_folder(config, root)
-    folder = inner if inner.is_dir() or weights is None else root
-    dit = load_dit(
+    checkpoint = Checkpoint(inner if inner.is_dir() or weights is None else root)
+    dit = checkpoint.dit(
         config,
-        folder,
         layers=loading.layers,
         precise=loading.precise,
         attention=loading.attention,
@@ -150,25 +125,19 @@ def load_stage(config: MagiConfig, weights: Path | None, loading: Loading) -> Ma
     return MagiModel(dit)
 
 
-def load_released(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiPipeline:
-    """Load a released model.
-
-    Args:
-        config: a released configuration.
-        weights: folder in place of the configuration's `load`; an autoencoder in its sub-folder `vae` and text
-            encoders in `t5` are taken before those of the configuration. `special_tokens.npz` lies in it.
-        loading: device, precision, attention.
+def load_autoencoder(config: MagiConfig, weights: Path | None, loading: Loading) -> TiledVAE:
+    """Load the autoencoder alone.
 
     Raises:
         InputError: something is missing or damaged.
     """
     runtime = config.runtime_config
     root = weights or _folder(runtime.load, "load")
-    t5 = root / "t5" if (root / "t5").is_dir() else _folder(runtime.t5_pretrained, "t5_pretrained")
-    tokens = SpecialTokens.from_npz(root / "special_tokens.npz")
-    encoder = T5Encoder(t5, device=runtime.t5_device, max_length=config.model_config.caption_max_length)
-    model, autoencoder = load_parts(config, weights, loading)
-    return MagiPipeline(config, model, autoencoder, encoder, tokens=tokens)
+    folder = root / "vae" if (root / "vae").is_dir() else _folder(runtime.vae_pretrained, "vae_pretrained")
+    # The released autoencoder runs in bf16 whatever the DiT's dtype (1.1); fp32 models keep theirs.
+    dtype = torch.float32 if config.model_config.dtype == torch.float32 else torch.bfloat16
+    vae = Checkpoint(folder).vae(dtype=dtype, device=loading.device)
+    return TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
 
 
 def _folder(path: str | None, key: str) -> Path:
