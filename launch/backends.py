@@ -233,9 +233,6 @@ def start_ranks(given: Sequence[str], options: Options) -> None:
 def started_ranks(options: Options) -> Iterator[Gang]:
     """Start all ranks but the leader on this machine, and join them as the leader.
 
-    Yields:
-        The gang.
-
     Raises:
         CommandFailed: a rank has failed.
     """
@@ -251,15 +248,7 @@ def started_ranks(options: Options) -> Iterator[Gang]:
 
 @contextmanager
 def join_ranks(env: RankEnv, options: Options, *, trace: bool) -> Iterator[Gang]:
-    """Join the other ranks.
-
-    Args:
-        env: this rank's.
-        options: how many ranks there must be.
-        trace: remember what is done when.
-
-    Yields:
-        The gang.
+    """Join the other ranks; with `trace`, remember what each does when.
 
     Raises:
         InputError: another number of ranks was started.

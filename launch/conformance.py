@@ -351,13 +351,7 @@ def _verdict(golden: _Golden, *, error: float, detail: str, passed: bool) -> Ver
 def check_conformance(
     files: Sequence[Path], options: Options, arguments: Sequence[str], *, report_error: Callable[[Exception], None]
 ) -> int:
-    """Check golden files, one line for each.
-
-    Args:
-        files: what to check.
-        options: who computes; nothing else counts.
-        arguments: the command line, for ranks that are started with it.
-        report_error: called for a file that cannot be read; the others are checked all the same.
+    """Check golden files, one line for each, also where one cannot be read; of the options only the ranks count.
 
     Returns:
         The exit status: 0 if all pass, 1 if one fails, 2 if one cannot be read.

@@ -144,12 +144,7 @@ def check_bounds(options: Any) -> None:
 
 
 def command(options: Sequence[Declared], run: Callable[[typer.Context, dict[str, Any]], None]) -> Callable[..., None]:
-    """A function that typer reads as a command with these options.
-
-    Args:
-        options: of the command.
-        run: is called with the values that were given or are the defaults, by the options' names.
-    """
+    """A function that typer reads as a command with these options; it calls `run` with their values by name."""
 
     def call(context: typer.Context, **given: Any) -> None:
         run(context, given)
@@ -162,10 +157,7 @@ def command(options: Sequence[Declared], run: Callable[[typer.Context, dict[str,
 def from_values(shape: type[T], base: T | None = None, /, **values: Any) -> T:
     """An instance of a dataclass of options, of values as a script has them: names of enums and paths may be text.
 
-    Args:
-        shape: the dataclass.
-        base: an instance whose values hold where none are given.
-        values: by the names of fields.
+    Where none is given, that of `base` holds, or the default.
 
     Raises:
         InputError: there is no such option, or a value is not of its kind.

@@ -147,13 +147,9 @@ def _make(backend: AbstractContextManager[Backend], plans: Sequence[Plan], displ
 
 
 def make_with(backend: Backend, plans: Sequence[Plan], display: Display, began: float) -> Made:
-    """Make the videos with a backend that is open: their files, and their records if they are wanted.
+    """Make the videos with an open backend: their files, and records if they are wanted.
 
-    Args:
-        backend: that makes them.
-        plans: of the videos.
-        display: where progress is shown.
-        began: when loading began, by the monotonic clock.
+    Loading began at `began`, by the monotonic clock.
     """
     tracer = backend.tracer if isinstance(backend, EngineBackend) else None
     recorders = [_recorder(plan, index, tracer) for index, plan in enumerate(plans)]

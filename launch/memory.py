@@ -24,15 +24,7 @@ _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def bytes_needed(config: MagiConfig, request: Request, kv: KVSettings, layout: Layout, split: str | None) -> int:
-    """Bytes that a video takes on the rank that holds most layers, at least.
-
-    Args:
-        config: of the model.
-        request: the video; what it starts from is not counted.
-        kv: how much of the past is held.
-        layout: of the ranks.
-        split: layers of each stage; None balances them.
-    """
+    """Bytes that a video takes on the rank that holds most layers, at least; what it starts from is not counted."""
     model, sampling = config.model_config, MagiSampling(config=config, num_steps=request.num_steps)
     schedule = Schedule(first=0, chunks=request.chunks, num_steps=request.num_steps, window=sampling.window)
     tokens = config.chunk_tokens(request.height, request.width)

@@ -154,12 +154,9 @@ def plan_requests(options: Options, outs: Sequence[Path]) -> list[Plan]:
 
 
 def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
-    """Check the options of one video, and read the picture or the clip that it starts from. No weights are read.
+    """Check the options of one video, of the first prompt, and read the picture or the clip that it starts from.
 
-    Args:
-        options: what was given; the first prompt counts.
-        out: file to write; not looked at.
-        at_a_time: how many such videos memory must be there for.
+    There must be memory for `at_a_time` such videos. The file `out` is not looked at.
 
     Raises:
         InputError: something cannot be used.

@@ -59,10 +59,7 @@ def reuse_preset(name: CacheName, model: str | None) -> ReuseSettings:
 
     The published runs with reuse leave out the clean pass and the copy pass, and so do the presets; a run without
     reuse has both.
-
-    Args:
-        name: of the preset.
-        model: name of the model's preset; None for a configuration file, which is one of MAGI-1.
+    A configuration file (`model` None) is one of MAGI-1.
     """
     from engine.reuse.settings import ReuseSettings
 
@@ -86,12 +83,7 @@ def reuse_preset(name: CacheName, model: str | None) -> ReuseSettings:
 
 
 def reuse_settings(options: Options, *, num_steps: int, guided: bool) -> ReuseSettings:
-    """The preset that was asked for, with what was given on top of it.
-
-    Args:
-        options: what was asked for.
-        num_steps: of a chunk.
-        guided: the model has guidance, and with that no copy pass.
+    """The preset that was asked for, with what was given on top of it; a model with guidance has no copy pass.
 
     Raises:
         InputError: the options do not fit each other or the model.

@@ -67,12 +67,7 @@ class OutputFolder:
         return self._done.get(digest)
 
     def record(self, row: Row, *, name: str, seconds: float) -> None:
-        """Add a line on a video that has ended to the results. It is there as a whole or not at all.
-
-        Args:
-            row: the video at its end.
-            name: of its file.
-            seconds: from its first admission to its end.
+        """Add a video to the results, `seconds` after its first admission. The line is there as a whole or not at all.
 
         Raises:
             InputError: it cannot be written; what is there already is kept.
@@ -166,11 +161,7 @@ class ChunkFiles:
         return index
 
     def write(self, index: int, frames: NDArray[np.uint8]) -> None:
-        """Keep a chunk.
-
-        Args:
-            index: counted from 0.
-            frames: uint8 [F, H, W, 3].
+        """Keep a chunk, uint8 [F, H, W, 3].
 
         Raises:
             InputError: the disk is full or cannot be written.

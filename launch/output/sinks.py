@@ -52,7 +52,7 @@ class VideoSinks:
 
     Args:
         plans: of the videos, in order; events call them by their place, "0" for the first.
-        recorders: take what happens for records; None where there is none.
+        recorders: of their runs; None where no record is wanted.
         display: where progress is shown.
         began: when loading began, by the monotonic clock.
     """

@@ -71,12 +71,7 @@ class Summary:
 
 
 def summary_text(summaries: Sequence[Summary], *, making: float) -> str:
-    """One video's summary, or that of several: a line for each, and what they cost together.
-
-    Args:
-        summaries: of the videos, in order.
-        making: seconds that all of them took together.
-    """
+    """One video's summary, or a line for each of several and what they cost together, in `making` seconds."""
     last = summaries[-1]
     if len(summaries) == 1:
         return last.text()

@@ -110,12 +110,7 @@ class BatchDisplay:
 
 
 def render(rows: Sequence[Row], *, height: int) -> RenderableType:
-    """The rows as a table of at most `height - 1` lines: those that run come first, the last line counts all.
-
-    Args:
-        rows: all videos.
-        height: lines of the terminal.
-    """
+    """The rows as a table of at most `height - 1` lines: those that run come first, the last line counts all."""
     order = list(State)
     room = max(0, height - 3)  # the head, the count, and the line that the cursor stands in
     shown = sorted(rows, key=lambda row: (order.index(row.state), row.line))[:room]
@@ -136,12 +131,7 @@ def render(rows: Sequence[Row], *, height: int) -> RenderableType:
 
 
 def summary(rows: Sequence[Row], *, seconds: float) -> str:
-    """What became of a batch, for people: a line for all, and one for each video that failed.
-
-    Args:
-        rows: all videos at the end.
-        seconds: that it took.
-    """
+    """What became of a batch in so many seconds, for people: a line for all, and one for each video that failed."""
     made = [row for row in rows if row.state is not State.KEPT]
     chunks, restarts = sum(row.chunks_done for row in made), sum(row.restarts for row in made)
     text = f"{_counts(rows)}; {chunks} chunks in {clock(seconds)}"
