@@ -87,7 +87,7 @@ class BenchPipeline:
     def captions(self, prompt: str) -> CaptionTable:
         """Encode a prompt."""
         dit = self.model.dit
-        return CaptionTable(text=self._encoder.encode(prompt).embeddings, null=dit.null_text())
+        return CaptionTable(text=self._encoder.encode(prompt), null=dit.null_text())
 
 
 def model_config(spec: ModelSpec) -> MagiConfig:
