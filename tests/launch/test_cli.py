@@ -238,6 +238,7 @@ def test_a_configuration_file_in_place_of_a_preset(
     assert "video.mp4: 24 frames of 96x64" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupt_stops_soon_and_leaves_nothing(
     tmp_path: Path, long_run: subprocess.Popen[str], sent: signal.Signals, status: int
@@ -251,6 +252,7 @@ def test_an_interrupt_stops_soon_and_leaves_nothing(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_leaves_is_removed_by_the_next(
     tmp_path: Path, long_run: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, random_weights: Path
 ) -> None:
@@ -262,6 +264,7 @@ def test_what_a_killed_process_leaves_is_removed_by_the_next(
     assert os.listdir(tmp_path) == ["video.mp4"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.15, 0.5, 1.0, 2.0, 3.0])
 def test_an_early_interrupt_is_no_traceback(tmp_path: Path, random_weights: Path, delay: float) -> None:
     """While the interpreter itself starts, some hundredths of a second, nobody can say so."""
@@ -273,6 +276,7 @@ def test_an_early_interrupt_is_no_traceback(tmp_path: Path, random_weights: Path
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_the_longest_video_begins_at_once(tmp_path: Path, random_weights: Path) -> None:
     """Nothing is laid out in proportion to the length before the first step."""
     options = ["--chunks", 1_000_000, "--steps", 4, "--weights", random_weights, "--threads", 1, "--record", "run"]
@@ -287,6 +291,7 @@ def test_the_longest_video_begins_at_once(tmp_path: Path, random_weights: Path) 
         process.communicate()
 
 
+@pytest.mark.slow
 def test_magi_pocket_shows_what_its_prompt_says(flowcache: Flowcache, tmp_path: Path) -> None:
     """The trained weights that ship: the strongest colour of the frames is red, and then blue."""
     for colour, channel in (("red", 0), ("blue", 2)):

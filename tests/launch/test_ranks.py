@@ -215,7 +215,10 @@ def test_what_a_rank_finds_is_said_once(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_ctrl_c_ends_ranks_that_the_command_has_started(tmp_path: Path, random_weights: Path) -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_ends_ranks_that_the_command_has_started(
+    tmp_path: Path, random_weights: Path, sent: signal.Signals, status: int
+) -> None:
     options = ["--chunks", 5000, "--steps", 4, "--weights", random_weights, "--out", "long.mp4", "--pp", 2]
     process = flowcache_process(tmp_path, "generate", PROMPT, *options)
     try:
@@ -223,12 +226,12 @@ def test_ctrl_c_ends_ranks_that_the_command_has_started(tmp_path: Path, random_w
         while not any(path.stat().st_size for path in tmp_path.glob(".long.mp4.*")):
             assert process.poll() is None and time.monotonic() < deadline, "no frame was written"
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         _, shown = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
-    assert shown.splitlines()[-1] == "flowcache: stopped" and "Traceback" not in shown
+    assert process.returncode == status and "Traceback" not in shown
+    assert (shown.splitlines()[-1] == "flowcache: stopped") == (sent is signal.SIGINT)
     assert os.listdir(tmp_path) == []
 
 
