@@ -1,4 +1,4 @@
-"""Signals that end a command: they unwind it, also where a library swallows the exception; ignored ones stay ignored."""
+"""Signals that end a command: they unwind it, also where a library swallows the exception; ignored ones stay so."""
 
 from __future__ import annotations
 
