@@ -45,7 +45,8 @@ from benchmarks.processes import in_fresh_process
 from benchmarks.report import machine_line, output_folder, run_app, save_figure, save_text
 from benchmarks.verdict import verdict_table
 from engine.reuse.settings import ReuseSettings
-from launch.cache_presets import CacheName, cache_preset
+from launch.options import CacheName
+from launch.reuse_presets import reuse_preset
 from models.errors import InputError
 from models.magi.sampling import MagiSampling
 from parallel.health.errors import GangError
@@ -142,7 +143,7 @@ def plain_and_reused(job: Job, fraction: float) -> tuple[ReuseSettings, ReuseSet
         InputError: that share cannot be had.
     """
     if job.model.name == "magi-pocket":
-        return _PLAIN, cache_preset(CacheName.FLOWCACHE_SLOW, "magi-pocket")
+        return _PLAIN, reuse_preset(CacheName.FLOWCACHE_SLOW, "magi-pocket")
     if not _WARMUP / job.steps < fraction < 1:
         raise InputError(f"--fraction {fraction:g} cannot be had with {_WARMUP} warm-up steps of {job.steps}")
     cache = ReuseSettings(

@@ -37,7 +37,8 @@ from benchmarks.sweep import WORK, Grid, Setting, StandIn
 from benchmarks.trial import Case, Studio
 from benchmarks.verdict import verdict_table
 from engine.reuse.settings import ReuseSettings
-from launch.cache_presets import CACHE_FIGURES, CacheName, cache_preset
+from launch.options import CacheName
+from launch.reuse_presets import REUSE_FIGURES, reuse_preset
 from models.errors import InputError
 from models.magi.pipeline import Loading, MagiPipeline, load_pipeline
 from models.pocket.preset import pocket_config
@@ -75,7 +76,7 @@ def run(
     """Measure what reuse and KV compression save, and what they cost in quality."""
     if model != _MODEL:
         raise InputError(f"quality is measured on {_MODEL}, whose prompts can be checked, not on {model!r}")
-    figures = CACHE_FIGURES[model]
+    figures = REUSE_FIGURES[model]
     share = extrapolate_from
     if share is None:
         share = figures.extrapolate_from if kind is None else 1.0
@@ -104,7 +105,7 @@ def run(
 def _presets(model: str, grid: Grid) -> dict[str, Setting]:
     """The thresholds of `--cache`, with what the grid has stand in for reused steps, and its warm-up."""
     names = [name for name in CacheName if name is not CacheName.NONE]
-    cache = {name: cache_preset(name, model) for name in names}
+    cache = {name: reuse_preset(name, model) for name in names}
     return {name.value: grid.reuse(one.policy, grid.chosen, one.threshold) for name, one in cache.items()}
 
 
