@@ -9,6 +9,8 @@ import csv
 import ctypes
 import gc
 import io
+import itertools
+import math
 import multiprocessing
 import os
 import platform
@@ -33,7 +35,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from engine.files import atomic_write
 from models.errors import InputError
 
-_P, _T = ParamSpec("_P"), TypeVar("_T")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 Cell = str | int | float | bool | None
 Headers = Sequence[str]
 Rows = Sequence[Sequence[Cell]]
@@ -243,45 +246,49 @@ def progress_bar() -> Progress:
     return Progress(*shown, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
 
 
-def bisect(
+def search(
     measure: Callable[[float], float],
     target: float,
-    low: float,
-    high: float,
+    known: dict[float, float],
     *,
     tries: int,
     near: float = 0.0,
     geometric: bool = False,
-) -> list[tuple[float, float]]:
-    """Search a place where something that falls has a value.
+) -> dict[float, float]:
+    """Search the place where something that falls reaches a value, by halving.
 
     Args:
-        measure: the value at a place; it may jump.
+        measure: the value at a place; it may jump, and rise a little where it should fall.
         target: the value that is wanted.
-        low: the least place, where the value is higher.
-        high: the highest place.
-        tries: how often to measure.
+        known: values by place, from which the search begins; a bound that is not measured has an infinite one. Beyond
+            the known places it goes on by doubling.
+        tries: most measurements.
         near: a value that is no further from the target ends the search.
         geometric: halve ratios in place of differences, and measure at three digits, as a preset would have them.
 
     Returns:
-        Every place that was measured with its value, in order; see `nearest`.
+        `known`, to which all that was measured was added in order; see `nearest`.
     """
-    tried: dict[float, float] = {}
     for _ in range(tries):
-        place = rounded((low * high) ** 0.5) if geometric else (low + high) / 2
-        if place in tried:
+        if abs(known[nearest(known, target)] - target) <= near:
             break
-        tried[place] = measure(place)
-        if abs(tried[place] - target) <= near:
+        places = sorted(known)
+        above = sum(value > target for value in itertools.accumulate((known[place] for place in places), min))
+        if above in (0, len(places)):
+            place = places[-1] * 2 if above else places[0] / 2
+        else:
+            low, high = places[above - 1 : above + 1]
+            place = math.sqrt(low * high) if geometric else (low + high) / 2
+        place = rounded(place) if geometric else place
+        if place in known:
             break
-        low, high = (place, high) if tried[place] > target else (low, place)
-    return list(tried.items())
+        known[place] = measure(place)
+    return known
 
 
-def nearest(tried: Iterable[tuple[float, float]], target: float) -> float:
+def nearest(known: Mapping[float, float], target: float) -> float:
     """The place whose value is nearest to a target; of equals the least."""
-    return min(tried, key=lambda one: (abs(one[1] - target), one[0]))[0]
+    return min(known, key=lambda place: (abs(known[place] - target), place))
 
 
 def rounded(value: float) -> float:

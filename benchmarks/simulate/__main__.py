@@ -21,8 +21,16 @@ from rich.console import Console
 
 from benchmarks.common import output_folder, publish, run_app
 from benchmarks.simulate.check import check_stages
-from benchmarks.simulate.layouts import Cluster, Hardware, Reuse, Study, layouts_on, reuse_of_record, sampled_reuse
-from benchmarks.simulate.layouts import run_study
+from benchmarks.simulate.layouts import (
+    Cluster,
+    Hardware,
+    Reuse,
+    Study,
+    layouts_on,
+    reuse_of_record,
+    run_study,
+    sampled_reuse,
+)
 from benchmarks.simulate.report import about, csv_rows, sections, throughput_figure
 from models.errors import InputError
 from models.magi.config import MagiConfig

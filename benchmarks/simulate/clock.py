@@ -35,7 +35,7 @@ class Machine:
     barrier: bool = False  # begin a tick only when the one before is done; for comparison
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Span:
     """A pass on a stage."""
 
@@ -93,8 +93,7 @@ class _Pipeline:
             end = self.free[stage] = start + spent
             self.busy[stage] += spent
             if self.spans is not None:
-                place = {"video": video, "tick": item.tick, "chunk": item.chunk, "name": item.what.name}
-                self.spans.append(Span(stage=stage, start=start, end=end, **place))
+                self.spans.append(Span(stage, start, end, video, item.tick, item.chunk, item.what.name))
         if not item.what.weight:
             return self.free[0], None
         if machine.stages > 1:

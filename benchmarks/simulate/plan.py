@@ -7,6 +7,7 @@ step, with the real policy deciding.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from benchmarks.common import bisect
+from benchmarks.common import search
 from engine.record import NOT_ACTIVE
 from engine.reuse.memory import ReuseMemory
 from engine.reuse.policy import ChunkPolicy, Decision, NoReuse, Observation
@@ -163,9 +164,7 @@ def _run(schedule: Schedule, sampling: Sampling, policy: _FlagPolicy) -> VideoRu
     shape = VideoShape(channels=1, chunks=schedule.chunks, prefix_frames=given, height=1, width=1)
     reuse = Reuse(policy=policy, memory=ReuseMemory("residual"), patches=lambda x: x, observe=False)
     prefix = torch.zeros(1, 1, given, 1, 1) if given else None
-    return VideoRun(
-        0, shape, sampling, _NoNoise(), reuse, prefix=prefix, compressed=False, device=torch.device("cpu")
-    )
+    return VideoRun(0, shape, sampling, _NoNoise(), reuse, prefix=prefix, compressed=False, device=torch.device("cpu"))
 
 
 class PlannedRun:
@@ -245,35 +244,34 @@ def modelled_flags(
         InputError: the warm-up alone computes more than that.
     """
     dice = random.Random(seed)
+    ticks = list(schedule)
     moved = {
         (chunk, step): abs(sampling.step_size(step - 1)) * dice.uniform(1 - _JITTER, 1 + _JITTER)
-        for tick in schedule
+        for tick in ticks
         for chunk, step in tick.active
         if step
     }
-    total = (schedule.chunks - schedule.first) * schedule.num_steps
+    seen = [
+        Observation(
+            chunk=chunk,
+            step=step,
+            tick=tick.index,
+            last_tick=tick.index == schedule.ticks - 1,
+            change=moved.get((chunk, step)),
+            scale=1.0 if step else None,
+        )
+        for tick in ticks
+        for chunk, step in tick.active
+    ]
     if not warmup / schedule.num_steps <= fraction <= 1:
         raise InputError(f"a computed share of {fraction:g} cannot be had with {warmup} warm-up steps of a chunk")
 
     def computed(threshold: float) -> float:
-        return float((_decide(schedule, moved, threshold, warmup) == 0).sum())
+        return float(ChunkPolicy(threshold, warmup).decide(seen).count(Decision.COMPUTE))
 
-    threshold, _ = bisect(computed, fraction * total, 0.0, 1.0, tries=_HALVINGS)[-1]
-    return _decide(schedule, moved, threshold, warmup)
-
-
-def _decide(schedule: Schedule, moved: Mapping[tuple[int, int], float], threshold: float, warmup: int) -> np.ndarray:
-    policy = ChunkPolicy(threshold, warmup)
+    known = search(computed, fraction * len(seen), {0.0: math.inf, 1.0: -math.inf}, tries=_HALVINGS)
+    threshold = list(known)[-1]  # the last one, within rounding where the share jumps
     flags = np.full((schedule.ticks, schedule.chunks), NOT_ACTIVE, dtype=np.uint8)
-    for tick in schedule:
-        for chunk, step in tick.active:
-            seen = Observation(
-                chunk=chunk,
-                step=step,
-                tick=tick.index,
-                last_tick=tick.index == schedule.ticks - 1,
-                change=moved.get((chunk, step)),
-                scale=1.0 if step else None,
-            )
-            flags[tick.index, chunk] = policy.decide([seen])[0].value
+    for one, decision in zip(seen, ChunkPolicy(threshold, warmup).decide(seen), strict=True):
+        flags[one.tick, one.chunk] = decision.value
     return flags

@@ -94,7 +94,9 @@ def _best(study: Study, reuses: Sequence[Reuse], runs: Sequence[Run]) -> str:
                 "s per chunk": f"{single.per_chunk:.1f}",
                 "best for many": _name(study, best.layout) if best else "none fits",
                 "chunks per minute": f"{60 / best.per_chunk:.2f}" if best else "",
-                "best for many, one gang": f"{_layout(gang.layout)}: {60 / gang.per_chunk:.2f}" if gang else "none fits",
+                "best for many, one gang": f"{_layout(gang.layout)}: {60 / gang.per_chunk:.2f}"
+                if gang
+                else "none fits",
             }
         )
     return markdown_table(*columns(rows))
