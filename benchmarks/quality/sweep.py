@@ -2,17 +2,20 @@
 
 The distances of a model decide what a threshold means. So thresholds are found, not listed. Policies that decide on
 the distances of a video made without reuse show in which range to look, at no cost; a few videos that are really made,
-since reuse changes the distances, give the thresholds of the curves; and bisection those whose counted work must be
-exact.
+since reuse changes the distances, give the thresholds of the curves, and those whose counted work must be exact.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
+from benchmarks.common import nearest, rounded, search
 from engine.kv.size import KVSettings
 from engine.record import Recorder
 from engine.reuse.memory import KINDS
@@ -24,7 +27,7 @@ VANILLA, LEAN = "vanilla", "lean"
 WORK = {"flowcache-slow": 0.53, "flowcache-fast": 0.46}
 """Counted operations of the presets as a share of vanilla's, as in the paper."""
 _LOWEST, _HIGHEST = 1e-6, 1e2  # thresholds that are searched
-_HALVINGS = 40
+_WIDEST, _NARROWEST = 0.97, 0.38  # computed fractions that the ladder of thresholds spans, as estimated
 _NEAR = 0.02  # of a computed fraction
 
 Ticks = Sequence[Sequence[Observation]]
@@ -70,7 +73,7 @@ class Setting:
         return StandIn(kind=self.kind, extrapolate_from=self.extrapolate_from)
 
     @property
-    def cache(self) -> ReuseSettings:
+    def reuse(self) -> ReuseSettings:
         """The engine's settings of reuse."""
         extra = self.passes == VANILLA
         return ReuseSettings(
@@ -139,6 +142,17 @@ class Grid:
         return tuple(dict.fromkeys(found))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a run does, decided once."""
+
+    run: Mapping[str, Any]  # what results depend on: model, prompts, length, steps, seed
+    settings: tuple[Setting, ...]  # all that are compared
+    presets: Mapping[str, Setting]  # settings that have a name
+    calibrated: Mapping[str, float]
+    """Thresholds at which the presets of that name would do the paper's share of the work."""
+
+
 class ObservationLog(Recorder):
     """Keeps what a policy would see, tick by tick."""
 
@@ -152,6 +166,66 @@ class ObservationLog(Recorder):
         if not self.ticks or self.ticks[-1][0].tick != seen.tick:
             self.ticks.append([])
         self.ticks[-1].append(seen)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """What thresholds are found with: videos of a few prompts."""
+
+    observe: Callable[[], Sequence[Ticks]]  # what policies would see of videos without reuse
+    computed: Callable[[Setting], float]  # mean computed fraction of a setting
+    work: Callable[[Setting], float]  # mean counted operations of a setting, as a share of vanilla's
+
+
+def make_plan(
+    probe: Probe,
+    grid: Grid,
+    presets: Mapping[str, Setting] | None,
+    run: Mapping[str, Any],
+    log: Callable[[str], None],
+) -> Plan:
+    """Find all thresholds.
+
+    Args:
+        probe: makes videos.
+        grid: what is swept.
+        presets: by name; None takes the calibrated thresholds.
+        run: what the results depend on; goes into the plan as it is.
+        log: told what is being done.
+    """
+    log("thresholds: watching distances")
+    seen = probe.observe()
+    rungs = {method: _rungs(seen, method, grid) for method in METHODS}
+    known: dict[tuple[str, StandIn], dict[float, float]] = {}
+
+    def computed(method: str, stand_in: StandIn, threshold: float) -> float:
+        return probe.computed(grid.reuse(method, stand_in, threshold))
+
+    def threshold(method: str, stand_in: StandIn, fraction: float) -> float:
+        log(f"thresholds: {method}, {stand_in.label}, {fraction:.0%}")
+        measure = partial(computed, method, stand_in)
+        if (method, stand_in) not in known:
+            known[method, stand_in] = {rung: measure(rung) for rung in rungs[method]}
+        found = search(measure, fraction, known[method, stand_in], tries=5, near=_NEAR, geometric=True)
+        return nearest(found, fraction)
+
+    calibrated = _calibrated(probe, grid, partial(threshold, "flowcache", grid.chosen))
+    presets = presets or {name: grid.reuse("flowcache", grid.chosen, one) for name, one in calibrated.items()}
+    return Plan(run=run, settings=grid.settings(threshold, presets), presets=presets, calibrated=calibrated)
+
+
+def _rungs(seen: Sequence[Ticks], method: str, grid: Grid) -> list[float]:
+    """Thresholds at equal ratios that span all useful fractions.
+
+    Reuse shrinks the distances of some kinds, so they begin lower.
+    """
+
+    def policy(threshold: float) -> Policy:
+        return ReuseSettings(policy=method, threshold=threshold, warmup_steps=grid.warmup).new_policy()
+
+    lowest, highest = (estimate_threshold(seen, policy, fraction) for fraction in (_WIDEST, _NARROWEST))
+    ratio = (2 * highest / lowest) ** (1 / (grid.rungs - 1))
+    return [rounded(lowest / 2 * ratio**i) for i in range(grid.rungs)]
 
 
 def estimate_threshold(videos: Sequence[Ticks], policy: Callable[[float], Policy], fraction: float) -> float:
@@ -168,75 +242,34 @@ def estimate_threshold(videos: Sequence[Ticks], policy: Callable[[float], Policy
         for ticks in videos:
             deciding = policy(threshold)
             decisions += [one for seen in ticks for one in deciding.decide(seen)]
-        return sum(one is Decision.COMPUTE for one in decisions) / len(decisions)
+        return decisions.count(Decision.COMPUTE) / len(decisions)
 
-    low, high = math.log(_LOWEST), math.log(_HIGHEST)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if computed(math.exp(middle)) > fraction else (low, middle)
-    return rounded(math.exp(high))
-
-
-def ladder(lowest: float, highest: float, count: int) -> list[float]:
-    """Thresholds at equal ratios."""
-    ratio = (highest / lowest) ** (1 / (count - 1))
-    return [rounded(lowest * ratio**i) for i in range(count)]
+    if computed(_HIGHEST) > fraction:
+        return _HIGHEST
+    bounds = {_LOWEST: math.inf, _HIGHEST: -math.inf}
+    return nearest(search(computed, fraction, bounds, tries=40, geometric=True), fraction)
 
 
-def refined(measure: Callable[[float], float], measured: dict[float, float], target: float, tries: int = 5) -> float:
-    """The threshold of a computed fraction: between or beyond known ones, measured until it is near.
+def _calibrated(probe: Probe, grid: Grid, start: Callable[[float], float]) -> dict[str, float]:
+    """Thresholds at which chunk-wise reuse does the share of vanilla's operations that `WORK` asks for.
 
     Args:
-        measure: computed fraction at a threshold; it may jump, and rise a little where it should fall.
-        measured: what is known, of two thresholds at least; the new points are added.
-        target: the fraction that is wanted.
-        tries: most measurements.
+        probe: makes videos.
+        grid: what stands in, and the warm-up.
+        start: threshold of a computed fraction, near enough to search around.
     """
-    for attempt in range(tries):
-        nearest = min(measured, key=lambda one: (abs(measured[one] - target), one))
-        if abs(measured[nearest] - target) <= _NEAR:
-            return nearest
-        threshold = rounded(_between(measured, target, halve=attempt % 2 == 1))
-        if threshold in measured:
-            break
-        measured[threshold] = measure(threshold)
-    return min(measured, key=lambda one: (abs(measured[one] - target), one))
+    lean = probe.work(Setting(passes=LEAN))
+    found = {}
+    for name, target in WORK.items():
+        middle = start(target / lean)
+        bounds = {middle / 2: math.inf, middle * 2: -math.inf}
+        known = search(
+            lambda one: probe.work(grid.reuse("flowcache", grid.chosen, one)), target, bounds, tries=8, geometric=True
+        )
+        found[name] = nearest(known, target)
+    return found
 
 
-def _between(measured: Mapping[float, float], target: float, *, halve: bool) -> float:
-    """A threshold to try next: interpolated, or half-way between the two where the fraction falls below the target."""
-    thresholds = sorted(measured)
-    fractions = list(itertools.accumulate((measured[one] for one in thresholds), min))
-    above = sum(fraction > target for fraction in fractions)
-    if above == 0:
-        return thresholds[0] / 2
-    if above == len(thresholds):
-        return thresholds[-1] * 2
-    before, after = fractions[above - 1], fractions[above]
-    share = 0.5 if halve else (before - target) / (before - after)
-    return thresholds[above - 1] ** (1 - share) * thresholds[above] ** share
-
-
-def calibrate(measure: Callable[[float], float], *, start: float, target: float, halvings: int = 8) -> float:
-    """The threshold, to three digits, whose measured work is nearest to a target; work falls as the threshold rises.
-
-    Args:
-        measure: work at a threshold.
-        start: a guess; the search goes from half of it to twice it.
-        target: the work that is wanted.
-        halvings: of the range, each one measurement.
-    """
-    low, high = math.log(start / 2), math.log(start * 2)
-    tried: dict[float, float] = {}
-    for _ in range(halvings):
-        middle = (low + high) / 2
-        threshold = rounded(math.exp(middle))
-        if threshold not in tried:
-            tried[threshold] = measure(threshold)
-        low, high = (middle, high) if tried[threshold] > target else (low, middle)
-    return min(tried, key=lambda one: (abs(tried[one] - target), one))
-
-
-def rounded(value: float) -> float:
-    """To three digits, as it would be written in a preset."""
-    return float(f"{value:.3g}")
+def mean(values: Sequence[float]) -> float:
+    """The mean; not a number where there are no values."""
+    return statistics.fmean(values) if values else math.nan
