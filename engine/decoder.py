@@ -1,4 +1,8 @@
-"""Decoding beside denoising: finished latents go to a thread, frames come out per video in order."""
+"""Decoding beside denoising: finished latents go to a thread, frames come out per video in order.
+
+On a GPU the thread has a stream of its own, which waits for the latents and for nothing that was launched after them;
+frames and latents are copied to the host on it, so they do not queue behind the layers.
+"""
 
 from __future__ import annotations
 
@@ -7,101 +11,185 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.engine import Chunk
 from models.protocols import Autoencoder
 
 _AHEAD = 4
 """Chunks that wait to be decoded before denoising is held up."""
+_POLL_INTERVAL = 0.25
+FIRST_LIMIT, LIMIT = 900.0, 180.0
+"""Seconds for the first chunk, whose kernels may be compiled, and for any other."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """A finished chunk; tensors on the CPU."""
+
+    index: int  # 0 for the first that is handed out
+    latents: Tensor  # [1, C, t, h, w] fp32
+    frames: Tensor | None  # uint8 [F, H, W, 3]; None where frames are not wanted
+
+
+class DecoderHung(Exception):  # noqa: N818 - reads as what it says
+    """The autoencoder has been at one chunk for too long."""
+
+
+@dataclass(slots=True)
+class _Video:
+    left: int = 0  # chunks that are still to be decoded
+    ready: deque[Chunk] | None = None  # None once nobody wants them
 
 
 class Decoder:
-    """A thread with an autoencoder. On a GPU it has a stream of its own.
+    """A thread with an autoencoder.
 
     Args:
         autoencoder: latents to frames.
-        on_decoded: called in the thread when a chunk is decoded, with `time.perf_counter()` at its start.
         device: where the latents are.
+        on_decoded: called in the thread after each chunk, with `time.perf_counter()` at its start.
+        check: called while the caller waits; raises if the run has failed elsewhere.
+        limits: seconds that the first chunk, and any other, may take.
     """
 
-    def __init__(self, autoencoder: Autoencoder, on_decoded: Callable[[float], None], device: torch.device) -> None:
-        self._autoencoder, self._on_decoded, self._device = autoencoder, on_decoded, device
-        self._waiting: queue.Queue[tuple[int, int, Tensor] | None] = queue.Queue(_AHEAD)
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        device: torch.device,
+        *,
+        on_decoded: Callable[[float], None],
+        check: Callable[[], None],
+        limits: tuple[float, float] = (FIRST_LIMIT, LIMIT),
+    ) -> None:
+        self._autoencoder, self._device, self._on_decoded, self._check = autoencoder, device, on_decoded, check
+        self._limits = limits
+        self._waiting: queue.Queue[tuple[int, int, Tensor, torch.cuda.Event | None] | None] = queue.Queue(_AHEAD)
         self._changed = threading.Condition()
-        self._made: dict[int, deque[Chunk]] = {}
-        self._left: dict[int, int] = {}
-        self._error: Exception | None = None
+        self._videos: dict[int, _Video] = {}
+        self._error: BaseException | None = None
+        self._began: float | None = None
+        self._decoded = 0
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
         self._thread.start()
 
-    def put(self, request: int, index: int, latents: Tensor) -> None:
-        """Hand over a finished chunk [1, C, t, h, w]; waits while too many are undecoded."""
-        with self._changed:
-            self._left[request] = self._left.get(request, 0) + 1
-        self._waiting.put((request, index, latents))
-
-    def get(self, request: int, *, wait: bool) -> Chunk | None:
-        """The next decoded chunk of a request; None if it has none (left, if `wait`).
+    def put(self, video: int, index: int, latents: Tensor) -> None:
+        """Have a finished chunk [1, C, t, h, w] decoded; waits while too many are undecoded.
 
         Raises:
+            DecoderHung: the chunk before it does not come out.
+        """
+        with self._changed:
+            held = self._videos.setdefault(video, _Video(ready=deque()))
+            held.left += 1
+        latents = latents.detach()
+        ready = None
+        if self._device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(self._device))
+        while True:
+            try:
+                self._waiting.put((video, index, latents, ready), timeout=_POLL_INTERVAL)
+                return
+            except queue.Full:
+                self._check_alive()
+
+    def get(self, video: int, *, wait: bool) -> Chunk | None:
+        """The next decoded chunk of a video; None if it has none (left, if `wait`).
+
+        Raises:
+            DecoderHung: a chunk does not come out.
             Exception: what decoding has raised.
         """
         with self._changed:
             while True:
-                if self._error is not None:
-                    raise self._error
-                made = self._made.get(request)
-                if made:
-                    return made.popleft()
-                if not wait or not self._left.get(request):
+                self._check_alive()
+                held = self._videos.get(video)
+                if held is None:
                     return None
-                self._changed.wait()
+                if held.ready:
+                    chunk = held.ready.popleft()
+                    self._forget_if_done(video)
+                    return chunk
+                if not wait or not held.left:
+                    self._forget_if_done(video)
+                    return None
+                self._changed.wait(_POLL_INTERVAL)
 
-    def pending(self, request: int) -> bool:
-        """Whether chunks of a request are still to be decoded or taken."""
+    def pending(self, video: int) -> bool:
+        """Whether chunks of a video are still to be decoded or taken."""
         with self._changed:
-            return bool(self._left.get(request) or self._made.get(request))
+            held = self._videos.get(video)
+            return held is not None and bool(held.left or held.ready)
 
-    def forget(self, request: int) -> None:
-        """Nobody wants the rest of a request's chunks."""
+    def forget(self, video: int) -> None:
+        """Nobody wants the rest of a video's chunks."""
         with self._changed:
-            self._made.pop(request, None)
+            if (held := self._videos.get(video)) is not None:
+                held.ready = None
+                self._forget_if_done(video)
 
     def close(self) -> None:
         """End the thread, after what it has been given."""
         self._waiting.put(None)
         self._thread.join()
 
+    def _forget_if_done(self, video: int) -> None:
+        held = self._videos[video]
+        if not held.left and not held.ready:
+            del self._videos[video]
+
+    def _check_alive(self) -> None:
+        if self._error is not None:
+            raise self._error
+        self._check()
+        began, limit = self._began, self._limits[0 if not self._decoded else 1]
+        if began is not None and time.perf_counter() - began > limit:
+            raise DecoderHung(f"decoding of a chunk has not come on for {time.perf_counter() - began:.0f} s")
+
     def _run(self) -> None:
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        stream = None
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+            stream = torch.cuda.Stream(self._device)
         while (given := self._waiting.get()) is not None:
-            request, index, latents = given
+            video, index, latents, ready = given
+            chunk = None
             try:
-                frames = None if self._error else self._decode(latents, stream)
-            except Exception as error:  # noqa: BLE001 - shown to whoever asks for the frames
-                frames = None
-                with self._changed:
-                    self._error = error
+                if self._error is None and self._videos[video].ready is not None:
+                    chunk = self._decode(index, latents, ready, stream)
+            except BaseException as error:  # noqa: BLE001 - raised where the frames are asked for
+                self._error = error
             with self._changed:
-                if frames is not None:
-                    self._made.setdefault(request, deque()).append(Chunk(index=index, latents=latents, frames=frames))
-                self._left[request] -= 1
-                if not self._left[request]:
-                    del self._left[request]
+                held = self._videos[video]
+                held.left -= 1
+                if chunk is not None and held.ready is not None:
+                    held.ready.append(chunk)
+                if held.ready is None:
+                    self._forget_if_done(video)
                 self._changed.notify_all()
 
     @torch.no_grad()
-    def _decode(self, latents: Tensor, stream: torch.cuda.Stream | None) -> Tensor:
-        began = time.perf_counter()
-        if stream is None:
+    def _decode(
+        self, index: int, latents: Tensor, ready: torch.cuda.Event | None, stream: torch.cuda.Stream | None
+    ) -> Chunk:
+        self._began = began = time.perf_counter()
+        if stream is None or ready is None:
             frames = self._autoencoder.decode(latents)
         else:
-            stream.wait_stream(torch.cuda.default_stream(self._device))
+            stream.wait_event(ready)
+            latents.record_stream(stream)
             with torch.cuda.stream(stream):
-                frames = self._autoencoder.decode(latents)
+                frames, latents = (_to_host(part) for part in (self._autoencoder.decode(latents), latents))
             stream.synchronize()
         self._on_decoded(began)
-        return frames
+        self._began, self._decoded = None, self._decoded + 1
+        return Chunk(index=index, latents=latents, frames=frames)
+
+
+def _to_host(part: Tensor) -> Tensor:
+    """Begin to copy into pinned memory, on the current stream."""
+    host = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+    return host.copy_(part, non_blocking=True)

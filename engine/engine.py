@@ -1,116 +1,351 @@
-"""One process makes videos, one request at a time: the order of work, carried out.
+"""The one loop that makes videos: requests in, chunks out, several at a time.
 
-The engine puts a request's state, its KV buffers and an executor together. It knows no model in particular and no
-other process.
+`WorkOrder` says what may begin next in each video; the engine begins what has been ready longest, takes results in, and
+hands finished chunks out. Where items are run is a `Runner`'s business: this process, or the leader of a gang of ranks.
+Nothing waits as long as any video has something to begin.
+
+Whoever makes one video or some calls `generate`; whoever schedules calls `submit` and `step`.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
-from engine.executor import Admission, Executor, LocalExecutor
+from engine.checkpoint.checkpointer import Checkpointer
+from engine.checkpoint.files import Checkpoint, CheckpointConfig, Contents, Shard, discard, newest, read_contents
+from engine.checkpoint.snapshot import RUN_FILE, fingerprint, pack_run, unpack_run
+from engine.decoder import Chunk, Decoder
+from engine.executor import LocalRunner
 from engine.kv.buffer import KVBuffer
 from engine.kv.size import KVSettings
-from engine.noise import NoiseSource
-from engine.prepare import Encoded, encode, prepare
+from engine.order import AdmissionGate, WorkOrder
+from engine.prepare import Encoded, Prepared, encode, prepare
+from engine.progress import OnProgress, ProgressReporter
 from engine.record import Recorder
 from engine.request import Request
-from engine.reuse.policy import Decision
+from engine.reuse.policy import Decision, Observation
 from engine.reuse.settings import ReuseSettings
-from engine.schedule import Schedule, Tick
-from engine.video import VideoRun, Work
-from models.protocols import CaptionTable, Pipeline
+from engine.video import VideoRun, VideoState, Work, WorkItem
+from models.errors import InputError
+from models.protocols import Pipeline
 
-_NO_CACHE, _OWN_RANGE = ReuseSettings(), KVSettings()
-OnProgress = Callable[["Progress"], None]
+_NO_REUSE, _OWN_RANGE = ReuseSettings(), KVSettings()
+_GATE_TIMEOUT, _POLL_INTERVAL = 0.01, 0.002
+"""Seconds to sleep at most while a gate is closed or a disk is waited for, and between looks at results meanwhile."""
+
+
+class Runner(Protocol):
+    """Runs the items of videos, in the order in which they are begun."""
+
+    @property
+    def layout(self) -> Mapping[str, int]:
+        """Ranks: `pp` stages of `cp` each. A checkpoint is taken up by the same layout only."""
+
+    @property
+    def pending(self) -> int:
+        """Velocities that are still to come."""
+
+    def admit(self, video: int, prepared: Prepared, checkpoint: Path | None) -> None:
+        """Take a video in, or go on from a checkpoint's folder.
+
+        Raises:
+            InputError: it cannot be held, or the checkpoint does not fit.
+        """
+
+    def decided(self, video: int, decision: Decision) -> None:
+        """A chunk-step was decided; called in the order (tick, chunk)."""
+
+    def begin(self, work: Work) -> None:
+        """Begin an item. Its velocity comes from `results`, if the item has a weight."""
+
+    def results(self, *, wait: bool) -> Iterable[tuple[WorkItem, Tensor]]:
+        """Velocities that have come back; with `wait`, at least one message is waited for."""
+
+    def kv(self, video: int) -> KVBuffer:
+        """The KV buffers of a video, those of the first stage."""
+
+    def save(self, video: int, folder: Path, run: Contents, on_done: Callable[[], None]) -> None:
+        """Begin to write a checkpoint: every rank its shard, this one the run as well. `on_done` may come from any
+        thread."""
+
+    def saved(self, video: int) -> tuple[Shard, ...] | None:
+        """The files of the checkpoint that was begun last, once all ranks have written; None before.
+
+        Raises:
+            InputError: one cannot be written.
+        """
+
+    def release(self, video: int) -> None:
+        """Let go of a video; results that are still to come are dropped."""
+
+    def check(self) -> None:
+        """Raise if something has failed elsewhere."""
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around a wait for results, permits or disks."""
+
+    def close(self) -> None:
+        """Let all ranks go, after what is under way."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Chunk:
-    """A finished chunk."""
+class ChunkResult:
+    """A chunk of one of several videos."""
 
-    index: int  # 0 for the first that is handed out
-    latents: Tensor  # [1, C, t, h, w] fp32
-    frames: Tensor  # uint8 [F, H, W, 3]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Totals:
-    """Counts of a run so far: passes through the layers, computed chunk-steps, and all chunk-steps."""
-
-    items: int = 0
-    computed: int = 0
-    steps: int = 0
+    video: int
+    chunk: Chunk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """How far a video is, after a tick."""
+class Submission:
+    """A request that was read: encoded, and with its last checkpoint found and verified."""
 
-    tick: int  # ticks done
-    ticks: int  # of the whole video
-    chunks_done: int  # finished chunks
-    chunks: int  # of the whole video
-    step: int  # steps done of the oldest chunk
-    num_steps: int  # steps of a chunk
-    items_done: int  # passes through the layers so far
-    computed_fraction: float  # computed chunk-steps as a share of all so far
-    kv_fill: float  # share of the KV buffer's rows in use
-    kv_bytes: int  # size of the KV buffers
+    request: Request
+    encoded: Encoded
+    checkpoint: CheckpointConfig | None = None
+    fingerprint: Mapping[str, object] = field(default_factory=dict)
+    found: Checkpoint | None = None  # the checkpoint to go on from
+    state: VideoState | None = None  # what that holds of the run
 
-    @classmethod
-    def of(
-        cls, schedule: Schedule, tick: Tick, done: int, totals: Totals, *, kv_fill: float, kv_bytes: int
-    ) -> Progress:
-        """Progress after a tick."""
-        return cls(
-            tick=tick.index + 1,
-            ticks=schedule.ticks,
-            chunks_done=done,
-            chunks=schedule.chunks - schedule.first,
-            step=tick.active[0][1] + 1,
-            num_steps=schedule.num_steps,
-            items_done=totals.items,
-            computed_fraction=totals.computed / max(1, totals.steps),
-            kv_fill=kv_fill,
-            kv_bytes=kv_bytes,
-        )
+
+@dataclass(slots=True)
+class _Video:
+    run: VideoRun
+    order: WorkOrder
+    reporter: ProgressReporter
+    checkpointer: Checkpointer | None
+    decodes: bool
+    resumed: int
+    handed_out: int  # index of the next chunk
+    stored: Callable[[], int] | None
+    chunks: deque[Chunk] = field(default_factory=deque)  # of a video that is not decoded
+    ready_since: float | None = None
+    released: bool = False  # the runner has let go of it
+
+    @property
+    def safe(self) -> int:
+        return self.handed_out if self.stored is None else self.stored()
+
+
+def _ignore(began: float) -> None:
+    pass
 
 
 class Engine:
     """Makes videos with one loaded model.
 
     Args:
-        pipeline: the model.
-        cache: which steps are reused.
+        pipeline: the model; on ranks only the first stage's layers need to be there.
+        runner: runs the items; None for this process.
+        reuse: which steps are reused.
         kv: how much of the past is held.
-        executor: where work is run; by default on the pipeline's model, here.
+        identity: names the model and its weights; a checkpoint is taken up by the same only.
+        barrier: wait for all chunks of a tick before the next; for comparison.
+        on_decoded: called by the decoder's thread after each chunk, with `time.perf_counter()` at its start.
     """
 
     def __init__(
         self,
         pipeline: Pipeline,
-        cache: ReuseSettings = _NO_CACHE,
+        runner: Runner | None = None,
+        *,
+        reuse: ReuseSettings = _NO_REUSE,
         kv: KVSettings = _OWN_RANGE,
-        executor: Executor | None = None,
+        identity: str = "",
+        barrier: bool = False,
+        on_decoded: Callable[[float], None] = _ignore,
     ) -> None:
-        self._pipeline, self._cache, self._kv = pipeline, cache, kv
-        self._executor = executor or LocalExecutor(pipeline.model)
-        self._requests = 0
+        self._pipeline, self._reuse, self._kv, self._identity = pipeline, reuse, kv, identity
+        self._runner: Runner = runner or LocalRunner(pipeline.model, pipeline.attention)
+        self._barrier, self._on_decoded = barrier, on_decoded
+        self._decoder: Decoder | None = None
+        self._videos: dict[int, _Video] = {}
+        self._numbers = 0
+        self._wake = threading.Event()
 
-    def generate(
-        self, request: Request, on_progress: OnProgress | None = None, trace: Recorder | None = None
-    ) -> Iterator[Chunk]:
-        """Make a video, chunk by chunk.
+    # ---- several videos
+
+    @property
+    def in_flight(self) -> int:
+        """Videos that were submitted and are not handed out to their last chunk."""
+        return len(self._videos)
+
+    def running(self, video: int) -> bool:
+        """Whether a video is still in flight."""
+        return video in self._videos
+
+    def resumed(self, video: int) -> int:
+        """Index of the first chunk that a video in flight hands out: more than 0 if it goes on from a checkpoint."""
+        return self._videos[video].resumed
+
+    def wake(self) -> None:
+        """A gate has opened, so `step` need not wait any more. May be called by any thread."""
+        self._wake.set()
+
+    def read(
+        self, request: Request, checkpoint: CheckpointConfig | None = None, *, stored: int | None = None
+    ) -> Submission:
+        """Encode a request and look for its last checkpoint: what takes long before a video can begin.
+
+        It touches no video in flight, and so may be called by another thread while this one steps.
 
         Args:
             request: what to make.
+            checkpoint: where checkpoints are.
+            stored: chunks that are in safe hands; a checkpoint after them is of no use and is deleted. None for all.
+
+        Raises:
+            InputError: the model cannot take it, or the checkpoint is of another request, model, layout or setting.
+        """
+        encoded = encode(self._pipeline, request)
+        if checkpoint is None:
+            return Submission(request=request, encoded=encoded)
+        own = fingerprint(request, self._pipeline, self._identity, self._runner.layout, self._reuse, self._kv)
+        found, state = newest(checkpoint.folder), None
+        if found is not None and stored is not None and found.counts["chunks"] > stored:
+            discard(checkpoint.folder)
+            found = None
+        if found is not None:
+            found.check_fits(own)
+            state = unpack_run(read_contents(found.folder / RUN_FILE))
+        return Submission(
+            request=request, encoded=encoded, checkpoint=checkpoint, fingerprint=own, found=found, state=state
+        )
+
+    def submit(
+        self,
+        what: Request | Submission,
+        *,
+        on_progress: OnProgress | None = None,
+        recorder: Recorder | None = None,
+        checkpoint: CheckpointConfig | None = None,
+        stored: Callable[[], int] | None = None,
+        gate: AdmissionGate | None = None,
+        decode: bool = True,
+    ) -> int:
+        """Begin a video besides those in flight, or go on with it if there is a checkpoint of it.
+
+        A record of a video that goes on from a checkpoint has the rest only.
+
+        Args:
+            what: to make; a request is read first, see `read`.
             on_progress: called after every tick.
-            trace: told what happens, for a record.
+            recorder: takes what happens, for a record.
+            checkpoint: of a request, where and how often to keep how far it is.
+            stored: index of the next chunk that is not in safe hands, where handing it out is not enough. A checkpoint
+                is only made whole when all chunks before it are.
+            gate: lets its quanta begin; None lets all. See `wake`.
+            decode: whether frames are wanted.
+
+        Returns:
+            The video's number, which `step` hands its chunks out with.
+
+        Raises:
+            InputError: the model cannot make what is asked for; the videos in flight are not touched.
+        """
+        if isinstance(what, Request):
+            what = self.read(what, checkpoint, stored=None if stored is None else stored())
+        number, found = self._numbers, what.found
+        self._numbers += 1
+        prepared = prepare(
+            self._pipeline,
+            what.request,
+            what.encoded,
+            number=number,
+            reuse=self._reuse,
+            kv=self._kv,
+            observe=recorder is not None,
+        )
+        run = prepared.run
+        if what.state is not None:
+            run.restore(what.state)
+        self._runner.admit(number, prepared, None if found is None else found.folder)
+        start, counts = (0, {}) if found is None else (found.quantum, dict(found.counts))
+        reporter = ProgressReporter(run.schedule, partial(self._runner.kv, number), on_progress, recorder, counts)
+        checkpointer = self._checkpointer(number, what, start)
+        order = WorkOrder(
+            run,
+            barrier=self._barrier,
+            on_decision=partial(self._decided, number),
+            gate=gate,
+            boundary=checkpointer,
+            start=start,
+        )
+        self._videos[number] = _Video(
+            run=run,
+            order=order,
+            reporter=reporter,
+            checkpointer=checkpointer,
+            decodes=decode,
+            resumed=reporter.delivered,
+            handed_out=reporter.delivered,
+            stored=stored,
+        )
+        return number
+
+    def step(self) -> list[ChunkResult]:
+        """Do one thing for the videos in flight, and hand out the chunks that are ready; those of a video in order.
+
+        Unless `stored` says otherwise, the next call means that those chunks are in safe hands: only then is a
+        checkpoint that is after them made whole.
+
+        Raises:
+            GangError: a rank has failed.
+            DecoderHung: the autoencoder does not come on.
+            InputError: a checkpoint cannot be written, which ends the gang.
+        """
+        for video in self._videos.values():
+            if video.checkpointer is not None:
+                video.checkpointer.poll(video.safe)
+        idle = all(video.released for video in self._videos.values())
+        if not idle:
+            self._advance()
+            idle = all(video.released for video in self._videos.values())
+        results = []
+        for number, video in list(self._videos.items()):
+            while (chunk := self._next_chunk(number, video, wait=idle)) is not None:
+                results.append(ChunkResult(video=number, chunk=chunk))
+                video.handed_out += 1
+            pending = self._decoder is not None and self._decoder.pending(number)
+            if video.released and not video.chunks and not pending:
+                del self._videos[number]
+        return results
+
+    def cancel(self, video: int) -> None:
+        """Make no more of a video; results in flight are discarded."""
+        held = self._videos.pop(video, None)
+        if held is None:
+            return
+        if self._decoder is not None:
+            self._decoder.forget(video)
+        if not held.released:
+            self._runner.release(video)
+
+    def close(self) -> None:
+        """Cancel what is in flight and let the ranks go."""
+        for video in list(self._videos):
+            self.cancel(video)
+        self._runner.close()
+        if self._decoder is not None:
+            self._decoder.close()
+            self._decoder = None
+
+    # ---- one video
+
+    def generate(
+        self, request: Request, on_progress: OnProgress | None = None, recorder: Recorder | None = None
+    ) -> Iterator[Chunk]:
+        """Make a video while no other is in flight, chunk by chunk.
 
         Yields:
             Chunks in order, as soon as each is finished.
@@ -118,92 +353,146 @@ class Engine:
         Raises:
             InputError: the model cannot make what is asked for.
         """
-        pipeline = self._pipeline
-        read = encode(pipeline, request)
-        latents = self.generate_latents(request, read.captions, read.prefix, read.noise, on_progress, trace)
-        for index, latent in enumerate(latents):
-            yield Chunk(index=index, latents=latent, frames=pipeline.autoencoder.decode(latent))
+        yield from self._chunks(self.submit(request, on_progress=on_progress, recorder=recorder))
 
     def generate_latents(
         self,
         request: Request,
-        captions: CaptionTable,
-        prefix: Tensor | None,
-        noise: NoiseSource,
+        encoded: Encoded,
         on_progress: OnProgress | None = None,
-        trace: Recorder | None = None,
+        recorder: Recorder | None = None,
     ) -> Iterator[Tensor]:
-        """Make a video's latents [1, C, t, h, w] from what is encoded already; arguments as in `generate`."""
-        number = self._requests
-        self._requests += 1
-        prepared = prepare(
-            self._pipeline,
-            request,
-            Encoded(captions=captions, prefix=prefix, noise=noise),
-            number=number,
-            cache=self._cache,
-            kv=self._kv,
-            observe=trace is not None,
-        )
-        run, kv = prepared.run, prepared.kv.allocate(self._pipeline.model.kv, self._pipeline.attention)
-        self._executor.admit(number, Admission(kv=kv, captions=prepared.captions, grid=run.grid))
+        """Make a video's latents [1, C, t, h, w] from what is encoded already; as `generate`."""
+        what = Submission(request=request, encoded=encoded)
+        number = self.submit(what, on_progress=on_progress, recorder=recorder, decode=False)
+        for chunk in self._chunks(number):
+            yield chunk.latents
+
+    def _chunks(self, number: int) -> Iterator[Chunk]:
         try:
-            yield from self._ticks(run, kv, on_progress, trace)
-        finally:
-            self._executor.release(number)
+            while self.running(number):
+                for result in self.step():
+                    yield result.chunk
+        except (GeneratorExit, InputError, RuntimeError):  # the runner is well, and goes on without this video
+            self.cancel(number)
+            raise
 
-    def _ticks(
-        self, run: VideoRun, kv: KVBuffer, on_progress: OnProgress | None, trace: Recorder | None
-    ) -> Iterator[Tensor]:
-        schedule = run.schedule
-        if trace is not None:
-            trace.begin(schedule)
-        totals = Totals(items=self._run_all(run.prefix_work(), kv, None))
-        done = 0
-        for tick in schedule:
-            began, before = time.perf_counter(), totals
-            totals = self._tick(run, kv, tick, totals, trace)
-            run.seal(tick)
-            finished = None if tick.finishing is None else run.finish(tick.finishing)
-            done += finished is not None
-            fill = kv.layout.used_rows / kv.layout.capacity
-            if trace is not None:
-                seconds = time.perf_counter() - began
-                trace.ticked(tick.index, seconds=seconds, items=totals.items - before.items, fill=fill)
-            if on_progress is not None:
-                on_progress(Progress.of(schedule, tick, done, totals, kv_fill=fill, kv_bytes=kv.nbytes))
-            if finished is not None and finished.shape[2]:
-                yield finished
+    # ---- the loop
 
-    def _tick(self, run: VideoRun, kv: KVBuffer, tick: Tick, totals: Totals, trace: Recorder | None) -> Totals:
-        items = self._run_all(run.begin(tick), kv, trace)
-        computed = 0
-        decided = run.decide(tick)
-        for seen, decision in decided:
-            if trace is not None:
-                trace.decided(seen, decision)
-            if decision is not Decision.COMPUTE:
+    def _advance(self) -> None:
+        """Take results in, and begin the work that has been ready longest, or wait for a result."""
+        self._runner.check()
+        self._wake.clear()
+        self._take(self._runner.results(wait=False))
+        number = self._first_ready()
+        if number is not None:
+            self._begin(number, self._videos[number])
+        elif any(not video.released for video in self._videos.values()):
+            self._wait()
+
+    def _first_ready(self) -> int | None:
+        """The video whose next work has been ready longest."""
+        first, since = None, float("inf")
+        for number, video in list(self._videos.items()):
+            if video.released:
                 continue
-            work = run.open(tick, seen.chunk, seen.step)
-            velocities = [self._run_one(one, kv, trace) for one in work]
-            run.close(seen.chunk, seen.step, [one.item.what for one in work], velocities)
-            items += len(work)
-            computed += 1
-        return Totals(
-            items=totals.items + items, computed=totals.computed + computed, steps=totals.steps + len(decided)
+            if not video.order.ready():
+                self._collect(number, video)
+                continue
+            if video.ready_since is None:
+                self._collect(number, video)
+                video.ready_since = time.perf_counter()
+            if video.ready_since < since:
+                first, since = number, video.ready_since
+        return first
+
+    def _begin(self, number: int, video: _Video) -> None:
+        video.ready_since = None
+        work = video.order.take()
+        self._runner.begin(work)
+        video.reporter.retired([op.chunk for op in work.item.before if op.kind == "retire"])
+
+    def _wait(self) -> None:
+        """Wait for a result; where a gate or a disk is waited for too, not for long."""
+        polls = any(
+            video.order.held or (video.checkpointer is not None and video.checkpointer.writing)
+            for video in self._videos.values()
+        )
+        if not self._runner.pending and not polls:
+            return
+        with self._runner.waiting():
+            results = self._poll_results() if polls else self._runner.results(wait=True)
+        self._take(results)
+
+    def _poll_results(self) -> Iterable[tuple[WorkItem, Tensor]]:
+        """Results, if some come before something wakes this thread."""
+        until = time.perf_counter() + _GATE_TIMEOUT
+        interval = _POLL_INTERVAL if self._runner.pending else _GATE_TIMEOUT
+        while not self._wake.wait(interval) and time.perf_counter() < until:
+            if self._runner.pending and (results := list(self._runner.results(wait=False))):
+                return results
+        return []
+
+    def _take(self, results: Iterable[tuple[WorkItem, Tensor]]) -> None:
+        for item, velocity in results:
+            video = self._videos.get(item.request)
+            if video is not None:
+                video.order.returned(item, velocity)
+
+    def _decided(self, number: int, seen: Observation, decision: Decision) -> None:
+        self._runner.decided(number, decision)
+        self._videos[number].reporter.decided(seen, decision)
+
+    def _collect(self, number: int, video: _Video) -> None:
+        """Report what has happened to a video since the last look, and let go of it if all of its work is done."""
+        for done in video.order.ticks_done():
+            video.reporter.ticked(done)
+        for _, latents in video.order.finished():
+            if latents.shape[2]:
+                self._finished(number, video, latents)
+        # A video whose files are still being written is not done: its folder may be deleted after that.
+        writing = video.checkpointer is not None and video.checkpointer.writing
+        if video.order.over and not writing:
+            video.released = True
+            self._runner.release(number)
+
+    def _finished(self, number: int, video: _Video, latents: Tensor) -> None:
+        """Have a chunk decoded, or hand out its latents alone."""
+        index = video.reporter.delivered
+        video.reporter.delivered += 1
+        if not video.decodes:
+            video.chunks.append(Chunk(index=index, latents=latents, frames=None))
+            return
+        if self._decoder is None:
+            self._decoder = Decoder(
+                self._pipeline.autoencoder,
+                self._pipeline.model.kv.device,
+                on_decoded=self._on_decoded,
+                check=self._runner.check,
+            )
+        self._decoder.put(number, index, latents)
+
+    def _next_chunk(self, number: int, video: _Video, *, wait: bool) -> Chunk | None:
+        if video.chunks:
+            return video.chunks.popleft()
+        return None if self._decoder is None else self._decoder.get(number, wait=wait)
+
+    # ---- checkpoints
+
+    def _checkpointer(self, number: int, what: Submission, start: int) -> Checkpointer | None:
+        if what.checkpoint is None:
+            return None
+        return Checkpointer(
+            what.checkpoint,
+            what.fingerprint,
+            start,
+            save=partial(self._save, number),
+            saved=partial(self._runner.saved, number),
         )
 
-    def _run_all(self, work: list[Work], kv: KVBuffer, trace: Recorder | None) -> int:
-        for one in work:
-            self._run_one(one, kv, trace)
-        return len(work)
-
-    def _run_one(self, work: Work, kv: KVBuffer, trace: Recorder | None) -> Tensor:
-        """Run an item; chunks that retire do so with the first item after it, which may be some ticks later."""
-        velocity = self._executor.run(work)
-        retired = [op.chunk for op in work.item.before if op.kind == "retire"]
-        if trace is not None and retired:
-            shares = kv.kept_shares(retired[-1] + 1).numpy()
-            for chunk in retired:
-                trace.retired(chunk, shares[: chunk + 1])
-        return velocity
+    def _save(self, number: int, folder: Path) -> Mapping[str, int]:
+        """Have all ranks keep what a video has come to."""
+        video = self._videos[number]
+        self._collect(number, video)  # so that the counts are those of all ticks before
+        self._runner.save(number, folder, pack_run(video.run.state()), self._wake.set)
+        return video.reporter.counts()

@@ -1,24 +1,36 @@
 """Runs work items on the layers that are held here: all of a model, or one stage of it.
 
-It knows KV buffers and captions of the requests that are admitted; it does not know why an item is run or what comes
-next.
+A `Stage` holds KV, captions and the log of flags of the videos in flight; it does not know why an item is run or what
+comes next. `LocalRunner` is the engine's runner where one process has the whole model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from engine.checkpoint.files import Contents, Shard, read_contents, write_async
+from engine.checkpoint.snapshot import RUN_FILE, pack_shard, rank_file, unpack_shard
 from engine.kv.buffer import KVBuffer
+from engine.kv.size import KVPlan
+from engine.prepare import Prepared
+from engine.reuse.flags import FlagLog
+from engine.reuse.policy import Decision
+from engine.schedule import Schedule
 from engine.video import Work, WorkItem
-from models.protocols import CaptionTable, KVView, VideoModel
+from models.attention import Attention
+from models.errors import InputError
+from models.protocols import CaptionTable, KVGeometry, KVView, VideoModel
 
 
-class TokenShare(Protocol):
-    """Which of a chunk's tokens are computed here, where several processes share the layers."""
+class TokenShard(Protocol):
+    """Which of a chunk's tokens are computed here, where several processes hold the same layers."""
 
     @property
     def tokens(self) -> slice:
@@ -30,78 +42,228 @@ class TokenShare(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Admission:
-    """What an executor holds for one request."""
+    """What every process that holds layers is given of a video."""
 
-    kv: KVBuffer  # its KV buffers
-    captions: CaptionTable  # its texts, on the model's device
+    video: int  # its number, carried by its work items
+    schedule: Schedule  # says in what order flags come
+    kv: KVPlan
+    captions: CaptionTable
     grid: tuple[int, int, int]  # latent (T, h, w) of a chunk
-    share: TokenShare | None = None  # the tokens that are computed here; None for all
+    checkpoint: str | None = None  # folder of the checkpoint that the video goes on from
+
+    @classmethod
+    def of(cls, video: int, prepared: Prepared, checkpoint: Path | None) -> Admission:
+        """That of a run."""
+        run = prepared.run
+        return cls(
+            video=video,
+            schedule=run.schedule,
+            kv=prepared.kv,
+            captions=prepared.captions,
+            grid=run.grid,
+            checkpoint=None if checkpoint is None else str(checkpoint),
+        )
 
 
-class Executor(Protocol):
-    """Where work items are run."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Held:
+    """Of one video."""
 
-    def admit(self, request: int, admission: Admission) -> None:
-        """Take a request in; its buffers are already allocated."""
-
-    def release(self, request: int) -> None:
-        """Let go of a request's buffers."""
-
-    def run(self, work: Work) -> Tensor:
-        """Run one item; the velocity [1, C, T, h, w] fp32."""
+    kv: KVBuffer
+    captions: CaptionTable
+    grid: tuple[int, int, int]
+    shard: TokenShard | None
+    flags: FlagLog
 
 
 class Stage:
-    """The layers that are held here and the KV of the requests that are in flight."""
+    """The layers that are held here and what is held for the videos in flight.
 
-    def __init__(self, model: VideoModel) -> None:
+    Args:
+        model: the layers.
+        attention: what KV views attend with.
+        rank: number of this process, for the name of its file in a checkpoint.
+        place: plain JSON values that tell this process's shard of a checkpoint from those of others.
+        new_log: makes the log of a video's flags.
+    """
+
+    def __init__(
+        self,
+        model: VideoModel,
+        attention: Attention,
+        *,
+        rank: int = 0,
+        place: Mapping[str, Any] | None = None,
+        new_log: Callable[[Schedule], FlagLog] = FlagLog,
+    ) -> None:
         self.model = model
-        self._admitted: dict[int, Admission] = {}
+        self._attention, self._file, self._new_log = attention, rank_file(rank), new_log
+        self._place = {"layers": [model.kv.layers.start, model.kv.layers.stop], **(place or {})}
+        self._videos: dict[int, _Held] = {}
 
-    def admit(self, request: int, admission: Admission) -> None:
-        """Take a request in; its buffers are already allocated."""
-        self._admitted[request] = admission
+    def admit(
+        self, admission: Admission, *, geometry: KVGeometry | None = None, shard: TokenShard | None = None
+    ) -> None:
+        """Take a video in: allocate for it, and read its shard of a checkpoint.
 
-    def release(self, request: int) -> None:
-        """Let go of a request's buffers."""
-        self._admitted.pop(request, None)
+        Args:
+            admission: the video.
+            geometry: of the KV that is held here, if it is not that of the model.
+            shard: the tokens that are computed here; None for all.
 
-    def admitted(self, request: int) -> Admission:
-        """What is held for a request."""
-        return self._admitted[request]
+        Raises:
+            InputError: the checkpoint does not fit.
+        """
+        geometry = geometry or self.model.kv
+        kv, flags = admission.kv.allocate(geometry, self._attention), self._new_log(admission.schedule)
+        if admission.checkpoint is not None:
+            self._restore(Path(admission.checkpoint) / self._file, kv, flags)
+        captions = admission.captions.to(geometry.device)
+        self._videos[admission.video] = _Held(kv=kv, captions=captions, grid=admission.grid, shard=shard, flags=flags)
+
+    def release(self, video: int) -> None:
+        """Let go of a video's buffers."""
+        self._videos.pop(video, None)
+
+    def kv(self, video: int) -> KVBuffer:
+        """The KV buffers of a video."""
+        return self._videos[video].kv
+
+    def flags(self, video: int) -> FlagLog:
+        """The reuse flags of a video so far."""
+        return self._videos[video].flags
+
+    @torch.no_grad()
+    def embed(self, x: Tensor) -> Tensor:
+        """Patch embeddings [1, S, D] of a latent; where the first layer is held."""
+        return self.model.patches(x)
 
     @torch.no_grad()
     def change(self, item: WorkItem) -> None:
         """Make the changes to the KV that come before an item."""
         for op in item.before:
-            self._admitted[item.request].kv.apply(op)
+            self._videos[item.request].kv.apply(op)
 
     @torch.no_grad()
     def forward(self, item: WorkItem, hidden: Tensor) -> Tensor:
         """Run the layers over hidden states [1, S, D] of an item's tokens, after `change`."""
-        admitted = self._admitted[item.request]
-        what, kv, share = item.what, admitted.kv, admitted.share
+        held, what = self._videos[item.request], item.what
         asks = item.step is not None  # the next compression asks with the queries of what was denoised last
         view: KVView
         if what.isolated:
-            view = kv.isolated_view()
+            view = held.kv.isolated_view()
         else:
-            view = kv.view(what.branch, item.chunk, item.keys_from, asks=asks)
-        caption = admitted.captions.get(what.caption, item.chunks_left)
-        first_frame = item.chunk * admitted.grid[0]
-        if share is None:
-            return self.model.layers(hidden, what.condition, caption, first_frame, admitted.grid, view)
+            view = held.kv.view(what.branch, item.chunk, item.keys_from, asks=asks)
+        caption = held.captions.get(what.caption, item.chunks_left)
+        first_frame, shard = item.chunk * held.grid[0], held.shard
+        if shard is None:
+            return self.model.layers(hidden, what.condition, caption, first_frame, held.grid, view)
         return self.model.layers(
-            hidden, what.condition, caption, first_frame, admitted.grid, share.view(view), tokens=share.tokens
+            hidden, what.condition, caption, first_frame, held.grid, shard.view(view), tokens=shard.tokens
         )
 
-
-class LocalExecutor(Stage):
-    """A whole model: embed, run the layers, read the velocity out."""
-
     @torch.no_grad()
-    def run(self, work: Work) -> Tensor:
-        """Run one item; the velocity [1, C, T, h, w] fp32."""
-        self.change(work.item)
-        hidden = self.forward(work.item, self.model.patches(work.x))
-        return self.model.velocity(hidden, self.admitted(work.item.request).grid)
+    def velocity(self, item: WorkItem, hidden: Tensor) -> Tensor:
+        """Velocity [1, C, T, h, w] fp32 of an item's last hidden states; where the last layer is held."""
+        return self.model.velocity(hidden, self._videos[item.request].grid).contiguous()
+
+    def snapshot(self, video: int) -> dict[str, Contents]:
+        """This process's file of a checkpoint: copies, which later items do not touch."""
+        held = self._videos[video]
+        return {self._file: pack_shard(held.kv.state(), held.flags.state(), self._place)}
+
+    def _restore(self, path: Path, kv: KVBuffer, flags: FlagLog) -> None:
+        contents = read_contents(path)
+        then = contents.values.get("about")
+        if then != self._place:
+            raise InputError(
+                f"the checkpoint {path} is of another split: {then}, now {self._place}; delete it to start anew"
+            )
+        try:
+            state, log = unpack_shard(contents)
+            kv.restore(state)
+            flags.restore(log)
+        except (KeyError, ValueError, TypeError) as error:
+            raise InputError(f"the checkpoint {path} does not fit: {error}; delete it to start anew") from None
+
+
+class LocalRunner:
+    """Runs items on a whole model in this process, at once.
+
+    Args:
+        model: the weights.
+        attention: what KV views attend with.
+    """
+
+    layout: Mapping[str, int] = {"pp": 1, "cp": 1}
+
+    def __init__(self, model: VideoModel, attention: Attention) -> None:
+        self._stage = Stage(model, attention)
+        self._results: list[tuple[WorkItem, Tensor]] = []
+        self._shards: dict[int, tuple[Shard, ...]] = {}
+        self._error: Exception | None = None
+
+    @property
+    def pending(self) -> int:
+        """Velocities that `results` has not given yet."""
+        return len(self._results)
+
+    def admit(self, video: int, prepared: Prepared, checkpoint: Path | None) -> None:
+        """Take a video in."""
+        self._stage.admit(Admission.of(video, prepared, checkpoint))
+
+    def decided(self, video: int, decision: Decision) -> None:
+        """Note a flag."""
+        self._stage.flags(video).add([decision.value])
+
+    def begin(self, work: Work) -> None:
+        """Run an item."""
+        item, stage = work.item, self._stage
+        stage.change(item)
+        hidden = stage.forward(item, stage.embed(work.x))
+        if item.what.weight:
+            self._results.append((item, stage.velocity(item, hidden)))
+
+    def results(self, *, wait: bool) -> Iterable[tuple[WorkItem, Tensor]]:
+        """The velocities of what was begun."""
+        taken, self._results = self._results, []
+        return taken
+
+    def kv(self, video: int) -> KVBuffer:
+        """The KV buffers of a video."""
+        return self._stage.kv(video)
+
+    def save(self, video: int, folder: Path, run: Contents, on_done: Callable[[], None]) -> None:
+        """Begin to write a checkpoint's files."""
+
+        def written(shards: tuple[Shard, ...]) -> None:
+            self._shards[video] = shards
+            on_done()
+
+        def failed(error: Exception) -> None:
+            self._error = error
+            on_done()
+
+        write_async(folder, {**self._stage.snapshot(video), RUN_FILE: run}, written, failed)
+
+    def saved(self, video: int) -> tuple[Shard, ...] | None:
+        """The files of the last checkpoint, once they are on the disk."""
+        self.check()
+        return self._shards.pop(video, None)
+
+    def release(self, video: int) -> None:
+        """Let go of a video."""
+        self._stage.release(video)
+        self._results = [result for result in self._results if result[0].request != video]
+
+    def check(self) -> None:
+        """Raise what has gone wrong beside the work."""
+        if self._error is not None:
+            raise self._error
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around a wait."""
+        return nullcontext()
+
+    def close(self) -> None:
+        """Nothing is to be ended."""

@@ -4,8 +4,8 @@ A chunk's step may begin when the chunk's own latent is known, which is at once 
 the velocity has come back; the other chunks of the tick are not waited for. As the order never changes, every stage
 sees the keys and values that one process would see.
 
-A quantum, which is what happens between two chunk borders, may have to wait until its gate is open, and a snapshot may
-be taken before it. Both change when work is begun, and never its order.
+A quantum, which is what happens between two chunk boundaries, may have to wait until its gate is open, and a snapshot
+may be taken before it. Both change when work is begun, and never its order.
 
 It knows neither ranks nor messages.
 """
@@ -38,13 +38,13 @@ class AdmissionGate(Protocol):
 
 
 class Boundary(Protocol):
-    """Is to do something between two quanta of one video, while no work of it is under way."""
+    """Acts between two quanta of one video, while no work of it is under way."""
 
     def due(self, quantum: Quantum) -> bool:
-        """Whether there is something to do before a quantum."""
+        """Whether it acts before a quantum."""
 
     def reached(self, quantum: Quantum) -> bool:
-        """Do it; False if that cannot be yet, to be asked again."""
+        """Run the boundary action; False means retry later."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +81,7 @@ class WorkOrder:
         barrier: begin a tick only when all chunks of the one before have taken their step; for comparison.
         on_decision: told of every decision, in order.
         gate: lets quanta begin; None lets all.
-        border: is to do something between quanta.
+        boundary: acts between quanta.
         start: the first quantum. If it is not 0, the run was restored to the state before it.
     """
 
@@ -92,13 +92,13 @@ class WorkOrder:
         barrier: bool,
         on_decision: OnDecision,
         gate: AdmissionGate | None = None,
-        border: Boundary | None = None,
+        boundary: Boundary | None = None,
         start: int = 0,
     ) -> None:
         self._run, self._barrier, self._on_decision = run, barrier, on_decision
-        self._gate, self._border, self._start = gate, border, start
+        self._gate, self._boundary, self._start = gate, boundary, start
         self.held = False
-        """What comes next waits for the gate or at a border, and not for a velocity."""
+        """What comes next waits for the gate or at a boundary, and not for a velocity."""
         self._steps: dict[int, _OpenStep] = {}
         """Steps whose velocity is still to come, by chunk."""
         self._ticks: list[_OpenTick] = []
@@ -165,9 +165,9 @@ class WorkOrder:
 
     def _hold(self, quantum: Quantum) -> Iterator[None]:
         """Before a quantum: do what is due, and wait until it may begin."""
-        if self._border is not None and self._border.due(quantum):
+        if self._boundary is not None and self._boundary.due(quantum):
             yield from self._until(list(self._steps))
-            while not self._border.reached(quantum):
+            while not self._boundary.reached(quantum):
                 self.held = True
                 yield None
         while self._gate is not None and not self._gate.open(quantum):

@@ -1,51 +1,43 @@
-"""What is told of one video while it is made: finished latents, progress, and the record in the making."""
+"""What is counted of one video while it is made: for whoever watches, for the record, and for checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from torch import Tensor
-
-from engine.engine import OnProgress, Progress, Totals
 from engine.kv.buffer import KVBuffer
 from engine.order import TickDone
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
 from engine.schedule import Schedule
 
-OnFinished = Callable[[int, Tensor], None]
-"""Is given the index of a chunk, 0 for the video's first that is handed out, and its latents."""
+OnProgress = Callable[["Progress"], None]
 
 
-class Listener:
-    """Is told what happens to a video; does nothing by default."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a video is, after a tick."""
 
-    def decided(self, seen: Observation, decision: Decision) -> None:
-        """A chunk's step was decided."""
-
-    def retired(self, chunk: int) -> None:
-        """A chunk has left the window for the clean region, which was cut down to its size."""
-
-    def ticked(self, done: TickDone) -> None:
-        """All chunks of a tick have taken their step."""
-
-    def finished(self, chunk: int, latents: Tensor) -> None:
-        """A chunk [1, C, t, h, w] has finished."""
-
-    def counts(self) -> Mapping[str, int]:
-        """What a checkpoint is to keep of what was told so far; `chunks` is how many were handed on."""
-        return {"chunks": 0}
+    tick: int  # ticks done
+    ticks: int  # of the whole video
+    chunks_done: int  # finished chunks
+    chunks: int  # of the whole video
+    step: int  # steps done of the oldest chunk
+    num_steps: int  # steps of a chunk
+    items_done: int  # passes through the layers so far
+    computed_fraction: float  # computed chunk-steps as a share of all so far
+    kv_fill: float  # share of the KV buffer's rows in use
+    kv_bytes: int  # size of the KV buffers; on ranks, of the leader's
 
 
-class Reporter(Listener):
-    """Passes on what happens to one video.
+class ProgressReporter:
+    """Counts, and passes on what happens to one video.
 
     Args:
         schedule: of the video.
-        kv: its buffers on this rank.
-        on_finished: given every chunk.
-        on_progress: called after every tick.
-        trace: told what happens, for a record.
+        kv: its buffers in this process.
+        on_progress: called after every tick; None for nobody.
+        recorder: takes what happens, for a record; None for none.
         counts: of an earlier run that this one goes on from, as `counts` gave them.
     """
 
@@ -53,63 +45,68 @@ class Reporter(Listener):
         self,
         schedule: Schedule,
         kv: Callable[[], KVBuffer],
-        on_finished: OnFinished,
         on_progress: OnProgress | None,
-        trace: Recorder | None,
-        counts: Mapping[str, int] | None = None,
+        recorder: Recorder | None,
+        counts: Mapping[str, int],
     ) -> None:
-        self._schedule, self._kv = schedule, kv
-        self._on_finished, self._on_progress, self._trace = on_finished, on_progress, trace
-        before = counts or {}
-        self._totals = Totals(
-            items=before.get("items", 0), computed=before.get("computed", 0), steps=before.get("steps", 0)
-        )
-        self._done, self._chunks = before.get("done", 0), before.get("chunks", 0)
-        if trace is not None:
-            trace.begin(schedule)
+        self._schedule, self._kv, self._on_progress, self._recorder = schedule, kv, on_progress, recorder
+        self._items, self._computed, self._steps = (counts.get(name, 0) for name in ("items", "computed", "steps"))
+        self._finished = counts.get("done", 0)
+        self.delivered = counts.get("chunks", 0)
+        """Index of the next chunk that has frames to hand out."""
+        if recorder is not None:
+            recorder.begin(schedule)
 
-    def counts(self) -> Mapping[str, int]:
-        """Totals so far; `chunks` is the index of the next chunk."""
-        totals = self._totals
+    def counts(self) -> dict[str, int]:
+        """What a checkpoint keeps of the counts; `chunks` is the index of the next chunk to hand out."""
         return {
-            "items": totals.items,
-            "computed": totals.computed,
-            "steps": totals.steps,
-            "done": self._done,
-            "chunks": self._chunks,
+            "items": self._items,
+            "computed": self._computed,
+            "steps": self._steps,
+            "done": self._finished,
+            "chunks": self.delivered,
         }
 
     def decided(self, seen: Observation, decision: Decision) -> None:
-        """For the record."""
-        if self._trace is not None:
-            self._trace.decided(seen, decision)
+        """A chunk's step was decided."""
+        if self._recorder is not None:
+            self._recorder.decided(seen, decision)
 
-    def retired(self, chunk: int) -> None:
-        """For the record."""
-        if self._trace is not None and chunk >= self._schedule.first:
-            shares = self._kv().kept_shares(self._schedule.chunks)
-            self._trace.retired(chunk, shares[: chunk + 1].numpy())
+    def retired(self, chunks: Sequence[int]) -> None:
+        """Chunks have left the window for the clean region, which was cut down to its size."""
+        if self._recorder is None or not chunks:
+            return
+        shares = self._kv().kept_shares(chunks[-1] + 1).numpy()
+        for chunk in chunks:
+            if chunk >= self._schedule.first:
+                self._recorder.retired(chunk, shares[: chunk + 1])
 
     def ticked(self, done: TickDone) -> None:
-        """For the record, and for whoever watches."""
-        self._totals = Totals(
-            items=self._totals.items + done.items,
-            computed=self._totals.computed + done.computed,
-            steps=self._totals.steps + len(done.tick.active),
-        )
-        self._done += done.tick.finishing is not None
+        """All chunks of a tick have taken their step."""
+        self._items += done.items
+        self._computed += done.computed
+        self._steps += len(done.tick.active)
+        self._finished += done.tick.finishing is not None
+        if self._recorder is None and self._on_progress is None:
+            return
         kv = self._kv()
         fill = kv.layout.used_rows / kv.layout.capacity
-        if self._trace is not None:
-            self._trace.ticked(done.tick.index, seconds=done.seconds, items=done.items, fill=fill)
+        if self._recorder is not None:
+            self._recorder.ticked(done.tick.index, seconds=done.seconds, items=done.items, fill=fill)
         if self._on_progress is not None:
-            progress = Progress.of(
-                self._schedule, done.tick, self._done, self._totals, kv_fill=fill, kv_bytes=kv.nbytes
-            )
-            self._on_progress(progress)
+            self._on_progress(self._progress(done, fill, kv.nbytes))
 
-    def finished(self, chunk: int, latents: Tensor) -> None:
-        """Hand it on."""
-        if latents.shape[2]:
-            self._on_finished(self._chunks, latents)
-            self._chunks += 1
+    def _progress(self, done: TickDone, kv_fill: float, kv_bytes: int) -> Progress:
+        schedule = self._schedule
+        return Progress(
+            tick=done.tick.index + 1,
+            ticks=schedule.ticks,
+            chunks_done=self._finished,
+            chunks=schedule.chunks - schedule.first,
+            step=done.tick.active[0][1] + 1,
+            num_steps=schedule.num_steps,
+            items_done=self._items,
+            computed_fraction=self._computed / max(1, self._steps),
+            kv_fill=kv_fill,
+            kv_bytes=kv_bytes,
+        )

@@ -28,7 +28,6 @@ from launch.several import plan_videos
 from models.errors import InputError
 from models.loading import load_magi
 from models.magi.pipeline import load_stage
-from parallel.ranks.engine import GangEngine
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang
 from parallel.ranks.worker import StageModel
@@ -90,7 +89,7 @@ def _make_here(plans: list[Plan], options: Options) -> VideoSinks:
     with open_display() as display:
         began = time.monotonic()
         display.phase(f"loading {plan.name}")
-        engine = Engine(load_magi(plan.config, plan.weights, plan.loading), plan.cache, plan.kv)
+        engine = Engine(load_magi(plan.config, plan.weights, plan.loading), reuse=plan.cache, kv=plan.kv)
         loading = time.monotonic() - began
         display.phase(_reading(plan))
         traces = [None if one.record is None else Recorder() for one in plans]
@@ -146,13 +145,13 @@ def _lead(gang: Gang, plans: list[Plan], options: Options) -> str:
     return summary_text([replace(one, crew=crew) for one in filming.summaries], making=making)
 
 
-def _make_together(engine: GangEngine, filming: VideoSinks, at_a_time: int) -> None:
+def _make_together(engine: Engine, filming: VideoSinks, at_a_time: int) -> None:
     """Make the videos, some of them at the same time; the next begins when one is complete."""
     waiting, in_flight = list(range(len(filming.videos))), dict[int, int]()
     while waiting or in_flight:
         while waiting and len(in_flight) < at_a_time:
             video = filming.begin(waiting.pop(0))
-            in_flight[engine.submit(video.plan.request, video, video.trace)] = video.index
+            in_flight[engine.submit(video.plan.request, on_progress=video, recorder=video.trace)] = video.index
         for made in engine.step():
             filming.write(in_flight[made.video], made.chunk)
         for number in [number for number in in_flight if not engine.running(number)]:

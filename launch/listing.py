@@ -13,7 +13,7 @@ from models.errors import InputError
 from models.magi.presets import PRESETS
 
 if TYPE_CHECKING:
-    from engine.conformance import Verdict
+    from launch.conformance import Verdict
     from launch.ranks import RankOptions
     from parallel.ranks.environment import RankEnv
 
@@ -55,7 +55,7 @@ def show_conformance(files: Sequence[Path], *, report_error: Callable[[InputErro
     Returns:
         0 if all pass, 1 if one fails, 2 if one cannot be read.
     """
-    from engine.conformance import check_file
+    from launch.conformance import check_file
 
     console, status = Console(), 0
     for path in files:
@@ -80,10 +80,10 @@ def show_conformance_on_ranks(files: Sequence[Path], ranks: RankOptions, env: Ra
     Raises:
         CommandFailed: a file does not pass or cannot be read, or a rank has failed.
     """
+    from launch.conformance import check_on_gang
     from launch.ending import FAILED
     from launch.ranks import join_ranks
     from parallel.health.errors import GangError
-    from parallel.ranks.conformance import check_on_gang
 
     console, layout = Console(), f"pp {ranks.pp} x cp {ranks.cp}"
     failed: list[str] = []

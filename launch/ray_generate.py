@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from engine.engine import Chunk
+from engine.decoder import Chunk
 from launch.batch.options import BatchOptions, cluster_settings
 from launch.ending import FAILED, CommandFailed
 from launch.output.progress import Display, open_display

@@ -2,16 +2,15 @@
 
 A folder belongs to one request. Each checkpoint is a folder in it, `quantum-<quantum>-<token>`: it goes on with that
 quantum, and the token keeps apart what two attempts at the same quantum write. One without a manifest does not exist.
-Files appear whole: they are written beside their place, flushed to the disk, and renamed. The manifest has size and
-digest of every file, and a digest of itself. Once it is there, all others are deleted. What is written does not grow
-with the length of the video. The module knows files only, not what is in them.
+Files appear whole. The manifest has size and digest of every file, and a digest of itself. Once it is there, older ones
+are deleted but for the last, which is there if this one's files should be damaged. What is written does not grow with
+the length of the video. The module knows files only, not what is in them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import secrets
 import shutil
@@ -27,10 +26,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine.files import atomic_write, part_of, publish
 from models.errors import InputError
 
 _MANIFEST = "manifest.json"
-_PLACE = re.compile(r"quantum-(\d{8})-[0-9a-f]{8}")
+_FOLDER = re.compile(r"quantum-(\d{8})-[0-9a-f]{8}")
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 """What reading a manifest that is not whole can raise."""
 
@@ -44,7 +44,7 @@ class CheckpointConfig:
     """
 
     folder: Path  # of this request alone; all ranks must reach it. Whoever asks for checkpoints deletes it in the end
-    every: int  # a checkpoint is made each time this many chunks have entered the window (or would have, at the end)
+    every: int  # a checkpoint each time so many chunks have entered the window (or would have, at the end)
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -53,10 +53,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contents:
-    """What a file holds: tensors on the CPU by name, and plain JSON values."""
+    """What a file holds."""
 
-    tensors: Mapping[str, Tensor]
-    values: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]  # on the CPU
+    values: Mapping[str, Any]  # plain JSON
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,9 +72,9 @@ class Shard:
 class Checkpoint:
     """A whole checkpoint."""
 
-    place: Path  # its own folder
+    folder: Path  # its own
     quantum: int  # the quantum that it goes on with
-    counts: Mapping[str, int]  # of the run so far; `chunks` is the index of the first chunk that will be handed out
+    counts: Mapping[str, int]  # of the run so far; `chunks` is the index of the next chunk to hand out
     fingerprint: Mapping[str, Any]  # of all that must be the same when it is taken up
     shards: tuple[Shard, ...]
 
@@ -90,58 +90,38 @@ class Checkpoint:
                 continue
             both = f": {json.dumps(then)}, now {json.dumps(now)}"
             raise InputError(
-                f"the checkpoint {self.place} was made with another {part}{both if len(both) < 200 else ''}; "
+                f"the checkpoint {self.folder} was made with another {part}{both if len(both) < 200 else ''}; "
                 "go on as it was made, or delete it"
             )
 
 
-class AsyncSave:
-    """Files on their way to the disk, in a thread of its own.
-
-    Args:
-        place: the checkpoint's folder, which is made if need be.
-        files: what to write, by name.
-        on_done: called in the thread in the end, well or not.
-    """
-
-    def __init__(self, place: Path, files: Mapping[str, Contents], on_done: Callable[[], None] = lambda: None) -> None:
-        self._place, self._files, self._on_done = place, files, on_done
-        self._shards: tuple[Shard, ...] = ()
-        self._error: InputError | None = None
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"writing {place.name}", daemon=True)
-        self._thread.start()
-
-    @property
-    def done(self) -> bool:
-        """Whether `shards` would not wait."""
-        return self._done.is_set()
-
-    def shards(self) -> tuple[Shard, ...]:
-        """The files, once they are on the disk.
-
-        Raises:
-            InputError: one cannot be written; the text names it.
-        """
-        self._done.wait()
-        if self._error is not None:
-            raise self._error
-        return self._shards
-
-    def _run(self) -> None:
-        try:
-            self._shards = tuple(_write_contents(self._place / name, what) for name, what in self._files.items())
-        except InputError as error:
-            self._error = error
-        finally:
-            self._files = {}
-            self._done.set()
-            self._on_done()
-
-
-def new_place(folder: Path, quantum: int) -> Path:
+def new_folder(folder: Path, quantum: int) -> Path:
     """Where a new checkpoint goes that will go on with a quantum; nothing is made yet."""
     return folder.absolute() / f"quantum-{quantum:08d}-{secrets.token_hex(4)}"
+
+
+def write_async(
+    folder: Path,
+    files: Mapping[str, Contents],
+    on_written: Callable[[tuple[Shard, ...]], None],
+    on_error: Callable[[Exception], None],
+) -> None:
+    """Write files on a thread of their own.
+
+    Args:
+        folder: the checkpoint's, which is made if need be.
+        files: what to write, by name.
+        on_written: called in the thread once all are on the disk.
+        on_error: called in the thread with what has gone wrong: an InputError where one cannot be written.
+    """
+
+    def run() -> None:
+        try:
+            on_written(tuple(_write(folder / name, contents) for name, contents in files.items()))
+        except Exception as error:  # noqa: BLE001 - reported, whatever it is
+            on_error(error)
+
+    threading.Thread(target=run, name=f"writing {folder.name}", daemon=True).start()
 
 
 def read_contents(path: Path) -> Contents:
@@ -159,7 +139,7 @@ def read_contents(path: Path) -> Contents:
 
 
 def commit(checkpoint: Checkpoint) -> None:
-    """Write the manifest, which makes it whole, and delete all others of its request.
+    """Write the manifest, which makes it whole, and delete those before it but for the last whole one.
 
     Raises:
         InputError: it cannot be written; the others are still there.
@@ -171,17 +151,17 @@ def commit(checkpoint: Checkpoint) -> None:
         "shards": [asdict(shard) for shard in checkpoint.shards],
     }
     text = json.dumps({"digest": _digest_of(body), "manifest": body}, indent=1) + "\n"
-    path = checkpoint.place / _MANIFEST
-    part = path.with_name(f".{_MANIFEST}.part")
+    path = checkpoint.folder / _MANIFEST
     try:
-        part.write_text(text)
-        _settle(part, path)
-        _flush(checkpoint.place.parent)
-    except OSError as error:
+        with atomic_write(path) as file:
+            file.write(text.encode())
+    except InputError as error:
         raise _unwritable(path, error) from None
-    for place in _places(checkpoint.place.parent):
-        if place != checkpoint.place:
-            shutil.rmtree(place, ignore_errors=True)
+    older = sorted(other for other in _folders(checkpoint.folder.parent) if other.name < checkpoint.folder.name)
+    spare = next((other for other in reversed(older) if _load_manifest(other) is not None), None)
+    for other in older:
+        if other != spare:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -190,7 +170,7 @@ def newest(folder: Path) -> Checkpoint | None:
     Returns:
         It; None where there is none. Damaged ones are passed over.
     """
-    for place in sorted(_places(folder), reverse=True):
+    for place in sorted(_folders(folder), reverse=True):
         found = _load_manifest(place)
         if found is not None and all(_is_whole(place, shard) for shard in found.shards):
             return found
@@ -199,25 +179,25 @@ def newest(folder: Path) -> Checkpoint | None:
 
 def discard(folder: Path) -> None:
     """Delete all checkpoints of a request, whole or not."""
-    for place in _places(folder):
+    for place in _folders(folder):
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _places(folder: Path) -> list[Path]:
+def _folders(folder: Path) -> list[Path]:
     try:
-        return [place for place in folder.absolute().iterdir() if _PLACE.fullmatch(place.name)]
+        return [place for place in folder.absolute().iterdir() if _FOLDER.fullmatch(place.name)]
     except OSError:
         return []
 
 
-def _load_manifest(place: Path) -> Checkpoint | None:
+def _load_manifest(folder: Path) -> Checkpoint | None:
     try:
-        loaded = json.loads((place / _MANIFEST).read_text())
+        loaded = json.loads((folder / _MANIFEST).read_text())
         body = loaded["manifest"]
         if loaded["digest"] != _digest_of(body):
             return None
         return Checkpoint(
-            place=place,
+            folder=folder,
             quantum=int(body["quantum"]),
             counts={str(name): int(count) for name, count in body["counts"].items()},
             fingerprint=dict(body["fingerprint"]),
@@ -227,22 +207,22 @@ def _load_manifest(place: Path) -> Checkpoint | None:
         return None
 
 
-def _is_whole(place: Path, shard: Shard) -> bool:
+def _is_whole(folder: Path, shard: Shard) -> bool:
     try:
-        path = place / shard.file
+        path = folder / shard.file
         return path.stat().st_size == shard.nbytes and _digest(path) == shard.digest
     except OSError:
         return False
 
 
-def _write_contents(path: Path, contents: Contents) -> Shard:
-    part = path.with_name(f".{path.name}.part")
+def _write(path: Path, contents: Contents) -> Shard:
+    part = part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with torch.no_grad():
             save_file(dict(contents.tensors), part, metadata={"values": json.dumps(dict(contents.values))})
         shard = Shard(file=path.name, nbytes=part.stat().st_size, digest=_digest(part))
-        _settle(part, path)
+        publish(part, path)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -250,39 +230,19 @@ def _write_contents(path: Path, contents: Contents) -> Shard:
     return shard
 
 
-def _settle(part: Path, path: Path) -> None:
-    """Let a file that was written beside its place appear there, once it is on the disk."""
-    _flush(part)
-    os.replace(part, path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _unwritable(path: Path, error: Exception) -> InputError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    reason = reason.removeprefix(f"cannot write {path}: ")
     return InputError(
         f"cannot write the checkpoint file {path}: {reason}; make room there or choose another folder. "
         "The checkpoint before it, if there is one, is still whole"
     )
 
 
-def _new_hash() -> Any:
-    return hashlib.blake2b(digest_size=16)
-
-
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, _new_hash).hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _digest_of(body: Mapping[str, Any]) -> str:
-    digest = _new_hash()
-    digest.update(json.dumps(body, sort_keys=True).encode())
-    return str(digest.hexdigest())
+    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -24,7 +24,7 @@ from engine.video import KVOp, VideoState
 from models.protocols import Pipeline
 
 RUN_FILE = "run.safetensors"
-_FORMAT = 1
+_FORMAT = 2
 
 
 def rank_file(rank: int) -> str:
@@ -33,7 +33,7 @@ def rank_file(rank: int) -> str:
 
 
 def fingerprint(
-    request: Request, pipeline: Pipeline, identity: str, layout: Mapping[str, int], cache: ReuseSettings, kv: KVSettings
+    request: Request, pipeline: Pipeline, identity: str, layout: Mapping[str, int], reuse: ReuseSettings, kv: KVSettings
 ) -> dict[str, Any]:
     """All that must be the same when a checkpoint is taken up, as plain JSON values.
 
@@ -42,7 +42,7 @@ def fingerprint(
         pipeline: the model, or its first stage.
         identity: names the model and its weights, and whatever else the caller wants to be the same.
         layout: of the ranks.
-        cache: which steps are reused.
+        reuse: which steps are reused.
         kv: how much of the past is held.
     """
     model, prefix = pipeline.model, request.prefix
@@ -67,20 +67,20 @@ def fingerprint(
         "request": asked,
         "model": held,
         "layout": dict(layout),
-        "cache": asdict(cache),
+        "reuse": asdict(reuse),
         "kv": asdict(kv),
     }
     plain: dict[str, Any] = json.loads(json.dumps(parts))  # as it looks when it is read again
     return plain
 
 
-def pack_share(kv: KVState, flags: FlagState, about: Mapping[str, Any]) -> Contents:
-    """One rank's share of a video: its KV, and how far its log of flags is.
+def pack_shard(kv: KVState, flags: FlagState, about: Mapping[str, Any]) -> Contents:
+    """One rank's shard of a video: its KV, and how far its log of flags is.
 
     Args:
         kv: of its layers and heads.
         flags: of its log.
-        about: plain JSON values that tell this rank's share from others.
+        about: plain JSON values that tell this rank's shard from others.
     """
     tensors: dict[str, Tensor] = {}
     for (branch, layer), state in kv.layers.items():
@@ -98,8 +98,8 @@ def pack_share(kv: KVState, flags: FlagState, about: Mapping[str, Any]) -> Conte
     return Contents(tensors=tensors, values=values)
 
 
-def unpack_share(contents: Contents) -> tuple[KVState, FlagState]:
-    """From what `pack_share` gave."""
+def unpack_shard(contents: Contents) -> tuple[KVState, FlagState]:
+    """From what `pack_shard` gave."""
     values, tensors = contents.values, contents.tensors
     layers = {
         (branch, layer): LayerState(

@@ -92,7 +92,7 @@ class FlagLog:
         where = "" if item is None else f" at tick {item.tick}, chunk {item.chunk}"
         if self.digest != digest:
             own, theirs = self.digest.hex(), digest.hex()
-            raise FlagMismatch(f"the reuse flags differ from the head's{where}: digest {own} is not {theirs}")
+            raise FlagMismatch(f"the reuse flags differ from the leader's{where}: digest {own} is not {theirs}")
         if item is not None and item.step is not None and self._last != (item.tick, item.chunk):
             raise FlagMismatch(f"the work{where} is out of order: the last decision was for {self._last}")
 

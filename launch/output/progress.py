@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
-from engine.engine import Progress
+from engine.progress import Progress
 
 _PLAIN_EVERY = 5.0  # seconds
 

@@ -15,7 +15,8 @@ from typing import Self
 
 import torch
 
-from engine.engine import Chunk, Progress
+from engine.decoder import Chunk
+from engine.progress import Progress
 from engine.record import Recorder
 from launch.output.progress import Display
 from launch.output.summary import Summary, peak_memory
@@ -115,7 +116,7 @@ class VideoSinks:
     def write(self, index: int, chunk: Chunk) -> None:
         """Take a chunk."""
         video = self.videos[index]
-        assert video.sink is not None
+        assert video.sink is not None and chunk.frames is not None
         video.sink.write(chunk.frames)
         video.chunks, video.frames = video.chunks + 1, video.frames + len(chunk.frames)
 

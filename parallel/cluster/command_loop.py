@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from engine.checkpoint.files import discard, newest
-from engine.engine import Progress
+from engine.engine import ChunkResult, Engine
+from engine.progress import Progress
 from engine.request import Request
 from engine.schedule import Quantum
 from models.errors import InputError
@@ -35,7 +35,6 @@ from parallel.cluster.messages import (
     VideoDone,
     VideoJob,
 )
-from parallel.ranks.engine import ChunkResult, GangEngine
 
 _MOST_WAITING = 8
 """Chunks that have not come to the driver before no more are made."""
@@ -80,12 +79,12 @@ class CommandLoop:
     def __init__(self, tell: Callable[[list[GangEvent]], None]) -> None:
         self._tell = tell
         self._changed = threading.Condition()
-        self._commands: deque[Callable[[GangEngine], None]] = deque()
+        self._commands: deque[Callable[[Engine], None]] = deque()
         self._events: list[GangEvent] = []
         self._waiting = 0
         self._residents: dict[str, _Resident] = {}
         self._over = False
-        self._engine: GangEngine | None = None
+        self._engine: Engine | None = None
 
     def obey(self, command: Command) -> None:
         """Take a command of the driver, on a thread that does nothing else."""
@@ -115,7 +114,7 @@ class CommandLoop:
 
     # ---- the gang's thread
 
-    def run(self, engine: GangEngine, quantum_ticks: Callable[[Request], int]) -> None:
+    def run(self, engine: Engine, quantum_ticks: Callable[[Request], int]) -> None:
         """Make what comes until there will be no more.
 
         Args:
@@ -138,7 +137,7 @@ class CommandLoop:
                 if not engine.running(resident.number):
                     self._done(resident)
 
-    def _next(self, *, idle: bool) -> list[Callable[[GangEngine], None]]:
+    def _next(self, *, idle: bool) -> list[Callable[[Engine], None]]:
         """What is to be done; waits while there is nothing to do, or too much for the driver to take."""
         with self._changed:
             while not self._commands and not self._over:
@@ -149,7 +148,7 @@ class CommandLoop:
             self._commands.clear()
             return commands
 
-    def _admit(self, job: VideoJob, engine: GangEngine) -> None:
+    def _admit(self, job: VideoJob, engine: Engine) -> None:
         try:
             resident = _Resident(
                 job=job,
@@ -166,21 +165,17 @@ class CommandLoop:
             return
         self._post(Admitted(video=job.video, number=resident.number, first=engine.resumed(resident.number)))
 
-    def _submit(self, resident: _Resident, engine: GangEngine) -> int:
+    def _submit(self, resident: _Resident, engine: Engine) -> int:
         job = resident.job
-        if job.checkpoint is not None:
-            found = newest(job.checkpoint.folder)
-            if found is not None and found.counts["chunks"] > job.stored:
-                discard(job.checkpoint.folder)  # the chunks before it are not there any more, so it is of no use
         return engine.submit(
             job.request,
-            partial(self._progressed, resident),
+            on_progress=partial(self._progressed, resident),
             checkpoint=job.checkpoint,
             gate=resident.gate,
-            taken=lambda: resident.taken,
+            stored=lambda: resident.taken,
         )
 
-    def _cancel(self, video: str, engine: GangEngine) -> None:
+    def _cancel(self, video: str, engine: Engine) -> None:
         resident = self._residents.get(video)
         if resident is not None:
             self._forget(video)
@@ -188,6 +183,7 @@ class CommandLoop:
 
     def _hand_out(self, made: ChunkResult) -> None:
         chunk = made.chunk
+        assert chunk.frames is not None
         for resident in self._residents.values():
             if resident.number == made.video:
                 with self._changed:
@@ -196,8 +192,8 @@ class CommandLoop:
                     ChunkMade(
                         video=resident.job.video,
                         index=chunk.index,
-                        frames=chunk.frames.cpu().numpy(),
-                        latents=chunk.latents.cpu().numpy(),
+                        frames=chunk.frames.numpy(),
+                        latents=chunk.latents.numpy(),
                     )
                 )
 
@@ -234,7 +230,7 @@ class CommandLoop:
         with self._changed:
             self._residents.pop(video, None)
 
-    def _command(self, command: Callable[[GangEngine], None]) -> None:
+    def _command(self, command: Callable[[Engine], None]) -> None:
         with self._changed:
             self._commands.append(command)
             self._changed.notify_all()

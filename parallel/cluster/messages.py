@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.checkpoint.files import CheckpointConfig
-from engine.engine import Progress
+from engine.progress import Progress
 from engine.request import Request
 
 

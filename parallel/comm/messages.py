@@ -19,10 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kv.size import KVPlan
-from engine.schedule import Schedule
+from engine.executor import Admission
 from engine.video import WorkItem
-from models.protocols import CaptionTable
 
 HEADER_BYTES = 2048
 _DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +34,7 @@ class Kind(IntEnum):
     """What a message is about."""
 
     ADMIT = 1
-    """A request comes: allocate for it. The payload is an `Admit`."""
+    """A request comes: allocate for it. The payload is an `Admission`."""
     ITEM = 2
     """Run a work item. The payload are the hidden states of the receiver's tokens, [1, S, D]."""
     VELOCITY = 3
@@ -47,8 +45,6 @@ class Kind(IntEnum):
     """Nothing comes any more."""
     CHECKPOINT = 6
     """Take a snapshot of a request and begin to write it. The payload is the folder, as JSON."""
-    SAVED = 7
-    """The ranks before the receiver have their files on the disk. The payload are the files, as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,29 +132,17 @@ class Message:
     waited: float  # seconds for which it was waited for
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Admit:
-    """What every rank is told of a request."""
-
-    request: int
-    schedule: Schedule  # of its video, which says in what order flags come
-    kv: KVPlan  # what to allocate
-    captions: CaptionTable
-    grid: tuple[int, int, int]  # latent (T, h, w) of a chunk
-    checkpoint: str | None = None  # folder of the checkpoint that the request goes on from
-
-
-def pack_admit(admit: Admit) -> Tensor:
+def pack_admit(admit: Admission) -> Tensor:
     """As a payload, uint8 [bytes]. Tensors must be on the CPU."""
     file = io.BytesIO()
     torch.save(admit, file)
     return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
 
 
-def unpack_admit(payload: Tensor) -> Admit:
+def unpack_admit(payload: Tensor) -> Admission:
     """From a payload, which a rank of the same gang has packed."""
     loaded: Any = torch.load(io.BytesIO(payload.numpy().tobytes()), map_location="cpu", weights_only=False)
-    assert isinstance(loaded, Admit)
+    assert isinstance(loaded, Admission)
     return loaded
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from engine.decoder import Decoder
+from engine.engine import Engine
 from engine.kv.size import KVSettings
 from engine.reuse.flags import FlagLog
 from engine.reuse.settings import ReuseSettings
@@ -27,10 +27,9 @@ from parallel.comm.edges import Edges
 from parallel.comm.groups import Groups, connect, open_groups, pick_device, serve_store
 from parallel.health.errors import BAD_INPUT, STOPPED, GangError
 from parallel.health.monitor import Monitor, Timeouts, is_connection_error
-from parallel.ranks.engine import GangEngine
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.leader import Leader
-from parallel.ranks.worker import StageModel, StageWorker, WorkerLoop
+from parallel.ranks.worker import RankServices, StageModel, StageWorker, WorkerLoop
 from parallel.topology.mesh import Layout, Mesh
 from parallel.trace.counters import RankCounters, collect_counters, publish_counters
 from parallel.trace.tracer import Tracer, merge_traces, shipped_events
@@ -71,12 +70,12 @@ class Gang:
         yield
         self._load_seconds = time.perf_counter() - began
 
-    def serve(self, stage: StageModel, flag_log: Callable[[Schedule], FlagLog] = FlagLog) -> RankCounters:
-        """Serve with these layers until the lead lets go; on every rank but the lead.
+    def serve(self, stage: StageModel, new_log: Callable[[Schedule], FlagLog] = FlagLog) -> RankCounters:
+        """Serve with these layers until the leader lets go; on every rank but the leader.
 
         Args:
             stage: this rank's layers.
-            flag_log: makes the log of a request's flags.
+            new_log: makes the log of a video's flags.
 
         Returns:
             What this rank has counted.
@@ -84,62 +83,57 @@ class Gang:
         Raises:
             GangError: another rank has failed.
         """
-        runner = self._runner(stage, flag_log)
-        WorkerLoop(runner, Edges(self.mesh, self._groups, self.monitor, self.tracer), self.tracer).run()
-        report = runner.finish()
+        worker = StageWorker(stage, self._services, new_log)
+        worker.counters.load_seconds = self._load_seconds
+        WorkerLoop(worker, self._edges(), self.tracer).run()
+        counters = worker.finish()
         self.tracer.ship(self._store, self._sessions)
-        publish_counters(self._store, self._sessions, report)
+        publish_counters(self._store, self._sessions, counters)
         self._sessions += 1
-        return report
+        return counters
 
     @contextmanager
     def lead(
         self,
         pipeline: Pipeline,
-        cache: ReuseSettings | None = None,
+        reuse: ReuseSettings | None = None,
         kv: KVSettings | None = None,
         *,
         barrier: bool = False,
         identity: str = "",
-    ) -> Iterator[tuple[GangEngine, GangCounters]]:
-        """An engine whose work the gang does; on the lead.
+    ) -> Iterator[tuple[Engine, GangCounters]]:
+        """An engine whose work the gang does; on the leader.
 
         Args:
             pipeline: the model, with the first stage's layers.
-            cache: which steps are reused.
+            reuse: which steps are reused.
             kv: how much of the past is held.
             barrier: wait for all chunks of a tick before the next; for comparison.
             identity: names the model, its weights and their split; a checkpoint is taken up by the same only.
 
         Yields:
-            The engine, and the reports of all ranks, which are there after the end.
+            The engine, and the counters of all ranks, which are there after the end.
 
         Raises:
             GangError: another rank has failed.
         """
-        runner = self._runner(StageModel(model=pipeline.model, attention=pipeline.attention), FlagLog)
-        head = Leader(
-            runner,
-            Edges(self.mesh, self._groups, self.monitor, self.tracer),
-            self.monitor,
-            self.tracer,
-            barrier=barrier,
-        )
-        engine = GangEngine(
+        stage = StageModel(model=pipeline.model, attention=pipeline.attention)
+        leader = Leader(stage, self._services, self._edges())
+        leader.worker.counters.load_seconds = self._load_seconds
+        engine = Engine(
             pipeline,
-            head,
-            runner.kv,
-            lambda: Decoder(pipeline.autoencoder, partial(self.tracer.add, "decode", track=1), self.device),
-            cache or ReuseSettings(),
-            kv or KVSettings(),
-            layout=self.mesh.layout,
+            leader,
+            reuse=reuse or ReuseSettings(),
+            kv=kv or KVSettings(),
+            barrier=barrier,
             identity=identity,
+            on_decoded=partial(self.tracer.add, "decode", track=1),
         )
-        reports = GangCounters()
-        yield engine, reports
+        counters = GangCounters()
+        yield engine, counters
         engine.close()
-        publish_counters(self._store, self._sessions, runner.finish())
-        reports.ranks = collect_counters(self._store, self._sessions, self.mesh.layout.world_size)
+        publish_counters(self._store, self._sessions, leader.worker.finish())
+        counters.ranks = collect_counters(self._store, self._sessions, self.mesh.layout.world_size)
         self._sessions += 1
 
     def write_trace(self, path: Path) -> None:
@@ -155,10 +149,14 @@ class Gang:
         shipped = [shipped_events(self._store, session, rank) for session in range(self._sessions) for rank in others]
         merge_traces([self.tracer.lines(), *shipped], path)
 
-    def _runner(self, stage: StageModel, flag_log: Callable[[Schedule], FlagLog]) -> StageWorker:
-        runner = StageWorker(stage, self.mesh, self._groups, self.monitor, self.tracer, flag_log)
-        runner.report.load_seconds = self._load_seconds
-        return runner
+    @property
+    def _services(self) -> RankServices:
+        return RankServices(
+            mesh=self.mesh, groups=self._groups, store=self._store, monitor=self.monitor, tracer=self.tracer
+        )
+
+    def _edges(self) -> Edges:
+        return Edges(self.mesh, self._groups, self.monitor, self.tracer)
 
 
 @contextmanager

@@ -1,23 +1,27 @@
-"""One rank's part of the computation: its layers, its heads of the KV, and the flags that it has been told.
+"""Every rank but the leader: receive what comes, run it on this rank's layers, send it on.
 
-It is given headers and hidden states and gives hidden states; it does not know whom they come from or go to.
+`StageWorker` is one rank's part of the computation, and the leader has one too: its layers, its heads of the KV, the
+flags it was sent, and what it counts. `WorkerLoop` works off the stream of messages in order and decides nothing; there
+is no other synchronisation.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed import Store
 
-from engine.checkpoint.files import AsyncSave, Contents, Shard, read_contents
-from engine.checkpoint.snapshot import pack_share, rank_file, unpack_share
-from engine.executor import Admission, Stage
+from engine.checkpoint.files import Contents, Shard, write_async
+from engine.executor import Admission, Stage, TokenShard
 from engine.kv.buffer import KVBuffer
-from engine.reuse.flags import FlagLog, FlagState
+from engine.reuse.flags import FlagLog
 from engine.schedule import Schedule
 from engine.video import WorkItem
 from models.attention import Attention
@@ -25,8 +29,9 @@ from models.errors import InputError
 from models.protocols import VideoModel
 from parallel.comm.edges import Edges
 from parallel.comm.groups import Groups
-from parallel.comm.messages import Admit, Header, Kind, Message, pack_values, unpack_admit, unpack_values
+from parallel.comm.messages import Header, Kind, Message, unpack_admit, unpack_values
 from parallel.comm.ulysses import TokenSplit, UlyssesShare, local_heads
+from parallel.health.errors import BAD_INPUT
 from parallel.health.monitor import Monitor
 from parallel.topology.mesh import Mesh
 from parallel.trace.counters import DeviceTimer, RankCounters
@@ -41,6 +46,17 @@ class StageModel:
     attention: Attention  # what KV views attend with
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankServices:
+    """What a rank has besides its layers."""
+
+    mesh: Mesh
+    groups: Groups  # for the exchange with the other ranks of the stage
+    store: Store  # where ranks leave small things for the leader
+    monitor: Monitor  # notified of what this rank does
+    tracer: Tracer
+
+
 def describe(item: WorkItem) -> str:
     """A work item in words."""
     return f"request {item.request}, tick {item.tick}, chunk {item.chunk} ({item.what.name})"
@@ -51,293 +67,237 @@ class StageWorker:
 
     Args:
         stage: the layers.
-        mesh: this rank's place.
-        groups: for the exchange with the other ranks of the stage.
-        monitor: told what this rank does.
-        tracer: told when.
-        flag_log: makes the log of a request's flags.
+        services: of this rank.
+        new_log: makes the log of a video's flags.
     """
 
     def __init__(
-        self,
-        stage: StageModel,
-        mesh: Mesh,
-        groups: Groups,
-        monitor: Monitor,
-        tracer: Tracer,
-        flag_log: Callable[[Schedule], FlagLog] = FlagLog,
+        self, stage: StageModel, services: RankServices, new_log: Callable[[Schedule], FlagLog] = FlagLog
     ) -> None:
-        self._model, self._attention = stage.model, stage.attention
-        self._mesh, self._groups, self._monitor, self._timeline = mesh, groups, monitor, tracer
-        self._flag_log = flag_log
-        self._stage = Stage(stage.model)
-        self._flags: dict[int, FlagLog] = {}
+        mesh, model = services.mesh, stage.model
+        self._mesh, self._groups, self._store = mesh, services.groups, services.store
+        self._monitor, self._tracer = services.monitor, services.tracer
+        place = {"stage": mesh.stage, "cp_rank": mesh.cp_rank}
+        self._stage = Stage(model, stage.attention, rank=mesh.rank, place=place, new_log=new_log)
         self._splits: dict[int, TokenSplit] = {}
-        self._writings: dict[int, AsyncSave] = {}
-        self._stopwatch = DeviceTimer(stage.model.kv.device)
-        layers = stage.model.kv.layers
-        self._report = RankCounters(
+        self._timer = DeviceTimer(model.kv.device)
+        layers = model.kv.layers
+        self.counters = RankCounters(
             rank=mesh.rank,
             stage=mesh.stage,
             cp_rank=mesh.cp_rank,
             layers=(layers.start, layers.stop),
-            weight_bytes=stage.model.weight_bytes,
+            weight_bytes=model.weight_bytes,
         )
-
-    @property
-    def report(self) -> RankCounters:
-        """What was counted so far; `busy` is set by `finish`."""
-        return self._report
-
-    @property
-    def model(self) -> VideoModel:
-        """The weights."""
-        return self._model
 
     def ready(self) -> None:
         """Loading is over; this rank waits for work."""
         self._monitor.waiting()
 
     def finish(self) -> RankCounters:
-        """The report, once all work is done."""
-        self._report.busy = self._stopwatch.seconds()
-        return self._report
+        """The counters, once all work is done."""
+        self.counters.busy = self._timer.seconds()
+        return self.counters
 
-    def admit(self, admit: Admit) -> None:
-        """Take a request in.
+    def admit(self, admission: Admission) -> None:
+        """Take a video in.
 
         Raises:
             InputError: this layout cannot serve it.
         """
-        ranks, tokens = self._mesh.layout.cp, admit.kv.chunk_tokens
+        ranks, tokens = self._mesh.layout.cp, admission.kv.chunk_tokens
         if tokens < ranks:
             raise InputError(f"a chunk has {tokens} tokens, too few for --cp {ranks}")
-        split = TokenSplit(tokens, ranks)
-        share = None
-        if self._groups.cp is not None:
-            share = UlyssesShare(split, self._mesh.cp_rank, self._groups.cp, through_host=self._groups.through_host)
-        geometry = local_heads(self._model.kv, ranks)
-        kv, log = admit.kv.allocate(geometry, self._attention), self._flag_log(admit.schedule)
-        if admit.checkpoint is not None:
-            self._restore(Path(admit.checkpoint), kv, log)
-        admission = Admission(
-            kv=kv,
-            captions=admit.captions.to(geometry.device),
-            grid=admit.grid,
-            share=share,
-        )
-        self._stage.admit(admit.request, admission)
-        self._flags[admit.request] = log
-        self._splits[admit.request] = split
+        split, groups = TokenSplit(tokens, ranks), self._groups
+        shard: TokenShard | None = None
+        if groups.cp is not None:
+            shard = UlyssesShare(split, self._mesh.cp_rank, groups.cp, through_host=groups.through_host)
+        geometry = local_heads(self._stage.model.kv, ranks)
+        self._stage.admit(admission, geometry=geometry, shard=shard)
+        self._splits[admission.video] = split
 
     def release(self, header: Header) -> None:
-        """Let go of a request; its flags must be the head's.
+        """Let go of a video; its flags must be the leader's.
 
         Raises:
             FlagMismatch: they are not.
         """
         self._follow(header)
+        self.counters.digests[str(header.request)] = self._stage.flags(header.request).digest.hex()
         self._stage.release(header.request)
         self._splits.pop(header.request)
-        self._writings.pop(header.request, None)  # what is still being written comes to nothing
-        self.report.digests[str(header.request)] = self._flags.pop(header.request).digest.hex()
 
     def run(self, header: Header, hidden: Tensor) -> Tensor:
         """Run an item on hidden states [1, s, D] of this rank's tokens.
 
         Raises:
-            FlagMismatch: this rank's flags are not the head's.
+            FlagMismatch: this rank's flags are not the leader's.
         """
         item = header.item
         assert item is not None
-        self._monitor.working(describe(item))
-        began = time.perf_counter()
-        self._follow(header)
-        with self._stopwatch.measure():
-            self._stage.change(item)
-        if self._timeline.wanted and any(op.kind == "retire" for op in item.before):
-            self._synchronize(hidden.device)
-            self._timeline.add("compress", began, item)
+        with self._working(describe(item)):
             began = time.perf_counter()
-        with self._stopwatch.measure():
-            hidden = self._stage.forward(item, hidden)
-        self._synchronize(hidden.device)
-        self.report.items += 1
-        self._timeline.add("compute", began, item)
-        self._monitor.waiting()
+            self._follow(header)
+            with self._timer.measure():
+                self._stage.change(item)
+            if self._tracer.wanted and any(op.kind == "retire" for op in item.before):
+                self._synchronize(hidden.device)
+                self._tracer.add("compress", began, item)
+                began = time.perf_counter()
+            with self._timer.measure():
+                hidden = self._stage.forward(item, hidden)
+            self._synchronize(hidden.device)
+            self.counters.items += 1
+            self._tracer.add("compute", began, item)
         return hidden
 
     def _synchronize(self, device: torch.device) -> None:
         """A trace shows when something was computed, not when it was launched."""
-        if self._timeline.wanted and device.type == "cuda":
+        if self._tracer.wanted and device.type == "cuda":
             torch.cuda.synchronize(device)
 
     def embed(self, item: WorkItem, x: Tensor) -> list[Tensor]:
-        """Patch embeddings [1, s, D] of a latent for each cp_rank of the stage; on the head only."""
-        with torch.no_grad():
-            patches = self._model.patches(x)
-        slices = self._splits[item.request].slices
+        """Patch embeddings [1, s, D] of a latent for each cp_rank of the stage; on the first stage only."""
+        patches, slices = self._stage.embed(x), self._splits[item.request].slices
         return [patches] if len(slices) == 1 else [patches[:, part].contiguous() for part in slices]
 
     def velocity(self, item: WorkItem, parts: list[Tensor]) -> Tensor:
-        """Velocity [1, C, T, h, w] of the hidden states of all slots; on the tail only."""
-        hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        with torch.no_grad():
-            return self._model.velocity(hidden, self._stage.admitted(item.request).grid).contiguous()
+        """Velocity [1, C, T, h, w] of the hidden states of all cp_ranks; on the last stage only."""
+        return self._stage.velocity(item, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
-    def kv(self, request: int) -> KVBuffer:
-        """The KV buffers of a request."""
-        return self._stage.admitted(request).kv
+    def kv(self, video: int) -> KVBuffer:
+        """The KV buffers of a video."""
+        return self._stage.kv(video)
 
-    def flags(self, request: int) -> FlagState:
-        """How far the log of a request's flags is."""
-        return self._flags[request].state()
+    def flags(self, video: int) -> FlagLog:
+        """The log of a video's flags."""
+        return self._stage.flags(video)
 
     def save(
         self,
         header: Header,
-        place: Path,
+        folder: Path,
         others: Mapping[str, Contents] | None = None,
         on_done: Callable[[], None] = lambda: None,
-    ) -> AsyncSave:
-        """Take a snapshot of a request's KV and begin to write it; later items do not touch it.
+    ) -> None:
+        """Take a snapshot of a video's KV and begin to write it; later items do not touch it.
+
+        The writer's thread leaves the names of the files in the store, so a slow disk holds up no rank's loop. A file
+        that cannot be written ends the gang.
 
         Args:
             header: of the message that asks for it.
-            place: folder of the checkpoint.
+            folder: of the checkpoint.
             others: what else to write, by file name.
-            on_done: called by another thread once all is written.
+            on_done: called in the thread once all is written.
 
         Raises:
-            FlagMismatch: this rank's flags are not the head's.
+            FlagMismatch: this rank's flags are not the leader's.
         """
-        self._monitor.working(f"request {header.request}, snapshot")
-        began = time.perf_counter()
-        self._follow(header)
-        share = pack_share(self.kv(header.request).state(), self.flags(header.request), self._about())
-        writing = AsyncSave(place, {rank_file(self._mesh.rank): share, **(others or {})}, on_done)
-        self._writings[header.request] = writing
-        self.report.checkpoints += 1
-        self._timeline.add("snapshot", began)
+
+        def written(shards: tuple[Shard, ...]) -> None:
+            self._store.set(saved_key(folder, self._mesh.rank), json.dumps([asdict(shard) for shard in shards]))
+            on_done()
+
+        with self._working(f"request {header.request}, snapshot"):
+            began = time.perf_counter()
+            self._follow(header)
+            write_async(folder, {**self._stage.snapshot(header.request), **(others or {})}, written, self._not_written)
+            self.counters.checkpoints += 1
+            self._tracer.add("snapshot", began)
+
+    def _not_written(self, error: Exception) -> None:
+        if isinstance(error, InputError):
+            self._monitor.fail(str(error), status=BAD_INPUT)
+        else:
+            self._monitor.fail(f"{self._mesh.name(self._mesh.rank)}: {type(error).__name__}: {error}")
+
+    @contextmanager
+    def _working(self, what: str) -> Iterator[None]:
+        """While this rank does something; after an error the monitor still says at what."""
+        self._monitor.working(what)
+        yield
         self._monitor.waiting()
-        return writing
-
-    def saved(self, request: int) -> tuple[Shard, ...]:
-        """The files of the last snapshot of a request, once they are on the disk.
-
-        Raises:
-            InputError: one cannot be written.
-        """
-        self._monitor.working(f"request {request}, writing a checkpoint")
-        shards = self._writings.pop(request).shards()
-        self._monitor.waiting()
-        return shards
-
-    def _restore(self, place: Path, kv: KVBuffer, log: FlagLog) -> None:
-        path = place / rank_file(self._mesh.rank)
-        contents = read_contents(path)
-        if contents.values.get("about") != self._about():
-            then, now = contents.values.get("about"), self._about()
-            raise InputError(f"the checkpoint {path} is of another split: {then}, now {now}; delete it to start anew")
-        try:
-            state, flags = unpack_share(contents)
-            kv.restore(state)
-            log.restore(flags)
-        except (KeyError, ValueError, TypeError) as error:
-            raise InputError(f"the checkpoint {path} does not fit: {error}; delete it to start anew") from None
-
-    def _about(self) -> dict[str, object]:
-        """What tells this rank's share of a request from others."""
-        mesh, layers = self._mesh, self._model.kv.layers
-        return {"stage": mesh.stage, "cp_rank": mesh.cp_rank, "layers": [layers.start, layers.stop]}
 
     def _follow(self, header: Header) -> None:
-        log = self._flags[header.request]
-        log.add(header.flags)
-        log.check(header.item, header.digest)
+        flags = self._stage.flags(header.request)
+        flags.add(header.flags)
+        flags.check(header.item, header.digest)
+
+
+def saved_key(folder: Path, rank: int) -> str:
+    """Where a rank leaves the names of its files of a checkpoint, in the store."""
+    return f"saved/{folder.name}/{rank}"
 
 
 class WorkerLoop:
-    """Serves until the lead says that nothing more will come.
+    """Serves until the leader says that nothing more will come.
 
     Args:
-        runner: this rank's layers.
-        links: its messages.
-        tracer: told how long it waited.
+        worker: this rank's layers.
+        edges: its messages.
+        tracer: takes how long it waited.
     """
 
-    def __init__(self, runner: StageWorker, links: Edges, tracer: Tracer) -> None:
-        self._runner, self._links, self._timeline = runner, links, tracer
+    def __init__(self, worker: StageWorker, edges: Edges, tracer: Tracer) -> None:
+        self._worker, self._edges, self._tracer = worker, edges, tracer
 
     def run(self) -> None:
         """Work off the stream.
 
         Raises:
             GangError: another rank has failed.
-            FlagMismatch: the flags that this rank was told do not add up.
+            FlagMismatch: the flags that this rank was sent do not add up.
         """
-        report = self._runner.report
-        self._runner.ready()
+        worker, edges, counters = self._worker, self._edges, self._worker.counters
+        worker.ready()
         while True:
             began = time.perf_counter()
-            message = self._links.take()
+            message = edges.take()
             header = message.header
-            report.waiting += message.waited
-            self._timeline.add("wait", began)
+            counters.waiting += message.waited
+            self._tracer.add("wait", began)
             if header.kind is Kind.ITEM:
-                report.item_bytes += message.nbytes
+                counters.item_bytes += message.nbytes
                 self._run(message)
             elif header.kind is Kind.ADMIT:
                 assert message.payload is not None
-                self._links.announce(header, message.payload)
-                self._runner.admit(unpack_admit(message.payload))
+                edges.announce(header, message.payload)
+                worker.admit(unpack_admit(message.payload))
             elif header.kind is Kind.RELEASE:
-                self._links.announce(header)
-                self._runner.release(header)
+                edges.announce(header)
+                worker.release(header)
             elif header.kind is Kind.CHECKPOINT:
-                report.checkpoint_bytes += message.nbytes
-                self._links.announce(header, message.payload)  # first, so that all ranks write at the same time
-                self._runner.save(header, Path(unpack_values(message.payload)))
-            elif header.kind is Kind.SAVED:
-                report.checkpoint_bytes += message.nbytes
-                self._saved(message)
+                counters.checkpoint_bytes += message.nbytes
+                edges.announce(header, message.payload)  # first, so that all ranks write at the same time
+                worker.save(header, Path(unpack_values(message.payload)))
             elif header.kind is Kind.LEAVE:
-                self._links.leave()
-                report.sent_bytes = self._links.sent_bytes
+                edges.leave()
+                counters.sent_bytes = edges.sent_bytes
                 return
 
     def _run(self, message: Message) -> None:
-        header, links, runner = message.header, self._links, self._runner
+        header, edges, worker = message.header, self._edges, self._worker
         assert message.payload is not None and header.item is not None
-        hidden = runner.run(header, message.payload)
-        links.done(message)
-        links.on(header, hidden)
+        hidden = worker.run(header, message.payload)
+        edges.done(message)
+        edges.on(header, hidden)
         if not header.item.what.weight:
             return  # run for its KV alone: nobody waits for its velocity
-        if links.reads_velocity:
-            parts = links.parts(header)
-            velocity = runner.velocity(
-                header.item, [hidden, *(part.payload for _, part in parts if part.payload is not None)]
-            )
-            for inbox, part in parts:
-                runner.report.item_bytes += part.nbytes
-                inbox.done(part)
-            links.result(Header(kind=Kind.VELOCITY, request=header.request, item=header.item), velocity)
-        elif links.is_tail:
-            links.part(header, hidden)
+        if edges.reads_velocity:
+            velocity = read_velocity(worker, edges, header, hidden)
+            edges.result(Header(kind=Kind.VELOCITY, request=header.request, item=header.item), velocity)
+        elif edges.is_tail:
+            edges.part(header, hidden)
 
-    def _saved(self, message: Message) -> None:
-        """The ranks before this one have their files on the disk: wait for one's own, and say so."""
-        header, links = message.header, self._links
-        files = unpack_values(message.payload)
-        files += [asdict(shard) for shard in self._runner.saved(header.request)]
-        if links.reads_velocity:
-            for inbox, part in links.parts(header):
-                self._runner.report.checkpoint_bytes += part.nbytes
-                files += unpack_values(part.payload)
-                inbox.done(part)
-            links.result(header, pack_values(files))
-        elif links.is_tail:
-            links.part(header, pack_values(files))
-        else:
-            links.on(header, pack_values(files))
+
+def read_velocity(worker: StageWorker, edges: Edges, header: Header, hidden: Tensor) -> Tensor:
+    """The velocity [1, C, T, h, w] of an item, of this rank's hidden states and those of the other cp_ranks."""
+    assert header.item is not None
+    parts = edges.parts(header)
+    others = [part.payload for _, part in parts if part.payload is not None]
+    velocity = worker.velocity(header.item, [hidden, *others])
+    for inbox, part in parts:
+        worker.counters.item_bytes += part.nbytes
+        inbox.done(part)
+    return velocity

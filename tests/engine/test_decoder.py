@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from engine.decoder import Decoder
+from engine.decoder import Decoder, DecoderHung
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def slow():
 
 @pytest.fixture
 def decoder(slow):
-    made = Decoder(slow, lambda began: None, CPU)
+    made = Decoder(slow, CPU, on_decoded=lambda began: None, check=lambda: None)
     yield made
     slow.allowed.release(100)
     made.close()
@@ -69,3 +69,42 @@ def test_what_nobody_wants_is_dropped(slow, decoder):
     decoder.put(1, 0, torch.ones(1))
     slow.allowed.release()
     assert decoder.get(1, wait=True).frames.item() == 1
+
+
+def test_a_video_that_was_forgotten_leaves_nothing(slow, decoder):
+    for index in range(3):
+        decoder.put(0, index, torch.zeros(1))
+    decoder.forget(0)
+    slow.allowed.release(3)
+    decoder.put(1, 0, torch.ones(1))
+    slow.allowed.release()
+    assert decoder.get(1, wait=True).index == 0
+    assert not decoder._videos
+
+
+def test_an_autoencoder_that_hangs_is_noticed(slow):
+    decoder = Decoder(slow, CPU, on_decoded=lambda began: None, check=lambda: None, limits=(0.3, 0.3))
+    decoder.put(0, 0, torch.zeros(1))
+    with pytest.raises(DecoderHung, match="has not come on for"):
+        decoder.get(0, wait=True)
+    with pytest.raises(DecoderHung):
+        for index in range(1, 9):  # a full queue does not hang the caller either
+            decoder.put(0, index, torch.zeros(1))
+    slow.allowed.release(100)
+    decoder.close()
+
+
+def test_whoever_waits_hears_of_a_failure_elsewhere(slow):
+    failed = []
+
+    def check():
+        if failed:
+            raise RuntimeError("rank 1 has gone")
+
+    decoder = Decoder(slow, CPU, on_decoded=lambda began: None, check=check)
+    decoder.put(0, 0, torch.zeros(1))
+    threading.Timer(0.1, failed.append, [True]).start()
+    with pytest.raises(RuntimeError, match="rank 1 has gone"):
+        decoder.get(0, wait=True)
+    slow.allowed.release()
+    decoder.close()

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from engine.engine import Engine
-from engine.executor import LocalExecutor
+from engine.executor import LocalRunner
 from engine.kv.size import KVSettings
 from engine.record import NOT_ACTIVE, Recorder, RunRecord
 from engine.request import Prefix, Request
 from engine.reuse.settings import ReuseSettings
 from engine.schedule import Schedule
 from models.errors import InputError
+from tests.engine.reference import reference_latents
 from tests.engine.tiny import TinyPipeline, tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -98,20 +99,14 @@ def test_a_budget_that_holds_everything_changes_nothing():
     assert not torch.equal(free[-1], tight[-1])
 
 
-def test_reused_steps_have_no_work():
+def test_reused_steps_have_no_work(monkeypatch):
     """The passes that are run are exactly those of the computed chunk-steps and of the finished chunks."""
     counted = []
-
-    class Counting(LocalExecutor):
-        def run(self, work):
-            counted.append(work.item)
-            return super().run(work)
-
-    pipeline, trace = TinyPipeline(tiny_config()), Recorder()
-    engine = Engine(pipeline, FLOWCACHE)
-    engine._executor = Counting(pipeline.model)
-    list(engine.generate(request(chunks=6), trace=trace))
-    record = trace.finish({})
+    begin = LocalRunner.begin
+    monkeypatch.setattr(LocalRunner, "begin", lambda self, work: (counted.append(work.item), begin(self, work)))
+    recorder = Recorder()
+    list(Engine(TinyPipeline(tiny_config()), reuse=FLOWCACHE).generate(request(chunks=6), recorder=recorder))
+    record = recorder.finish({})
     computed = {(int(t), int(c)) for t, c in zip(*(record.flags == 0).nonzero(), strict=True)}
     assert 0.1 < record.computed_fraction < 0.9
     assert {(item.tick, item.chunk) for item in counted} == computed
@@ -121,20 +116,80 @@ def test_reused_steps_have_no_work():
     assert order == sorted(order)
 
 
+GUIDED_CLIP = {"guided": True, "prefix": 40}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reuse", "kv"),
+    [
+        ({}, ReuseSettings(), KVSettings()),
+        ({}, FLOWCACHE, KVSettings(budget=1)),
+        ({}, replace(FLOWCACHE, clean_pass=True, extrapolate_from=0.5), KVSettings()),
+        ({}, ReuseSettings(policy="teacache", threshold=0.05, warmup_steps=2), KVSettings(budget=2)),
+        (GUIDED_CLIP, ReuseSettings(), KVSettings()),
+        (GUIDED_CLIP, FLOWCACHE, KVSettings(budget=2)),
+        ({"prefix": 1}, FLOWCACHE, KVSettings()),
+    ],
+    ids=["plain", "compressed", "renewed", "teacache", "guided clip", "guided clip, compressed", "image"],
+)
+def test_the_engine_makes_the_bits_of_a_plain_loop(changes, reuse, kv, monkeypatch):
+    pipeline, wanted = TinyPipeline(tiny_config(guided=changes.get("guided", False))), request()
+    if frames := changes.get("prefix"):
+        picture = torch.randint(0, 255, (frames, 32, 48, 3), dtype=torch.uint8)
+        wanted = request(prefix=Prefix(frames=picture))
+    expected, items, _ = reference_latents(pipeline, wanted, reuse, kv)
+    ran = []
+    begin = LocalRunner.begin
+    monkeypatch.setattr(LocalRunner, "begin", lambda self, work: (ran.append(work.item), begin(self, work)))
+    made = latents(Engine(pipeline, reuse=reuse, kv=kv), wanted)
+    assert ran == items
+    assert len(made) == len(expected)
+    for a, b in zip(made, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_videos_made_together_are_those_made_alone():
+    pipeline = TinyPipeline(tiny_config())
+    wanted = [request(seed=1), request(seed=2, chunks=2), request(seed=3)]
+    engine = Engine(pipeline, reuse=FLOWCACHE)
+    numbers = [engine.submit(one) for one in wanted]
+    made = {number: [] for number in numbers}
+    while engine.in_flight:
+        for result in engine.step():
+            made[result.video].append(result.chunk.latents)
+    for one, number in zip(wanted, numbers, strict=True):
+        expected, *_ = reference_latents(pipeline, one, FLOWCACHE)
+        assert all(torch.equal(a, b) for a, b in zip(made[number], expected, strict=True))
+
+
+def test_a_cancelled_video_leaves_the_others_alone():
+    pipeline = TinyPipeline(tiny_config())
+    engine = Engine(pipeline)
+    stays, goes = engine.submit(request(seed=1)), engine.submit(request(seed=2))
+    made = [result for _ in range(5) for result in engine.step()]
+    engine.cancel(goes)
+    assert not engine.running(goes)
+    while engine.in_flight:
+        made += engine.step()
+    expected, *_ = reference_latents(pipeline, request(seed=1))
+    own = [result.chunk.latents for result in made if result.video == stays]
+    assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
+
+
 def test_every_kind_of_reuse_makes_a_video():
     pipeline = TinyPipeline(tiny_config())
     plain = latents(Engine(pipeline), request())
     for kind in ("residual", "velocity", "extrapolate"):
         cache = ReuseSettings(policy="flowcache", threshold=0.2, warmup_steps=2, reuse=kind)
-        made = latents(Engine(pipeline, cache), request())
+        made = latents(Engine(pipeline, reuse=cache), request())
         assert all(torch.isfinite(part).all() for part in made)
         assert not torch.equal(made[-1], plain[-1])
 
 
 def test_a_record_is_what_happened_and_survives_the_disk(tmp_path):
     trace, progress = Recorder(), []
-    engine = Engine(TinyPipeline(tiny_config()), FLOWCACHE, KVSettings(budget=2))
-    list(engine.generate(request(chunks=6), on_progress=progress.append, trace=trace))
+    engine = Engine(TinyPipeline(tiny_config()), reuse=FLOWCACHE, kv=KVSettings(budget=2))
+    list(engine.generate(request(chunks=6), on_progress=progress.append, recorder=trace))
     trace.finish({"prompt": "a thing"}).save(tmp_path / "run")
     record = RunRecord.load(tmp_path / "run")
     assert record.settings["prompt"] == "a thing"
@@ -167,7 +222,8 @@ def test_what_was_kept_is_noted_when_it_is_so_though_whole_ticks_are_reused():
     """A chunk retires with the next item; with much reuse some ticks have none."""
     everything = ReuseSettings(policy="flowcache", threshold=1e9, warmup_steps=1)
     trace = Recorder()
-    list(Engine(TinyPipeline(tiny_config()), everything, KVSettings(budget=2)).generate(request(chunks=6), trace=trace))
+    engine = Engine(TinyPipeline(tiny_config()), reuse=everything, kv=KVSettings(budget=2))
+    list(engine.generate(request(chunks=6), recorder=trace))
     record = trace.finish({})
     assert (record.tick_items == 0).any()
     assert [row.sum() for row in record.kept[:5]] == pytest.approx([1, 2, 2, 2, 2])
@@ -189,6 +245,7 @@ torch.set_num_threads(1)
 from engine.engine import Engine
 from engine.kv.size import KVSettings
 from engine.request import Request
+from tests.engine.reference import reference_latents
 from tests.engine.tiny import TinyPipeline, tiny_config
 
 chunks, budget = int(sys.argv[1]), int(sys.argv[2]) or None

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.conformance import check_file
+from launch.conformance import check_file
 from models.attention import attention_backend, available_backends
 
 GOLDENS = Path(__file__).parent.parent / "data" / "goldens"

@@ -1,22 +1,22 @@
 """The order of work with results that come late, in one process: what `Engine` makes, bit for bit."""
 
 import json
-from collections import deque
+from collections import Counter, deque
 
 import pytest
 import torch
 
 from engine.checkpoint.files import Contents
-from engine.checkpoint.snapshot import pack_run, pack_share, unpack_run, unpack_share
-from engine.engine import Engine
-from engine.executor import Admission, LocalExecutor
+from engine.checkpoint.snapshot import pack_run, pack_shard, unpack_run, unpack_shard
+from engine.executor import Admission, Stage
 from engine.kv.size import KVSettings
 from engine.order import WorkOrder
 from engine.prepare import encode, prepare
-from engine.record import Recorder
 from engine.request import Prefix
 from engine.reuse.flags import FlagState
+from engine.reuse.policy import Decision
 from engine.reuse.settings import ReuseSettings
+from tests.engine.reference import reference_latents
 from tests.parallel.small import SmallPipeline, one_thread, request, small_config
 
 FLOWCACHE = {"policy": "flowcache", "threshold": 0.1, "warmup_steps": 2}
@@ -44,14 +44,15 @@ CASES = {
 }
 
 
-class Recording(LocalExecutor):
-    def __init__(self, model):
-        super().__init__(model)
+class Recording(Stage):
+    def __init__(self, model, attention):
+        super().__init__(model, attention)
         self.items = []
 
     def run(self, work):
         self.items.append(work.item)
-        return super().run(work)
+        self.change(work.item)
+        return self.velocity(work.item, self.forward(work.item, self.embed(work.x)))
 
 
 def build(case):
@@ -66,15 +67,14 @@ def build(case):
 def start(case, saved=None):
     """A run, its KV and where its work is carried out; `saved` are the contents of a checkpoint."""
     pipeline, wanted, cache, kv = build(case)
-    prepared = prepare(pipeline, wanted, encode(pipeline, wanted), number=0, cache=cache, kv=kv, observe=True)
-    executor = Recording(pipeline.model)
-    held = prepared.kv.allocate(pipeline.model.kv, pipeline.attention)
+    prepared = prepare(pipeline, wanted, encode(pipeline, wanted), number=0, reuse=cache, kv=kv, observe=True)
+    executor = Recording(pipeline.model, pipeline.attention)
+    executor.admit(Admission.of(0, prepared, None))
     if saved is not None:
-        run, share = saved
+        run, shard = saved
         prepared.run.restore(unpack_run(run))
-        held.restore(unpack_share(share)[0])
-    executor.admit(0, Admission(kv=held, captions=prepared.captions, grid=prepared.run.grid))
-    return prepared.run, held, executor
+        executor.kv(0).restore(unpack_shard(shard)[0])
+    return prepared.run, executor.kv(0), executor
 
 
 def carry_out(order, executor, latency):
@@ -109,20 +109,20 @@ def delayed(case, latency, *, barrier=False):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_late_results_change_nothing(case, latency):
     pipeline, wanted, cache, kv = build(case)
-    executor, trace = Recording(pipeline.model), Recorder()
-    expected = [chunk.latents for chunk in Engine(pipeline, cache, kv, executor).generate(wanted, trace=trace)]
+    expected, expected_items, expected_decisions = reference_latents(pipeline, wanted, cache, kv)
     made, items, decisions, ticks, _ = delayed(case, latency)
     assert len(made) == len(expected)
     for a, b in zip(made, expected, strict=True):
         assert torch.equal(a, b)
-    assert items == executor.items
-    record = trace.finish({})
-    assert [tick.tick.index for tick in ticks] == list(range(len(record.flags)))
-    assert [tick.items for tick in ticks] == record.tick_items.tolist()
-    for seen, decision in decisions:
-        assert record.flags[seen.tick, seen.chunk] == decision.value
+    assert items == expected_items
+    assert {(seen.tick, seen.chunk): decision for seen, decision in decisions} == expected_decisions
+    assert [tick.tick.index for tick in ticks] == list(range(len(ticks)))
+    counts = Counter(item.tick for item in items)
+    assert [tick.items for tick in ticks] == [counts[tick.tick.index] for tick in ticks]
+    computed = [decision is Decision.COMPUTE for _, decision in decisions]
+    assert sum(tick.computed for tick in ticks) == sum(computed)
     if cache.policy != "none":
-        assert 0 < record.computed_fraction < 1
+        assert 0 < sum(computed) < len(computed)
 
 
 def test_ticks_overlap_unless_there_is_a_barrier():
@@ -187,7 +187,7 @@ class Keeper:
         self.refusals += 1
         if self.refusals % 2:
             return False
-        share = pack_share(self.held.state(), FlagState(digest=bytes(8), count=0, reused=0), {})
+        share = pack_shard(self.held.state(), FlagState(digest=bytes(8), count=0, reused=0), {})
         contents = [pack_run(self.run.state()), share]
         plain = [Contents(tensors=one.tensors, values=json.loads(json.dumps(one.values))) for one in contents]
         self.saved[quantum.index] = (plain, len(self.order()))
@@ -200,7 +200,9 @@ def test_a_video_goes_on_from_a_snapshot_bit_for_bit(case):
     expected, items, *_ = delayed(case, 3)
     run, held, executor = start(case)
     keeper = Keeper(run, held, lambda: executor.items)
-    made, *_ = carry_out(WorkOrder(run, barrier=False, on_decision=lambda *_: None, border=keeper), executor, latency=3)
+    made, *_ = carry_out(
+        WorkOrder(run, barrier=False, on_decision=lambda *_: None, boundary=keeper), executor, latency=3
+    )
     assert executor.items == items
     assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
     quanta = run.schedule.quanta
@@ -221,7 +223,7 @@ def test_a_snapshot_does_not_grow_with_the_video():
         case = {**CASES["budget, guided, flowcache"], "request": {"chunks": chunks}}
         run, held, executor = start(case)
         keeper = Keeper(run, held, lambda: executor.items)
-        carry_out(WorkOrder(run, barrier=False, on_decision=lambda *_: None, border=keeper), executor, latency=3)
+        carry_out(WorkOrder(run, barrier=False, on_decision=lambda *_: None, boundary=keeper), executor, latency=3)
         return max(
             sum(part.nbytes for contents in saved for part in contents.tensors.values())
             for saved, _ in keeper.saved.values()

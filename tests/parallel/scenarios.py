@@ -20,6 +20,7 @@ from engine.record import Recorder
 from engine.request import Prefix
 from engine.reuse.flags import FlagLog
 from engine.reuse.settings import ReuseSettings
+from launch.conformance import check_on_gang
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
@@ -28,7 +29,6 @@ from parallel.comm.channel import GlooWire, Inbox, Outbox
 from parallel.comm.messages import Header, Kind
 from parallel.health.errors import GangError
 from parallel.health.monitor import Timeouts, leave
-from parallel.ranks.conformance import check_on_gang
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import open_gang
 from parallel.topology.mesh import Layout
@@ -66,9 +66,14 @@ def videos(gang, values, out, flag_log=FlagLog, wrap=lambda model: model):
     latents = [[] for _ in requests]
     began = time.perf_counter()
     with gang.lead(pipeline, cache, kv, barrier=values.get("barrier", False)) as (engine, reports):
-        for made in engine.generate_many(requests, values.get("concurrency", 1), None, traces):
-            assert made.chunk.index == len(latents[made.video])
-            latents[made.video].append(made.chunk.latents)
+        waiting = list(enumerate(requests))
+        while waiting or engine.in_flight:
+            while waiting and engine.in_flight < values.get("concurrency", 1):
+                video, one = waiting.pop(0)
+                assert engine.submit(one, recorder=traces.get(video)) == video
+            for made in engine.step():
+                assert made.chunk.index == len(latents[made.video])
+                latents[made.video].append(made.chunk.latents)
     torch.save(
         {
             "latents": latents,
@@ -269,7 +274,7 @@ def kept(gang, values, out):
         while engine.in_flight:
             for made in engine.step():
                 torch.save(made.chunk.latents, folder / f"{made.video}-{made.chunk.index}.pt")
-            whole = sorted(path.parent.name[:13] for path in folder.glob("video-*/*/manifest.json"))
+            whole = sorted(path.parent.name[:16] for path in folder.glob("video-*/*/manifest.json"))
             wholes.add(tuple(whole))
             if kill.get("quantum", "quantum-99999999") <= (whole or [""])[-1]:
                 cut -= 1

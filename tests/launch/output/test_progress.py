@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from engine.engine import Progress
+from engine.progress import Progress
 from engine.schedule import Schedule
 from launch.output.progress import LiveDisplay, PlainDisplay, clock, open_display, steps_done
 

@@ -79,7 +79,7 @@ def alone(made, config=None):
     from parallel.topology.mesh import Mesh
 
     pipeline = stage_pipeline(small_config(**(config or {})), Mesh(layout=layout, rank=0))
-    engine = Engine(pipeline, ReuseSettings(), KVSettings())
+    engine = Engine(pipeline)
     return [chunk.latents for chunk in engine.generate(made)]
 
 

@@ -57,7 +57,7 @@ def pids(tmp_path, count):
             "flip",
             {"pp": 2},
             1,
-            r"^rank 1 .*tick \d+, chunk \d+.*: FlagMismatch: the reuse flags differ from the head's",
+            r"^rank 1 .*tick \d+, chunk \d+.*: FlagMismatch: the reuse flags differ from the leader's",
         ),
         ("kill", {"pp": 3}, 1, rf"^rank 1 \(stage 1 of 3\) {GONE}"),
         ("kill", {"cp": 2}, 1, rf"^rank 1 \(stage 0 of 1, cp 1 of 2\) {GONE}"),

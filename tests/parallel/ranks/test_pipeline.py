@@ -3,16 +3,20 @@
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from engine.engine import Engine
+from engine.kv.size import KVSettings
 from engine.prepare import encode, prepare
-from engine.record import Recorder
+from engine.record import NOT_ACTIVE
 from engine.reuse.flags import FlagLog
+from engine.reuse.settings import ReuseSettings
 from parallel.comm.messages import HEADER_BYTES
+from tests.engine.reference import reference_latents
 from tests.parallel.on_ranks import command, run
 from tests.parallel.scenarios import settings, wanted
 from tests.parallel.small import SmallPipeline, one_thread, small_config
@@ -27,13 +31,37 @@ def alone(values):
     """The same videos from one process: latents and records."""
     one_thread()
     pipeline = SmallPipeline(small_config(**values.get("config", {})))
-    engine = Engine(pipeline, *settings(values))
+    reuse, kv = settings(values)
     made, records = [], []
     for one in wanted(values):
-        trace = Recorder() if values.get("trace") else None
-        made.append([chunk.latents for chunk in engine.generate(one, trace=trace)])
-        records.append(None if trace is None else trace.finish({}))
+        latents, items, decisions = reference_latents(pipeline, one, reuse, kv)
+        made.append(latents)
+        records.append(Record(one, pipeline, items, decisions))
     return made, records
+
+
+class Record:
+    """What the plain loop did of one video, in the form of a record."""
+
+    def __init__(self, one, pipeline, items, decisions):
+        prepared = prepare(
+            pipeline, one, encode(pipeline, one), number=0, reuse=ReuseSettings(), kv=KVSettings(), observe=False
+        )
+        schedule = prepared.run.schedule
+        counts = Counter(item.tick for item in items)
+        self.tick_items = np.array([counts[tick] for tick in range(schedule.ticks)])
+        self.flags = np.full((schedule.ticks, schedule.chunks), NOT_ACTIVE, dtype=np.uint8)
+        for place, decision in decisions.items():
+            self.flags[place] = decision.value
+        self.computed_fraction = float((self.flags[self.flags != NOT_ACTIVE] == 0).mean())
+
+
+def close(made, expected, tolerance=1e-5):
+    """With context parallelism sums are taken in another order, and not on every CPU to the same bits."""
+    assert [len(video) for video in made] == [len(video) for video in expected]
+    for video, other in zip(made, expected, strict=True):
+        for a, b in zip(video, other, strict=True):
+            assert (a - b).norm() <= tolerance * b.norm()
 
 
 def same(made, expected):
@@ -68,7 +96,7 @@ def test_stages_make_the_same_bits_as_one_process(tmp_path, values):
     expected, records = alone(values)
     same(got["latents"], expected)
     for video, record in enumerate(records):
-        if record is not None:
+        if values.get("trace"):
             assert torch.equal(got["flags"][video], torch.from_numpy(record.flags))
             assert got["items"][video].tolist() == record.tick_items.tolist()
     sizes = [report.layers[1] - report.layers[0] for report in got["reports"]]
@@ -93,7 +121,7 @@ def test_a_reused_chunk_costs_no_stage_anything(tmp_path):
     for video, record in enumerate(records):
         one = wanted(values)[video]
         cache, kv = settings(values)
-        prepared = prepare(pipeline, one, encode(pipeline, one), number=0, cache=cache, kv=kv, observe=False)
+        prepared = prepare(pipeline, one, encode(pipeline, one), number=0, reuse=cache, kv=kv, observe=False)
         log = FlagLog(prepared.run.schedule)
         log.add(int(record.flags[tick.index, chunk]) for tick in prepared.run.schedule for chunk, _ in tick.active)
         assert {report.digests[str(video)] for report in got["reports"]} == {log.digest.hex()}
@@ -114,15 +142,14 @@ def test_several_videos_at_once_are_those_made_one_by_one(tmp_path):
 
 
 def test_settings_reach_every_stage(tmp_path):
-    """What stages hold of the past is what the lead's record says of one process."""
+    """The budget holds on the stages, and the leader's record says so."""
     values = {"budget": 2, "cache": FLOWCACHE, "trace": True, "requests": [{"chunks": 6}]}
     got = run(tmp_path, pp=2, split=[4, 1], **values)
-    expected, (record,) = alone(values)
+    expected, _ = alone(values)
     same(got["latents"], expected)
     kept = got["kept"][0]
     assert kept[4].sum().item() == pytest.approx(2)
     assert kept[0].tolist() == [1, 0, 0, 0, 0, 0]
-    assert record.kept[4].sum() == pytest.approx(2)
 
 
 def speed_up(got, values):

@@ -6,18 +6,20 @@ It knows the files' format and how far figures may differ. The weights file of a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.engine import Engine, OnProgress
+from engine.engine import Engine
 from engine.kv.selection import Granularity, SelectionSettings, select
-from engine.noise import GivenNoise, NoiseSource
+from engine.noise import GivenNoise
+from engine.prepare import Encoded
 from engine.record import Recorder
 from engine.request import Request
 from engine.reuse.settings import ReuseSettings
@@ -28,7 +30,10 @@ from models.magi.model import FixedCaptions, MagiModel
 from models.magi.sampling import MagiSampling
 from models.magi.vae import VaeConfig, ViTVAE
 from models.magi.weights import load_dit
-from models.protocols import Autoencoder, CaptionTable, Pipeline
+from models.protocols import Autoencoder, Pipeline
+from parallel.ranks.gang import Gang
+from parallel.ranks.worker import StageModel
+from parallel.topology.split import stage_range
 
 TOLERANCE = 1e-4
 DECODED_TOLERANCE = 1e-2  # stored as fp16
@@ -46,23 +51,9 @@ class Verdict:
     passed: bool  # whether everything agrees
 
 
-class LatentEngine(Protocol):
-    """Makes latents, as `Engine.generate_latents` does."""
-
-    def generate_latents(
-        self,
-        request: Request,
-        captions: CaptionTable,
-        prefix: Tensor | None,
-        noise: NoiseSource,
-        on_progress: OnProgress | None = None,
-        trace: Recorder | None = None,
-    ) -> Iterator[Tensor]:
-        """Latents [1, C, t, h, w], chunk by chunk."""
-
-
-def _local_engine(pipeline: Pipeline, cache: ReuseSettings) -> LatentEngine:
-    return Engine(pipeline, cache)
+@contextmanager
+def _local_engine(pipeline: Pipeline, reuse: ReuseSettings) -> Iterator[Engine]:
+    yield Engine(pipeline, reuse=reuse)
 
 
 def _all_layers(config: MagiConfig) -> range | None:
@@ -70,16 +61,15 @@ def _all_layers(config: MagiConfig) -> range | None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Runner:
+class Venue:
     """Where cases of generation are run."""
 
-    engine: Callable[[Pipeline, ReuseSettings], LatentEngine] = _local_engine
-    """Makes the engine for a case, of its model and its reuse settings."""
-    layers: Callable[[MagiConfig], range | None] = _all_layers  # which layers of a model are loaded here; None for all
-    device: str = "cpu"  # where to run
+    engine: Callable[[Pipeline, ReuseSettings], AbstractContextManager[Engine]] = _local_engine
+    layers: Callable[[MagiConfig], range | None] = _all_layers  # which layers of a model are loaded; None for all
+    device: str = "cpu"
 
 
-_HERE = Runner()
+_HERE = Venue()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,29 +105,29 @@ class _Golden:
         return {key[len(prefix) :]: value for key, value in sorted(self.tensors.items()) if key.startswith(prefix)}
 
 
-def check_file(path: Path, *, device: str = "cpu", runner: Runner | None = None) -> Verdict:
+def check_file(path: Path, *, device: str = "cpu", venue: Venue | None = None) -> Verdict:
     """Run a golden file's case and compare.
 
     Args:
         path: the file.
-        device: where to run it, without a runner.
-        runner: how to run a case of generation; by default in this process.
+        device: where to run it, without a venue.
+        venue: where to run a case of generation; by default in this process.
 
     Raises:
         InputError: the file cannot be read, or is no golden file.
     """
-    runner = runner or replace(_HERE, device=device)
+    venue = venue or replace(_HERE, device=device)
     golden = _read(path)
     kind = golden.metadata.get("kind", "")
     checks = {"vae": _check_vae, "kv_selection": _check_selection}
     if kind != "generation" and kind not in checks:
         raise InputError(f"{path} has kind {kind!r}: known kinds are generation, {', '.join(checks)}")
-    golden = golden.to(runner.device)
+    golden = golden.to(venue.device)
     with torch.no_grad():
-        return _check_generation(golden, runner) if kind == "generation" else checks[kind](golden)
+        return _check_generation(golden, venue) if kind == "generation" else checks[kind](golden)
 
 
-def load_stage(path: Path, runner: Runner) -> MagiModel | None:
+def load_stage(path: Path, venue: Venue) -> MagiModel | None:
     """The layers of a golden file's model that are run here; None if its case has no model.
 
     Raises:
@@ -146,7 +136,71 @@ def load_stage(path: Path, runner: Runner) -> MagiModel | None:
     golden = _read(path)
     if golden.metadata.get("kind") != "generation":
         return None
-    return _load_model(golden, MagiConfig.from_dict(golden.json("config"), source=str(path)), runner)
+    return _load_model(golden, MagiConfig.from_dict(golden.json("config"), source=str(path)), venue)
+
+
+def check_on_gang(
+    gang: Gang,
+    files: Sequence[Path],
+    *,
+    split: str | None = None,
+    on_verdict: Callable[[Verdict], None],
+    on_unreadable: Callable[[InputError], None] | None = None,
+) -> None:
+    """Check golden files on all ranks: cases of generation run over the gang, the others on the leader.
+
+    Args:
+        gang: this rank's; every rank calls this with the same files.
+        files: golden files, their weights beside them.
+        split: layers of each stage, as in `stage_sizes`.
+        on_verdict: given each verdict, on the leader.
+        on_unreadable: given the error of each file that cannot be read, on the leader; the others are checked all the
+            same. Without it the first such file ends the gang.
+
+    Raises:
+        InputError: a file cannot be read, or the layout does not fit its model.
+    """
+
+    @contextmanager
+    def engine(pipeline: Pipeline, reuse: ReuseSettings) -> Iterator[Engine]:
+        with gang.lead(pipeline, reuse) as (made, _):
+            yield made
+
+    venue = Venue(engine=engine, layers=lambda config: stage_range(config, gang.mesh, split), device=str(gang.device))
+    for path in files:
+        try:
+            _check_over_ranks(gang, path, venue, on_verdict)
+        except _Unreadable as error:
+            if on_unreadable is None:
+                raise error.why from None
+            if gang.mesh.leads:
+                on_unreadable(error.why)
+
+
+class _Unreadable(Exception):  # noqa: N818 - all ranks go on after it
+    """A file that no rank can read."""
+
+    def __init__(self, why: InputError) -> None:
+        super().__init__(str(why))
+        self.why = why
+
+
+def _check_over_ranks(gang: Gang, path: Path, venue: Venue, on_verdict: Callable[[Verdict], None]) -> None:
+    """Check one file as the leader, or serve its layers."""
+    try:
+        model = load_stage(path, venue)
+    except InputError as error:
+        raise _Unreadable(error) from None
+    if gang.mesh.leads:
+        try:
+            verdict = check_file(path, venue=venue)
+        except InputError as error:
+            if model is not None:  # the others serve it, and must be ended
+                raise
+            raise _Unreadable(error) from None
+        on_verdict(verdict)
+    elif model is not None:
+        gang.serve(StageModel(model=model, attention=model.dit.attention))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -191,21 +245,20 @@ class _LatentPipeline:
         raise ValueError("a golden case brings its own captions")
 
 
-def _load_model(golden: _Golden, config: MagiConfig, runner: Runner) -> MagiModel:
+def _load_model(golden: _Golden, config: MagiConfig, venue: Venue) -> MagiModel:
     if "weights" not in golden.metadata:
         raise InputError(f"{golden.path} lacks the metadata weights")
     weights = golden.path.parent / golden.metadata["weights"]
-    return MagiModel(load_dit(config, weights, layers=runner.layers(config), device=runner.device))
+    return MagiModel(load_dit(config, weights, layers=venue.layers(config), device=venue.device))
 
 
-def _check_generation(golden: _Golden, runner: Runner) -> Verdict:
+def _check_generation(golden: _Golden, venue: Venue) -> Verdict:
     config = MagiConfig.from_dict(golden.json("config"), source=str(golden.path))
-    model = _load_model(golden, config, runner)
+    model = _load_model(golden, config, venue)
     text = golden.tensor("input.caption_embs").float()[golden.tensor("input.caption_mask").bool()]
     captions = FixedCaptions(text=text, null=model.dit.null_text())
     noise, prefix = golden.tensor("input.noise"), golden.tensors.get("input.prefix_latents")
     runtime = config.runtime_config
-    engine = runner.engine(_LatentPipeline(config, model), _cache_settings(golden))
     request = Request(
         prompt=golden.path.stem,
         chunks=runtime.num_frames // runtime.temporal_downsample_factor // runtime.chunk_width,
@@ -215,8 +268,10 @@ def _check_generation(golden: _Golden, runner: Runner) -> Verdict:
         seed=0,
     )
     given = None if prefix is None else prefix.to(config.model_config.dtype)
-    trace = Recorder()
-    made = list(engine.generate_latents(request, captions, given, GivenNoise(noise.cpu()), trace=trace))
+    recorder = Recorder()
+    encoded = Encoded(captions=captions, prefix=given, noise=GivenNoise(noise.cpu()))
+    with venue.engine(_LatentPipeline(config, model), _reuse_settings(golden)) as engine:
+        made = list(engine.generate_latents(request, encoded, recorder=recorder))
     expected = list(golden.named("output.chunk.").values())
     if len(made) != len(expected):
         detail = f"{len(made)} chunks, {len(expected)} expected"
@@ -224,7 +279,7 @@ def _check_generation(golden: _Golden, runner: Runner) -> Verdict:
     error = max(relative_error(a, b) for a, b in zip(made, expected, strict=True))
     detail, equal = f"{len(made)} chunks", True
     if "output.reuse_flags" in golden.tensors:
-        flags = torch.from_numpy(trace.finish({}).flags)
+        flags = torch.from_numpy(recorder.finish({}).flags)
         equal = torch.equal(flags, golden.tensor("output.reuse_flags").cpu())
         detail += f", flags {'equal' if equal else 'differ'}"
     return _verdict(golden, error=error, detail=detail, passed=equal and error <= TOLERANCE)
@@ -234,7 +289,7 @@ _PUBLISHED = {"clean_forward": "clean_pass", "nearly_clean_mix": "copy_pass"}
 """Settings whose names in golden files are those of the published code."""
 
 
-def _cache_settings(golden: _Golden) -> ReuseSettings:
+def _reuse_settings(golden: _Golden) -> ReuseSettings:
     given = {_PUBLISHED.get(name, name): value for name, value in golden.json("cache").items()}
     known = {field.name for field in fields(ReuseSettings)}
     if unknown := set(given) - known:

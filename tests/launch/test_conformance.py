@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from engine.conformance import check_file, relative_error
+from launch.conformance import check_file, relative_error
 from models.errors import InputError
 
 GOLDENS = Path(__file__).parent.parent / "data" / "goldens"
