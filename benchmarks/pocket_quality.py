@@ -122,7 +122,7 @@ def make_videos(
     for i, scene in enumerate(scenes):
         request = pocket_request(scene.prompt, chunks=chunks, num_steps=num_steps, seed=first_seed + i)
         began = time.perf_counter()
-        frames = torch.cat([chunk.frames for chunk in engine.generate(request)])
+        frames = torch.cat([chunk.frames for chunk in engine.generate(request) if chunk.frames is not None])
         yield Video(frames=frames, scene=scene, seed=request.seed, seconds=time.perf_counter() - began)
 
 

@@ -8,6 +8,7 @@ every run starts its processes anew, and each has one thread. It knows neither t
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import statistics
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -30,14 +31,16 @@ from benchmarks.common import in_fresh_process, in_fresh_processes, nearest, sea
 from benchmarks.models import POCKET, build, model_config
 from benchmarks.workload import Made, TimedCall, Timing, Workload, digest
 from engine.engine import Engine
-from engine.executor import Stage
+from engine.executor import LocalRunner
 from engine.files import atomic_write
 from engine.heap import settle_heap
 from engine.record import Recorder, RunRecord
+from engine.request import Request
 from engine.reuse.policy import ChunkPolicy, Decision, Observation
 from engine.reuse.settings import ReuseSettings
 from engine.video import Work, WorkItem
 from launch.cache_presets import CacheName, cache_preset
+from models.attention import Attention
 from models.errors import InputError
 from models.magi.model import MagiModel
 from models.magi.pipeline import MagiPipeline
@@ -92,16 +95,16 @@ def _alone(workloads: Sequence[Workload], split: Sequence[int] | None) -> list[M
 
 def make_alone(workload: Workload, pipeline: MagiPipeline, split: Sequence[int] | None = None) -> Made:
     """Make videos in this process, one after another."""
-    timed = None if split is None else TimedExecutor(pipeline.model, split)
-    engine = Engine(pipeline, workload.reuse, workload.kv, timed)
+    timed = None if split is None else TimedRunner(pipeline.model, pipeline.attention, split)
+    engine = Engine(pipeline, timed, reuse=workload.reuse, kv=workload.kv)
     recorders, seconds, latents, first = _recorders(workload), [], [], 0.0
     for number, request in enumerate(workload.requests):
-        began, made = time.perf_counter(), []
-        for chunk in engine.generate(request, trace=recorders.get(number)):
-            first = first or time.perf_counter() - began
-            made.append(chunk.latents)
+        began = time.perf_counter()
+        ((made, waited),) = _make(engine, [request], recorders[number : number + 1], decode=workload.decode)
         seconds.append(time.perf_counter() - began)
+        first = first or waited
         latents.append(tuple(digest(one) for one in made))
+    engine.close()
     return Made(
         seconds=sum(seconds),
         latents=tuple(latents),
@@ -112,13 +115,32 @@ def make_alone(workload: Workload, pipeline: MagiPipeline, split: Sequence[int] 
     )
 
 
-def _recorders(workload: Workload) -> dict[int, Recorder]:
+def _make(
+    engine: Engine, requests: Sequence[Request], recorders: Sequence[Recorder], *, decode: bool
+) -> list[tuple[list[Tensor], float]]:
+    """Make videos that are all in flight at once.
+
+    Returns:
+        Of each video the latents of its chunks, and the seconds until the first one.
+    """
+    began, made = time.perf_counter(), {}
+    for request, recorder in itertools.zip_longest(requests, recorders):
+        made[engine.submit(request, recorder=recorder, decode=decode)] = ([], [])
+    while engine.in_flight:
+        for one in engine.step():
+            latents, times = made[one.video]
+            latents.append(one.chunk.latents)
+            times.append(time.perf_counter() - began)
+    return [(latents, times[0]) for latents, times in made.values()]
+
+
+def _recorders(workload: Workload) -> list[Recorder]:
     """Of the videos that reuse; without reuse a record would make the leader look at distances."""
-    return {number: Recorder() for number in range(workload.videos)} if workload.reuses else {}
+    return [Recorder() for _ in range(workload.videos)] if workload.reuses else []
 
 
-def _decisions(recorders: Mapping[int, Recorder]) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    tables = [recorder.finish({}).decisions.tolist() for recorder in recorders.values()]
+def _decisions(recorders: Sequence[Recorder]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    tables = [recorder.finish({}).decisions.tolist() for recorder in recorders]
     return tuple(tuple(tuple(steps) for steps in table) for table in tables)
 
 
@@ -179,18 +201,15 @@ def _make_on_gang(gang: Gang, workload: Workload, pipeline: MagiPipeline, hop: f
     if not gang.mesh.leads:
         gang.serve(StageModel(model=pipeline.model, attention=pipeline.attention))
         return None
-    recorders, first = _recorders(workload), 0.0
-    made: list[list[Tensor]] = [[] for _ in range(workload.videos)]
+    recorders = _recorders(workload)
     with gang.lead(pipeline, workload.reuse, workload.kv, barrier=workload.barrier) as (engine, counters):
         began = time.perf_counter()
-        for one in engine.generate_many(workload.requests, workload.videos, None, recorders):
-            first = first or time.perf_counter() - began
-            made[one.video].append(one.chunk.latents)
+        made = _make(engine, workload.requests, recorders, decode=workload.decode)
         seconds = time.perf_counter() - began
     return Made(
         seconds=seconds,
-        latents=tuple(tuple(digest(one) for one in latents) for latents in made),
-        first_chunk=first,
+        latents=tuple(tuple(digest(one) for one in latents) for latents, _ in made),
+        first_chunk=made[0][1],
         decisions=_decisions(recorders),
         ranks=tuple(asdict(one) for one in counters.ranks),
         hop=hop,
@@ -219,7 +238,7 @@ def _hop(gang: Gang, pings: int, workload: Workload, pipeline: MagiPipeline) -> 
     return statistics.median(found)
 
 
-class TimedExecutor(Stage):
+class TimedRunner(LocalRunner):
     """Runs a whole model here, and takes times for every stage that its layers will be cut into.
 
     The clock is read where a stage would begin. What every stage does for itself before its first layer (embedding the
@@ -227,11 +246,12 @@ class TimedExecutor(Stage):
 
     Args:
         model: all layers.
+        attention: what KV views attend with.
         split: how many of them each stage will have.
     """
 
-    def __init__(self, model: MagiModel, split: Sequence[int]) -> None:
-        super().__init__(model)
+    def __init__(self, model: MagiModel, attention: Attention, split: Sequence[int]) -> None:
+        super().__init__(model, attention)
         self._marks: list[float] = []
         self._sums: dict[tuple[str, int | None], list[float]] = {}
         self._counts: dict[tuple[str, int | None], int] = {}
@@ -241,21 +261,20 @@ class TimedExecutor(Stage):
             for start in (0, *accumulate(split[:-1]))
         ]
 
-    @torch.no_grad()
-    def run(self, work: Work) -> Tensor:
-        """Run one item; the velocity [1, C, T, h, w] fp32."""
+    def begin(self, work: Work) -> None:
+        """Run an item."""
         self._marks.clear()
-        began = time.perf_counter()
-        patches = self.model.patches(work.x)
+        item, stage, began = work.item, self._stage, time.perf_counter()
+        patches = stage.embed(work.x)
         embedded = time.perf_counter()
-        self.change(work.item)
-        hidden = self.forward(work.item, patches)
-        through = time.perf_counter()
-        velocity = self.model.velocity(hidden, self.admitted(work.item.request).grid)
-        ended = time.perf_counter()
-        self._note(work.item, embedded - began, embedded, through, ended - through if work.item.what.weight else 0.0)
+        stage.change(item)
+        hidden = stage.forward(item, patches)
+        through = ended = time.perf_counter()
+        if item.what.weight:
+            self._results.append((item, stage.velocity(item, hidden)))
+            ended = time.perf_counter()
+        self._note(item, embedded - began, embedded, through, ended - through)
         self._total += ended - began
-        return velocity
 
     def timing(self, seconds: float) -> Timing:
         """What was measured.
@@ -327,8 +346,7 @@ def find_threshold(workload: Workload, reuse: ReuseSettings, fraction: float) ->
 def _record(workload: Workload, pipeline: MagiPipeline) -> RunRecord:
     """Make a video and record it."""
     recorder = Recorder()
-    for _ in Engine(pipeline, workload.reuse).generate(workload.requests[0], trace=recorder):
-        pass
+    _make(Engine(pipeline, reuse=workload.reuse), workload.requests[:1], [recorder], decode=False)
     return recorder.finish({})
 
 

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from benchmarks.adherence import adherence
 from benchmarks.common import save_text
-from benchmarks.flops import CountingExecutor
+from benchmarks.flops import CountingRunner
 from benchmarks.models import pocket_request
 from benchmarks.quality.sweep import LEAN, VANILLA, ObservationLog, Plan, Probe, Setting, Ticks
-from engine.engine import Engine, Progress
-from engine.executor import LocalExecutor
-from engine.noise import SeededNoise
+from engine.engine import Engine
+from engine.prepare import encode
+from engine.progress import Progress
 from engine.record import Recorder
 from models.errors import InputError
 from models.magi.pipeline import MagiPipeline
@@ -135,21 +135,19 @@ class TrialRunner:
     def make(self, setting: Setting, case: Case, recorder: Recorder | None = None) -> Video:
         """Denoise a video."""
         pipeline = self._pipeline
-        executor = CountingExecutor(LocalExecutor(pipeline.model), pipeline.config.model_config)
-        engine = Engine(pipeline, setting.reuse, setting.kv, executor)
+        runner = CountingRunner(pipeline.model, pipeline.attention, pipeline.config.model_config)
+        engine = Engine(pipeline, runner, reuse=setting.reuse, kv=setting.kv)
         request = pocket_request(case.scene.prompt, chunks=case.chunks, num_steps=case.num_steps, seed=case.seed)
-        captions, computed = pipeline.captions(case.scene.prompt), [1.0]
+        encoded, computed = encode(pipeline, request), [1.0]
 
         def watch(progress: Progress) -> None:
             computed[:] = [progress.computed_fraction]
 
         began = time.perf_counter()
-        made = engine.generate_latents(request, captions, None, SeededNoise(case.seed), watch, recorder)
+        made = engine.generate_latents(request, encoded, watch, recorder)
         latents = torch.cat([part.cpu() for part in made], dim=2)  # the copy waits for the device
         seconds = time.perf_counter() - began
-        return Video(
-            latents=latents, seconds=seconds, computed=computed[0], items=executor.items, flops=executor.flops
-        )
+        return Video(latents=latents, seconds=seconds, computed=computed[0], items=runner.items, flops=runner.flops)
 
     def observe(self, case: Case) -> Ticks:
         """What policies would see of a video without reuse, tick by tick."""

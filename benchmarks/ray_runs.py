@@ -1,31 +1,28 @@
-"""How benchmarks make videos on gangs of a Ray cluster: the model, the orders, and what has come of them.
+"""Runs on the gangs of a Ray cluster: how they are set up, what is ordered, and what has come of it.
 
-It knows neither failures nor figures.
+It knows neither failures nor what is wanted.
 """
 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 
-import numpy as np
-from numpy.typing import NDArray
+from parallel.health.timeouts import Timeouts
 
-from benchmarks.pipeline_job import Job, ModelSpec
-from benchmarks.pipeline_model import BenchPipeline, build, model_config, requests
+from benchmarks.models import ModelSpec, build, model_config
+from benchmarks.workload import Made, Workload, digest
 from engine.checkpoint.files import CheckpointConfig
-from engine.kv.size import KVSettings
 from engine.request import Request
-from engine.reuse.settings import ReuseSettings
-from parallel.cluster.actor import RankTask
-from parallel.cluster.config import VideoSize, video_size
+from launch.ray_cluster import ray_cluster
+from models.magi.pipeline import MagiPipeline
+from parallel.cluster.config import ClusterSettings, RankTask, VideoSize, video_size
 from parallel.cluster.controller import Controller
-from parallel.cluster.messages import ChunkMade, Event, VideoDone, VideoFailed
+from parallel.cluster.messages import ChunkMade, Event, GangDown, GangLost, VideoDone, VideoFailed, VideoOrder
 from parallel.cluster.placement import GangShape
 from parallel.cluster.queue import GangSize
-from parallel.cluster.views import ClusterSettings, VideoOrder
-from parallel.health.monitor import Timeouts
 from parallel.ranks.worker import StageModel
 from parallel.topology.mesh import Layout, Mesh
 from parallel.topology.split import stage_range
@@ -42,79 +39,68 @@ class BenchSource:
         """A digest of what the model is made of."""
         return hashlib.sha256(repr(sorted(asdict(self.spec).items())).encode()).hexdigest()[:16]
 
-    def lead(self, mesh: Mesh, device: str) -> BenchPipeline:
+    def lead(self, mesh: Mesh, device: str) -> MagiPipeline:
         """The first stage's layers and the text encoder."""
         return build(self.spec, stage_range(model_config(self.spec), mesh))
 
     def stage(self, mesh: Mesh, device: str) -> StageModel:
         """A rank's layers."""
-        return build(self.spec, stage_range(model_config(self.spec), mesh)).stage
+        pipeline = self.lead(mesh, device)
+        return StageModel(model=pipeline.model, attention=pipeline.attention)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Making:
-    """What is made, and with what."""
+class GangSetup:
+    """Gangs, and what they make."""
 
-    spec: ModelSpec
+    workload: Workload
     layout: Layout  # of each gang
     gangs: int  # how many
-    chunks: int  # of every video
-    steps: int  # of every chunk
     concurrency: int = 1  # videos that a gang makes at a time
-    cache: ReuseSettings = field(default_factory=ReuseSettings)  # which steps are reused
-    kv: KVSettings = field(default_factory=KVSettings)  # how much of the past is held
     timeouts: Timeouts = field(default_factory=Timeouts)  # how long ranks wait for others
     max_restarts: int = 0  # of all gangs together
 
     @property
     def ranks(self) -> int:
-        """Of all gangs together."""
+        """Ranks of all gangs together."""
         return self.gangs * self.layout.world_size
 
-    def requests(self, count: int) -> list[Request]:
-        """Videos that differ in their noise."""
-        return requests(Job(model=self.spec, layout=None, cases=(), chunks=self.chunks, steps=self.steps), count)
-
-    def settings(self, seed: int = 0) -> ClusterSettings:
+    @property
+    def settings(self) -> ClusterSettings:
         """How to use the cluster; one thread per rank.
 
         Raises:
             InputError: the model cannot make such videos, or does not fit the layout.
         """
+        own = self.workload
         task = RankTask(
             layout=self.layout,
-            source=BenchSource(spec=self.spec),
-            cache=self.cache,
-            kv=self.kv,
+            source=BenchSource(spec=own.model),
+            cache=own.reuse,
+            kv=own.kv,
             timeouts=self.timeouts,
             threads=1,
         )
-        size = self._size(self.requests(1)[0])
+        size = self._size(own.requests[0])
         room = GangSize(slots=self.concurrency * size.window, kv_bytes=self.concurrency * size.kv_bytes)
-        return ClusterSettings(
-            gangs=self.gangs,
-            shape=GangShape(layout=self.layout, gpus=False),
-            task=task,
-            size=room,
-            max_restarts=self.max_restarts,
-            seed=seed,
-        )
+        shape = GangShape(layout=self.layout, gpus=False)
+        return ClusterSettings(gangs=self.gangs, shape=shape, task=task, size=room, max_restarts=self.max_restarts)
 
     def order(self, video: str, request: Request, checkpoint: CheckpointConfig | None = None) -> VideoOrder:
         """A video to make."""
         return VideoOrder(video=video, request=request, size=self._size(request), checkpoint=checkpoint)
 
     def _size(self, request: Request) -> VideoSize:
-        config = model_config(self.spec)
-        return video_size(config, request, cache=self.cache, kv=self.kv, layout=self.layout)
+        own = self.workload
+        return video_size(model_config(own.model), request, cache=own.reuse, kv=own.kv, layout=self.layout)
 
 
 @dataclass(slots=True)
 class Outcome:
     """What has come of videos so far."""
 
-    chunks: dict[str, list[str]] = field(default_factory=dict)  # a digest of the latents of each chunk, by video
-    done: set[str] = field(default_factory=set)  # videos that are said to be complete
+    chunks: dict[str, list[str]] = field(default_factory=dict)  # digests of the latents of each chunk, by video
+    done: set[str] = field(default_factory=set)  # videos that were reported complete
     failed: dict[str, str] = field(default_factory=dict)  # why others are not
     problems: list[str] = field(default_factory=list)  # chunks that did not come in their order
 
@@ -123,42 +109,54 @@ class Outcome:
         """Videos that have neither come nor failed."""
         return len(self.chunks) - len(self.done) - len(self.failed)
 
-    def submit(self, engine: Controller, orders: Iterable[VideoOrder]) -> None:
+    def submit(self, controller: Controller, orders: Iterable[VideoOrder]) -> None:
         """Queue videos, and expect them."""
         for order in orders:
-            engine.submit(order)
+            controller.submit(order)
             self.chunks[order.video] = []
 
-    def hear(self, event: Event) -> None:
-        """Something has happened."""
+    def on_event(self, event: Event) -> None:
+        """Note what has happened."""
         if isinstance(event, ChunkMade):
             made = self.chunks[event.video]
             if event.index != len(made):
                 self.problems.append(f"{event.video}: chunk {event.index} came where {len(made)} was due")
-            made.append(digest([event.latents]))
+            made.append(digest(event.latents))
         elif isinstance(event, VideoDone):
             self.done.add(event.video)
         elif isinstance(event, VideoFailed):
             self.failed[event.video] = event.message
 
 
-def digest(chunks: Iterable[NDArray[np.float32]]) -> str:
-    """A digest of latents, as `benchmarks.pipeline` takes it."""
-    made = hashlib.sha256()
-    for chunk in chunks:
-        made.update(np.ascontiguousarray(chunk).tobytes())
-    return made.hexdigest()
-
-
-def warm_up(engine: Controller, making: Making, on_event: Callable[[Event], None] = lambda event: None) -> None:
+def warm_up(controller: Controller, setup: GangSetup, on_event: Callable[[Event], None] = lambda event: None) -> None:
     """Make short videos until every gang has made one, so that none is starting or new to its work."""
-    short, rounds = replace(making, chunks=1), 0
+    short, rounds = replace(setup, workload=replace(setup.workload, chunks=1, videos=setup.gangs)), 0
     warm: set[str] = set()
-    while len(warm) < making.gangs:
-        for number, request in enumerate(short.requests(making.gangs)):
-            engine.submit(making.order(f"warm-up-{rounds}-{number}", request))
+    while len(warm) < setup.gangs:
+        for number, request in enumerate(short.workload.requests):
+            controller.submit(short.order(f"warm-up-{rounds}-{number}", request))
         rounds += 1
-        for event in engine.run():
+        for event in controller.run():
             on_event(event)
             if isinstance(event, VideoDone):
                 warm.add(event.gang)
+
+
+def on_ray(setup: GangSetup) -> Made:
+    """The videos of a workload on gangs of a Ray cluster that is started for them."""
+    began = time.perf_counter()
+    with ray_cluster(cpus=setup.ranks), Controller(setup.settings) as controller:
+        warm_up(controller, setup)
+        outcome, losses = Outcome(), []
+        start, ended = time.perf_counter() - began, 0.0
+        orders = [setup.order(f"video-{place}", one) for place, one in enumerate(setup.workload.requests)]
+        began = time.perf_counter()
+        outcome.submit(controller, orders)
+        for event in controller.run():
+            outcome.on_event(event)
+            if isinstance(event, ChunkMade):
+                ended = time.perf_counter()
+            elif isinstance(event, GangLost | GangDown):
+                losses.append(f"{event.gang}: {event.message}")
+    latents = tuple(tuple(made) for made in outcome.chunks.values())
+    return Made(seconds=ended - began, latents=latents, start=start, losses=tuple(losses))

@@ -1,7 +1,7 @@
 """Keeps account of failures: what was lost, what was made again, and whether any of it had been safe before.
 
-It hears the log of the cluster's engine and looks at checkpoints at the moment when a gang is lost; it shares no code
-with what decides where videos go on. It knows neither Ray nor processes.
+It is given the log of the cluster's controller and looks at checkpoints at the moment when a gang is lost; it shares no
+code with what decides where videos go on. It knows neither Ray nor processes.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class Mark:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Strike:
+class Fault:
     """A failure that was caused."""
 
     number: int  # from 1
     seconds: float  # when, on the clock of the log
     kind: str  # rank, gang or node
     how: str  # the signal, or what was done
-    whom: str  # in words
+    target: str  # in words
     gangs: tuple[str, ...]  # that have lost ranks by it
     hasty: bool = False  # it did not wait for those before it to be made good
 
@@ -37,7 +37,7 @@ class Loss:
     """A gang that was lost."""
 
     gang: str
-    seconds: float  # when the driver knew
+    seconds: float  # when the controller knew
     message: str  # why
     videos: tuple[str, ...]  # that it was making
     ready: float | None = None  # when it waited for work again
@@ -49,44 +49,38 @@ class Loss:
 
 @dataclass(slots=True)
 class _Video:
-    safe: Mark = field(default_factory=Mark)
-    """What no loss may cost any more."""
-    done: int = 0
-    """Turns, counted from the start of the video, that were done at some time."""
-    made: int = 0
-    """Chunks that were handed in at some time."""
-    loss: Loss | None = None
-    """The last one."""
-    again: int = 0
-    """Turns that were done again since then."""
+    safe: Mark = field(default_factory=Mark)  # what no loss may cost any more
+    done: int = 0  # quanta, counted from the start of the video, that were done at some time
+    made: int = 0  # chunks that were handed in at some time
+    loss: Loss | None = None  # the last one
+    again: int = 0  # quanta that were done again since then
 
 
-class Accountant:
-    """Hears everything that happens.
+class Account:
+    """Counts from the controller's log.
 
     Args:
         newest: the newest whole checkpoint of a video; None where there is none.
-
-    Attributes:
-        losses: in their order.
-        restarts: of gangs.
-        quanta: that were done, those done again counted in.
-        chunks_again: chunks that were handed in more than once.
-        quanta_again: quanta that were done more than once.
-        working: gangs that have done a quantum since they were started the last time.
-        violations: what was made again though it was safe, and what else must not be; one line each.
     """
 
     def __init__(self, newest: Callable[[str], Mark | None]) -> None:
         self._newest = newest
         self._videos: dict[str, _Video] = {}
         self.losses: list[Loss] = []
-        self.restarts = self.quanta = self.quanta_again = self.chunks_again = 0
+        """In their order."""
+        self.restarts = 0
+        """Of gangs."""
+        self.quanta = 0
+        """Quanta that were done, those done again counted in."""
+        self.quanta_again = self.chunks_again = 0
+        """Quanta that were done more than once; chunks that were handed in more than once."""
         self.working: set[str] = set()
+        """Gangs that have done a quantum since they were started the last time."""
         self.violations: list[str] = []
+        """What was made again though it was safe, and what else must not be; one line each."""
 
-    def hear(self, entry: Mapping[str, Any]) -> None:
-        """An entry of the log."""
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Count an entry of the log."""
         seconds, gang = entry["seconds"], entry["gang"]
         match entry["event"]:
             case "GangReady":
@@ -120,19 +114,15 @@ class Accountant:
         loss = Loss(gang=gang, seconds=seconds, message=message, videos=videos)
         self.losses.append(loss)
         for name in videos:
-            video = self._video(name)
-            found = self._newest(name) or Mark()
-            if found.quantum < video.safe.quantum:
-                self._blame(
-                    name,
-                    f"its checkpoint of quantum {video.safe.quantum} is gone; there is one of quantum {found.quantum}",
-                )
+            video, found = self._video(name), self._newest(name) or Mark()
+            safe = video.safe
+            if found.quantum < safe.quantum:
+                what = f"its checkpoint of quantum {safe.quantum} is gone; there is one of quantum {found.quantum}"
+                self._blame(name, what)
             if found.chunks > video.made:
                 self._blame(name, f"its checkpoint is after chunk {found.chunks - 1}, which was not handed in")
-            video.safe = Mark(
-                quantum=max(video.safe.quantum, found.quantum),
-                chunks=max(video.safe.chunks, min(found.chunks, video.made)),
-            )
+            chunks = max(safe.chunks, min(found.chunks, video.made))
+            video.safe = Mark(quantum=max(safe.quantum, found.quantum), chunks=chunks)
             video.loss, video.again = loss, 0
 
     def _admitted(self, name: str, first: int) -> None:
@@ -184,14 +174,14 @@ class Accountant:
         self.violations.append(f"{name}: {what}")
 
 
-def matched(strikes: Iterable[Strike], losses: Iterable[Loss]) -> list[list[Loss]]:
-    """For each strike, the losses that it has caused: of each gang that it hit, the first from then on."""
+def matched(faults: Iterable[Fault], losses: Iterable[Loss]) -> list[list[Loss]]:
+    """For each fault, the losses that it has caused: of each gang that it hit, the first from then on."""
     losses = list(losses)
     found = []
-    for strike in strikes:
+    for fault in faults:
         firsts = (
-            next((loss for loss in losses if loss.gang == gang and loss.seconds >= strike.seconds), None)
-            for gang in strike.gangs
+            next((loss for loss in losses if loss.gang == gang and loss.seconds >= fault.seconds), None)
+            for gang in fault.gangs
         )
         found.append([loss for loss in firsts if loss is not None])
     return found
