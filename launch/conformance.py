@@ -26,11 +26,11 @@ from engine.reuse.settings import ReuseSettings
 from models.attention import Attention
 from models.errors import InputError
 from models.magi.config import MagiConfig
-from models.magi.model import FixedCaptions, MagiModel
+from models.magi.model import MagiModel
 from models.magi.sampling import MagiSampling
 from models.magi.vae import VaeConfig, ViTVAE
 from models.magi.weights import load_dit
-from models.protocols import Autoencoder, Pipeline
+from models.protocols import Autoencoder, CaptionTable, Pipeline
 from parallel.ranks.gang import Gang
 from parallel.ranks.worker import StageModel
 from parallel.topology.split import stage_range
@@ -241,7 +241,7 @@ class _LatentPipeline:
     def autoencoder(self) -> Autoencoder:
         raise ValueError("a golden case ends with latents")
 
-    def captions(self, prompt: str) -> FixedCaptions:
+    def captions(self, prompt: str) -> CaptionTable:
         raise ValueError("a golden case brings its own captions")
 
 
@@ -256,7 +256,7 @@ def _check_generation(golden: _Golden, venue: Venue) -> Verdict:
     config = MagiConfig.from_dict(golden.json("config"), source=str(golden.path))
     model = _load_model(golden, config, venue)
     text = golden.tensor("input.caption_embs").float()[golden.tensor("input.caption_mask").bool()]
-    captions = FixedCaptions(text=text, null=model.dit.null_text())
+    captions = CaptionTable(text=text, null=model.dit.null_text())
     noise, prefix = golden.tensor("input.noise"), golden.tensors.get("input.prefix_latents")
     runtime = config.runtime_config
     request = Request(

@@ -7,7 +7,7 @@ particular.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -62,14 +62,29 @@ class KVView(Protocol):
         """Attention of queries [B, S, H, d] over all that the chunk may see of that layer -> [B, S, H, d]."""
 
 
-class CaptionTable(Protocol):
-    """The texts of one request; a fixed number of them, however long the video."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CaptionTable:
+    """The texts of one request, of a size that does not depend on the length of the video."""
+
+    text: Tensor  # [N, channels]
+    null: Tensor  # [M, channels], what a chunk without text sees
+    counters: Tensor | None = None
+    """[K, P, channels]: P rows in front of the text, by how many chunks come after this one; K - 1 stands for more."""
+    max_length: int | None = None  # most tokens of a text with those rows; its last ones fall off
 
     def get(self, kind: CaptionKind, chunks_left: int) -> Tensor:
         """Caption tokens [N, channels] for a chunk with that many chunks of the video still to come after it."""
+        if kind == "null":
+            return self.null
+        if self.counters is None:
+            return self.text
+        rows = self.counters[min(chunks_left, len(self.counters) - 1)]
+        return torch.cat([rows, self.text])[: self.max_length]
 
     def to(self, device: torch.device) -> CaptionTable:
         """The same on a device."""
+        counters = None if self.counters is None else self.counters.to(device)
+        return replace(self, text=self.text.to(device), null=self.null.to(device), counters=counters)
 
 
 class Sampling(Protocol):

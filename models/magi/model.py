@@ -5,30 +5,11 @@ It turns the engine's words (a chunk's first frame, a pass's condition) into cal
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from models.magi.dit import MagiDiT
 from models.protocols import KVGeometry, KVView, PassCondition
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FixedCaptions:
-    """Captions that are the same for every chunk: `text` and `null`, each [N, channels]."""
-
-    text: Tensor
-    null: Tensor
-
-    def get(self, kind: Literal["text", "null"], chunks_left: int) -> Tensor:
-        """The caption of a chunk."""
-        return self.text if kind == "text" else self.null
-
-    def to(self, device: torch.device) -> FixedCaptions:
-        """The same on a device."""
-        return FixedCaptions(text=self.text.to(device), null=self.null.to(device))
 
 
 class MagiModel:

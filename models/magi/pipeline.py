@@ -5,21 +5,20 @@ It knows files and the released configuration; it does not know how a video is s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor
 
 from models.attention import Attention
 from models.errors import InputError
 from models.magi.config import MagiConfig
-from models.magi.model import FixedCaptions, MagiModel
+from models.magi.model import MagiModel
 from models.magi.sampling import MagiSampling
-from models.magi.text import Caption, SpecialTokens, T5Encoder, TextEncoder, with_special_tokens
+from models.magi.text import SpecialTokens, T5Encoder, TextEncoder
 from models.magi.tiling import TiledVAE
 from models.magi.weights import load_dit, load_vae, weights_folder
+from models.protocols import CaptionTable
 
 _LATENT_CELL = 8  # pixels of a latent cell's side
 
@@ -32,31 +31,6 @@ class Loading:
     precise: bool = True  # fp32 output projections, as released; False is the `fast` precision
     attention: str = "sdpa"  # name of the attention backend
     layers: range | None = None  # which layers of the DiT to load; None for all
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenCaptions:
-    """Captions with the released special tokens in front, which count the chunks that are left (2.3)."""
-
-    text: Caption
-    null: Tensor
-    tokens: SpecialTokens
-    max_length: int
-    device: torch.device
-
-    def get(self, kind: Literal["text", "null"], chunks_left: int) -> Tensor:
-        """The caption of a chunk."""
-        if kind == "null":
-            return self.null
-        made = with_special_tokens(
-            self.text, self.tokens, chunks_left=chunks_left, duration=True, hq=True, max_length=self.max_length
-        )
-        return made.embeddings.to(self.device)
-
-    def to(self, device: torch.device) -> TokenCaptions:
-        """The same on a device."""
-        text = replace(self.text, embeddings=self.text.embeddings.to(device))
-        return replace(self, text=text, null=self.null.to(device), device=device)
 
 
 class MagiPipeline:
@@ -96,7 +70,7 @@ class MagiPipeline:
         """How to denoise with that many steps, with or without the passes that reuse may leave out."""
         return MagiSampling(config=self.config, num_steps=num_steps, clean_pass=clean_pass, copy_pass=copy_pass)
 
-    def captions(self, prompt: str) -> FixedCaptions | TokenCaptions:
+    def captions(self, prompt: str) -> CaptionTable:
         """Encode a prompt.
 
         Raises:
@@ -104,11 +78,12 @@ class MagiPipeline:
         """
         caption, dit = self._encoder.encode(prompt), self.model.dit
         self._encoder.release()
-        null = dit.null_text()
-        if self._tokens is None:
-            return FixedCaptions(text=caption.embeddings.to(dit.device), null=null)
-        length = self.config.model_config.caption_max_length
-        return TokenCaptions(text=caption, null=null, tokens=self._tokens, max_length=length, device=dit.device)
+        counters, length = None, None
+        if self._tokens is not None:
+            counters = self._tokens.counters().to(caption.embeddings)
+            length = self.config.model_config.caption_max_length
+        table = CaptionTable(text=caption.embeddings, null=dit.null_text(), counters=counters, max_length=length)
+        return table.to(dit.device)
 
 
 def load_parts(config: MagiConfig, weights: Path | None, loading: Loading) -> tuple[MagiModel, TiledVAE]:

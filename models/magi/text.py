@@ -91,29 +91,13 @@ class SpecialTokens:
         # Through fp16, as released: the vectors that the DiT was trained with were rounded to it.
         return cls(other=torch.from_numpy(rows.astype(np.float16).astype(np.float32)))
 
+    def counters(self) -> Tensor:
+        """Rows in front of the text: how much of the video is left, and that high quality is wanted (2.3).
 
-def with_special_tokens(
-    caption: Caption, tokens: SpecialTokens, *, chunks_left: int, duration: bool, hq: bool, max_length: int
-) -> Caption:
-    """Caption of one chunk with the special tokens in front: duration, quality, text (specification 2.3).
-
-    Args:
-        caption: the encoded prompt.
-        tokens: the vectors.
-        chunks_left: how many chunks of the video come after this one; 0 for the last. More than 7 count as 7.
-        duration: add the token that says how much of the video is left.
-        hq: add the token that asks for high quality.
-        max_length: most tokens of a caption; the last ones of the text fall off.
-
-    Returns:
-        A caption of at most `max_length` tokens.
-    """
-    if chunks_left < 0:
-        raise ValueError(f"chunks_left must not be negative, got {chunks_left}")
-    rows = [_DURATION_ROW + min(chunks_left, _DURATION_ROWS - 1)] if duration else []
-    rows += [_HQ_ROW] if hq else []
-    text = caption.embeddings
-    return Caption(embeddings=torch.cat([tokens.other[rows].to(text), text])[:max_length])
+        Returns:
+            [8, 2, C] fp32, by how many chunks come after the chunk; more than 7 count as 7.
+        """
+        return torch.stack([self.other[[_DURATION_ROW + left, _HQ_ROW]] for left in range(_DURATION_ROWS)])
 
 
 class T5Encoder:

@@ -1,13 +1,29 @@
 """Messages between two ranks: one `Outbox` and one `Inbox` for each direction.
 
-Headers go over gloo, so that a rank knows what comes without touching its GPU; payloads go over a `Wire`, which is gloo
-on CPUs and NCCL on GPUs. A receive of the next header is always posted, and that of a payload as soon as its header is
-there, so data moves while a rank computes. Messages of a direction are numbered by their tags and cannot overtake each
-other. An inbox that is full leaves the data with the sender, and nobody ever waits in order to send, so there is no
-circle in which all wait.
+A header goes over gloo, sent and received by a thread of its own. A payload goes by point-to-point operations of
+`torch.distributed`, which are issued on the main thread: gloo between CPUs, NCCL between GPUs, in the same code.
+Messages of a direction are numbered and cannot overtake each other. A full inbox leaves messages with the sender, and
+nobody waits in order to send, so there is no circle in which all wait.
 
-A header comes in a frame, and each header says how large the next frame is. On CPUs a frame holds the payload as well
-if that has the size of the one before, as nearly all have: one transfer whose receive is posted ahead, not two.
+What holds on a GPU, where a call only queues work on a stream:
+
+- NCCL's stream waits for the stream that is current when an operation is issued, and `Work.wait` makes the current
+  stream wait for NCCL's, not the host. So a payload is sent after the kernels that produce it and read after it has
+  arrived.
+- A received payload is allocated on the compute stream. The allocator hands out memory whose last use was queued on
+  that stream, and the receive is ordered after that use. Once nobody refers to the payload, its memory goes to kernels
+  that are queued later, so after the last read. That is why there are no pools of buffers, and why no other thread may
+  allocate or receive payloads: it would write to memory that queued kernels still read.
+- A header is sent when its payload is ready, by a thread that waits for an event of the compute stream. A receive that
+  is posted once its header is there finds its data, and does not occupy the GPU while another rank computes.
+- The receive of the next work item must not wait for the present one to be computed. Its memory is allocated before
+  the present item is handed to the caller (`_NextBuffer`), and the receive is ordered after what was queued by then.
+- Between ranks that share a GPU, which NCCL does not support, payloads go through host memory; the main thread makes
+  the copies, in order with what it computes.
+
+Between CPUs and through host memory, a payload that has the size of the one before, as nearly all have, travels in the
+same buffer as its header: one transfer whose receive is posted ahead, not two. Each header says how large the next
+buffer is.
 """
 
 from __future__ import annotations
@@ -15,6 +31,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -26,298 +43,304 @@ from torch import Tensor
 from engine.video import WorkItem
 from parallel.comm.messages import HEADER_BYTES, Header, Kind, Message
 
-_POLL = 0.25  # seconds between two looks at whether somebody has failed
+_POLL = 0.25  # seconds between two checks whether a rank has failed
 _TAGS = 1 << 28
-_LARGEST_FRAME = 4 << 20
-"""Bytes; a larger payload is not copied into a frame, since one transfer less would not be worth it."""
-_STEADY = (Kind.ITEM, Kind.VELOCITY)
-"""Messages whose payload is on the device, and of the same size nearly always."""
-OnError = Callable[[int, Exception], None]
+_DEVICE_KINDS = (Kind.ITEM, Kind.VELOCITY)
+"""Messages whose payload is on the device, and nearly always of the same size."""
+AHEAD = 2
+"""Work items that are received ahead of the one that is computed."""
+OnError = Callable[[int, BaseException], None]
 OnSent = Callable[[float, WorkItem | None], None]
 
 
-class Pending(Protocol):
+class Work(Protocol):
     """A transfer that was begun."""
 
-    def wait(self) -> None:
-        """Block until it is done."""
+    def wait(self) -> object:
+        """Make what the caller does next come after it: on gloo the host waits, on NCCL the current stream."""
 
 
-class Wire(Protocol):
+class Transport(Protocol):
     """Moves tensors between this rank and a peer, in one direction."""
 
-    def send(self, tensor: Tensor, tag: int) -> Pending:
+    def send(self, tensor: Tensor, tag: int) -> Work:
         """Begin to send; the tensor must stay as it is until that is done."""
 
-    def receive(self, tensor: Tensor, tag: int) -> Pending:
+    def receive(self, tensor: Tensor, tag: int) -> Work:
         """Begin to receive into a tensor."""
 
 
-class _GlooPending:
-    def __init__(self, work: dist.Work, tensor: Tensor) -> None:
-        self._work, self._tensor = work, tensor
+class GroupTransport:
+    """Point-to-point operations of a process group.
 
-    def wait(self) -> None:
-        self._work.wait()
+    Args:
+        peer: rank among all.
+        group: of this rank and the peer; None for the default group, which is gloo's.
+    """
 
+    def __init__(self, peer: int, group: dist.ProcessGroup | None = None) -> None:
+        self._peer, self._group = peer, group
 
-class GlooWire:
-    """Tensors in host memory over gloo."""
-
-    def __init__(self, peer: int) -> None:
-        self._peer = peer
-
-    def send(self, tensor: Tensor, tag: int) -> Pending:
-        """Begin to send."""
-        work = dist.isend(tensor, self._peer, tag=tag)
+    def send(self, tensor: Tensor, tag: int) -> Work:
+        """Begin to send. NCCL knows no tags: there, operations match in the order in which they are issued."""
+        work = dist.isend(tensor, self._peer, group=self._group, tag=tag)
         assert work is not None
-        return _GlooPending(work, tensor)
+        return work
 
-    def receive(self, tensor: Tensor, tag: int) -> Pending:
+    def receive(self, tensor: Tensor, tag: int) -> Work:
         """Begin to receive."""
-        work = dist.irecv(tensor, self._peer, tag=tag)
+        work = dist.irecv(tensor, self._peer, group=self._group, tag=tag)
         assert work is not None
-        return _GlooPending(work, tensor)
+        return work
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Link:
+    """How messages get from or to a peer."""
+
+    peer: int  # rank
+    headers: Transport  # in host memory
+    payloads: Transport | None  # between devices; None if payloads go through host memory as headers do
+    device: torch.device  # of this rank
+
+    def transport(self, header: Header) -> Transport:
+        """What moves a message's payload."""
+        return self.headers if self.payloads is None or header.kind not in _DEVICE_KINDS else self.payloads
+
+    def inlines(self, header: Header, buffer: int) -> bool:
+        """Whether a message's payload is in the buffer of its header, of so many bytes. Both sides must agree."""
+        wanted = self.payloads is None and header.kind in _DEVICE_KINDS
+        return wanted and 0 < header.payload_bytes == buffer - HEADER_BYTES
+
+
+def start_thread(name: str, run: Callable[[], None], link: Link, on_error: OnError) -> threading.Thread:
+    """Run something in a thread that uses this rank's device, and a stream of its own there; report what ends it."""
+
+    def guarded() -> None:
+        try:
+            if link.device.type == "cuda":
+                torch.cuda.set_device(link.device)
+                torch.cuda.set_stream(torch.cuda.Stream(link.device))
+            run()
+        except BaseException as error:  # noqa: BLE001 - the gang ends with it
+            on_error(link.peer, error)
+
+    thread = threading.Thread(target=guarded, name=name, daemon=True)
+    thread.start()
+    return thread
 
 
 @dataclass(slots=True)
-class _Sending:
-    """What a thread has to send: a frame, a payload of its own in host memory, and a transfer that was begun."""
+class _Outgoing:
+    """A message on its way, and all that must live until it has gone."""
 
-    frame: Tensor
-    payload: Tensor | None
-    pending: Pending | None
-    item: WorkItem | None
+    buffer: Tensor
     tag: int
-
-
-class BufferPool:
-    """Tensors that are used again; `take` waits while `depth` of them are out."""
-
-    def __init__(self, device: torch.device, depth: int) -> None:
-        self._device = device
-        self._free: dict[tuple[tuple[int, ...], torch.dtype], list[tuple[Tensor, torch.cuda.Event | None]]] = {}
-        self._lock = threading.Lock()
-        self._left = threading.Semaphore(depth)
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor with any content."""
-        self._left.acquire()
-        with self._lock:
-            if (shape, dtype) not in self._free:
-                self._free = {}  # another size: let the old ones go
-            free = self._free.get((shape, dtype))
-            tensor, read = free.pop() if free else (None, None)
-        if tensor is None:
-            return torch.empty(shape, dtype=dtype, device=self._device)
-        if read is not None:
-            read.synchronize()
-        return tensor
-
-    def give(self, tensor: Tensor) -> None:
-        """Hand a tensor back; on a GPU, once what was launched so far has read it."""
-        read = None
-        if tensor.device.type == "cuda":
-            read = torch.cuda.Event()
-            read.record()
-        with self._lock:
-            self._free.setdefault((tuple(tensor.shape), tensor.dtype), []).append((tensor, read))
-        self._left.release()
+    item: WorkItem | None
+    payload: Tensor | None = None  # not in the buffer
+    work: Work | None = None  # that sends it
+    ready: torch.cuda.Event | None = None  # when it has been computed
 
 
 class Outbox:
-    """Sends to one peer. `send` returns at once; a thread sends, one message after another, and waits for each to go.
+    """Sends to one peer. `send` returns at once; a thread sends headers and waits until messages have gone.
 
     Args:
-        peer: rank.
-        wire: moves payloads.
-        on_error: told in the thread if a transfer fails.
-        on_sent: told in the thread since when an item was on its way, once it has gone; one at a time.
+        link: to the peer.
+        on_error: called by the thread if it ends otherwise than by `close`.
+        on_sent: called by the thread with the time at which the sending of a work item began, once it has gone.
     """
 
-    def __init__(self, peer: int, wire: Wire, on_error: OnError, on_sent: OnSent | None = None) -> None:
-        self.peer = peer
-        self.sent_bytes = 0
-        """Bytes handed over so far."""
-        self._host, self._wire = GlooWire(peer), wire
-        self._on_error, self._on_sent = on_error, on_sent
-        self._number, self._frame = 0, HEADER_BYTES
-        self._spare: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
-        self._coming: queue.SimpleQueue[_Sending | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=f"outbox to rank {peer}", daemon=True)
-        self._thread.start()
+    def __init__(self, link: Link, on_error: OnError, on_sent: OnSent | None = None) -> None:
+        self._link, self._on_sent = link, on_sent
+        self.sent_bytes = 0  # so far
+        self._number, self._size = 0, HEADER_BYTES
+        self._queue: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
+        self._thread = start_thread(f"outbox to rank {link.peer}", self._run, link, on_error)
 
     def send(self, header: Header, payload: Tensor | None = None) -> None:
-        """Send a message; the payload must be contiguous and must not be changed any more."""
-        frame, size, next_frame = self._new_frame(), HEADER_BYTES, self._frame
+        """Send a message; the payload must be contiguous and must not be changed any more. Main thread only."""
+        size, next_size = HEADER_BYTES, self._size
         if payload is not None:
+            if self._link.payloads is None:
+                payload = payload.cpu()
             size += payload.nbytes
             header = replace(header, shape=tuple(payload.shape), dtype=payload.dtype)
-            if payload.device.type == "cpu" and header.kind in _STEADY and size <= _LARGEST_FRAME:
-                next_frame = size
-        header = replace(header, next_frame=next_frame)
-        header.write(frame, self._number)
-        if payload is not None and _framed(header, len(frame), payload.device):
-            frame[HEADER_BYTES:] = payload.flatten().view(torch.uint8)
-            payload = None
-        pending = None
-        tag = 2 * self._number % _TAGS
-        if payload is not None and payload.numel() and payload.device.type != "cpu":
-            pending, payload = self._wire.send(payload, tag + 1), None  # after what this thread has launched
-        self.sent_bytes += max(size, len(frame))
-        self._number, self._frame = self._number + 1, next_frame
-        self._coming.put(_Sending(frame, payload, pending, header.item, tag))
+            if self._link.payloads is None and header.kind in _DEVICE_KINDS:
+                next_size = size
+        header = replace(header, next_buffer=next_size)
+        message = _Outgoing(torch.empty(self._size, dtype=torch.uint8), 2 * self._number % _TAGS, header.item)
+        header.write(message.buffer, self._number)
+        if payload is not None and self._link.inlines(header, self._size):
+            message.buffer[HEADER_BYTES:] = payload.flatten().view(torch.uint8)
+        elif payload is not None and payload.numel():
+            message.payload = payload
+            if payload.device.type == "cuda":
+                message.ready = torch.cuda.Event(blocking=True)
+                message.ready.record()
+            message.work = self._link.transport(header).send(payload, message.tag + 1)
+        self.sent_bytes += max(size, len(message.buffer))
+        self._number, self._size = self._number + 1, next_size
+        self._queue.put(message)
 
     def close(self, timeout: float) -> None:
-        """Wait until everything is sent."""
-        self._coming.put(None)
+        """Wait until everything is sent, or for some seconds."""
+        self._queue.put(None)
         self._thread.join(timeout)
 
-    def _new_frame(self) -> Tensor:
-        try:
-            while len(frame := self._spare.get_nowait()) != self._frame:
-                pass  # of another size: let it go
-        except queue.Empty:
-            frame = torch.zeros(self._frame, dtype=torch.uint8)
-        return frame
-
     def _run(self) -> None:
-        try:
-            while (one := self._coming.get()) is not None:
-                began = time.perf_counter()
-                pending = [self._host.send(one.frame, one.tag)]
-                if one.payload is not None and one.payload.numel():
-                    pending.append(self._host.send(one.payload, one.tag + 1))
-                for transfer in pending:
-                    transfer.wait()
-                if one.pending is not None:
-                    one.pending.wait()
-                self._spare.put(one.frame)
-                if self._on_sent is not None and one.item is not None:
-                    self._on_sent(began, one.item)
-        except RuntimeError as error:
-            self._on_error(self.peer, error)
+        while (message := self._queue.get()) is not None:
+            if message.ready is not None:
+                message.ready.synchronize()
+            began = time.perf_counter()
+            self._link.headers.send(message.buffer, message.tag).wait()
+            if message.work is not None:
+                message.work.wait()
+                if message.ready is not None:
+                    torch.cuda.current_stream().synchronize()  # this thread's, which waits for NCCL's
+            if self._on_sent is not None and message.item is not None:
+                self._on_sent(began, message.item)
+
+
+@dataclass(frozen=True, slots=True)
+class _Incoming:
+    """A message whose header has arrived and whose payload is being received."""
+
+    header: Header
+    payload: Tensor | None
+    work: Work | None  # that receives it; None if it is in the buffer of its header
+
+
+class _NextBuffer:
+    """Memory for the next payload, allocated before the present one is used: its receive need not wait for that.
+
+    Args:
+        device: of the payloads.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._tensor = device, torch.empty(0)
+        gpu = device.type == "cuda"
+        self._free = torch.cuda.Event() if gpu else None  # all earlier uses of the memory have been computed
+        self._stream = torch.cuda.Stream(device) if gpu else None  # the stream that a receive is ordered after
+
+    def allocate(self, like: Tensor) -> None:
+        """Allocate memory for a payload like one that was received, unless there is some."""
+        if self._fits(tuple(like.shape), like.dtype):
+            return
+        self._tensor = torch.empty_like(like)
+        if self._free is not None:
+            self._free.record()
+
+    def receive(self, header: Header, transport: Transport, tag: int) -> tuple[Tensor, Work]:
+        """Begin to receive a payload, into that memory if it fits."""
+        if not self._fits(header.shape, header.dtype):
+            tensor = torch.empty(header.shape, dtype=header.dtype, device=self._device)
+            return tensor, transport.receive(tensor, tag)
+        tensor, self._tensor = self._tensor, torch.empty(0)
+        if self._stream is None or self._free is None:
+            return tensor, transport.receive(tensor, tag)
+        self._stream.wait_event(self._free)
+        with torch.cuda.stream(self._stream):
+            return tensor, transport.receive(tensor, tag)
+
+    def _fits(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        return tuple(self._tensor.shape) == shape and self._tensor.dtype == dtype
 
 
 class Inbox:
-    """Receives from one peer.
+    """Receives from one peer. A thread receives headers; `receive` and `poll` belong to the main thread.
 
     Args:
-        peer: rank.
-        wire: moves payloads.
-        device: where payloads of items are put.
-        on_error: told in the thread if a transfer fails.
-        check: raises if somebody has failed; called while waiting.
-        depth: how many payloads of items are held before the sender has to keep the rest; None for no limit.
+        link: from the peer.
+        on_error: called by the thread if it ends otherwise than by the last message.
+        check: raises if a rank has failed; called while waiting.
+        limit: how many messages are held before the sender has to keep the rest; None for no limit.
     """
 
-    def __init__(
-        self,
-        peer: int,
-        wire: Wire,
-        *,
-        device: torch.device,
-        on_error: OnError,
-        check: Callable[[], None],
-        depth: int | None,
-    ) -> None:
-        self.peer = peer
-        self._host, self._wire = GlooWire(peer), wire
-        self._on_error, self._check, self._device = on_error, check, device
-        self._frames = None if depth is None else BufferPool(torch.device("cpu"), depth + 1)  # one is posted
-        self._pool = None if depth is None or device.type == "cpu" else BufferPool(device, depth)
-        self._arrived: queue.SimpleQueue[tuple[Header, Tensor | None, Tensor | None]] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._receive, name=f"inbox from rank {peer}", daemon=True)
-        self._thread.start()
+    def __init__(self, link: Link, on_error: OnError, check: Callable[[], None], *, limit: int | None) -> None:
+        self._link, self._check, self._limit = link, check, limit
+        self._room = None if limit is None else threading.Semaphore(limit + 1)  # one is being received
+        self._arrived: queue.SimpleQueue[tuple[Header, Tensor]] = queue.SimpleQueue()
+        self._begun: deque[_Incoming] = deque()
+        self._next = _NextBuffer(link.device)
+        self._thread = start_thread(f"inbox from rank {link.peer}", self._run, link, on_error)
+
+    @property
+    def peer(self) -> int:
+        """The rank that sends."""
+        return self._link.peer
 
     def poll(self) -> Message | None:
-        """The next message if it is there."""
-        try:
-            return self._message(*self._arrived.get_nowait(), waited=0.0)
-        except queue.Empty:
-            return None
+        """The next message if its header has arrived."""
+        self._begin_all()
+        return self._finish(time.perf_counter()) if self._begun else None
 
-    def take(self) -> Message:
-        """The next message.
+    def receive(self) -> Message:
+        """The next message. Receives of payloads behind it are begun, as far as their headers have arrived.
 
         Raises:
-            GangError: somebody has failed meanwhile.
+            GangError: a rank has failed meanwhile.
         """
         began = time.perf_counter()
         self._check()
-        while True:
+        self._begin_all()
+        while not self._begun:
             try:
-                arrived = self._arrived.get(timeout=_POLL)
+                self._begin(*self._arrived.get(timeout=_POLL))
             except queue.Empty:
                 self._check()
-                continue
-            return self._message(*arrived, waited=time.perf_counter() - began)
-
-    def done(self, message: Message) -> None:
-        """A message's payload is not needed any more."""
-        if message.buffer is None:
-            return
-        pool = self._frames if message.buffer.device.type == "cpu" else self._pool
-        if pool is not None:
-            pool.give(message.buffer)
+        return self._finish(began)
 
     def close(self, timeout: float) -> None:
-        """Wait for the thread, which ends after the last message."""
+        """Wait for the thread, which ends after the last message, or for some seconds."""
         self._thread.join(timeout)
 
-    @staticmethod
-    def _message(header: Header, payload: Tensor | None, buffer: Tensor | None, *, waited: float) -> Message:
-        size = HEADER_BYTES + header.payload_bytes
-        return Message(header=header, payload=payload, buffer=buffer, nbytes=size, waited=waited)
+    def _begin_all(self) -> None:
+        """Begin to receive the payloads whose headers have arrived: the next one, and `limit` ahead of it."""
+        while self._limit is None or len(self._begun) <= self._limit:
+            try:
+                self._begin(*self._arrived.get_nowait())
+            except queue.Empty:
+                return
 
-    def _receive(self) -> None:
-        try:
-            number, frame, coming = 0, *self._post(0, HEADER_BYTES)
-            while True:
-                coming.wait()
-                header = Header.read(frame)
-                if header.number != number:
-                    raise RuntimeError(f"message {header.number} came in place of message {number}")
-                number += 1
-                arrived, framed = frame, _framed(header, len(frame), self._device)
-                if framed:
-                    payload = arrived[HEADER_BYTES:].view(header.dtype).view(header.shape)
-                    self._arrived.put((header, payload, arrived))  # before the next is posted, which may have to wait
-                elif self._frames is not None:
-                    self._frames.give(arrived)
-                if header.kind is not Kind.LEAVE:
-                    frame, coming = self._post(number, header.next_frame)
-                if not framed:
-                    self._arrived.put((header, *self._receive_payload(header, 2 * (number - 1) % _TAGS + 1)))
-                if header.kind is Kind.LEAVE:
-                    return
-        except (RuntimeError, ValueError) as error:
-            self._on_error(self.peer, error)
+    def _begin(self, header: Header, buffer: Tensor) -> None:
+        payload, work, tag = None, None, 2 * header.number % _TAGS + 1
+        if self._link.inlines(header, len(buffer)):
+            payload = buffer[HEADER_BYTES:].view(header.dtype).view(header.shape)
+        elif header.payload_bytes and self._link.payloads is not None and header.kind in _DEVICE_KINDS:
+            payload, work = self._next.receive(header, self._link.payloads, tag)
+        elif header.shape:
+            payload = torch.empty(header.shape, dtype=header.dtype)
+            work = self._link.headers.receive(payload, tag) if payload.numel() else None
+        self._begun.append(_Incoming(header, payload, work))
 
-    def _post(self, number: int, size: int) -> tuple[Tensor, Pending]:
-        """Begin to receive a frame of so many bytes."""
-        if self._frames is None:
-            frame = torch.empty(size, dtype=torch.uint8)
-        else:
-            frame = self._frames.take((size,), torch.uint8)
-        return frame, self._host.receive(frame, 2 * number % _TAGS)
+    def _finish(self, began: float) -> Message:
+        """The oldest message that was begun; waited for since a given time."""
+        one = self._begun.popleft()
+        if self._room is not None:
+            self._room.release()
+        header, payload = one.header, one.payload
+        if one.work is not None:
+            one.work.wait()
+        if payload is not None and header.kind in _DEVICE_KINDS:
+            payload = payload.to(self._link.device)
+            if self._link.payloads is not None:
+                self._next.allocate(payload)
+        waited = time.perf_counter() - began
+        return Message(header=header, payload=payload, nbytes=HEADER_BYTES + header.payload_bytes, waited=waited)
 
-    def _receive_payload(self, header: Header, tag: int) -> tuple[Tensor | None, Tensor | None]:
-        """A payload that comes by itself, and the buffer to hand back when it is not needed any more."""
-        if not header.shape:
-            return None, None
-        if header.kind is Kind.ITEM and self._pool is not None:
-            payload = buffer = self._pool.take(header.shape, header.dtype)
-        else:
-            on_device = header.kind in _STEADY
-            payload = torch.empty(header.shape, dtype=header.dtype, device=self._device if on_device else "cpu")
-            buffer = None
-        if payload.numel():
-            wire = self._host if payload.device.type == "cpu" else self._wire
-            wire.receive(payload, tag).wait()
-        return payload, buffer
-
-
-def _framed(header: Header, frame: int, device: torch.device) -> bool:
-    """Whether a message's payload stands in its frame; sender and receiver must come to the same."""
-    return device.type == "cpu" and header.kind in _STEADY and 0 < header.payload_bytes == frame - HEADER_BYTES
+    def _run(self) -> None:
+        number, size = 0, HEADER_BYTES
+        while True:
+            if self._room is not None:
+                self._room.acquire()
+            buffer = torch.empty(size, dtype=torch.uint8)
+            self._link.headers.receive(buffer, 2 * number % _TAGS).wait()
+            header = Header.read(buffer)
+            if header.number != number:
+                raise RuntimeError(f"message {header.number} was received in place of message {number}: out of step")
+            self._arrived.put((header, buffer))
+            if header.kind is Kind.LEAVE:
+                return
+            number, size = number + 1, header.next_buffer

@@ -1,27 +1,24 @@
-"""The messages of one rank, by what they are for: work from the stage before, on to the next, results to the lead.
+"""The messages of one rank by purpose: work from the stage before, on to the next stage, results to the leader.
 
 It knows the mesh and opens an inbox or an outbox for each edge; it does not know what is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
 
-from parallel.comm.channel import Inbox, Outbox
+from parallel.comm.channel import AHEAD, Inbox, Outbox
 from parallel.comm.groups import Groups
 from parallel.comm.messages import Header, Kind, Message
 from parallel.health.monitor import Monitor
-from parallel.topology.mesh import Edge, Mesh
+from parallel.topology.mesh import Mesh
 from parallel.trace.tracer import Tracer
 
-_DEPTH = 3
-"""Hidden states that are held ahead of the one that is computed."""
-_CLOSING = 10.0
-_FIRST_LANE = 2
-"""Of a trace, for what is sent; before it come the main thread and decoding."""
+_CLOSING = 10.0  # seconds
+_FIRST_TRACK = 2
+"""Of a trace, for what is sent; those before it are of the main thread and of decoding."""
 
 
 class Edges:
@@ -30,116 +27,110 @@ class Edges:
     Args:
         mesh: this rank's place.
         groups: open process groups.
-        monitor: told of lost peers, asked while waiting.
-        tracer: told what is sent when.
+        monitor: notified of lost peers, checked while waiting.
+        tracer: notified when messages are sent.
     """
 
     def __init__(self, mesh: Mesh, groups: Groups, monitor: Monitor, tracer: Tracer) -> None:
-        self._mesh, self._monitor, layout = mesh, monitor, mesh.layout
+        self._mesh, self._monitor = mesh, monitor
         self._outboxes: dict[int, Outbox] = {}
         self._inboxes: dict[int, Inbox] = {}
-        for edge in mesh.edges():
+        for edge, link in groups.links.items():
             if edge.source == mesh.rank:
-                track = _FIRST_LANE + len(self._outboxes)
+                track = _FIRST_TRACK + len(self._outboxes)
                 tracer.name_track(track, f"to rank {edge.target}")
-                self._outboxes[edge.target] = Outbox(
-                    edge.target, groups.wires[edge], monitor.lost, partial(tracer.add, "send", track=track)
-                )
-            elif edge.target == mesh.rank:
-                self._inboxes[edge.source] = self._inbox(edge, groups, monitor.lost, monitor.check)
-        on = mesh.rank_of(mesh.stage + 1, mesh.cp_rank) if mesh.stage < mesh.last_stage else None
-        self._next = None if on is None else self._outboxes[on]
-        tail = mesh.rank_of(mesh.last_stage, 0)
-        self.is_tail = mesh.stage == mesh.last_stage
-        """This rank is of the last stage."""
-        self._to_tail = self._outboxes[tail] if self.is_tail and mesh.cp_rank else None
-        self._to_lead = self._outboxes[0] if mesh.rank == tail and tail else None
-        self._siblings = (
-            [self._outboxes[mesh.rank_of(0, cp_rank)] for cp_rank in range(1, layout.cp)] if mesh.leads else []
-        )
-        gathers = mesh.rank == tail
-        self._parts = [
-            self._inboxes[mesh.rank_of(mesh.last_stage, cp_rank)] for cp_rank in range(1, layout.cp) if gathers
-        ]
-        self._returns = self._inboxes[tail] if mesh.leads and tail else None
-        self._before = None if mesh.leads else self._inboxes[0 if mesh.stage == 0 else mesh.rank - layout.cp]
+                on_sent = partial(tracer.add, "send", track=track)
+                self._outboxes[edge.target] = Outbox(link, monitor.lost, on_sent)
+            else:
+                # Results are small, and some are held until others of their step are there: no limit to them.
+                result = edge.target == 0 and edge.source >= mesh.layout.cp
+                limit = None if result else AHEAD
+                self._inboxes[edge.source] = Inbox(link, monitor.lost, monitor.check, limit=limit)
+        self._connect()
 
-    def _inbox(
-        self, edge: Edge, groups: Groups, lost: Callable[[int, Exception], None], check: Callable[[], None]
-    ) -> Inbox:
-        # Results are small, and some are held until others of their step are there: no limit to them.
-        depth = None if edge.target == 0 and edge.source >= self._mesh.layout.cp else _DEPTH
-        return Inbox(edge.source, groups.wires[edge], device=groups.device, on_error=lost, check=check, depth=depth)
+    def _connect(self) -> None:
+        """Name the inboxes and outboxes by their purpose."""
+        mesh, cp = self._mesh, self._mesh.layout.cp
+        self.is_tail = mesh.stage == mesh.last_stage  # this rank is of the last stage
+        self.reads_velocity = self.is_tail and mesh.cp_rank == 0  # this rank computes velocities from hidden states
+        tail = mesh.rank_of(mesh.last_stage, 0)
+        others = range(1, cp)
+        self._next = None if self.is_tail else self._outboxes[mesh.rank_of(mesh.stage + 1, mesh.cp_rank)]
+        self._cp_ranks = [self._outboxes[mesh.rank_of(0, cp_rank)] for cp_rank in others if mesh.leads]
+        self._parts = [
+            self._inboxes[mesh.rank_of(mesh.last_stage, cp_rank)] for cp_rank in others if self.reads_velocity
+        ]
+        self._to_tail = self._outboxes[tail] if self.is_tail and mesh.cp_rank else None
+        self._to_leader = self._outboxes[0] if self.reads_velocity and not mesh.leads else None
+        self._results = self._inboxes[tail] if mesh.leads and tail else None
+        self._work = None if mesh.leads else self._inboxes[0 if mesh.stage == 0 else mesh.rank - cp]
 
     @property
     def sent_bytes(self) -> int:
         """Bytes sent so far."""
         return sum(outbox.sent_bytes for outbox in self._outboxes.values())
 
-    @property
-    def reads_velocity(self) -> bool:
-        """This rank reads the velocity out: cp_rank 0 of the tail."""
-        return self.is_tail and self._mesh.cp_rank == 0
-
-    def take(self) -> Message:
-        """The next message from the stage before, or from the lead."""
-        assert self._before is not None
-        return self._before.take()
-
-    def done(self, message: Message) -> None:
-        """A taken message's payload is not needed any more."""
-        assert self._before is not None
-        self._before.done(message)
+    def receive(self) -> Message:
+        """The next message from the stage before, or from the leader; on every rank but the leader."""
+        assert self._work is not None
+        return self._work.receive()
 
     def to_cp_rank(self, cp_rank: int, header: Header, payload: Tensor) -> None:
-        """From the lead to another cp_rank of its stage."""
-        self._siblings[cp_rank - 1].send(header, payload)
+        """Send from the leader to another rank of its stage."""
+        self._cp_ranks[cp_rank - 1].send(header, payload)
 
-    def on(self, header: Header, payload: Tensor | None) -> None:
-        """On to the next stage; nothing on the tail."""
+    def send_on(self, header: Header, payload: Tensor | None = None) -> None:
+        """Send to the next stage; on the last one, nothing."""
         if self._next is not None:
             self._next.send(header, payload)
 
     def announce(self, header: Header, payload: Tensor | None = None) -> None:
-        """To all who are told of requests by this rank: the lead's siblings, and the next stage."""
-        for outbox in self._siblings:
+        """Send to all ranks that learn of requests from this one: others of the leader's stage, and the next stage."""
+        for outbox in self._cp_ranks:
             outbox.send(header, payload)
-        self.on(header, payload)
+        self.send_on(header, payload)
 
-    def part(self, header: Header, payload: Tensor) -> None:
-        """From a cp_rank of the tail to cp_rank 0."""
+    def send_part(self, header: Header, payload: Tensor) -> None:
+        """Send from another rank of the last stage to its cp_rank 0."""
         assert self._to_tail is not None
         self._to_tail.send(header, payload)
 
-    def parts(self, header: Header) -> list[tuple[Inbox, Message]]:
-        """What the other slots of the tail have for an item, by cp_rank."""
-        taken = [(inbox, inbox.take()) for inbox in self._parts]
-        for inbox, message in taken:
-            if message.header.item != header.item:
-                raise RuntimeError(f"{self._mesh.name(inbox.peer)} is out of step: it sent {message.header.item}")
-        return taken
+    def receive_parts(self, header: Header) -> list[Message]:
+        """The messages of the other ranks of the last stage about an item, by cp_rank.
 
-    def result(self, header: Header, velocity: Tensor) -> None:
-        """From the tail to the lead."""
-        assert self._to_lead is not None
-        self._to_lead.send(header, velocity)
+        Raises:
+            RuntimeError: one is about another item.
+            GangError: a rank has failed meanwhile.
+        """
+        parts = []
+        for inbox in self._parts:
+            part = inbox.receive()
+            if part.header.item != header.item:
+                raise RuntimeError(f"{self._mesh.name(inbox.peer)} is out of step: it sent {part.header.item}")
+            parts.append(part)
+        return parts
 
-    def returned(self, *, wait: bool) -> Message | None:
-        """A result, on the lead; None if there is none yet."""
-        assert self._returns is not None
+    def send_result(self, header: Header, payload: Tensor) -> None:
+        """Send from the last stage to the leader."""
+        assert self._to_leader is not None
+        self._to_leader.send(header, payload)
+
+    def receive_result(self, *, wait: bool) -> Message | None:
+        """A result, on the leader; None if there is none yet and it should not wait."""
+        assert self._results is not None
         if not wait:
-            return self._returns.poll()
+            return self._results.poll()
         with self._monitor.expecting():
-            return self._returns.take()
+            return self._results.receive()
 
     def leave(self) -> None:
-        """Tell everybody that nothing more will come, hear the same from all, and close."""
+        """Send the last message to all, receive the same from all, and close."""
         for outbox in self._outboxes.values():
             outbox.send(Header(kind=Kind.LEAVE))
         for inbox in self._inboxes.values():
-            if inbox is not self._before:
-                while inbox.take().header.kind is not Kind.LEAVE:
-                    pass  # a result of a request that was given up
+            if inbox is not self._work:
+                while inbox.receive().header.kind is not Kind.LEAVE:
+                    pass  # a result of a request that was cancelled
         for outbox in self._outboxes.values():
             outbox.close(_CLOSING)
         for inbox in self._inboxes.values():

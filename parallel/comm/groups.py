@@ -1,38 +1,66 @@
 """Process groups: the store where ranks meet, gloo for headers, and what carries tensors on this kind of device.
 
-Tensors on GPUs go over NCCL, over one communicator for each direction between two ranks: on a shared one a receive that
-waits would hold up the sends behind it. Where ranks share a GPU, which NCCL does not do, they go through host memory.
+Tensors on GPUs go over NCCL, with one communicator for each direction between two ranks: on a shared one, a receive
+that waits would hold up the sends behind it. Whether that is possible is decided once for all ranks, from what each has
+published in the store, so that no two ranks differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import socket
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-from parallel.comm.channel import GlooWire, Wire
-from parallel.comm.device_wires import HostWire, NcclWire
+from parallel.comm.channel import GroupTransport, Link, Transport
 from parallel.health.monitor import Timeouts
 from parallel.ranks.environment import RankEnv
 from parallel.topology.mesh import Edge, Mesh
 
-_SERVED = 20.0
+_SERVED = 20.0  # seconds
 _IDLE = timedelta(days=365)
-"""Receives are posted ahead and may wait for long; that peers are alive is the monitor's business."""
+"""Receives are posted ahead and may wait for long; whether peers are alive is the monitor's business."""
+
+Transfer = Literal["nccl", "host", "gloo"]
+"""How tensors move: between GPUs, between GPUs through host memory, or between CPUs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankDevice:
+    """What a rank publishes of its device."""
+
+    host: str  # boot identifier of its machine, the same in all containers of it
+    gpu: str | None  # UUID of its GPU; None on a CPU
+    nccl: bool  # its PyTorch has NCCL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Groups:
     """Open process groups."""
 
+    transfer: Transfer  # the same on all ranks
     cp: dist.ProcessGroup | None  # of the ranks of this stage; None if it has one rank
-    wires: dict[Edge, Wire]  # what carries tensors on each edge of this rank
+    links: dict[Edge, Link]  # how messages move on each edge of this rank, in the mesh's order
     device: torch.device  # of this rank
-    through_host: bool  # tensors on the device go through host memory
+
+
+def choose_transfer(devices: Sequence[RankDevice]) -> Transfer:
+    """How tensors move, from the devices of all ranks: over NCCL if every rank has a GPU of its own.
+
+    How many GPUs a process can see, and how many ranks a machine has, does not matter.
+    """
+    gpus = {(device.host, device.gpu) for device in devices if device.gpu is not None}
+    if not gpus:
+        return "gloo"
+    own = len(gpus) == len(devices)
+    return "nccl" if own and all(device.nccl for device in devices) else "host"
 
 
 def pick_device(env: RankEnv) -> torch.device:
@@ -59,43 +87,71 @@ def serve_store(env: RankEnv, timeout: float) -> dist.Store | None:
     return dist.TCPStore(env.host, env.port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
 
 
+def exchange_devices(store: dist.Store, rank: int, world_size: int, device: torch.device) -> list[RankDevice]:
+    """Publish this rank's device, and read those of all ranks once they are there."""
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+    own = RankDevice(host=_host(), gpu=gpu, nccl=dist.is_nccl_available())
+    keys = [f"device/{other}" for other in range(world_size)]
+    store.set(keys[rank], json.dumps([own.host, own.gpu, own.nccl]))
+    store.wait(keys)
+    read = [json.loads(raw) for raw in store.multi_get(keys)]
+    return [RankDevice(host=host, gpu=gpu, nccl=nccl) for host, gpu, nccl in read]
+
+
 @contextmanager
 def open_groups(env: RankEnv, mesh: Mesh, timeouts: Timeouts, device: torch.device) -> Iterator[Groups]:
     """Open all process groups; every rank must do so at the same time."""
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    nccl = 0 < gpus and env.local_world_size <= gpus
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "gloo", store=connect(env, timeouts.first), rank=env.rank, world_size=env.world_size, timeout=_IDLE
-    )
-    backend = "nccl" if nccl else "gloo"
-    limit = timedelta(seconds=timeouts.first)
-    cp = None
-    if mesh.layout.cp > 1:
-        for stage in range(mesh.layout.pp):
-            group = dist.new_group(
-                mesh.ranks_of(stage), backend=backend, timeout=limit, device_id=device if nccl else None
-            )
-            cp = group if stage == mesh.stage else cp
-    wires: dict[Edge, Wire] = {}
-    for edge in mesh.edges():
-        group = None
-        if nccl:
-            pair = [edge.source, edge.target]
-            group = dist.new_group(pair, backend="nccl", timeout=_IDLE, device_id=device)
-        if mesh.rank in (edge.source, edge.target):
-            wires[edge] = _wire(edge, mesh, device, group)
-    yield Groups(cp=cp, wires=wires, device=device, through_host=device.type == "cuda" and not nccl)
+    store = connect(env, timeouts.first)
+    transfer = choose_transfer(exchange_devices(store, env.rank, env.world_size, device))
+    dist.init_process_group("gloo", store=store, rank=env.rank, world_size=env.world_size, timeout=_IDLE)
+    links = _open_links(mesh, transfer, device)
+    yield Groups(transfer=transfer, cp=_open_cp(mesh, transfer, timeouts.first, device), links=links, device=device)
     # Only after a clean end: tearing down while a peer hangs can hang as well.
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _wire(edge: Edge, mesh: Mesh, device: torch.device, group: dist.ProcessGroup | None) -> Wire:
-    peer = edge.target if edge.source == mesh.rank else edge.source
-    if group is not None:
-        wire = NcclWire(peer, group, device)
-        wire.join(sends=edge.source == mesh.rank)
-        return wire
-    return HostWire(GlooWire(peer)) if device.type == "cuda" else GlooWire(peer)
+def _host() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _open_cp(mesh: Mesh, transfer: Transfer, limit: float, device: torch.device) -> dist.ProcessGroup | None:
+    own = None
+    for stage in range(mesh.layout.pp) if mesh.layout.cp > 1 else ():
+        group = _new_group(mesh.ranks_of(stage), transfer, timedelta(seconds=limit), device)
+        own = group if stage == mesh.stage else own
+    return own
+
+
+def _open_links(mesh: Mesh, transfer: Transfer, device: torch.device) -> dict[Edge, Link]:
+    """Every rank opens the communicators of all edges in the same order, so that no two ranks wait for each other."""
+    links: dict[Edge, Link] = {}
+    for edge in mesh.edges():
+        pair = None if transfer != "nccl" else _new_group([edge.source, edge.target], transfer, _IDLE, device)
+        if mesh.rank not in (edge.source, edge.target):
+            continue
+        peer = edge.target if edge.source == mesh.rank else edge.source
+        payloads = None if pair is None else GroupTransport(peer, pair)
+        if payloads is not None:
+            _join(payloads, device, sends=edge.source == mesh.rank)
+        links[edge] = Link(peer=peer, headers=GroupTransport(peer), payloads=payloads, device=device)
+    return links
+
+
+def _new_group(ranks: list[int], transfer: Transfer, timeout: timedelta, device: torch.device) -> dist.ProcessGroup:
+    """A group of some ranks. NCCL sets the communicator up at once, because the device is given."""
+    backend, bound = ("nccl", device) if transfer == "nccl" else ("gloo", None)
+    group = dist.new_group(ranks, backend=backend, timeout=timeout, device_id=bound)
+    return group
+
+
+def _join(transport: Transport, device: torch.device, *, sends: bool) -> None:
+    """Connect both sides, which the first transfer does; it blocks the host, so both sides do it now."""
+    one = torch.zeros(1, device=device)
+    (transport.send(one, 0) if sends else transport.receive(one, 0)).wait()
+    torch.cuda.synchronize(device)

@@ -1,20 +1,25 @@
-"""What ranks say to each other: a header of fixed size, and a tensor that may follow it.
+"""What ranks send each other: a header of fixed size, and a payload that may follow it.
 
-A header tells all that a stage must know: what to run, which changes of the KV to make first, the reuse flags that were
-decided since the last header of the request, and the digest of all its flags. Its size is fixed so that receives can
+A header has all that a stage must know: what to run, which changes of the KV to make first, the reuse flags that were
+decided since the last header of the request, and the digest of all its flags. Its size is fixed so that its receive can
 be posted before anyone knows what will come.
+
+Everything is plain data: JSON, and the bytes of tensors as they are in memory. Nothing that is received is executed. An
+unknown or missing field, or a value of another type, is an error: the ranks then run different versions of this code.
+It does not know how messages travel.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import pickle
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from enum import IntEnum
-from typing import Any
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -24,25 +29,29 @@ from engine.video import WorkItem
 
 HEADER_BYTES = 2048
 _DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
-_MAGIC = b"FLC1"
+_MAGIC = b"FLC2"
 _FIXED = struct.Struct("<4sBBHQiHH8sI5I")
-"""Magic, kind, dtype, dimensions, number, request, flags, body, digest, next frame, shape."""
+"""Magic, kind, dtype, dimensions, number, request, flags, item's bytes, digest, bytes of the next buffer, shape."""
 _DIMENSIONS = 5
+_LENGTH = struct.Struct("<Q")
+_ALIGNMENT = 16
+
+T = TypeVar("T")
 
 
 class Kind(IntEnum):
     """What a message is about."""
 
     ADMIT = 1
-    """A request comes: allocate for it. The payload is an `Admission`."""
+    """Allocate for a request. The payload is an `Admission`."""
     ITEM = 2
-    """Run a work item. The payload are the hidden states of the receiver's tokens, [1, S, D]."""
+    """Run a work item. The payload is the hidden states of the receiver's tokens, [1, S, D]."""
     VELOCITY = 3
     """A work item's result. The payload is [1, C, T, h, w] fp32."""
     RELEASE = 4
-    """A request is over: let go of it."""
+    """A request has ended: free what is held for it."""
     LEAVE = 5
-    """Nothing comes any more."""
+    """The last message."""
     CHECKPOINT = 6
     """Take a snapshot of a request and begin to write it. The payload is the folder, as JSON."""
 
@@ -60,7 +69,7 @@ class Header:
     digest: bytes = bytes(8)  # of all flags of the request so far
     shape: tuple[int, ...] = ()  # of the payload; empty for none
     dtype: torch.dtype = torch.uint8  # of the payload
-    next_frame: int = HEADER_BYTES  # bytes of the frame in which the next message of the edge comes
+    next_buffer: int = HEADER_BYTES  # bytes of the buffer in which the next message of the edge comes
 
     @property
     def payload_bytes(self) -> int:
@@ -73,8 +82,7 @@ class Header:
         Raises:
             ValueError: it does not fit.
         """
-        body = b"" if self.item is None else pickle.dumps(self.item, pickle.HIGHEST_PROTOCOL)
-        shape = (*self.shape, *(0,) * (_DIMENSIONS - len(self.shape)))
+        item = b"" if self.item is None else _json(to_plain(self.item, []))
         fixed = _FIXED.pack(
             _MAGIC,
             self.kind,
@@ -83,15 +91,16 @@ class Header:
             number,
             self.request,
             len(self.flags),
-            len(body),
+            len(item),
             self.digest,
-            self.next_frame,
-            *shape,
+            self.next_buffer,
+            *self.shape,
+            *(0,) * (_DIMENSIONS - len(self.shape)),
         )
-        content = fixed + body + _pack_flags(self.flags)
+        content = fixed + item + _pack_flags(self.flags)
         if len(content) > HEADER_BYTES:
             raise ValueError(f"a header of {len(content)} bytes does not fit into {HEADER_BYTES}")
-        buffer[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        buffer[:HEADER_BYTES] = torch.frombuffer(bytearray(content.ljust(HEADER_BYTES, b"\0")), dtype=torch.uint8)
 
     @classmethod
     def read(cls, buffer: Tensor) -> Header:
@@ -101,60 +110,152 @@ class Header:
             ValueError: it is no header.
         """
         content = buffer[:HEADER_BYTES].numpy().tobytes()
-        magic, kind, dtype, dimensions, number, request, flags, body, digest, frame, *shape = _FIXED.unpack_from(
+        magic, kind, dtype, dimensions, number, request, flags, length, digest, following, *shape = _FIXED.unpack_from(
             content
         )
-        if magic != _MAGIC:
-            raise ValueError("what came is no header: sender and receiver are out of step")
-        start = _FIXED.size
-        end = start + body
+        start, end = _FIXED.size, _FIXED.size + length
+        size = end + (flags + 3) // 4
+        if magic != _MAGIC or dtype >= len(_DTYPES) or dimensions > _DIMENSIONS or size > HEADER_BYTES:
+            raise ValueError("the bytes received are no header: sender and receiver are out of step")
         return cls(
             kind=Kind(kind),
             number=number,
             request=request,
-            item=pickle.loads(content[start:end]) if body else None,
-            flags=_unpack_flags(content[end : end + (flags + 3) // 4], flags),
+            item=from_plain(WorkItem, json.loads(content[start:end])) if length else None,
+            flags=_unpack_flags(content[end:size], flags),
             digest=digest,
             shape=tuple(shape[:dimensions]),
             dtype=_DTYPES[dtype],
-            next_frame=frame,
+            next_buffer=following,
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
-    """A header with its payload; who takes it in hands the payload back by `done` when it is not needed any more."""
+    """A header with its payload. The payload's memory is free once nobody refers to it."""
 
     header: Header
     payload: Tensor | None
-    buffer: Tensor | None  # what the payload is a part of and is to be used again; None if it is not
     nbytes: int  # of header and payload
-    waited: float  # seconds for which it was waited for
+    waited: float  # seconds that the receiver waited for it
 
 
 def pack_admit(admit: Admission) -> Tensor:
-    """As a payload, uint8 [bytes]. Tensors must be on the CPU."""
-    file = io.BytesIO()
-    torch.save(admit, file)
-    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+    """As a payload, uint8 [bytes]: the length of a JSON text, the text, and tensors at multiples of 16 bytes."""
+    tensors: list[Tensor] = []
+    text = _json(to_plain(admit, tensors))
+    parts = [_LENGTH.pack(len(text)) + text]
+    parts += [one.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for one in tensors]
+    return _as_payload(b"".join(part.ljust(_aligned(len(part)), b"\0") for part in parts))
 
 
 def unpack_admit(payload: Tensor) -> Admission:
-    """From a payload, which a rank of the same gang has packed."""
-    loaded: Any = torch.load(io.BytesIO(payload.numpy().tobytes()), map_location="cpu", weights_only=False)
-    assert isinstance(loaded, Admission)
-    return loaded
+    """From a payload; tensors are on the CPU.
+
+    Raises:
+        ValueError: it is no `Admission`.
+    """
+    (length,) = _LENGTH.unpack(payload[: _LENGTH.size].numpy().tobytes())
+    end = _LENGTH.size + length
+    text = payload[_LENGTH.size : end].numpy().tobytes()
+    return from_plain(Admission, json.loads(text), payload[_aligned(end) :])
 
 
-def pack_values(values: Any) -> Tensor:
-    """Plain JSON values as a payload, uint8 [bytes]."""
-    return torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
+def pack_json(values: Any) -> Tensor:
+    """JSON values as a payload, uint8 [bytes]."""
+    return _as_payload(_json(values))
 
 
-def unpack_values(payload: Tensor | None) -> Any:
+def unpack_json(payload: Tensor | None) -> Any:
     """From a payload."""
-    assert payload is not None
+    if payload is None:
+        raise ValueError("the message has no payload")
     return json.loads(payload.numpy().tobytes())
+
+
+def to_plain(value: Any, tensors: list[Tensor]) -> Any:
+    """A dataclass as JSON values, by field name.
+
+    Args:
+        value: a dataclass of numbers, strings, tuples, tensors, None and other such dataclasses.
+        tensors: its tensors are appended; in their place stand their dtype, shape and place among the bytes of all.
+    """
+    kind: Any = type(value)
+    types = _field_types(kind)
+    if types is not None:
+        return {name: to_plain(getattr(value, name), tensors) for name in types}
+    if isinstance(value, tuple):
+        return [to_plain(one, tensors) for one in value]
+    if isinstance(value, Tensor):
+        place = sum(_aligned(before.nbytes) for before in tensors)
+        tensors.append(value)
+        return {"dtype": _DTYPES.index(value.dtype), "shape": list(value.shape), "place": place}
+    return value
+
+
+def from_plain(kind: type[T], value: Any, data: Tensor | None = None) -> T:
+    """The inverse of `to_plain`.
+
+    Args:
+        kind: the dataclass.
+        value: JSON values.
+        data: the bytes of its tensors, uint8, on the CPU.
+
+    Raises:
+        ValueError: a field is unknown, missing or of another type.
+    """
+    made = _parse(kind, value, data)
+    assert isinstance(made, kind)
+    return made
+
+
+def _parse(kind: Any, value: Any, data: Tensor | None) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Tensor:
+        return _parse_tensor(value, data)
+    types = _field_types(kind)
+    if types is not None:
+        if isinstance(value, dict) and value.keys() == types.keys():
+            return kind(**{name: _parse(types[name], one, data) for name, one in value.items()})
+    elif origin is tuple and isinstance(value, list):
+        if arguments[-1] is Ellipsis:
+            return tuple([_parse(arguments[0], one, data) for one in value])
+        if len(arguments) == len(value):
+            return tuple([_parse(one, part, data) for one, part in zip(arguments, value)])
+    elif origin is Union or origin is UnionType:
+        (some,) = (one for one in arguments if one is not NoneType)
+        return None if value is None else _parse(some, value, data)
+    elif (origin is Literal and value in arguments) or type(value) is kind or (kind is float and type(value) is int):
+        return value
+    raise ValueError(f"{str(value)[:80]} was received in place of {getattr(kind, '__name__', kind)}")
+
+
+def _parse_tensor(value: Any, data: Tensor | None) -> Tensor:
+    if data is None or not isinstance(value, dict) or value.keys() != {"dtype", "shape", "place"}:
+        raise ValueError(f"{str(value)[:80]} was received in place of a tensor")
+    dtype, shape, start = _DTYPES[value["dtype"]], value["shape"], value["place"]
+    return data[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape).clone()
+
+
+@cache
+def _field_types(kind: Any) -> Mapping[str, Any] | None:
+    """Types of a dataclass's fields by name; None for any other type."""
+    if not is_dataclass(kind):
+        return None
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _json(values: Any) -> bytes:
+    return json.dumps(values, separators=(",", ":")).encode()
+
+
+def _as_payload(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _pack_flags(flags: tuple[int, ...]) -> bytes:

@@ -158,7 +158,7 @@ class Monitor:
         self._known.wait(self._timeouts.silent + 2 * self._timeouts.grace)
         return self._failure
 
-    def lost(self, rank: int, error: Exception) -> None:
+    def lost(self, rank: int, error: BaseException) -> None:
         """A connection to a rank has failed. If that rank has reported why, before it went, its report holds."""
         if self._over.is_set():
             return

@@ -58,7 +58,7 @@ class Gang:
 
     def __init__(self, mesh: Mesh, groups: Groups, store: dist.Store, monitor: Monitor, tracer: Tracer) -> None:
         self.mesh, self.tracer, self.monitor = mesh, tracer, monitor
-        self.device = groups.device
+        self.device, self.transfer = groups.device, groups.transfer
         self._groups, self._store = groups, store
         self._sessions, self._load_seconds = 0, 0.0
 

@@ -25,7 +25,7 @@ from engine.reuse.flags import FlagLog
 from engine.reuse.policy import Decision
 from engine.video import Work, WorkItem
 from parallel.comm.edges import Edges
-from parallel.comm.messages import Header, Kind, Message, pack_admit, pack_values
+from parallel.comm.messages import Header, Kind, Message, pack_admit, pack_json
 from parallel.ranks.worker import RankServices, StageModel, StageWorker, read_velocity, saved_key
 
 _SAVED_INTERVAL = 0.05
@@ -89,7 +89,7 @@ class Leader:
         for cp_rank, part in enumerate(others, 1):
             self._edges.to_cp_rank(cp_rank, header, part)
         hidden = worker.run(header, own)
-        self._edges.on(header, hidden)
+        self._edges.send_on(header, hidden)
         if not item.what.weight:
             return
         if self._one_stage:
@@ -106,7 +106,7 @@ class Leader:
         results, self._undelivered = self._undelivered, []
         if not self._one_stage:
             wait = wait and not results
-            while (message := self._edges.returned(wait=wait)) is not None:
+            while (message := self._edges.receive_result(wait=wait)) is not None:
                 wait = False
                 results.append(self._result(message))
         return results
@@ -124,7 +124,7 @@ class Leader:
     def save(self, video: int, folder: Path, run: Contents, on_done: Callable[[], None]) -> None:
         """Have all ranks take a snapshot and begin to write it."""
         header = self._header(Kind.CHECKPOINT, video)
-        self._edges.announce(header, pack_values(str(folder)))
+        self._edges.announce(header, pack_json(str(folder)))
         self.worker.save(header, folder, {RUN_FILE: run}, on_done)
         self._saving[video] = folder
 

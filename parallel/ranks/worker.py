@@ -29,7 +29,7 @@ from models.errors import InputError
 from models.protocols import VideoModel
 from parallel.comm.edges import Edges
 from parallel.comm.groups import Groups
-from parallel.comm.messages import Header, Kind, Message, unpack_admit, unpack_values
+from parallel.comm.messages import Header, Kind, Message, unpack_admit, unpack_json
 from parallel.comm.ulysses import TokenSplit, UlyssesShare, local_heads
 from parallel.health.errors import BAD_INPUT
 from parallel.health.monitor import Monitor
@@ -111,7 +111,7 @@ class StageWorker:
         split, groups = TokenSplit(tokens, ranks), self._groups
         shard: TokenShard | None = None
         if groups.cp is not None:
-            shard = UlyssesShare(split, self._mesh.cp_rank, groups.cp, through_host=groups.through_host)
+            shard = UlyssesShare(split, self._mesh.cp_rank, groups.cp, through_host=groups.transfer == "host")
         geometry = local_heads(self._stage.model.kv, ranks)
         self._stage.admit(admission, geometry=geometry, shard=shard)
         self._splits[admission.video] = split
@@ -253,7 +253,7 @@ class WorkerLoop:
         worker.ready()
         while True:
             began = time.perf_counter()
-            message = edges.take()
+            message = edges.receive()
             header = message.header
             counters.waiting += message.waited
             self._tracer.add("wait", began)
@@ -270,7 +270,7 @@ class WorkerLoop:
             elif header.kind is Kind.CHECKPOINT:
                 counters.checkpoint_bytes += message.nbytes
                 edges.announce(header, message.payload)  # first, so that all ranks write at the same time
-                worker.save(header, Path(unpack_values(message.payload)))
+                worker.save(header, Path(unpack_json(message.payload)))
             elif header.kind is Kind.LEAVE:
                 edges.leave()
                 counters.sent_bytes = edges.sent_bytes
@@ -280,24 +280,20 @@ class WorkerLoop:
         header, edges, worker = message.header, self._edges, self._worker
         assert message.payload is not None and header.item is not None
         hidden = worker.run(header, message.payload)
-        edges.done(message)
-        edges.on(header, hidden)
+        edges.send_on(header, hidden)
         if not header.item.what.weight:
             return  # run for its KV alone: nobody waits for its velocity
         if edges.reads_velocity:
             velocity = read_velocity(worker, edges, header, hidden)
-            edges.result(Header(kind=Kind.VELOCITY, request=header.request, item=header.item), velocity)
+            edges.send_result(Header(kind=Kind.VELOCITY, request=header.request, item=header.item), velocity)
         elif edges.is_tail:
-            edges.part(header, hidden)
+            edges.send_part(header, hidden)
 
 
 def read_velocity(worker: StageWorker, edges: Edges, header: Header, hidden: Tensor) -> Tensor:
     """The velocity [1, C, T, h, w] of an item, of this rank's hidden states and those of the other cp_ranks."""
     assert header.item is not None
-    parts = edges.parts(header)
-    others = [part.payload for _, part in parts if part.payload is not None]
-    velocity = worker.velocity(header.item, [hidden, *others])
-    for inbox, part in parts:
-        worker.counters.item_bytes += part.nbytes
-        inbox.done(part)
-    return velocity
+    parts = edges.receive_parts(header)
+    worker.counters.item_bytes += sum(part.nbytes for part in parts)
+    others = [part.payload for part in parts if part.payload is not None]
+    return worker.velocity(header.item, [hidden, *others])

@@ -5,9 +5,10 @@ import torch
 from models.attention import attention_backend
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
-from models.magi.model import FixedCaptions, MagiModel
+from models.magi.model import MagiModel
 from models.magi.sampling import MagiSampling
 from models.pocket.preset import pocket_config
+from models.protocols import CaptionTable
 
 
 def tiny_config(*, guided=False, window=4, ranges=(5, 4, 3, 2), num_steps=8):
@@ -52,7 +53,7 @@ class TinyPipeline:
     def captions(self, prompt):
         generator = torch.Generator().manual_seed(len(prompt))
         text = torch.randn(3, self.config.model_config.caption_channels, generator=generator)
-        return FixedCaptions(text=text, null=self.model.dit.null_text())
+        return CaptionTable(text=text, null=self.model.dit.null_text())
 
     def decode(self, latents):
         frames, height, width = latents.shape[2] * 4, latents.shape[3] * 8, latents.shape[4] * 8

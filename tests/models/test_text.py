@@ -14,7 +14,8 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from models.errors import InputError
 from models.magi.prompt_cleaning import clean_prompt
-from models.magi.text import Caption, SpecialTokens, T5Encoder, TextEncoder, with_special_tokens
+from models.magi.text import SpecialTokens, T5Encoder, TextEncoder
+from models.protocols import CaptionTable
 
 CHANNELS = 16
 CORPUS = """a cat sits on a red mat
@@ -217,29 +218,23 @@ def test_other_special_tokens_are_reported(tmp_path: Path) -> None:
         SpecialTokens.from_npz(path, sha256=hashlib.sha256(b"no archive").hexdigest())
 
 
-def numbered() -> tuple[Caption, SpecialTokens]:
-    """Text rows hold -1, -2, -3; row r of the special tokens holds r."""
+def numbered(max_length: int = 800) -> CaptionTable:
+    """Text rows hold -1, -2, -3, row r of the special tokens holds r, the null text -9."""
+    tokens = SpecialTokens(other=torch.arange(100.0)[:, None].expand(100, CHANNELS))
     text = -torch.arange(1.0, 4.0)[:, None].expand(3, CHANNELS)
-    return Caption(embeddings=text), SpecialTokens(other=torch.arange(100.0)[:, None].expand(100, CHANNELS))
+    null = torch.full((2, CHANNELS), -9.0)
+    return CaptionTable(text=text, null=null, counters=tokens.counters(), max_length=max_length)
 
 
-@pytest.mark.parametrize(
-    ("duration", "hq", "first"), [(True, True, [9, 1]), (True, False, [9]), (False, True, [1]), (False, False, [])]
-)
-def test_special_tokens_come_first_duration_before_quality(duration: bool, hq: bool, first: list[int]) -> None:
-    caption, tokens = numbered()
-    out = with_special_tokens(caption, tokens, chunks_left=2, duration=duration, hq=hq, max_length=800)
-    assert out.embeddings[:, 0].tolist() == [*first, -1, -2, -3]
+def test_special_tokens_come_first_duration_before_quality() -> None:
+    assert numbered().get("text", 2)[:, 0].tolist() == [9, 1, -1, -2, -3]
+    assert numbered().get("null", 2)[:, 0].tolist() == [-9, -9]
 
 
 @pytest.mark.parametrize(("chunks_left", "row"), [(0, 7), (1, 8), (6, 13), (7, 14), (8, 14), (500, 14)])
 def test_the_duration_token_counts_chunks_down(chunks_left: int, row: int) -> None:
-    caption, tokens = numbered()
-    out = with_special_tokens(caption, tokens, chunks_left=chunks_left, duration=True, hq=False, max_length=800)
-    assert out.embeddings[0, 0] == row
+    assert numbered().get("text", chunks_left)[0, 0] == row
 
 
 def test_the_end_of_a_long_text_falls_off() -> None:
-    caption, tokens = numbered()
-    out = with_special_tokens(caption, tokens, chunks_left=0, duration=True, hq=True, max_length=4)
-    assert out.embeddings[:, 0].tolist() == [7, 1, -1, -2]
+    assert numbered(4).get("text", 0)[:, 0].tolist() == [7, 1, -1, -2]

@@ -25,7 +25,7 @@ from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.pipeline import Loading, load_stage
-from parallel.comm.channel import GlooWire, Inbox, Outbox
+from parallel.comm.channel import Inbox, Outbox
 from parallel.comm.messages import Header, Kind
 from parallel.health.errors import GangError
 from parallel.health.monitor import Timeouts, leave

@@ -8,7 +8,7 @@ import torch
 from engine.engine import Engine
 from engine.kv.size import KVSettings
 from engine.reuse.settings import ReuseSettings
-from models.magi.model import FixedCaptions
+from models.protocols import CaptionTable
 from parallel.cluster.config import video_size
 from parallel.ranks.worker import StageModel
 from parallel.topology.mesh import Layout
@@ -48,7 +48,7 @@ class _Poisoned:
         made = self._pipeline.captions(prompt)
         if prompt != POISON:
             return made
-        return FixedCaptions(text=torch.full_like(made.text, float("nan")), null=made.null)
+        return CaptionTable(text=torch.full_like(made.text, float("nan")), null=made.null)
 
 
 class _Brittle:

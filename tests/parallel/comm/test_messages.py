@@ -1,4 +1,4 @@
-"""Headers survive the wire."""
+"""Headers and admissions are plain data, and are read as they were written."""
 
 import pytest
 import torch
@@ -9,9 +9,17 @@ from engine.kv.selection import SelectionSettings
 from engine.kv.size import KVPlan
 from engine.schedule import Schedule
 from engine.video import KVOp, WorkItem
-from models.magi.model import FixedCaptions
-from models.protocols import Pass, PassCondition
-from parallel.comm.messages import HEADER_BYTES, Admit, Header, Kind, pack_admit, unpack_admit
+from models.protocols import CaptionTable, Pass, PassCondition
+from parallel.comm.messages import (
+    HEADER_BYTES,
+    Admit,
+    Header,
+    Kind,
+    from_plain,
+    pack_admit,
+    to_plain,
+    unpack_admit,
+)
 
 items = st.builds(
     WorkItem,
@@ -57,9 +65,22 @@ def test_a_header_is_read_as_it_was_written(header, number):
         assert getattr(read, name) == getattr(header, name)
 
 
-def test_what_is_no_header_is_refused():
+def test_bytes_that_are_no_header_are_refused():
     with pytest.raises(ValueError, match="out of step"):
         Header.read(torch.zeros(HEADER_BYTES, dtype=torch.uint8))
+
+
+@given(data=st.data())
+def test_a_damaged_header_is_a_value_error_or_another_header(data):
+    """Whatever the bytes are: nothing is executed, and no other error comes."""
+    buffer = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+    data.draw(headers).write(buffer, 3)
+    for _ in range(data.draw(st.integers(1, 8))):
+        buffer[data.draw(st.integers(4, 400))] = data.draw(st.integers(0, 255))
+    try:
+        assert isinstance(Header.read(buffer), Header)
+    except ValueError:
+        pass
 
 
 def test_a_header_that_is_too_long_is_refused():
@@ -68,23 +89,59 @@ def test_a_header_that_is_too_long_is_refused():
         header.write(torch.zeros(HEADER_BYTES, dtype=torch.uint8), 0)
 
 
-def test_an_admission_survives():
-    admit = Admit(
-        request=4,
-        schedule=Schedule(first=0, chunks=5, num_steps=8, window=4),
-        kv=KVPlan(
-            chunk_tokens=36,
-            frame_tokens=6,
-            clean_tokens=72,
-            window=4,
-            chunks=5,
-            branches=2,
-            selection=SelectionSettings(),
-        ),
-        captions=FixedCaptions(text=torch.randn(3, 8), null=torch.randn(2, 8)),
-        grid=(6, 4, 6),
-    )
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plain: plain.update(colour="red"),
+        lambda plain: plain.pop("tick"),
+        lambda plain: plain.update(tick="12"),
+        lambda plain: plain.update(tick=True),
+        lambda plain: plain.update(what=None),
+        lambda plain: plain["what"].update(caption="subtitle"),
+        lambda plain: plain["what"]["condition"].update(t=None),
+        lambda plain: plain.update(before=[{"kind": "enter"}]),
+        lambda plain: plain.update(before={}),
+    ],
+)
+@given(item=items)
+def test_a_field_that_is_unknown_missing_or_of_another_type_is_refused(change, item):
+    plain = to_plain(item, [])
+    change(plain)
+    with pytest.raises(ValueError, match="was received in place of"):
+        from_plain(WorkItem, plain)
+
+
+tensors = st.builds(
+    lambda rows, columns, dtype: torch.randn(rows, columns).to(dtype),
+    rows=st.integers(0, 5),
+    columns=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+admits = st.builds(
+    Admit,
+    request=st.integers(0, 1 << 20),
+    schedule=st.just(Schedule(first=0, chunks=5, num_steps=8, window=4)),
+    kv=st.builds(
+        KVPlan,
+        chunk_tokens=st.integers(1, 1 << 20),
+        frame_tokens=st.integers(1, 1 << 20),
+        clean_tokens=st.integers(0, 1 << 20),
+        window=st.integers(1, 8),
+        chunks=st.integers(1, 1 << 20),
+        branches=st.integers(1, 3),
+        selection=st.none() | st.builds(SelectionSettings, importance_weight=st.floats(0, 1)),
+    ),
+    captions=st.builds(CaptionTable, text=tensors, null=tensors, counters=st.none() | tensors, max_length=st.just(800)),
+    grid=st.tuples(*[st.integers(1, 100)] * 3),
+    checkpoint=st.none() | st.text(),
+)
+
+
+@given(admit=admits)
+def test_an_admission_is_read_as_it_was_packed(admit):
     read = unpack_admit(pack_admit(admit))
-    assert (read.request, read.schedule, read.kv, read.grid) == (4, admit.schedule, admit.kv, (6, 4, 6))
-    assert torch.equal(read.captions.get("text", 0), admit.captions.get("text", 0))
-    assert torch.equal(read.captions.get("null", 3), admit.captions.get("null", 3))
+    for name in ("request", "schedule", "kv", "grid", "checkpoint"):
+        assert getattr(read, name) == getattr(admit, name)
+    for name in ("text", "null", "counters"):
+        got, packed = getattr(read.captions, name), getattr(admit.captions, name)
+        assert got is packed is None or (got.dtype == packed.dtype and torch.equal(got, packed))
