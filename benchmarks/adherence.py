@@ -1,7 +1,7 @@
 """Does a video of magi-pocket show what its prompt says? One function, `adherence`, measures it from decoded frames.
 
-Nothing here makes videos: the frames may come from the engine at any setting, from a file, or from procedural clips. All
-measuring is plain arithmetic on pixels, so the same frames always give the same figures.
+Nothing here makes videos: the frames may come from the engine at any setting, from a file, or from procedural clips.
+All measuring is plain arithmetic on pixels, so the same frames always give the same figures.
 
 How each figure is measured:
 

@@ -155,8 +155,8 @@ def _write(out: Path, made: list[LongVideo], steps: int) -> int:
         title="Memory of long videos",
         about=(
             f"magi-pocket, {SIDE}x{SIDE} pixels, {steps} steps, no reuse. {machine_line()}.\n\n"
-            f"Memory is that of the whole process: warm after {_WARM} chunks (half of a shorter video), at the end, and "
-            "at most. Seconds are medians per chunk, decoding included: early from a twelfth to a sixth of the video, "
+            f"Memory is that of the whole process: warm after {_WARM} chunks (half of a shorter video), at the end, "
+            "and at most. Seconds are medians per chunk, decoding included: early from a twelfth to a sixth of the video, "
             "late in its last sixth."
         ),
         verdicts=[*verdicts(*made[:2]), *verdicts(*made[2:])],

@@ -123,7 +123,8 @@ def _make(
     Returns:
         Of each video the latents of its chunks, and the seconds until the first one.
     """
-    began, made = time.perf_counter(), {}
+    made: dict[int, tuple[list[Tensor], list[float]]] = {}
+    began = time.perf_counter()
     for request, recorder in itertools.zip_longest(requests, recorders):
         made[engine.submit(request, recorder=recorder, decode=decode)] = ([], [])
     while engine.in_flight:

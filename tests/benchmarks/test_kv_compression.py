@@ -7,10 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.kv_compression import app
-from benchmarks.kv_forms import Problem, measure, naive_redundancy, structured_keys
-from benchmarks.processes import in_fresh_process, peak_rss, reset_peak, rss
-from benchmarks.report import run_app
+from benchmarks.common import in_fresh_process, peak_rss, reset_peak, rss, run_app
+from benchmarks.kv_compression import Problem, app, measure, naive_redundancy, structured_keys
 from engine.kv.selection import redundancy
 from models.errors import InputError
 

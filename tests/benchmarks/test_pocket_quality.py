@@ -13,12 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.adherence import Adherence, adherence
-from benchmarks.pocket_quality import app
-from benchmarks.prompts import balanced_scenes
-from benchmarks.report import run_app
-from benchmarks.summary import csv_row, figures, percentile
-from benchmarks.tracking import direction, fit_line, wrap
+from benchmarks.adherence import Adherence, adherence, direction, fit_line, wrap
+from benchmarks.common import run_app
+from benchmarks.models import balanced_scenes
+from benchmarks.pocket_quality import app, percentile, verdicts, video_row
 from models.pocket.clips import RADIUS, SIDE, SPEED, Objects, draw_background, render
 from models.pocket.preset import write_vae_config
 from models.pocket.train_dit import new_dit
@@ -252,17 +250,17 @@ def test_figures_fail_each_at_its_own_threshold():
     yellow = clip(Scene(colour="yellow", shape="circle", motion="right"))
     still = clip(Scene(colour="red", shape="circle", motion="still"))
 
-    def verdicts(*videos: Tensor) -> list[bool | None]:
-        return [figure.passed for figure in figures([adherence(video, RED_CIRCLE) for video in videos])][:3]
+    def passed(*videos: Tensor) -> list[bool | None]:
+        return [one.passed for one in verdicts([adherence(video, RED_CIRCLE) for video in videos])][:3]
 
-    assert verdicts(good, good) == [True, True, True]
-    assert verdicts(good, yellow) == [False, True, True]
-    assert verdicts(good, still) == [True, False, True]
-    assert verdicts(good, jumping, jumping) == [True, True, False]
-    assert verdicts(*[good] * 9, yellow) == [True, True, True]  # 90% is enough
-    assert verdicts(*[good] * 4, still) == [True, True, True]  # 80% is enough
+    assert passed(good, good) == [True, True, True]
+    assert passed(good, yellow) == [False, True, True]
+    assert passed(good, still) == [True, False, True]
+    assert passed(good, jumping, jumping) == [True, True, False]
+    assert passed(*[good] * 9, yellow) == [True, True, True]  # 90% is enough
+    assert passed(*[good] * 4, still) == [True, True, True]  # 80% is enough
     nothing = torch.full_like(good, 128)
-    assert verdicts(nothing) == [False, False, False]
+    assert passed(nothing) == [False, False, False]
 
 
 def keep(folder: Path, videos: dict[str, Tensor]) -> Path:
@@ -313,5 +311,5 @@ def test_videos_of_an_untrained_model_are_made_kept_and_fail(tmp_path):
     assert [frames.shape for frames in kept] == [(48, SIDE, SIDE, 3)] * 2
     scene = balanced_scenes(2, seed=7)[0]
     rows = list(csv.reader((out / "pocket_quality.csv").open()))
-    again = csv_row(adherence(kept[0], scene))
-    assert rows[1][0] == scene.prompt and float(rows[1][2]) == pytest.approx(again[2], rel=1e-5)
+    again = video_row(adherence(kept[0], scene))
+    assert rows[1][0] == scene.prompt and float(rows[1][2]) == pytest.approx(again["colour_share"], rel=1e-5)

@@ -4,24 +4,60 @@ import time
 from fractions import Fraction
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.simulation import Call, Machine, lay_out, simulate
+from benchmarks.simulate.clock import Machine, simulate
+from benchmarks.simulate.plan import plan_video
 from engine.schedule import Schedule
+from models.protocols import Pass, PassCondition
+
+
+class OnePass:
+    """Sampling of one pass for each step, and one to renew a finished chunk if that is wanted."""
+
+    chunk_width, branches = 1, 1
+
+    def __init__(self, num_steps, window, *, clean):
+        self.num_steps, self.window, self.clean_pass = num_steps, window, clean
+
+    def time(self, step):
+        return step / self.num_steps
+
+    def step_size(self, step):
+        return 1 / self.num_steps
+
+    def key_limit(self, step):
+        return None
+
+    def clean_limit(self, *, prefix):
+        return None
+
+    def weighs_text(self, step):
+        return False
+
+    def _passes(self, name, weight):
+        condition = PassCondition(t=0.0, distill=None, drop=False)
+        one = Pass(name=name, caption="text", branch=0, isolated=False, weight=weight, condition=condition)
+        return (one,)
+
+    def step_passes(self, step, *, oldest, text_needed):
+        return self._passes("denoise", 1.0)
+
+    def clean_passes(self, step_in_quantum, *, prefix, text_needed):
+        return self._passes("clean", 0.0) if self.clean_pass else ()
 
 
 def video(chunks, seconds, *, steps=16, window=4, computed=lambda chunk, step: True, clean=False):
     """A video whose passes all take the same on each stage."""
     schedule = Schedule(first=0, chunks=chunks, num_steps=steps, window=window)
-    call, renewal = Call(seconds=seconds), Call(seconds=seconds, returns=False, name="clean")
-    return lay_out(
-        schedule,
-        lambda tick, chunk, step: [call] if computed(chunk, step) else [],
-        lambda tick: [renewal] if clean else [],
-        renews=clean,
-    )
+    flags = np.full((schedule.ticks, chunks), 255, dtype=np.uint8)
+    for tick in schedule:
+        for chunk, step in tick.active:
+            flags[tick.index, chunk] = not computed(chunk, step)
+    return plan_video(schedule, OnePass(steps, window, clean=clean), lambda what, step: seconds, flags)
 
 
 def even(stages, whole=1.0):
@@ -29,7 +65,7 @@ def even(stages, whole=1.0):
 
 
 def speed_up(plan, machine):
-    return plan.seconds / simulate([plan], machine).seconds
+    return plan.total / simulate([plan], machine).seconds
 
 
 def test_one_stage_takes_the_sum_of_its_calls():
@@ -71,8 +107,8 @@ def test_two_stages_in_closed_form():
         assert found == pytest.approx(16 * chunks / (8 * chunks + 4.5))
 
 
-def test_the_border_of_a_stage_costs_a_slot():
-    """With as many stages as chunks, the head waits for the new oldest chunk while the chunk that has left still runs:
+def test_the_boundary_of_a_quantum_costs_a_slot():
+    """With as many stages as chunks, the leader waits for the new oldest chunk while the one that left still runs:
     one slot in num_steps + 1."""
     chunks, steps = 2000, 16
     assert speed_up(video(chunks, even(4), steps=steps), Machine(stages=4)) == pytest.approx(4 * 16 / 17, rel=0.004)
@@ -100,7 +136,7 @@ def test_reuse_lowers_the_bound_and_a_second_video_lifts_it():
 
     plan = video(12, even(4), computed=computed)
     one = speed_up(plan, Machine(stages=4))
-    two = 2 * plan.seconds / simulate([plan, plan], Machine(stages=4)).seconds
+    two = 2 * plan.total / simulate([plan, plan], Machine(stages=4)).seconds
     assert one < speed_up(video(12, even(4)), Machine(stages=4))
     assert two > 1.2 * one
 
@@ -114,7 +150,7 @@ def test_videos_wait_for_room():
     assert together.first_chunk > made.first_chunk
 
 
-def test_decisions_and_results_take_the_heads_time():
+def test_decisions_and_results_take_the_leaders_time():
     """Eight decisions and two results, of which one decision is made while the other stage works."""
     plan = video(2, even(2), steps=4, computed=lambda chunk, step: step == 0)
     assert simulate([plan], Machine(stages=2, decide=0.1, take=0.2)).seconds == pytest.approx(2 + 7 * 0.1 + 2 * 0.2)
@@ -135,7 +171,7 @@ def test_a_long_video_on_eight_stages_is_simulated_within_seconds():
     plan = video(60, even(8), steps=64, clean=True)
     began = time.perf_counter()
     simulate([plan], Machine(stages=8, latency=0.01))
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - began < 10
 
 
 times = st.floats(0.01, 2.0)
@@ -190,7 +226,7 @@ def test_no_work_is_lost_or_done_twice_or_at_the_same_time(plans, machine, concu
     # Plans of one gang have the same stages, but not the same times.
     made = simulate(plans, machine, concurrency=concurrency, spans=True)
     assert made.calls == sum(plan.calls for plan in plans)
-    assert sum(made.busy) == pytest.approx(sum(plan.seconds for plan in plans))
+    assert sum(made.busy) == pytest.approx(sum(plan.total for plan in plans))
     assert made.seconds >= max(made.busy) - 1e-9
     orders = []
     for stage in range(3):
@@ -202,15 +238,15 @@ def test_no_work_is_lost_or_done_twice_or_at_the_same_time(plans, machine, concu
         own = [(tick, chunk) for video, tick, chunk, name in orders[0] if video == number and name == "denoise"]
         assert own == sorted(own)
     for plan, chunks in zip(plans, made.chunks, strict=True):
-        assert len(chunks) == len(plan.ticks[-1].steps) + sum(tick.tick.retiring is not None for tick in plan.ticks)
+        assert len(chunks) == plan.schedule.chunks
         assert list(chunks) == sorted(chunks)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 5), times, st.integers(2, 7), st.booleans())
-def test_the_head_never_idles_while_work_is_ready(chunks, seconds, every, clean):
+def test_the_leader_never_idles_while_work_is_ready(chunks, seconds, every, clean):
     """Two videos on one stage, which has no one to wait for, leave no gap."""
     plan = video(chunks, (seconds,), steps=8, computed=lambda chunk, step: step % every == 0, clean=clean)
     made = simulate([plan, plan], Machine(stages=1), spans=True)
-    assert made.seconds == pytest.approx(2 * plan.seconds)
+    assert made.seconds == pytest.approx(2 * plan.total)
     assert all(b.start == pytest.approx(a.end) for a, b in pairwise(made.spans))

@@ -1,24 +1,22 @@
 """Settings that are compared, and thresholds that are found."""
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.sweep import (
+from benchmarks.quality.sweep import (
     LEAN,
     STAND_INS,
     WORK,
     Grid,
     ObservationLog,
+    Probe,
     Setting,
     StandIn,
-    calibrate,
     estimate_threshold,
-    ladder,
-    refined,
+    make_plan,
 )
 from engine.reuse.policy import ChunkPolicy, Decision, Observation
 from engine.schedule import Schedule
@@ -52,11 +50,11 @@ def test_a_log_keeps_each_tick_apart():
 
 def test_settings_become_those_of_the_engine():
     setting = Setting(method="flowcache", kind="velocity", threshold=0.02, warmup=3, passes=LEAN, budget=2)
-    cache = setting.cache
+    cache = setting.reuse
     assert (cache.policy, cache.reuse, cache.threshold, cache.warmup_steps) == ("flowcache", "velocity", 0.02, 3)
     assert not cache.clean_pass and not cache.copy_pass and setting.kv.budget == 2
-    assert replace(setting, extrapolate_from=0.5).cache.extrapolate_from == 0.5
-    vanilla = Setting().cache
+    assert replace(setting, extrapolate_from=0.5).reuse.extrapolate_from == 0.5
+    vanilla = Setting().reuse
     assert vanilla.policy == "none" and vanilla.clean_pass and vanilla.copy_pass
     assert setting.plain == Setting(passes=LEAN, budget=2)
 
@@ -93,48 +91,26 @@ def test_what_the_warm_up_computes_cannot_be_saved():
     assert estimate_threshold([watched()], lambda one: ChunkPolicy(one, 8), 0.5) == 100
 
 
-def test_a_ladder_has_equal_ratios():
-    rungs = ladder(0.001, 0.1, 5)
-    assert rungs[0] == 0.001 and rungs[-1] == 0.1
-    assert all(b / a == pytest.approx(10**0.5, rel=0.01) for a, b in pairwise(rungs))
+def curved(setting):
+    """A computed fraction that falls with the threshold, for any method and kind."""
+    return 0.3 + 0.7 / (1 + (setting.threshold / 0.05) ** 4) if setting.method != "none" else 1.0
 
 
-def curved(threshold):
-    return 0.3 + 0.7 / (1 + (threshold / 0.05) ** 4)
-
-
-@pytest.mark.parametrize("target", [0.9, 0.8, 0.5, 0.35])
-@pytest.mark.parametrize("known", [(0.001, 1.0), (0.001, 0.002), (0.5, 1.0)])
-def test_thresholds_are_found_between_known_ones_and_beyond_them(target, known):
-    measured = {one: curved(one) for one in known}
-    found = refined(curved, measured, target, tries=9)
-    assert curved(found) == pytest.approx(target, abs=0.02)
-    assert len(measured) <= 2 + 9 and found == float(f"{found:.3g}")
-
-
-def test_what_is_known_well_enough_is_not_measured_again():
-    def measure(threshold):
-        raise AssertionError("there was no need")
-
-    assert refined(measure, {0.01: 0.9, 0.1: 0.51, 1.0: 0.3}, 0.5) == 0.1
-
-
-@given(jumps=st.lists(st.floats(0.05, 1), min_size=2, max_size=8), target=st.floats(0, 1), tries=st.integers(0, 6))
-def test_the_nearest_that_was_measured_is_taken_however_fractions_jump(jumps, target, tries):
-    measured = {0.001 * 2**i: fraction for i, fraction in enumerate(jumps)}
-    found = refined(lambda threshold: jumps[int(threshold * 1e6) % len(jumps)], measured, target, tries)
-    assert len(measured) <= len(jumps) + tries
-    assert abs(measured[found] - target) == min(abs(one - target) for one in measured.values())
-
-
-@pytest.mark.parametrize("start", [0.02, 0.05])
-def test_calibration_finds_the_work_that_is_wanted(start):
+def test_a_plan_has_thresholds_of_the_fractions_and_of_the_work():
     asked = []
 
-    def work(threshold):
-        asked.append(threshold)
-        return 1 / (1 + 20 * threshold)
+    def work(setting):
+        asked.append(setting)
+        return 0.8 * curved(setting)
 
-    found = calibrate(work, start=start, target=0.6)
-    assert work(found) == pytest.approx(0.6, abs=0.01)
-    assert len(set(asked[:-1])) <= 8 and found == float(f"{found:.3g}")
+    probe = Probe(observe=lambda: [watched(distance=lambda chunk, step: 0.02)], computed=curved, work=work)
+    plan = make_plan(probe, GRID, None, {"model": "made up"}, lambda line: None)
+    for name, target in WORK.items():
+        assert work(plan.presets[name]) == pytest.approx(target, abs=0.01)
+        assert plan.calibrated[name] == plan.presets[name].threshold == float(f"{plan.calibrated[name]:.3g}")
+    assert len(set(asked)) <= 1 + 8 * len(WORK)
+    for method in ("flowcache", "teacache"):
+        own = {one.threshold for one in plan.settings if (one.method, one.kind) == (method, "extrapolate")}
+        assert sorted(curved(Setting(method=method, threshold=one)) for one in own) == pytest.approx(
+            [0.5, 0.8], abs=0.02
+        )

@@ -1,13 +1,15 @@
-"""Videos with many settings, side by side, on a tiny random model."""
+"""Videos with many settings, side by side, on a tiny random model; and how alike videos are, on values known by hand."""
 
+import math
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks.fidelity import IDENTICAL, frames_psnr, frames_ssim, latent_error
-from benchmarks.sweep import LEAN, Setting
-from benchmarks.trial import Case, Studio
+from benchmarks.quality.sweep import LEAN, Setting
+from benchmarks.quality.trial import IDENTICAL, Case, TrialRunner, frames_psnr, frames_ssim, image_metrics, latent_error
+from models.errors import InputError
 from models.pocket.words import Scene
 from tests.engine.tiny import TinyPipeline, tiny_config
 
@@ -27,19 +29,19 @@ class Visible(TinyPipeline):
 
 
 @pytest.fixture(scope="module")
-def studio():
-    return Studio(Visible(tiny_config()))
+def runner():
+    return TrialRunner(Visible(tiny_config()))
 
 
 @pytest.fixture(scope="module")
-def trials(studio):
-    return {one.setting: one for one in studio.trials(CASE, SETTINGS)}
+def trials(runner):
+    return {one.setting: one for one in runner.trials(CASE, SETTINGS)}
 
 
-def test_every_setting_is_run_once(studio, trials):
+def test_every_setting_is_run_once(runner, trials):
     assert set(trials) == set(SETTINGS)
     many = [Setting(method="flowcache", threshold=0.01 * i, passes=LEAN) for i in range(7)]
-    assert [one.setting for one in studio.trials(replace(CASE, chunks=1), many)] == many
+    assert [one.setting for one in runner.trials(replace(CASE, chunks=1), many)] == many
 
 
 def test_without_reuse_nothing_differs_but_what_passes_and_memory_change(trials):
@@ -53,11 +55,11 @@ def test_without_reuse_nothing_differs_but_what_passes_and_memory_change(trials)
 
 
 @pytest.mark.parametrize("setting", [REUSE, VELOCITY, SMALL])
-def test_reuse_is_compared_with_the_same_passes_and_memory(studio, trials, setting):
+def test_reuse_is_compared_with_the_same_passes_and_memory(runner, trials, setting):
     found = trials[setting]
-    made, plain, vanilla = (studio.make(one, CASE) for one in (setting, setting.plain, Setting()))
-    frames, plain_frames, vanilla_frames = (studio.decode(one) for one in (made, plain, vanilla))
-    uncompressed = studio.decode(studio.make(Setting(passes=LEAN), CASE))
+    made, plain, vanilla = (runner.make(one, CASE) for one in (setting, setting.plain, Setting()))
+    frames, plain_frames, vanilla_frames = (runner.decode(one) for one in (made, plain, vanilla))
+    uncompressed = runner.decode(runner.make(Setting(passes=LEAN), CASE))
     assert found.psnr == frames_psnr(frames, plain_frames) < IDENTICAL
     assert found.ssim == pytest.approx(frames_ssim(frames, plain_frames))
     assert found.latent_error == pytest.approx(latent_error(made.latents, plain.latents))
@@ -68,7 +70,44 @@ def test_reuse_is_compared_with_the_same_passes_and_memory(studio, trials, setti
     assert min(found.seconds, found.plain_seconds, found.vanilla_seconds, found.decode_seconds) > 0
 
 
-def test_what_is_observed_is_every_chunk_step(studio):
-    ticks = studio.observe(CASE)
+def test_what_is_observed_is_every_chunk_step(runner):
+    ticks = runner.observe(CASE)
     assert sum(map(len, ticks)) == 4 * 8
     assert all((one.distance is None) == (one.step == 0) for seen in ticks for one in seen)
+
+
+def noise(seed=0):
+    return torch.randint(20, 200, (5, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_constant_difference_has_the_psnr_of_the_formula():
+    frames = noise()
+    assert frames_psnr(frames + 5, frames) == pytest.approx(20 * math.log10(255 / 5), abs=1e-3)
+
+
+def test_psnr_is_over_all_frames_together():
+    frames, other = noise(), noise()
+    other[0] += 10
+    assert frames_psnr(other, frames) == pytest.approx(20 * math.log10(255 / 10) + 10 * math.log10(5), abs=1e-3)
+
+
+def test_equal_videos_are_as_like_as_can_be():
+    frames = noise()
+    assert frames_psnr(frames, frames.clone()) == IDENTICAL
+    assert frames_ssim(frames, frames.clone()) == pytest.approx(1)
+    assert latent_error(frames.float(), frames.float()) == 0
+
+
+def test_other_noise_has_no_structure_in_common():
+    assert frames_ssim(noise(0), noise(1)) < 0.1
+
+
+def test_latent_error_is_relative():
+    reference = torch.full((1, 16, 6, 4, 4), 2.0)
+    assert latent_error(reference * 1.1, reference) == pytest.approx(0.1)
+
+
+def test_a_missing_library_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
+    with pytest.raises(InputError, match=r"pip install -e '.\[bench\]'"):
+        image_metrics()

@@ -5,23 +5,24 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.pipeline_job import Case
-from benchmarks.report import run_app
-from benchmarks.simulate import app
-from benchmarks.simulate_check import Compared, verdict_of
-from benchmarks.simulate_cluster import Cluster, Hardware
-from benchmarks.simulate_runs import (
+from benchmarks.common import run_app
+from benchmarks.models import ModelSpec
+from benchmarks.simulate.__main__ import app
+from benchmarks.simulate.check import Compared
+from benchmarks.simulate.clock import Outcome
+from benchmarks.simulate.layouts import (
+    Cluster,
+    Hardware,
     Reuse,
     Study,
     layouts_on,
     reuse_of_record,
     run_study,
     sampled_reuse,
-    whole_plan,
 )
+from benchmarks.workload import Made, Workload
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
-from engine.reuse.settings import ReuseSettings
 from models.errors import InputError
 from models.magi.presets import PRESETS, find_preset
 from parallel.topology.mesh import Layout
@@ -53,7 +54,7 @@ def test_bytes_are_those_of_the_shapes():
 def test_the_papers_operations_come_out():
     """306 PFLOP for 10 chunks of 64 steps with the whole past attended to; here with 4.6 chunks of it for all."""
     whole = study(chunks=10, steps=64)
-    assert whole.cluster.petaflops(whole_plan(whole, None, Layout())) == pytest.approx(306, rel=0.15)
+    assert whole.cluster.petaflops(whole.plan(None, Layout())) == pytest.approx(306, rel=0.15)
 
 
 def test_one_gpu_takes_what_a_pass_takes():
@@ -105,8 +106,8 @@ def test_layouts_fill_the_gpus():
 def test_reuse_leaves_the_share_of_the_operations():
     whole = study(chunks=10)
     reuse = sampled_reuse(whole, 0.5, 3)
-    plans = [whole_plan(whole, flags, Layout()).seconds for flags in reuse.flags]
-    assert plans[0] / whole_plan(whole, None, Layout()).seconds == pytest.approx(0.5, abs=0.02)
+    plans = [whole.plan(flags, Layout()).total for flags in reuse.flags]
+    assert plans[0] / whole.plan(None, Layout()).total == pytest.approx(0.5, abs=0.02)
     assert 0.5 < reuse.computed < 0.65  # clean and copy passes are gone besides
 
 
@@ -120,7 +121,7 @@ def test_the_reuse_of_a_record_is_taken(tmp_path):
     trace.finish({}).save(tmp_path / "run")
     reuse = reuse_of_record(study(), tmp_path / "run")
     assert reuse.name == "record run" and reuse.computed == 0.5
-    assert whole_plan(study(), reuse.flags[0], Layout()).calls == 5 * 8
+    assert study().plan(reuse.flags[0], Layout()).calls == 5 * 8
     with pytest.raises(InputError, match="give --steps 16"):
         reuse_of_record(study(steps=32), tmp_path / "run")
 
@@ -167,10 +168,8 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, said):
 @pytest.mark.parametrize(("predicted", "passed"), [(0.95, True), (1.09, True), (1.12, False), (0.85, False)])
 def test_a_prediction_holds_within_a_tenth(predicted, passed):
     one = Compared(
-        case=Case(videos=1, cache=ReuseSettings()),
-        predicted=(9.0, predicted, 0.1),
-        measured=(1.0, 0.5, 2.0),
-        predicted_busy=(0.9, 0.9),
-        measured_busy=(0.9, 0.9),
+        workload=Workload(model=ModelSpec(), chunks=1, steps=16),
+        predicted=[Outcome(seconds=seconds, busy=(), chunks=(), calls=0) for seconds in (9.0, predicted, 0.1)],
+        measured=[Made(seconds=seconds, latents=()) for seconds in (1.0, 0.5, 2.0)],
     )
-    assert verdict_of(one).passed is passed
+    assert one.verdict.passed is passed

@@ -4,10 +4,19 @@ import math
 
 import pytest
 
-from benchmarks.pareto import compare, pareto_figure, psnr_at, speed_figure
-from benchmarks.quality_report import FRACTIONS, csv, curve_table, setting_tables, verdicts
-from benchmarks.sweep import LEAN, METHODS, WORK, Setting
-from benchmarks.trial import Trial
+from benchmarks.quality.report import (
+    FRACTIONS,
+    compare,
+    csv_rows,
+    curve_table,
+    pareto_figure,
+    psnr_at,
+    setting_tables,
+    speed_figure,
+    verdicts,
+)
+from benchmarks.quality.sweep import LEAN, METHODS, WORK, Setting
+from benchmarks.quality.trial import Trial
 from engine.reuse.memory import KINDS
 
 
@@ -120,25 +129,20 @@ def test_a_comparison_on_few_of_the_prompts_does_not_pass():
 def test_tables_hold_every_setting_once_and_name_the_presets():
     trials = sweep() + [trial(Setting(passes=LEAN, budget=2))]
     tables = setting_tables(trials, PRESETS)
-    assert [line for line in tables.splitlines() if line.startswith("## ")] == [
-        "## Without reuse",
-        "## Reuse",
-        "## Compressed KV",
-    ]
-    assert all(tables.count(f"| {name} ") == 1 for name in PRESETS)
-    rows = csv(trials, PRESETS).splitlines()
-    assert len(rows) == 1 + 2 + 24
-    assert all(len(row.split(",")) == len(rows[0].split(",")) for row in rows)
+    assert list(tables) == ["Without reuse", "Reuse", "Compressed KV"]
+    assert all("".join(tables.values()).count(f"| {name} ") == 1 for name in PRESETS)
+    headers, rows = csv_rows(trials, PRESETS)
+    assert len(rows) == 2 + 24 and all(len(row) == len(headers) for row in rows)
     table = curve_table(trials)
     assert f"PSNR at {FRACTIONS[0]:.0%}" in table and table.count("flowcache") == 3 and "80%: 4" in table
     assert "60.50" in table  # flowcache, velocity at 80%: 20 + 32 + 7, and 1.5 for the mean prompt
 
 
 def test_figures_have_a_line_for_every_way_and_units():
-    for figure, lines in ((pareto_figure(sweep(), "title", FRACTIONS), 6), (speed_figure(sweep(), "title"), 8)):
+    for figure, lines in ((pareto_figure(sweep(), "title"), 6), (speed_figure(sweep(), "title"), 8)):
         (axes,) = figure.axes
         assert len(figure.legends[0].get_texts()) == lines
-        assert "%" in axes.get_xlabel() and "(" in axes.get_ylabel() and axes.get_title() == "title"
-    curve = pareto_figure(sweep(), "title", FRACTIONS).axes[0].lines[len(FRACTIONS)]
+        assert "%" in axes.get_xlabel() and "(" in axes.get_ylabel() and axes.get_title().endswith("title")
+    curve = pareto_figure(sweep(), "title").axes[0].lines[len(FRACTIONS)]
     assert list(curve.get_xdata()) == pytest.approx([40, 60, 70, 90])
     assert list(curve.get_ydata()) == pytest.approx([20 + 0.4 * x + 5 + 1 + 1.5 for x in (40, 60, 70, 90)])
