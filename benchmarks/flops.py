@@ -20,7 +20,9 @@ from models.protocols import CaptionTable, VideoModel
 _FREQUENCIES = 256  # sines and cosines of the timestep embedding (specification 6.1)
 
 
-def pass_flops(config: ModelConfig, *, tokens: int, keys: int, text: int, distilled: bool) -> int:
+def pass_flops(
+    config: ModelConfig, *, tokens: int, keys: int, text: int, distilled: bool, read_out: bool = True
+) -> int:
     """Operations of one pass of one chunk through all layers.
 
     Args:
@@ -29,6 +31,7 @@ def pass_flops(config: ModelConfig, *, tokens: int, keys: int, text: int, distil
         keys: that each of them attends to.
         text: caption tokens.
         distilled: the step size is embedded too.
+        read_out: a velocity is read out; passes that are run for their KV alone need none.
     """
     hidden, keyed = config.hidden_size, config.num_query_groups * config.kv_channels
     cond, text_width = config.cond_size, int(config.hidden_size * config.xattn_cond_hidden_ratio)
@@ -41,7 +44,7 @@ def pass_flops(config: ModelConfig, *, tokens: int, keys: int, text: int, distil
         + cond * int(2 * hidden * config.cond_gating_ratio)
     )
     patch = config.patch_size**2 * config.t_patch_size
-    embedding = tokens * hidden * patch * (config.in_channels + config.out_channels)
+    embedding = tokens * hidden * patch * (config.in_channels + config.out_channels * read_out)
     captions = text * config.caption_channels * text_width + config.caption_channels * cond
     times = (_FREQUENCIES + cond) * cond * (2 if distilled else 1)
     return 2 * (config.num_layers * layer + embedding + captions + times)
@@ -95,4 +98,5 @@ class CountingRunner(LocalRunner):
             keys=keys,
             text=len(self._captions[item.request].get(item.what.caption, item.chunks_left)),
             distilled=item.what.condition.distill is not None,
+            read_out=bool(item.what.weight),
         )

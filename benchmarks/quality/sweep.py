@@ -244,10 +244,8 @@ def estimate_threshold(videos: Sequence[Ticks], policy: Callable[[float], Policy
             decisions += [one for seen in ticks for one in deciding.decide(seen)]
         return decisions.count(Decision.COMPUTE) / len(decisions)
 
-    if computed(_HIGHEST) > fraction:
-        return _HIGHEST
-    bounds = {_LOWEST: math.inf, _HIGHEST: -math.inf}
-    return nearest(search(computed, fraction, bounds, tries=40, geometric=True), fraction)
+    known = search(computed, fraction, {_LOWEST: math.inf, _HIGHEST: -math.inf}, tries=40, geometric=True)
+    return min(threshold for threshold, share in known.items() if share <= fraction)
 
 
 def _calibrated(probe: Probe, grid: Grid, start: Callable[[float], float]) -> dict[str, float]:
