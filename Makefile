@@ -1,10 +1,11 @@
 # make demo   sets up .venv and makes a video from a prompt
-# make test   sets up .venv and runs linter, type checker and all tests
+# make check  sets up .venv and runs linter, type checker and the fast tests: no clusters, no gangs of processes
+# make test   the same with all tests
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo check test lint clean
 
 .venv/.base: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -21,6 +22,9 @@ demo: .venv/.base
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+check: lint
+	$(BIN)/python -m pytest -m "not slow"
 
 test: lint
 	$(BIN)/python -m pytest

@@ -40,8 +40,7 @@ from engine.engine import Engine
 from engine.heap import settle_heap
 from engine.kv.size import KVSettings
 from models.errors import InputError
-from models.loading import load_magi
-from models.magi.pipeline import Loading
+from models.magi.pipeline import Loading, load_pipeline
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
 
@@ -100,7 +99,7 @@ def make_long_video(chunks: int, budget: int | None, *, steps: int, weights: Pat
     settle_heap()  # as the command line does
     torch.set_num_threads(threads)
     config = pocket_config()
-    pipeline = load_magi(config, weights, Loading())
+    pipeline = load_pipeline(config, weights, Loading())
     runner = CountingRunner(pipeline.model, pipeline.attention, config.model_config)
     engine = Engine(pipeline, runner, kv=KVSettings(budget=budget))
     seconds, kv_bytes, warm_rss = [], 0, 0
@@ -156,8 +155,8 @@ def _write(out: Path, made: list[LongVideo], steps: int) -> int:
         about=(
             f"magi-pocket, {SIDE}x{SIDE} pixels, {steps} steps, no reuse. {machine_line()}.\n\n"
             f"Memory is that of the whole process: warm after {_WARM} chunks (half of a shorter video), at the end, "
-            "and at most. Seconds are medians per chunk, decoding included: early from a twelfth to a sixth of the video, "
-            "late in its last sixth."
+            "and at most. Seconds are medians per chunk, decoding included: early from a twelfth to a sixth of the "
+            "video, late in its last sixth."
         ),
         verdicts=[*verdicts(*made[:2]), *verdicts(*made[2:])],
         sections={"Videos": markdown_table(*columns(rows))},

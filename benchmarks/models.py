@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from engine.request import Request
 from models.errors import InputError
-from models.loading import load_magi
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.model import MagiModel
-from models.magi.pipeline import Loading, MagiPipeline, load_stage
+from models.magi.pipeline import Loading, MagiPipeline, load_pipeline, load_stage
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
 from models.pocket.text import PocketEncoder
@@ -103,7 +102,7 @@ def build(spec: ModelSpec, layers: range | None = None, *, decode: bool = False)
     config = model_config(spec)
     weights, loading = None if spec.weights is None else Path(spec.weights), Loading(layers=layers)
     if spec.name == POCKET and decode:
-        return load_magi(config, weights, loading)
+        return load_pipeline(config, weights, loading)
     if decode:
         raise InputError("a random model has no autoencoder: leave out --decode")
     model = load_stage(config, weights, loading) if spec.name == POCKET else _random_model(config, layers)

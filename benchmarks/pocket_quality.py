@@ -43,8 +43,7 @@ from benchmarks.common import (
 from benchmarks.models import balanced_scenes, pocket_request
 from engine.engine import Engine
 from models.errors import InputError
-from models.loading import load_magi
-from models.magi.pipeline import Loading
+from models.magi.pipeline import Loading, load_pipeline
 from models.pocket.preset import pocket_config
 from models.pocket.words import COLOURS, MOTIONS, SHAPES, Scene, parse_prompt
 
@@ -100,7 +99,7 @@ def run(
     if frames_from is None:
         config = pocket_config()
         num_steps = steps or config.runtime_config.num_steps
-        engine = Engine(load_magi(config, weights, Loading()))
+        engine = Engine(load_pipeline(config, weights, Loading()))
         videos = make_videos(engine, balanced_scenes(prompts, seed), chunks, seed * _SEEDS, num_steps)
         count = prompts
         source = f"{prompts} prompts, {chunks} chunks each, {num_steps} steps, seed {seed}"

@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 
-from parallel.health.timeouts import Timeouts
-
 from benchmarks.models import ModelSpec, build, model_config
 from benchmarks.workload import Made, Workload, digest
 from engine.checkpoint.files import CheckpointConfig
@@ -23,6 +21,7 @@ from parallel.cluster.controller import Controller
 from parallel.cluster.messages import ChunkMade, Event, GangDown, GangLost, VideoDone, VideoFailed, VideoOrder
 from parallel.cluster.placement import GangShape
 from parallel.cluster.queue import GangSize
+from parallel.health.timeouts import Timeouts
 from parallel.ranks.worker import StageModel
 from parallel.topology.mesh import Layout, Mesh
 from parallel.topology.split import stage_range

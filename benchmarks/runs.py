@@ -44,8 +44,9 @@ from models.attention import Attention
 from models.errors import InputError
 from models.magi.model import MagiModel
 from models.magi.pipeline import MagiPipeline
+from models.protocols import CELL_PIXELS
 from parallel.comm.messages import HEADER_BYTES
-from parallel.health.errors import BAD_INPUT, FAILED, STOPPED, Failure, GangError
+from parallel.health.errors import BAD_INPUT, FAILED, INTERRUPTED, Failure, GangError
 from parallel.health.monitor import leave
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
@@ -219,7 +220,7 @@ def _make_on_gang(gang: Gang, workload: Workload, pipeline: MagiPipeline, hop: f
 
 def _hop(gang: Gang, pings: int, workload: Workload, pipeline: MagiPipeline) -> float:
     """Seconds of a header and hidden states from the leader to the last stage: half of the median way to and fro."""
-    mesh, side = gang.mesh, workload.model.side // pipeline.patch_pixels
+    mesh, side = gang.mesh, workload.model.side // CELL_PIXELS
     tail = mesh.rank_of(mesh.last_stage, 0)
     if mesh.rank not in (0, tail):
         return 0.0
@@ -373,7 +374,7 @@ def main(folder: Path) -> None:
     except GangError as error:
         leave(error.failure.status)
     except KeyboardInterrupt:
-        leave(STOPPED)
+        leave(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.host_copy import begin_host_copy, finish_host_copies
 from models.protocols import Autoencoder
 
 _AHEAD = 4
@@ -27,7 +28,7 @@ FIRST_LIMIT, LIMIT = 900.0, 180.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """A finished chunk; tensors on the CPU."""
+    """A finished chunk. Its tensors are on the CPU; without frames, the latents are on the model's device."""
 
     index: int  # 0 for the first that is handed out
     latents: Tensor  # [1, C, t, h, w] fp32
@@ -182,14 +183,9 @@ class Decoder:
             stream.wait_event(ready)
             latents.record_stream(stream)
             with torch.cuda.stream(stream):
-                frames, latents = (_to_host(part) for part in (self._autoencoder.decode(latents), latents))
-            stream.synchronize()
+                frames = begin_host_copy(self._autoencoder.decode(latents))
+                latents = begin_host_copy(latents)
+                finish_host_copies(self._device)
         self._on_decoded(began)
         self._began, self._decoded = None, self._decoded + 1
         return Chunk(index=index, latents=latents, frames=frames)
-
-
-def _to_host(part: Tensor) -> Tensor:
-    """Begin to copy into pinned memory, on the current stream."""
-    host = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
-    return host.copy_(part, non_blocking=True)

@@ -4,7 +4,7 @@
 hands finished chunks out. Where items are run is a `Runner`'s business: this process, or the leader of a gang of ranks.
 Nothing waits as long as any video has something to begin.
 
-Whoever makes one video or some calls `generate`; whoever schedules calls `submit` and `step`.
+A caller that makes one video calls `generate`; one that schedules several calls `submit` and `step`.
 """
 
 from __future__ import annotations
@@ -13,89 +13,32 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor
 
 from engine.checkpoint.checkpointer import Checkpointer
-from engine.checkpoint.files import Checkpoint, CheckpointConfig, Contents, Shard, discard, newest, read_contents
+from engine.checkpoint.files import Checkpoint, CheckpointConfig, discard, newest, read_contents
 from engine.checkpoint.snapshot import RUN_FILE, fingerprint, pack_run, unpack_run
 from engine.decoder import Chunk, Decoder
-from engine.executor import LocalRunner
-from engine.kv.buffer import KVBuffer
+from engine.executor import LocalRunner, Runner
 from engine.kv.size import KVSettings
 from engine.order import AdmissionGate, WorkOrder
-from engine.prepare import Encoded, Prepared, encode, prepare
+from engine.prepare import Encoded, encode, prepare
 from engine.progress import OnProgress, ProgressReporter
 from engine.record import Recorder
 from engine.request import Request
 from engine.reuse.policy import Decision, Observation
 from engine.reuse.settings import ReuseSettings
-from engine.video import VideoRun, VideoState, Work, WorkItem
+from engine.video import VideoRun, VideoState, WorkItem
 from models.errors import InputError
 from models.protocols import Pipeline
 
 _NO_REUSE, _OWN_RANGE = ReuseSettings(), KVSettings()
 _GATE_TIMEOUT, _POLL_INTERVAL = 0.01, 0.002
 """Seconds to sleep at most while a gate is closed or a disk is waited for, and between looks at results meanwhile."""
-
-
-class Runner(Protocol):
-    """Runs the items of videos, in the order in which they are begun."""
-
-    @property
-    def layout(self) -> Mapping[str, int]:
-        """Ranks: `pp` stages of `cp` each. A checkpoint is taken up by the same layout only."""
-
-    @property
-    def pending(self) -> int:
-        """Velocities that are still to come."""
-
-    def admit(self, video: int, prepared: Prepared, checkpoint: Path | None) -> None:
-        """Take a video in, or go on from a checkpoint's folder.
-
-        Raises:
-            InputError: it cannot be held, or the checkpoint does not fit.
-        """
-
-    def decided(self, video: int, decision: Decision) -> None:
-        """A chunk-step was decided; called in the order (tick, chunk)."""
-
-    def begin(self, work: Work) -> None:
-        """Begin an item. Its velocity comes from `results`, if the item has a weight."""
-
-    def results(self, *, wait: bool) -> Iterable[tuple[WorkItem, Tensor]]:
-        """Velocities that have come back; with `wait`, at least one message is waited for."""
-
-    def kv(self, video: int) -> KVBuffer:
-        """The KV buffers of a video, those of the first stage."""
-
-    def save(self, video: int, folder: Path, run: Contents, on_done: Callable[[], None]) -> None:
-        """Begin to write a checkpoint: every rank its shard, this one the run as well. `on_done` may come from any
-        thread."""
-
-    def saved(self, video: int) -> tuple[Shard, ...] | None:
-        """The files of the checkpoint that was begun last, once all ranks have written; None before.
-
-        Raises:
-            InputError: one cannot be written.
-        """
-
-    def release(self, video: int) -> None:
-        """Let go of a video; results that are still to come are dropped."""
-
-    def check(self) -> None:
-        """Raise if something has failed elsewhere."""
-
-    def waiting(self) -> AbstractContextManager[None]:
-        """Around a wait for results, permits or disks."""
-
-    def close(self) -> None:
-        """Let all ranks go, after what is under way."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,8 @@
 """Runs work items on the layers that are held here: all of a model, or one stage of it.
 
 A `Stage` holds KV, captions and the log of flags of the videos in flight; it does not know why an item is run or what
-comes next. `LocalRunner` is the engine's runner where one process has the whole model.
+comes next. A `Runner` is what the engine has items run by: `LocalRunner` where one process has the whole model, the
+leader of a gang where ranks share it.
 """
 
 from __future__ import annotations
@@ -185,6 +186,60 @@ class Stage:
             flags.restore(log)
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(f"the checkpoint {path} does not fit: {error}; delete it to start anew") from None
+
+
+class Runner(Protocol):
+    """Runs the items of videos, in the order in which they are begun."""
+
+    @property
+    def layout(self) -> Mapping[str, int]:
+        """Ranks: `pp` stages of `cp` each. A checkpoint is taken up by the same layout only."""
+
+    @property
+    def pending(self) -> int:
+        """Velocities that are still to come."""
+
+    def admit(self, video: int, prepared: Prepared, checkpoint: Path | None) -> None:
+        """Take a video in, or go on from a checkpoint's folder.
+
+        Raises:
+            InputError: it cannot be held, or the checkpoint does not fit.
+        """
+
+    def decided(self, video: int, decision: Decision) -> None:
+        """A chunk-step was decided; called in the order (tick, chunk)."""
+
+    def begin(self, work: Work) -> None:
+        """Begin an item. Its velocity comes from `results`, if the item has a weight."""
+
+    def results(self, *, wait: bool) -> Iterable[tuple[WorkItem, Tensor]]:
+        """Velocities that have come back; with `wait`, at least one message is waited for."""
+
+    def kv(self, video: int) -> KVBuffer:
+        """The KV buffers of a video, those of the first stage."""
+
+    def save(self, video: int, folder: Path, run: Contents, on_done: Callable[[], None]) -> None:
+        """Begin to write a checkpoint: every rank its shard, this one the run as well. `on_done` may come from any
+        thread."""
+
+    def saved(self, video: int) -> tuple[Shard, ...] | None:
+        """The files of the checkpoint that was begun last, once all ranks have written; None before.
+
+        Raises:
+            InputError: one cannot be written.
+        """
+
+    def release(self, video: int) -> None:
+        """Let go of a video; results that are still to come are dropped."""
+
+    def check(self) -> None:
+        """Raise if something has failed elsewhere."""
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around a wait for results, permits or disks."""
+
+    def close(self) -> None:
+        """Let all ranks go, after what is under way."""
 
 
 class LocalRunner:

@@ -1,6 +1,6 @@
 """Files that appear whole: written under a hidden name beside their place, flushed to the disk, and renamed.
 
-The hidden name carries the number of the process, so that what a killed process has left can be told from what another
+The hidden name carries the number of the process, which tells the remains of a killed process from a file that another
 one is writing.
 """
 

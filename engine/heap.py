@@ -21,7 +21,7 @@ _KEPT = 512 << 20
 
 
 def settle_heap() -> bool:
-    """Have this process use the heap as said above; tells whether that could be had."""
+    """Set this process's heap as described above; whether the C library allows it."""
     if sys.platform != "linux":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none

@@ -79,7 +79,7 @@ class WorkOrder:
     Args:
         run: the video.
         barrier: begin a tick only when all chunks of the one before have taken their step; for comparison.
-        on_decision: told of every decision, in order.
+        on_decision: called with every decision, in order.
         gate: lets quanta begin; None lets all.
         boundary: acts between quanta.
         start: the first quantum. If it is not 0, the run was restored to the state before it.

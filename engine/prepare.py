@@ -17,7 +17,7 @@ from engine.request import Prefix, Request
 from engine.reuse.settings import ReuseSettings
 from engine.video import Reuse, VideoRun, VideoShape
 from models.errors import InputError
-from models.protocols import CaptionTable, Pipeline, Sampling
+from models.protocols import CELL_PIXELS, CaptionTable, Pipeline, Sampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,8 +94,8 @@ def _shape(pipeline: Pipeline, request: Request, sampling: Sampling, prefix: Ten
         channels=pipeline.model.latent_channels,
         chunks=math.ceil((request.chunks * sampling.chunk_width + given) / sampling.chunk_width),
         prefix_frames=given,
-        height=request.height // pipeline.patch_pixels,
-        width=request.width // pipeline.patch_pixels,
+        height=request.height // CELL_PIXELS,
+        width=request.width // CELL_PIXELS,
     )
 
 

@@ -7,10 +7,8 @@ each step of each chunk; the tables over ticks and chunks, which grow with its s
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -20,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.files import atomic_write, write_errors
 from engine.reuse.policy import Decision, Observation
 from engine.schedule import Schedule
 from models.errors import InputError
@@ -95,13 +94,12 @@ class RunRecord:
         arrays = io.BytesIO()
         np.savez_compressed(arrays, **{name: getattr(self, name) for name in _ARRAYS})
         settings = json.dumps(dict(self.settings), indent=1) + "\n"
-        try:
+        with write_errors(folder, "the record"):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / _SETTINGS_FILE).unlink(missing_ok=True)
-            _write(folder / _ARRAYS_FILE, arrays.getvalue())
-            _write(folder / _SETTINGS_FILE, settings.encode())
-        except OSError as error:
-            raise InputError(f"cannot write the record {folder}: {error.strerror}") from None
+        for name, content in ((_ARRAYS_FILE, arrays.getvalue()), (_SETTINGS_FILE, settings.encode())):
+            with atomic_write(folder / name, "the record") as file:
+                file.write(content)
 
     @classmethod
     def load(cls, folder: Path) -> RunRecord:
@@ -143,17 +141,6 @@ class RunRecord:
             raise ValueError("held names chunks that the video does not have")
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file that appears when it is whole."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(path) as packed:
         damaged = packed.testzip()  # the checksums of all, before a header is believed
@@ -164,7 +151,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 class Recorder:
-    """A record in the making; the engine tells it what happens."""
+    """A record in the making; the engine calls it with what happens."""
 
     def __init__(self) -> None:
         self._first = 0
@@ -172,7 +159,7 @@ class Recorder:
         self._held: list[np.ndarray] = []
 
     def begin(self, schedule: Schedule) -> None:
-        """A run with that schedule starts."""
+        """Start, with the schedule of the run."""
         ticks, steps = schedule.ticks, (schedule.chunks - schedule.first, schedule.num_steps)
         self._first = schedule.first
         self._held = []
@@ -186,14 +173,14 @@ class Recorder:
         }
 
     def decided(self, seen: Observation, decision: Decision) -> None:
-        """A chunk's step was decided."""
+        """Add the decision about a chunk's step."""
         row = seen.chunk - self._first
         self._arrays["decisions"][row, seen.step] = decision.value
         if seen.distance is not None:
             self._arrays["changes"][row, seen.step] = seen.distance
 
     def ticked(self, tick: int, *, seconds: float, items: int, fill: float) -> None:
-        """A tick is over."""
+        """Add what a tick took."""
         self._arrays["tick_seconds"][tick] = seconds
         self._arrays["tick_items"][tick] = items
         self._arrays["fill"][tick] = fill

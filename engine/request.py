@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError
+from models.protocols import CELL_PIXELS
 
-SIZE_STEP = 16  # pixels: the autoencoder's 8 times the model's patch of 2
+SIZE_STEP = 2 * CELL_PIXELS  # a token is a patch of 2 x 2 cells
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,8 +2,9 @@
 
 Plain Python: chunks and steps in, ticks out. It knows no model, no times and no tensors.
 
-A quantum is the stretch of ticks from one chunk border to the next. At a border the window moves on: a chunk enters, or
-at the end of the video one leaves and none enters. The passes of given chunks (prefix) belong to the first quantum.
+A quantum is the stretch of ticks from one chunk boundary to the next. At a boundary the window moves on: a chunk
+enters, or at the end of the video one leaves and none enters. The passes of given chunks (prefix) belong to the first
+quantum.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Tick:
     """One step of the window."""
 
     index: int  # ticks are counted from 0
-    step_in_quantum: int  # position within the stage, 0 .. steps / window - 1
+    step_in_quantum: int  # position within the quantum, 0 .. steps / window - 1
     active: tuple[tuple[int, int], ...]  # (chunk, step) of every chunk in the window, oldest and cleanest first
     entering: int | None  # the chunk that enters with this tick
     retiring: int | None  # the chunk that has just finished and leaves the window; its KV is still to be renewed
@@ -28,7 +29,7 @@ class Tick:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quantum:
-    """The ticks from one chunk border to the next."""
+    """The ticks from one chunk boundary to the next."""
 
     index: int  # quanta are counted from 0
     chunk: int | None  # the chunk that enters with it; None once all have

@@ -19,8 +19,9 @@ from engine.heap import settle_heap
 from launch import __version__, options
 from launch.batch.command import BATCH_HELP, batch
 from launch.cache_presets import DEFAULT_CACHE, CacheOptions, KVOptions
-from launch.ending import BAD_INPUT, INTERRUPTED, CommandFailed, has_the_word, speaks_for_all
+from launch.ending import CommandFailed, has_the_word, speaks_for_all
 from models.errors import InputError
+from parallel.health.errors import BAD_INPUT, INTERRUPTED
 from parallel.ranks.environment import RankEnv
 
 _TERMINATED = 143  # 128 + SIGTERM

@@ -25,19 +25,18 @@ from engine.request import Request
 from engine.reuse.settings import ReuseSettings
 from models.attention import Attention
 from models.errors import InputError
-from models.magi.config import MagiConfig
+from models.magi.config import MagiConfig, VaeConfig
 from models.magi.model import MagiModel
 from models.magi.sampling import MagiSampling
-from models.magi.vae import VaeConfig, ViTVAE
-from models.magi.weights import load_dit
-from models.protocols import Autoencoder, CaptionTable, Pipeline
+from models.magi.vae import ViTVAE
+from models.magi.weights import Checkpoint
+from models.protocols import CELL_PIXELS, Autoencoder, CaptionTable, Pipeline
 from parallel.ranks.gang import Gang
 from parallel.ranks.worker import StageModel
 from parallel.topology.split import stage_range
 
 TOLERANCE = 1e-4
 DECODED_TOLERANCE = 1e-2  # stored as fp16
-_CELL = 8  # pixels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,8 +224,6 @@ def _read(path: Path) -> _Golden:
 class _LatentPipeline:
     """A model without text encoder and autoencoder: a case brings captions and ends with latents."""
 
-    patch_pixels = _CELL
-
     def __init__(self, config: MagiConfig, model: MagiModel) -> None:
         self._config, self.model = config, model
 
@@ -249,7 +246,7 @@ def _load_model(golden: _Golden, config: MagiConfig, venue: Venue) -> MagiModel:
     if "weights" not in golden.metadata:
         raise InputError(f"{golden.path} lacks the metadata weights")
     weights = golden.path.parent / golden.metadata["weights"]
-    return MagiModel(load_dit(config, weights, layers=venue.layers(config), device=venue.device))
+    return MagiModel(Checkpoint(weights).dit(config, layers=venue.layers(config), device=venue.device))
 
 
 def _check_generation(golden: _Golden, venue: Venue) -> Verdict:
@@ -262,8 +259,8 @@ def _check_generation(golden: _Golden, venue: Venue) -> Verdict:
     request = Request(
         prompt=golden.path.stem,
         chunks=runtime.num_frames // runtime.temporal_downsample_factor // runtime.chunk_width,
-        height=noise.shape[-2] * _CELL,
-        width=noise.shape[-1] * _CELL,
+        height=noise.shape[-2] * CELL_PIXELS,
+        width=noise.shape[-1] * CELL_PIXELS,
         num_steps=runtime.num_steps,
         seed=0,
     )

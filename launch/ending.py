@@ -6,7 +6,6 @@ import time
 
 from parallel.ranks.environment import RankEnv
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # 128 + SIGINT, as shells count
 _WAIT, _APART = 5.0, 0.5  # seconds
 
 

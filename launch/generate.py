@@ -26,8 +26,7 @@ from launch.plan import Options, Plan, plan_model
 from launch.ranks import join_ranks
 from launch.several import plan_videos
 from models.errors import InputError
-from models.loading import load_magi
-from models.magi.pipeline import load_stage
+from models.magi.pipeline import load_pipeline, load_stage
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang
 from parallel.ranks.worker import StageModel
@@ -89,7 +88,7 @@ def _make_here(plans: list[Plan], options: Options) -> VideoSinks:
     with open_display() as display:
         began = time.monotonic()
         display.phase(f"loading {plan.name}")
-        engine = Engine(load_magi(plan.config, plan.weights, plan.loading), reuse=plan.cache, kv=plan.kv)
+        engine = Engine(load_pipeline(plan.config, plan.weights, plan.loading), reuse=plan.cache, kv=plan.kv)
         loading = time.monotonic() - began
         display.phase(_reading(plan))
         traces = [None if one.record is None else Recorder() for one in plans]
@@ -122,7 +121,7 @@ def _lead(gang: Gang, plans: list[Plan], options: Options) -> str:
         began = time.monotonic()
         display.phase(f"loading {plan.name} on {ranks.layout.world_size} ranks (pp {ranks.pp} x cp {ranks.cp})")
         with gang.loading():
-            pipeline = load_magi(
+            pipeline = load_pipeline(
                 plan.config, plan.weights, replace(plan.loading, layers=layers, device=str(gang.device))
             )
         loading = time.monotonic() - began

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.errors import InputError
-from models.magi.presets import PRESETS
+from models.magi.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
     from launch.conformance import Verdict
@@ -37,12 +37,29 @@ def show_models() -> None:
     kinds.columns[0].no_wrap = kinds.columns[2].no_wrap = True
     for preset in PRESETS.values():
         run = preset.config().runtime_config
-        size, disk, memory = f"{run.video_size_w}x{run.video_size_h}", _size(preset.disk), _size(preset.memory)
+        size, disk, memory = f"{run.video_size_w}x{run.video_size_h}", _size(preset.disk), _size(_memory(preset))
         sizes.add_row(preset.name, _count(preset.parameters), size, str(run.num_steps), disk, memory)
         kinds.add_row(preset.name, preset.summary, preset.folder or "ship with the project")
     console.print(sizes)
     console.print(kinds)
     console.print(_NOTES, highlight=False, markup=False)
+
+
+def _memory(preset: Preset) -> int:
+    """Bytes on one device for one video of the preset's size: weights, and keys and values."""
+    import torch
+
+    from engine.kv.size import KVSettings, plan_kv
+    from engine.schedule import Schedule
+    from models.magi.sampling import MagiSampling
+
+    config = preset.config()
+    run, model = config.runtime_config, config.model_config
+    sampling = MagiSampling(config=config, num_steps=run.num_steps)
+    schedule = Schedule(first=0, chunks=2 * run.window_size, num_steps=run.num_steps, window=run.window_size)
+    tokens = config.chunk_tokens(run.video_size_h, run.video_size_w)
+    plan = plan_kv(sampling, schedule, KVSettings(), chunk_tokens=tokens)
+    return preset.weight_bytes + plan.nbytes(model.kv_geometry(range(model.num_layers), torch.device("cpu")))
 
 
 def show_conformance(files: Sequence[Path], *, report_error: Callable[[InputError], None]) -> int:
@@ -81,9 +98,8 @@ def show_conformance_on_ranks(files: Sequence[Path], ranks: RankOptions, env: Ra
         CommandFailed: a file does not pass or cannot be read, or a rank has failed.
     """
     from launch.conformance import check_on_gang
-    from launch.ending import FAILED
     from launch.ranks import join_ranks
-    from parallel.health.errors import GangError
+    from parallel.health.errors import FAILED, GangError
 
     console, layout = Console(), f"pp {ranks.pp} x cp {ranks.cp}"
     failed: list[str] = []

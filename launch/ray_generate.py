@@ -11,7 +11,7 @@ import torch
 
 from engine.decoder import Chunk
 from launch.batch.options import BatchOptions, cluster_settings
-from launch.ending import FAILED, CommandFailed
+from launch.ending import CommandFailed
 from launch.output.progress import Display, open_display
 from launch.output.sinks import VideoSinks
 from launch.output.summary import summary_text
@@ -32,6 +32,7 @@ from parallel.cluster.messages import (
     VideoFailed,
 )
 from parallel.cluster.views import VideoOrder
+from parallel.health.errors import FAILED
 
 
 def generate_on_ray(options: Options, prompts: Sequence[str]) -> str:

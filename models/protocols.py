@@ -15,6 +15,11 @@ from torch import Tensor
 
 from models.attention import Attention
 
+CELL_PIXELS = 8
+"""Side of a latent cell, as of every autoencoder there is: sizes are checked and planned before a model is read."""
+CELL_FRAMES = 4
+"""Frames of a latent frame, likewise; an image alone is a latent frame too."""
+
 CaptionKind = Literal["text", "null"]
 
 
@@ -31,7 +36,9 @@ class PassCondition:
 class Pass:
     """One run of one chunk through the layers."""
 
-    name: str  # `denoise`, `clean`, `context_free`, or a branch of guidance
+    name: str
+    """`denoise`, `copy` (see `MagiSampling.copy_pass`), `clean`, `clean_text`, or a branch of guidance: `null`, `text`,
+    and `context_free`, which sees no chunk before it."""
     caption: CaptionKind  # which text the chunk sees
     branch: int  # which KV buffer it reads and writes
     isolated: bool  # it attends to itself only and leaves no KV behind
@@ -195,10 +202,6 @@ class Pipeline(Protocol):
     @property
     def attention(self) -> Attention:
         """What KV views attend with."""
-
-    @property
-    def patch_pixels(self) -> int:
-        """Pixels of a latent cell's side."""
 
     def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> Sampling:
         """How to denoise with that many steps, with or without the passes that reuse may leave out."""

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from parallel.health.timeouts import Timeouts
 
 from benchmarks.chaos.account import Account, Mark
 from benchmarks.chaos.faults import (
@@ -54,6 +53,7 @@ from engine.kv.size import KVSettings
 from models.errors import InputError
 from parallel.cluster.controller import Controller
 from parallel.cluster.messages import Event, GangDown, GangLost, GangReady, VideoDone, VideoOrder
+from parallel.health.timeouts import Timeouts
 from parallel.topology.mesh import Layout
 
 _TIMEOUTS = Timeouts(silent=5.0, first=90.0, step=40.0, grace=1.0)

@@ -17,18 +17,18 @@ from benchmarks.workload import Made, TimedCall, Timing, Workload
 from engine.record import NOT_ACTIVE
 from engine.reuse.flags import FlagLog
 from engine.schedule import Schedule
-from models.protocols import Pass
+from models.protocols import CELL_PIXELS, Pass
 from parallel.comm.messages import HEADER_BYTES
 from parallel.comm.ulysses import TokenSplit
 from parallel.topology.mesh import Layout, Mesh
 
-_FLOAT, _PIXELS = 4, 8  # bytes of a value; pixels of a latent cell's side
+_FLOAT = 4  # bytes of a value
 Decisions = Sequence[Sequence[int]]
 
 
 def chunk_bytes(workload: Workload, layout: Layout) -> tuple[list[int], int]:
     """Bytes of a chunk's hidden states on each cp_rank of a stage, and of its velocity."""
-    config, cells = model_config(workload.model), (workload.model.side // _PIXELS) ** 2
+    config, cells = model_config(workload.model), (workload.model.side // CELL_PIXELS) ** 2
     frames, model = config.runtime_config.chunk_width, config.model_config
     split = TokenSplit(frames * cells // model.patch_size**2, layout.cp)
     return [count * model.hidden_size * _FLOAT for count in split.counts], frames * cells * model.in_channels * _FLOAT

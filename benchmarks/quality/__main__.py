@@ -34,8 +34,7 @@ from benchmarks.quality.trial import Case, Results, TrialRunner, image_metrics
 from engine.reuse.settings import ReuseSettings
 from launch.cache_presets import CACHE_FIGURES, CacheName, cache_preset
 from models.errors import InputError
-from models.loading import load_magi
-from models.magi.pipeline import Loading, MagiPipeline
+from models.magi.pipeline import Loading, MagiPipeline, load_pipeline
 from models.pocket.preset import pocket_config
 
 _SEEDS = 1000  # of noise per seed of the benchmark, so that two runs share none
@@ -86,7 +85,7 @@ def run(
     grid = _grid(kind, extrapolate_from, warmup, quick=quick)
     image_metrics()  # says at once if it is missing
     output_folder(out)
-    pipeline = load_magi(pocket_config(), weights, Loading(device=device))
+    pipeline = load_pipeline(pocket_config(), weights, Loading(device=device))
     scenes = balanced_scenes(prompts or (_QUICK_PROMPTS if quick else _PROMPTS), seed)
     cases = [Case(scene=s, seed=seed * _SEEDS + i, chunks=chunks, num_steps=steps) for i, s in enumerate(scenes)]
     about = {"model": model, "weights": _digest(pipeline), "prompts": len(cases), "chunks": chunks, "steps": steps}

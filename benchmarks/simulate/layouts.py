@@ -30,7 +30,7 @@ from models.protocols import KVGeometry, Pass
 from parallel.topology.mesh import Layout
 from parallel.topology.split import stage_sizes
 
-_CELL, _WIDTH = 8, 2  # pixels of a latent cell; bytes of bf16
+_WIDTH = 2  # bytes of bf16
 _TEXT = 100  # caption tokens that count
 _VAE_BYTES = 2 * 613_755_239
 _SEEDS = 4  # different videos; more of them are the same again
@@ -76,9 +76,8 @@ class Cluster:
     @property
     def tokens(self) -> int:
         """Tokens of a chunk."""
-        model, run = self.config.model_config, self.config.runtime_config
-        side = _CELL * model.patch_size
-        return run.chunk_width * (run.video_size_h // side) * (run.video_size_w // side)
+        run = self.config.runtime_config
+        return self.config.chunk_tokens(run.video_size_h, run.video_size_w)
 
     @property
     def hidden_bytes(self) -> int:

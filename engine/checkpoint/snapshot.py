@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from engine.checkpoint.files import Contents
+from engine.host_copy import begin_host_copy, finish_host_copies
 from engine.kv.buffer import KVState, LayerState
 from engine.kv.layout import LayoutState
 from engine.kv.size import KVSettings
@@ -117,13 +118,15 @@ def unpack_shard(contents: Contents) -> tuple[KVState, FlagState]:
 
 def pack_run(state: VideoState) -> Contents:
     """The state of a run, its tensors copied to the CPU."""
-    tensors = {f"latents.{chunk}": _copy(part) for chunk, part in state.latents.items()}
-    tensors |= {f"before.{chunk}": _copy(part) for chunk, part in state.before.items()}
+    tensors = {f"latents.{chunk}": begin_host_copy(part) for chunk, part in state.latents.items()}
+    tensors |= {f"before.{chunk}": begin_host_copy(part) for chunk, part in state.before.items()}
     memory = []
     for chunk, held in state.memory.items():
         for place, (time, size, velocity) in enumerate(held):
-            tensors[f"velocity.{chunk}.{place}"] = _copy(velocity)
+            tensors[f"velocity.{chunk}.{place}"] = begin_host_copy(velocity)
             memory.append([chunk, place, time, size])
+    for device in {part.device for part in state.latents.values()}:
+        finish_host_copies(device)
     values = {
         "latents": list(state.latents),
         "before": list(state.before),
@@ -149,10 +152,6 @@ def unpack_run(contents: Contents) -> VideoState:
         policy=values["policy"],
         memory=memory,
     )
-
-
-def _copy(part: Tensor) -> Tensor:
-    return part.detach().to("cpu", copy=True).contiguous()
 
 
 def _digest(frames: Tensor) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.host_copy import begin_host_copy, finish_host_copies
 from engine.kv.layout import KVLayout, LayoutState
 from engine.kv.selection import SelectionSettings, select
 from engine.video import KVOp
@@ -121,7 +122,7 @@ class KVBuffer:
         compression: Compression | None = None,
     ) -> None:
         self.layout = layout
-        self._attention, self._compression = attention, compression
+        self._attention, self._compression, self._device = attention, compression, geometry.device
         self._branches = [{layer: self._allocate(geometry) for layer in geometry.layers} for _ in range(branches)]
 
     def _allocate(self, geometry: KVGeometry) -> _LayerKV:
@@ -192,13 +193,14 @@ class KVBuffer:
         used = self.layout.used_rows
         layers = {
             (branch, number): LayerState(
-                kv=_copy(layer.kv[:, :used]),
-                queries=None if layer.queries is None else _copy(layer.queries),
-                origin=None if layer.origin is None else _copy(layer.origin[:used]),
+                kv=begin_host_copy(layer.kv[:, :used]),
+                queries=None if layer.queries is None else begin_host_copy(layer.queries),
+                origin=None if layer.origin is None else begin_host_copy(layer.origin[:used]),
             )
             for branch, held in enumerate(self._branches)
             for number, layer in held.items()
         }
+        finish_host_copies(self._device)
         return KVState(layout=self.layout.state(), layers=layers)
 
     def restore(self, state: KVState) -> None:
@@ -266,10 +268,6 @@ class KVBuffer:
         for branch in self._branches[1:]:
             for number, layer in branch.items():
                 layer.kv[:, rows] = self._branches[0][number].kv[:, rows]
-
-
-def _copy(part: Tensor) -> Tensor:
-    return part.to("cpu", copy=True).contiguous()
 
 
 def _fill(part: Tensor | None, saved: Tensor | None) -> None:

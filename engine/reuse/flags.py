@@ -1,8 +1,8 @@
 """The reuse flags of one request as one rank has seen them, with a running digest.
 
-The head decides and writes; every other rank reads the flags from headers, follows them along the schedule on its own,
-and compares. Two ranks with the same digest have seen the same flags for the same chunks at the same ticks. The digest
-is a chain, digest = H(digest before, tick, chunk, flag), so it can be saved and gone on from.
+The leader decides and writes; every other rank reads the flags from headers, follows them along the schedule on its
+own, and compares. Two ranks with the same digest have seen the same flags for the same chunks at the same ticks. The
+digest is a chain, digest = H(digest before, tick, chunk, flag), so it can be saved and resumed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class FlagLog:
         """Take the next flags.
 
         Raises:
-            FlagMismatch: the schedule is over.
+            FlagMismatch: the schedule has no more chunk-steps.
         """
         for flag in flags:
             try:
@@ -84,7 +84,7 @@ class FlagLog:
             self.reused += flag != Decision.COMPUTE.value
 
     def check(self, item: WorkItem | None, digest: bytes) -> None:
-        """Compare with what the head had when it sent an item, or with its final digest.
+        """Compare with the leader's digest when it sent an item, or with its final digest.
 
         Raises:
             FlagMismatch: the flags differ, or the item is not the chunk-step that was decided last.

@@ -14,7 +14,7 @@ from parallel.cluster.config import MagiSource, VideoSize
 from parallel.cluster.placement import GangShape, cluster_has_gpus
 from parallel.cluster.queue import GangSize
 from parallel.cluster.views import ClusterSettings
-from parallel.health.monitor import Timeouts
+from parallel.health.timeouts import Timeouts
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 

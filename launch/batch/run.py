@@ -16,7 +16,6 @@ from engine.checkpoint.files import CheckpointConfig
 from launch.batch.file import BatchItem, read_batch
 from launch.batch.folder import ChunkFiles, OutputFolder, Result, Status
 from launch.batch.options import BatchOptions, cluster_settings
-from launch.ending import BAD_INPUT, FAILED
 from launch.output.table import BatchDisplay, RowState, State, open_batch_display, summary
 from launch.plan import Plan, plan_video
 from launch.ray_cluster import ray_cluster
@@ -26,6 +25,7 @@ from parallel.cluster.controller import Controller
 from parallel.cluster.messages import Admitted, ChunkMade, Event, GangDown, GangLost, Progressed, VideoDone, VideoFailed
 from parallel.cluster.metrics import RayMetrics
 from parallel.cluster.views import VideoOrder
+from parallel.health.errors import BAD_INPUT, FAILED, OK
 
 
 def run_batch(options: BatchOptions, *, say: Callable[[str], None]) -> int:
@@ -54,7 +54,7 @@ def run_batch(options: BatchOptions, *, say: Callable[[str], None]) -> int:
         with open_batch_display() as display:
             batch.make(display)
         say(summary(batch.rows, seconds=time.monotonic() - began))
-    return FAILED if problems or batch.failed else 0
+    return FAILED if problems or batch.failed else OK
 
 
 @dataclass(slots=True)

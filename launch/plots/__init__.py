@@ -1,19 +1,18 @@
-"""Pictures of a record: what was computed and reused, how far chunks changed, what of the past was kept, who did what.
+"""Pictures of a record: computed and reused steps, distances, the KV that is kept, and what each rank did when.
 
-They know records only, and take the schedule from their flags. Figures are drawn without a display and without
-matplotlib's global state.
+They know records and traces only. Figures are drawn without a display and without matplotlib's global state.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from engine.files import atomic_write
 from engine.record import RunRecord
-from launch.output.files import check_target, file_errors, part_of
+from launch.output.files import check_target
 from launch.plots.distance import distance_figure
 from launch.plots.kv import kv_figure
 from launch.plots.pipeline import PipelineTrace, pipeline_figure, pipeline_table
@@ -21,16 +20,11 @@ from launch.plots.reuse import reuse_figure
 
 _DPI = 150
 
-PLOTS: dict[str, Callable[[RunRecord], Figure]] = {
-    "reuse": reuse_figure,
-    "distance": distance_figure,
-    "kv": kv_figure,
-}
-"""Kinds of plots by name."""
+PLOTS: dict[str, Callable[[RunRecord], Figure]] = {"reuse": reuse_figure, "distance": distance_figure, "kv": kv_figure}
 
 
 def plot_record(kind: str, folder: Path, out: Path) -> Path:
-    """Draw a plot of a record to a PNG file, which appears when it is whole.
+    """Draw a plot of a record to a PNG file, which appears when it is complete.
 
     Args:
         kind: one of `PLOTS`.
@@ -41,7 +35,7 @@ def plot_record(kind: str, folder: Path, out: Path) -> Path:
         The file.
 
     Raises:
-        InputError: there is no whole record, or the file cannot be written.
+        InputError: the record is missing or damaged, or the file cannot be written.
     """
     record = RunRecord.load(folder)
     check_target(out, suffix=".png", what="picture")
@@ -49,7 +43,7 @@ def plot_record(kind: str, folder: Path, out: Path) -> Path:
 
 
 def plot_pipeline(folder: Path, out: Path) -> str:
-    """Draw what each rank did when to a PNG file, as `plot_record`.
+    """Draw what each rank did when to a PNG file, as `plot_record` does.
 
     Args:
         folder: of the record of a run on ranks.
@@ -59,7 +53,7 @@ def plot_pipeline(folder: Path, out: Path) -> str:
         The file, and a table of where each rank's time went.
 
     Raises:
-        InputError: there is no whole trace, or the file cannot be written.
+        InputError: the trace is missing or damaged, or the file cannot be written.
     """
     trace = PipelineTrace.load(folder)
     check_target(out, suffix=".png", what="picture")
@@ -68,11 +62,6 @@ def plot_pipeline(folder: Path, out: Path) -> str:
 
 
 def _save(figure: Figure, out: Path) -> Path:
-    part = part_of(out)
-    try:
-        with file_errors(out):
-            figure.savefig(part, format="png", dpi=_DPI)
-            os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_write(out) as file:
+        figure.savefig(file, format="png", dpi=_DPI)
     return out

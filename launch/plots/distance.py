@@ -12,23 +12,22 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullL
 
 from engine.record import RunRecord
 from launch.plots.style import FEW, GREY, GRID, add_title
-from launch.plots.tracer import Tracer
 
 
 def distance_figure(record: RunRecord) -> Figure:
     """Relative L1 distance between a chunk's steps over its denoising, one line per chunk (FlowCache, Figure 2)."""
-    time = Tracer.of(record)
+    schedule = record.schedule
     figure = Figure(figsize=(9, 5.4), layout="constrained")
     axes = figure.add_subplot()
-    progress = 100 * np.arange(time.num_steps) / time.num_steps
-    made = range(time.first, time.chunks)
+    progress = 100 * np.arange(schedule.num_steps) / schedule.num_steps
+    made = range(schedule.first, schedule.chunks)
     shades, few = colormaps["viridis"], len(made) <= FEW
     lines = []
     for chunk, changes, flags in zip(made, record.changes, record.decisions, strict=True):
         values = changes.astype(np.float64)
         values[~np.isfinite(values)] = np.nan
         lines.append(values)
-        colour = shades(0.95 * (chunk - time.first) / max(1, len(made) - 1))
+        colour = shades(0.95 * (chunk - schedule.first) / max(1, len(made) - 1))
         axes.plot(progress, values, color=colour, linewidth=1.6 if few else 0.8, label=f"chunk {chunk}")
         if few:
             _mark_decisions(axes, progress, values, flags, colour)
@@ -43,7 +42,7 @@ def distance_figure(record: RunRecord) -> Figure:
     if not few:
         axes.plot(progress, _medians(known), color="black", linewidth=2.2, label="median of the chunks")
     _name_lines(figure, axes, made, reused=bool(np.isin(record.decisions, (1, 2)).any()))
-    add_title(figure, "How far each chunk changes from step to step", record, time)
+    add_title(figure, "How far each chunk changes from step to step", record)
     return figure
 
 

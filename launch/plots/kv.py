@@ -1,4 +1,4 @@
-"""What of the past is kept in the KV buffer."""
+"""How much of each past chunk the KV buffer keeps."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from engine.record import RunRecord
 from launch.plots.style import COMPUTED, FEW, GREY, GRID, add_title, cell_lines, map_height
-from launch.plots.tracer import Tracer
 
 _GONE = "#dcdcdc"
 
 
 def kv_figure(record: RunRecord) -> Figure:
-    """What of each past chunk is still held, each time that a chunk retires; below, how full the buffer is."""
-    time = Tracer.of(record)
-    figure = Figure(figsize=(10, 1.6 + map_height(time.chunks)), layout="constrained")
-    grid = figure.add_gridspec(2, 1, height_ratios=(max(2.2, map_height(time.chunks) - 1.6), 1.2))
+    """The share of each past chunk that is held after each chunk's retirement; below, how full the buffer is."""
+    schedule = record.schedule
+    figure = Figure(figsize=(10, 1.6 + map_height(schedule.chunks)), layout="constrained")
+    grid = figure.add_gridspec(2, 1, height_ratios=(max(2.2, map_height(schedule.chunks) - 1.6), 1.2))
     axes = figure.add_subplot(grid[0])
     below = figure.add_subplot(grid[1], sharex=axes)
-    if time.retired:
-        _draw_shares(figure, axes, record, time)
+    if schedule.chunks - schedule.first > 1:
+        _draw_shares(figure, axes, record)
     else:
         axes.text(0.5, 0.5, "no chunk has left the window", transform=axes.transAxes, ha="center", color=GREY)
         axes.set_yticks([])
     axes.set_ylabel("past chunk")
     axes.tick_params(labelbottom=False)
-    at = np.arange(time.ticks + 1) / time.quantum_ticks
+    at = np.arange(schedule.ticks + 1) / schedule.quantum_ticks
     fill = np.append(record.fill, record.fill[-1])
     below.fill_between(at, fill, step="post", color=COMPUTED, alpha=0.25, linewidth=0)
     below.step(at, fill, where="post", color=COMPUTED, linewidth=1.2)
-    below.set(xlim=(0, time.stages), ylim=(0, 1.05), xlabel="time, in chunks (the window moves on by one)")
+    below.set(xlim=(0, schedule.quanta), ylim=(0, 1.05), xlabel="time, in chunks (the window moves on by one)")
     below.set_ylabel("buffer fill")
     below.yaxis.set_major_formatter(PercentFormatter(1.0))
     below.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -43,18 +42,18 @@ def kv_figure(record: RunRecord) -> Figure:
     size = record.settings.get("kv_bytes")
     if isinstance(size, int):
         below.text(0.995, 0.06, f"100% = {size / 1e6:,.1f} MB", transform=below.transAxes, ha="right", fontsize=9)
-    add_title(figure, "What of the past is kept", record, time)
+    add_title(figure, "What of the past is kept", record)
     return figure
 
 
-def _draw_shares(figure: Figure, axes: Axes, record: RunRecord, time: Tracer) -> None:
+def _draw_shares(figure: Figure, axes: Axes, record: RunRecord) -> None:
     """The heat map: time to the right, past chunks downwards."""
-    retired = time.retired
+    retired = range(record.schedule.first, record.schedule.chunks - 1)  # the last chunk ends with the video
     shares = record.kept[retired.start : retired.stop].T  # [past chunk, time]
     chunk, when = np.indices(shares.shape)
     shown = np.ma.masked_where(chunk > when + retired.start, shares)[: retired.stop]
     colours = colormaps["viridis"].with_extremes(bad="white", under=_GONE)
-    start = float(time.window)
+    start = float(record.schedule.window)
     image = axes.imshow(
         shown,
         cmap=colours,

@@ -1,4 +1,4 @@
-"""What each rank did when, drawn from the trace of a run on ranks; and where idle time went, as a table."""
+"""What each rank did when, drawn from the trace of a run on ranks; and a table of where the time went."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from parallel.trace.idle_time import Cause, RankUse, Run, Utilisation, analyse
 _IDLE = {Cause.DEPENDENCY: "#e6e6e6", Cause.TRANSPORT: "#c2c2c2", Cause.IMBALANCE: "#8f8f8f"}
 _DECODING = "#7f6a93"
 _COLOURS = [to_hex(colormaps["tab20"](place)) for place in (0, 4, 8, 18, 12, 10, 16, 2, 5, 9)]
-_MANY = 3000  # items of a rank that are too thin for a picture
-_BINS = 800
+_MANY = 3000  # items of a rank beyond which they are too thin to draw
+_BINS = 800  # stretches whose busy share is drawn in their place
 _ZOOM_TICKS = 3
-_ROW = 0.8  # of a row's height that is drawn on
+_ROW = 0.8  # of a row's height that a rank's bar takes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,8 +35,8 @@ class PipelineTrace:
     """A trace as it is drawn."""
 
     use: Utilisation  # what each rank did; times in seconds on the trace's clock
-    reused: np.ndarray  # moments at which the lead left a step out
-    decoding: list[tuple[float, float]]  # spans of decoding on the lead
+    reused: np.ndarray  # moments at which the leader reused a step
+    decoding: list[tuple[float, float]]  # start and length of each chunk's decoding on the leader
     settings: Mapping[str, Any]  # of the record in the same folder; empty without one
 
     @classmethod
@@ -51,15 +51,10 @@ class PipelineTrace:
             events = json.loads(path.read_text())["traceEvents"]
             use = analyse(events)
             reused = np.array([event["ts"] / 1e6 for event in events if event.get("cat") == "reuse"])
-            decoding = [
-                (event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6)
-                for event in events
-                if event.get("cat") == "decode"
-            ]
+            decoding = [(event["ts"] / 1e6, event["dur"] / 1e6) for event in events if event.get("cat") == "decode"]
         except (FileNotFoundError, NotADirectoryError):
-            raise InputError(
-                f"{folder} holds no trace: record a run on ranks, as in generate --pp 2 --record {folder}"
-            ) from None
+            text = f"{folder} holds no trace: record a run on ranks, as in generate --pp 2 --record {folder}"
+            raise InputError(text) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"the trace {path} is damaged: {type(error).__name__} {error}") from None
         if use is None:
@@ -77,25 +72,23 @@ def pipeline_figure(trace: PipelineTrace) -> Figure:
     rows = 0.45 * (len(ranks) + bool(trace.decoding) + 0.3)
     figure, (whole, near) = _two_panels(rows, 1.5 * rows)
     length = use.ended - use.began
-    colour_of = _colours(ranks)
-    _rows(whole, trace, colour_of, (use.began, use.ended))
+    colours = _Colours(ranks)
+    _rows(whole, trace, colours, (use.began, use.ended))
     began, ended, ticks = _middle(use)
-    _rows(near, trace, colour_of, (began, ended))
+    _rows(near, trace, colours, (began, ended))
     _name_items(near, ranks, (began, ended))
     whole.set_xlim(-0.005 * length, 1.005 * length)
     near.set_xlim(began - use.began, ended - use.began)
     whole.axvspan(began - use.began, ended - use.began, facecolor="none", edgecolor="black", linewidth=1.2)
     whole.set_title("the whole run", loc="left", fontsize=10)
-    near.set_title(
-        f"ticks {ticks.start} to {ticks.stop - 1} (the box above); numbers are chunks", loc="left", fontsize=10
-    )
+    shown = f"ticks {ticks.start} to {ticks.stop - 1} (the box above); numbers are chunks"
+    near.set_title(shown, loc="left", fontsize=10)
     near.set_xlabel("seconds")
-    patches = [*_item_patches(ranks, colour_of)]
+    handles: list[Any] = colours.patches()
     if trace.decoding:
-        patches.append(Patch(facecolor=_DECODING, label="decoding"))
-    patches += [Patch(facecolor=colour, edgecolor="#999999", label=f"idle: {cause}") for cause, colour in _IDLE.items()]
-    patches.append(Patch(facecolor="white", edgecolor="#999999", label="other work"))
-    handles: list[Any] = list(patches)
+        handles.append(Patch(facecolor=_DECODING, label="decoding"))
+    handles += [Patch(facecolor=colour, edgecolor="#999999", label=f"idle: {cause}") for cause, colour in _IDLE.items()]
+    handles.append(Patch(facecolor="white", edgecolor="#999999", label="other work"))
     if len(trace.reused):
         handles.append(whole.plot([], [], "v", color=REUSED, markersize=6, label="step reused: no work")[0])
     figure.legend(handles=handles, loc="lower left", ncols=min(8, len(handles)), frameon=False, fontsize=9)
@@ -118,43 +111,39 @@ def _two_panels(upper: float, lower: float) -> tuple[Figure, tuple[Axes, Axes]]:
 def pipeline_table(use: Utilisation) -> str:
     """The share of the time that each rank was busy, and where the rest went, as text."""
     length = use.ended - use.began
-    lines = [
-        f"{'rank':>4} {'stage':>5} {'busy':>7} {'other':>7}   idle: "
-        + " ".join(f"{cause.value:>10}" for cause in Cause)
-    ]
+    causes = " ".join(f"{cause.value:>10}" for cause in Cause)
+    lines = [f"{'rank':>4} {'stage':>5} {'busy':>7} {'other':>7}   idle: {causes}"]
     for rank in use.ranks:
         idle = " ".join(f"{rank.idle_seconds(cause) / length:>10.1%}" for cause in Cause)
-        lines.append(
-            f"{rank.rank:>4} {rank.stage:>5} {rank.busy / length:>7.1%} {rank.other / length:>7.1%}         {idle}"
-        )
+        shares = f"{rank.busy / length:>7.1%} {rank.other / length:>7.1%}"
+        lines.append(f"{rank.rank:>4} {rank.stage:>5} {shares}         {idle}")
     lines.append(f"{len(use.ranks[0].runs)} items in {length:.2f} s")
     return "\n".join(lines)
 
 
-def _colours(ranks: Sequence[RankUse]) -> dict[tuple[int, int], str]:
-    """Of (video, chunk): by chunk where there is one video, by video where there are several."""
-    found = sorted({(run.request, run.chunk) for rank in ranks for run in rank.runs})
-    several = len({video for video, _ in found}) > 1
-    return {one: _COLOURS[one[0 if several else 1] % len(_COLOURS)] for one in found}
+class _Colours:
+    """Colours of items: by chunk where there is one video, by video where there are several."""
+
+    def __init__(self, ranks: Sequence[RankUse]) -> None:
+        found = {(run.request, run.chunk) for rank in ranks for run in rank.runs}
+        self._by_video = len({video for video, _ in found}) > 1
+        self._numbers = sorted({video if self._by_video else chunk for video, chunk in found})
+
+    def of(self, run: Run) -> str:
+        """The colour of an item."""
+        return _COLOURS[(run.request if self._by_video else run.chunk) % len(_COLOURS)]
+
+    def patches(self) -> list[Patch]:
+        """The legend; a colour that several videos or chunks share is named once."""
+        word, count = "video" if self._by_video else "chunk", len(_COLOURS)
+        shared = ", {}, ..." if len(self._numbers) > count else ""
+        return [
+            Patch(facecolor=_COLOURS[number % count], label=f"{word} {number}" + shared.format(number + count))
+            for number in self._numbers[:count]
+        ]
 
 
-def _item_patches(ranks: Sequence[RankUse], colour_of: Mapping[tuple[int, int], str]) -> list[Patch]:
-    """A legend of videos or chunks; colours that come again are named once."""
-    several = len({video for video, _ in colour_of}) > 1
-    numbers = sorted({one[0 if several else 1] for one in colour_of})
-    word = "video" if several else "chunk"
-    shown = numbers[: len(_COLOURS)]
-    names = [f"{word} {number}" for number in shown]
-    if len(numbers) > len(shown):
-        names = [f"{name}, {number + len(_COLOURS)}, ..." for name, number in zip(names, shown, strict=True)]
-    return [
-        Patch(facecolor=_COLOURS[number % len(_COLOURS)], label=name) for number, name in zip(shown, names, strict=True)
-    ]
-
-
-def _rows(
-    axes: Axes, trace: PipelineTrace, colour_of: Mapping[tuple[int, int], str], span: tuple[float, float]
-) -> None:
+def _rows(axes: Axes, trace: PipelineTrace, colours: _Colours, span: tuple[float, float]) -> None:
     """One row for each rank within a span of time, the first on top; below them decoding."""
     use, zero, length = trace.use, trace.use.began, trace.use.ended - trace.use.began
     labels = []
@@ -167,20 +156,15 @@ def _rows(
         runs = [run for run in rank.runs if run.ended > span[0] and run.began < span[1]]
         if len(runs) <= _MANY:
             spans = [(run.began - zero, run.ended - run.began) for run in runs]
-            axes.broken_barh(
-                spans,
-                box,
-                facecolors=[colour_of[run.request, run.chunk] for run in runs],
-                edgecolor="white",
-                linewidth=0.2,
-            )
+            faces = [colours.of(run) for run in runs]
+            axes.broken_barh(spans, box, facecolors=faces, edgecolor="white", linewidth=0.2)
         else:
             _draw_shares(axes, runs, box, span, zero)
         cp_rank = f".{rank.cp_rank}" if any(other.cp_rank for other in use.ranks) else ""
         labels.append(f"rank {rank.rank}, stage {rank.stage}{cp_rank}\n{rank.busy / length:.0%} busy")
     if trace.decoding:
         box = (len(use.ranks) - _ROW / 2, _ROW / 2)
-        axes.broken_barh([(began - zero, ended - began) for began, ended in trace.decoding], box, facecolor=_DECODING)
+        axes.broken_barh([(began - zero, took) for began, took in trace.decoding], box, facecolor=_DECODING)
         labels.append("decoding")
     marks = trace.reused[(trace.reused >= span[0]) & (trace.reused <= span[1])] - zero
     axes.plot(marks, np.full(len(marks), -_ROW / 2 - 0.13), "v", color=REUSED, markersize=4, clip_on=False)
@@ -188,28 +172,27 @@ def _rows(
     axes.set_ylim(len(labels) - 0.5, -0.75)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12))
     axes.tick_params(axis="y", length=0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
 
 
 def _draw_shares(
     axes: Axes, runs: Sequence[Run], box: tuple[float, float], span: tuple[float, float], zero: float
 ) -> None:
-    """Of a long run: the busy share of each short stretch, dark where it is high."""
+    """The busy share of each short stretch of a long run; dark where it is high."""
     edges = np.linspace(span[0], span[1], _BINS + 1)
     began, ended = (np.array([getattr(run, name) for run in runs]) for name in ("began", "ended"))
     done = np.concatenate([[0.0], np.cumsum(ended - began)])
-    # Busy seconds up to a moment: all runs that ended before it, and the part of the one that is under way.
+    # Busy seconds up to each edge: all runs that ended before it, and the part of the present one.
     index = np.searchsorted(began, edges, side="right")
-    under_way = np.clip(edges - began[np.maximum(index - 1, 0)], 0.0, (ended - began)[np.maximum(index - 1, 0)])
-    upto = np.where(index > 0, done[np.maximum(index - 1, 0)] + under_way, 0.0)
+    present = np.clip(edges - began[np.maximum(index - 1, 0)], 0.0, (ended - began)[np.maximum(index - 1, 0)])
+    upto = np.where(index > 0, done[np.maximum(index - 1, 0)] + present, 0.0)
     shares = np.diff(upto) / np.diff(edges)
     extent = (span[0] - zero, span[1] - zero, box[0] + box[1], box[0])
     axes.imshow(shares[None, :], cmap="Blues", vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest")
 
 
 def _middle(use: Utilisation) -> tuple[float, float, range]:
-    """A few ticks in the middle of the run: start, end, and which."""
+    """A few ticks in the middle of the run: start, end, and their numbers."""
     runs = [run for run in use.ranks[0].runs if run.key[1] >= 0] or use.ranks[0].runs
     middle = runs[len(runs) // 2]
     first = middle.key[1]

@@ -1,4 +1,4 @@
-"""What the pictures have in common: colours, sizes, titles."""
+"""Colours, sizes and titles that the pictures share."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 
 from engine.record import RunRecord
-from launch.plots.tracer import Tracer
 
 COMPUTED, REUSED, EXTRAPOLATED = "#27548a", "#f3b23f", "#6fae8f"
 GREY, GRID = "#666666", "#e4e4e4"
-FEW = 12
-"""Chunks that can be told apart by colour, and whose cells have room for a number."""
+FEW = 12  # chunks that can be told apart by colour, and whose cells have room for a number
 
 _SHOWN = {"model": "", "cache_preset": "cache "}  # settings in titles, and the word before each
 
 
 def map_height(chunks: int) -> float:
-    """Of a map with a row for each chunk, in inches."""
+    """Height of a map with a row for each chunk, in inches."""
     return min(9.5, max(3.4, 2.0 + 0.3 * chunks))
 
 
@@ -38,16 +36,17 @@ def cell_lines(axes: Axes, xs: np.ndarray, ys: np.ndarray) -> None:
     axes.tick_params(which="minor", length=0)
 
 
-def add_title(figure: Figure, title: str, record: RunRecord, time: Tracer) -> None:
-    """What the figure shows, and below in small which run it is of."""
+def add_title(figure: Figure, title: str, record: RunRecord) -> None:
+    """The figure's title; below it, in small, the run."""
+    schedule = record.schedule
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=13)
-    made = time.chunks - time.first
-    parts = [*_settings(record.settings), f"{made} chunk{'s' if made > 1 else ''} of {time.num_steps} steps"]
+    made = schedule.chunks - schedule.first
+    parts = [*_settings(record.settings), f"{made} chunk{'s' if made > 1 else ''} of {schedule.num_steps} steps"]
     figure.axes[0].set_title(_drawable(", ".join(parts)), loc="left", fontsize=10, color="#555555", parse_math=False)
 
 
 def settings_line(settings: Mapping[str, Any]) -> str:
-    """Which run it is, in a line; empty if nothing is known."""
+    """The run's settings in a line; empty if none are known."""
     parts = _settings(settings)
     if "pp" in settings and "cp" in settings:
         parts.append(f"pp {settings['pp']} x cp {settings['cp']}")
@@ -55,7 +54,7 @@ def settings_line(settings: Mapping[str, Any]) -> str:
 
 
 def _settings(settings: Mapping[str, Any]) -> list[str]:
-    """What tells runs apart, as far as the record says it."""
+    """The settings that tell runs apart, as far as the record has them."""
     parts = [f'"{textwrap.shorten(str(settings["prompt"]), 50, placeholder=" ...")}"'] if "prompt" in settings else []
     parts += [f"{word}{settings[name]}" for name, word in _SHOWN.items() if name in settings]
     cache, kv = settings.get("cache"), settings.get("kv")

@@ -1,23 +1,33 @@
-"""The released MAGI-1 configuration files, as checked, frozen dataclasses.
+"""The released MAGI-1 configuration files, of the model and of its autoencoder, as checked, frozen dataclasses.
 
-A configuration file is a JSON object with exactly three objects, and every field must be there: a missing or an unknown
-key is an error, as in the released loader. The module knows the format only; what the numbers mean is said where they
-are used.
+A model's file is a JSON object with exactly three objects, and every field must be there: a missing or an unknown key
+is an error, as in the released loader. Numbers have bounds, so that a file that is wrong by orders of magnitude is an
+error too, and not a crash or a hang later. What the numbers mean is said where they are used.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from models.errors import InputError
+from models.protocols import CELL_FRAMES, CELL_PIXELS, KVGeometry
 
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+_Count = Annotated[int, Field(ge=1, le=1_000)]
+_Width = Annotated[int, Field(ge=1, le=1_000_000)]
+_Ratio = Annotated[float, Field(gt=0, le=100)]
+_Chunks = Annotated[int, Field(ge=1, le=1_000_000)]
+_Pixels = Annotated[int, Field(ge=16, le=16_384)]
+_Patch = Annotated[int, Field(ge=1, le=64)]
+_Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
+_Checked = TypeVar("_Checked")
 _DTYPES = {"torch.bfloat16": torch.bfloat16, "torch.float16": torch.float16, "torch.float32": torch.float32}
 
 
@@ -26,26 +36,26 @@ class ModelConfig:
     """Shapes of the DiT (`model_config`)."""
 
     model_name: str
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-    layernorm_epsilon: float
+    num_layers: _Count
+    hidden_size: _Width
+    ffn_hidden_size: _Width
+    num_attention_heads: _Count
+    num_query_groups: _Count
+    kv_channels: _Width
+    layernorm_epsilon: Annotated[float, Field(gt=0, le=1)]
     apply_layernorm_1p: bool
-    x_rescale_factor: float
+    x_rescale_factor: _Scale
     half_channel_vae: bool
     params_dtype: Literal["torch.bfloat16", "torch.float16", "torch.float32"]
-    patch_size: int
-    t_patch_size: int
-    in_channels: int
-    out_channels: int
-    cond_hidden_ratio: float
-    caption_channels: int
-    caption_max_length: int
-    xattn_cond_hidden_ratio: float
-    cond_gating_ratio: float
+    patch_size: _Patch
+    t_patch_size: Literal[1]
+    in_channels: _Count
+    out_channels: _Count
+    cond_hidden_ratio: _Ratio
+    caption_channels: _Width
+    caption_max_length: Annotated[int, Field(ge=2, le=100_000)]
+    xattn_cond_hidden_ratio: _Ratio
+    cond_gating_ratio: _Ratio
     gated_linear_unit: bool
 
     @model_validator(mode="after")
@@ -56,6 +66,13 @@ class ModelConfig:
             raise ValueError("num_attention_heads x kv_channels must equal hidden_size")
         if self.kv_channels % 8:
             raise ValueError("kv_channels must be a multiple of 8")
+        if self.half_channel_vae and self.in_channels % 2:
+            raise ValueError("in_channels must be even with half_channel_vae")
+        if self.out_channels < self.latent_channels:
+            raise ValueError("out_channels must not be fewer than the channels of a latent")
+        ratios = (self.cond_hidden_ratio, self.xattn_cond_hidden_ratio, self.cond_gating_ratio)
+        if min(ratios) * self.hidden_size < 1:
+            raise ValueError("a conditioning ratio leaves no channels of hidden_size")
         return self
 
     @property
@@ -65,8 +82,19 @@ class ModelConfig:
 
     @property
     def cond_size(self) -> int:
-        """Width of the conditioning vector (C in the specification)."""
+        """_Width of the conditioning vector (C in the specification)."""
         return int(self.hidden_size * self.cond_hidden_ratio)
+
+    def kv_geometry(self, layers: range, device: torch.device) -> KVGeometry:
+        """Shape of the KV of some layers."""
+        return KVGeometry(
+            layers=layers,
+            query_heads=self.num_attention_heads,
+            key_heads=self.num_query_groups,
+            head_size=self.kv_channels,
+            dtype=self.dtype,
+            device=device,
+        )
 
     @property
     def latent_channels(self) -> int:
@@ -82,28 +110,32 @@ class RuntimeConfig:
     cfg_t_range: tuple[float, ...]
     prev_chunk_scales: tuple[float, ...]
     text_scales: tuple[float, ...]
-    noise2clean_kvrange: tuple[int, ...]
-    clean_chunk_kvrange: int
-    clean_t: float
+    noise2clean_kvrange: tuple[_Chunks, ...]
+    clean_chunk_kvrange: Annotated[int, Field(ge=-1, le=1_000_000)]  # -1: none of its own
+    clean_t: Annotated[float, Field(ge=0, le=1)]
     seed: int
-    num_frames: int
-    video_size_h: int
-    video_size_w: int
-    num_steps: int
-    window_size: int
-    fps: int
-    chunk_width: int
+    num_frames: Annotated[int, Field(ge=1, le=100_000_000)]
+    video_size_h: _Pixels
+    video_size_w: _Pixels
+    num_steps: Annotated[int, Field(ge=1, le=10_000)]
+    window_size: _Count
+    fps: _Count
+    chunk_width: _Count
     t5_pretrained: str | None
     t5_device: str
     vae_pretrained: str | None
-    scale_factor: float
-    temporal_downsample_factor: int
+    scale_factor: _Scale
+    temporal_downsample_factor: Annotated[int, Field(ge=1, le=64)]
     load: str | None
 
     @model_validator(mode="after")
     def _tables_fit(self) -> RuntimeConfig:
         if not len(self.cfg_t_range) == len(self.prev_chunk_scales) == len(self.text_scales):
             raise ValueError("cfg_t_range, prev_chunk_scales and text_scales must have the same length")
+        if self.cfg_number > 1 and not self.cfg_t_range:
+            raise ValueError("cfg_t_range must not be empty in a model with guidance")
+        if self.clean_chunk_kvrange == 0:
+            raise ValueError("clean_chunk_kvrange must be -1, or 1 or more")
         return self
 
 
@@ -141,6 +173,11 @@ class MagiConfig:
             raise ValueError(f"cfg_number must be {1 if distilled else 3} for this kind of model")
         return self
 
+    def chunk_tokens(self, height: int, width: int) -> int:
+        """Tokens of a chunk of a video of that size in pixels."""
+        side = CELL_PIXELS * self.model_config.patch_size
+        return self.runtime_config.chunk_width * (height // side) * (width // side)
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, source: str) -> MagiConfig:
         """Check a decoded configuration; `source` names it in errors.
@@ -148,10 +185,7 @@ class MagiConfig:
         Raises:
             InputError: a key is unknown or missing, or a value does not fit.
         """
-        try:
-            return TypeAdapter(cls).validate_python(values)
-        except ValidationError as error:
-            raise InputError(f"{source}: {_first_problem(error)}") from None
+        return checked(cls, values, source=source)
 
     @classmethod
     def from_json(cls, path: Path) -> MagiConfig:
@@ -160,23 +194,110 @@ class MagiConfig:
         Raises:
             InputError: the file cannot be read, is no JSON, or does not fit.
         """
-        try:
-            values = json.loads(path.read_text())
-        except OSError as error:
-            raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON: {error}") from None
-        return cls.from_dict(values, source=str(path))
+        return cls.from_dict(read_json(path, "the configuration"), source=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it would stand in a file."""
         return TypeAdapter(MagiConfig).dump_python(self, mode="json")
 
 
-def _first_problem(error: ValidationError) -> str:
-    found = error.errors()
+@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+class VaeConfig:
+    """The `ddconfig` object of the autoencoder's config.json (specification 1.1)."""
+
+    video_size: _Pixels = 256
+    video_length: _Count = 16
+    patch_size: _Patch = CELL_PIXELS
+    patch_length: _Count = CELL_FRAMES
+    in_chans: _Count = 3
+    z_chans: _Count = 4
+    double_z: bool = True
+    embed_dim: _Width = 768
+    depth: _Count = 12
+    num_heads: _Count = 12
+    mlp_ratio: _Ratio = 4.0
+    qkv_bias: bool = False
+    ln_in_attn: bool = False
+    conv_last_layer: bool = False
+    with_cls_token: bool = True
+    norm_code: bool = False
+    use_rope: bool = False
+    use_final_proj: bool = False
+    qk_scale: float | None = None
+    drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> VaeConfig:
+        if self.embed_dim % self.num_heads:
+            raise ValueError("embed_dim must be a multiple of num_heads")
+        if self.embed_dim * self.mlp_ratio < 1:
+            raise ValueError("mlp_ratio leaves no channels of embed_dim")
+        if min(self.grid) < 1:
+            raise ValueError("video_size and video_length must hold at least one patch")
+        if not self.patch_values[-1]:
+            raise ValueError("embed_dim holds no channel for each pixel of a patch")
+        return self
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, source: str) -> VaeConfig:
+        """Check a decoded `ddconfig`.
+
+        Raises:
+            InputError: a key is unknown or wrong, or names a variant that no released model uses.
+        """
+        config = checked(cls, values, source=source)
+        needed = {"double_z": True, "ln_in_attn": True, "conv_last_layer": True, "with_cls_token": True}
+        needed |= {"norm_code": False, "use_rope": False, "qkv_bias": True}
+        for key, value in needed.items():
+            if getattr(config, key) is not value:
+                raise InputError(f"{source}: {key} must be {value}: no released autoencoder differs")
+        return config
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """The grid (t, h, w) that the position embedding was trained at."""
+        side = self.video_size // self.patch_size
+        return self.video_length // self.patch_length, side, side
+
+    @property
+    def patch_values(self) -> tuple[int, int, int, int]:
+        """How a decoded token is read: (frames, height, width, channels), channels fastest (1.5)."""
+        pixels = self.patch_length * self.patch_size**2
+        width = 4 * pixels if self.use_final_proj else self.embed_dim
+        return self.patch_length, self.patch_size, self.patch_size, width // pixels
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a file that holds one JSON object; `what` names it in errors.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {what} {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must be a JSON object")
+    return values
+
+
+def checked(kind: type[_Checked], values: dict[str, Any], *, source: str) -> _Checked:
+    """A pydantic dataclass of decoded values.
+
+    Raises:
+        InputError: the first value that does not fit, as `source: field: problem`.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        found = error.errors()
     first = found[0]
     where = ".".join(str(part) for part in first["loc"])
     what = {"missing": "key is missing", "unexpected_keyword_argument": "unknown key"}.get(first["type"], first["msg"])
     more = f" (and {len(found) - 1} more problems)" if len(found) > 1 else ""
-    return f"{where}: {what}{more}" if where else f"{what}{more}"
+    raise InputError(f"{source}: {where}: {what}{more}" if where else f"{source}: {what}{more}")

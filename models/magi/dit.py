@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from models.attention import Attention, attention_backend
 from models.magi.config import ModelConfig
-from models.magi.layer import TransformerLayer
-from models.magi.norms import LayerNorm1p
-from models.magi.rope import RotaryBands
+from models.magi.layers import LayerNorm1p, RotaryBands, TransformerLayer
 from models.protocols import KVView
 
 NULL_TEXT_ROWS = 50

@@ -21,15 +21,7 @@ class MagiModel:
     @property
     def kv(self) -> KVGeometry:
         """Shape of the KV of the layers that are held."""
-        config = self.dit.config
-        return KVGeometry(
-            layers=self.dit.layers,
-            query_heads=config.num_attention_heads,
-            key_heads=config.num_query_groups,
-            head_size=config.kv_channels,
-            dtype=config.dtype,
-            device=self.dit.device,
-        )
+        return self.dit.config.kv_geometry(self.dit.layers, self.dit.device)
 
     @property
     def weight_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""The models that can be asked for by name: released configurations, sizes, and what a machine needs for each.
+"""The models that can be asked for by name: released configurations, sizes, and where their weights are.
 
 Presets are plain data and functions; nothing is read or loaded here. Configuration values: specification part 4.
 """
@@ -39,28 +39,12 @@ class Preset:
         return self.stored + (4 * self.vae_parameters + _T5_BYTES if self.folder else 2 * self.vae_parameters)
 
     @property
-    def memory(self) -> int:
-        """Bytes on the device for one video of the preset's size: DiT, autoencoder and KV; estimated.
-
-        What the layers work with comes on top, and so does T5 where the configuration puts it on the device.
-        """
-        shipped = self.folder is None  # and computed in fp32; a released model stays as stored, its autoencoder bf16
-        weights = 4 * (self.parameters + self.vae_parameters) if shipped else self.stored + 2 * self.vae_parameters
-        return weights + kv_bytes(self.config())
-
-
-def kv_bytes(config: MagiConfig) -> int:
-    """Bytes of keys and values that one video needs on one device, for the configuration's own size of video.
-
-    Counted are the chunks of the window and one finished chunk, which is all that the released key ranges attend to
-    (specification 6.5); a model with guidance keeps them twice, with and without text.
-    """
-    shape, run = config.model_config, config.runtime_config
-    cells = run.chunk_width * (run.video_size_h // 8) * (run.video_size_w // 8)
-    tokens = (run.window_size + 1) * cells // (shape.patch_size**2 * shape.t_patch_size)
-    width = {"torch.float32": 4}.get(shape.params_dtype, 2)
-    per_token = 2 * shape.num_query_groups * shape.kv_channels * width
-    return tokens * per_token * shape.num_layers * (2 if run.cfg_number > 1 else 1)
+    def weight_bytes(self) -> int:
+        """Bytes on the device: the DiT and the autoencoder. A shipped model computes in fp32, a released one as stored,
+        with a bf16 autoencoder."""
+        if self.folder is None:
+            return 4 * (self.parameters + self.vae_parameters)
+        return self.stored + 2 * self.vae_parameters
 
 
 def find_preset(name: str) -> Preset:
@@ -84,13 +68,17 @@ def released_config(*, large: bool, distill: bool = False, quant: bool = False) 
     """
     from models.magi.config import MagiConfig
 
-    name = ("24B" if large else "4.5B") + ("_distill" if distill else "_base") + ("_quant" if quant else "")
+    name = _released_name(large=large, distill=distill, quant=quant)
     values = {
         "model_config": _model_values(large=large),
         "runtime_config": _runtime_values(name, large=large, distill=distill),
         "engine_config": _engine_values(large=large, distill=distill, quant=quant),
     }
     return MagiConfig.from_dict(values, source=f"preset {name}")
+
+
+def _released_name(*, large: bool, distill: bool, quant: bool) -> str:
+    return ("24B" if large else "4.5B") + ("_distill" if distill else "_base") + ("_quant" if quant else "")
 
 
 def _model_values(*, large: bool) -> dict[str, object]:
@@ -171,6 +159,20 @@ def _pocket() -> MagiConfig:
     return pocket_config()
 
 
+def _released(
+    summary: str, *, parameters: int, stored: int, large: bool = False, distill: bool = False, quant: bool = False
+) -> Preset:
+    released = _released_name(large=large, distill=distill, quant=quant)
+    return Preset(
+        name="magi-" + released.lower().removesuffix("_base").replace("_", "-"),
+        summary=summary,
+        config=partial(released_config, large=large, distill=distill, quant=quant),
+        parameters=parameters,
+        stored=stored,
+        folder=f"ckpt/magi/{released}",
+    )
+
+
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
@@ -183,53 +185,44 @@ PRESETS: dict[str, Preset] = {
             folder=None,
             vae_parameters=5_310_823,
         ),
-        Preset(
-            name="magi-4.5b",
-            summary="guidance in three branches, 64 steps",
-            config=partial(released_config, large=False),
+        _released(
+            "guidance in three branches, 64 steps",
             parameters=4_459_898_128,
             stored=8_960_177_216,
-            folder="ckpt/magi/4.5B_base",
         ),
-        Preset(
-            name="magi-4.5b-distill",
-            summary="one pass a step; give --steps 16 or 12 or 8",
-            config=partial(released_config, large=False, distill=True),
+        _released(
+            "one pass a step; give --steps 16 or 12 or 8",
             parameters=4_459_898_128,
             stored=8_960_177_216,
-            folder="ckpt/magi/4.5B_distill",
+            distill=True,
         ),
-        Preset(
-            name="magi-4.5b-distill-quant",
-            summary="distilled, fp8 weights; give --steps 16 or 12 or 8",
-            config=partial(released_config, large=False, distill=True, quant=True),
+        _released(
+            "distilled, fp8 weights; give --steps 16 or 12 or 8",
             parameters=4_460_979_760,
             stored=5_139_298_496,
-            folder="ckpt/magi/4.5B_distill_quant",
+            distill=True,
+            quant=True,
         ),
-        Preset(
-            name="magi-24b",
-            summary="the large model: guidance in three branches, 32 steps",
-            config=partial(released_config, large=True),
+        _released(
+            "the large model: guidance in three branches, 32 steps",
             parameters=23_899_281_936,
             stored=47_876_704_320,
-            folder="ckpt/magi/24B_base",
+            large=True,
         ),
-        Preset(
-            name="magi-24b-distill",
-            summary="the large model, one pass a step, 16 steps",
-            config=partial(released_config, large=True, distill=True),
+        _released(
+            "the large model, one pass a step, 16 steps",
             parameters=23_899_281_936,
             stored=47_876_704_320,
-            folder="ckpt/magi/24B_distill",
+            large=True,
+            distill=True,
         ),
-        Preset(
-            name="magi-24b-distill-quant",
-            summary="the large model, distilled, fp8 weights",
-            config=partial(released_config, large=True, distill=True, quant=True),
+        _released(
+            "the large model, distilled, fp8 weights",
             parameters=23_902_014_382,
             stored=26_471_517_880,
-            folder="ckpt/magi/24B_distill_quant",
+            large=True,
+            distill=True,
+            quant=True,
         ),
     )
 }

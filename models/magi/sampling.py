@@ -19,6 +19,7 @@ _SHORTCUT_STEPS = 12
 _SHORTCUTS = {"16,16,8": ((0.0, 1 / 16, 2 / 16), (1, 1, 2))}
 _DEFAULT_SHORTCUT = ((0.0, 2 / 16, 3 / 16), (2, 1, 1))  # "8,16,16", and whatever else is given
 _PREFIX_FALLBACK = 8  # chunks a prefix chunk looks back where neither range says so (7.6)
+_COPY_WEIGHT = 0.3  # of the copy pass in the sum: 1 - the released `prev_chunks_scale` (7.5)
 
 
 def timesteps(num_steps: int, shortcut_mode: str) -> torch.Tensor:
@@ -40,8 +41,7 @@ class MagiSampling:
     config: MagiConfig  # the model's configuration
     num_steps: int  # denoising steps, in place of the configuration's
     clean_pass: bool = True  # renew the KV of a finished chunk by a pass at `clean_t`
-    copy_pass: bool = True  # blend in a context-free copy of the cleanest chunk of a distilled model
-    copy_weight: float = 0.3  # weight of that copy, 1 - the released `prev_chunks_scale`
+    copy_pass: bool = True  # blend in a copy of a distilled model's cleanest chunk that sees itself only
 
     def __post_init__(self) -> None:
         if self.num_steps < 1 or self.num_steps % self.window:
@@ -141,8 +141,8 @@ class MagiSampling:
             if not (oldest and self.copy_pass and time > threshold):
                 return (one("denoise", "text", 1.0, drop=False),)
             return (
-                one("denoise", "text", 1 - self.copy_weight, drop=False),
-                one("context_free", "text", self.copy_weight, drop=False, isolated=True),
+                one("denoise", "text", 1 - _COPY_WEIGHT, drop=False),
+                one("copy", "text", _COPY_WEIGHT, drop=False, isolated=True),
             )
         previous, text = self._scales(step)
         passes = [one("null", "null", previous - text, drop=True)]

@@ -1,82 +1,33 @@
-"""The ViT autoencoder of MAGI-1: video to latents and back, one tile at a time (specification part 1).
+"""The ViT autoencoder of MAGI-1: whole videos to latents and back, tile by tile (specification part 1).
 
-Parameter names are those of the released checkpoint. The module knows nothing of tiling (see `tiling.py`), of latent
-normalisation or of files.
+`ViTVAE` codes one tile; its parameter names are those of the released checkpoint. `TiledVAE` cuts a video into tiles
+that overlap in space, codes each alone, and blends the overlaps (1.6 to 1.8). Which tiles there are is a pure function
+(`plan_tiles`), and coding and blending are separate methods, so tiles can be spread over ranks; the module knows no
+ranks and no files.
 
-Shapes: B batch, T H W frames and pixels, t h w latent frames and cells, L = t*h*w tokens, E embed_dim.
+Shapes: B batch, F T frames, H W pixels, t h w latent frames and cells, z latent channels, L = t*h*w tokens,
+E embed_dim. All tiles are [1, channels, time, rows, columns].
 """
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from models.errors import InputError
+from models.magi.config import VaeConfig
 
+Size = tuple[int, int, int]
+"""Extent in time, rows and columns."""
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
-class VaeConfig:
-    """The `ddconfig` object of the autoencoder's config.json (specification 1.1)."""
-
-    video_size: int = 256
-    video_length: int = 16
-    patch_size: int = 8
-    patch_length: int = 4
-    in_chans: int = 3
-    z_chans: int = 4
-    double_z: bool = True
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = False
-    ln_in_attn: bool = False
-    conv_last_layer: bool = False
-    with_cls_token: bool = True
-    norm_code: bool = False
-    use_rope: bool = False
-    use_final_proj: bool = False
-    qk_scale: float | None = None
-    drop_rate: float = 0.0
-    attn_drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], *, source: str) -> VaeConfig:
-        """Check a decoded `ddconfig`.
-
-        Raises:
-            InputError: a key is unknown or wrong, or names a variant that no released model uses.
-        """
-        try:
-            config = TypeAdapter(cls).validate_python(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise InputError(f"{source}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        needed = {"double_z": True, "ln_in_attn": True, "conv_last_layer": True, "with_cls_token": True}
-        needed |= {"norm_code": False, "use_rope": False, "qkv_bias": True}
-        for key, value in needed.items():
-            if getattr(config, key) is not value:
-                raise InputError(f"{source}: {key} must be {value}: no released autoencoder differs")
-        return config
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """The grid (t, h, w) that the position embedding was trained at."""
-        side = self.video_size // self.patch_size
-        return self.video_length // self.patch_length, side, side
-
-    @property
-    def patch_values(self) -> tuple[int, int, int, int]:
-        """How a decoded token is read: (frames, height, width, channels), channels fastest (1.5)."""
-        pixels = self.patch_length * self.patch_size**2
-        width = 4 * pixels if self.use_final_proj else self.embed_dim
-        return self.patch_length, self.patch_size, self.patch_size, width // pixels
+_MIN_FPS = 16
+_OVERLAP = 0.25
 
 
 class _Attention(nn.Module):
@@ -230,3 +181,212 @@ class ViTVAE(nn.Module):
         """Video [B, 3, 4t, 8h, 8w] of a latent [B, z, t, h, w]; one latent frame gives one frame (1.5)."""
         video = self.decoder(latent.to(self.dtype))
         return video[:, :, :1] if latent.shape[2] == 1 else video
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tile:
+    """One tile: its place in the grid of tiles and its slices of the input."""
+
+    index: int
+    place: Size
+    time: slice
+    rows: slice
+    columns: slice
+
+    @property
+    def size(self) -> Size:
+        """Extent in the input."""
+        time, rows, columns = (part.stop - part.start for part in (self.time, self.rows, self.columns))
+        return time, rows, columns
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TileGrid:
+    """All tiles in raster order (time, then rows, then columns), and how many there are per axis."""
+
+    tiles: tuple[Tile, ...]
+    counts: Size
+
+
+def plan_tiles(size: Size, *, tile: Size, stride: Size) -> TileGrid:
+    """Tiles that start every `stride` and are clipped by the border (1.8).
+
+    Even an input of exactly one tile is cut in two where tiles overlap, as released.
+    """
+    frames, rows, columns = (math.ceil(whole / step) for whole, step in zip(size, stride, strict=True))
+    tiles: list[Tile] = []
+    for place in itertools.product(range(frames), range(rows), range(columns)):
+        starts = (at * step for at, step in zip(place, stride, strict=True))
+        cuts = [slice(a, min(a + n, end)) for a, n, end in zip(starts, tile, size, strict=True)]
+        tiles.append(Tile(index=len(tiles), place=place, time=cuts[0], rows=cuts[1], columns=cuts[2]))
+    return TileGrid(tiles=tuple(tiles), counts=(frames, rows, columns))
+
+
+class TiledVAE:
+    """Encodes prefixes and decodes chunks of any size.
+
+    Args:
+        vae: the autoencoder. Its dtype is that of all results; the released one is bf16.
+        scale_factor: latents of the sampler are the autoencoder's times this (1.7).
+        fps: frames per second; a tile lasts half a second, and at least 8 frames.
+        tile_pixels: side of a tile, 256 as released. A smaller one needs less memory and gives other results.
+
+    Raises:
+        InputError: fewer than 16 frames per second, where a tile would be a single latent frame and the decoder would
+            return one frame for four.
+    """
+
+    def __init__(self, vae: ViTVAE, *, scale_factor: float, fps: int, tile_pixels: int = 256) -> None:
+        time, space = vae.config.patch_length, vae.config.patch_size
+        if fps < _MIN_FPS:
+            raise InputError(f"fps is {fps}, but the autoencoder needs at least {_MIN_FPS} frames per second")
+        if tile_pixels <= 0 or tile_pixels % (4 * space):
+            raise InputError(f"tile_pixels is {tile_pixels}, but it must be a positive multiple of {4 * space}")
+        self.vae, self.scale_factor = vae, scale_factor
+        self._time, self._space = time, space
+        frames, step = fps // 2, tile_pixels - int(tile_pixels * _OVERLAP)
+        self._pixel_tile: Size = (frames, tile_pixels, tile_pixels)
+        self._pixel_stride: Size = (frames, step, step)
+        self._latent_tile: Size = (frames // time, tile_pixels // space, tile_pixels // space)
+        self._latent_stride: Size = (frames // time, step // space, step // space)
+
+    def encodable_frames(self, frames: int) -> int:
+        """The most frames up to `frames` that `encode` accepts: a last tile of 2 or 3 is too short (1.8)."""
+        rest = frames % self._pixel_tile[0]
+        return frames - rest + 1 if 1 < rest < self._time else frames
+
+    def encode_grid(self, frames: int, height: int, width: int) -> TileGrid:
+        """Tiles of a video.
+
+        Raises:
+            InputError: the autoencoder cannot encode this size.
+        """
+        if frames < 1 or height < 1 or width < 1:
+            raise InputError(f"a video of {frames} frames of {height} x {width} pixels cannot be encoded")
+        if height % self._space or width % self._space:
+            raise InputError(f"height and width must be multiples of {self._space} to be encoded: {height} x {width}")
+        if (fits := self.encodable_frames(frames)) != frames:
+            raise InputError(
+                f"a video of {frames} frames cannot be encoded, since its last tile would be too short: take {fits}"
+            )
+        return plan_tiles((frames, height, width), tile=self._pixel_tile, stride=self._pixel_stride)
+
+    def decode_grid(self, t: int, h: int, w: int) -> TileGrid:
+        """Tiles of a latent of t frames of h x w cells."""
+        return plan_tiles((t, h, w), tile=self._latent_tile, stride=self._latent_stride)
+
+    @torch.no_grad()
+    def encode_tile(self, video: Tensor, tile: Tile) -> Tensor:
+        """Posterior mode [1, z, t, h, w] of one tile of a uint8 video [F, H, W, 3] on any device, unscaled."""
+        pixels = video[tile.time, tile.rows, tile.columns].to(self._device()).permute(3, 0, 1, 2)[None]
+        return self.vae.encode((pixels.float() / 127.5 - 1).to(self.vae.dtype))
+
+    @torch.no_grad()
+    def decode_tile(self, latents: Tensor, tile: Tile) -> Tensor:
+        """Pixels [1, 3, f, H, W] around -1..1 of one tile of scaled fp32 latents [1, z, t, h, w] on any device."""
+        part = latents[:, :, tile.time, tile.rows, tile.columns].to(self._device())
+        return self.vae.decode(part.float() / self.scale_factor)
+
+    def merge_latents(self, grid: TileGrid, tiles: Sequence[Tensor]) -> Tensor:
+        """Blend encoded tiles, given in the grid's order, into latents [1, z, t, h, w], unscaled.
+
+        Here a tile is blended with neighbours that are blended already, and every product is rounded (1.8).
+        """
+        return _merge(grid, tiles, tile=self._latent_tile, stride=self._latent_stride, stepwise=True)
+
+    def merge_frames(self, grid: TileGrid, tiles: Sequence[Tensor]) -> Tensor:
+        """Blend decoded tiles, given in the grid's order, into pixels [1, 3, F, H, W].
+
+        Here a tile is blended with neighbours as they were decoded, and rounded once per blend (1.8).
+        """
+        return _merge(grid, tiles, tile=self._pixel_tile, stride=self._pixel_stride, stepwise=False)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Latents of a video or, with one frame, of an image.
+
+        Args:
+            video: uint8 [F, H, W, 3] on any device; H and W multiples of the patch size. A last tile of 5 to 7 frames
+                loses those after the fourth.
+
+        Returns:
+            [1, z, t, h, w] in the autoencoder's dtype and on its device, times the scale factor.
+
+        Raises:
+            InputError: the size cannot be encoded.
+        """
+        frames, height, width, _ = video.shape
+        grid = self.encode_grid(frames, height, width)
+        merged = self.merge_latents(grid, [self.encode_tile(video, tile) for tile in grid.tiles])
+        return merged * self.scale_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames of a finished chunk, alone.
+
+        Args:
+            latents: [1, z, t, h, w] fp32, scaled, on any device. A last tile of one latent frame gives one frame.
+
+        Returns:
+            uint8 [F, H, W, 3] on the autoencoder's device.
+        """
+        t, h, w = latents.shape[2:]
+        grid = self.decode_grid(t, h, w)
+        merged = self.merge_frames(grid, [self.decode_tile(latents, tile) for tile in grid.tiles])
+        return to_uint8(merged)[0].permute(1, 2, 3, 0).contiguous()
+
+    def _device(self) -> torch.device:
+        return self.vae.encoder.cls_token.device
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """-1..1 to 0..255 in the pixels' own dtype, truncated and not rounded (1.6).
+
+    In bf16 the values from 128 on have a spacing of 1, so the roundings of these two operations show; in fp32 they do
+    not, and nothing is done to imitate them.
+    """
+    return (pixels * 127.5 + 127.5).clamp(0, 255).to(torch.uint8)
+
+
+def _merge(grid: TileGrid, tiles: Sequence[Tensor], *, tile: Size, stride: Size, stepwise: bool) -> Tensor:
+    """Blend tiles with those above and to the left of them, and join them; `stepwise` as in `merge_latents`."""
+    overlap = tile[1] - stride[1]
+    merged: dict[Size, Tensor] = {}
+    seen = merged if stepwise else {one.place: tiles[one.index] for one in grid.tiles}
+    for one in grid.tiles:
+        f, i, j = one.place
+        part = tiles[one.index]
+        for neighbour, dim in (((f, i - 1, j), 3), ((f, i, j - 1), 4)):
+            if neighbour in seen:
+                part = _blend(seen[neighbour], part, overlap, dim, stepwise=stepwise)
+        merged[one.place] = part
+    return _assemble(grid, merged, keep=stride)
+
+
+def _blend(a: Tensor, b: Tensor, extent: int, dim: int, *, stepwise: bool) -> Tensor:
+    """b with its first lines, at most `extent`, faded in from the last lines of a.
+
+    Products and sum are fp32 and rounded once; stepwise, both products and the sum are rounded.
+    """
+    extent = min(a.shape[dim], b.shape[dim], extent)
+    weight = torch.arange(extent, dtype=torch.float64) / extent
+    fade_in, fade_out = (
+        w.float().to(b.device).reshape([-1 if axis == dim else 1 for axis in range(b.dim())])
+        for w in (weight, 1 - weight)
+    )
+    old = a.narrow(dim, a.shape[dim] - extent, extent).float() * fade_out
+    new = b.narrow(dim, 0, extent).float() * fade_in
+    lines = old.to(b.dtype) + new.to(b.dtype) if stepwise else (old + new).to(b.dtype)
+    return torch.cat([lines, b.narrow(dim, extent, b.shape[dim] - extent)], dim=dim)
+
+
+def _assemble(grid: TileGrid, parts: dict[Size, Tensor], *, keep: Size) -> Tensor:
+    """Crop each tile to its first `keep` cells (or frames and pixels) and join: columns, then rows, then time."""
+    frames, rows, columns = grid.counts
+
+    def line(f: int, i: int) -> Tensor:
+        cropped = [parts[f, i, j][:, :, : keep[0], : keep[1], : keep[2]] for j in range(columns)]
+        return torch.cat(cropped, dim=4)
+
+    slabs = [torch.cat([line(f, i) for i in range(rows)], dim=3) for f in range(frames)]
+    return torch.cat(slabs, dim=2)

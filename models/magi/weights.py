@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from models.errors import InputError
-from models.magi.config import MagiConfig
+from models.magi.config import MagiConfig, VaeConfig, read_json
 from models.magi.dit import MagiDiT
-from models.magi.vae import VaeConfig, ViTVAE
+from models.magi.vae import ViTVAE
+from models.protocols import CELL_FRAMES, CELL_PIXELS
 
-_Model = TypeVar("_Model", bound=nn.Module)
+_Network = TypeVar("_Network", bound=nn.Module)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -50,87 +51,123 @@ def weights_folder(config: MagiConfig, load: Path) -> Path:
     return load / f"inference_weight{kind}"
 
 
-def load_tensors(folder: Path, names: Collection[str], *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Read these tensors, as stored, from only the files that hold them.
+class Checkpoint:
+    """The stored weights of one network. Nothing is read before it is asked for.
 
     Args:
-        folder: holds `model.safetensors.index.json` and its shards, or `model.safetensors`; or one safetensors file.
-        names: what to read.
-        device: where to put them.
-
-    Raises:
-        InputError: a file is missing, damaged or truncated, or a tensor is not there.
+        source: a folder that holds `model.safetensors.index.json` and its shards, or `model.safetensors`; a released
+            autoencoder's folder, with `config.json` and `diffusion_pytorch_model.safetensors`; or one safetensors file.
     """
-    return dict(_read(_locate(folder, names), device))
 
+    def __init__(self, source: Path) -> None:
+        self.source = source
 
-def load_dit(
-    config: MagiConfig,
-    folder: Path,
-    *,
-    layers: range | None = None,
-    precise: bool = True,
-    attention: str = "sdpa",
-    device: torch.device | str = "cpu",
-) -> MagiDiT:
-    """Build the DiT, or the stage with these layers, from its own tensors.
+    def tensors(self, names: Collection[str], *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Read these tensors, as stored, from only the files that hold them.
 
-    What the released code promotes is fp32 (5.5), fp8 weights and their scales stay as they are, and everything else
-    gets the model's dtype, in whichever of the two a checkpoint stores its norms.
+        Raises:
+            InputError: a file is missing, damaged or truncated, or a tensor is not there.
+        """
+        return _read(self._locate(names), device)
 
-    Args:
-        config: shapes, and whether the checkpoint is quantised.
-        folder: as in `load_tensors`.
-        layers: which layers to hold. Without it, no tensor of the checkpoint may be left over.
-        precise: see `MagiDiT`.
-        attention: see `MagiDiT`.
-        device: where to put the weights.
+    def dit(
+        self,
+        config: MagiConfig,
+        *,
+        layers: range | None = None,
+        precise: bool = True,
+        attention: str = "sdpa",
+        device: torch.device | str = "cpu",
+    ) -> MagiDiT:
+        """Build the DiT, or the stage with these layers, from its own tensors.
 
-    Returns:
-        The model, ready to infer with: without gradients, in evaluation mode.
+        What the released code promotes is fp32 (5.5), fp8 weights and their scales stay as they are, and everything
+        else gets the model's dtype, in whichever of the two a checkpoint stores its norms.
 
-    Raises:
-        InputError: as in `load_tensors`; also a tensor too many, or of a wrong shape or kind.
-    """
-    shapes = config.model_config
-    with torch.device("meta"):
-        fp8 = config.engine_config.fp8_quant
-        model = MagiDiT(shapes, layers=layers, fp8=fp8, precise=precise, attention=attention)
-    dtypes = {name: _dit_dtype(name, tensor, shapes.dtype) for name, tensor in model.state_dict().items()}
-    found = _locate(folder, dtypes, all_used=layers is None)
-    return _fill(model, found, dtypes, device)
+        Args:
+            config: shapes, and whether the checkpoint is quantised.
+            layers: which layers to hold. Without it, no tensor of the checkpoint may be left over.
+            precise: see `MagiDiT`.
+            attention: see `MagiDiT`.
+            device: where to put the weights.
 
+        Returns:
+            The model, ready to infer with: without gradients, in evaluation mode.
 
-def load_vae(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> ViTVAE:
-    """Build the autoencoder from a released folder: config.json and diffusion_pytorch_model.safetensors (1.1).
+        Raises:
+            InputError: as in `tensors`; also a tensor too many, or of a wrong shape or kind.
+        """
+        shapes, fp8 = config.model_config, config.engine_config.fp8_quant
+        with torch.device("meta"):
+            model = MagiDiT(shapes, layers=layers, fp8=fp8, precise=precise, attention=attention)
+        dtypes = {name: _dit_dtype(name, tensor, shapes.dtype) for name, tensor in model.state_dict().items()}
+        return self._fill(model, dtypes, device, all_used=layers is None)
 
-    Args:
-        folder: `vae_pretrained`.
-        dtype: dtype of all parameters; the released one is bf16, whatever is stored.
-        device: where to put the weights.
+    def vae(self, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> ViTVAE:
+        """Build the autoencoder of a released folder (1.1).
 
-    Raises:
-        InputError: a file is missing or damaged, or describes another class of autoencoder.
-    """
-    path = folder / "config.json"
-    values = _read_json(path, "the autoencoder's configuration")
-    for key, known in {"_class_name": "ViTVAE", "model_type": "vit"}.items():
-        if values.get(key) != known:
-            raise InputError(f"{path}: {key} is {values.get(key)!r}, but only {known!r} is known")
-    if not isinstance(values.get("ddconfig"), dict):
-        raise InputError(f"{path}: the object ddconfig is missing")
-    config = VaeConfig.from_dict(values["ddconfig"], source=str(path))
-    return load_vae_weights(config, folder / _VAE_WEIGHTS, dtype=dtype, device=device)
+        Args:
+            dtype: dtype of all parameters; the released one is bf16, whatever is stored.
+            device: where to put the weights.
 
+        Raises:
+            InputError: as in `dit`; also a description of another class of autoencoder.
+        """
+        path = self.source / "config.json"
+        values = read_json(path, "the autoencoder's configuration")
+        for key, known in {"_class_name": "ViTVAE", "model_type": "vit"}.items():
+            if values.get(key) != known:
+                raise InputError(f"{path}: {key} is {values.get(key)!r}, but only {known!r} is known")
+        if not isinstance(values.get("ddconfig"), dict):
+            raise InputError(f"{path}: the object ddconfig is missing")
+        config = VaeConfig.from_dict(values["ddconfig"], source=str(path))
+        if (config.patch_size, config.patch_length) != (CELL_PIXELS, CELL_FRAMES):
+            raise InputError(f"{path}: patch_size must be {CELL_PIXELS} and patch_length {CELL_FRAMES}")
+        with torch.device("meta"):
+            vae = ViTVAE(config)
+        weights = Checkpoint(self.source / _VAE_WEIGHTS)
+        return weights._fill(vae, dict.fromkeys(vae.state_dict(), dtype), device, all_used=True)
 
-def load_vae_weights(
-    config: VaeConfig, path: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> ViTVAE:
-    """Build the autoencoder from one safetensors file; see `load_vae`."""
-    with torch.device("meta"):
-        vae = ViTVAE(config)
-    dtypes = dict.fromkeys(vae.state_dict(), dtype)
-    return _fill(vae, _locate(path, dtypes, all_used=True), dtypes, device)
+    def _fill(
+        self, model: _Network, dtypes: Mapping[str, torch.dtype], device: torch.device | str, *, all_used: bool
+    ) -> _Network:
+        """Give a network on the meta device its tensors, in these dtypes."""
+        found = self._locate(dtypes, all_used=all_used)
+        for name, declared in model.state_dict().items():
+            entry, shape, quantised = found[name], tuple(declared.shape), dtypes[name] == torch.float8_e4m3fn
+            if entry.shape != shape:
+                stored = list(entry.shape)
+                raise InputError(f"{entry.path}: {name} has shape {stored}, but the model needs {list(shape)}")
+            if (entry.dtype == _FP8) != quantised:
+                needed = _FP8 if quantised else "an unquantised dtype"
+                raise InputError(f"{entry.path}: {name} is {entry.dtype}, but the configuration asks for {needed}")
+        model.load_state_dict(_read(found, device, dtypes), assign=True)
+        return model.requires_grad_(False).eval()
+
+    def _locate(self, names: Collection[str], *, all_used: bool = False) -> dict[str, TensorFile]:
+        """Find tensors in a folder or a file. Only files that hold one of them are opened."""
+        index = self.source / _INDEX
+        if index.is_file():
+            shards = _read_index(index)
+            where, held = index, set(shards)
+        else:
+            where = self.source / _SINGLE if self.source.suffix != ".safetensors" else self.source
+            shards = {}
+            held = set(_read_header(where))
+        if missing := sorted(set(names) - held):
+            raise InputError(f"{where} lacks {_listed(missing)}: the checkpoint does not fit the configuration")
+        if all_used and (extra := sorted(held - set(names))):
+            raise InputError(
+                f"{where} has {_listed(extra)} that the model does not: another configuration's checkpoint?"
+            )
+        headers = {path: _read_header(path) for path in sorted({shards.get(name, where) for name in names})}
+        found = {}
+        for name in names:
+            path = shards.get(name, where)
+            if name not in headers[path]:
+                raise InputError(f"{path} lacks {name}, which {index} says it holds")
+            found[name] = headers[path][name]
+        return found
 
 
 def _dit_dtype(name: str, declared: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -141,76 +178,29 @@ def _dit_dtype(name: str, declared: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if promoted else dtype
 
 
-def _fill(
-    model: _Model, found: Mapping[str, TensorFile], dtypes: Mapping[str, torch.dtype], device: torch.device | str
-) -> _Model:
-    for name, declared in model.state_dict().items():
-        entry, shape = found[name], tuple(declared.shape)
-        if entry.shape != shape:
-            raise InputError(f"{entry.path}: {name} has shape {list(entry.shape)}, but the model needs {list(shape)}")
-        if (entry.dtype == _FP8) != (dtypes[name] == torch.float8_e4m3fn):
-            needed = _FP8 if dtypes[name] == torch.float8_e4m3fn else "an unquantised dtype"
-            raise InputError(f"{entry.path}: {name} is {entry.dtype}, but the configuration asks for {needed}")
-    tensors = {name: tensor.to(dtypes[name]) for name, tensor in _read(found, device)}
-    model.load_state_dict(tensors, assign=True)
-    return model.requires_grad_(False).eval()
-
-
-def _locate(source: Path, names: Collection[str], *, all_used: bool = False) -> dict[str, TensorFile]:
-    """Find tensors in a folder or a file. Only files that hold one of them are opened."""
-    index = source / _INDEX
-    if index.is_file():
-        shards = _read_index(index)
-        where, held = index, set(shards)
-    else:
-        where = source / _SINGLE if source.suffix != ".safetensors" else source
-        shards = {}
-        held = set(_read_header(where))
-    if missing := sorted(set(names) - held):
-        raise InputError(f"{where} lacks {_listed(missing)}: the checkpoint does not fit the configuration")
-    if all_used and (extra := sorted(held - set(names))):
-        raise InputError(f"{where} has {_listed(extra)} that the model does not: another configuration's checkpoint?")
-    headers = {path: _read_header(path) for path in sorted({shards.get(name, where) for name in names})}
-    found = {}
-    for name in names:
-        path = shards.get(name, where)
-        if name not in headers[path]:
-            raise InputError(f"{path} lacks {name}, which {index} says it holds")
-        found[name] = headers[path][name]
-    return found
-
-
-def _read(found: Mapping[str, TensorFile], device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
-    by_file: dict[Path, list[str]] = {}
-    for name, entry in found.items():
-        by_file.setdefault(entry.path, []).append(name)
-    for path, names in by_file.items():
+def _read(
+    found: Mapping[str, TensorFile], device: torch.device | str, dtypes: Mapping[str, torch.dtype] | None = None
+) -> dict[str, Tensor]:
+    """Read tensors, file by file; each is converted before the next is read."""
+    tensors = {}
+    for path in sorted({entry.path for entry in found.values()}):
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                for name in names:
-                    yield name, file.get_tensor(name)
+                for name, entry in found.items():
+                    if entry.path == path:
+                        stored = file.get_tensor(name)
+                        tensors[name] = stored if dtypes is None else stored.to(dtypes[name])
         except (SafetensorError, OSError) as error:
             raise InputError(f"cannot read {path}: {error}") from None
+    return tensors
 
 
 def _read_index(path: Path) -> dict[str, Path]:
     """Tensor names and the shards that hold them."""
-    shards = _read_json(path, "the checkpoint's index").get("weight_map")
+    shards = read_json(path, "the checkpoint's index").get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise InputError(f"{path}: the object weight_map is missing or maps to something else than file names")
     return {name: path.parent / shard for name, shard in shards.items()}
-
-
-def _read_json(path: Path, what: str) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"cannot read {what} {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} must be a JSON object")
-    return values
 
 
 def _read_header(path: Path) -> dict[str, TensorFile]:

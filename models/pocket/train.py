@@ -28,10 +28,10 @@ WHITENING = 0.5
 
 
 @torch.no_grad()
-def latent_statistics(vae: ViTVAE, seed: int) -> tuple[Tensor, Tensor]:
+def latent_statistics(vae: ViTVAE, seed: int, *, batches: int = 6, batch: int = 50) -> tuple[Tensor, Tensor]:
     """Mean [z] and covariance [z, z] of the latents' channels over random tiles."""
     generator = torch.Generator().manual_seed(seed)
-    z = torch.cat([vae.encode(tiles(50, generator)) for _ in range(6)]).transpose(0, 1).flatten(1)
+    z = torch.cat([vae.encode(tiles(batch, generator)) for _ in range(batches)]).transpose(0, 1).flatten(1)
     return z.mean(1), torch.cov(z)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.magi.vae import VaeConfig, ViTVAE
+from models.magi.config import VaeConfig
+from models.magi.vae import ViTVAE
 from models.pocket.clips import draw_background, draw_objects, render
 from models.pocket.trainer import Ema, Trainer, linear_decay
 

@@ -25,7 +25,7 @@ from parallel.cluster.config import ModelSource
 from parallel.cluster.connection import Call, Line, dial
 from parallel.cluster.messages import AskHealth, Command
 from parallel.health.errors import BAD_INPUT, FAILED, GangError
-from parallel.health.monitor import Timeouts
+from parallel.health.timeouts import Timeouts
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
 from parallel.topology.mesh import Layout

@@ -13,11 +13,10 @@ from engine.kv.size import KVSettings, clean_chunks
 from engine.request import Request
 from engine.reuse.settings import ReuseSettings
 from engine.schedule import Schedule
-from models.loading import load_magi
 from models.magi.config import MagiConfig
-from models.magi.pipeline import Loading, load_stage
+from models.magi.pipeline import Loading, load_pipeline, load_stage
 from models.magi.sampling import MagiSampling
-from models.protocols import Pipeline
+from models.protocols import CELL_FRAMES, Pipeline
 from parallel.cluster.queue import QuantumPlan, plan_quanta
 from parallel.ranks.worker import StageModel
 from parallel.topology.mesh import Layout, Mesh
@@ -60,7 +59,7 @@ class MagiSource:
         Raises:
             InputError: something is missing or damaged.
         """
-        return load_magi(self.config, self.weights, self._loading(mesh, device))
+        return load_pipeline(self.config, self.weights, self._loading(mesh, device))
 
     def stage(self, mesh: Mesh, device: str) -> StageModel:
         """A rank's layers.
@@ -74,9 +73,6 @@ class MagiSource:
     def _loading(self, mesh: Mesh, device: str) -> Loading:
         layers = stage_range(self.config, mesh, self.split)
         return Loading(device=device, precise=self.precise, attention=self.attention, layers=layers)
-
-
-_CELL, _FRAMES_OF_LATENT = 8, 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,11 +116,10 @@ def video_size(
     )
     width = sampling.chunk_width
     frames = 0 if request.prefix is None else len(request.prefix.frames)
-    given = 1 if frames == 1 else frames // _FRAMES_OF_LATENT
+    given = 1 if frames == 1 else frames // CELL_FRAMES
     chunks = math.ceil((request.chunks * width + given) / width)
     schedule = Schedule(first=given // width, chunks=chunks, num_steps=request.num_steps, window=sampling.window)
-    side = _CELL * model.patch_size
-    tokens = width * (request.height // side) * (request.width // side) // model.t_patch_size
+    tokens = config.chunk_tokens(request.height, request.width)
     rows = tokens * (clean_chunks(schedule, sampling, kv.budget) + sampling.window) * sampling.branches
     per_row = 2 * model.num_query_groups * model.kv_channels * model.dtype.itemsize / layout.cp
     layers = max(stage_sizes(config, layout.pp, split))

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.comm.channel import GroupTransport, Link, Transport
-from parallel.health.monitor import Timeouts
+from parallel.health.timeouts import Timeouts
 from parallel.ranks.environment import RankEnv
 from parallel.topology.mesh import Edge, Mesh
 

@@ -1,16 +1,19 @@
-"""How the ranks of a gang learn that one has failed: the first report wins, and everybody stops with its message.
+"""Exit codes, and how the ranks of a gang learn that one of them has failed: the first report wins and ends all ranks.
 
-The board is a key of the rendezvous store, so it outlives the rank that wrote it.
+Reports live in the rendezvous store, so they outlive the rank that wrote them. No torch is imported here: the command
+line reads the exit codes before it loads anything heavy.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from torch.distributed import Store
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
-FAILED, BAD_INPUT, STOPPED = 1, 2, 130
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # 128 + SIGINT, as shells count
 _KEY = "failure"
 
 
@@ -19,43 +22,41 @@ class Failure:
     """Why a gang has stopped."""
 
     message: str  # one line that names the culprit
-    status: int  # exit status of all ranks: 1, 2 for bad input, 130 for Ctrl-C
-    reporter: int  # the rank that is to show it
-    hung: tuple[int, ...] = ()  # ranks that cannot hear of it; whoever shares a machine with them ends them
+    status: int  # exit code of all ranks
+    reporter: int  # the rank that shows the message
+    hung: tuple[int, ...] = ()  # ranks that cannot read this; a rank on the same machine ends their processes
 
 
 class GangError(Exception):
-    """The gang has failed; its text is the one line of `failure`."""
+    """The gang has failed; the text is the message of `failure`."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message)
         self.failure = failure
 
     def __reduce__(self) -> tuple[type[GangError], tuple[Failure]]:
-        return GangError, (self.failure,)  # the text alone would not make it again in another process
+        return GangError, (self.failure,)  # by default the text alone would be pickled
 
 
 class ErrorStore:
-    """Where failures are reported and read."""
+    """The gang's failure in the rendezvous store.
+
+    Args:
+        store: a connection under the attempt's prefix.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def report(self, failure: Failure) -> Failure:
-        """Report a failure.
-
-        Returns:
-            The one that was reported first.
-        """
-        return _read(self._store.compare_set(_KEY, "", json.dumps(asdict(failure))))
+        """Report a failure; returns the one that was reported first."""
+        return _parse(self._store.compare_set(_KEY, "", json.dumps(asdict(failure))))
 
     def read(self) -> Failure | None:
-        """What was reported, if anything."""
-        return _read(self._store.get(_KEY)) if self._store.check([_KEY]) else None
+        """The failure that was reported first, if any."""
+        return _parse(self._store.get(_KEY)) if self._store.check([_KEY]) else None
 
 
-def _read(raw: bytes) -> Failure:
-    found = json.loads(raw)
-    return Failure(
-        message=found["message"], status=found["status"], reporter=found["reporter"], hung=tuple(found["hung"])
-    )
+def _parse(raw: bytes) -> Failure:
+    values = json.loads(raw)
+    return Failure(**{**values, "hung": tuple(values["hung"])})

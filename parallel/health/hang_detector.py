@@ -1,7 +1,7 @@
-"""Finds, from the signs of life of all ranks, the one that hangs. It knows no clock, no store and no process.
+"""Finds the rank that hangs from the heartbeats of all ranks. Pure: no clock, no store and no process in here.
 
-A rank that is silent is the first suspect: as long as there is one, nobody else is judged, for others may wait for it
-in the middle of their work.
+A silent rank is the first suspect. While there is one, no other rank is blamed: others may wait for it in the middle of
+their work.
 """
 
 from __future__ import annotations
@@ -10,22 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from parallel.health.heartbeats import Heartbeat
+from parallel.health.timeouts import Timeouts
 from parallel.topology.mesh import Mesh
 
-_SUSPECT = 1 / 6
-"""Part of the time without a sign of life after which nothing else is judged."""
-_AS_WELL = 3 / 4
-"""Part of that time after which a rank is named with one that is over it: a machine takes all its ranks along."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Timeouts:
-    """How long to wait, in seconds."""
-
-    silent: float = 20.0  # without a sign of life from a rank
-    first: float = 900.0  # for all ranks to come, for loading, and for a rank's first items, which may compile
-    step: float = 180.0  # for one item after that
-    grace: float = 3.0  # for a rank to unwind after a failure
+_SUSPECT = 1 / 6  # of `silent`: a rank without a heartbeat for so long keeps others from being blamed
+_ALSO = 3 / 4  # of `silent`: a rank is named along with one that exceeds it, for a lost machine takes all its ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,98 +22,94 @@ class Diagnosis:
     """What is wrong."""
 
     message: str  # one line
-    hung: tuple[int, ...] = ()  # ranks that cannot hear of it
+    hung: tuple[int, ...] = ()  # ranks that cannot read a failure
 
 
 @dataclass(slots=True)
-class _Seen:
-    """Seconds for which a rank's sign of life, and the thing that it does, have been the same."""
+class _Observed:
+    """A rank's latest heartbeat, and for how many seconds it has stayed the same."""
 
     heartbeat: Heartbeat
-    silent: float = 0.0
-    busy: float = 0.0
+    silent: float = 0.0  # since the heartbeat changed
+    busy: float = 0.0  # since the task changed
 
 
 @dataclass(slots=True)
 class HangDetector:
-    """Looks at all ranks again and again.
+    """Looks at all ranks again and again."""
 
-    Args:
-        mesh: names of ranks.
-        timeouts: how long to wait.
-    """
-
-    mesh: Mesh
+    mesh: Mesh  # for the names of ranks
     timeouts: Timeouts
-    _seen: dict[int, _Seen] = field(default_factory=dict)
+    slack: float = 0.0  # seconds more than each limit: the ranks watch each other and know more, so they go first
+    _ranks: dict[int, _Observed] = field(default_factory=dict)
     _absent: float = 0.0
     _idle: float = 0.0
-    _begun: int = 0
+    _items: int = 0
 
-    def look(self, heartbeats: Mapping[int, Heartbeat | None], passed: float, expected: int) -> Diagnosis | None:
+    def look(self, heartbeats: Mapping[int, Heartbeat | None], passed: float, expected: int = 0) -> Diagnosis | None:
         """Look at all ranks.
 
         Args:
-            heartbeats: of those that have come; None for those that have left.
+            heartbeats: of the ranks that have joined; None for one that has left.
             passed: seconds since the last look.
-            expected: results that this rank does nothing but wait for.
+            expected: results for which the caller does nothing but wait.
 
         Returns:
             What is wrong, if anything is.
         """
-        self._note(heartbeats, passed)
-        times = self.timeouts
-        if silent := [rank for rank, seen in self._seen.items() if seen.silent > times.silent * _SUSPECT]:
-            return self._silent(silent)
+        self._observe(heartbeats, passed)
+        limit = self.timeouts.silent + self.slack
+        if suspects := [rank for rank, one in self._ranks.items() if one.silent > limit * _SUSPECT]:
+            return self._silent(suspects, limit)
         absent = [rank for rank in range(self.mesh.layout.world_size) if rank not in heartbeats]
         self._absent = self._absent + passed if absent else 0.0
-        if absent:
-            if self._absent <= times.first:
-                return None
-            return Diagnosis(message=f"{self._names(absent)} not come within {times.first:.0f} s")
-        return self._stuck(passed) or self._asleep(passed, expected)
+        if not absent:
+            return self._stuck(passed) or self._asleep(passed, expected)
+        if self._absent <= self.timeouts.first + self.slack:
+            return None
+        return Diagnosis(message=f"{self._names(absent)} not come within {self.timeouts.first:.0f} s")
 
-    def _note(self, heartbeats: Mapping[int, Heartbeat | None], passed: float) -> None:
+    def busy(self, rank: int) -> float:
+        """Seconds for which a rank has been at its present task."""
+        one = self._ranks.get(rank)
+        return 0.0 if one is None else one.busy
+
+    def _observe(self, heartbeats: Mapping[int, Heartbeat | None], passed: float) -> None:
         for rank, heartbeat in heartbeats.items():
             if heartbeat is None:
-                self._seen.pop(rank, None)
+                self._ranks.pop(rank, None)
                 continue
-            seen = self._seen.setdefault(rank, _Seen(heartbeat))
-            seen.silent = 0.0 if heartbeat.count != seen.heartbeat.count else seen.silent + passed
-            if not heartbeat.doing or (heartbeat.items, heartbeat.doing) != (
-                seen.heartbeat.items,
-                seen.heartbeat.doing,
-            ):
-                seen.busy = 0.0
-            seen.heartbeat = heartbeat
+            one = self._ranks.setdefault(rank, _Observed(heartbeat))
+            before, one.heartbeat = one.heartbeat, heartbeat
+            one.silent = 0.0 if heartbeat.count != before.count else one.silent + passed
+            if not heartbeat.doing or (heartbeat.items, heartbeat.doing) != (before.items, before.doing):
+                one.busy = 0.0
 
-    def _silent(self, suspects: list[int]) -> Diagnosis | None:
-        longest = max(suspects, key=lambda rank: self._seen[rank].silent)
-        seconds = self._seen[longest].silent
-        if seconds <= self.timeouts.silent:
+    def _silent(self, suspects: list[int], limit: float) -> Diagnosis | None:
+        worst = max((self._ranks[rank] for rank in suspects), key=lambda one: one.silent)
+        if worst.silent <= limit:
             return None
-        hung = [rank for rank in suspects if self._seen[rank].silent > self.timeouts.silent * _AS_WELL]
-        message = f"{self._names(hung)} given no sign of life for {seconds:.0f} s {self._seen[longest].heartbeat.at}"
+        hung = [rank for rank in suspects if self._ranks[rank].silent > limit * _ALSO]
+        message = f"{self._names(hung)} given no sign of life for {worst.silent:.0f} s {worst.heartbeat.at}"
         return Diagnosis(message=message, hung=tuple(hung))
 
     def _stuck(self, passed: float) -> Diagnosis | None:
-        working = {rank: seen for rank, seen in self._seen.items() if seen.heartbeat.doing}
-        for seen in working.values():
-            seen.busy += passed
-        late = [seen for seen in working.values() if seen.busy > seen.heartbeat.limit]
+        working = {rank: one for rank, one in self._ranks.items() if one.heartbeat.doing}
+        for one in working.values():
+            one.busy += passed
+        late = [one for one in working.values() if one.busy > one.heartbeat.limit + self.slack]
         if not late:
             return None
-        # The ranks of a stage wait for each other within an item, so one that is stuck holds up those beside it.
-        item = late[0].heartbeat.doing
-        ranks = [rank for rank, seen in working.items() if seen.heartbeat.doing == item]
+        # The ranks of a stage wait for each other within an item, so all that are at it are named.
+        ranks = [rank for rank, one in working.items() if one.heartbeat.doing == late[0].heartbeat.doing]
         return Diagnosis(message=f"{self._names(ranks)} not come on for {late[0].busy:.0f} s {late[0].heartbeat.at}")
 
     def _asleep(self, passed: float, expected: int) -> Diagnosis | None:
-        begun = sum(seen.heartbeat.items for seen in self._seen.values())
-        working = any(seen.heartbeat.doing for seen in self._seen.values())
-        self._idle = self._idle + passed if expected and not working and begun == self._begun else 0.0
-        self._begun = begun
-        if self._idle <= self.timeouts.step:
+        items = sum(one.heartbeat.items for one in self._ranks.values())
+        working = any(one.heartbeat.doing for one in self._ranks.values())
+        self._idle = self._idle + passed if expected and not working and items == self._items else 0.0
+        self._items = items
+        if self._idle <= self.timeouts.step + self.slack:
             return None
         return Diagnosis(message=f"no rank works, though {expected} items are under way")
 

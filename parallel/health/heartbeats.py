@@ -1,7 +1,7 @@
-"""The notices that ranks leave for each other in the rendezvous store: signs of life, and the first failure.
+"""The heartbeats of all ranks in the rendezvous store: a thread writes this rank's and reads everybody's.
 
-Only the thread in here talks to the store, because whoever does may have to wait for ever: a store whose process is
-stopped answers no more. Others look at what the thread has seen last, and at how long ago that was.
+Only this thread talks to the store, for a call may never return: a store whose process is stopped does not answer.
+Other threads look at what this thread has read last, and at how many rounds it has done.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from dataclasses import asdict, dataclass
 
 from torch.distributed import Store
 
-from parallel.health.errors import ErrorStore, Failure
+from parallel.health.errors import FAILED, ErrorStore, Failure
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heartbeat:
-    """A sign of life."""
+    """What a rank says of itself."""
 
-    count: int  # of heartbeats so far
-    items: int  # of things that the rank has begun with
-    doing: str  # the thing that it is at, in words; empty while it waits
-    last: str  # what it began with last
-    limit: float  # seconds that it may be at this thing
-    pid: int
-    machine: str  # where that is
+    count: int  # heartbeats so far
+    items: int  # tasks begun so far
+    doing: str  # the present task, in words; empty while the rank waits
+    last: str  # the task begun last
+    limit: float  # seconds that the present task may take
+    pid: int  # of the rank's process
+    machine: str  # of the rank's process, as `this_machine` names it
 
     @property
     def at(self) -> str:
@@ -35,106 +35,101 @@ class Heartbeat:
 
 
 class Heartbeats:
-    """Writes this rank's notices and reads those of all.
+    """The thread that exchanges heartbeats and failures with the store, round after round.
 
     Args:
-        store: a connection of its own to the store.
-        rank: this one.
-        world: number of ranks.
-        heartbeat: makes this rank's sign of life.
+        store: a connection of its own, under the attempt's prefix.
+        world_size: number of ranks.
         interval: seconds between two rounds.
-        on_news: called when there is a failure, or no store any more.
+        on_round: called by the thread after each round, and once more when the thread ends.
+        rank: this process's; None if it is not a rank and only reads.
+        beat: makes this rank's heartbeat.
     """
 
     def __init__(
         self,
         store: Store,
-        rank: int,
-        world: int,
+        world_size: int,
         *,
-        heartbeat: Callable[[], Heartbeat],
         interval: float,
-        on_news: Callable[[], None],
+        on_round: Callable[[], None],
+        rank: int | None = None,
+        beat: Callable[[], Heartbeat] | None = None,
     ) -> None:
-        self.heartbeats: dict[int, Heartbeat | None] = {}
-        """Last signs of life of the ranks that have come; None for those that have left."""
-        self.rounds = 0
-        """How often all notices were read."""
-        self.failure: Failure | None = None
-        """What was reported first."""
-        self.mine: Failure | None = None
-        """What this rank has to report."""
-        self.lost = False
-        """The store is gone."""
-        self._store, self._board = store, ErrorStore(store)
-        self._key, self._world, self._absent = self._name(rank), world, set(range(world))
-        self._heartbeat, self._interval, self._on_news = heartbeat, interval, on_news
-        self._wake, self._told = threading.Event(), threading.Event()
+        self.latest: dict[int, Heartbeat | None] = {}  # of the ranks that have joined; None for one that has left
+        self.rounds = 0  # how often all heartbeats were read
+        self.failure: Failure | None = None  # the one that was reported first
+        self.reported: Failure | None = None  # the one that this process reports
+        self.lost = False  # the store has closed the connection
+        self._store, self._errors = store, ErrorStore(store)
+        self._rank, self._beat, self._interval, self._on_round = rank, beat, interval, on_round
+        self._world_size, self._absent = world_size, set(range(world_size))
+        self._wake, self._left = threading.Event(), threading.Event()
         self._leaves = self._closed = False
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="notices", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def refresh(self) -> None:
-        """Read all notices soon."""
+        """Do the next round now."""
         self._wake.set()
 
     def report(self, failure: Failure) -> None:
-        """Report a failure; what was reported first comes as `failure`."""
+        """Report a failure; the one that was reported first is `failure` after the next round."""
         with self._lock:
-            self.mine = self.mine or failure
-        self._wake.set()
+            self.reported = self.reported or failure
+        self.refresh()
 
-    def take_leave(self) -> None:
-        """Tell the others not to wait for this rank's signs of life any more."""
+    def leave(self, wait: float = 0.0) -> None:
+        """Announce that this rank sends no more heartbeats; waits for so many seconds until the others can know it."""
         self._leaves = True
-        self._wake.set()
-
-    def wait_told(self, seconds: float) -> None:
-        """Wait until the others can know that this rank has left."""
-        self._told.wait(seconds)
-
-    def give_up(self) -> None:
-        """The store is of no use any more: nobody can be told anything."""
-        self._told.set()
+        self.refresh()
+        self._left.wait(wait)
 
     def close(self, seconds: float) -> None:
-        """End the thread; it is left behind if the store does not answer."""
+        """End the thread; it is abandoned if the store does not answer in time."""
         self._closed = True
-        self._wake.set()
+        self.refresh()
         self._thread.join(seconds)
-
-    @staticmethod
-    def _name(rank: int) -> str:
-        return f"heartbeat/{rank}"
 
     def _run(self) -> None:
         try:
             while not self._closed:
                 self._round()
                 self.rounds += 1
+                self._on_round()
                 self._wake.wait(self._interval)
                 self._wake.clear()
-        except RuntimeError:  # what a store raises when its connection is gone
+        except RuntimeError:  # raised by a store whose connection is closed
             self.lost = True
-        self._told.set()
-        self._on_news()
+        except Exception as error:  # noqa: BLE001 - without this thread the gang would run unwatched
+            self._die(error)
+        self._left.set()
+        self._on_round()
 
     def _round(self) -> None:
         leaves = self._leaves
         if self.failure is None:
-            self.failure = self._board.read() if self.mine is None else self._board.report(self.mine)
-            if self.failure is not None:
-                self._on_news()
-        self._store.set(self._key, "" if leaves else json.dumps(asdict(self._heartbeat())))
-        self._absent = {rank for rank in self._absent if not self._store.check([self._name(rank)])}
-        there = [rank for rank in range(self._world) if rank not in self._absent]
-        texts = self._store.multi_get([self._name(rank) for rank in there])
-        self.heartbeats = {
-            rank: Heartbeat(**json.loads(text)) if text else None for rank, text in zip(there, texts, strict=True)
+            self.failure = self._errors.read() if self.reported is None else self._errors.report(self.reported)
+        if self._beat is not None:
+            self._store.set(f"heartbeat/{self._rank}", "" if leaves else json.dumps(asdict(self._beat())))
+        self._absent = {rank for rank in self._absent if not self._store.check([f"heartbeat/{rank}"])}
+        joined = [rank for rank in range(self._world_size) if rank not in self._absent]
+        texts = self._store.multi_get([f"heartbeat/{rank}" for rank in joined])
+        self.latest = {
+            rank: Heartbeat(**json.loads(text)) if text else None for rank, text in zip(joined, texts, strict=True)
         }
         if leaves:
-            self._told.set()  # the store has answered, so it has this rank's last notice
+            self._left.set()  # the store has answered, so it holds this rank's last heartbeat
+
+    def _die(self, error: Exception) -> None:
+        who = "the reader" if self._rank is None else f"rank {self._rank}"
+        text = f"{who}: heartbeats: {type(error).__name__}: {error}".partition("\n")[0]
+        failure = Failure(message=text, status=FAILED, reporter=self._rank or 0)
+        try:
+            self.failure = self._errors.report(failure)
+        except RuntimeError:
+            self.failure = failure

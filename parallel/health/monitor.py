@@ -1,18 +1,18 @@
-"""Watches over the ranks of a gang: each tells what it is doing, and each looks at all others.
+"""Each rank watches all others: it sends a heartbeat twice a second and reads those of all ranks.
 
-Every rank leaves a sign of life in the rendezvous store twice a second, and reads those of all. Whoever finds a rank
-dead or hanging reports it there; the first report holds, and all ranks stop with its message. By default that takes
+A rank that finds another one dead or hanging reports it to the rendezvous store. The first report holds, and all ranks
+stop with its message. With the default `Timeouts`, that takes
 
-- a second, if a rank has failed by itself (bad input, an exception, flags that do not agree), or if its process has
-  ended, on this machine or with a connection to here; otherwise as for a rank that is stopped,
-- 20 s (`silent`), if a rank is stopped, its machine is lost, or the store does not answer any more,
-- 180 s (`step`), if a rank is stuck in one item; 900 s (`first`), if in loading or one of its first items,
-- 180 s (`step`), if the lead waits for results that nobody works on,
-- a second, if the launcher has gone; a launcher's SIGTERM holds for `grace` if nothing else is found by then,
+- a second, if a rank has failed by itself (bad input, an exception, reuse flags that differ), or if its process has
+  ended and ran on this machine or was connected to this rank; otherwise as long as for a stopped rank,
+- 20 s (`silent`), if a rank is stopped, its machine is lost, or the store does not answer,
+- 180 s (`step`), if a rank is stuck in one item; 900 s (`first`), if in loading or in one of its first items,
+- 180 s (`step`), if the leader waits for results on which no rank works,
+- a second, if the launcher has gone; after a launcher's SIGTERM `grace`, unless something else is found by then,
 
-and up to 3 s more (`grace`; on the rank that serves the store, twice that) for ranks that cannot unwind: their process
-is ended. Who cannot hear at all, because it is stopped, is ended by the ranks beside it, before they go themselves.
-Only time in which this rank could look counts, so neither a machine that slept nor a starved one finds others dead.
+and up to 3 s more (`grace`; twice that on the rank that serves the store) for ranks that cannot unwind: their process
+is ended. A stopped rank cannot read the failure; the ranks on its machine end its process before they end themselves.
+Only time in which this rank could look counts, so neither a suspended machine nor a starved rank blames others.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from typing import NoReturn
 
 from torch.distributed import Store
 
-from parallel.health.errors import FAILED, STOPPED, Failure, GangError
-from parallel.health.hang_detector import HangDetector, Timeouts
+from parallel.health.errors import FAILED, INTERRUPTED, Failure, GangError
+from parallel.health.hang_detector import HangDetector
 from parallel.health.heartbeats import Heartbeat, Heartbeats
 from parallel.health.processes import LocalProcess, WakeupPipe, this_machine
+from parallel.health.timeouts import Timeouts
 from parallel.ranks.environment import RankEnv
 from parallel.topology.mesh import Mesh
 
-_INTERVAL = 0.5
-_FIRST_ITEMS = 4
-_GONE = (
+_FIRST_ITEMS = 4  # that may take `first`
+_DISCONNECTED = (  # parts of the messages of gloo and NCCL
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
@@ -47,77 +47,78 @@ _GONE = (
 
 
 class Monitor:
-    """Watches in a thread of its own, which never waits for anybody.
+    """Watches in a thread of its own, which waits for no other rank.
 
     Args:
-        store: a connection of its own to the rendezvous store.
-        mesh: names of ranks.
+        store: a connection of its own to the rendezvous store, under the attempt's prefix.
+        mesh: for the names of ranks.
         timeouts: how long to wait.
         env: of this rank.
     """
 
     def __init__(self, store: Store, mesh: Mesh, timeouts: Timeouts, env: RankEnv) -> None:
         self._mesh, self._timeouts, self._env = mesh, timeouts, env
+        self._name = mesh.name(mesh.rank)
         self._speaks = not env.launcher_speaks
-        self._server = None if env.launcher_serves else 0
+        self._server = None if env.launcher_serves else 0  # the rank that serves the store
         self._parent = os.getppid() if env.launched else None
         self._failure: Failure | None = None
         self._failed_at = 0.0
-        self._doing, self._last, self._items, self._heartbeats = "starting", "starting", 0, 0
+        self._doing, self._last, self._items, self._beats = "starting", "starting", 0, 0
         self._outstanding: Callable[[], int] = lambda: 0
         self._expects = False
-        self._interval = min(_INTERVAL, timeouts.silent / 8)
         self._machine = this_machine()
-        self._processes: dict[int, LocalProcess] = {}
-        self._gone: dict[int, int] = {}
-        self._rounds, self._since_round = 0, 0.0
-        self._terminating: float | None = None
-        self._known, self._over = threading.Event(), threading.Event()
-        self._bell = WakeupPipe()
-        self._judge = HangDetector(mesh, timeouts)
-        self._notices = Heartbeats(
+        self._processes: dict[int, LocalProcess] = {}  # of the other ranks on this machine
+        self._gone: dict[int, int] = {}  # ranks whose process has ended, and the round in which that was seen
+        self._rounds, self._unread = 0, 0.0  # heartbeats read, and seconds since
+        self._store_lost = False
+        self._terminating: float | None = None  # seconds since SIGTERM
+        self._failed, self._stopped = threading.Event(), threading.Event()
+        self._pipe = WakeupPipe()
+        self._detector = HangDetector(mesh, timeouts)
+        self._heartbeats = Heartbeats(
             store,
-            mesh.rank,
             mesh.layout.world_size,
-            heartbeat=self._heartbeat,
-            interval=self._interval,
-            on_news=self._bell.ring,
+            interval=timeouts.interval,
+            on_round=self._pipe.notify,
+            rank=mesh.rank,
+            beat=self._beat,
         )
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
 
     @property
     def doing(self) -> str:
-        """What this rank is doing, in words; empty while it waits."""
+        """This rank's present task, in words; empty while it waits."""
         return self._doing
 
     def start(self) -> None:
         """Start to watch."""
-        self._notices.start()
+        self._heartbeats.start()
         self._thread.start()
 
     def stop(self) -> None:
-        """This rank is through; nobody will miss its signs of life."""
-        self._over.set()
-        self._bell.ring()
-        self._part()
+        """Stop to watch: this rank is done, and the others expect no more heartbeats of it."""
+        self._stopped.set()
+        self._pipe.notify()
+        self._leave()
         self._close()
 
     def hand_over(self) -> None:
-        """The failure is known where the gang was opened, and is to be shown there.
+        """Stop to watch after a failure: the caller shows it.
 
-        A process that a launcher has started for its rank has `grace` from now to do so and to end. Any other one may
+        A process that a launcher has started for its rank has `grace` from now to end by itself. Any other process may
         go on.
         """
         self._failed_at = time.monotonic()
-        self._part()
+        self._leave()
         self._failed_at, self._speaks = time.monotonic(), False
         if not self._env.launched:
-            self._over.set()
-            self._bell.ring()
+            self._stopped.set()
+            self._pipe.notify()
             self._close()
 
     def watch(self, outstanding: Callable[[], int]) -> None:
-        """Ask how many items are under way, to tell a gang that is stuck from one that has nothing to do."""
+        """Ask this for the number of items under way, to distinguish a hanging gang from an idle one."""
         self._outstanding = outstanding
 
     @contextmanager
@@ -130,48 +131,47 @@ class Monitor:
             self._expects = False
 
     def working(self, what: str) -> None:
-        """This rank begins with something."""
+        """This rank begins a task."""
         self._items += 1
         self._doing = self._last = what
 
     def waiting(self) -> None:
-        """This rank is through with what it did."""
+        """This rank has finished its task."""
         self._doing = ""
 
     def check(self) -> None:
-        """Raise if somebody has failed.
+        """Raise if a rank has failed.
 
         Raises:
-            GangError: what has happened.
+            GangError: the failure.
         """
         if self._failure is not None:
             raise GangError(self._failure)
 
     def fail(self, message: str, *, status: int = FAILED) -> Failure:
-        """Report a failure; what was reported first is returned, and holds."""
-        failure = Failure(message=message, status=status, reporter=self._mesh.rank)
-        self._notices.report(failure)
+        """Report a failure of this rank, in one line; returns the one that was reported first."""
+        failure = Failure(message=message.partition("\n")[0], status=status, reporter=self._mesh.rank)
+        self._heartbeats.report(failure)
         return self.await_failure() or failure
 
     def await_failure(self) -> Failure | None:
-        """Wait until a failure is known, as long as a rank, or the store, may be silent."""
-        self._known.wait(self._timeouts.silent + 2 * self._timeouts.grace)
+        """Wait for a failure for as long as it may take to find a silent rank or store."""
+        self._failed.wait(self._timeouts.silent + 2 * self._timeouts.grace)
         return self._failure
 
     def lost(self, rank: int, error: BaseException) -> None:
-        """A connection to a rank has failed. If that rank has reported why, before it went, its report holds."""
-        if self._over.is_set():
+        """Report that a connection to a rank has failed. A report of that rank itself is older and holds."""
+        if self._stopped.is_set():
             return
         if is_connection_error(error):
-            self.fail(self._has_gone(rank, "it has closed its connections"))
+            self.fail(self._describe_gone(rank, "it has closed its connections"))
         else:
-            text = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            self.fail(f"{self._mesh.name(self._mesh.rank)}: messages from or to rank {rank}: {text}")
+            self.fail(f"{self._name}: messages from or to rank {rank}: {_first_line(error)}")
 
-    def _heartbeat(self) -> Heartbeat:
-        self._heartbeats += 1
+    def _beat(self) -> Heartbeat:
+        self._beats += 1
         return Heartbeat(
-            count=self._heartbeats,
+            count=self._beats,
             items=self._items,
             doing=self._doing,
             last=self._last,
@@ -180,125 +180,121 @@ class Monitor:
             machine=self._machine,
         )
 
-    def _has_gone(self, rank: int, how: str) -> str:
-        heartbeat = self._notices.heartbeats.get(rank)
-        return f"{self._mesh.name(rank)} has gone: {how}" + (f", last seen {heartbeat.at}" if heartbeat else "")
-
     def _run(self) -> None:
-        before = time.monotonic()
-        while not self._over.is_set():
-            signals = self._bell.wait(self._interval)
+        try:
+            self._watch()
+        except Exception as error:  # noqa: BLE001 - without this thread the rank would run unwatched
+            self._report(f"{self._name}: monitor: {_first_line(error)}")
+            self._failed_at, self._failure = time.monotonic(), self._heartbeats.reported
+            self._failed.set()
+        grace = self._timeouts.grace * (2 if self._server == self._mesh.rank else 1)
+        while not self._stopped.wait(self._timeouts.interval):
+            if time.monotonic() - self._failed_at > grace:
+                self._end_process()
+
+    def _watch(self) -> None:
+        """Look for failures until there is one."""
+        interval, before = self._timeouts.interval, time.monotonic()
+        while self._failure is None and not self._stopped.is_set():
+            signals = self._pipe.wait(interval)
             now = time.monotonic()
-            passed, before = min(now - before, 2 * self._interval), now
+            passed, before = min(now - before, 2 * interval), now
             if signal.SIGTERM in signals and self._terminating is None:
                 self._terminating = 0.0
-            if self._over.is_set():
-                return
-            if self._failure is None:
+            if not self._stopped.is_set():
                 self._look(passed)
-            elif now - self._failed_at > self._timeouts.grace * (2 if self._server == self._mesh.rank else 1):
-                self._end()
 
     def _look(self, passed: float) -> None:
-        """Look at all others; `passed` seconds after the last look."""
-        notices = self._notices
-        self._since_round += passed
-        self._meet_processes()
-        if notices.failure is not None:
-            self._set(notices.failure)
-        elif notices.lost:
+        """Look for a failure, `passed` seconds after the last look."""
+        found = self._heartbeats
+        unread = self._unread + passed
+        fresh = found.rounds != self._rounds
+        self._rounds, self._unread = found.rounds, 0.0 if fresh else unread
+        self._open_processes()
+        if found.failure is not None:
+            self._set_failure(found.failure)
+        elif found.lost:
             self._lose_store("it has closed its connections")
-        elif self._since_round > self._timeouts.silent:
-            self._lose_store(f"it has given no sign of life for {self._since_round:.0f} s")
-        elif notices.mine is None:
-            self._look_at_processes(passed)
-            if notices.rounds != self._rounds:
-                verdict = self._judge.look(notices.heartbeats, self._since_round, self._expected)
-                self._rounds, self._since_round = notices.rounds, 0.0
-                if verdict is not None:
-                    self._report(verdict.message, hung=verdict.hung)
-        elif notices.rounds != self._rounds:
-            self._rounds, self._since_round = notices.rounds, 0.0
+        elif self._unread > self._timeouts.silent:
+            self._lose_store(f"it has given no sign of life for {unread:.0f} s")
+        elif found.reported is None:
+            self._check_processes(passed)
+            if fresh:
+                expected = self._outstanding() if self._expects else 0
+                if diagnosis := self._detector.look(found.latest, unread, expected):
+                    self._report(diagnosis.message, hung=diagnosis.hung)
 
-    @property
-    def _expected(self) -> int:
-        return self._outstanding() if self._expects else 0
-
-    def _meet_processes(self) -> None:
-        for rank, heartbeat in self._notices.heartbeats.items():
-            if heartbeat is not None and rank not in self._processes and heartbeat.machine == self._machine:
-                if rank != self._mesh.rank:
+    def _open_processes(self) -> None:
+        for rank, heartbeat in self._heartbeats.latest.items():
+            if heartbeat is not None and heartbeat.machine == self._machine:
+                if rank != self._mesh.rank and rank not in self._processes:
                     self._processes[rank] = LocalProcess(heartbeat.pid)
 
-    def _look_at_processes(self, passed: float) -> None:
-        """Look at what this machine knows of its processes."""
+    def _check_processes(self, passed: float) -> None:
+        """Check the processes of this machine: the other ranks, the launcher, and SIGTERM to this one."""
         for rank, process in self._processes.items():
-            if process.gone and self._notices.heartbeats[rank] is not None:
-                self._look_at_gone(rank)
+            if process.gone and self._heartbeats.latest[rank] is not None:
+                # Its own report, if there is one, has been read after one more round.
+                since = self._gone.setdefault(rank, self._rounds)
+                self._heartbeats.refresh()
+                if self._rounds >= since + 2:
+                    self._report(self._describe_gone(rank, "its process has ended"))
         if self._parent is not None and os.getppid() != self._parent:
-            self._report(f"the launcher of {self._mesh.name(self._mesh.rank)} has gone")
+            self._report(f"the launcher of {self._name} has gone")
         if self._terminating is not None:
             self._terminating += passed
             if self._terminating > self._timeouts.grace:
-                self._report(f"{self._mesh.name(self._mesh.rank)} was told to stop", status=STOPPED)
+                self._report(f"{self._name} was told to stop", status=INTERRUPTED)
 
-    def _look_at_gone(self, rank: int) -> None:
-        """A rank's process has ended: after all notices were read once more, there is no word from it to come."""
-        since = self._gone.setdefault(rank, self._notices.rounds)
-        self._notices.refresh()
-        if self._notices.rounds >= since + 2:
-            self._report(self._has_gone(rank, "its process has ended"))
+    def _describe_gone(self, rank: int, how: str) -> str:
+        heartbeat = self._heartbeats.latest.get(rank)
+        return f"{self._mesh.name(rank)} has gone: {how}" + (f", last seen {heartbeat.at}" if heartbeat else "")
 
     def _report(self, message: str, *, status: int = FAILED, hung: tuple[int, ...] = ()) -> None:
-        self._notices.report(Failure(message=message, status=status, reporter=self._mesh.rank, hung=hung))
+        self._heartbeats.report(Failure(message=message, status=status, reporter=self._mesh.rank, hung=hung))
 
     def _lose_store(self, how: str) -> None:
-        """Who serves the store is gone, or hangs: every rank finds that out alone."""
-        self._notices.give_up()
+        """The process that serves the store is gone, or hangs: each rank finds that out alone."""
+        self._store_lost = True
         if self._server is None:
-            message = f"the launcher, which holds the ranks together, has gone: {how}"
-            self._set(Failure(message=message, status=FAILED, reporter=0))
+            text = f"the launcher, which holds the ranks together, has gone: {how}"
+            self._set_failure(Failure(message=text, status=FAILED, reporter=0))
         else:
-            message = self._has_gone(self._server, how)
-            self._set(Failure(message=message, status=FAILED, reporter=1, hung=(self._server,)))
+            text = self._describe_gone(self._server, how)
+            self._set_failure(Failure(message=text, status=FAILED, reporter=1, hung=(self._server,)))
 
-    def _set(self, failure: Failure) -> None:
-        # Nobody goes before who cannot hear is ended: there might be nobody left to do it.
+    def _set_failure(self, failure: Failure) -> None:
+        # Ranks that cannot read the failure are ended first: later there might be nobody left to do it.
         for rank, process in self._processes.items():
             if rank in failure.hung or process.stopped:
                 process.end()
         self._failed_at = time.monotonic()
         self._failure = failure
-        self._notices.take_leave()
-        self._known.set()
+        self._heartbeats.leave()
+        self._failed.set()
 
-    def _part(self) -> None:
-        """Take leave of the others; who serves the store goes last."""
-        self._notices.take_leave()
-        self._notices.wait_told(self._timeouts.grace)
-        if self._server != self._mesh.rank:
-            return
+    def _leave(self) -> None:
+        """Leave the gang; the rank that serves the store leaves last."""
+        self._heartbeats.leave(0.0 if self._store_lost else self._timeouts.grace)
         deadline = time.monotonic() + self._timeouts.grace
-        while time.monotonic() < deadline and self._others_listen():
-            self._notices.refresh()
+        while self._server == self._mesh.rank and time.monotonic() < deadline and self._others_read():
+            self._heartbeats.refresh()
             time.sleep(0.02)
 
-    def _others_listen(self) -> bool:
-        for rank, heartbeat in self._notices.heartbeats.items():
-            if heartbeat is not None and rank != self._mesh.rank:
-                process = self._processes.get(rank)
-                if process is None or not process.gone:
-                    return True
-        return False
+    def _others_read(self) -> bool:
+        """Whether another rank may still read the store."""
+        there = {rank for rank, heartbeat in self._heartbeats.latest.items() if heartbeat is not None}
+        gone = {rank for rank, process in self._processes.items() if process.gone}
+        return bool(there - gone - {self._mesh.rank})
 
     def _close(self) -> None:
-        self._notices.close(self._timeouts.grace)
+        self._heartbeats.close(self._timeouts.grace)
         self._thread.join()
-        self._bell.close()
+        self._pipe.close()
         for process in self._processes.values():
             process.close()
 
-    def _end(self) -> NoReturn:
+    def _end_process(self) -> NoReturn:
         """End this process, whose main thread is stuck."""
         assert self._failure is not None
         if self._speaks and self._failure.reporter == self._mesh.rank:
@@ -314,6 +310,9 @@ def leave(status: int) -> NoReturn:
 
 
 def is_connection_error(error: BaseException) -> bool:
-    """Whether a transfer has failed because the other side is gone."""
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(sign in text for sign in _GONE)
+    """Whether a transfer has failed because the peer is gone."""
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _DISCONNECTED)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -1,6 +1,7 @@
-"""Another process of this machine: whether it has ended, whether it is stopped, and how to end it.
+"""Other processes of this machine, and the pipe that wakes a thread on SIGTERM.
 
-A handle of the kernel stands for the process, so that a number that is given out again is not mistaken for it.
+A process is held by a file descriptor of the kernel, so that its number, once given to another process, cannot be
+mistaken for it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from types import FrameType
 
 
 def this_machine() -> str:
-    """A name for all processes that can see each other: of a machine, or of a container on it."""
+    """A name that all processes share which can see each other: of the machine, or of a container on it."""
     name = socket.gethostname()
     with suppress(OSError):
         name += "/" + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -29,25 +30,25 @@ class LocalProcess:
     """A process of this machine.
 
     Args:
-        pid: its number; it must be alive, or have ended a moment ago.
+        pid: of a process that lives, or has ended a moment ago.
     """
 
     def __init__(self, pid: int) -> None:
         self._pid, self._gone = pid, False
-        self._handle: int | None = None
+        self._descriptor: int | None = None
         try:
-            self._handle = os.pidfd_open(pid)
+            self._descriptor = os.pidfd_open(pid)
         except ProcessLookupError:
             self._gone = True
         except (AttributeError, OSError):
-            pass  # an old kernel, or another system: the number has to do
+            pass  # an old kernel, or another system: the pid has to do
 
     @property
     def gone(self) -> bool:
-        """It has ended."""
-        if not self._gone and self._handle is not None:
+        """Whether it has ended."""
+        if not self._gone and self._descriptor is not None:
             poll = select.poll()
-            poll.register(self._handle, select.POLLIN)
+            poll.register(self._descriptor, select.POLLIN)
             self._gone = bool(poll.poll(0))
         elif not self._gone:
             try:
@@ -58,64 +59,64 @@ class LocalProcess:
 
     @property
     def stopped(self) -> bool:
-        """It is there, but does nothing until somebody lets it go on (SIGSTOP)."""
+        """Whether it was stopped (SIGSTOP) and not continued."""
         with suppress(OSError):
             return Path(f"/proc/{self._pid}/stat").read_text().rpartition(") ")[2].startswith("T") and not self.gone
         return False
 
     def end(self) -> None:
-        """End it at once; a stopped process ends, too."""
+        """End it at once, also if it is stopped."""
         with suppress(ProcessLookupError, PermissionError):
-            if self._handle is not None:
-                signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+            if self._descriptor is not None:
+                signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
             elif not self.gone:
                 os.kill(self._pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Let go of the handle."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle, self._gone = None, True
+        """Close the file descriptor."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor, self._gone = None, True
 
 
 class WakeupPipe:
-    """Rings by itself on SIGTERM if it was made in the main thread and nobody else has a handler."""
+    """Wakes a thread by `notify`, and on SIGTERM if it was made in the main thread and SIGTERM has no handler."""
 
     def __init__(self) -> None:
-        self._inside, self._outside = socket.socketpair()
-        self._inside.setblocking(False)
-        self._outside.setblocking(False)
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
         self._handles = False
         if threading.current_thread() is not threading.main_thread():
             return
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
             return
-        other = signal.set_wakeup_fd(self._outside.fileno(), warn_on_full_buffer=False)
+        other = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         if other != -1:
             signal.set_wakeup_fd(other)
             return
-        signal.signal(signal.SIGTERM, _only_ring)
+        signal.signal(signal.SIGTERM, _ignore)
         self._handles = True
 
-    def ring(self) -> None:
-        """Wake who waits."""
-        with suppress(OSError):  # full, so it rings already; or closed
-            self._outside.send(b"\0")
+    def notify(self) -> None:
+        """Wake the thread that waits."""
+        with suppress(OSError):  # the pipe is full, so the thread wakes anyway; or the pipe is closed
+            self._writer.send(b"\0")
 
     def wait(self, seconds: float) -> set[int]:
-        """Wait until it rings, at most some seconds; the signals that have come."""
+        """Wait for a wake-up, at most so many seconds; returns the signals that have come."""
         poll = select.poll()
-        poll.register(self._inside, select.POLLIN)
-        return set(self._inside.recv(4096)) - {0} if poll.poll(1000 * seconds) else set()
+        poll.register(self._reader, select.POLLIN)
+        return set(self._reader.recv(4096)) - {0} if poll.poll(1000 * seconds) else set()
 
     def close(self) -> None:
-        """Handle signals no more; to be called where it was made."""
+        """Close the pipe and restore SIGTERM; to be called in the thread that made it."""
         if self._handles:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self._inside.close()
-        self._outside.close()
+        self._reader.close()
+        self._writer.close()
 
 
-def _only_ring(number: int, frame: FrameType | None) -> None:
-    """The bell has rung already."""
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """The wake-up file descriptor has been written already."""

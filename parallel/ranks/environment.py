@@ -1,4 +1,4 @@
-"""A process's env among the ranks, as torchrun or another launcher tells it.
+"""Which rank a process is, from the variables that torchrun or another launcher sets.
 
 This is the only module that reads the environment. The variables are those of torchrun, so that every launcher that
 sets them starts the same ranks. No torch in here.
@@ -35,7 +35,7 @@ class RankEnv:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> RankEnv | None:
-        """The env that the environment tells; None if this process is alone.
+        """The rank that the variables describe; None if this process is alone.
 
         Raises:
             InputError: a variable is missing or no number.
@@ -60,7 +60,7 @@ class RankEnv:
         )
 
     def variables(self) -> dict[str, str]:
-        """The variables that tell this env."""
+        """The variables that describe this rank."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),

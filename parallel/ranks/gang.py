@@ -1,7 +1,7 @@
 """A gang: the pp x cp ranks that hold one copy of a model, from this rank's point of view.
 
-It opens the process groups, watches the others, and serves models one after another: on the lead as an engine,
-elsewhere as a loop. What goes wrong on any rank ends all of them with one message.
+It opens the process groups, watches the other ranks, and serves models one after another: on the leader as an engine,
+on workers as a loop. An error on any rank ends all of them with one message.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from models.errors import InputError
 from models.protocols import Pipeline
 from parallel.comm.edges import Edges
 from parallel.comm.groups import Groups, connect, open_groups, pick_device, serve_store
-from parallel.health.errors import BAD_INPUT, STOPPED, GangError
-from parallel.health.monitor import Monitor, Timeouts, is_connection_error
+from parallel.health.errors import BAD_INPUT, INTERRUPTED, GangError
+from parallel.health.monitor import Monitor, is_connection_error
+from parallel.health.timeouts import Timeouts
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.leader import Leader
 from parallel.ranks.worker import RankServices, StageModel, StageWorker, WorkerLoop
@@ -39,7 +40,7 @@ _DEFAULTS = Timeouts()
 
 @dataclass(slots=True)
 class GangCounters:
-    """What all ranks have counted; on the lead, once an engine is closed."""
+    """What all ranks have counted; on the leader, once an engine is closed."""
 
     ranks: list[RankCounters] = field(default_factory=list)
 
@@ -52,7 +53,7 @@ class Gang:
         groups: open process groups.
         store: where ranks meet.
         monitor: watches the others.
-        tracer: told what this rank does when.
+        tracer: of this rank.
         device: of this rank.
     """
 
@@ -137,7 +138,7 @@ class Gang:
         self._sessions += 1
 
     def write_trace(self, path: Path) -> None:
-        """Write what all ranks have done when to one file; on the lead, once an engine is closed.
+        """Write the traces of all ranks to one file; on the leader, once an engine is closed.
 
         Args:
             path: of the file; Chrome's and Perfetto's format.
@@ -215,10 +216,10 @@ def _fail(monitor: Monitor, mesh: Mesh, error: BaseException) -> None:
     if isinstance(error, GangError):
         return
     if isinstance(error, KeyboardInterrupt):
-        monitor.fail("stopped", status=STOPPED)
+        monitor.fail("stopped", status=INTERRUPTED)
         return
     if isinstance(error, SystemExit | GeneratorExit):
-        monitor.fail(f"{mesh.name(mesh.rank)} was told to stop", status=STOPPED)
+        monitor.fail(f"{mesh.name(mesh.rank)} was told to stop", status=INTERRUPTED)
         return
     if isinstance(error, InputError):
         failure = monitor.fail(str(error), status=BAD_INPUT)

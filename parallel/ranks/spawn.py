@@ -1,4 +1,4 @@
-"""Starts all ranks on this machine, as torchrun does for one node, and tells in one line what went wrong.
+"""Starts all ranks on this machine, as torchrun does for one node, and says in one line what went wrong.
 
 The launcher serves the rendezvous store: ranks whose launcher is gone notice that and end, and a failure can be read
 from it after they have ended. Ranks are process groups of their own, so that Ctrl-C reaches the launcher alone, which
@@ -16,7 +16,7 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from parallel.health.errors import FAILED, STOPPED, ErrorStore, Failure, GangError
+from parallel.health.errors import FAILED, INTERRUPTED, ErrorStore, Failure, GangError
 from parallel.ranks.environment import RankEnv, child_environment
 from parallel.topology.mesh import Layout, Mesh
 
@@ -66,7 +66,7 @@ def run_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = N
             )
         _wait(ranks, board, layout, grace)
     except (KeyboardInterrupt, SystemExit):
-        board.report(Failure(message="stopped", status=STOPPED, reporter=-1))
+        board.report(Failure(message="stopped", status=INTERRUPTED, reporter=-1))
         _wait_for_all(ranks, grace)
         raise
     finally:

@@ -34,7 +34,7 @@ from parallel.comm.ulysses import TokenSplit, UlyssesShare, local_heads
 from parallel.health.errors import BAD_INPUT
 from parallel.health.monitor import Monitor
 from parallel.topology.mesh import Mesh
-from parallel.trace.counters import DeviceTimer, RankCounters
+from parallel.trace.counters import DeviceTimer, OnMeasured, RankCounters
 from parallel.trace.tracer import Tracer
 
 
@@ -136,25 +136,18 @@ class StageWorker:
         item = header.item
         assert item is not None
         with self._working(describe(item)):
-            began = time.perf_counter()
             self._follow(header)
-            with self._timer.measure():
+            retires = any(op.kind == "retire" for op in item.before)
+            with self._timer.measure(self._span("compress", item) if retires else None):
                 self._stage.change(item)
-            if self._tracer.wanted and any(op.kind == "retire" for op in item.before):
-                self._synchronize(hidden.device)
-                self._tracer.add("compress", began, item)
-                began = time.perf_counter()
-            with self._timer.measure():
+            with self._timer.measure(self._span("compute", item)):
                 hidden = self._stage.forward(item, hidden)
-            self._synchronize(hidden.device)
             self.counters.items += 1
-            self._tracer.add("compute", began, item)
         return hidden
 
-    def _synchronize(self, device: torch.device) -> None:
-        """A trace shows when something was computed, not when it was launched."""
-        if self._tracer.wanted and device.type == "cuda":
-            torch.cuda.synchronize(device)
+    def _span(self, kind: str, item: WorkItem) -> OnMeasured:
+        """Traces a span once the device has passed its end."""
+        return lambda began, ended: self._tracer.add(kind, began, item, ended=ended)
 
     def embed(self, item: WorkItem, x: Tensor) -> list[Tensor]:
         """Patch embeddings [1, s, D] of a latent for each cp_rank of the stage; on the first stage only."""

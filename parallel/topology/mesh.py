@@ -62,7 +62,7 @@ class Mesh:
 
     @property
     def stage(self) -> int:
-        """Stage of this rank; 0 is the head, the last the tail."""
+        """Stage of this rank; 0 is the first, `last_stage` the last."""
         return self.rank // self.layout.cp
 
     @property
@@ -102,8 +102,8 @@ class Mesh:
     def edges(self) -> Iterator[Edge]:
         """All edges of the mesh, in one order for all ranks.
 
-        The lead hands the tokens of the other slots of its stage to them; each rank hands on to its cp_rank of the next
-        stage; at the tail all hand their tokens to cp_rank 0, and that hands the velocity back to the lead.
+        The leader sends the other ranks of its stage their tokens; each rank sends on to its cp_rank of the next stage;
+        on the last stage all send their tokens to cp_rank 0, which sends the velocity back to the leader.
         """
         layout = self.layout
         for cp_rank in range(1, layout.cp):

@@ -22,8 +22,8 @@ class Costs:
     """What a pass costs, part by part, in any unit."""
 
     layers: tuple[float, ...]  # each layer
-    head: float = 0.0  # what the first stage does besides its layers (embedding)
-    tail: float = 0.0  # what the last stage does besides its layers (output)
+    first: float = 0.0  # what the first stage does besides its layers (embedding)
+    last: float = 0.0  # what the last stage does besides its layers (output)
 
     @classmethod
     def even(cls, count: int) -> Costs:
@@ -48,14 +48,14 @@ def modelled_costs(
     projections = hidden * (2 * hidden + 2 * keys) + 2 * hidden * hidden  # queries twice, keys, values; output
     mlp = hidden * feed_forward * (3 if gated else 2)
     layer = projections + mlp + 2 * hidden * attended
-    return Costs(layers=(float(layer),) * count, head=float(hidden * patch_values), tail=float(hidden * patch_values))
+    return Costs(layers=(float(layer),) * count, first=float(hidden * patch_values), last=float(hidden * patch_values))
 
 
 def stage_cost(costs: Costs, sizes: Sequence[int], stage: int) -> float:
     """What a stage of a split costs."""
     start = sum(sizes[:stage])
     total = sum(costs.layers[start : start + sizes[stage]])
-    return total + (costs.head if stage == 0 else 0.0) + (costs.tail if stage == len(sizes) - 1 else 0.0)
+    return total + (costs.first if stage == 0 else 0.0) + (costs.last if stage == len(sizes) - 1 else 0.0)
 
 
 def balanced_split(costs: Costs, stages: int) -> tuple[int, ...]:
@@ -77,9 +77,9 @@ def balanced_split(costs: Costs, stages: int) -> tuple[int, ...]:
     def best(stage: int, start: int) -> tuple[float, float, tuple[int, ...]]:
         """(costliest stage, sum of squares, sizes) of stages `stage` and after over the layers from `start` on."""
         left = stages - stage
-        extra = costs.head if stage == 0 else 0.0
+        extra = costs.first if stage == 0 else 0.0
         if left == 1:
-            cost = sums[count] - sums[start] + extra + costs.tail
+            cost = sums[count] - sums[start] + extra + costs.last
             return cost, cost * cost, (count - start,)
         found = []
         for end in range(start + 1, count - left + 2):
@@ -116,9 +116,6 @@ def stage_layers(sizes: Sequence[int], stage: int) -> range:
     return range(start, start + sizes[stage])
 
 
-_CELL_PIXELS = 8
-
-
 def stage_sizes(config: MagiConfig, stages: int, split: str | None = None) -> tuple[int, ...]:
     """Layers of each stage.
 
@@ -133,8 +130,7 @@ def stage_sizes(config: MagiConfig, stages: int, split: str | None = None) -> tu
     model, runtime = config.model_config, config.runtime_config
     if split is not None:
         return parse_split(split, layers=model.num_layers, stages=stages)
-    side = _CELL_PIXELS * model.patch_size
-    tokens = runtime.chunk_width * (runtime.video_size_h // side) * (runtime.video_size_w // side)
+    tokens = config.chunk_tokens(runtime.video_size_h, runtime.video_size_w)
     ranges = runtime.noise2clean_kvrange or (runtime.window_size,)
     costs = modelled_costs(
         model.num_layers,

@@ -1,16 +1,19 @@
-"""What a rank counts while it serves: calls, bytes, seconds, and the digests of the reuse flags it has seen."""
+"""What a rank counts while it serves: items, bytes, seconds of the device, and digests of the reuse flags."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 from torch.distributed import Store
+
+OnMeasured = Callable[[float, float], None]
 
 
 @dataclass(slots=True)
@@ -19,68 +22,94 @@ class RankCounters:
 
     rank: int
     stage: int
-    cp_rank: int  # its place in the stage
+    cp_rank: int  # among the ranks of its stage
     layers: tuple[int, int]  # first layer and one past the last
     weight_bytes: int = 0  # bytes of the parameters that it holds
-    load_seconds: float = 0.0  # what loading them took, if it was measured
-    items: int = 0  # stage calls: passes of chunks through its layers
+    load_seconds: float = 0.0  # for loading them; 0 if that was not measured
+    items: int = 0  # passes of chunks through its layers
     item_bytes: int = 0  # bytes received with work items, headers counted
-    velocity_bytes: int = 0  # bytes received with velocities, headers counted; on the lead only
+    velocity_bytes: int = 0  # bytes received with velocities, headers counted; on the leader only
     checkpoints: int = 0  # snapshots taken
     checkpoint_bytes: int = 0  # bytes received with messages about checkpoints, headers counted
-    sent_bytes: int = 0  # bytes sent, whatever for
-    busy: float = 0.0  # seconds in its layers
+    sent_bytes: int = 0  # bytes sent in all
+    busy: float = 0.0  # seconds in its layers, on the device
     waiting: float = 0.0  # seconds without work
-    digests: dict[str, str] = field(default_factory=dict)  # of the flags of every request that is over, as hexadecimal
+    digests: dict[str, str] = field(default_factory=dict)  # of the reuse flags of each finished request, as hexadecimal
 
 
-def publish_counters(store: Store, session: int, report: RankCounters) -> None:
-    """Leave a rank's report for the lead."""
-    store.set(f"report/{session}/{report.rank}", json.dumps(asdict(report)))
+def publish_counters(store: Store, session: int, counters: RankCounters) -> None:
+    """Leave a rank's counters in the store for the leader."""
+    store.set(f"counters/{session}/{counters.rank}", json.dumps(asdict(counters)))
 
 
 def collect_counters(store: Store, session: int, ranks: int) -> list[RankCounters]:
-    """The reports of all ranks, once they have left them."""
-    keys = [f"report/{session}/{rank}" for rank in range(ranks)]
+    """The counters of all ranks, once each has published its own."""
+    keys = [f"counters/{session}/{rank}" for rank in range(ranks)]
     store.wait(keys)
     loaded = [json.loads(raw) for raw in store.multi_get(keys)]
     return [RankCounters(**{**values, "layers": tuple(values["layers"])}) for values in loaded]
 
 
 class DeviceTimer:
-    """Adds up what is measured.
+    """Measures when the device computes, without waiting for it.
+
+    On a GPU each measurement is a pair of events on the compute stream. It is resolved later, in order, once the device
+    has passed its end. Durations are chained from an event whose moment on the host's clock is known, so that spans of
+    the device and of the host fit together.
 
     Args:
         device: that computes.
+        new_event: makes an event of the device.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, new_event: Callable[[], torch.cuda.Event] | None = None) -> None:
+        self._new_event = new_event or partial(torch.cuda.Event, enable_timing=True)
         self._gpu = device.type == "cuda"
         self._seconds = 0.0
-        self._open: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._open: deque[tuple[torch.cuda.Event, torch.cuda.Event, OnMeasured | None]] = deque()
+        self._reference: tuple[torch.cuda.Event, float] | None = None  # an event and its moment
 
     @contextmanager
-    def measure(self) -> Iterator[None]:
-        """Around what is launched."""
+    def measure(self, on_measured: OnMeasured | None = None) -> Iterator[None]:
+        """Around work that is launched on the current stream.
+
+        Args:
+            on_measured: given start and end on the clock of `time.perf_counter()`, once they are known.
+        """
         if not self._gpu:
             began = time.perf_counter()
             yield
-            self._seconds += time.perf_counter() - began
+            self._add(began, time.perf_counter(), on_measured)
             return
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if self._reference is None:
+            event = self._new_event()
+            event.record()
+            event.synchronize()  # waits for what this stream did before the first measurement, once
+            self._reference = event, time.perf_counter()
+        start, end = self._new_event(), self._new_event()
         start.record()
         yield
         end.record()
-        self._open.append((start, end))
-        self._add(wait=False)
+        self._open.append((start, end, on_measured))
+        self._resolve(wait=False)
 
     def seconds(self) -> float:
-        """The sum so far; waits for what is under way."""
-        self._add(wait=True)
+        """The sum of all measurements; waits for those that the device has not passed yet."""
+        self._resolve(wait=True)
         return self._seconds
 
-    def _add(self, *, wait: bool) -> None:
+    def _resolve(self, *, wait: bool) -> None:
         while self._open and (wait or self._open[0][1].query()):
-            start, end = self._open.popleft()
+            start, end, on_measured = self._open.popleft()
             end.synchronize()
-            self._seconds += start.elapsed_time(end) / 1e3
+            assert self._reference is not None
+            before, moment = self._reference
+            began = moment + before.elapsed_time(start) / 1e3
+            ended = began + start.elapsed_time(end) / 1e3
+            self._reference = end, ended
+            self._add(began, ended, on_measured)
+
+    def _add(self, began: float, ended: float, on_measured: OnMeasured | None) -> None:
+        self._seconds += ended - began
+        if on_measured is not None:
+            on_measured(began, ended)

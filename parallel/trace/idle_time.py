@@ -1,15 +1,15 @@
-"""Where the time of each rank went: busy, or idle for which reason. A pure function on the events of a trace.
+"""Where the time of each rank went: busy, or idle for which cause. A pure function on the events of a trace.
 
-Idle time before an item is explained by following what was awaited back through the pipeline. At each moment it was
+The idle time before an item is explained by following the awaited item back through the pipeline. At each moment it was
 
-- under way: a stage was done with it and the next one, which was free, had not begun: `transport`;
-- held up at a stage that was busy with other items, or computed there after it was held up: `imbalance`. On a faster
+- in transit: one stage had finished it, and the next one, which was free, had not begun it: `transport`;
+- queued at a stage that was busy with other items, or computed there after it had been queued: `imbalance`. On a faster
   stage it would have come earlier;
-- computed as soon as it came, or not there at all: `dependency`. A faster link or a better split would not help;
-  only more work in flight would.
+- computed as soon as it arrived, or nowhere at all: `dependency`. A faster link or a better split would not help; only
+  more work in flight would.
 
-What a stage awaits is its next item. What the lead awaits is the velocity that let it go on: the last one that was
-computed before it did. An item that has not begun anywhere waits for such a velocity, and is followed through that.
+A stage awaits its next item. The leader awaits the velocity that let it go on: the last one that was computed before it
+did. An item that has not begun anywhere waits for such a velocity, and is followed through that.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from enum import StrEnum
 from typing import Any
 
 Event = Mapping[str, Any]
-_AT_ONCE = 0.05
-"""Of an item's own time: who waited no longer than that before it went on to it straight from other work."""
+_AT_ONCE = 0.05  # of an item's own time: a rank that waited less before the item came to it straight from other work
 
 
 class Cause(StrEnum):
@@ -35,19 +34,19 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """An item on a rank, the changes of the KV before it counted. Times in seconds."""
+    """An item on a rank, with the changes of the KV before it. Times in seconds."""
 
-    key: tuple[int, int, int, str]  # (request, tick, chunk, pass) of the item
+    key: tuple[int, int, int, str]  # (request, tick, chunk, pass)
     chunk: int
     request: int
-    began: float  # start
-    ended: float  # end
-    returns: bool  # its velocity goes back to the lead
+    began: float  # start of the KV's change, or of the item
+    ended: float
+    returns: bool  # its velocity goes back to the leader
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Idle:
-    """A stretch of idle time, in seconds, and why."""
+    """A stretch of idle time, in seconds."""
 
     began: float
     ended: float
@@ -56,18 +55,18 @@ class Idle:
 
 @dataclass(slots=True)
 class RankUse:
-    """One rank over the whole window of the trace."""
+    """One rank over the whole trace."""
 
     rank: int
     stage: int
-    cp_rank: int  # its place in the stage
+    cp_rank: int  # among the ranks of its stage
     runs: list[Run] = field(default_factory=list)  # its items in order
     idle: list[Idle] = field(default_factory=list)  # its idle time in order
     busy: float = 0.0  # seconds with items
     other: float = 0.0  # seconds with anything else: reading messages, embedding, deciding, reading velocities out
 
     def idle_seconds(self, cause: Cause) -> float:
-        """Seconds idle for one reason."""
+        """Seconds idle for one cause."""
         return sum(one.ended - one.began for one in self.idle if one.cause is cause)
 
 
@@ -94,10 +93,10 @@ def analyse(events: Iterable[Event]) -> Utilisation | None:
     if not runs:
         return None
     began, ended = min(run.began for run in runs), max(run.ended for run in runs)
-    story = _Story(ranks, waits)
+    history = _History(ranks, waits)
     for rank in ranks.values():
         rank.busy = sum(run.ended - run.began for run in rank.runs)
-        rank.idle = _joined(story.idle(rank, began, ended))
+        rank.idle = _joined(history.idle(rank, began, ended))
         rank.other = max(0.0, ended - began - rank.busy - sum(one.ended - one.began for one in rank.idle))
     ordered = sorted(ranks.values(), key=lambda rank: (rank.stage, rank.cp_rank))
     return Utilisation(began=began, ended=ended, ranks=tuple(ordered))
@@ -142,7 +141,7 @@ def _key(event: Event) -> tuple[int, int, int, str]:
     return int(about["request"]), int(about["tick"]), int(about["chunk"]), str(about.get("what", event["name"]))
 
 
-class _Story:
+class _History:
     """Follows items back through the pipeline."""
 
     def __init__(self, ranks: Mapping[int, RankUse], waits: Mapping[int, list[tuple[float, float]]]) -> None:
@@ -169,42 +168,37 @@ class _Story:
                     yield from _cut(pieces, start, end)
             before = run.ended
         if ended > before:
-            yield Idle(began=before, ended=ended, cause=Cause.DEPENDENCY)  # nothing comes any more
+            yield Idle(began=before, ended=ended, cause=Cause.DEPENDENCY)  # no further item comes
 
     @staticmethod
     def _first(waits: list[tuple[float, float]], after: float) -> int:
         """The first wait that may reach beyond a time; waits do not overlap."""
         return max(0, bisect_left(waits, (after, 0.0)) - 1)
 
-    def _back(self, run: Run | None, place: tuple[int, int], until: float) -> Iterator[Idle]:
-        """Where what is awaited was, from its start at a place backwards until a time."""
-        now = None if run is None else run.began
-        while run is not None and now is not None and now > until:
-            if place == (0, 0):
-                run, since = self._released_by(run)
-                yield from self._between(since, now, place)
-                place, upstream = (self._last, 0), run
-            elif place[0] == 0:  # another cp_rank of the first stage: the lead sends when it begins
-                upstream = self._find(run, (0, 0))
+    def _back(self, run: Run, place: tuple[int, int], until: float) -> Iterator[Idle]:
+        """Where the awaited item was, backwards from its start at a place, a (stage, cp_rank), until a time."""
+        awaited, now = run, run.began
+        while now > until:
+            if place == (0, 0):  # the leader
+                upstream, since = self._released_by(awaited)
+                source = self._last, 0
+            elif place[0] == 0:  # other ranks of its stage: it sends them an item when it begins the item itself
+                upstream, source = self._find(awaited, (0, 0)), (0, 0)
                 since = until if upstream is None else upstream.began
-                yield from self._between(since, now, place)
-                place, run, now = (0, 0), upstream, since
-                continue
             else:
-                before = (place[0] - 1, place[1])
-                upstream = self._find(run, before)
-                yield from self._between(until if upstream is None else upstream.ended, now, place)
-                place = before
-            run = upstream
-            if run is None:
-                break
-            held_up = self._held_up(run, place)
-            cause = Cause.IMBALANCE if held_up else Cause.DEPENDENCY
-            yield Idle(began=run.began, ended=run.ended, cause=cause)
-            now = run.began
+                source = place[0] - 1, place[1]
+                upstream = self._find(awaited, source)
+                since = until if upstream is None else upstream.ended
+            yield from self._between(since, now, place)
+            if upstream is None:
+                return
+            if since > upstream.began:  # it was computed there
+                cause = Cause.IMBALANCE if self._queued(upstream, source) else Cause.DEPENDENCY
+                yield Idle(began=upstream.began, ended=upstream.ended, cause=cause)
+            place, awaited, now = source, upstream, upstream.began
 
     def _between(self, since: float, now: float, place: tuple[int, int]) -> Iterator[Idle]:
-        """On the way to a place: held up while that is busy with other items, else under way; backwards."""
+        """On the way to a place: queued while that rank is busy with other items, else in transit; backwards."""
         runs = self._at[place].runs
         index = bisect_left(runs, now, key=lambda run: run.began) - 1
         while index >= 0 and now > since and runs[index].ended > since:
@@ -219,19 +213,17 @@ class _Story:
             yield Idle(began=since, ended=now, cause=Cause.TRANSPORT)
 
     def _released_by(self, run: Run) -> tuple[Run | None, float]:
-        """The result that let the lead begin an item, and when that was computed."""
+        """The velocity that let the leader begin an item, and when it was computed."""
         index = bisect_right(self._ends, run.began) - 1
-        if self._held_up(run, (0, 0)):  # it was ready before: with the last step of its own chunk
-            while index >= 0 and (self._returned[index].request, self._returned[index].chunk) != (
-                run.request,
-                run.chunk,
-            ):
+        if self._queued(run, (0, 0)):  # it was ready before: with the last step of its own chunk
+            own = run.request, run.chunk
+            while index >= 0 and (self._returned[index].request, self._returned[index].chunk) != own:
                 index -= 1
         found = self._returned[index] if index >= 0 else None
         return found, run.began if found is None else found.ended
 
-    def _held_up(self, run: Run, place: tuple[int, int]) -> bool:
-        """Whether an item had to wait until a rank was through with another one."""
+    def _queued(self, run: Run, place: tuple[int, int]) -> bool:
+        """Whether an item was queued until a rank had finished another one."""
         rank, index = self._at[place], self._index[place][run.key]
         if not index:
             return False
@@ -253,7 +245,7 @@ class _Story:
 
 
 def _cut(pieces: list[Idle], began: float, ended: float) -> Iterator[Idle]:
-    """The pieces within a stretch; what they leave open is a dependency on what was never there."""
+    """The pieces within a stretch; the gaps between them are dependencies on items that were nowhere."""
     at = began
     for piece in pieces:
         start, end = max(piece.began, at), min(piece.ended, ended)
@@ -268,7 +260,7 @@ def _cut(pieces: list[Idle], began: float, ended: float) -> Iterator[Idle]:
 
 
 def _joined(idle: Iterable[Idle]) -> list[Idle]:
-    """Neighbours of one cause as one."""
+    """Adjacent stretches of one cause as one."""
     joined: list[Idle] = []
     for one in idle:
         if joined and joined[-1].cause is one.cause and one.began <= joined[-1].ended:

@@ -1,8 +1,8 @@
-"""What a rank did when, as spans of a Chrome or Perfetto trace.
+"""When a rank did what, as spans of a Chrome or Perfetto trace.
 
-Times are those of the machine's clock, so that the ranks of one machine fit together. It is told what happened and does
-not know why. Spans go to a temporary file as they come, and from there to the lead in blocks, so that a long video
-needs no more memory than a short one.
+Times are on the machine's clock, so that the ranks of one machine fit together. The tracer records what it is given, in
+any order, and does not know devices. Spans go to a temporary file, and from there to the leader in blocks, so that a
+long video needs no more memory than a short one.
 """
 
 from __future__ import annotations
@@ -21,89 +21,70 @@ from typing import IO, Any
 
 from torch.distributed import Store
 
+from engine.files import atomic_write
 from engine.video import WorkItem
-from models.errors import InputError
 
-Event = dict[str, Any]
 _HELD = 512  # lines in memory before they go to the file
 _BLOCK = 1 << 20  # bytes of lines that are shipped at once
 
 
 class Tracer:
-    """Spans of one rank, told by all of its threads; without `wanted` it remembers nothing.
+    """The spans of one rank, from any of its threads.
 
     Args:
-        rank: the trace's process.
+        rank: shown as the trace's process.
         name: of the rank.
-        wanted: remember.
-        about: more that is known of the rank, for whoever reads the trace.
+        wanted: without it nothing is recorded.
+        about: more about the rank, for readers of the trace.
     """
 
     def __init__(self, rank: int, name: str, *, wanted: bool, about: Mapping[str, Any] | None = None) -> None:
-        self._rank, self._wanted = rank, wanted
+        self.wanted = wanted
+        self._rank = rank
         self._offset = time.time() - time.perf_counter()
         self._lock = threading.Lock()
         self._held: list[str] = []
         self._spool: IO[bytes] | None = None
         self._read = 0
-        if wanted:
-            self._put({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": name, **(about or {})}})
-            self._put({"ph": "M", "name": "process_sort_index", "pid": rank, "args": {"sort_index": rank}})
-            self.name_track(0, "layers")
-            if not rank:
-                self.name_track(1, "decoding")
-
-    @property
-    def wanted(self) -> bool:
-        """Whether it remembers anything."""
-        return self._wanted
+        self._put("process_name", "M", args={"name": name, **(about or {})})
+        self._put("process_sort_index", "M", args={"sort_index": rank})
+        self.name_track(0, "layers")
+        if not rank:
+            self.name_track(1, "decoding")
 
     def name_track(self, track: int, name: str) -> None:
-        """Say what a track is for."""
-        self._put({"ph": "M", "name": "thread_name", "pid": self._rank, "tid": track, "args": {"name": name}})
+        """Name a track."""
+        self._put("thread_name", "M", tid=track, args={"name": name})
 
-    def add(self, kind: str, began: float, item: WorkItem | None = None, *, track: int = 0) -> None:
-        """A span that ends now.
+    def add(
+        self, kind: str, began: float, item: WorkItem | None = None, *, ended: float | None = None, track: int = 0
+    ) -> None:
+        """Record a span.
 
         Args:
-            kind: `compute`, `compress`, `wait`, `decode`, `send`.
-            began: `time.perf_counter()` at its start.
-            item: what it was done for.
-            track: 0 for the main thread, 1 for decoding, 2 and on for what is sent.
+            kind: `compute`, `compress`, `wait`, `decode`, `send`, `snapshot`.
+            began: its start, on the clock of `time.perf_counter()`.
+            item: that it worked on.
+            ended: its end on that clock; None for now.
+            track: 0 for the layers, 1 for decoding, 2 and on for what is sent.
         """
-        if not self._wanted:
+        if not self.wanted:
             return
-        ended = time.perf_counter()
-        event: Event = {
-            "ph": "X",
-            "name": kind if item is None or kind in ("send", "compress") else f"{item.what.name} {item.chunk}",
-            "cat": kind,
-            "pid": self._rank,
-            "tid": track,
-            "ts": round((began + self._offset) * 1e6, 1),
-            "dur": round((ended - began) * 1e6, 1),
-        }
+        took = (time.perf_counter() if ended is None else ended) - began
+        name, about = kind, {}
         if item is not None:
-            event["args"] = _about(item)
-        self._put(event)
+            name = kind if kind in ("send", "compress") else f"{item.what.name} {item.chunk}"
+            about = {"args": _about(item)}
+        self._put(name, "X", cat=kind, tid=track, ts=self._microseconds(began), dur=round(took * 1e6, 1), **about)
 
     def mark(self, kind: str, *, request: int, tick: int, chunk: int, step: int) -> None:
-        """A moment, now: a decision about a chunk's step."""
-        self._put(
-            {
-                "ph": "i",
-                "s": "t",
-                "name": f"{kind} {chunk}",
-                "cat": kind,
-                "pid": self._rank,
-                "tid": 0,
-                "ts": round((time.perf_counter() + self._offset) * 1e6, 1),
-                "args": {"request": request, "tick": tick, "chunk": chunk, "step": step},
-            }
-        )
+        """Record a moment, now: a decision about a chunk's step."""
+        about = {"request": request, "tick": tick, "chunk": chunk, "step": step}
+        now = self._microseconds(time.perf_counter())
+        self._put(f"{kind} {chunk}", "i", s="t", cat=kind, tid=0, ts=now, args=about)
 
     def lines(self) -> Iterator[str]:
-        """What was not read yet, one event in JSON each."""
+        """The events that were not read yet, each as JSON."""
         with self._lock:
             self._flush()
             spool, end = self._spool, 0 if self._spool is None else self._spool.tell()
@@ -117,8 +98,8 @@ class Tracer:
             yield from block.decode().splitlines()
 
     def ship(self, store: Store, session: int) -> None:
-        """Leave what was not read yet for the lead, in compressed blocks; `shipped_events` takes them."""
-        if not self._wanted:
+        """Leave the events that were not read yet in the store, in compressed blocks, for `shipped_events`."""
+        if not self.wanted:
             return
         count, size, held = 0, 0, []
         for line in self.lines():
@@ -130,10 +111,13 @@ class Tracer:
         store.set(_key(session, self._rank, count), _packed(held))
         store.set(_key(session, self._rank), str(count + 1))
 
-    def _put(self, event: Event) -> None:
-        if not self._wanted:
+    def _microseconds(self, moment: float) -> float:
+        return round((moment + self._offset) * 1e6, 1)
+
+    def _put(self, name: str, phase: str, **values: Any) -> None:
+        if not self.wanted:
             return
-        line = json.dumps(event, separators=(",", ":"))
+        line = json.dumps({"name": name, "ph": phase, "pid": self._rank, **values}, separators=(",", ":"))
         with self._lock:
             self._held.append(line)
             if len(self._held) >= _HELD:
@@ -150,50 +134,42 @@ class Tracer:
 
 
 def shipped_events(store: Store, session: int, rank: int) -> Iterator[str]:
-    """What a rank has shipped, one event in JSON each; the store lets go of it."""
+    """The events that a rank has shipped, each as JSON; they are deleted from the store."""
     end = _key(session, rank)
     store.wait([end])
     for number in range(int(store.get(end))):
         key = _key(session, rank, number)
         block = zlib.decompress(b64decode(store.get(key))).decode()
-        with suppress(RuntimeError):  # not every kind of store can forget
+        with suppress(RuntimeError):  # not every kind of store can delete
             store.delete_key(key)
         yield from block.splitlines()
 
 
 def merge_traces(parts: Iterable[Iterable[str]], path: Path) -> None:
-    """Write one trace file of all ranks, line by line; it appears when it is whole.
+    """Write one trace file of all ranks, line by line; it appears when it is complete.
 
     Args:
-        parts: events in JSON, of one rank after another.
+        parts: events as JSON, of one rank after another.
         path: of the file.
 
     Raises:
         InputError: it cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("w") as file:
-            file.write('{"displayTimeUnit": "ms", "traceEvents": [')
-            first = True
-            for lines in parts:
-                for line in lines:
-                    file.write(("\n" if first else ",\n") + line)
-                    first = False
-            file.write("\n]}\n")
-        os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"cannot write the trace {path}: {error.strerror}") from None
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+    with atomic_write(path, "the trace") as file:
+        file.write(b'{"displayTimeUnit": "ms", "traceEvents": [')
+        separator = b"\n"
+        for lines in parts:
+            for line in lines:
+                file.write(separator + line.encode())
+                separator = b",\n"
+        file.write(b"\n]}\n")
 
 
 def _packed(lines: list[str]) -> str:
     return b64encode(zlib.compress("\n".join(lines).encode())).decode()
 
 
-def _about(item: WorkItem) -> Event:
+def _about(item: WorkItem) -> dict[str, Any]:
     return {
         "request": item.request,
         "tick": item.tick,

@@ -35,8 +35,6 @@ def tiny_config(*, guided=False, window=4, ranges=(5, 4, 3, 2), num_steps=8):
 class TinyPipeline:
     """A random model; its autoencoder cuts latents into grey frames."""
 
-    patch_pixels = 8
-
     def __init__(self, config, *, seed=0):
         self.config = config
         dit = MagiDiT(config.model_config)

@@ -9,27 +9,16 @@ from launch.plots import plot_pipeline
 
 
 def trace(ranks, items, decoding):
-    """A made-up trace: stages take quanta, one item after another."""
+    """A made-up trace: items run through the stages one after another."""
     events = [
         {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}} for rank in range(ranks)
     ]
     for index in range(items):
         for rank in range(ranks):
             args = {"request": 0, "tick": index // 4, "chunk": index % 12, "step": index % 16}
-            args |= {"pass": "denoise", "stage": rank, "slot": 0, "returns": True}
-            start = 1e6 + 1e4 * (index + rank)
-            events.append(
-                {
-                    "ph": "X",
-                    "cat": "compute",
-                    "name": "denoise",
-                    "pid": rank,
-                    "tid": 0,
-                    "ts": start,
-                    "dur": 9e3,
-                    "args": args,
-                }
-            )
+            args |= {"what": "denoise", "returns": True}
+            span = {"ts": 1e6 + 1e4 * (index + rank), "dur": 9e3, "args": args}
+            events.append({"ph": "X", "cat": "compute", "name": "denoise", "pid": rank, "tid": 0, **span})
     if decoding:
         events.append({"ph": "X", "cat": "decode", "name": "decode", "pid": 0, "tid": 1, "ts": 1.1e6, "dur": 3e5})
     return {"traceEvents": events}

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch.plots.tracer import Tracer
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -38,19 +37,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _texts(figure: Figure) -> str:
     return " | ".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
-
-
-# ---- the schedule
-
-
-@pytest.mark.parametrize(
-    ("chunks", "first", "num_steps", "window"), [(6, 0, 16, 4), (1, 0, 16, 4), (6, 2, 8, 4), (2, 0, 4, 4)]
-)
-def test_the_schedule_is_that_of_the_record(chunks: int, first: int, num_steps: int, window: int) -> None:
-    time = Tracer.of(made_up_record(chunks, first=first, num_steps=num_steps))
-    assert (time.chunks, time.first, time.num_steps, time.window) == (chunks, first, num_steps, window)
-    assert time.stages == chunks - first + window - 1
-    assert list(time.retired) == list(range(first, chunks - 1))
 
 
 # ---- what was computed

@@ -28,7 +28,8 @@ from models.magi.pipeline import Loading, load_stage
 from parallel.comm.channel import Inbox, Outbox
 from parallel.comm.messages import Header, Kind
 from parallel.health.errors import GangError
-from parallel.health.monitor import Timeouts, leave
+from parallel.health.monitor import leave
+from parallel.health.timeouts import Timeouts
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import open_gang
 from parallel.topology.mesh import Layout

@@ -13,7 +13,7 @@ from parallel.cluster.messages import ChunkMade, VideoDone, VideoFailed
 from parallel.cluster.placement import GangShape
 from parallel.cluster.queue import GangSize
 from parallel.cluster.views import ClusterSettings, VideoOrder
-from parallel.health.monitor import Timeouts
+from parallel.health.timeouts import Timeouts
 from parallel.topology.mesh import Layout
 from tests.parallel.cluster.sources import SmallSource, size
 

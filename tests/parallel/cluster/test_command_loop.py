@@ -23,7 +23,7 @@ from parallel.cluster.messages import (
     VideoDone,
     VideoJob,
 )
-from parallel.health.monitor import Timeouts
+from parallel.health.timeouts import Timeouts
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import open_gang
 from parallel.topology.mesh import Layout, Mesh

@@ -27,16 +27,16 @@ def process():
 
 
 def test_a_stopped_process_is_told_from_a_running_one_and_ends(process):
-    process = LocalProcess(process.pid)
-    assert not process.gone and not process.stopped
+    seen = LocalProcess(process.pid)
+    assert not seen.gone and not seen.stopped
     process.send_signal(signal.SIGSTOP)
-    assert eventually(lambda: process.stopped)
-    process.end()
-    assert eventually(lambda: process.gone)  # though nobody has waited for it yet
-    assert not process.stopped
+    assert eventually(lambda: seen.stopped)
+    seen.end()
+    assert eventually(lambda: seen.gone)  # though nobody has waited for it yet
+    assert not seen.stopped
     assert process.wait(10) == -signal.SIGKILL
-    process.end()
-    process.close()
+    seen.end()
+    seen.close()
 
 
 def test_a_process_that_has_gone_before_is_gone(process):
@@ -63,23 +63,23 @@ def unhandled():
     signal.signal(signal.SIGTERM, before)
 
 
-def test_a_bell_tells_of_sigterm_and_survives_it(unhandled):
-    bell = WakeupPipe()
+def test_a_pipe_wakes_on_sigterm_and_survives_it(unhandled):
+    pipe = WakeupPipe()
     try:
-        assert bell.wait(0.01) == set()
-        bell.ring()
+        assert pipe.wait(0.01) == set()
+        pipe.notify()
         began = time.monotonic()
-        assert bell.wait(10) == set()
+        assert pipe.wait(10) == set()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert bell.wait(10) == {signal.SIGTERM}
+        assert pipe.wait(10) == {signal.SIGTERM}
         assert time.monotonic() - began < 5
     finally:
-        bell.close()
+        pipe.close()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    bell.ring()  # of no use, and of no harm
+    pipe.notify()  # of no use, and of no harm
 
 
-def test_a_bell_leaves_a_handler_of_somebody_else_alone():
+def test_a_pipe_leaves_a_handler_of_somebody_else_alone():
     def handler(number, frame):
         pass
 

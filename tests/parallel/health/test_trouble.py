@@ -18,8 +18,10 @@ from parallel.ranks.spawn import run_ranks
 from parallel.topology.mesh import Layout
 from tests.parallel.on_ranks import command, run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
-SHORT = {"silent": 6.0, "first": 60.0, "step": 6.0, "grace": 2.0}
+SHORT = {"silent": 3.0, "first": 60.0, "step": 4.0, "grace": 1.0}
 GONE = r"(was ended by SIGKILL|has gone: it(s process has ended| has closed its connections))(, last seen .+)?$"
 LONG = [{"chunks": 200, "height": 64, "width": 64}]
 
@@ -80,7 +82,7 @@ def pids(tmp_path, count):
 )
 def test_one_bad_rank_ends_all_and_is_named(tmp_path, action, layout, rank, message):
     count = layout.get("pp", 1) * layout.get("cp", 1)
-    calls = 200 if action == "stop" else 20  # so that there was a heartbeat since work began
+    calls = 100 if action == "stop" else 20  # so that there was a heartbeat since work began
     with pytest.raises(GangError, match=message) as caught:
         run(tmp_path, "trouble", **layout, action=action, rank=rank, calls=calls, timeouts=SHORT, requests=LONG)
     assert caught.value.failure.status == {"input": 2, "terminate": 130}.get(action, 1)
@@ -94,7 +96,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def trouble(tmp_path, action, rank, **more):
     values = {"layout": {"pp": 2}, "action": action, "rank": rank, "timeouts": SHORT, "requests": LONG, **more}
-    return command("trouble", tmp_path / "out.pt", {"calls": 200 if action == "stop" else 20, **values})
+    return command("trouble", tmp_path / "out.pt", {"calls": 100 if action == "stop" else 20, **values})
 
 
 def started(tmp_path, count):
@@ -102,7 +104,7 @@ def started(tmp_path, count):
     deadline = time.monotonic() + 60
     while not all((tmp_path / f"out.pt.{rank}").exists() for rank in range(count)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    time.sleep(1)
+    time.sleep(0.5)
     return pids(tmp_path, count)
 
 

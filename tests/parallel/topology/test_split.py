@@ -22,8 +22,8 @@ from parallel.topology.split import (
 def cases(draw):
     costs = Costs(
         layers=tuple(draw(st.lists(st.floats(0.1, 10), min_size=1, max_size=9))),
-        head=draw(st.floats(0, 5)),
-        tail=draw(st.floats(0, 5)),
+        first=draw(st.floats(0, 5)),
+        last=draw(st.floats(0, 5)),
     )
     return costs, draw(st.integers(1, len(costs.layers)))
 
@@ -57,7 +57,7 @@ def test_34_layers_over_4_and_8_are_uneven_and_whole():
 
 
 def test_a_costly_head_and_tail_get_fewer_layers():
-    sizes = balanced_split(Costs(layers=(1.0,) * 12, head=2.0, tail=1.0), 3)
+    sizes = balanced_split(Costs(layers=(1.0,) * 12, first=2.0, last=1.0), 3)
     assert sizes == (3, 5, 4)
 
 

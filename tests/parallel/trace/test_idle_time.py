@@ -5,8 +5,8 @@ import pytest
 from parallel.trace.idle_time import Cause, analyse
 
 
-def ranks(stages, slots=1):
-    place = [(stage, cp_rank) for stage in range(stages) for cp_rank in range(slots)]
+def ranks(stages, cp=1):
+    place = [(stage, cp_rank) for stage in range(stages) for cp_rank in range(cp)]
     return [
         {"ph": "M", "name": "process_name", "pid": n, "args": {"name": "", "stage": stage, "cp_rank": cp_rank}}
         for n, (stage, cp_rank) in enumerate(place)
@@ -53,12 +53,12 @@ def test_one_chunk_waits_for_itself_and_for_messages():
         span("wait", 1, 22, 36),
         span("compute", 1, 36, 46, tick=1),
     ]
-    # Rank 0: under way 10-12 and 22-24; its velocity was computed at once 12-22; nothing left to do 34-46.
-    # Rank 1: under way 10-12, 22-24 and 34-36; computed at once 0-10 and 24-34.
+    # Rank 0: in transit 10-12 and 22-24; its velocity was computed at once 12-22; nothing left to do 34-46.
+    # Rank 1: in transit 10-12, 22-24 and 34-36; computed at once 0-10 and 24-34.
     assert shares(events) == {0: (20, 22, 4, 0), 1: (20, 20, 6, 0)}
 
 
-def test_a_slow_head_keeps_the_tail_waiting():
+def test_a_slow_first_stage_keeps_the_last_one_waiting():
     """Two chunks; an item takes 20 on the first stage and 10 on the second, messages take no time."""
     events, now = ranks(2), 0
     for tick in range(2):
@@ -69,11 +69,11 @@ def test_a_slow_head_keeps_the_tail_waiting():
             ]
             now += 20
     events += [span("wait", 1, began, began + (20 if not began else 10)) for began in (0, 30, 50, 70)]
-    # The first 20 are the way of the first item; after that the tail waits 10 for each of three items.
+    # The first 20 are the way of the first item; after that the last stage waits 10 for each of three items.
     assert shares(events) == {0: (80, 10, 0, 0), 1: (40, 20, 0, 30)}
 
 
-def test_a_slow_tail_keeps_the_head_waiting():
+def test_a_slow_last_stage_keeps_the_first_one_waiting():
     """Two chunks; an item takes 10 on the first stage and 20 on the second."""
     events = [
         *ranks(2),
@@ -89,7 +89,7 @@ def test_a_slow_tail_keeps_the_head_waiting():
         span("compute", 1, 50, 70, 0, 1),
         span("compute", 1, 70, 90, 1, 1),
     ]
-    # 20-30: chunk 0 is computed at the tail without delay. 40-50: chunk 1 had to wait there for chunk 0.
+    # 20-30: chunk 0 is computed at the last stage without delay. 40-50: chunk 1 had to wait there for chunk 0.
     assert shares(events) == {0: (40, 10 + 30, 0, 10), 1: (80, 10, 0, 0)}
 
 
@@ -110,19 +110,19 @@ def test_a_message_that_lies_before_a_busy_stage_is_not_under_way():
     assert shares(events)[2] == (20, 40, 1, 20)
 
 
-def test_other_slots_of_the_first_stage_wait_for_the_lead():
+def test_other_ranks_of_the_first_stage_wait_for_the_leader():
     events = [
-        *ranks(1, slots=2),
+        *ranks(1, cp=2),
         span("compute", 0, 0, 10, 0, 0),
         span("wait", 1, 0, 1),
         span("compute", 1, 1, 10, 0, 0),
-        span("compute", 0, 15, 25, 0, 1),  # the lead was busy with something else, not with an item
+        span("compute", 0, 15, 25, 0, 1),  # the leader was busy with something else, not with an item
         span("wait", 1, 11, 16),
         span("compute", 1, 16, 25, 0, 1),
     ]
     use = analyse(events)
     assert [round(10 * rank.other, 6) for rank in use.ranks] == [5, 1]
-    assert shares(events)[1][2] == pytest.approx(1 + 1 + 4)  # under way from the lead, and back from it
+    assert shares(events)[1][2] == pytest.approx(1 + 1 + 4)  # in transit from the leader, and back from it
 
 
 def test_the_change_of_the_kv_before_an_item_is_work():

@@ -4,11 +4,14 @@ import json
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from models.errors import InputError
+from parallel.trace.counters import DeviceTimer
 from parallel.trace.tracer import Tracer, merge_traces, shipped_events
 from tests.engine.reuse.test_flags import item
 
@@ -48,7 +51,7 @@ def test_spans_of_all_ranks_make_one_trace(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "trace.json"]
 
 
-def test_nothing_is_remembered_that_nobody_wants():
+def test_nothing_is_recorded_that_nobody_wants():
     tracer = Tracer(0, "rank 0", wanted=False)
     tracer.add("wait", time.perf_counter())
     tracer.mark("reuse", request=0, tick=0, chunk=0, step=0)
@@ -56,15 +59,15 @@ def test_nothing_is_remembered_that_nobody_wants():
     assert list(tracer.lines()) == []
 
 
-def test_a_long_trace_is_shipped_in_blocks_and_let_go_of():
-    """More than a block, told by two threads while it is being read."""
+def test_a_long_trace_is_shipped_in_blocks_and_deleted():
+    """More than a block, recorded by two threads while it is being read."""
     tracer, where = Tracer(1, "rank 1", wanted=True), store()
 
-    def tell():
+    def record():
         for _ in range(12000):
             tracer.add("wait", time.perf_counter())
 
-    threads = [threading.Thread(target=tell) for _ in range(2)]
+    threads = [threading.Thread(target=record) for _ in range(2)]
     for thread in threads:
         thread.start()
     read = len(spans(tracer.lines()))
@@ -82,3 +85,83 @@ def test_a_long_trace_is_shipped_in_blocks_and_let_go_of():
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(InputError, match="cannot write the trace"):
         merge_traces([], tmp_path / "nowhere" / "trace.json")
+
+
+class Stream:
+    """A device's stream whose kernels take the time that is given, and an event of it as torch has them."""
+
+    def __init__(self):
+        self.launched, self.passed, self.waited = 0.0, 0.0, 0
+
+    def event(self):
+        stream = self
+
+        class Event:
+            def record(self):
+                self.at = stream.launched
+
+            def query(self):
+                return self.at <= stream.passed
+
+            def synchronize(self):
+                stream.waited += not self.query()
+                stream.passed = max(stream.passed, self.at)
+
+            def elapsed_time(self, end):
+                assert self.query() and end.query()
+                return (end.at - self.at) * 1e3
+
+        return Event()
+
+
+def test_spans_of_a_device_come_late_and_in_order_and_nobody_waits_for_them():
+    """The device is far behind the thread that launches: a span is known once the device has passed its end."""
+    stream, seen = Stream(), []
+    timer = DeviceTimer(torch.device("cuda"), stream.event)
+    began = time.perf_counter()
+    for number in range(4):
+        with timer.measure(lambda start, end, number=number: seen.append((number, start, end))):
+            stream.launched += 10.0
+        stream.launched += 1.0
+        if number == 2:
+            stream.passed = 21.0  # of two kernels and what lies between
+    assert [number for number, *_ in seen] == [0, 1] and not stream.waited
+    assert timer.seconds() == pytest.approx(40.0)
+    assert [number for number, *_ in seen] == [0, 1, 2, 3]
+    for number, start, end in seen:
+        assert start - began == pytest.approx(11.0 * number, abs=0.1)
+        assert end - start == pytest.approx(10.0)
+
+
+def test_a_span_of_the_cpu_is_known_at_once():
+    timer, seen = DeviceTimer(torch.device("cpu")), []
+    began = time.perf_counter()
+    with timer.measure(lambda start, end: seen.append((start, end))):
+        time.sleep(0.02)
+    [(start, end)] = seen
+    assert began <= start <= end - 0.02 <= time.perf_counter()
+    assert timer.seconds() == end - start
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_span_of_a_gpu_ends_when_its_kernels_do():
+    timer, seen = DeviceTimer(torch.device("cuda")), []
+    with timer.measure():
+        torch.cuda._sleep(1000)  # a context, and the reference
+    timer.seconds()
+    launched = time.perf_counter()
+    with timer.measure(lambda start, end: seen.append((start, end))):
+        torch.cuda._sleep(200_000_000)  # cycles: some 0.1 s
+    assert time.perf_counter() - launched < 0.05 and not seen  # the launch did not wait
+    torch.cuda.synchronize()
+    passed = time.perf_counter()
+    timer.seconds()
+    [(start, end)] = seen
+    assert abs(start - launched) < 0.02 and abs(end - passed) < 0.02
+
+
+def test_no_traced_rank_waits_for_its_whole_device():
+    for room in ("ranks", "trace"):
+        for path in (Path(__file__).parents[3] / "parallel" / room).glob("*.py"):
+            assert "cuda.synchronize" not in path.read_text(), path

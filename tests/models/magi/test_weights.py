@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.errors import InputError
-from models.magi.config import MagiConfig
+from models.magi.config import MagiConfig, VaeConfig
 from models.magi.dit import MagiDiT
-from models.magi.vae import VaeConfig, ViTVAE
-from models.magi.weights import load_dit, load_tensors, load_vae, weights_folder
+from models.magi.vae import ViTVAE
+from models.magi.weights import Checkpoint, weights_folder
 from tests.models.released import GOLDENS, random_weights, released_config, tiny_config
 
 LAYER = "videodit_blocks.layers."
@@ -52,7 +52,7 @@ def folder(tmp_path: Path, weights: dict[str, Tensor]) -> Path:
 
 def message(config: MagiConfig, folder: Path, layers: range | None = None) -> str:
     with pytest.raises(InputError) as caught:
-        load_dit(config, folder, layers=layers)
+        Checkpoint(folder).dit(config, layers=layers)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -62,8 +62,8 @@ def test_shards_and_a_single_file_give_the_same_model(
 ) -> None:
     (tmp_path / "one").mkdir()
     save_file(weights, tmp_path / "one" / "model.safetensors")
-    sharded = load_dit(config, folder).state_dict()
-    single = load_dit(config, tmp_path / "one").state_dict()
+    sharded = Checkpoint(folder).dit(config).state_dict()
+    single = Checkpoint(tmp_path / "one").dit(config).state_dict()
     assert sharded.keys() == single.keys() == weights.keys()
     for name, stored in weights.items():
         assert torch.equal(sharded[name], stored.to(sharded[name].dtype)), name
@@ -72,7 +72,7 @@ def test_shards_and_a_single_file_give_the_same_model(
 
 def test_a_path_to_a_file_is_read_as_it_is() -> None:
     config = golden_config()
-    model = load_dit(config, GOLDENS / "weights.safetensors")
+    model = Checkpoint(GOLDENS / "weights.safetensors").dit(config)
     stored = load_file(GOLDENS / "weights.safetensors")
     name = LAYER + "0.mlp.linear_fc1.weight"
     assert stored[name].dtype == torch.float16
@@ -85,14 +85,14 @@ def golden_config() -> MagiConfig:
 
 
 def test_the_model_is_ready_to_infer(config: MagiConfig, folder: Path) -> None:
-    model = load_dit(config, folder)
+    model = Checkpoint(folder).dit(config)
     assert not model.training
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in model.parameters())
 
 
 def test_load_tensors_gives_what_is_stored(folder: Path, weights: dict[str, Tensor]) -> None:
     names = ["rope.bands", LAYER + "1.mlp.linear_fc2.weight"]
-    read = load_tensors(folder, names)
+    read = Checkpoint(folder).tensors(names)
     assert read.keys() == set(names)
     for name in names:
         assert read[name].dtype == weights[name].dtype
@@ -100,7 +100,7 @@ def test_load_tensors_gives_what_is_stored(folder: Path, weights: dict[str, Tens
 
 
 def test_promotion_follows_the_released_list(config: MagiConfig, folder: Path) -> None:
-    dtypes = {name: tensor.dtype for name, tensor in load_dit(config, folder).state_dict().items()}
+    dtypes = {name: tensor.dtype for name, tensor in Checkpoint(folder).dit(config).state_dict().items()}
     single = {name for name, dtype in dtypes.items() if dtype == torch.float32}
     assert {dtypes[name] for name in dtypes.keys() - single} == {torch.bfloat16}
     norms = ("self_attn_post_norm", "mlp_post_norm", "self_attention.q_layernorm", "self_attention.k_layernorm")
@@ -124,7 +124,7 @@ def test_norms_may_be_stored_in_either_dtype(config: MagiConfig, weights: dict[s
         weights | {norm: weights[norm].float(), promoted: weights[promoted].bfloat16()},
         tmp_path / "model.safetensors",
     )
-    state = load_dit(config, tmp_path).state_dict()
+    state = Checkpoint(tmp_path).dit(config).state_dict()
     assert state[norm].dtype == torch.bfloat16
     assert state[promoted].dtype == torch.float32
     assert torch.equal(state[norm], weights[norm])
@@ -135,7 +135,7 @@ def test_a_stage_reads_only_the_shards_of_its_layers(
 ) -> None:
     (folder / "model-1.safetensors").unlink()
     (folder / "model-2.safetensors").write_bytes(b"damaged")
-    stage = load_dit(config, folder, layers=range(1)).state_dict()
+    stage = Checkpoint(folder).dit(config, layers=range(1)).state_dict()
     assert {name for name in stage if name.startswith(LAYER)} == {n for n in weights if n.startswith(LAYER + "0.")}
     assert "x_embedder.weight" in stage
     assert "final_linear.linear.weight" not in stage
@@ -146,7 +146,7 @@ def test_a_stage_reads_only_the_shards_of_its_layers(
 def test_stages_together_hold_every_tensor_and_keep_absolute_names(
     config: MagiConfig, weights: dict[str, Tensor], folder: Path
 ) -> None:
-    stages = [load_dit(config, folder, layers=part).state_dict() for part in (range(2), range(2, 3))]
+    stages = [Checkpoint(folder).dit(config, layers=part).state_dict() for part in (range(2), range(2, 3))]
     assert stages[0].keys() | stages[1].keys() == weights.keys()
     name = LAYER + "2.mlp.linear_fc2.weight"
     assert torch.equal(stages[1][name], weights[name])
@@ -204,7 +204,7 @@ def test_a_left_over_tensor_is_named_for_a_whole_model_only(
 ) -> None:
     write_shards(tmp_path, weights | {LAYER + "3.mlp.linear_fc1.weight": torch.zeros(2)})
     assert f"{LAYER}3.mlp.linear_fc1.weight that the model does not" in message(config, tmp_path)
-    assert load_dit(config, tmp_path, layers=range(1)).layers == range(1)
+    assert Checkpoint(tmp_path).dit(config, layers=range(1)).layers == range(1)
 
 
 def test_a_wrong_shape_is_named(config: MagiConfig, weights: dict[str, Tensor], tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_quantised_checkpoint_keeps_fp8_weights_and_fp32_scales(tmp_path: Path
     config = tiny_config("4.5B_distill_quant", gated_linear_unit=large)
     weights = random_weights(config)
     write_shards(tmp_path, weights)
-    state = load_dit(config, tmp_path).state_dict()
+    state = Checkpoint(tmp_path).dit(config).state_dict()
     attention = LAYER + "1.self_attention."
     assert state[attention + "linear_qkv.q.weight"].dtype == torch.float8_e4m3fn
     assert state[attention + "linear_qkv.q.weight"].shape == (1, 32, 32)
@@ -310,7 +310,7 @@ def write_vae(folder: Path, **changes: object) -> dict[str, Tensor]:
 
 def test_the_autoencoder_is_cast_as_a_whole(tmp_path: Path) -> None:
     stored = write_vae(tmp_path)
-    vae = load_vae(tmp_path, dtype=torch.bfloat16)
+    vae = Checkpoint(tmp_path).vae(dtype=torch.bfloat16)
     assert vae.dtype == torch.bfloat16
     assert vae.state_dict().keys() == stored.keys()
     for name, tensor in vae.state_dict().items():
@@ -333,14 +333,16 @@ def test_the_released_autoencoder_has_the_released_size() -> None:
         ({"ddconfig": None}, "ddconfig is missing"),
         ({"ddconfig": DDCONFIG | {"depht": 3}}, "depht"),
         ({"ddconfig": DDCONFIG | {"depth": 2}}, "lacks decoder.blocks.1"),
+        ({"ddconfig": DDCONFIG | {"patch_size": 4}}, "patch_size must be 8 and patch_length 4"),
+        ({"ddconfig": DDCONFIG | {"num_heads": 0}}, "num_heads: Input should be greater than or equal to 1"),
     ],
 )
 def test_another_autoencoder_is_reported(tmp_path: Path, changes: dict[str, object], part: str) -> None:
     write_vae(tmp_path, **changes)
     with pytest.raises(InputError, match=part):
-        load_vae(tmp_path, dtype=torch.float32)
+        Checkpoint(tmp_path).vae(dtype=torch.float32)
 
 
 def test_a_missing_autoencoder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot read the autoencoder's configuration"):
-        load_vae(tmp_path, dtype=torch.float32)
+        Checkpoint(tmp_path).vae(dtype=torch.float32)

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from models.errors import InputError
-from models.magi.vae import VaeConfig, ViTVAE
+from models.magi.config import VaeConfig
+from models.magi.vae import ViTVAE
 from tests.models.released import GOLDENS
 
 CASES = ["native", "resized", "image"]

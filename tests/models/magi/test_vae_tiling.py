@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models.errors import InputError
-from models.magi.tiling import TiledVAE, plan_tiles, to_uint8
-from models.magi.vae import VaeConfig, ViTVAE
+from models.magi.config import VaeConfig
+from models.magi.vae import TiledVAE, ViTVAE, plan_tiles, to_uint8
 
 SCALE = 0.18215
 TILE = 64  # pixels: tiles of 8 x 8 cells that start every 6

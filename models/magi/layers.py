@@ -1,12 +1,15 @@
-"""One transformer layer of MAGI-1's DiT (specification 6.3).
+"""What a layer of MAGI-1's DiT is made of, from its norms up to the whole layer (specification 5.3, 6.2 and 6.3).
 
 What the layer attends to is behind `KVView`: it hands over keys and values, then asks with queries. It does not know
 whether they are kept, compressed or sent to other ranks.
 
-Shapes: B batch, S tokens, D hidden, C condition, H query heads, G key heads, d head size, N text tokens, R chunks in S.
+Shapes: B batch, S tokens, D hidden, C condition, H query heads, G key heads, d head size, N text tokens, R chunks in S,
+T H W latent frames and token grid, n rotary bands.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +17,136 @@ from torch import Tensor, nn
 
 from models.attention import Attention
 from models.magi.config import ModelConfig
-from models.magi.fp8 import Fp8ChannelLinear, Fp8TensorLinear
-from models.magi.norms import LayerNorm, LayerNorm1p
-from models.magi.rope import apply_rotary
 from models.protocols import KVView
+
+_FP8_MAX = 448.0
+
+
+class LayerNorm(nn.LayerNorm):
+    """Ordinary layer norm that computes in its parameters' dtype (specification 6.3, steps 1 and 9)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return super().forward(input.to(self.weight.dtype))
+
+
+class LayerNorm1p(nn.Module):
+    """Layer norm with an effective gain of weight + 1, in the dtype of its parameters.
+
+    The parameters are fp32 after promotion, but those of the cross-attention stay in the model's dtype, and weight + 1
+    is then rounded to it (specification 5.5 and 6.3, step 5).
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension; the result has the parameters' dtype."""
+        return F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight + 1, self.bias, self.eps)
+
+
+class RotaryBands(nn.Module):
+    """Learned bands of three-axis rotary positions, shared by the axes: head size / 8, at first 10000^(-i/n) (6.2).
+
+    A table is made for one chunk from its own index, so nothing grows with the length of the video. The released code
+    scales the time axis by (f - 1) and back; that is the identity up to one rounding, and is left out here.
+    """
+
+    def __init__(self, head_size: int) -> None:
+        super().__init__()
+        count = head_size // 8
+        self.bands = nn.Parameter(10000.0 ** -(torch.arange(count, dtype=torch.float32) / count))
+
+    def table(self, first_frame: int, grid: tuple[int, int, int]) -> Tensor:
+        """Sines and cosines of the tokens of latent frames first_frame .. first_frame + T - 1.
+
+        Returns:
+            [2, S, 3n] fp32: sines, cosines; tokens in (T, H, W) order; angles are n of time, n of height, n of width.
+        """
+        bands = self.bands.float()
+        frames, height, width = grid
+        shrink = math.sqrt(height * width / 256)
+        axes = [
+            first_frame + torch.arange(frames, dtype=torch.float32, device=bands.device),
+            _centred(height, shrink, bands.device),
+            _centred(width, shrink, bands.device),
+        ]
+        angles = [axis[:, None] * bands for axis in axes]
+        time = angles[0][:, None, None].expand(-1, height, width, -1)
+        rows = angles[1][None, :, None].expand(frames, -1, width, -1)
+        columns = angles[2][None, None].expand(frames, height, -1, -1)
+        table = torch.cat([time, rows, columns], dim=-1).flatten(0, 2)
+        return torch.stack([table.sin(), table.cos()])
+
+
+def _centred(size: int, shrink: float, device: torch.device) -> Tensor:
+    coordinate = torch.arange(size, dtype=torch.float32, device=device) - (size - 1) / 2
+    return coordinate / (size - 1) * (size / shrink - 1) if size > 1 else coordinate
+
+
+def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate the first 6n values of each head in halves (a, b); the rest passes through.
+
+    Args:
+        x: [B, S, H, d] fp32.
+        table: [2, S, 3n].
+    """
+    sin, cos = table[0][:, None], table[1][:, None]
+    half = sin.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
+
+
+def _quantise(x: Tensor, scale: Tensor) -> Tensor:
+    """Clamp to the fp8 range, with the released detour over bf16 (two roundings)."""
+    return (x.float() / scale).clamp(-_FP8_MAX, _FP8_MAX).bfloat16().to(torch.float8_e4m3fn)
+
+
+class _Fp8Linear(nn.Module):
+    """A linear layer of a quantised checkpoint (5.3).
+
+    Products of two fp8 values are exact in bf16 and sums are taken in fp32, so it gives the released results up to the
+    order of summation on any device; the released kernel (a scaled fp8 matrix product) is faster on GPUs that have it.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        weight = torch.zeros(1, outputs, inputs, dtype=torch.float8_e4m3fn)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def _product(self, quantised: Tensor, input_scale: Tensor) -> Tensor:
+        y = quantised.float() @ self.weight[0].float().T
+        return (y * (input_scale * self.weight_scale[0])).bfloat16()
+
+
+class Fp8TensorLinear(_Fp8Linear):
+    """`linear_qkv.*` and `mlp.linear_fc1`. Its input scale is stored as a vector, of which the product reads the first
+    element only, as the released kernel does."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.input_scale = nn.Parameter(torch.ones(inputs), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., inputs] -> [.., outputs] bf16."""
+        return self._product(_quantise(x, self.input_scale), self.input_scale[0])
+
+
+class Fp8ChannelLinear(_Fp8Linear):
+    """`linear_proj` and `mlp.linear_fc2`: inputs are smoothed per channel before they are quantised."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.input_scale = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.smooth_scale = nn.Parameter(torch.ones(1, inputs), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., inputs] -> [.., outputs] bf16."""
+        return self._product(_quantise(x, self.smooth_scale[0]), self.input_scale[0])
 
 
 class _ProjectionIn(nn.Module):

@@ -13,8 +13,7 @@ import torch
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from models.errors import InputError
-from models.magi.prompt_cleaning import clean_prompt
-from models.magi.text import SpecialTokens, T5Encoder, TextEncoder
+from models.magi.text import SpecialTokens, T5Encoder, TextEncoder, clean_prompt
 from models.protocols import CaptionTable
 
 CHANNELS = 16
@@ -174,7 +173,7 @@ def test_a_missing_or_damaged_t5_is_reported(t5_folder: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("package", ["transformers", "sentencepiece", "google.protobuf"])
 def test_a_missing_package_is_named(package: str, t5_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=f"the T5 encoder needs the package {package}: pip install"):
+    with pytest.raises(InputError, match=f"needs the Python package {package}: pip install"):
         T5Encoder(t5_folder)
 
 

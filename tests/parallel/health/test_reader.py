@@ -1,0 +1,104 @@
+"""The health of a gang as a process sees it that is none of its ranks."""
+
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from parallel.health.errors import ErrorStore, Failure
+from parallel.health.heartbeats import Heartbeat, Heartbeats
+from parallel.health.reader import HeartbeatReader
+from parallel.health.timeouts import Timeouts
+from parallel.topology.mesh import Layout, Mesh
+
+TIMES = Timeouts(silent=0.8, first=60.0, step=0.8, grace=0.1)
+
+
+def connected(port):
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+    return dist.PrefixStore("flowcache/0", store)
+
+
+class Rank:
+    """Heartbeats of one rank, as its monitor sends them."""
+
+    def __init__(self, port, rank):
+        self.count, self.doing, self.machine = 0, "", "here"
+        self.thread = Heartbeats(connected(port), 2, interval=0.05, on_round=lambda: None, rank=rank, beat=self.beat)
+        self.thread.start()
+
+    def beat(self):
+        self.count += 1
+        return Heartbeat(
+            count=self.count, items=9, doing=self.doing, last="x", limit=TIMES.step, pid=7, machine=self.machine
+        )
+
+
+@pytest.fixture
+def gang():
+    """The reader, the two ranks and the store of a gang."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = [Rank(store.port, rank) for rank in range(2)]
+    reader = HeartbeatReader(connected(store.port), Mesh(layout=Layout(pp=2), rank=0), TIMES)
+    yield reader, ranks, store.port
+    for thread in (reader, *(rank.thread for rank in ranks)):
+        thread.close() if thread is reader else thread.close(5)
+
+
+def first(reader, seconds=10):
+    deadline = time.monotonic() + seconds
+    while (found := reader.poll()) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found
+
+
+def test_a_healthy_gang_is_seen_and_nothing_is_found(gang):
+    reader, _, _ = gang
+    assert first(reader, 1.5) is None
+    assert [reader.heartbeats[rank].pid for rank in range(2)] == [7, 7]
+
+
+def test_what_a_rank_has_reported_is_read(gang):
+    reader, _, port = gang
+    failure = Failure(message="rank 1 has gone", status=1, reporter=0, hung=(1,))
+    ErrorStore(connected(port)).report(failure)
+    assert first(reader) == failure
+
+
+def test_a_silent_rank_is_named(gang):
+    reader, ranks, _ = gang
+    assert first(reader, 0.5) is None
+    ranks[1].thread.close(5)
+    found = first(reader)
+    assert found.hung == (1,) and found.message.startswith("rank 1 (stage 1 of 2) has given no sign of life for 1 s")
+
+
+def test_a_stuck_rank_is_named(gang):
+    reader, ranks, _ = gang
+    ranks[1].doing = "an item"
+    assert first(reader).message == "rank 1 (stage 1 of 2) has not come on for 1 s at an item"
+    assert reader.busy(1) > 0.8
+
+
+def test_a_rank_that_has_left_is_not_missed(gang):
+    reader, ranks, _ = gang
+    for rank in ranks:
+        rank.thread.leave()
+    assert first(reader, 1.5) is None
+    assert dict(reader.heartbeats) == {0: None, 1: None}
+
+
+def test_a_thread_that_dies_of_anything_fails_the_gang(gang):
+    """Not of a RuntimeError alone, which a store raises: here the heartbeat cannot be written as JSON."""
+    reader, ranks, _ = gang
+    ranks[1].machine = object()
+    assert first(reader).message.startswith("rank 1: heartbeats: TypeError: Object of type object is not JSON")
+
+
+def test_a_store_that_is_gone_is_said():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    reader = HeartbeatReader(connected(store.port), Mesh(layout=Layout(pp=2), rank=0), TIMES)
+    del store
+    assert first(reader).message == "the ranks' store has closed its connections"
+    reader.close()
