@@ -16,11 +16,10 @@ from models.magi.config import MagiConfig
 from models.magi.model import MagiModel
 from models.magi.sampling import MagiSampling
 from models.magi.text import SpecialTokens, T5Encoder, TextEncoder
-from models.magi.tiling import TiledVAE
-from models.magi.weights import load_dit, load_vae, weights_folder
-from models.protocols import CaptionTable
-
-_LATENT_CELL = 8  # pixels of a latent cell's side
+from models.magi.vae import TiledVAE
+from models.magi.weights import Checkpoint, weights_folder
+from models.pocket.text import PocketEncoder
+from models.protocols import Autoencoder, CaptionTable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +47,7 @@ class MagiPipeline:
         self,
         config: MagiConfig,
         model: MagiModel,
-        autoencoder: TiledVAE,
+        autoencoder: Autoencoder,
         encoder: TextEncoder,
         *,
         tokens: SpecialTokens | None = None,
@@ -60,11 +59,6 @@ class MagiPipeline:
     def attention(self) -> Attention:
         """What KV views attend with."""
         return self.model.dit.attention
-
-    @property
-    def patch_pixels(self) -> int:
-        """Pixels of a latent cell's side."""
-        return _LATENT_CELL
 
     def sampling(self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True) -> MagiSampling:
         """How to denoise with that many steps, with or without the passes that reuse may leave out."""
@@ -86,23 +80,30 @@ class MagiPipeline:
         return table.to(dit.device)
 
 
-def load_parts(config: MagiConfig, weights: Path | None, loading: Loading) -> tuple[MagiModel, TiledVAE]:
-    """Load the DiT and the autoencoder; what is missing of the smaller files is said before the large ones are read.
+def load_pipeline(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiPipeline:
+    """Load a model whole, or with the layers that are asked for: DiT, autoencoder and text encoder.
 
-    Returns:
-        The model and the autoencoder.
+    What is missing of the smaller files is said before the large ones are read.
+
+    Args:
+        config: of the model. One without T5 is magi-pocket's, which has a fixed vocabulary.
+        weights: folder in place of the configuration's `load`; an autoencoder in its sub-folder `vae` and text
+            encoders in `t5` are taken before those of the configuration. `special_tokens.npz` lies in it.
+        loading: device, precision, attention, layers.
 
     Raises:
         InputError: something is missing or damaged.
     """
     runtime = config.runtime_config
-    root = weights or _folder(runtime.load, "load")
-    vae_folder = root / "vae" if (root / "vae").is_dir() else _folder(runtime.vae_pretrained, "vae_pretrained")
-    # The released autoencoder runs in bf16 whatever the DiT's dtype (1.1); fp32 models keep theirs.
-    vae_dtype = torch.float32 if config.model_config.dtype == torch.float32 else torch.bfloat16
-    vae = load_vae(vae_folder, dtype=vae_dtype, device=loading.device)
-    model = load_stage(config, weights, loading)
-    return model, TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
+    encoder: TextEncoder = PocketEncoder()
+    tokens = None
+    if runtime.t5_pretrained is not None:
+        root = weights or _folder(runtime.load, "load")
+        t5 = root / "t5" if (root / "t5").is_dir() else Path(runtime.t5_pretrained)
+        tokens = SpecialTokens.from_npz(root / "special_tokens.npz")
+        encoder = T5Encoder(t5, device=runtime.t5_device, max_length=config.model_config.caption_max_length)
+    autoencoder = load_autoencoder(config, weights, loading)
+    return MagiPipeline(config, load_stage(config, weights, loading), autoencoder, encoder, tokens=tokens)
 
 
 def load_stage(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiModel:
@@ -113,10 +114,9 @@ def load_stage(config: MagiConfig, weights: Path | None, loading: Loading) -> Ma
     """
     root = weights or _folder(config.runtime_config.load, "load")
     inner = weights_folder(config, root)
-    folder = inner if inner.is_dir() or weights is None else root
-    dit = load_dit(
+    checkpoint = Checkpoint(inner if inner.is_dir() or weights is None else root)
+    dit = checkpoint.dit(
         config,
-        folder,
         layers=loading.layers,
         precise=loading.precise,
         attention=loading.attention,
@@ -125,25 +125,19 @@ def load_stage(config: MagiConfig, weights: Path | None, loading: Loading) -> Ma
     return MagiModel(dit)
 
 
-def load_released(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiPipeline:
-    """Load a released model.
-
-    Args:
-        config: a released configuration.
-        weights: folder in place of the configuration's `load`; an autoencoder in its sub-folder `vae` and text
-            encoders in `t5` are taken before those of the configuration. `special_tokens.npz` lies in it.
-        loading: device, precision, attention.
+def load_autoencoder(config: MagiConfig, weights: Path | None, loading: Loading) -> TiledVAE:
+    """Load the autoencoder alone.
 
     Raises:
         InputError: something is missing or damaged.
     """
     runtime = config.runtime_config
     root = weights or _folder(runtime.load, "load")
-    t5 = root / "t5" if (root / "t5").is_dir() else _folder(runtime.t5_pretrained, "t5_pretrained")
-    tokens = SpecialTokens.from_npz(root / "special_tokens.npz")
-    encoder = T5Encoder(t5, device=runtime.t5_device, max_length=config.model_config.caption_max_length)
-    model, autoencoder = load_parts(config, weights, loading)
-    return MagiPipeline(config, model, autoencoder, encoder, tokens=tokens)
+    folder = root / "vae" if (root / "vae").is_dir() else _folder(runtime.vae_pretrained, "vae_pretrained")
+    # The released autoencoder runs in bf16 whatever the DiT's dtype (1.1); fp32 models keep theirs.
+    dtype = torch.float32 if config.model_config.dtype == torch.float32 else torch.bfloat16
+    vae = Checkpoint(folder).vae(dtype=dtype, device=loading.device)
+    return TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
 
 
 def _folder(path: str | None, key: str) -> Path:
