@@ -8,13 +8,13 @@ How each figure is measured:
 - Colour: the colour that most coloured pixels of the video are nearest to in hue.
 - Motion: the object's centre in every frame is the circular mean of its pixels on the torus. A robust line (Theil-Sen)
   through all frames gives the velocity, and `direction` names it.
-- Boundary error: the same kind of line through the chunk before a border is extended across it. The error is the mean
-  distance, on the torus, between it and the object in the first 4 frames after the border. It is infinite where there
+- Boundary error: the same kind of line through the chunk before a boundary is extended across it. The error is the mean
+  distance, on the torus, between it and the object in the first 4 frames after the boundary. It is infinite where there
   is no object to measure.
 - Deviation: the largest distance of any frame from the line through the whole video.
 - Shape: the drawn shape with the best mean overlap; `overlap` is that of the prompt's shape. `stray` is the share of
   the colour that lies outside the outline of the best shape.
-- Seams: mean absolute change from frame to frame across borders, relative to that between the other frames.
+- Seams: mean absolute change from frame to frame across boundaries, relative to that between the other frames.
 
 Shapes: F frames, S = SIDE pixels, K shapes, P sub-pixel phases per axis. Positions are (x, y) in pixels on a torus.
 """
@@ -33,7 +33,7 @@ from torch import Tensor
 from models.pocket.clips import RADIUS, SIDE, Objects, render
 from models.pocket.words import COLOURS, SHAPES, Scene
 
-AFTER = 4  # frames after a border that are compared with the extended line
+AFTER = 4  # frames after a boundary that are compared with the extended line
 _LEAST = 0.5  # share of the frames that must show an object before a line is fitted
 _WHOLE_OVERLAP, _WHOLE_STRAY = 0.8, 0.05
 _GREY_LEVEL = 0.25  # levels of 255, added to both sides of a seam's ratio: a still video changes by nothing at all
@@ -57,7 +57,7 @@ class Adherence:
     motion: str | None
     velocity: tuple[float, float]  # pixels per frame; nan if there is no object
     chunk_motions: tuple[str | None, ...]
-    border_errors: tuple[float, ...]  # pixels, one per border between chunks
+    boundary_errors: tuple[float, ...]  # pixels, one per boundary between chunks
     deviation: float  # pixels
     shape: str | None
     overlap: float  # 0..1
@@ -101,7 +101,7 @@ def adherence(frames: Tensor, scene: Scene, *, chunk_frames: int = 24, tile_fram
     """
     seen = track(frames)
     count = len(frames)
-    borders = range(chunk_frames, count, chunk_frames)
+    boundaries = range(chunk_frames, count, chunk_frames)
     motions = tuple(_motion(seen, first, min(first + chunk_frames, count)) for first in range(0, count, chunk_frames))
     velocity, deviation = _whole_motion(seen)
     overlaps = shape_overlap(seen)
@@ -114,14 +114,14 @@ def adherence(frames: Tensor, scene: Scene, *, chunk_frames: int = 24, tile_fram
         motion=None if velocity.isnan().any() else direction(velocity),
         velocity=(velocity[0].item(), velocity[1].item()),
         chunk_motions=motions,
-        border_errors=tuple(_border_error(seen, border, chunk_frames) for border in borders),
+        boundary_errors=tuple(_boundary_error(seen, boundary, chunk_frames) for boundary in boundaries),
         deviation=deviation,
         shape=shape,
         overlap=overlaps[SHAPES.index(scene.shape)].item(),
         stray=stray_share(seen, shape or scene.shape),
         found=seen.found.float().mean().item(),
-        chunk_seam=_seam(frames, borders, tile_frames),
-        tile_seam=_seam(frames, set(range(tile_frames, count, tile_frames)) - set(borders), tile_frames),
+        chunk_seam=_seam(frames, boundaries, tile_frames),
+        tile_seam=_seam(frames, set(range(tile_frames, count, tile_frames)) - set(boundaries), tile_frames),
     )
 
 
@@ -148,22 +148,22 @@ def _whole_motion(seen: Track) -> tuple[Tensor, float]:
     return line.velocity, wrap(centres - line.at(times)).norm(dim=1).max().item()
 
 
-def _border_error(seen: Track, border: int, chunk_frames: int) -> float:
-    before = _points(seen, border - chunk_frames, border, least=_LEAST)
-    after = _points(seen, border, min(border + AFTER, len(seen.found)), least=_LEAST)
+def _boundary_error(seen: Track, boundary: int, chunk_frames: int) -> float:
+    before = _points(seen, boundary - chunk_frames, boundary, least=_LEAST)
+    after = _points(seen, boundary, min(boundary + AFTER, len(seen.found)), least=_LEAST)
     if before is None or after is None:
         return math.inf
     times, centres = after
     return wrap(centres - fit_line(*before).at(times)).norm(dim=1).mean().item()
 
 
-def _seam(frames: Tensor, borders: Collection[int], tile_frames: int) -> float:
-    """Mean absolute change into the frames `borders`, over that into frames at no border; nan without borders."""
-    if not borders:
+def _seam(frames: Tensor, boundaries: Collection[int], tile_frames: int) -> float:
+    """Mean absolute change into the frames `boundaries`, over that into other frames; nan without boundaries."""
+    if not boundaries:
         return math.nan
     change = frames.float().diff(dim=0).abs().mean((1, 2, 3))  # [F - 1], into frame i + 1
     inside = [i for i in range(len(change)) if (i + 1) % tile_frames]
-    at = change[[border - 1 for border in borders]].mean().item()
+    at = change[[boundary - 1 for boundary in boundaries]].mean().item()
     return (at + _GREY_LEVEL) / (change[inside].mean().item() + _GREY_LEVEL)
 
 

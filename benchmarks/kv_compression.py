@@ -101,7 +101,7 @@ def run(
         for form in _REPEATS:
             status.update(f"measuring: {form}")
             measured[form] = in_fresh_process(measure, form, problem, torch.get_num_threads())
-    raise typer.Exit(_write(out, problem, measured))
+    raise typer.Exit(report(out, problem, measured))
 
 
 def measure(form: str, problem: Problem, threads: int) -> Measured:
@@ -179,7 +179,8 @@ def _start(device: torch.device) -> int:
     return before
 
 
-def _write(out: Path, problem: Problem, measured: Mapping[str, Measured]) -> int:
+def report(out: Path, problem: Problem, measured: Mapping[str, Measured]) -> int:
+    """Write and print what was measured; the exit status."""
     naive, linear, selection = (measured[form] for form in _REPEATS)
     assert naive.scores is not None and linear.scores is not None
     ratio = naive.seconds / linear.seconds

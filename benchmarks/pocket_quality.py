@@ -2,7 +2,7 @@
 
     python -m benchmarks.pocket_quality --out results/pocket_quality
 
-Colour, direction and jumps at chunk borders have thresholds: exit status 0 if all are met, 1 if not, 2 for bad input.
+Colour, direction and jumps at chunk boundaries have thresholds: status 0 if all are met, 1 if not, 2 for bad input.
 The other figures are there to be read, and the contact sheet to be looked at. `benchmarks.adherence` says how each is
 measured.
 """
@@ -51,7 +51,7 @@ _SEEDS = 1000  # of noise per seed of the benchmark, so that two runs share none
 _COLOUR, _DIRECTION, _PIXELS = 0.9, 0.8, 2.0  # what the project holds itself to
 _CHUNK = 24  # frames
 # Pixels of the contact sheet: caption, header, gaps between frames, chunks and rows; where a caption's lines begin.
-_CAPTION, _HEADER, _GAP, _BORDER_GAP, _ROW_GAP = 225, 34, 2, 8, 8
+_CAPTION, _HEADER, _GAP, _BOUNDARY_GAP, _ROW_GAP = 225, 34, 2, 8, 8
 _COLUMNS = (10, 90)
 _RIGHT, _WRONG = "#222222", "#c00000"
 _INCH = 75  # pixels of the sheet per inch of the figure, which makes a line of 7.5 points a sixth of a row
@@ -194,9 +194,9 @@ def verdicts(measured: Sequence[Adherence]) -> list[Verdict]:
         passed = statistics.fmean(right(one) for one in measured) >= least
         return Verdict(name, share(right), f">= {100 * least:.1f} %", passed)
 
-    errors = [error for one in measured for error in one.border_errors]
+    errors = [error for one in measured for error in one.boundary_errors]
     deviations, strays = [one.deviation for one in measured], [100 * one.stray for one in measured]
-    seams = [one.chunk_seam for one in measured if one.border_errors]
+    seams = [one.chunk_seam for one in measured if one.boundary_errors]
     tiles = [one.tile_seam for one in measured if not math.isnan(one.tile_seam)]
     asked = [motion == one.scene.motion for one in measured for motion in one.chunk_motions]
     error = median(errors)
@@ -204,8 +204,8 @@ def verdicts(measured: Sequence[Adherence]) -> list[Verdict]:
     return [
         at_least("colour right", lambda m: m.colour_right, _COLOUR),
         at_least("direction right", lambda m: m.motion_right, _DIRECTION),
-        Verdict("error after a chunk border, median", f"{error:.2f} px", f"<= {_PIXELS:.2f} px", error <= _PIXELS),
-        Verdict(f"error after a chunk border, {worst}", f"{percentile(errors, 0.9):.2f} px"),
+        Verdict("error after a chunk boundary, median", f"{error:.2f} px", f"<= {_PIXELS:.2f} px", error <= _PIXELS),
+        Verdict(f"error after a chunk boundary, {worst}", f"{percentile(errors, 0.9):.2f} px"),
         Verdict(f"distance from one line at worst, {middle}", f"{median(deviations):.2f} px"),
         Verdict(f"distance from one line at worst, {worst}", f"{percentile(deviations, 0.9):.2f} px"),
         Verdict("single chunks that move as asked", f"{100 * statistics.fmean(asked):.1f} %"),
@@ -215,9 +215,9 @@ def verdicts(measured: Sequence[Adherence]) -> list[Verdict]:
         Verdict("one whole object of the right shape", share(lambda m: m.whole)),
         Verdict(f"colour outside the object, {middle}", f"{median(strays):.1f} %"),
         Verdict(f"colour outside the object, {worst}", f"{percentile(strays, 0.9):.1f} %"),
-        Verdict(f"change at chunk borders over that inside, {middle}", f"{median(seams):.2f}"),
-        Verdict(f"change at chunk borders over that inside, {worst}", f"{percentile(seams, 0.9):.2f}"),
-        Verdict(f"change at 12-frame tile borders over that inside, {middle}", f"{median(tiles):.2f}"),
+        Verdict(f"change at chunk boundaries over that inside, {middle}", f"{median(seams):.2f}"),
+        Verdict(f"change at chunk boundaries over that inside, {worst}", f"{percentile(seams, 0.9):.2f}"),
+        Verdict(f"change at 12-frame tile boundaries over that inside, {middle}", f"{median(tiles):.2f}"),
     ]
 
 
@@ -231,19 +231,19 @@ def by_word(measured: Sequence[Adherence]) -> list[dict[str, Cell]]:
             row["colour right"] = sum(m.colour_right for m in these)
             row["direction right"] = sum(m.motion_right for m in these)
             row["shape right"] = sum(m.shape_right for m in these)
-            row["border error, median (px)"] = round(median(error for m in these for error in m.border_errors), 2)
+            row["boundary error, median (px)"] = round(median(error for m in these for error in m.boundary_errors), 2)
             rows.append(row)
     return rows
 
 
 def video_row(one: Adherence) -> dict[str, Cell]:
     """One video as a row of the CSV."""
-    errors = one.border_errors or (math.nan,)
+    errors = one.boundary_errors or (math.nan,)
     row: dict[str, Cell] = {"prompt": one.scene.prompt, "colour": one.colour, "colour_share": one.colour_share}
     row |= {"motion": one.motion, "velocity_x": one.velocity[0], "velocity_y": one.velocity[1]}
     row |= {"chunks_as_asked": sum(motion == one.scene.motion for motion in one.chunk_motions)}
     row |= {"shape": one.shape, "overlap": one.overlap, "stray": one.stray, "found": one.found}
-    row |= {"border_error_mean": statistics.fmean(errors), "border_error_max": max(errors)}
+    row |= {"boundary_error_mean": statistics.fmean(errors), "boundary_error_max": max(errors)}
     names = ("deviation", "chunk_seam", "tile_seam", "colour_right", "motion_right", "shape_right", "whole")
     return row | {name: getattr(one, name) for name in names}
 
@@ -263,11 +263,11 @@ def contact_sheet(strips: Sequence[Strip], title: str) -> Figure:
     """
     shown = max((strip.shown for strip in strips), key=len)
     height, width = strips[0].frames.shape[1:3]
-    lefts, borders, x = [], [], _CAPTION
+    lefts, boundaries, x = [], [], _CAPTION
     for i, frame in enumerate(shown):
         if i and frame // _CHUNK != shown[i - 1] // _CHUNK:
-            x += _BORDER_GAP
-            borders.append(x - (_BORDER_GAP + _GAP) / 2)
+            x += _BOUNDARY_GAP
+            boundaries.append(x - (_BOUNDARY_GAP + _GAP) / 2)
         lefts.append(x)
         x += width + _GAP
     pitch = height + _ROW_GAP
@@ -284,18 +284,18 @@ def contact_sheet(strips: Sequence[Strip], title: str) -> Figure:
     axes.text(_ROW_GAP, 5, title, fontsize=9, fontweight="bold", va="top")
     for left, frame in zip(lefts, shown, strict=True):
         axes.text(left + width / 2, _HEADER - 3, str(frame), fontsize=7.5, ha="center", va="bottom", color="#555555")
-    for border in borders:
-        axes.plot([border, border], [_HEADER, canvas.shape[0]], color="#222222", linewidth=1.5)
+    for boundary in boundaries:
+        axes.plot([boundary, boundary], [_HEADER, canvas.shape[0]], color="#222222", linewidth=1.5)
     for row, strip in enumerate(strips):
         _caption(axes, row, _HEADER + row * pitch, height, strip.measured)
     return figure
 
 
 def _caption(axes: Axes, row: int, top: int, height: int, measured: Adherence) -> None:
-    """Four lines: prompt, colour and motion, shape, borders; in red and crossed where they are not as asked."""
+    """Four lines: prompt, colour and motion, shape, boundaries; in red and crossed where they are not as asked."""
     x, y = measured.velocity
-    errors = " ".join(f"{error:.1f}" for error in measured.border_errors)
-    joined = max(measured.border_errors, default=0.0) <= _PIXELS
+    errors = " ".join(f"{error:.1f}" for error in measured.boundary_errors)
+    joined = max(measured.boundary_errors, default=0.0) <= _PIXELS
     right = measured.colour_right and measured.motion_right and measured.shape_right and joined
     if not right:
         axes.add_patch(Rectangle((1, top), 4, height, color=_WRONG))
@@ -306,7 +306,7 @@ def _caption(axes: Axes, row: int, top: int, height: int, measured: Adherence) -
         ((f"{row + 1}  {measured.scene.prompt}", right),),
         ((colour, measured.colour_right), (motion, measured.motion_right)),
         ((measured.shape or "no shape", measured.shape_right), (shape, True)),
-        (("borders", joined), (f"{errors or 'none'} px", joined)),
+        (("boundaries", joined), (f"{errors or 'none'} px", joined)),
     )
     for i, line in enumerate(lines):
         for left, (text, good) in zip(_COLUMNS, line, strict=False):

@@ -66,7 +66,7 @@ _MEASURED: dict[str, Callable[[Sequence[Trial]], Cell]] = {
     "colour_right": _mean("colour_right"),
     "direction_right": _mean("motion_right"),
     "whole_shape": _mean("whole"),
-    "border_error_px": _median("border_error"),
+    "boundary_error_px": _median("boundary_error"),
 }
 _COST = ("computed", "tflop", "flop_vs_vanilla", "seconds", "speedup", "speedup_vs_vanilla")
 _FOLLOWS = ("colour_right", "direction_right", "whole_shape")

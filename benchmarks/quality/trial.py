@@ -84,7 +84,7 @@ class Trial:
     colour_right: bool  # the prompt's colour was seen
     motion_right: bool  # the object moves as asked
     whole: bool  # one object of the right shape
-    border_error: float  # mean jump at chunk borders, pixels
+    boundary_error: float  # mean jump at chunk boundaries, pixels
 
 
 def image_metrics() -> ModuleType:
@@ -234,7 +234,7 @@ class _Comparison:
             colour_right=seen.colour_right,
             motion_right=seen.motion_right,
             whole=seen.whole,
-            border_error=statistics.fmean(seen.border_errors) if seen.border_errors else 0.0,
+            boundary_error=statistics.fmean(seen.boundary_errors) if seen.boundary_errors else 0.0,
         )
 
     def _reference(self, setting: Setting) -> tuple[Video, Tensor]:

@@ -49,7 +49,7 @@ def assert_true_to(scene: Scene, measured: Adherence) -> None:
     assert (measured.colour, measured.motion, measured.shape) == (scene.colour, scene.motion, scene.shape)
     assert math.dist(measured.velocity, MOTIONS[scene.motion]) < 0.01
     assert set(measured.chunk_motions) == {scene.motion}
-    assert max(measured.border_errors) < 0.3 and measured.deviation < 0.3
+    assert max(measured.boundary_errors) < 0.3 and measured.deviation < 0.3
     assert measured.whole and measured.overlap > 0.95 and measured.stray < 0.001 and measured.found == 1
     assert 0.95 < measured.chunk_seam < 1.05 and 0.95 < measured.tile_seam < 1.05
 
@@ -70,21 +70,21 @@ def test_any_start_and_background_as_drawn_is_right(scene: Scene, start: tuple[f
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("border", "axis"), [(24, 1), (48, 2), (72, 1)])
-def test_a_jump_at_a_border_is_measured_there_and_nowhere_else(shape: str, border: int, axis: int):
+@pytest.mark.parametrize(("boundary", "axis"), [(24, 1), (48, 2), (72, 1)])
+def test_a_jump_at_a_boundary_is_measured_there_and_nowhere_else(shape: str, boundary: int, axis: int):
     scene = Scene(colour="green", shape=shape, motion="left")
     frames = clip(scene)
-    frames[border:] = frames[border:].roll(6, dims=axis)
+    frames[boundary:] = frames[boundary:].roll(6, dims=axis)
     measured = adherence(frames, scene)
-    expected = [6.0 if at == border else 0.0 for at in (24, 48, 72)]
-    assert measured.border_errors == pytest.approx(expected, abs=0.1)
+    expected = [6.0 if at == boundary else 0.0 for at in (24, 48, 72)]
+    assert measured.boundary_errors == pytest.approx(expected, abs=0.1)
     assert measured.motion_right and measured.chunk_seam > 1.3 and measured.deviation > 2
 
 
-def test_an_object_that_stops_at_a_border_is_an_error_of_the_way_it_misses():
+def test_an_object_that_stops_at_a_boundary_is_an_error_of_the_way_it_misses():
     frames = clip(RED_CIRCLE, frames=48)
     frames[24:] = frames[23]
-    assert adherence(frames, RED_CIRCLE).border_errors == pytest.approx([2.5], abs=0.05)  # mean of 1, 2, 3, 4
+    assert adherence(frames, RED_CIRCLE).boundary_errors == pytest.approx([2.5], abs=0.05)  # mean of 1, 2, 3, 4
 
 
 def test_an_object_that_quanta_back_half_way_moves_in_no_direction():
@@ -93,7 +93,7 @@ def test_an_object_that_quanta_back_half_way_moves_in_no_direction():
     measured = adherence(frames, RED_CIRCLE)
     assert not measured.motion_right
     assert measured.chunk_motions == ("right", "right", "left", "left")
-    assert measured.border_errors[1] > 10
+    assert measured.boundary_errors[1] > 10
 
 
 @pytest.mark.parametrize("word", ["colour", "shape", "motion"])
@@ -133,7 +133,7 @@ def test_a_blurred_object_keeps_colour_and_motion_but_is_not_whole(shape: str):
     rows = torch.nn.functional.conv2d(planes.flatten(0, 1)[:, None], kernel.reshape(1, 1, -1, 1))
     blurred = torch.nn.functional.conv2d(rows, kernel.reshape(1, 1, 1, -1)).reshape(-1, 3, SIDE, SIDE)
     measured = adherence(blurred.round().to(torch.uint8).permute(0, 2, 3, 1), scene)
-    assert measured.colour_right and measured.motion_right and max(measured.border_errors) < 0.3
+    assert measured.colour_right and measured.motion_right and max(measured.boundary_errors) < 0.3
     assert measured.overlap < 0.78 and not measured.whole
 
 
@@ -144,7 +144,7 @@ def test_a_little_noise_changes_no_verdict(shape: str):
     noise = 8 * torch.randn(frames.shape, generator=torch.Generator().manual_seed(0))
     measured = adherence((frames + noise).clamp(0, 255).to(torch.uint8), scene)
     assert measured.colour_right and measured.motion_right and measured.whole
-    assert max(measured.border_errors) < 0.3
+    assert max(measured.boundary_errors) < 0.3
 
 
 @pytest.mark.parametrize("kind", ["noise", "grey"])
@@ -155,24 +155,24 @@ def test_frames_without_an_object_are_right_for_no_prompt(kind: str):
     for motion in MOTIONS:
         measured = adherence(frames, Scene(colour="red", shape="circle", motion=motion))
         assert measured.motion is None and measured.shape is None and measured.found == 0
-        assert measured.border_errors == (math.inf,) * 3 and measured.stray == 1 and not measured.whole
+        assert measured.boundary_errors == (math.inf,) * 3 and measured.stray == 1 and not measured.whole
     assert measured.colour is None or measured.colour_share < 0.25
 
 
-def test_an_object_that_vanishes_makes_its_border_infinite():
+def test_an_object_that_vanishes_makes_its_boundary_infinite():
     frames = clip(RED_CIRCLE)
     frames[46:52] = 128
     measured = adherence(frames, RED_CIRCLE)
-    assert measured.border_errors[1] == math.inf
-    assert measured.border_errors[0] < 0.3 and measured.border_errors[2] < 0.3
+    assert measured.boundary_errors[1] == math.inf
+    assert measured.boundary_errors[0] < 0.3 and measured.boundary_errors[2] < 0.3
     assert measured.found == pytest.approx(90 / 96)
 
 
 @pytest.mark.parametrize(("first", "kind"), [(24, "chunk_seam"), (12, "tile_seam")])
 def test_steps_in_brightness_show_as_seams_of_their_kind(first: int, kind: str):
     frames = clip(RED_CIRCLE)
-    for border in range(first, 96, 24):
-        frames[border:] += 6
+    for boundary in range(first, 96, 24):
+        frames[boundary:] += 6
     measured = adherence(frames, RED_CIRCLE)
     seams = {"chunk_seam": measured.chunk_seam, "tile_seam": measured.tile_seam}
     assert seams.pop(kind) > 2
@@ -192,7 +192,7 @@ def test_frames_of_another_form_are_refused():
     wrong=st.sets(st.integers(0, 23), max_size=5),
 )
 @settings(max_examples=50, deadline=None)
-def test_a_line_is_found_across_the_border_in_spite_of_outliers(velocity, origin, wrong):
+def test_a_line_is_found_across_the_boundary_in_spite_of_outliers(velocity, origin, wrong):
     times = torch.arange(24.0)
     centres = torch.tensor(origin) + torch.tensor(velocity) * times[:, None]
     for i in wrong:
@@ -245,8 +245,8 @@ def test_percentiles_take_infinite_values():
 
 def test_figures_fail_each_at_its_own_threshold():
     good, jumping = clip(RED_CIRCLE), clip(RED_CIRCLE)
-    for border in (24, 48, 72):
-        jumping[border:] = jumping[border:].roll(6, dims=1)
+    for boundary in (24, 48, 72):
+        jumping[boundary:] = jumping[boundary:].roll(6, dims=1)
     yellow = clip(Scene(colour="yellow", shape="circle", motion="right"))
     still = clip(Scene(colour="red", shape="circle", motion="still"))
 
@@ -277,7 +277,7 @@ def test_kept_frames_of_true_clips_pass_and_leave_all_results(tmp_path, capsys):
     assert capsys.readouterr().out.count("PASS") == 3
     rows = list(csv.DictReader((tmp_path / "out" / "pocket_quality.csv").open()))
     assert [row["prompt"] for row in rows] == [scene.prompt for scene in scenes]
-    assert {row["whole"] for row in rows} == {"True"} and float(rows[0]["border_error_max"]) < 0.3
+    assert {row["whole"] for row in rows} == {"True"} and float(rows[0]["boundary_error_max"]) < 0.3
     assert "| colour right" in (tmp_path / "out" / "pocket_quality.md").read_text()
     assert (tmp_path / "out" / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "out").glob("*.part"))

@@ -42,7 +42,7 @@ def trial(setting, seed=0, **changes):
         "colour_right": True,
         "motion_right": seed % 2 == 0,
         "whole": True,
-        "border_error": math.inf,
+        "boundary_error": math.inf,
     }
     return Trial(**{**values, **changes})
 

@@ -1,4 +1,4 @@
-"""Videos with many settings, side by side, on a tiny random model; and how alike videos are, on values known by hand."""
+"""Videos with many settings, side by side, on a tiny random model; and how alike videos are, on known values."""
 
 import math
 import sys
