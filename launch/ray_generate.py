@@ -30,8 +30,8 @@ from parallel.cluster.messages import (
     Progressed,
     VideoDone,
     VideoFailed,
+    VideoOrder,
 )
-from parallel.cluster.views import VideoOrder
 from parallel.health.errors import FAILED
 
 

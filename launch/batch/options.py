@@ -9,11 +9,9 @@ from pathlib import Path
 
 from launch.plan import Options, Plan
 from models.errors import InputError
-from parallel.cluster.actor import RankTask
-from parallel.cluster.config import MagiSource, VideoSize
+from parallel.cluster.config import ClusterSettings, MagiSource, RankTask, VideoSize
 from parallel.cluster.placement import GangShape, cluster_has_gpus
 from parallel.cluster.queue import GangSize
-from parallel.cluster.views import ClusterSettings
 from parallel.health.timeouts import Timeouts
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}

@@ -22,9 +22,18 @@ from launch.ray_cluster import ray_cluster
 from models.errors import InputError
 from parallel.cluster.config import VideoSize, video_size
 from parallel.cluster.controller import Controller
-from parallel.cluster.messages import Admitted, ChunkMade, Event, GangDown, GangLost, Progressed, VideoDone, VideoFailed
+from parallel.cluster.messages import (
+    Admitted,
+    ChunkMade,
+    Event,
+    GangDown,
+    GangLost,
+    Progressed,
+    VideoDone,
+    VideoFailed,
+    VideoOrder,
+)
 from parallel.cluster.metrics import RayMetrics
-from parallel.cluster.views import VideoOrder
 from parallel.health.errors import BAD_INPUT, FAILED, OK
 
 

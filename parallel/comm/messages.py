@@ -140,10 +140,10 @@ class Message:
     waited: float  # seconds that the receiver waited for it
 
 
-def pack_admit(admit: Admission) -> Tensor:
+def pack_admit(admission: Admission) -> Tensor:
     """As a payload, uint8 [bytes]: the length of a JSON text, the text, and tensors at multiples of 16 bytes."""
     tensors: list[Tensor] = []
-    text = _json(to_plain(admit, tensors))
+    text = _json(to_plain(admission, tensors))
     parts = [_LENGTH.pack(len(text)) + text]
     parts += [one.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for one in tensors]
     return _as_payload(b"".join(part.ljust(_aligned(len(part)), b"\0") for part in parts))

@@ -51,7 +51,7 @@ class TinyPipeline:
     def captions(self, prompt):
         generator = torch.Generator().manual_seed(len(prompt))
         text = torch.randn(3, self.config.model_config.caption_channels, generator=generator)
-        return CaptionTable(text=text, null=self.model.dit.null_text())
+        return CaptionTable(text=text, null=self.model.dit.null_text()).to(self.model.dit.device)
 
     def decode(self, latents):
         frames, height, width = latents.shape[2] * 4, latents.shape[3] * 8, latents.shape[4] * 8

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,12 +20,14 @@ from engine.record import Recorder
 from engine.request import Prefix
 from engine.reuse.flags import FlagLog
 from engine.reuse.settings import ReuseSettings
+from engine.video import WorkItem
 from launch.conformance import check_on_gang
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.pipeline import Loading, load_stage
-from parallel.comm.channel import Inbox, Outbox
+from models.protocols import Pass, PassCondition
+from parallel.comm.channel import GroupTransport, Inbox, Link, Outbox
 from parallel.comm.messages import Header, Kind
 from parallel.health.errors import GangError
 from parallel.health.monitor import leave
@@ -56,7 +58,7 @@ def wanted(values):
 def videos(gang, values, out, flag_log=FlagLog, wrap=lambda model: model):
     """Make videos; the lead saves latents, flags, counts and the items that its stage was given."""
     config = small_config(**values.get("config", {}))
-    pipeline = stage_pipeline(config, gang.mesh, values.get("split"))
+    pipeline = stage_pipeline(config, gang.mesh, values.get("split"), device=gang.device)
     pipeline.model = wrap(pipeline.model)
     if not gang.mesh.leads:
         gang.serve(pipeline.stage, flag_log)
@@ -74,10 +76,11 @@ def videos(gang, values, out, flag_log=FlagLog, wrap=lambda model: model):
                 assert engine.submit(one, recorder=traces.get(video)) == video
             for made in engine.step():
                 assert made.chunk.index == len(latents[made.video])
-                latents[made.video].append(made.chunk.latents)
+                latents[made.video].append(made.chunk.latents.cpu())
     torch.save(
         {
             "latents": latents,
+            "transfer": gang.transfer,
             "seconds": time.perf_counter() - began,
             "flags": {video: torch.from_numpy(trace.finish({}).flags) for video, trace in traces.items()},
             "kept": {video: torch.from_numpy(trace.finish({}).kept) for video, trace in traces.items()},
@@ -167,6 +170,13 @@ class _Flipping(FlagLog):
         super().add(flags)
 
 
+def separate_payloads(gang):
+    """Send payloads as they are sent between GPUs: by themselves, on the main thread."""
+    groups = gang._groups
+    links = {edge: replace(link, payloads=link.headers) for edge, link in groups.links.items()}
+    gang._groups = replace(groups, links=links)
+
+
 def goldens(gang, values, out):
     verdicts = []
     files = [Path(path) for path in values["files"]]
@@ -229,28 +239,55 @@ def load_only(gang, values, out):
 
 
 def flood(gang, values, out):
-    """Rank 0 sends more than rank 1 takes; nothing is lost, overtaken or overwritten."""
+    """Rank 0 sends more than rank 1 receives; nothing is lost, overtaken or overwritten, and `send` never waits."""
+    transport = GroupTransport(1 - gang.mesh.rank)
+    payloads = None if values["inline"] else transport
+    link = Link(peer=1 - gang.mesh.rank, headers=transport, payloads=payloads, device=torch.device("cpu"))
     if gang.mesh.leads:
-        outbox = Outbox(1, GlooWire(1), gang.monitor.lost)
+        outbox = Outbox(link, gang.monitor.lost)
+        began = time.perf_counter()
         for index in range(40):
             outbox.send(Header(kind=Kind.ITEM, request=index), torch.full((1, 50 + index // 10, 64), float(index)))
         outbox.send(Header(kind=Kind.LEAVE))
+        sending = time.perf_counter() - began
         outbox.close(30)
+        Path(f"{out}.seconds").write_text(json.dumps([sending, time.perf_counter() - began]))
         return
-    device = torch.device("cpu")
-    inbox = Inbox(0, GlooWire(0), device=device, on_error=gang.monitor.lost, check=gang.monitor.check, depth=2)
+    inbox = Inbox(link, gang.monitor.lost, gang.monitor.check, limit=2)
     held, seen = [], []
-    while (message := inbox.take()).header.kind is not Kind.LEAVE:
-        time.sleep(0.01)
+    while (message := inbox.receive()).header.kind is not Kind.LEAVE:
+        time.sleep(0.02)
         held.append(message)
-        if len(held) == 2:  # hand back the older one, which must have kept its content till now
+        if len(held) == 2:  # the older one must have kept its content till now
             older = held.pop(0)
             seen.append([older.header.request, older.payload.shape[1], *older.payload.unique().tolist()])
-            inbox.done(older)
     last = held.pop()
     seen.append([last.header.request, last.payload.shape[1], *last.payload.unique().tolist()])
     inbox.close(10)
     Path(out).write_text(json.dumps(seen))
+
+
+def lost_key(gang, values, out):
+    """A thread of rank 0 ends with an error that nobody has foreseen, while both ranks wait."""
+    peer = 1 - gang.mesh.rank
+    link = Link(peer=peer, headers=GroupTransport(peer), payloads=None, device=torch.device("cpu"))
+
+    def lose(began, item):
+        raise KeyError("a lost key")
+
+    if gang.mesh.leads:
+        Outbox(link, gang.monitor.lost, lose).send(Header(kind=Kind.ITEM, item=some_item()))
+    else:
+        Inbox(link, gang.monitor.lost, gang.monitor.check, limit=2)
+    while True:
+        gang.monitor.check()
+        time.sleep(0.05)
+
+
+def some_item():
+    condition = PassCondition(t=0.0, distill=None, drop=False)
+    what = Pass(name="denoise", caption="text", branch=0, isolated=False, weight=1.0, condition=condition)
+    return WorkItem(request=0, tick=0, chunk=0, step=0, chunks_left=0, what=what, keys_from=None, before=())
 
 
 def kept(gang, values, out):
@@ -336,6 +373,7 @@ SCENARIOS = {
     "gated": gated,
     "slow": slow,
     "flood": flood,
+    "lost_key": lost_key,
     "load_only": load_only,
     "abandoned": abandoned,
     "loaded": loaded,
@@ -352,7 +390,10 @@ def main():
     layout = Layout(**values["layout"])
     timeouts = Timeouts(**values.get("timeouts", {}))
     try:
-        with open_gang(env, layout, timeouts=timeouts) as gang:
+        device = None if values.get("device") == "cuda" else torch.device("cpu")
+        with open_gang(env, layout, timeouts=timeouts, device=device) as gang:
+            if values.get("inline") is False:
+                separate_payloads(gang)
             SCENARIOS[name](gang, values, out)
     except InputError:
         leave(2)

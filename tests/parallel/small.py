@@ -21,22 +21,23 @@ def small_config(layers=5, **changes):
 class SmallPipeline(TinyPipeline):
     """All layers, or those of one stage with the same weights."""
 
-    def __init__(self, config, layers=None, seed=0):
+    def __init__(self, config, layers=None, seed=0, device="cpu"):
         super().__init__(config, seed=seed)
         if layers is not None:
             whole = self.model.dit.state_dict()
             dit = MagiDiT(config.model_config, layers=layers)
             dit.load_state_dict({name: whole[name] for name in dit.state_dict()})
             self.model = MagiModel(dit.requires_grad_(False))
+        self.model.dit.to(device)
 
     @property
     def stage(self):
         return StageModel(model=self.model, attention=attention_backend("sdpa"))
 
 
-def stage_pipeline(config, mesh, split=None, seed=0):
+def stage_pipeline(config, mesh, split=None, seed=0, device="cpu"):
     sizes = split or balanced_split(Costs.even(config.model_config.num_layers), mesh.layout.pp)
-    return SmallPipeline(config, stage_layers(sizes, mesh.stage), seed=seed)
+    return SmallPipeline(config, stage_layers(sizes, mesh.stage), seed=seed, device=device)
 
 
 def request(**changes):

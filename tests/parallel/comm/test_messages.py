@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.executor import Admission
 from engine.kv.selection import SelectionSettings
 from engine.kv.size import KVPlan
 from engine.schedule import Schedule
@@ -12,7 +13,6 @@ from engine.video import KVOp, WorkItem
 from models.protocols import CaptionTable, Pass, PassCondition
 from parallel.comm.messages import (
     HEADER_BYTES,
-    Admit,
     Header,
     Kind,
     from_plain,
@@ -117,9 +117,9 @@ tensors = st.builds(
     columns=st.integers(1, 9),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-admits = st.builds(
-    Admit,
-    request=st.integers(0, 1 << 20),
+admissions = st.builds(
+    Admission,
+    video=st.integers(0, 1 << 20),
     schedule=st.just(Schedule(first=0, chunks=5, num_steps=8, window=4)),
     kv=st.builds(
         KVPlan,
@@ -137,11 +137,11 @@ admits = st.builds(
 )
 
 
-@given(admit=admits)
-def test_an_admission_is_read_as_it_was_packed(admit):
-    read = unpack_admit(pack_admit(admit))
-    for name in ("request", "schedule", "kv", "grid", "checkpoint"):
-        assert getattr(read, name) == getattr(admit, name)
+@given(admission=admissions)
+def test_an_admission_is_read_as_it_was_packed(admission):
+    read = unpack_admit(pack_admit(admission))
+    for name in ("video", "schedule", "kv", "grid", "checkpoint"):
+        assert getattr(read, name) == getattr(admission, name)
     for name in ("text", "null", "counters"):
-        got, packed = getattr(read.captions, name), getattr(admit.captions, name)
+        got, packed = getattr(read.captions, name), getattr(admission.captions, name)
         assert got is packed is None or (got.dtype == packed.dtype and torch.equal(got, packed))
