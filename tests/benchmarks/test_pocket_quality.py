@@ -63,7 +63,7 @@ def test_every_scene_as_drawn_is_right(colour: str):
 place = st.floats(0, SIDE, exclude_max=True)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(scene=st.sampled_from(SCENES), start=st.tuples(place, place), seed=st.integers(0, 10_000))
 def test_any_start_and_background_as_drawn_is_right(scene: Scene, start: tuple[float, float], seed: int):
     assert_true_to(scene, adherence(clip(scene, seed=seed, start=start), scene))
