@@ -6,9 +6,8 @@
 
 Throughput: a batch of videos on two gangs of two stages, one video each at a time, against one gang with two videos in
 flight. Overhead: the same videos, all in flight on two stages, by ranks that torchrun starts and by a gang of a Ray
-cluster, in quantum; the model is so large that an item of a stage takes 100 ms or more. Seconds are of making,
-from the first submission to the last chunk: ranks are loaded and warm. All latents are compared with those of one
-process.
+cluster, in turn; the model is so large that an item of a stage takes 100 ms or more. Seconds are of denoising, from the
+first submission to the last chunk: ranks are loaded and warm. All latents are compared with those of one process.
 
 Exit status 0 if two gangs are not slower than one, Ray adds little enough and no latents differ, 1 if not, 2 for bad
 input.
@@ -17,21 +16,31 @@ input.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from benchmarks.cluster_making import Making
-from benchmarks.cluster_report import Overhead, Throughput, csv, table, verdicts
-from benchmarks.cluster_runs import Timed, alone, differing, on_ranks, on_ray
-from benchmarks.pipeline_job import ModelSpec
-from benchmarks.report import machine_line, output_folder, run_app, save_text
-from benchmarks.verdict import verdict_table
+from benchmarks.common import (
+    Cell,
+    Headers,
+    Rows,
+    Verdict,
+    columns,
+    machine_line,
+    markdown_table,
+    median,
+    new_log,
+    output_folder,
+    publish,
+    run_app,
+)
+from benchmarks.models import ModelSpec
+from benchmarks.ray_runs import GangSetup, on_ray
+from benchmarks.runs import alone, on_ranks
+from benchmarks.workload import Made, Workload, differing
 from engine.reuse.settings import ReuseSettings
 from models.errors import InputError
 from parallel.health.errors import GangError
@@ -39,10 +48,49 @@ from parallel.topology.mesh import Layout
 
 _PARTS = ("throughput", "overhead")
 _STAGES = Layout(pp=2)
-_NO_EXTRA = ReuseSettings(clean_pass=False, copy_pass=False)
+_LEAN = ReuseSettings(clean_pass=False, copy_pass=False)
 _OVERHEAD_VIDEOS = 2
+_BELOW, _OVERHEAD, _ITEM = 0.98, 0.03, 0.1
 
 app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One of the two measurements: the same videos in two ways, in turn."""
+
+    name: str
+    videos: int  # of each run
+    runs: Mapping[str, Sequence[Made]]  # of each way, by its name: what it is compared with comes first
+    problems: Sequence[str]  # what differs from one process
+
+    @property
+    def ratio(self) -> float:
+        """Time of the first way over that of the second, medians."""
+        first, second = (median(one.seconds for one in runs) for runs in self.runs.values())
+        return first / second
+
+    @property
+    def item(self) -> float:
+        """Seconds of a stage's item in the first way."""
+        return median(one.item for one in next(iter(self.runs.values())))
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """What it is held to."""
+        wrong = len(self.problems)
+        if self.name == "throughput":
+            wanted = f"not below 1, to within {100 * (1 - _BELOW):.0f}%"
+            held = [Verdict("2 gangs over 1 gang", f"{self.ratio:.3f}", wanted, self.ratio >= _BELOW)]
+            name = "latents of gangs"
+        else:
+            share, item, most = 1 / self.ratio - 1, self.item, f"at most {100 * _OVERHEAD:.0f}%"
+            held = [
+                Verdict("time that Ray adds", f"{100 * share:+.1f}%", most, share <= _OVERHEAD),
+                Verdict("an item of a stage", f"{1e3 * item:.0f} ms", f"at least {1e3 * _ITEM:.0f} ms", item >= _ITEM),
+            ]
+            name = "latents with and without Ray"
+        return [*held, Verdict(name, f"{wrong} differ", "as of one process, bit for bit", not wrong)]
 
 
 @app.command()
@@ -66,31 +114,33 @@ def run(
     if quick:
         layers, videos, chunks, repeats = min(layers, 4), min(videos, 4), min(chunks, 2), 1
         overhead_chunks, overhead_side, overhead_repeats = min(overhead_chunks, 2), min(overhead_side, 64), 1
-    small = Making(
-        spec=ModelSpec(layers=layers, width=width, side=side),
-        layout=_STAGES,
-        gangs=1,
-        concurrency=2,
-        chunks=chunks,
-        steps=steps,
-        cache=_NO_EXTRA,
+    small = Workload(
+        model=ModelSpec(layers=layers, width=width, side=side), chunks=chunks, steps=steps, videos=videos, reuse=_LEAN
     )
-    spec = ModelSpec(layers=layers, width=width, side=overhead_side)
-    large = replace(small, spec=spec, concurrency=_OVERHEAD_VIDEOS, chunks=overhead_chunks)
-    for making in (small, large):
-        making.settings()  # checks all of it
+    spec = replace(small.model, side=overhead_side)
+    large = replace(small, model=spec, chunks=overhead_chunks, videos=_OVERHEAD_VIDEOS)
+    one, two = (GangSetup(workload=own, layout=_STAGES, gangs=1, concurrency=2) for own in (small, large))
+    for setup in (one, two):
+        _ = setup.settings  # checks all of it
     output_folder(out)
-    say = partial(Console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
-    throughput = overhead = None
+    pair: dict[str, Callable[[], Made]] = {
+        "1 gang, 2 in flight": lambda: on_ray(one),
+        "2 gangs, 1 in flight each": lambda: on_ray(replace(one, gangs=2, concurrency=1)),
+    }
+    ways: dict[str, Callable[[], Made]] = {
+        "ranks of torchrun": lambda: on_ranks(_STAGES, [large], torchrun=True)[0],
+        "1 gang on Ray": lambda: on_ray(two),
+    }
+    made = []
     try:
         if "throughput" in chosen:
-            throughput = _throughput(small, videos, repeats, say)
+            made.append(_measure("throughput", small, pair, repeats))
         if "overhead" in chosen:
-            overhead = _overhead(large, overhead_repeats, say)
+            made.append(_measure("overhead", large, ways, overhead_repeats))
     except GangError as error:
         typer.echo(f"cluster: error: {error}", err=True)
         raise typer.Exit(error.failure.status) from None
-    raise typer.Exit(0 if _write(out, small, large, throughput, overhead) else 1)
+    raise typer.Exit(_write(out, made, {"throughput": small, "overhead": large}))
 
 
 def _chosen(parts: str) -> list[str]:
@@ -101,55 +151,59 @@ def _chosen(parts: str) -> list[str]:
     return names
 
 
-def _throughput(one: Making, videos: int, repeats: int, say: Callable[[str], None]) -> Throughput:
-    say(f"throughput: {videos} videos in one process")
-    wanted = alone(one, videos)
-    ways = {1: one, 2: replace(one, gangs=2, concurrency=1)}
-    runs: dict[int, list[Timed]] = {gangs: [] for gangs in ways}
+def _measure(name: str, workload: Workload, ways: Mapping[str, Callable[[], Made]], repeats: int) -> Part:
+    """Make the videos in one process, and then in both ways again and again; which one is first alternates."""
+    log = new_log()
+    log(f"{name}: {workload.videos} videos in one process")
+    ((wanted,),) = alone([workload])
+    runs: dict[str, list[Made]] = {way: [] for way in ways}
     for repeat in range(repeats):
-        for gangs in sorted(ways, reverse=repeat % 2 == 1):
-            made = on_ray(ways[gangs], videos)
-            runs[gangs].append(made)
-            say(f"throughput, repeat {repeat + 1} of {repeats}: {gangs} gangs, {made.seconds:.2f} s")
-    problems = differing([*runs[1], *runs[2]], wanted)
-    return Throughput(videos=videos, one=runs[1], two=runs[2], problems=problems)
-
-
-def _overhead(making: Making, repeats: int, say: Callable[[str], None]) -> Overhead:
-    say(f"overhead: {_OVERHEAD_VIDEOS} videos in one process")
-    wanted = alone(making, _OVERHEAD_VIDEOS)
-    ways = {"ranks": on_ranks, "Ray": on_ray}
-    runs: dict[str, list[Timed]] = {way: [] for way in ways}
-    for repeat in range(repeats):
-        for way in sorted(ways, reverse=repeat % 2 == 0):
-            made = ways[way](making, _OVERHEAD_VIDEOS)
+        for way in list(ways)[:: -1 if repeat % 2 else 1]:
+            made = ways[way]()
             runs[way].append(made)
-            say(f"overhead, repeat {repeat + 1} of {repeats}: {way}, {made.seconds:.2f} s")
-    problems = differing([*runs["ranks"], *runs["Ray"]], wanted)
-    return Overhead(videos=_OVERHEAD_VIDEOS, ranks=runs["ranks"], ray=runs["Ray"], problems=problems)
+            log(f"{name}, repeat {repeat + 1} of {repeats}: {way}, {made.seconds:.2f} s")
+    problems = differing([one for own in runs.values() for one in own], wanted)
+    return Part(name=name, videos=workload.videos, runs=runs, problems=problems)
 
 
-def _write(out: Path, small: Making, large: Making, throughput: Throughput | None, overhead: Overhead | None) -> bool:
-    held = verdicts(throughput, overhead)
-    about = [
-        f"{part}: {making.spec.layers} layers of width {making.spec.width}, {making.spec.side} pixels, "
-        f"{making.chunks} chunks of {making.steps} steps"
-        for part, making, made in (("throughput", small, throughput), ("overhead", large, overhead))
-        if made is not None
-    ]
-    wrong = [line for part in (throughput, overhead) if part is not None for line in part.problems]
-    sections = [
-        "# Gangs of a Ray cluster",
-        f"Two stages to a gang; {'; '.join(about)}. {machine_line()}; one thread per rank.",
-        f"## Verdicts\n\n{verdict_table(held)}",
-        f"## Times\n\n{table(throughput, overhead)}",
-        *(["## What differs\n\n" + "\n".join(f"- {line}" for line in wrong)] if wrong else []),
-    ]
-    text = "\n\n".join(sections)
-    save_text(out / "cluster.md", text)
-    save_text(out / "cluster.csv", csv(throughput, overhead))
-    typer.echo(f"{text}\n\nwritten to {out}")
-    return all(one.passed for one in held)
+def table(parts: Sequence[Part]) -> str:
+    """A line for each way."""
+    rows = []
+    for part in parts:
+        for way, runs in part.runs.items():
+            seconds = median(one.seconds for one in runs)
+            starts = [one.start for one in runs if one.start is not None]
+            row: dict[str, Cell] = {"part": part.name, "way": way, "videos": part.videos, "s": round(seconds, 2)}
+            row |= {"videos per minute": round(60 * part.videos / seconds, 2)}
+            row |= {"of each repeat": " ".join(f"{one.seconds:.2f}" for one in runs)}
+            rows.append(row | {"start-up s": round(median(starts), 1) if starts else "not taken"})
+    return markdown_table(*columns(rows))
+
+
+def csv_rows(parts: Sequence[Part]) -> tuple[Headers, Rows]:
+    """A line for each run."""
+    rows = []
+    for part in parts:
+        for way, runs in part.runs.items():
+            for repeat, one in enumerate(runs, 1):
+                row: dict[str, Cell] = {"part": part.name, "way": way, "repeat": repeat, "videos": part.videos}
+                row |= {"seconds": one.seconds, "start_s": one.start}
+                rows.append(row | {"videos_per_minute": 60 * part.videos / one.seconds, "item_s": one.item or None})
+    return columns(rows)
+
+
+def _write(out: Path, parts: Sequence[Part], workloads: Mapping[str, Workload]) -> int:
+    about = "; ".join(f"{part.name}: {workloads[part.name].size}" for part in parts)
+    wrong = [f"- {line}" for part in parts for line in part.problems]
+    return publish(
+        out,
+        "cluster",
+        title="Gangs of a Ray cluster",
+        about=f"Two stages to a gang; {about}. {machine_line()}; one thread per rank.",
+        verdicts=[verdict for part in parts for verdict in part.verdicts],
+        sections={"Times": table(parts), "What differs": "\n".join(wrong)},
+        data=csv_rows(parts),
+    )
 
 
 if __name__ == "__main__":

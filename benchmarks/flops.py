@@ -1,4 +1,4 @@
-"""Floating point operations of MAGI-1's passes, counted from shapes, and an executor that counts while it runs.
+"""Floating point operations of MAGI-1's passes, counted from shapes, and a runner that counts while it runs.
 
 A multiplication and an addition are two operations. All matrix products of a pass are counted: embeddings, projections,
 attention over the keys that the pass really attended to and over the text, MLP, modulation, head. Norms, softmax,
@@ -8,16 +8,21 @@ below one percent of a pass.
 
 from __future__ import annotations
 
-from torch import Tensor
+from pathlib import Path
 
-from engine.executor import Admission, Executor
+from engine.executor import LocalRunner
+from engine.prepare import Prepared
 from engine.video import Work
+from models.attention import Attention
 from models.magi.config import ModelConfig
+from models.protocols import CaptionTable, VideoModel
 
 _FREQUENCIES = 256  # sines and cosines of the timestep embedding (specification 6.1)
 
 
-def pass_flops(config: ModelConfig, *, tokens: int, keys: int, text: int, distilled: bool) -> int:
+def pass_flops(
+    config: ModelConfig, *, tokens: int, keys: int, text: int, distilled: bool, read_out: bool = True
+) -> int:
     """Operations of one pass of one chunk through all layers.
 
     Args:
@@ -26,6 +31,7 @@ def pass_flops(config: ModelConfig, *, tokens: int, keys: int, text: int, distil
         keys: that each of them attends to.
         text: caption tokens.
         distilled: the step size is embedded too.
+        read_out: a velocity is read out; passes that are run for their KV alone need none.
     """
     hidden, keyed = config.hidden_size, config.num_query_groups * config.kv_channels
     cond, text_width = config.cond_size, int(config.hidden_size * config.xattn_cond_hidden_ratio)
@@ -38,51 +44,49 @@ def pass_flops(config: ModelConfig, *, tokens: int, keys: int, text: int, distil
         + cond * int(2 * hidden * config.cond_gating_ratio)
     )
     patch = config.patch_size**2 * config.t_patch_size
-    embedding = tokens * hidden * patch * (config.in_channels + config.out_channels)
+    embedding = tokens * hidden * patch * (config.in_channels + config.out_channels * read_out)
     captions = text * config.caption_channels * text_width + config.caption_channels * cond
     times = (_FREQUENCIES + cond) * cond * (2 if distilled else 1)
     return 2 * (config.num_layers * layer + embedding + captions + times)
 
 
-class CountingExecutor:
-    """Runs work where another executor does, and counts it.
+class CountingRunner(LocalRunner):
+    """Runs items in this process, and counts them.
 
     Args:
-        inner: where the work is run.
-        config: shapes of its model.
-
-    Attributes:
-        items: passes so far.
-        flops: their operations.
-        kv_bytes: KV bytes of the requests that are admitted.
+        model: the weights.
+        attention: what KV views attend with.
+        config: shapes of the model.
     """
 
-    def __init__(self, inner: Executor, config: ModelConfig) -> None:
-        self._inner, self._config = inner, config
-        self._admitted: dict[int, Admission] = {}
+    def __init__(self, model: VideoModel, attention: Attention, config: ModelConfig) -> None:
+        super().__init__(model, attention)
+        self._config = config
+        self._captions: dict[int, CaptionTable] = {}
         self.items = 0
+        """Passes so far."""
         self.flops = 0
+        """Their operations."""
 
     @property
     def kv_bytes(self) -> int:
-        """KV bytes that the admitted requests hold now."""
-        return sum(admission.kv.nbytes for admission in self._admitted.values())
+        """KV bytes that the videos in flight hold now."""
+        return sum(self.kv(video).nbytes for video in self._captions)
 
-    def admit(self, request: int, admission: Admission) -> None:
-        """Take a request in."""
-        self._admitted[request] = admission
-        self._inner.admit(request, admission)
+    def admit(self, video: int, prepared: Prepared, checkpoint: Path | None) -> None:
+        """Take a video in."""
+        super().admit(video, prepared, checkpoint)
+        self._captions[video] = prepared.captions
 
-    def release(self, request: int) -> None:
-        """Let go of a request."""
-        self._admitted.pop(request, None)
-        self._inner.release(request)
+    def release(self, video: int) -> None:
+        """Let go of a video."""
+        super().release(video)
+        self._captions.pop(video, None)
 
-    def run(self, work: Work) -> Tensor:
-        """Run one item and count it."""
-        velocity = self._inner.run(work)
-        item, admitted = work.item, self._admitted[work.item.request]
-        layout = admitted.kv.layout  # as the item has left it, which is as it read it
+    def begin(self, work: Work) -> None:
+        """Run an item and count it."""
+        super().begin(work)
+        item, layout = work.item, self.kv(work.item.request).layout  # as the item has left it, which is as it read it
         tokens = keys = layout.chunk_tokens
         if not item.what.isolated:
             span = layout.span(item.keys_from, item.chunk)
@@ -92,7 +96,7 @@ class CountingExecutor:
             self._config,
             tokens=tokens,
             keys=keys,
-            text=len(admitted.captions.get(item.what.caption, item.chunks_left)),
+            text=len(self._captions[item.request].get(item.what.caption, item.chunks_left)),
             distilled=item.what.condition.distill is not None,
+            read_out=bool(item.what.weight),
         )
-        return velocity

@@ -19,7 +19,7 @@ from models.magi.text import SpecialTokens, T5Encoder, TextEncoder
 from models.magi.vae import TiledVAE
 from models.magi.weights import Checkpoint, weights_folder
 from models.pocket.text import PocketEncoder
-from models.protocols import CaptionTable
+from models.protocols import Autoencoder, CaptionTable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +47,7 @@ class MagiPipeline:
         self,
         config: MagiConfig,
         model: MagiModel,
-        autoencoder: TiledVAE,
+        autoencoder: Autoencoder,
         encoder: TextEncoder,
         *,
         tokens: SpecialTokens | None = None,
@@ -70,13 +70,13 @@ class MagiPipeline:
         Raises:
             InputError: the encoder cannot take it.
         """
-        caption, dit = self._encoder.encode(prompt), self.model.dit
+        text, dit = self._encoder.encode(prompt), self.model.dit
         self._encoder.release()
         counters, length = None, None
         if self._tokens is not None:
-            counters = self._tokens.counters().to(caption.embeddings)
+            counters = self._tokens.counters().to(text)
             length = self.config.model_config.caption_max_length
-        table = CaptionTable(text=caption.embeddings, null=dit.null_text(), counters=counters, max_length=length)
+        table = CaptionTable(text=text, null=dit.null_text(), counters=counters, max_length=length)
         return table.to(dit.device)
 
 

@@ -40,18 +40,11 @@ _DURATION_ROW = 7  # for the last chunk; the next row for the one before it, and
 _DURATION_ROWS = 8
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Caption:
-    """An encoded prompt: `embeddings` is [N, C] fp32."""
-
-    embeddings: Tensor
-
-
 class TextEncoder(Protocol):
     """What turns a prompt into a caption."""
 
-    def encode(self, prompt: str) -> Caption:
-        """Encode one prompt.
+    def encode(self, prompt: str) -> Tensor:
+        """Encode one prompt: [N, C] fp32.
 
         Raises:
             InputError: the prompt cannot be encoded.
@@ -136,8 +129,8 @@ class T5Encoder:
         self._tokenizer: Any = None
         self._model: Any = None
 
-    def encode(self, prompt: str) -> Caption:
-        """Clean a prompt (specification 2.2) and encode it.
+    def encode(self, prompt: str) -> Tensor:
+        """Clean a prompt (specification 2.2) and encode it: [N, C] fp32.
 
         Raises:
             InputError: the files in the folder cannot be used.
@@ -147,7 +140,7 @@ class T5Encoder:
         ids = self._tokenizer(clean_prompt(prompt), max_length=self.max_length, truncation=True, return_tensors="pt")
         with torch.no_grad():
             rows = self._model(ids["input_ids"].to(self.device)).last_hidden_state[0]
-        return Caption(embeddings=rows.float())
+        return rows.float()
 
     def release(self) -> None:
         """Free the weights. Another `encode` reads them again."""

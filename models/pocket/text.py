@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.magi.text import Caption
 from models.pocket.words import VOCABULARY, parse_prompt
 
 CAPTION_CHANNELS = 32
@@ -33,9 +32,9 @@ def encode_prompt(prompt: str) -> Tensor:
 class PocketEncoder:
     """`encode_prompt` in the place of a text encoder."""
 
-    def encode(self, prompt: str) -> Caption:
-        """Encode one prompt; errors as in `encode_prompt`."""
-        return Caption(embeddings=encode_prompt(prompt))
+    def encode(self, prompt: str) -> Tensor:
+        """Encode one prompt; shape and errors as in `encode_prompt`."""
+        return encode_prompt(prompt)
 
     def release(self) -> None:
         """Nothing is held."""

@@ -1,1 +1,1 @@
-"""Many videos on many gangs: the chunk scheduler, and the Ray layer that carries out what it says."""
+"""Many videos on many gangs: the scheduler, and the controller that carries out its decisions on Ray."""

@@ -1,14 +1,14 @@
-"""The Ray actor of one rank. It takes its env as a process of torchrun does, and runs the same loop.
+"""The Ray actor of one rank. It gets its environment as a process of torchrun does, and runs the same loop.
 
-The work is one long call, on the actor's main thread; what the driver says meanwhile arrives on a line of its own, so
-that a rank that computes still answers.
+The work is one long call on the actor's main thread. Commands of the controller arrive meanwhile on a connection of its
+own, and on another thread.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,53 +16,24 @@ import ray
 import torch
 
 from engine.heap import settle_heap
-from engine.kv.size import KVSettings
-from engine.request import Request
-from engine.reuse.settings import ReuseSettings
 from models.errors import InputError
 from parallel.cluster.command_loop import CommandLoop
-from parallel.cluster.config import ModelSource
-from parallel.cluster.connection import Call, Line, dial
-from parallel.cluster.messages import AskHealth, Command
+from parallel.cluster.config import RankTask
+from parallel.cluster.connection import Address, connect
+from parallel.cluster.messages import GangEvent, RankStarted
 from parallel.health.errors import BAD_INPUT, FAILED, GangError
-from parallel.health.timeouts import Timeouts
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
-from parallel.topology.mesh import Layout
 
-_FIRST_ITEMS = 4
 _FLUSH = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RankTask:
-    """What every rank of a gang is told."""
-
-    layout: Layout  # of the ranks
-    source: ModelSource  # of the weights
-    cache: ReuseSettings  # which steps are reused
-    kv: KVSettings  # how much of the past is held
-    timeouts: Timeouts  # how long to wait for others
-    threads: int  # CPU threads
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RankEnd:
-    """How a rank has ended: its exit status, and why if it was not well."""
+    """How a rank has ended."""
 
-    status: int
-    message: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Health:
-    """What a rank is at."""
-
-    pid: int
-    node: str
-    doing: str  # in words; empty while it waits
-    age: float  # seconds for which it has been seen at it
-    first: bool  # it has run few items yet, and may be compiling
+    status: int  # exit code
+    message: str  # why, if it was not well
 
 
 class RankActor:
@@ -70,91 +41,69 @@ class RankActor:
 
     def __init__(self) -> None:
         self._gang: Gang | None = None
-        self._node = ray.get_runtime_context().get_node_id()
-        self._seen, self._since, self._items = "starting", time.monotonic(), 0
 
-    def run(self, env: RankEnv, task: RankTask, call: Call) -> RankEnd:
-        """Take an env and work until the lead lets go.
+    def run(self, env: RankEnv, task: RankTask, address: Address) -> RankEnd:
+        """Work as one rank until the leader ends the session.
 
         Args:
             env: of this rank.
             task: of its gang.
-            call: how the driver is reached.
+            address: where the controller listens.
 
         Returns:
-            How it has ended; a failure is told, not raised.
+            How it has ended; a failure is returned, not raised.
         """
         os.environ.update(env.variables())
         settle_heap()
-        torch.set_num_threads(task.threads)
+        if task.threads is not None:
+            torch.set_num_threads(task.threads)
+        loop = CommandLoop()
         try:
-            connection = dial(call)
+            connection = connect(address, loop.handle, self._on_end)
         except OSError as error:
-            message = f"rank {env.rank} cannot reach the driver at {call.host}:{call.port}: {error.strerror or error}"
+            where = f"{address.host}:{address.port}"
+            message = f"rank {env.rank} cannot reach the controller at {where}: {error.strerror or error}"
             return RankEnd(status=FAILED, message=message)
-        line = Line(connection)
-        lead = CommandLoop(line.send)
-        line.send(self._health())
-        line.listen(lambda message: self._hear(message, lead, line), lambda: None)
+        connection.send(RankStarted(pid=os.getpid()))
         try:
             with open_gang(env, task.layout, timeouts=task.timeouts, device=_own_device()) as gang:
                 self._gang = gang
-                self._work(gang, task, lead)
+                _work(gang, task, loop, connection.send)
         except GangError as error:
             return RankEnd(status=error.failure.status, message=str(error))
         except InputError as error:
             return RankEnd(status=BAD_INPUT, message=str(error))
-        except Exception as error:  # noqa: BLE001 - the driver shows it
+        except Exception as error:  # noqa: BLE001 - the controller shows it
             return RankEnd(status=FAILED, message=f"rank {env.rank}: {type(error).__name__}: {error}")
         finally:
-            line.close(flush=_FLUSH)
+            connection.close(flush=_FLUSH)
         return RankEnd(status=0, message="")
 
-    def _hear(self, message: Command | AskHealth, lead: CommandLoop, line: Line) -> None:
-        if isinstance(message, AskHealth):
-            line.send(self._health())
-        else:
-            lead.obey(message)
+    def _on_end(self, error: Exception | None) -> None:
+        """The connection has ended. Without a controller Ray ends this process; any other reason fails the gang."""
+        if error is not None and self._gang is not None:
+            self._gang.monitor.fail(f"messages of the controller: {type(error).__name__}: {error}")
 
-    def _work(self, gang: Gang, task: RankTask, lead: CommandLoop) -> None:
-        # What is there when the work begins, and that is much with Ray, stays: the garbage collector, which would go
-        # through it over and over, takes 1% of a rank's time.
-        device = str(gang.device)
-        if not gang.mesh.leads:
-            with gang.loading():
-                stage = task.source.stage(gang.mesh, device)
-            gc.freeze()
-            gang.serve(stage)
-            return
+
+def _work(gang: Gang, task: RankTask, loop: CommandLoop, send: Callable[[list[GangEvent]], None]) -> None:
+    # Objects that exist when the work begins, and they are many with Ray, stay: the garbage collector, which would go
+    # through them over and over, takes 1% of a rank's time.
+    device = str(gang.device)
+    if not gang.mesh.leads:
         with gang.loading():
-            pipeline = task.source.lead(gang.mesh, device)
+            stage = task.source.stage(gang.mesh, device)
         gc.freeze()
-
-        def quantum_ticks(request: Request) -> int:
-            sampling = pipeline.sampling(request.num_steps, clean_pass=False, copy_pass=False)
-            return request.num_steps // sampling.window
-
-        with gang.lead(pipeline, task.cache, task.kv, identity=task.source.identity) as (engine, _):
-            lead.run(engine, quantum_ticks)
-
-    def _health(self) -> Health:
-        """What this rank is at. Looks see for how long: an item that does not change is one that is stuck."""
-        doing = "starting" if self._gang is None else self._gang.monitor.doing
-        now = time.monotonic()
-        if doing != self._seen:
-            self._seen, self._since = doing, now
-            self._items += bool(doing)
-        return Health(
-            pid=os.getpid(),
-            node=self._node,
-            doing=doing,
-            age=now - self._since if doing else 0.0,
-            first=self._items <= _FIRST_ITEMS,
-        )
+        gang.serve(stage)
+        return
+    with gang.loading():
+        pipeline = task.source.lead(gang.mesh, device)
+    gc.freeze()
+    with gang.lead(pipeline, task.cache, task.kv, identity=task.source.identity) as (engine, _):
+        loop.run(engine, gang.device, send)
 
 
 def actor_class() -> Any:
-    """The actor as Ray starts it. It is never restarted alone: a lone rank cannot join the others again."""
+    """The actor as Ray starts it. Ray never restarts it alone: a lone rank cannot join the others again."""
     return ray.remote(max_restarts=0, max_task_retries=0)(RankActor)
 
 

@@ -1,6 +1,6 @@
-"""The desk of a gang's lead: what the driver asks for comes in, events go out, the engine is stepped in between.
+"""The leader's loop under Ray: it handles the controller's commands, steps the engine and sends events.
 
-The gang's own thread runs the engine; the driver's calls arrive on other threads and only leave notes. It knows
+The leader's main thread runs the engine; commands arrive on the connection's thread and are queued for it. It knows
 nothing of Ray.
 """
 
@@ -9,19 +9,21 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 
-from engine.engine import ChunkResult, Engine
+import torch
+
+from engine.engine import ChunkResult, Engine, Submission
 from engine.progress import Progress
-from engine.request import Request
 from engine.schedule import Quantum
 from models.errors import InputError
 from parallel.cluster.messages import (
     Admitted,
     CancelVideo,
     ChunkMade,
-    ChunksHeard,
+    ChunksReceived,
     ChunkTaken,
     Command,
     Finish,
@@ -33,114 +35,117 @@ from parallel.cluster.messages import (
     QuantumReady,
     Refused,
     VideoDone,
-    VideoJob,
+    VideoOrder,
 )
 
 _MOST_WAITING = 8
-"""Chunks that have not come to the driver before no more are made."""
+"""Chunks on their way to the controller before no more are made."""
 
 
 @dataclass(slots=True)
-class _Resident:
-    """A video that the engine is making, or is about to."""
+class _Video:
+    """A video that the engine is making, or is about to. It is the engine's admission gate: the controller permits each
+    quantum."""
 
-    job: VideoJob
-    gate: _Gate
-    quantum_ticks: int
-    taken: int
-    number: int = -1
-    progress: Progress | None = None
-
-
-class _Gate:
-    """Lets a video's quanta begin when the driver has granted them."""
-
-    def __init__(self, video: str, post: Callable[[GangEvent], None]) -> None:
-        self._video, self._post = video, post
-        self._granted: set[int] = set()
-
-    def grant(self, quantum: int) -> None:
-        self._granted.add(quantum)
+    order: VideoOrder
+    send: Callable[[GangEvent], None]
+    stored: int  # chunks that the caller has
+    number: int = -1  # the engine's
+    progress: Progress | None = None  # the latest
+    permitted: set[int] = field(default_factory=set)  # quanta
 
     def announce(self, quantum: Quantum) -> None:
-        self._post(QuantumReady(video=self._video, quantum=quantum.index, chunk=quantum.chunk, slots=quantum.slots))
+        """Ask for a quantum."""
+        self.send(QuantumReady(video=self.order.video, quantum=quantum.index))
 
     def open(self, quantum: Quantum) -> bool:
-        return quantum.index in self._granted
+        """Whether a quantum is permitted."""
+        return quantum.index in self.permitted
 
 
 class CommandLoop:
-    """The desk.
+    """The leader's loop."""
 
-    Args:
-        tell: sends what has happened to the driver, and waits for nobody.
-    """
-
-    def __init__(self, tell: Callable[[list[GangEvent]], None]) -> None:
-        self._tell = tell
+    def __init__(self) -> None:
         self._changed = threading.Condition()
         self._commands: deque[Callable[[Engine], None]] = deque()
         self._events: list[GangEvent] = []
         self._waiting = 0
-        self._residents: dict[str, _Resident] = {}
-        self._over = False
+        self._videos: dict[str, _Video] = {}
+        self._finishing = False
         self._engine: Engine | None = None
+        self._reader: ThreadPoolExecutor | None = None
 
-    def obey(self, command: Command) -> None:
-        """Take a command of the driver, on a thread that does nothing else."""
+    def handle(self, command: Command) -> None:
+        """Take a command of the controller, on any thread.
+
+        Raises:
+            TypeError: it is no command.
+        """
         match command:
-            case VideoJob():
-                self._command(partial(self._admit, command))
+            case VideoOrder():
+                self._order(command)
             case CancelVideo():
-                self._command(partial(self._cancel, command.video))
+                self._queue(partial(self._cancel, command.video))
             case PermitQuantum():
                 with self._changed:
-                    resident = self._residents.get(command.video)
-                if resident is not None:
-                    resident.gate.grant(command.quantum)
-                    self._wake()
+                    if (video := self._videos.get(command.video)) is not None:
+                        video.permitted.add(command.quantum)
+                self._wake()
             case ChunkTaken():
                 with self._changed:
-                    if (resident := self._residents.get(command.video)) is not None:
-                        resident.taken = max(resident.taken, command.index + 1)
-            case ChunksHeard():
+                    if (video := self._videos.get(command.video)) is not None:
+                        video.stored = max(video.stored, command.index + 1)
+            case ChunksReceived():
                 with self._changed:
                     self._waiting -= command.count
                     self._changed.notify_all()
             case Finish():
                 with self._changed:
-                    self._over = True
+                    self._finishing = True
                     self._changed.notify_all()
+            case _:
+                raise TypeError(f"a {type(command).__name__} is no command")
 
-    # ---- the gang's thread
+    def _order(self, order: VideoOrder) -> None:
+        assert self._engine is not None and self._reader is not None, "videos are ordered of a gang that is ready"
+        video = _Video(order=order, send=self._post, stored=order.stored)
+        with self._changed:
+            self._videos[order.video] = video
+        self._reader.submit(self._read, video, self._engine)
 
-    def run(self, engine: Engine, quantum_ticks: Callable[[Request], int]) -> None:
-        """Make what comes until there will be no more.
+    # ---- the leader's main thread
+
+    def run(self, engine: Engine, device: torch.device, send: Callable[[list[GangEvent]], None]) -> None:
+        """Make the videos that come until there will be no more.
 
         Args:
             engine: of the gang.
-            quantum_ticks: how many ticks a quantum of a request has.
+            device: of the pipeline.
+            send: sends events to the controller, and waits for nobody.
 
         Raises:
             GangError: a rank has failed.
         """
-        self._quantum_ticks, self._engine = quantum_ticks, engine
+        self._engine, self._send = engine, send
+        own_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read", initializer=own_device)
         self._post(GangReady())
-        while not (self._over and not engine.in_flight):
+        while not (self._finishing and not engine.in_flight):
             for command in self._next(idle=not engine.in_flight):
                 command(engine)
             if not engine.in_flight:
                 continue
             for made in engine.step():
                 self._hand_out(made)
-            for resident in list(self._residents.values()):
-                if not engine.running(resident.number):
-                    self._done(resident)
+            for video in list(self._videos.values()):
+                if video.number >= 0 and not engine.running(video.number):
+                    self._done(video)
 
     def _next(self, *, idle: bool) -> list[Callable[[Engine], None]]:
-        """What is to be done; waits while there is nothing to do, or too much for the driver to take."""
+        """Commands that have come; waits while there is nothing to do, or too much for the controller to take."""
         with self._changed:
-            while not self._commands and not self._over:
+            while not self._commands and not self._finishing:
                 if not idle and self._waiting < _MOST_WAITING:
                     break
                 self._changed.wait()
@@ -148,63 +153,56 @@ class CommandLoop:
             self._commands.clear()
             return commands
 
-    def _admit(self, job: VideoJob, engine: Engine) -> None:
+    def _read(self, video: _Video, engine: Engine) -> None:
+        """Encode an order and verify its checkpoint, which takes long, while the main thread goes on."""
+        order = video.order
+        read: Submission | Exception
         try:
-            resident = _Resident(
-                job=job,
-                gate=_Gate(job.video, self._post),
-                quantum_ticks=self._quantum_ticks(job.request),
-                taken=job.stored,
-            )
-            with self._changed:
-                self._residents[job.video] = resident
-            resident.number = self._submit(resident, engine)
+            read = engine.read(order.request, order.checkpoint, stored=order.stored)
+        except Exception as error:  # noqa: BLE001 - the main thread raises it
+            read = error
+        self._queue(partial(self._admit, video, read))
+
+    def _admit(self, video: _Video, read: Submission | Exception, engine: Engine) -> None:
+        name = video.order.video
+        if self._videos.get(name) is not video:
+            return  # cancelled meanwhile
+        try:
+            if isinstance(read, Exception):
+                raise read
+            progressed = partial(self._progressed, video)
+            video.number = engine.submit(read, on_progress=progressed, gate=video, stored=lambda: video.stored)
         except InputError as error:
-            self._forget(job.video)
-            self._post(Refused(video=job.video, message=str(error)))
+            self._forget(name)
+            self._post(Refused(video=name, message=str(error)))
             return
-        self._post(Admitted(video=job.video, number=resident.number, first=engine.resumed(resident.number)))
+        self._post(Admitted(video=name, number=video.number, first=engine.resumed(video.number)))
 
-    def _submit(self, resident: _Resident, engine: Engine) -> int:
-        job = resident.job
-        return engine.submit(
-            job.request,
-            on_progress=partial(self._progressed, resident),
-            checkpoint=job.checkpoint,
-            gate=resident.gate,
-            stored=lambda: resident.taken,
-        )
-
-    def _cancel(self, video: str, engine: Engine) -> None:
-        resident = self._residents.get(video)
-        if resident is not None:
-            self._forget(video)
-            engine.cancel(resident.number)
+    def _cancel(self, name: str, engine: Engine) -> None:
+        video = self._videos.get(name)
+        if video is not None:
+            self._forget(name)
+            engine.cancel(video.number)
 
     def _hand_out(self, made: ChunkResult) -> None:
         chunk = made.chunk
         assert chunk.frames is not None
-        for resident in self._residents.values():
-            if resident.number == made.video:
+        for video in self._videos.values():
+            if video.number == made.video:
                 with self._changed:
                     self._waiting += 1
-                self._post(
-                    ChunkMade(
-                        video=resident.job.video,
-                        index=chunk.index,
-                        frames=chunk.frames.numpy(),
-                        latents=chunk.latents.numpy(),
-                    )
-                )
+                frames, latents = chunk.frames.numpy(), chunk.latents.numpy()
+                self._post(ChunkMade(video=video.order.video, index=chunk.index, frames=frames, latents=latents))
 
-    def _progressed(self, resident: _Resident, progress: Progress) -> None:
-        video, resident.progress = resident.job.video, progress
-        if progress.tick % resident.quantum_ticks:
+    def _progressed(self, video: _Video, progress: Progress) -> None:
+        name, ticks = video.order.video, video.order.size.schedule.quantum_ticks
+        video.progress = progress
+        if progress.tick % ticks:
             return
         self._post(
-            QuantumDone(video=video, quantum=progress.tick // resident.quantum_ticks - 1),
+            QuantumDone(video=name, quantum=progress.tick // ticks - 1),
             Progressed(
-                video=video,
+                video=name,
                 done=progress.chunks_done,
                 chunks=progress.chunks,
                 share=progress.tick / progress.ticks,
@@ -212,25 +210,25 @@ class CommandLoop:
                 kv_bytes=progress.kv_bytes,
                 progress=progress,
             ),
-            urgent=len(self._residents) > 1,  # else nobody waits for the quantum's slots
+            urgent=len(self._videos) > 1,  # else nobody waits for the quantum's slots
         )
 
-    def _done(self, resident: _Resident) -> None:
-        self._forget(resident.job.video)
-        progress = resident.progress
+    def _done(self, video: _Video) -> None:
+        self._forget(video.order.video)
+        progress = video.progress
         self._post(
             VideoDone(
-                video=resident.job.video,
+                video=video.order.video,
                 computed=1.0 if progress is None else progress.computed_fraction,
                 kv_bytes=0 if progress is None else progress.kv_bytes,
             )
         )
 
-    def _forget(self, video: str) -> None:
+    def _forget(self, name: str) -> None:
         with self._changed:
-            self._residents.pop(video, None)
+            self._videos.pop(name, None)
 
-    def _command(self, command: Callable[[Engine], None]) -> None:
+    def _queue(self, command: Callable[[Engine], None]) -> None:
         with self._changed:
             self._commands.append(command)
             self._changed.notify_all()
@@ -241,8 +239,8 @@ class CommandLoop:
             self._engine.wake()
 
     def _post(self, *events: GangEvent, urgent: bool = True) -> None:
-        """Tell the driver; what is not urgent goes with what comes next, as every message has its cost."""
+        """Send events; those that nobody waits for go with the next ones, as every message has its cost."""
         self._events += events
         if urgent:
-            told, self._events = self._events, []
-            self._tell(told)
+            sent, self._events = self._events, []
+            self._send(sent)

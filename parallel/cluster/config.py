@@ -1,4 +1,7 @@
-"""How a rank of a cluster comes by its part of a model: it is sent a configuration and loads the weights itself."""
+"""What a caller tells the controller: the model as ranks load it, the gangs, and what a video takes.
+
+A rank is sent a configuration and loads the weights itself.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from engine.kv.size import KVSettings, clean_chunks
+import torch
+
+from engine.kv.size import KVSettings, plan_kv
 from engine.request import Request
 from engine.reuse.settings import ReuseSettings
 from engine.schedule import Schedule
 from models.magi.config import MagiConfig
 from models.magi.pipeline import Loading, load_pipeline, load_stage
 from models.magi.sampling import MagiSampling
-from models.protocols import CELL_FRAMES, Pipeline
-from parallel.cluster.queue import QuantumPlan, plan_quanta
+from models.protocols import CELL_FRAMES, KVGeometry, Pipeline
+from parallel.cluster.placement import GangShape
+from parallel.cluster.queue import GangSize, VideoSize
+from parallel.comm.ulysses import local_heads
+from parallel.health.timeouts import Timeouts
 from parallel.ranks.worker import StageModel
 from parallel.topology.mesh import Layout, Mesh
 from parallel.topology.split import stage_range, stage_sizes
@@ -49,9 +57,9 @@ class MagiSource:
 
     @property
     def identity(self) -> str:
-        """A digest of all that is told here."""
-        told = [self.config.to_dict(), str(self.weights), self.split, self.precise, self.attention]
-        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        """A digest of all fields."""
+        values = [self.config.to_dict(), str(self.weights), self.split, self.precise, self.attention]
+        return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def lead(self, mesh: Mesh, device: str) -> Pipeline:
         """The first stage's layers, the text encoder and the autoencoder.
@@ -76,13 +84,27 @@ class MagiSource:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VideoSize:
-    """What a video takes."""
+class RankTask:
+    """What every rank of a gang is given."""
 
-    quanta: tuple[QuantumPlan, ...]  # in order
-    window: int  # chunks that are denoised at once
-    chunks: int  # that are handed out
-    kv_bytes: int  # of keys and values on the rank that holds most of them
+    layout: Layout  # of the ranks
+    source: ModelSource  # of the weights
+    cache: ReuseSettings  # which steps are reused
+    kv: KVSettings  # how much of the past is held
+    timeouts: Timeouts  # how long to wait for others
+    threads: int | None = None  # CPU threads of each rank; None shares the cores of its node among the ranks there
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterSettings:
+    """How to use a cluster."""
+
+    gangs: int  # how many
+    shape: GangShape  # what each needs
+    task: RankTask  # what its ranks are given
+    size: GangSize  # slots and memory that each has for videos
+    max_restarts: int = 20  # of all gangs together
+    node_wait: float = 300.0  # seconds to wait for nodes when no gang has room any more
 
 
 def video_size(
@@ -119,13 +141,13 @@ def video_size(
     given = 1 if frames == 1 else frames // CELL_FRAMES
     chunks = math.ceil((request.chunks * width + given) / width)
     schedule = Schedule(first=given // width, chunks=chunks, num_steps=request.num_steps, window=sampling.window)
-    tokens = config.chunk_tokens(request.height, request.width)
-    rows = tokens * (clean_chunks(schedule, sampling, kv.budget) + sampling.window) * sampling.branches
-    per_row = 2 * model.num_query_groups * model.kv_channels * model.dtype.itemsize / layout.cp
-    layers = max(stage_sizes(config, layout.pp, split))
-    return VideoSize(
-        quanta=plan_quanta(chunks=chunks, window=sampling.window, first=schedule.first),
-        window=sampling.window,
-        chunks=chunks - schedule.first,
-        kv_bytes=math.ceil(rows * per_row * layers),
+    geometry = KVGeometry(
+        layers=range(max(stage_sizes(config, layout.pp, split))),
+        query_heads=model.num_attention_heads,
+        key_heads=model.num_query_groups,
+        head_size=model.kv_channels,
+        dtype=model.dtype,
+        device=torch.device("cpu"),
     )
+    plan = plan_kv(sampling, schedule, kv, chunk_tokens=config.chunk_tokens(request.height, request.width))
+    return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(local_heads(geometry, layout.cp)))

@@ -1,239 +1,241 @@
-"""A line: messages between the driver and one rank, over a connection of their own.
+"""Connections between the controller and ranks: messages over TCP, one connection for each rank.
 
-Ray starts ranks and sees them die. What they say meanwhile does not go through it: a call of an actor keeps several
-processes busy for a millisecond, and an actor that hears calls while it works wakes a hundred times a second for that.
+The controller listens, the ranks connect. Both ends prove that they know a secret of this one connection (the challenge
+of `multiprocessing.connection`); the secret goes to the rank through Ray, not over the connection. What is sent after
+that is not encrypted. Messages are plain data (`messages.py`), so a message runs no code.
+
+Ray starts ranks and sees them die. Messages do not go through it: a call of an actor keeps several processes busy for a
+millisecond, and an actor that takes calls while it works wakes a hundred times a second for that.
 """
 
 from __future__ import annotations
 
-import pickle
+import os
 import secrets
 import socket
 import struct
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing import AuthenticationError
+from multiprocessing import connection as mp
 from queue import SimpleQueue
 from typing import Any
 
-_COUNT = struct.Struct("<I")
-_CONNECT = 30.0
+from parallel.cluster.messages import decode, encode
+
+_CONNECT, _AUTHENTICATE, _PAUSE = 30.0, 10.0, 0.1
+_NUMBER = struct.Struct("<Q")
+_KEY_BYTES = 32
+OnMessage = Callable[[Any], None]
+OnEnd = Callable[[Exception | None], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Call:
-    """How a rank calls the driver."""
+class Address:
+    """How one rank reaches the controller."""
 
-    host: str  # of the driver
+    host: str  # of the controller
     port: int  # where it listens
-    key: bytes  # who calls; nobody else knows it
+    number: int  # of the connection
+    key: bytes  # which both ends must know; nobody else does
 
 
-def dial(call: Call) -> Connection:
-    """Call the driver.
+def connect(address: Address, on_message: OnMessage, on_end: OnEnd) -> Connection:
+    """Connect to the controller.
+
+    Args:
+        address: of the controller.
+        on_message: as `Connection` takes it.
+        on_end: the same.
 
     Raises:
-        OSError: it cannot be reached.
+        OSError: it cannot be reached, or it is another one.
     """
-    connection = connection_of(socket.create_connection((call.host, call.port), timeout=_CONNECT))
-    connection.send_bytes(call.key)
+    own = socket.create_connection((address.host, address.port), timeout=_CONNECT)
+    stream = _stream(own)
+    try:
+        with _time_limit(own, _AUTHENTICATE):
+            stream.send_bytes(_NUMBER.pack(address.number))
+            mp.answer_challenge(stream, address.key)
+            mp.deliver_challenge(stream, address.key)
+    except (EOFError, AuthenticationError, AssertionError):
+        raise ConnectionError("it does not know this rank") from None
+    connection = Connection(on_message, on_end)
+    connection.open(own, stream)
     return connection
 
 
-def connection_of(own: socket.socket) -> Connection:
-    """Take over a connected socket. Small messages leave at once."""
-    own.settimeout(None)
-    own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return Connection(own.detach())
-
-
-class Line:
-    """One end of a line. Nobody waits for the other end: there is a thread for what comes and one for what goes.
+class Connection:
+    """One end of a connection. Nobody waits for the other end: one thread sends and another one receives.
 
     Args:
-        connection: open.
+        on_message: called with every message, on a thread of the connection.
+        on_end: called once, when nothing more can come; with the error if the connection has ended for another reason
+            than that the other end has closed it, or is gone.
     """
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, on_message: OnMessage, on_end: OnEnd) -> None:
+        self._on_message, self._on_end = on_message, on_end
         self._outbox: SimpleQueue[tuple[Any] | None] = SimpleQueue()
-        self._speaker = threading.Thread(target=self._speak, name="line-out", daemon=True)
-        self._speaker.start()
+        self._socket: socket.socket | None = None
+        self._sender: threading.Thread | None = None
+        self.closed = False
+        self._error: Exception | None = None
 
-    def listen(self, on_message: Callable[[Any], None], on_end: Callable[[], None]) -> None:
-        """Hear from now on; to be called once.
+    def open(self, own: socket.socket, stream: mp.Connection) -> None:
+        """Send and receive from now on, through an authenticated stream of a socket."""
+        self._socket = own
+        self._sender = threading.Thread(target=self._send, args=(stream,), name="connection-send", daemon=True)
+        self._sender.start()
+        threading.Thread(target=self._receive, args=(stream,), name="connection-receive", daemon=True).start()
+        if self.closed:
+            self.close()
 
-        Args:
-            on_message: called with whatever comes.
-            on_end: called once, when nothing more can come.
-        """
-        threading.Thread(target=self._listen, args=(on_message, on_end), name="line-in", daemon=True).start()
-
-    def send(self, message: Any) -> None:
-        """Have a message sent after those before it; it is lost if the line has ended."""
+    def send(self, message: object) -> None:
+        """Have a message sent after those before it; it is lost if the connection has ended."""
         self._outbox.put((message,))
 
     def close(self, *, flush: float = 0.0) -> None:
-        """End the line.
+        """End the connection, also one that is not open yet.
 
         Args:
             flush: seconds to wait until all messages are on their way.
         """
+        self.closed = True
         self._outbox.put(None)
-        self._speaker.join(flush)
+        if self._sender is not None:
+            self._sender.join(flush)
         self._hang_up()
 
-    def _listen(self, on_message: Callable[[Any], None], on_end: Callable[[], None]) -> None:
+    def _send(self, stream: mp.Connection) -> None:
         try:
-            with suppress(EOFError, OSError):
-                while True:
-                    on_message(_read(self._connection))
+            while (entry := self._outbox.get()) is not None:
+                text, arrays = encode(entry[0])
+                stream.send_bytes(text)
+                for array in arrays:
+                    stream.send_bytes(array.reshape(-1).view("u1").data)
+        except OSError:
+            pass  # the other end is gone, which the other thread finds, too
+        except Exception as error:  # noqa: BLE001 - `on_end` reports it
+            self._error = self._error or error
+            self._hang_up()
+
+    def _receive(self, stream: mp.Connection) -> None:
+        try:
+            while True:
+                self._on_message(decode(stream.recv_bytes(), stream.recv_bytes))
+        except (EOFError, OSError):
+            pass  # the other end is gone
+        except Exception as error:  # noqa: BLE001 - `on_end` reports it
+            self._error = self._error or error
         finally:
             self._outbox.put(None)
             self._hang_up()
-            on_end()
-
-    def _speak(self) -> None:
-        try:
-            with suppress(OSError):
-                while (entry := self._outbox.get()) is not None:
-                    _write(self._connection, entry[0])
-        except BaseException:
-            self._hang_up()  # such as a message that cannot be pickled: the other end must not wait for more
-            raise
+            self._on_end(self._error)
 
     def _hang_up(self) -> None:
-        """Wake both threads, on both ends, whatever they wait for."""
-        with suppress(OSError):
-            own = socket.socket(fileno=self._connection.fileno())
-            try:
-                own.shutdown(socket.SHUT_RDWR)
-            finally:
-                own.detach()
+        if self._socket is not None:
+            _shut_down(self._socket)
 
 
-def _write(connection: Connection, message: Any) -> None:
-    """Send a message; arrays in it go as they lie in memory."""
-    buffers: list[pickle.PickleBuffer] = []
-    head = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
-    connection.send_bytes(_COUNT.pack(len(buffers)) + head)
-    for buffer in buffers:
-        connection.send_bytes(buffer.raw())
-
-
-def _read(connection: Connection) -> Any:
-    data = connection.recv_bytes()
-    (count,) = _COUNT.unpack_from(data)
-    return pickle.loads(memoryview(data)[_COUNT.size :], buffers=[connection.recv_bytes() for _ in range(count)])
-
-
-_PAUSE = 0.1
-_KEY_BYTES = 32
-
-
-class Peer:
-    """The driver's end to one rank, before, while and after it is there. Nothing here waits.
-
-    Args:
-        news: set whenever there is something to take, or the rank has hung up.
-    """
-
-    def __init__(self, news: threading.Event) -> None:
-        self._news = news
-        self._line: Line | None = None
-        self._inbox: deque[Any] = deque()
-        self._closed = self.gone = False
-        """`gone`: the rank was here, and has hung up."""
-
-    @property
-    def here(self) -> bool:
-        """The rank has called."""
-        return self._line is not None
-
-    def send(self, message: Any) -> None:
-        """Tell the rank, if it is here."""
-        if self._line is not None:
-            self._line.send(message)
-
-    def take(self) -> list[Any]:
-        """What has come since the last call."""
-        return [self._inbox.popleft() for _ in range(len(self._inbox))]
-
-    def connect(self, connection: Connection) -> None:
-        """The rank has called."""
-        self._line = Line(connection)
-        self._line.listen(self._hear, self._end)
-        if self._closed:
-            self._line.close()
-
-    def close(self) -> None:
-        """Say and hear nothing more."""
-        self._closed = True
-        if self._line is not None:
-            self._line.close()
-
-    def _hear(self, message: Any) -> None:
-        self._inbox.append(message)
-        self._news.set()
-
-    def _end(self) -> None:
-        self.gone = True
-        self._news.set()
-
-
-class Exchange:
-    """Listens for calls.
+class Listener:
+    """Takes the connections of ranks. A caller that says nothing is dropped after a while, and holds up no other one.
 
     Args:
         host: address of this machine that ranks can reach.
-
-    Attributes:
-        news: set whenever a peer has something to take, or has hung up; whoever waits for it clears it.
+        patience: seconds that a caller has to authenticate.
     """
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, *, patience: float = _AUTHENTICATE) -> None:
         self.news = threading.Event()
-        self._host, self._over = host, False
-        self._expected: dict[bytes, Peer] = {}
+        """Set after every message and every end of a connection; the thread that waits for it clears it."""
+        self._host, self._patience, self._closed = host, patience, False
+        self._expected: dict[int, tuple[bytes, Connection]] = {}
+        self._numbers = 0
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family, backlog=256)
-        self._port = self._listener.getsockname()[1]
-        self._thread = threading.Thread(target=self._listen, name="exchange", daemon=True)
+        self._socket = socket.create_server((host, 0), family=family, backlog=256)
+        self._port = self._socket.getsockname()[1]
+        self._thread = threading.Thread(target=self._listen, name="listener", daemon=True)
         self._thread.start()
 
-    def expect(self) -> tuple[Peer, Call]:
-        """A peer that is not here yet, and how it is to call."""
-        peer, key = Peer(self.news), secrets.token_bytes(_KEY_BYTES)
-        self._expected[key] = peer
-        return peer, Call(host=self._host, port=self._port, key=key)
+    def expect(self, on_message: OnMessage, on_end: OnEnd) -> tuple[Connection, Address]:
+        """A connection that is not open yet, and how the rank opens it.
+
+        Args:
+            on_message: as `Connection` takes it.
+            on_end: the same.
+        """
+
+        def receive(message: Any) -> None:
+            on_message(message)
+            self.news.set()
+
+        def end(error: Exception | None) -> None:
+            on_end(error)
+            self.news.set()
+
+        connection, key = Connection(receive, end), secrets.token_bytes(_KEY_BYTES)
+        for number in [number for number, (_, other) in list(self._expected.items()) if other.closed]:
+            self._expected.pop(number, None)
+        self._numbers += 1
+        self._expected[self._numbers] = key, connection
+        return connection, Address(host=self._host, port=self._port, number=self._numbers, key=key)
 
     def close(self) -> None:
-        """Take no more calls; lines that are open stay."""
-        self._over = True
+        """Take no more connections; those that are open stay."""
+        self._closed = True
         with suppress(OSError):
             socket.create_connection((self._host, self._port)).close()  # wakes the thread
         self._thread.join()
-        self._listener.close()
+        self._socket.close()
 
     def _listen(self) -> None:
-        while not self._over:
+        while not self._closed:
             try:
-                caller, _ = self._listener.accept()
-            except OSError:  # such as too many open files, which may pass
+                caller, _ = self._socket.accept()
+                threading.Thread(target=self._admit, args=(caller,), name="caller", daemon=True).start()
+            except (OSError, RuntimeError):  # too many open files, or threads, which may pass
                 time.sleep(_PAUSE)
-                continue
-            # Somebody who connects and says nothing holds up nobody else.
-            threading.Thread(target=self._put_through, args=(caller,), name="caller", daemon=True).start()
 
-    def _put_through(self, caller: socket.socket) -> None:
-        connection = connection_of(caller)
-        with suppress(EOFError, OSError):
-            peer = self._expected.pop(connection.recv_bytes(_KEY_BYTES), None)
-            if peer is not None:
-                peer.connect(connection)
+    def _admit(self, caller: socket.socket) -> None:
+        """Authenticate a caller, and open its connection."""
+        stream = _stream(caller)
+        with suppress(EOFError, OSError, AuthenticationError, AssertionError), _time_limit(caller, self._patience):
+            (number,) = _NUMBER.unpack(stream.recv_bytes(_NUMBER.size).ljust(_NUMBER.size))
+            key, connection = self._expected[number] if number in self._expected else (b"", None)
+            if connection is None:
+                raise AuthenticationError("no such connection is expected")
+            mp.deliver_challenge(stream, key)
+            mp.answer_challenge(stream, key)
+            if self._expected.pop(number, None) is not None:
+                connection.open(caller, stream)
                 return
-        connection.close()
+        _shut_down(caller)
+
+
+def _stream(own: socket.socket) -> mp.Connection:
+    """Messages on a connected socket. Small ones leave at once."""
+    own.settimeout(None)
+    own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return mp.Connection(os.dup(own.fileno()))
+
+
+def _shut_down(own: socket.socket) -> None:
+    """End a socket: all threads that wait for it, on both ends, go on."""
+    with suppress(OSError):
+        own.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def _time_limit(own: socket.socket, seconds: float) -> Iterator[None]:
+    """Shut a socket down if what is done within takes longer."""
+    timer = threading.Timer(seconds, _shut_down, (own,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

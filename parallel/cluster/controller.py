@@ -1,7 +1,12 @@
-"""Makes many videos on many gangs of a Ray cluster: tells the scheduler what happens, and carries out what it decides.
+"""Makes many videos on many gangs of a Ray cluster: tells the scheduler what happens, and carries out its decisions.
 
 One thread, one loop. A gang that is lost is started again while the others go on; its videos go on from their last
 checkpoint on whichever gang is free. Every chunk is handed to the caller once, in order, whatever happens to gangs.
+
+    with Controller(settings) as controller:          # settings: parallel.cluster.config.ClusterSettings
+        controller.submit(VideoOrder(video="a", request=request, size=size))
+        for event in controller.run():                # parallel.cluster.messages.Event
+            ...
 """
 
 from __future__ import annotations
@@ -16,8 +21,9 @@ from typing import Any, Self
 
 import ray
 
-from parallel.cluster.connection import Exchange
-from parallel.cluster.gang import GangBroken, GangHandle, GangState
+from parallel.cluster.config import ClusterSettings
+from parallel.cluster.connection import Listener
+from parallel.cluster.gang import Gang, GangBroken, GangState, GangView
 from parallel.cluster.messages import (
     Admitted,
     CancelVideo,
@@ -37,20 +43,19 @@ from parallel.cluster.messages import (
     Restarted,
     VideoDone,
     VideoFailed,
-    VideoJob,
+    VideoOrder,
     log_entry,
 )
-from parallel.cluster.metrics import Metrics
+from parallel.cluster.metrics import RayMetrics
 from parallel.cluster.placement import alive_nodes, plan_strategies
-from parallel.cluster.queue import Admit, Figures, Job, Permit, RequestState
+from parallel.cluster.queue import Figures, Permit, RequestState
 from parallel.cluster.scheduler import Scheduler
-from parallel.cluster.views import ClusterSettings, GangView, VideoOrder
 
-_ROUND, _CALM_ROUND, _FIGURES_EVERY, _CLOSING = 0.2, 1.0, 1.0, 10.0
-_STILLBORN = 4
-"""Attempts in a row at starting a gang, none of which gets as far as work."""
+_POLL, _QUIET_POLL, _FIGURES_EVERY, _CLOSING = 0.2, 1.0, 1.0, 10.0
+_FAILED_STARTS = 4
+"""Attempts in a row to start a gang, none of which gets it ready, before it is given up."""
 _BLAMED = re.compile(r": request (\d+), tick \d+, chunk \d+ \(\w+\): (\w+: .*)$")
-"""What a rank says of an error in the middle of an item: whose item, and the error."""
+"""What a rank says of an error within an item: the number of the video, and the error."""
 
 
 class Controller:
@@ -59,41 +64,42 @@ class Controller:
     Args:
         settings: how to use the cluster.
         metrics: takes figures.
-        log: told of everything that happens, as plain values; without frames.
+        log: called with everything that happens, as plain values; without frames.
     """
 
     def __init__(
         self,
         settings: ClusterSettings,
         *,
-        metrics: Metrics | None = None,
+        metrics: RayMetrics | None = None,
         log: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self._settings, self._metrics, self._log = settings, metrics, log
-        self._scheduler = Scheduler(seed=settings.seed, gangs=[settings.size])
-        self._exchange: Exchange | None = None
-        self._gangs: dict[str, GangHandle] = {}
+        self._scheduler = Scheduler([settings.size])
+        self._listener: Listener | None = None
+        self._gangs: dict[str, Gang] = {}
         self._orders: dict[str, VideoOrder] = {}
         """Videos that are not made yet."""
         self._delivered: dict[str, int] = {}
+        """The next chunk of each of them."""
         self._numbers: dict[tuple[str, int], str] = {}
-        """Videos by gang and what the gang calls them."""
-        self._out: deque[tuple[Event, GangHandle | None]] = deque()
+        """Those of them that gangs are making, by gang and the gang's number."""
+        self._out: deque[tuple[Event, Gang | None]] = deque()
         self._restarts, self._began = 0, time.monotonic()
         self._counted = self._roomless = 0.0
 
     def __enter__(self) -> Self:
-        """Ask for room, and begin to start the gangs.
+        """Reserve resources, and begin to start the gangs.
 
         Raises:
             InputError: the cluster has not so much.
         """
         settings = self._settings
         strategies = plan_strategies(alive_nodes(), settings.shape, settings.gangs)
-        self._exchange = Exchange(ray.util.get_node_ip_address())
+        self._listener = Listener(ray.util.get_node_ip_address())
         for number, strategy in enumerate(strategies):
             name = f"gang-{number}"
-            self._gangs[name] = GangHandle(name, settings.shape, settings.task, strategy, self._exchange)
+            self._gangs[name] = Gang(name, settings, strategy, self._listener)
         return self
 
     def __exit__(
@@ -102,46 +108,44 @@ class Controller:
         up = [gang for gang in self._gangs.values() if gang.state is GangState.UP]
         if kind is None and self._scheduler.idle:
             for gang in up:
-                gang.tell(Finish())
+                gang.send(Finish())
             deadline = time.monotonic() + _CLOSING
             while not all(gang.ended for gang in up) and time.monotonic() < deadline:
                 time.sleep(0.05)
         for gang in self._gangs.values():
             gang.give_up()
-        if self._exchange is not None:
-            self._exchange.close()
+        if self._listener is not None:
+            self._listener.close()
 
-    # ---- asked by the caller
+    # ---- for the caller
 
     def submit(self, order: VideoOrder) -> None:
         """Queue a video.
 
         Raises:
-            InputError: no gang can ever hold it, or there is one of that name.
+            InputError: no gang can ever hold it, or there is one of that name that is not made yet.
         """
-        now = time.monotonic()
-        self._scheduler.submit(
-            Job(request=order.video, quanta=order.size.quanta, kv_bytes=order.size.kv_bytes, priority=order.priority),
-            now,
-        )
+        self._scheduler.submit(order.video, order.size, time.monotonic(), priority=order.priority)
         self._orders[order.video] = order
         self._delivered[order.video] = order.stored
 
     def cancel(self, video: str) -> None:
-        """Make no more of a video; nothing more is said of it."""
-        if self._orders.pop(video, None) is None:
+        """Make no more of a video; no event of it follows."""
+        if self._orders.get(video) is None:
             return
-        holder = self._scheduler.view(video).gang
+        holder = self._scheduler.entry(video).gang
         if holder is not None:
-            self._gangs[holder].tell(CancelVideo(video=video))
+            self._gangs[holder].send(CancelVideo(video=video))
         self._scheduler.cancel(video, time.monotonic())
+        self._forget(video)
+        self._out = deque(entry for entry in self._out if getattr(entry[0], "video", None) != video)
 
     def run(self) -> Iterator[Event]:
-        """Make what was submitted; more may be submitted meanwhile.
+        """Make the videos that were submitted; more may be submitted meanwhile.
 
         Yields:
-            What happens. A chunk counts as taken when the next event is asked for: a checkpoint after it is only
-            written then, so store it before.
+            What happens. A chunk counts as stored when the next event is asked for: only then is a checkpoint that
+            comes after it committed.
 
         Raises:
             InputError: the ranks cannot start with what they were given.
@@ -152,14 +156,11 @@ class Controller:
                 event, gang = self._out.popleft()
                 yield event
                 if isinstance(event, ChunkMade) and gang is not None:
-                    gang.tell(ChunkTaken(video=event.video, index=event.index))
+                    gang.send(ChunkTaken(video=event.video, index=event.index))
 
     def gangs(self) -> list[GangView]:
         """All gangs, with the processes of their ranks."""
-        return [
-            GangView(gang=gang.name, state=gang.state, attempt=gang.attempt, ranks=tuple(gang.ranks()))
-            for gang in self._gangs.values()
-        ]
+        return [gang.view() for gang in self._gangs.values()]
 
     def figures(self) -> Figures:
         """The state of the queue and the gangs."""
@@ -173,45 +174,37 @@ class Controller:
     # ---- the loop
 
     def _round(self) -> None:
-        """Take in what has happened, and carry out what follows from it."""
-        self._assign()  # what was submitted since the last round does not wait for an event
-        assert self._exchange is not None
-        calm = all(gang.calm for gang in self._gangs.values())
-        self._exchange.news.wait(_CALM_ROUND if calm else _ROUND)
-        self._exchange.news.clear()
+        """Wait for news, handle it, and carry out the decisions that follow."""
+        self._carry_out()  # what was submitted since the last round does not wait for an event
+        assert self._listener is not None
+        quiet = all(gang.quiet for gang in self._gangs.values())
+        self._listener.news.wait(_QUIET_POLL if quiet else _POLL)
+        self._listener.news.clear()
         for gang in self._gangs.values():
             if gang.state is GangState.DOWN:
                 continue
             try:
                 for event in gang.poll():
-                    self._hear(gang, event)
+                    self._handle(gang, event)
             except GangBroken as error:
                 self._lose(gang, str(error))
         self._give_up_if_roomless()
-        self._assign()
+        self._carry_out()
         now = time.monotonic()
         if self._metrics is not None and now - self._counted >= _FIGURES_EVERY:
             self._counted = now
             self._metrics.figures(self._scheduler.figures(now))
 
-    def _assign(self) -> None:
-        for decision in self._scheduler.assignments(time.monotonic()):
-            gang = self._gangs[decision.gang]
+    def _carry_out(self) -> None:
+        for decision in self._scheduler.decide(time.monotonic()):
+            gang, video = self._gangs[decision.gang], decision.request
             if isinstance(decision, Permit):
-                gang.tell(PermitQuantum(video=decision.request, quantum=decision.quantum))
-            elif isinstance(decision, Admit):
-                order = self._orders[decision.request]
-                gang.tell(
-                    VideoJob(
-                        video=order.video,
-                        request=order.request,
-                        checkpoint=order.checkpoint,
-                        stored=self._delivered[order.video],
-                    )
-                )
+                gang.send(PermitQuantum(video=video, quantum=decision.quantum))
+            else:
+                gang.send(replace(self._orders[video], stored=self._delivered[video]))
 
-    def _hear(self, gang: GangHandle, event: GangEvent) -> None:
-        """What a lead says, which may be about a video that is over."""
+    def _handle(self, gang: Gang, event: GangEvent) -> None:
+        """An event of a leader, which may be of a video that has ended."""
         now = time.monotonic()
         self._note(event, gang=gang.name)
         if isinstance(event, GangReady):
@@ -229,10 +222,10 @@ class Controller:
             self._scheduler.cancel(event.video, now)
             self._fail(event.video, event.message)
         else:
-            self._pass_on(gang, event)
+            self._forward(gang, event)
 
-    def _pass_on(self, gang: GangHandle, event: Admitted | Progressed | VideoDone) -> None:
-        """What the caller is to know as it is."""
+    def _forward(self, gang: Gang, event: Admitted | Progressed | VideoDone) -> None:
+        """An event that goes on to the caller."""
         if isinstance(event, Admitted):
             self._numbers[gang.name, event.number] = event.video
         elif isinstance(event, VideoDone):
@@ -242,8 +235,8 @@ class Controller:
                 self._metrics.video(computed=event.computed)
         self._out.append((replace(event, gang=gang.name), None))
 
-    def _take(self, gang: GangHandle, chunk: ChunkMade) -> None:
-        """Hand a chunk out, unless it was before a gang was lost.
+    def _take(self, gang: Gang, chunk: ChunkMade) -> None:
+        """Hand a chunk out, unless it was handed out before a gang was lost.
 
         Raises:
             GangBroken: chunks before it are missing.
@@ -252,32 +245,31 @@ class Controller:
         if self._metrics is not None:
             self._metrics.chunk(again=chunk.index < expected)
         if chunk.index < expected:
-            gang.tell(ChunkTaken(video=chunk.video, index=chunk.index))
+            gang.send(ChunkTaken(video=chunk.video, index=chunk.index))
         elif chunk.index > expected:
             raise GangBroken(f"{gang.name} has left out chunk {expected} of {chunk.video}")
         else:
             self._delivered[chunk.video] += 1
             self._out.append((chunk, gang))
 
-    def _lose(self, gang: GangHandle, message: str) -> None:
+    def _lose(self, gang: Gang, message: str) -> None:
         """A gang has failed: its videos go back to the queue, and it is started again."""
         gang.stop()
-        now, blamed = time.monotonic(), {}
+        blamed: dict[str, str] = {}
         if found := _BLAMED.search(message):
             video = self._numbers.get((gang.name, int(found[1])))
             blamed = {} if video is None else {video: found[2]}
-        videos = self._scheduler.gang_down(gang.name, now, blamed=blamed)
+        lost = self._scheduler.gang_down(gang.name, time.monotonic(), blamed=blamed)
         self._numbers = {key: video for key, video in self._numbers.items() if key[0] != gang.name}
-        self._say(GangLost(gang=gang.name, message=message, videos=tuple(videos)))
-        for video in videos:
-            view = self._scheduler.view(video)
-            if view.standing is RequestState.QUARANTINED:
-                self._fail(video, blamed.get(video, message))
+        self._say(GangLost(gang=gang.name, message=message, videos=tuple(entry.request for entry in lost)))
+        for entry in lost:
+            if entry.state is RequestState.QUARANTINED:
+                self._fail(entry.request, blamed.get(entry.request, message))
         if self._restarts >= self._settings.max_restarts:
             self._drop(gang, f"{message} ({self._restarts} restarts, and no more are allowed)")
             return
-        if gang.stillborn >= _STILLBORN:
-            self._drop(gang, f"{message} (it has not once got ready in {gang.stillborn} attempts)")
+        if gang.failed_starts >= _FAILED_STARTS:
+            self._drop(gang, f"{message} (it has not once got ready in {gang.failed_starts} attempts)")
             return
         self._restarts += 1
         gang.restart()
@@ -296,7 +288,7 @@ class Controller:
             for gang in left:
                 self._drop(gang, "the cluster has no room for it any more")
 
-    def _drop(self, gang: GangHandle, message: str) -> None:
+    def _drop(self, gang: Gang, message: str) -> None:
         """Do without a gang; without any, nothing more can be made."""
         gang.give_up()
         self._say(GangDown(gang=gang.name, message=message))
@@ -312,6 +304,7 @@ class Controller:
 
     def _forget(self, video: str) -> None:
         del self._orders[video], self._delivered[video]
+        self._numbers = {key: name for key, name in self._numbers.items() if name != video}
 
     def _say(self, event: GangLost | GangDown | Restarted | VideoFailed) -> None:
         self._note(event)

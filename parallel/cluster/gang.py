@@ -1,27 +1,57 @@
-"""The driver's handle on one gang: finds room for it, starts its ranks, and starts them again when they are lost.
+"""One gang as the controller sees it: placing and starting its ranks, polling them, ending and restarting them.
 
-Nothing here waits: `poll` looks at what has come, so that one driver keeps many gangs going. What the gang makes, and
-which of its videos go on where, is the driver's business.
+Nothing here waits, so that one controller keeps many gangs going. The ranks of one attempt meet at a store that the
+controller serves, so the controller reads their heartbeats and reports there, and a report outlives the rank that wrote
+it. After a failure all ranks are killed and new ones are started. Which videos the gang makes is the controller's
+business.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import time
+from collections import deque
 from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any
+
+import ray
+import torch.distributed as dist
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from models.errors import InputError
-from parallel.cluster.actor import RankTask
-from parallel.cluster.connection import Exchange
-from parallel.cluster.messages import Command, GangEvent, GangReady
-from parallel.cluster.placement import GangShape, Placement, alive_nodes, plan_strategies
-from parallel.cluster.rank_actors import GangBroken, RankActors, RankView
+from parallel.cluster.actor import RankEnd, actor_class
+from parallel.cluster.config import ClusterSettings
+from parallel.cluster.connection import Connection, Listener
+from parallel.cluster.messages import ChunkMade, ChunksReceived, Command, GangEvent, GangReady, RankStarted
+from parallel.cluster.placement import Place, Placement, alive_nodes, plan_strategies, threads_per_rank
+from parallel.comm.groups import connect
+from parallel.health.errors import BAD_INPUT, Failure
+from parallel.health.reader import HeartbeatReader
+from parallel.ranks.environment import RankEnv
+from parallel.topology.mesh import Mesh
 
-_NODES_EVERY, _PLACES_EVERY = 1.0, 0.2
+_NODES_EVERY, _PLACES_EVERY, _ENDS_EVERY = 1.0, 0.2, 0.5
+_GET = 30.0
+_UNEXPLAINED = 10.0
+"""Seconds until Ray says why a rank whose connection has ended is gone."""
 _UNSURE = 20.0
-"""Seconds until Ray has made up its mind about a node that does not answer."""
-_QUIETLY = 2
+"""Seconds until Ray has decided about a node that does not answer."""
+_QUIET = 2
 """Attempts on a node that is gone before they count as losses."""
+_LOST = (RayActorError, RayTaskError, GetTimeoutError)
+"""What Ray raises for a rank that is gone. The first is the parent of several, and the others do not belong to it."""
+
+
+class GangBroken(Exception):  # noqa: N818 - reads as what it says
+    """The gang has failed; its text is one line that says why. `unsure`: Ray has not decided whether a node is gone."""
+
+    def __init__(self, message: str, *, unsure: bool = False) -> None:
+        super().__init__(message)
+        self.unsure = unsure
 
 
 class GangState(StrEnum):
@@ -34,129 +64,334 @@ class GangState(StrEnum):
     DOWN = "given up"
 
 
-class GangHandle:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankView:
+    """A rank at this moment."""
+
+    rank: int
+    pid: int | None  # its process; None while it is not known
+    node: str  # id of its node
+    doing: str  # in words; empty while it waits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GangView:
+    """A gang at this moment."""
+
+    gang: str
+    state: GangState  # how far it is
+    attempt: int  # how often it was started again
+    ranks: tuple[RankView, ...]  # those that are running
+
+
+@dataclass(slots=True)
+class _Rank:
+    """A started rank."""
+
+    place: Place
+    connection: Connection = field(init=False)
+    actor: Any = None
+    run: Any = None  # Ray's reference to its one long call
+    inbox: deque[Any] = field(default_factory=deque)  # what it has sent
+    pid: int | None = None
+    gone_at: float | None = None  # when its connection has ended
+    error: Exception | None = None  # why, if not because the rank has closed it or is gone
+
+    def end(self, error: Exception | None) -> None:
+        """Its connection has ended."""
+        self.error, self.gone_at = error, time.monotonic()
+
+
+class Gang:
     """A gang.
 
     Args:
         name: of the gang.
-        shape: what it needs.
-        task: of its ranks.
-        strategy: how to place it.
-        exchange: where its ranks call.
-
-    Attributes:
-        name: of the gang.
-        attempt: how often it was started again.
-        state: how far it is.
-        stillborn: attempts since it was last ready for work that did not get so far.
+        settings: what it needs, and what its ranks are given.
+        strategy: Ray's strategy to place it.
+        listener: where its ranks connect.
     """
 
-    def __init__(self, name: str, shape: GangShape, task: RankTask, strategy: str, exchange: Exchange) -> None:
+    def __init__(self, name: str, settings: ClusterSettings, strategy: str, listener: Listener) -> None:
         self.name, self.attempt, self.state = name, 0, GangState.PLACING
-        self._shape, self._task, self._exchange = shape, task, exchange
-        self._placement: Placement | None = Placement(shape, strategy)
-        self._crew: RankActors | None = None
-        self._wait_until = self._looked = 0.0
-        self.stillborn = 0
+        self.failed_starts = 0
+        """Attempts in a row that ended before the gang was ready for work."""
+        self._settings, self._listener = settings, listener
+        self._mesh = Mesh(layout=settings.shape.layout, rank=0)
+        self._placement: Placement | None = Placement(settings.shape, strategy)
+        self._ranks: list[_Rank] = []
+        self._store: dist.TCPStore | None = None
+        self._heartbeats: HeartbeatReader | None = None
+        self._error: GangBroken | InputError | None = None
+        """Found by a poll that had events to return; raised by the next one."""
+        self._wait_until = self._looked = self._began = self._ends_at = 0.0
+        self._failed_at: float | None = None
 
     @property
-    def calm(self) -> bool:
-        """Nothing happens to it of which no news come."""
-        return self.state is GangState.DOWN or (self._crew is not None and self._crew.calm)
+    def quiet(self) -> bool:
+        """Nothing can happen to it without news on the listener, but what heartbeats tell."""
+        gone = any(rank.gone_at is not None for rank in self._ranks)
+        return self.state is GangState.DOWN or (self.state is GangState.UP and not gone and self._error is None)
 
-    def ranks(self) -> list[RankView]:
-        """The ranks that are running now."""
-        crew = self._crew  # which may be gone at the next look, if another thread asks
-        return [] if crew is None else crew.views()
+    @property
+    def ended(self) -> bool:
+        """All ranks have ended, well or not."""
+        runs = [rank.run for rank in self._ranks]
+        return len(ray.wait(runs, num_returns=len(runs), timeout=0)[0]) == len(runs) if runs else True
+
+    def view(self) -> GangView:
+        """The gang at this moment. May be asked by any thread."""
+        reader, ranks = self._heartbeats, tuple(self._ranks)
+        heartbeats = {} if reader is None else reader.heartbeats
+        views = []
+        for number, rank in enumerate(ranks):
+            heartbeat = heartbeats.get(number)
+            doing = heartbeat.doing if heartbeat is not None else "" if number in heartbeats else "starting"
+            views.append(RankView(rank=number, pid=rank.pid, node=rank.place.node, doing=doing))
+        return GangView(gang=self.name, state=self.state, attempt=self.attempt, ranks=tuple(views))
+
+    def send(self, command: Command) -> None:
+        """Send the leader a command; it is lost if there is no leader."""
+        if self._ranks:
+            self._ranks[0].connection.send(command)
 
     def poll(self) -> list[GangEvent]:
-        """Take in what has come, and go on with starting.
+        """Go on with starting, and receive.
 
         Returns:
-            What the lead has told.
+            What the leader has sent. If the gang has failed as well, the next poll raises.
 
         Raises:
             GangBroken: the gang has failed; call `stop`.
             InputError: its ranks cannot start with what they were given.
         """
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
         if self.state is GangState.WAITING:
             self._look_for_nodes()
         if self.state is GangState.PLACING:
             self._place()
-        if self._crew is None:
+        if not self._ranks:
             return []
-        try:
-            events = self._crew.poll()
-        except GangBroken as error:
-            self._wait_until = time.monotonic() + _UNSURE if error.unsure else 0.0
-            starting = self.state is GangState.STARTING
-            self.stillborn += starting
-            if starting and error.unsure and self.stillborn <= _QUIETLY:
-                self.stop()  # on a node that is gone already: nothing is lost but this attempt
-                self.state = GangState.WAITING
-                return []
-            raise
+        events = self._receive()
         if any(isinstance(event, GangReady) for event in events):
-            self.state, self.stillborn = GangState.UP, 0
+            self.state, self.failed_starts = GangState.UP, 0
+        try:
+            self._check()
+        except (GangBroken, InputError) as error:
+            if isinstance(error, GangBroken) and self._retries_quietly(error):
+                return events
+            if not events:
+                raise
+            self._error = error
         return events
 
-    def tell(self, command: Command) -> None:
-        """Tell the lead something, if the gang has one."""
-        if self._crew is not None:
-            self._crew.tell(command)
-
-    @property
-    def ended(self) -> bool:
-        """All ranks have ended, well or not."""
-        return self._crew is None or self._crew.ended
-
     def stop(self) -> None:
-        """End all ranks at once, also those that hang."""
-        crew, self._crew = self._crew, None
-        if crew is not None:
-            crew.kill()
+        """Kill all ranks at once, also those that hang or are stopped."""
+        ranks, self._ranks = self._ranks, []
+        here = ray.get_runtime_context().get_node_id() if ranks else ""
+        for rank in ranks:
+            rank.connection.close()
+            if rank.pid is not None:
+                _kill(rank.pid, rank.place.node, here)
+            ray.kill(rank.actor, no_restart=True)
+        if self._heartbeats is not None:
+            self._heartbeats.close()
+        self._heartbeats = self._store = self._error = self._failed_at = None
 
     def restart(self) -> None:
-        """Start again after `stop`: in the same room, or elsewhere if a node is gone."""
+        """Start again after `stop`: in the same place, or elsewhere if a node is gone."""
         self.attempt += 1
         self.state = GangState.WAITING
         self._looked = 0.0
 
     def give_up(self) -> None:
-        """Do not start again; the room is free."""
+        """Do not start again; what it has reserved is free."""
         self.stop()
         self.state = GangState.DOWN
-        self._leave_room()
+        self._release()
+
+    # ---- placing and starting
 
     def _look_for_nodes(self) -> None:
-        """Go on in the old room if it stands, else look for a new one."""
+        """Go on in the old place if its nodes are up, else look for a new one."""
         now = time.monotonic()
         if now - self._looked < _NODES_EVERY:
             return
         self._looked = now
         nodes = alive_nodes()
-        if self._placement is not None and self._placement.stands(list(nodes)):
+        if self._placement is not None and self._placement.intact(list(nodes)):
             if now >= self._wait_until:
                 self.state = GangState.PLACING
             return
-        self._leave_room()
-        with suppress(InputError):  # no room on the nodes that are left: others may come
-            [strategy] = plan_strategies(nodes, self._shape, 1)
-            self._placement = Placement(self._shape, strategy)
+        self._release()
+        with suppress(InputError):  # the nodes that are left do not suffice: others may come
+            [strategy] = plan_strategies(nodes, self._settings.shape, 1)
+            self._placement = Placement(self._settings.shape, strategy)
             self.state = GangState.PLACING
 
     def _place(self) -> None:
-        """Start the ranks as soon as there is room."""
+        """Start the ranks as soon as their places are reserved."""
         now = time.monotonic()
         if self._placement is None or now - self._looked < _PLACES_EVERY:
             return
         self._looked = now
         places = self._placement.places()
-        if places is not None:
-            self._crew = RankActors(self._shape, self._task, self._placement, places, self.attempt, self._exchange)
-            self.state = GangState.STARTING
+        if places is None:
+            return
+        host = ray.util.get_node_ip_address()
+        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self._began, self.state = now, GangState.STARTING
+        envs = [self._env(rank, place, host, self._store.port) for rank, place in enumerate(places)]
+        timeouts = self._settings.task.timeouts
+        self._heartbeats = HeartbeatReader(connect(envs[0], timeouts.silent), self._mesh, timeouts)
+        nodes = alive_nodes()
+        for env, place in zip(envs, places, strict=True):
+            self._ranks.append(self._start(env, place, self._threads(place, nodes.get(place.node, {}))))
 
-    def _leave_room(self) -> None:
+    def _env(self, rank: int, place: Place, host: str, port: int) -> RankEnv:
+        return RankEnv(
+            rank=rank,
+            world_size=self._mesh.layout.world_size,
+            local_rank=place.local_rank,
+            local_world_size=place.local_world_size,
+            host=host,
+            port=port,
+            launcher_serves=True,
+            launcher_speaks=True,
+            attempt=self.attempt,
+        )
+
+    def _threads(self, place: Place, resources: dict[str, float]) -> int:
+        if self._settings.task.threads is not None:
+            return self._settings.task.threads
+        cores = int(resources.get("CPU", 1))
+        devices = int(resources.get("GPU", 0)) if self._settings.shape.gpus else cores
+        return threads_per_rank(cores, devices, self._settings.gangs * place.local_world_size)
+
+    def _start(self, env: RankEnv, place: Place, threads: int) -> _Rank:
+        assert self._placement is not None
+        shape, task = self._settings.shape, replace(self._settings.task, threads=threads)
+        # Ray sets one thread for ranks that reserve one CPU, and hides the other GPUs; torchrun does neither.
+        variables = {"OMP_NUM_THREADS": str(threads), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+        rank = _Rank(place=place)
+        rank.connection, address = self._listener.expect(rank.inbox.append, rank.end)
+        rank.actor = (
+            actor_class()
+            .options(
+                num_cpus=shape.cpus,
+                num_gpus=1 if shape.gpus else 0,
+                scheduling_strategy=self._placement.at(place),
+                runtime_env={"env_vars": variables},
+            )
+            .remote()
+        )
+        rank.run = rank.actor.run.remote(env, task, address)
+        return rank
+
+    def _release(self) -> None:
         if self._placement is not None:
             self._placement.remove()
             self._placement = None
+
+    # ---- polling
+
+    def _receive(self) -> list[GangEvent]:
+        events: list[GangEvent] = []
+        for rank in self._ranks:
+            for message in [rank.inbox.popleft() for _ in range(len(rank.inbox))]:
+                if isinstance(message, RankStarted):
+                    rank.pid = message.pid
+                else:
+                    events += message
+        if chunks := sum(isinstance(event, ChunkMade) for event in events):
+            self.send(ChunksReceived(count=chunks))
+        return events
+
+    def _retries_quietly(self, error: GangBroken) -> bool:
+        """Whether an attempt to start has failed on a node that is gone already, so that nothing is lost but it."""
+        self._wait_until = time.monotonic() + _UNSURE if error.unsure else 0.0
+        starting = self.state is GangState.STARTING
+        self.failed_starts += starting
+        if not (starting and error.unsure and self.failed_starts <= _QUIET):
+            return False
+        self.stop()
+        self.state = GangState.WAITING
+        return True
+
+    def _check(self) -> None:
+        """Find out whether the gang has failed.
+
+        Raises:
+            GangBroken: a rank is gone, hangs, or has reported a failure.
+            InputError: the ranks cannot start with what they were given.
+        """
+        now, timeouts = time.monotonic(), self._settings.task.timeouts
+        if self.state is GangState.STARTING and now - self._began > timeouts.first:
+            raise GangBroken(f"its ranks have not met within {timeouts.first:.0f} s")
+        if not self.quiet or now - self._ends_at >= _ENDS_EVERY:
+            self._ends_at = now
+            self._check_ends()
+        for number, rank in enumerate(self._ranks):
+            if rank.error is not None:
+                raise GangBroken(f"{self._mesh.name(number)}: its connection: {rank.error}")
+        assert self._heartbeats is not None
+        found = self._heartbeats.poll()
+        if isinstance(found, Failure):
+            # The ranks end by themselves and say so: messages that they sent before are received first.
+            self._failed_at = self._failed_at or now
+            if now - self._failed_at > 2 * timeouts.grace:
+                raise self._failure(found.status, found.message)
+        elif found is not None:
+            raise GangBroken(found.message)
+
+    def _check_ends(self) -> None:
+        """No rank ends before the leader ends the session."""
+        now = time.monotonic()
+        runs = {rank.run: number for number, rank in enumerate(self._ranks)}
+        ready, _ = ray.wait(list(runs), num_returns=len(runs), timeout=0)
+        dead: list[GangBroken] = []
+        for run in ready:
+            try:
+                end: RankEnd = ray.get(run, timeout=_GET)
+            except _LOST as error:
+                dead.append(self._died(runs[run], error))
+                continue
+            if end.status:
+                raise self._failure(end.status, end.message)
+        if dead:
+            raise dead[0]
+        for number, rank in enumerate(self._ranks):
+            if rank.gone_at is not None and rank.run not in ready and now - rank.gone_at > _UNEXPLAINED:
+                raise GangBroken(f"{self._mesh.name(number)} has closed its connection")
+
+    def _failure(self, status: int, message: str) -> GangBroken | InputError:
+        if status == BAD_INPUT and self.state is GangState.STARTING:
+            return InputError(message)
+        return GangBroken(message)
+
+    def _died(self, number: int, error: Exception) -> GangBroken:
+        """Why a rank has died: what the ranks have reported, if anything."""
+        name, rank = self._mesh.name(number), self._ranks[number]
+        if isinstance(error, RayTaskError):
+            return GangBroken(f"{name}: {error.cause}")
+        assert self._heartbeats is not None
+        if isinstance(found := self._heartbeats.poll(), Failure):
+            return GangBroken(found.message)
+        never_seen = isinstance(error, RayActorError) and rank.pid is None
+        return GangBroken(f"{name} has died", unsure=isinstance(error, ActorUnavailableError) or never_seen)
+
+
+def _kill(pid: int, node: str, here: str) -> None:
+    """End a process for certain; one that is stopped does not listen to Ray."""
+    if node == here:
+        _kill_pid(pid)
+        return
+    where = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    ray.remote(_kill_pid).options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote(pid)
+
+
+def _kill_pid(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

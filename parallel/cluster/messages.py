@@ -1,26 +1,42 @@
-"""What the driver tells the ranks of a gang. Plain data; all but `AskHealth` are for the lead."""
+"""The messages between the controller and the ranks of a gang, and how they become bytes.
+
+Plain data. A message is one of the dataclasses below or a list of them, and travels as JSON and the bytes of its
+arrays: decoding makes nothing but those dataclasses, paths, numbers, texts and arrays.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from engine.checkpoint.files import CheckpointConfig
 from engine.progress import Progress
-from engine.request import Request
+from engine.request import Prefix, Request
+from engine.schedule import Schedule
+from models.errors import InputError
+from parallel.cluster.queue import VideoSize
+
+# ---- commands, from the controller to the leader
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VideoJob:
-    """Begin a video."""
+class VideoOrder:
+    """A video to make: what a caller submits to the controller, and what the controller submits to a gang."""
 
-    video: str
+    video: str  # its name
     request: Request  # what to make
-    checkpoint: CheckpointConfig | None = None  # where and how often to note how far it is; None for never
-    stored: int = 0  # chunks that the driver has, from the first on
+    size: VideoSize  # what it takes
+    checkpoint: CheckpointConfig | None = None
+    """Where and how often to keep how far it is; None begins from the start after a loss."""
+    stored: int = 0  # chunks that the caller has already, from the first on; they are not handed out again
+    priority: int = 0  # higher goes first
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,15 +56,15 @@ class CancelVideo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkTaken:
-    """A chunk, and all before it, are in safe hands; checkpoints that are after it may be made whole."""
+    """The caller has stored a chunk and all before it; a checkpoint that comes after them may be committed."""
 
     video: str
     index: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ChunksHeard:
-    """So many chunks, of whatever videos, have come to the driver; there is room for others."""
+class ChunksReceived:
+    """So many chunks, of whatever videos, have reached the controller; there is room for others."""
 
     count: int
 
@@ -58,22 +74,26 @@ class Finish:
     """Nothing more will come."""
 
 
+Command = VideoOrder | PermitQuantum | CancelVideo | ChunkTaken | ChunksReceived | Finish
+
+# ---- events, from the ranks to the controller, and from there to the caller
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AskHealth:
-    """Say what you are at."""
+class RankStarted:
+    """The process of a rank runs; the first message of every rank."""
 
-
-Command = VideoJob | PermitQuantum | CancelVideo | ChunkTaken | ChunksHeard | Finish
+    pid: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Admitted:
-    """A gang has taken a video in."""
+    """A gang has begun a video."""
 
     video: str
-    number: int  # what the gang calls it in its messages
+    number: int  # the gang's number of the video, which its failures name
     first: int  # chunk that will be handed out first; more than 0 after a checkpoint
-    gang: str = ""  # its name; the driver fills it in
+    gang: str = ""  # its name; the controller fills it in
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,13 +110,11 @@ class QuantumReady:
 
     video: str
     quantum: int  # index
-    chunk: int | None  # that enters; None if none does any more
-    slots: int  # of the gang that the quantum takes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantumDone:
-    """All chunks have taken all steps of a quantum."""
+    """All chunks in the window have taken all steps of a quantum."""
 
     video: str
     quantum: int
@@ -111,9 +129,9 @@ class Progressed:
     chunks: int  # of the whole video
     share: float  # of all its steps that are done
     computed: float  # chunk-steps so far that were computed, as a share
-    kv_bytes: int  # size of its KV buffers on the lead
-    progress: Progress  # the same as the engine tells it
-    gang: str = ""  # its name; the driver fills it in
+    kv_bytes: int  # size of its KV buffers on the leader
+    progress: Progress  # the same, as the engine reports it
+    gang: str = ""  # its name; the controller fills it in
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -132,13 +150,13 @@ class VideoDone:
 
     video: str
     computed: float  # chunk-steps that were computed, as a share of all
-    kv_bytes: int  # size of its KV buffers on the lead
-    gang: str = ""  # its name; the driver fills it in
+    kv_bytes: int  # size of its KV buffers on the leader
+    gang: str = ""  # its name; the controller fills it in
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoFailed:
-    """A video is set aside."""
+    """A video cannot be made, or is set aside."""
 
     video: str
     message: str
@@ -146,9 +164,9 @@ class VideoFailed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GangReady:
-    """A gang has loaded its weights and waits for work; the driver fills in its name."""
+    """A gang has loaded its weights and waits for work."""
 
-    gang: str = ""
+    gang: str = ""  # its name; the controller fills it in
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,5 +201,85 @@ Event = Admitted | ChunkMade | VideoDone | VideoFailed | Progressed | GangReady 
 def log_entry(event: GangEvent | Event, seconds: float) -> dict[str, Any]:
     """An event as plain values, without frames and latents."""
     left_out = ("frames", "latents", "progress")
-    values = {name: getattr(event, name) for name in event.__slots__ if name not in left_out}
+    values = {field.name: getattr(event, field.name) for field in fields(event) if field.name not in left_out}
     return {"seconds": seconds, "event": type(event).__name__, **values}
+
+
+# ---- bytes
+
+_PARTS = (Request, Prefix, VideoSize, Schedule, CheckpointConfig, Progress)
+_KINDS: dict[str, Any] = {
+    kind.__name__: kind for kind in (*get_args(Command), *get_args(GangEvent), RankStarted, *_PARTS)
+}
+
+
+class MessageError(Exception):
+    """What was received is no message, or what was to be sent is none."""
+
+
+def encode(message: object) -> tuple[bytes, list[NDArray[Any]]]:
+    """A message as JSON and the arrays in it, which are not copied if they are contiguous.
+
+    Raises:
+        MessageError: something in it is neither a kind of message nor a plain value.
+    """
+    arrays: list[NDArray[Any]] = []
+    plain = _plain(message, arrays)
+    return json.dumps({"message": plain, "arrays": len(arrays)}).encode(), arrays
+
+
+def decode(text: bytes, receive: Callable[[], bytes]) -> Any:
+    """The message of which `encode` has made this; a list comes back as a tuple, arrays cannot be written to.
+
+    Args:
+        text: of the message.
+        receive: receives the bytes of its next array.
+
+    Raises:
+        MessageError: it is no message: an unknown kind, unknown or missing fields, or something else.
+    """
+    try:
+        plain = json.loads(text)
+        return _value(plain["message"], [receive() for _ in range(plain["arrays"])])
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, InputError) as error:
+        raise MessageError(f"this is no message: {error}") from error
+
+
+def _plain(value: Any, arrays: list[NDArray[Any]]) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(part, arrays) for part in value]
+    if isinstance(value, Path):
+        return {"kind": "path", "path": str(value)}
+    if isinstance(value, torch.Tensor):
+        return {"kind": "tensor", "array": _plain(value.cpu().numpy(), arrays)}
+    if isinstance(value, np.ndarray):
+        arrays.append(np.ascontiguousarray(value))
+        shape = list(value.shape)
+        return {"kind": "array", "number": len(arrays) - 1, "dtype": value.dtype.str, "shape": shape}
+    if _KINDS.get(name := type(value).__name__) is not type(value):
+        raise MessageError(f"a {name} cannot be sent")
+    return {
+        "kind": name,
+        "fields": {field.name: _plain(getattr(value, field.name), arrays) for field in fields(value)},
+    }
+
+
+def _value(plain: Any, arrays: Sequence[bytes]) -> Any:
+    if isinstance(plain, list):
+        return tuple(_value(part, arrays) for part in plain)
+    if not isinstance(plain, dict):
+        return plain
+    match plain["kind"]:
+        case "path":
+            return Path(plain["path"])
+        case "tensor":
+            return torch.from_numpy(_value(plain["array"], arrays).copy())
+        case "array":
+            dtype = np.dtype(plain["dtype"])
+            if dtype.kind not in "biuf":
+                raise ValueError(f"arrays of {dtype} are not sent")
+            return np.frombuffer(arrays[plain["number"]], dtype).reshape(plain["shape"])
+        case kind:
+            return _KINDS[kind](**{name: _value(part, arrays) for name, part in plain["fields"].items()})

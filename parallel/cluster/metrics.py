@@ -1,31 +1,13 @@
-"""Figures for Prometheus, by way of Ray.
+"""Metrics of the controller for Prometheus, exported by Ray.
 
 Ray exports them where `ray[default]` is installed; with the bare wheel they go nowhere, and cost nothing.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from ray.util.metrics import Counter, Gauge
 
 from parallel.cluster.queue import Figures, RequestState
-
-
-class Metrics(Protocol):
-    """Takes figures."""
-
-    def chunk(self, *, again: bool) -> None:
-        """A chunk was made, or made again after a loss."""
-
-    def video(self, *, computed: float) -> None:
-        """A video is done; so much of its chunk-steps was computed."""
-
-    def restart(self, gang: str) -> None:
-        """A gang is started again."""
-
-    def figures(self, figures: Figures) -> None:
-        """The state of the queue and the gangs."""
 
 
 class RayMetrics:
@@ -37,7 +19,7 @@ class RayMetrics:
         self._computed = Gauge("flowcache_computed_fraction", "Chunk-steps computed, as a share, of the last video")
         self._restarts = Counter("flowcache_gang_restarts_total", "Gangs started again", tag_keys=("gang",))
         self._queued = Gauge("flowcache_queue_length", "Videos that no gang has taken in")
-        self._standing = Gauge("flowcache_videos", "Videos by where they are", tag_keys=("standing",))
+        self._states = Gauge("flowcache_videos", "Videos by state", tag_keys=("standing",))
         self._used = Gauge("flowcache_gang_utilisation", "Window slots in use, as a share", tag_keys=("gang",))
         self._up = Gauge("flowcache_gang_up", "1 while a gang can be given work", tag_keys=("gang",))
 
@@ -57,8 +39,8 @@ class RayMetrics:
     def figures(self, figures: Figures) -> None:
         """The state of the queue and the gangs."""
         self._queued.set(figures.queued)
-        for standing in RequestState:
-            self._standing.set(figures.standings.get(standing, 0), tags={"standing": standing.value})
+        for state in RequestState:
+            self._states.set(figures.states[state], tags={"standing": state.value})
         for gang in figures.gangs:
             self._used.set(gang.utilisation, tags={"gang": gang.gang})
             self._up.set(float(gang.up), tags={"gang": gang.gang})

@@ -1,6 +1,6 @@
-"""Where the ranks of gangs run: whether the cluster has room for them, and which rank gets which place.
+"""Where the ranks of gangs run: whether the cluster has the resources, and which rank gets which place.
 
-A bundle holds one pipeline stage, so that the ranks of a context-parallel group, which talk most, never stand on
+A bundle holds one pipeline stage, so that the ranks of a context-parallel group, which talk most, never run on
 different machines. A gang that fits on one node is kept there.
 """
 
@@ -57,13 +57,24 @@ def alive_nodes() -> dict[str, dict[str, float]]:
     return {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
 
 
+def threads_per_rank(cores: int, devices: int, ranks: int) -> int:
+    """CPU threads of each rank of a node, so that its ranks share the cores.
+
+    Args:
+        cores: of the node.
+        devices: ranks that the node can hold: its GPUs, or its cores without any.
+        ranks: that may be there.
+    """
+    return max(1, cores // max(1, min(ranks, devices)))
+
+
 def cluster_has_gpus() -> bool:
     """Whether any node has a GPU."""
     return any(resources.get("GPU", 0) >= 1 for resources in alive_nodes().values())
 
 
 def plan_strategies(nodes: Mapping[str, Mapping[str, float]], shape: GangShape, gangs: int) -> list[str]:
-    """How to place gangs, one after another: on one node where one has room, over several otherwise.
+    """How to place gangs, one after another: on one node that has the resources, over several otherwise.
 
     Args:
         nodes: resources by node.
@@ -76,18 +87,18 @@ def plan_strategies(nodes: Mapping[str, Mapping[str, float]], shape: GangShape, 
     Raises:
         InputError: they do not fit.
     """
-    rooms = sorted((_room(resources, shape.bundle) for resources in nodes.values()), reverse=True)
+    free = sorted((_bundles(resources, shape.bundle) for resources in nodes.values()), reverse=True)
     strategies = []
     for _ in range(gangs):
-        fitting = [index for index, room in enumerate(rooms) if room >= shape.layout.pp]
+        fitting = [index for index, bundles in enumerate(free) if bundles >= shape.layout.pp]
         if fitting:
-            rooms[min(fitting, key=lambda index: rooms[index])] -= shape.layout.pp  # leave large gaps to others
+            free[min(fitting, key=lambda index: free[index])] -= shape.layout.pp  # leave large gaps to others
             strategies.append("STRICT_PACK")
             continue
         left = shape.layout.pp
-        for index in sorted(range(len(rooms)), key=lambda index: -rooms[index]):
-            taken = min(left, rooms[index])
-            rooms[index] -= taken
+        for index in sorted(range(len(free)), key=lambda index: -free[index]):
+            taken = min(left, free[index])
+            free[index] -= taken
             left -= taken
         if left:
             raise InputError(_too_large(nodes, shape, gangs))
@@ -130,7 +141,7 @@ class Placement:
         self._nodes: set[str] = set()
 
     def places(self) -> list[Place] | None:
-        """Places of the ranks in order; None while the cluster has not made room."""
+        """Places of the ranks in order; None while the cluster has not reserved them."""
         table: dict[str, Any] = placement_group_table(self._group)
         if table.get("state") != "CREATED":
             return None
@@ -139,20 +150,20 @@ class Placement:
         here = ray.get_runtime_context().get_node_id()
         return assign_places(found, self._shape.layout, first_node=here)
 
-    def stands(self, nodes: Sequence[str]) -> bool:
+    def intact(self, nodes: Sequence[str]) -> bool:
         """Whether none of its nodes is gone, given those that are up."""
         return self._nodes <= set(nodes)
 
     def at(self, place: Place) -> PlacementGroupSchedulingStrategy:
-        """How to tell Ray to start an actor there."""
+        """Ray's strategy that starts an actor there."""
         return PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=place.bundle)
 
     def remove(self) -> None:
-        """Give the room back; what runs there ends."""
+        """Give its resources back; what runs there ends."""
         remove_placement_group(self._group)
 
 
-def _room(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
+def _bundles(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
     """Bundles that fit."""
     return min(int(resources.get(name, 0.0) // count) for name, count in bundle.items())
 

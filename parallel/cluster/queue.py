@@ -1,89 +1,68 @@
-"""What goes into the chunk scheduler and what comes out of it.
+"""State of the scheduler: requests in its queue and on gangs, the gangs, and the decisions and figures it gives out.
 
-Plain values: no Ray, no torch, no clock. `scheduler.py` says what they mean together.
+Plain values: no Ray, no torch, no clock. `scheduler.py` has the rules.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from engine.schedule import Schedule
 from models.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QuantumPlan:
-    """The stretch of a video's schedule from one chunk border to the next."""
+class VideoSize:
+    """What a video takes.
 
-    chunk: int | None  # that enters the window with it; None at the end of the video, where none does
-    slots: int  # window slots that it occupies while it runs: chunks that are active in it
-
-
-def plan_quanta(*, chunks: int, window: int, first: int = 0) -> tuple[QuantumPlan, ...]:
-    """The quanta of a video, in order; quantum i is stage i of `engine.schedule.Schedule`.
-
-    Args:
-        chunks: all chunks, given and generated.
-        window: chunks that are denoised at once.
-        first: the first chunk that is generated.
+    Raises:
+        InputError: the bytes are negative.
     """
-    made = chunks - first
-    return tuple(
-        QuantumPlan(
-            chunk=first + quantum if quantum < made else None,
-            slots=min(quantum + 1, window, made, made + window - 1 - quantum),
-        )
-        for quantum in range(made + window - 1)
-    )
+
+    schedule: Schedule  # when each chunk takes each step
+    kv_bytes: int  # of keys and values, on the rank that holds most of them; held from admission to the end
+
+    def __post_init__(self) -> None:
+        if self.kv_bytes < 0:
+            raise InputError(f"a video cannot hold {self.kv_bytes} bytes of keys and values")
+
+    @property
+    def window(self) -> int:
+        """Chunks that are denoised at once."""
+        return self.schedule.window
+
+    @property
+    def chunks(self) -> int:
+        """Chunks that are generated and handed out."""
+        return self.schedule.chunks - self.schedule.first
+
+    @property
+    def slots(self) -> int:
+        """Window slots of its widest quantum."""
+        return min(self.window, self.chunks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GangSize:
-    """What a gang has to give."""
+    """What a gang has to give.
 
-    slots: int  # window slots, the gang's concurrency times the window
-    kv_bytes: int  # memory for keys and values, in bytes, counted as `Job.kv_bytes` is
+    Raises:
+        InputError: it could hold no video.
+    """
+
+    slots: int  # window slots: the gang's concurrency times the window
+    kv_bytes: int  # memory for keys and values in bytes, counted as `VideoSize.kv_bytes` is
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.kv_bytes < 0:
             raise InputError(f"a gang of {self.slots} slots and {self.kv_bytes} bytes can hold no video")
 
-    def holds(self, job: Job) -> bool:
+    def holds(self, video: VideoSize) -> bool:
         """Whether an empty gang of this size can make the video."""
-        return job.kv_bytes <= self.kv_bytes and job.width <= self.slots
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """A request as the scheduler sees it.
-
-    Raises:
-        InputError: there are no quanta, one of them needs no slot, or the quantum to go on with is none of them.
-    """
-
-    request: str  # its id, unique for the life of the scheduler
-    quanta: tuple[QuantumPlan, ...]  # what there is to do, in order
-    kv_bytes: int  # what it holds on a gang from admission to its end, in bytes
-    priority: int = 0  # higher goes first
-    resume_quantum: int = 0  # the quantum that it goes on with, when there is a checkpoint of an earlier run
-
-    def __post_init__(self) -> None:
-        if not self.quanta or min(quantum.slots for quantum in self.quanta) < 1:
-            raise InputError(f"request {self.request} has a quantum that needs no slot, or no quanta at all")
-        if self.kv_bytes < 0:
-            raise InputError(f"request {self.request} cannot hold {self.kv_bytes} bytes of keys and values")
-        if not 0 <= self.resume_quantum < len(self.quanta):
-            raise InputError(
-                f"request {self.request} cannot go on with quantum {self.resume_quantum}: it has {len(self.quanta)}"
-            )
-
-    @property
-    def width(self) -> int:
-        """Slots of its widest quantum."""
-        return max(quantum.slots for quantum in self.quanta)
+        return video.kv_bytes <= self.kv_bytes and video.slots <= self.slots
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,51 +71,26 @@ class Admit:
 
     request: str
     gang: str
-    resume_quantum: int
-    """The quantum of its last checkpoint that is known; the gang's first announcement says which quantum it really goes
-    on with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Permit:
-    """Decision: the request's gate is open for the quantum."""
+    """Decision: the request may begin the quantum."""
 
     request: str
-    gang: str  # where it is
-    quantum: int  # index of the quantum
-    chunk: int | None  # that enters the window; None where none does
-    slots: int  # that the quantum occupies
-
-
-Assignment = Admit | Permit
+    gang: str  # where the request is
+    quantum: int  # index
 
 
 class RequestState(StrEnum):
     """Where a request is."""
 
     QUEUED = "queued"
-    PAUSED = "paused"
-    """On a gang, at a border or being prepared."""
-    RUNNING = "running"
-    """On a gang, with a quantum."""
+    PAUSED = "paused"  # on a gang, at a chunk boundary or being prepared
+    RUNNING = "running"  # on a gang, in a quantum
     DONE = "done"
-    QUARANTINED = "set aside"
-    """It failed too often; nobody tries it again."""
+    QUARANTINED = "set aside"  # it failed too often and is not tried again
     CANCELLED = "cancelled"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class View:
-    """What the scheduler knows of a request."""
-
-    request: str
-    standing: RequestState  # where it is
-    gang: str | None  # that holds its KV; None where none does
-    quantum: int  # the quantum that comes after those that are done, or that a restart goes on with
-    quanta: int
-    restarts: int  # how often it went back to the queue
-    reason: str | None  # why it was set aside, or failed the last time; None if it never failed
-    alone: bool  # it is suspected of killing gangs, and runs alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,109 +99,71 @@ class GangFigures:
 
     gang: str
     up: bool  # it can be given work
-    slots: int
-    slots_busy: int  # of quanta that run
     utilisation: float  # busy slots as a share of all, averaged over the time it was up; 0 if it never was
-    kv_bytes: int
-    kv_used: int  # held by its requests
     residents: int  # requests on it
-    quanta_waiting: int  # announced and not granted
-    quanta_granted: int  # so far
-    losses: int  # how often it went down
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
-    """The whole at this moment."""
+    """The queue and the gangs at this moment."""
 
     queued: int  # length of the queue
-    standings: dict[RequestState, int]  # requests by where they are
-    restarts: int  # of all requests together
-    gangs: tuple[GangFigures, ...]  # each gang that ever was up, by id
-    unplaceable: tuple[str, ...]  # queued requests that none of the gangs that are up could ever hold
+    states: Mapping[RequestState, int]  # requests by where they are, those that have ended among them
+    restarts: int  # how often a request went back to the queue, of all requests together
+    gangs: tuple[GangFigures, ...]  # each gang that ever was up, by name
 
 
-ENDED = (RequestState.DONE, RequestState.QUARANTINED, RequestState.CANCELLED)
+@dataclass(kw_only=True, slots=True, eq=False)
+class QueueEntry:
+    """A request that has not ended. The scheduler alone changes it."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ready:
-    """A quantum that is announced and not granted."""
-
-    quantum: int
-    since: float  # when it was announced
-    number: int  # announcements are numbered in their order
-    tie_break: int  # decides where nothing else does
-
-
-@dataclass(kw_only=True, slots=True)
-class RequestEntry:
-    """A request."""
-
-    job: Job
-    submitted: float  # when
-    number: int  # requests are numbered in the order of submission; with `submitted`, their age
-    tie_break: int  # decides where nothing else does
-    checkpoint: int  # the quantum that its last whole checkpoint goes on with
-    standing: RequestState = RequestState.QUEUED
-    """Where it is; on a gang always PAUSED, whether a quantum runs is seen from `granted`."""
-    gang: str | None = None  # that holds its KV
-    granted: list[int] = field(default_factory=list)  # quanta that were granted and are not done, in order
-    ready: Ready | None = None  # the quantum that waits for its grant
-    done: int | None = None
-    """Quanta done in this life, counted from the start of the video; None until the gang has announced one."""
-    served: int = 0  # quanta had, as fair share counts them
+    request: str  # its id
+    size: VideoSize
+    priority: int  # higher goes first
+    number: int  # requests are numbered as they are submitted; less is older
+    ended: RequestState | None = None  # how it ended
+    gang: str | None = None  # the gang that holds its KV
+    permitted: list[int] = field(default_factory=list)  # quanta that were permitted and are not done, in order
+    ready: int | None = None  # the quantum that is announced and waits for its permit
+    announcement: int = 0  # announcements are numbered in their order; that of `ready`
+    done: int | None = None  # quanta done, counted from the video's start; None until this gang has announced one
     furthest: int = 0  # the most quanta that were ever done
     restarts: int = 0  # how often it went back to the queue
-    failures: Counter[str] = field(default_factory=Counter)  # by reason
-    fruitless: int = 0  # losses and failures since it last got further than ever
-    suspicions: int = 0  # those of them that were losses of its gang for which nobody is blamed
-    alone: bool = False  # it has to run alone
-    reason: str | None = None  # of the last failure
+    failures: Counter[str] = field(default_factory=Counter)  # how often it was blamed, by reason
+    losses: int = 0  # how often it was blamed or suspected since it last got further than ever
+    isolated: bool = False  # it is suspected of breaking gangs, and runs alone
 
     @property
-    def age(self) -> tuple[float, int]:
-        """Less is older."""
-        return self.submitted, self.number
+    def state(self) -> RequestState:
+        """Where it is."""
+        if self.ended is not None:
+            return self.ended
+        if self.gang is None:
+            return RequestState.QUEUED
+        return RequestState.RUNNING if self.permitted else RequestState.PAUSED
 
     @property
     def slots(self) -> int:
-        """That it uses now. Of two granted quanta the second waits for the first, so the wider one counts."""
-        return max((self.job.quanta[quantum].slots for quantum in self.granted), default=0)
+        """Slots that it occupies. Of two permitted quanta the second waits for the first, so the wider one counts."""
+        return max((self.size.schedule.quantum(quantum).slots for quantum in self.permitted), default=0)
+
+    @property
+    def more_slots(self) -> int:
+        """Slots that its announced quantum needs on top of those that it occupies."""
+        assert self.ready is not None
+        return max(0, self.size.schedule.quantum(self.ready).slots - self.slots)
 
     @property
     def expected(self) -> int | None:
         """The quantum that its gang announces next; None where any may come."""
         if self.ready is not None:
-            return self.ready.quantum + 1
-        return self.granted[-1] + 1 if self.granted else self.done
+            return self.ready + 1
+        return self.permitted[-1] + 1 if self.permitted else self.done
 
-    def more_slots(self, quantum: int) -> int:
-        """How many the quantum needs on top of those that it uses."""
-        return max(0, self.job.quanta[quantum].slots - self.slots)
-
-    def leave(self, standing: RequestState) -> None:
-        """Go off the gang; what was granted or announced there is void."""
-        self.standing, self.gang, self.ready, self.done = standing, None, None, None
-        self.granted.clear()
-
-    def view(self) -> View:
-        """For others."""
-        return View(
-            request=self.job.request,
-            standing=RequestState.RUNNING if self.granted else self.standing,
-            gang=self.gang,
-            quantum=self._quantum(),
-            quanta=len(self.job.quanta),
-            restarts=self.restarts,
-            reason=self.reason,
-            alone=self.alone,
-        )
-
-    def _quantum(self) -> int:
-        if self.standing is RequestState.DONE:
-            return len(self.job.quanta)
-        return self.checkpoint if self.done is None else self.done
+    def leave(self) -> None:
+        """Leave the gang; what was permitted or announced there is void."""
+        self.gang, self.ready, self.done = None, None, None
+        self.permitted.clear()
 
 
 class GangEntry:
@@ -261,33 +177,30 @@ class GangEntry:
         self.name = name
         self.size = GangSize(slots=1, kv_bytes=0)
         self.up = False
-        self.residents: dict[str, RequestEntry] = {}
-        self.reserved: RequestEntry | None = None
-        """A queued request that will run alone here, once the gang is empty."""
+        self.residents: dict[str, QueueEntry] = {}
         self.passed_quanta = self.passed_requests = 0
         """How many were preferred to the one that has waited longest, since the last time that none was."""
-        self.quanta_granted = self.losses = 0
         self._slot_seconds = self._busy_seconds = self._seen = 0.0
 
     @property
     def slots_busy(self) -> int:
-        """Slots that quanta use."""
-        return sum(one.slots for one in self.residents.values())
+        """Slots that quanta occupy."""
+        return sum(entry.slots for entry in self.residents.values())
 
     @property
     def kv_used(self) -> int:
         """Bytes that its requests hold."""
-        return sum(one.job.kv_bytes for one in self.residents.values())
+        return sum(entry.size.kv_bytes for entry in self.residents.values())
 
     @property
     def load(self) -> tuple[float, float, str]:
-        """Sorts gangs, the emptiest first."""
-        spoken_for = sum(one.job.width for one in self.residents.values())
+        """Sorts gangs, the emptiest first: by promised slots, then by memory, then by name."""
+        promised = sum(entry.size.slots for entry in self.residents.values())
         memory = self.kv_used / self.size.kv_bytes if self.size.kv_bytes else 0.0
-        return spoken_for / self.size.slots, memory, self.name
+        return promised / self.size.slots, memory, self.name
 
-    def tell_time(self, now: float) -> None:
-        """Book the time since the last call. To be called before anything changes."""
+    def advance(self, now: float) -> None:
+        """Count the time since the last call; to be called before anything changes."""
         if self.up:
             seconds = now - self._seen
             self._slot_seconds += seconds * self.size.slots
@@ -295,113 +208,10 @@ class GangEntry:
         self._seen = now
 
     def figures(self) -> GangFigures:
-        """Figures of the moment that was told last."""
+        """Figures at the time of the last `advance`."""
         return GangFigures(
             gang=self.name,
             up=self.up,
-            slots=self.size.slots,
-            slots_busy=self.slots_busy,
             utilisation=self._busy_seconds / self._slot_seconds if self._slot_seconds else 0.0,
-            kv_bytes=self.size.kv_bytes,
-            kv_used=self.kv_used,
             residents=len(self.residents),
-            quanta_waiting=sum(one.ready is not None for one in self.residents.values()),
-            quanta_granted=self.quanta_granted,
-            losses=self.losses,
         )
-
-    def has_room(self, one: RequestEntry, crowd: int | None) -> bool:
-        """Whether a request may come now.
-
-        Args:
-            one: the request.
-            crowd: how many times its slots the gang may promise to requests that would not give way to this one; None
-                where memory alone counts.
-        """
-        if one.job.kv_bytes > self.size.kv_bytes - self.kv_used:
-            return False
-        if crowd is None:
-            return True
-        equals = sum(other.job.width for other in self.residents.values() if other.job.priority >= one.job.priority)
-        return equals + one.job.width <= crowd * self.size.slots
-
-
-def tie_break(*parts: object) -> int:
-    """A number drawn by tie-break, the same for the same parts in every process."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
-
-
-def next_quantum(gang: GangEntry, share: int) -> RequestEntry | None:
-    """Whose announced quantum is to be granted, if it fits now. Books who was passed over."""
-    waiting = [(one, one.ready) for one in gang.residents.values() if one.ready is not None]
-    if not waiting:
-        return None
-    oldest = min(waiting, key=lambda pair: pair[1].number)
-    chosen = min(
-        waiting,
-        key=lambda pair: (-pair[0].job.priority, pair[0].served, pair[1].since, pair[1].tie_break, pair[1].number),
-    )
-    if gang.passed_quanta >= share - 1:
-        chosen = oldest
-    one, ready = chosen
-    if one.more_slots(ready.quantum) > gang.size.slots - gang.slots_busy:
-        return None
-    gang.passed_quanta = 0 if chosen is oldest else gang.passed_quanta + 1
-    return one
-
-
-def next_admission(gang: GangEntry, queue: Iterable[RequestEntry], *, share: int, crowd: int) -> RequestEntry | None:
-    """Which queued request is to be admitted on a gang, if it fits now. Books who was passed over."""
-    if gang.reserved is not None:
-        return None if gang.residents else gang.reserved
-    if any(one.alone for one in gang.residents.values()):
-        return None
-    eligible = [one for one in queue if not one.alone and gang.size.holds(one.job)]
-    if not eligible:
-        return None
-    oldest = min(eligible, key=lambda one: one.age)
-    if gang.passed_requests >= share - 1:
-        chosen, limit = oldest, None
-    else:
-        chosen, limit = (
-            min(eligible, key=lambda one: (-one.job.priority, one.submitted, one.tie_break, one.number)),
-            crowd,
-        )
-    if not gang.has_room(chosen, limit):
-        return None
-    gang.passed_requests = 0 if chosen is oldest else gang.passed_requests + 1
-    return chosen
-
-
-def reserve(gangs: Collection[GangEntry], queue: Iterable[RequestEntry]) -> None:
-    """Give each request that has to run alone a gang that will be emptied for it, as far as there are any.
-
-    It moves to another gang only where fewer requests are left than on its own; so it comes to an empty one.
-    """
-    before = {gang.reserved.job.request: gang.name for gang in gangs if gang.reserved is not None}
-    for gang in gangs:
-        gang.reserved = None
-    for one in sorted((one for one in queue if one.alone), key=lambda one: one.age):
-        own = before.get(one.job.request)
-        free = [gang for gang in gangs if gang.up and gang.reserved is None and gang.size.holds(one.job)]
-        if free:
-            emptiest = sorted(free, key=lambda gang: (len(gang.residents), gang.name))
-            fewest = len(emptiest[0].residents)
-            mine = [gang for gang in free if gang.name == own and len(gang.residents) == fewest]
-            (mine or emptiest)[0].reserved = one
-
-
-def check_fit(job: Job, sizes: Collection[GangSize]) -> None:
-    """Refuse a request that no gang of these sizes can make.
-
-    Raises:
-        InputError: none can.
-    """
-    if any(size.holds(job) for size in sizes):
-        return
-    slots = max((size.slots for size in sizes), default=0)
-    memory = max((size.kv_bytes for size in sizes), default=0)
-    raise InputError(
-        f"request {job.request} needs {job.width} window slots and {job.kv_bytes / 1e6:.1f} MB for keys and values, a "
-        f"gang has {slots} and {memory / 1e6:.1f} MB at most: ask for a smaller video or a smaller KV budget"
-    )

@@ -1,192 +1,148 @@
-"""Says which chunk of which video enters which gang's window next.
+"""Decides which request runs on which gang, and which chunk enters a gang's window next.
 
-A pure object: it is told what happens, with the time, and answers with decisions. Same seed and same events, same
+A pure object: events go in, with their times, and decisions come out. The same events give the same
 decisions. It knows no Ray, no torch, no threads and no clock.
 
 Rules
-    Turns. A quantum is granted after it was announced, and the quanta of a request in their order. Among the announced
-    quanta of a gang the highest priority goes first, then who has had the fewest quanta (a newcomer counts as having
-    had as many as the least of its equals on the gang), then who was ready first, then by tie-break. A quantum may be
-    granted while the one before still runs; as they never run together, a request uses the wider one's slots. Where the
-    next quantum does not fit into the free slots, none slips past it.
+    Quanta. A gang announces the next quantum of each of its requests, and the scheduler permits them one after another
+    as window slots get free. The highest priority goes first; among equals, the quantum that was announced first, so
+    equals take turns. A quantum may be permitted while the one before it still runs; the two never run together, so the
+    request occupies the slots of the wider one. Where the next quantum does not fit, no other one takes its place.
 
-    Admission. A request is admitted by priority, then age, then by tie-break, where its KV fits into the gang's free
-    memory, on the gang whose slots are spoken for least, then with the most free memory, then by name. None slips past
-    one that the gang could hold but for its present requests. A gang takes no more requests than `crowd` times
-    its slots, counting those of the same or a higher priority only: more would make all of them late and leave
-    nothing to a gang that comes up later.
+    Admission. The highest priority goes first; among equals, the oldest. A request is admitted where its KV fits into
+    the free memory, on the emptiest such gang (fewest promised slots, then least memory, then by name). No request
+    overtakes one that the gang could hold but for its present requests. A gang promises its slots at most twice,
+    counting requests of the same or a higher priority: it leaves the rest to a gang that comes up later.
 
-    No starvation. Of every `share` quanta in a row that a gang grants, one at least goes to the quantum that has waited
-    longest. So a quantum is granted at the latest as the `share * (r + 1)`-th of its gang after it was announced, when
-    r quanta were waiting there before it. Likewise for admission: while a request waits, a gang that could hold it
-    admits at most `(share - 1) * (a + 1)` younger requests, where a is the number of older ones that it admits
-    meanwhile. (A request that has to run alone is not counted.) The rule on crowding does not hold the oldest back.
+    No starvation. Of every `share` quanta in a row that a gang is permitted, at least one is the quantum that has
+    waited longest: with r quanta waiting before it, a quantum is at the latest the `share * (r + 1)`-th after its
+    announcement. Of every `share` requests in a row that a gang admits, at least one is the oldest that it can hold.
 
-    Loss. When a gang goes down its requests go back to the queue with the quantum of their last checkpoint and keep
-    their age. One that fails `same` times with the same reason is set aside. So is one that fails, or whose gang is
-    lost while it runs, `fruitless` times without getting further than ever before. From half as many such losses for
-    which nobody is blamed it runs alone: it may be what kills the gangs, and so it harms no other and no other harms
-    it.
+    Loss. When a gang goes down its requests go back to the queue and keep their age. One that is blamed for it `same`
+    times with the same reason is set aside. When nobody is blamed, every request is suspected that was in a quantum or
+    not yet at its first chunk boundary. A request that is blamed or suspected `losses` times without getting further
+    than ever before is set aside; from half as many times it is isolated: the gang that has the fewest requests is
+    emptied for it, and it runs there alone, so that it harms no other request and no other one harms it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from models.errors import InputError
-from parallel.cluster.queue import (
-    ENDED,
-    Admit,
-    Assignment,
-    Figures,
-    GangEntry,
-    GangSize,
-    Job,
-    Permit,
-    Ready,
-    RequestEntry,
-    RequestState,
-    View,
-    check_fit,
-    next_admission,
-    next_quantum,
-    reserve,
-    tie_break,
-)
+from parallel.cluster.queue import Admit, Figures, GangEntry, GangSize, Permit, QueueEntry, RequestState, VideoSize
+
+_PROMISED = 2
+"""How often a gang promises its slots."""
 
 
 class Scheduler:
     """Holds requests, gangs and window slots.
 
-    Events may come late: what a gang says of a request that it does not hold any more is ignored. A gang that comes
-    back may have its old name, if nothing that it said before it went down is passed on after that.
+    Events may come late: an event of a gang that does not hold the request any more is ignored. A gang that comes
+    back may have its old name, if none of the events before it went down is passed on after that.
 
-    Times are in seconds on any clock that does not go backwards.
+    Times are in seconds on any clock that does not go backwards. A request that has ended leaves nothing but its count.
 
     Args:
-        seed: of the lots.
-        gangs: sizes that a gang may ever have; a request that fits none of them is refused.
-        share: a quantum, or a request, is passed over at most `share - 1` times for each that has waited longer.
-        crowd: how many requests a gang may hold, as a multiple of those whose quanta fit into its slots.
-        same: how often a request may fail in the same way until it is set aside.
-        fruitless: how often a request may be lost or fail without getting further until it is set aside.
+        sizes: sizes that a gang may ever have; a request that fits none of them is refused.
+        share: one in so many decisions of a gang goes to what has waited longest.
+        same: how often a request may be blamed for the same reason until it is set aside.
+        losses: how often a request may be blamed or suspected without getting further until it is set aside.
     """
 
-    def __init__(
-        self,
-        *,
-        seed: int,
-        gangs: Iterable[GangSize],
-        share: int = 8,
-        crowd: int = 2,
-        same: int = 2,
-        fruitless: int = 4,
-    ) -> None:
-        if share < 1 or crowd < 1 or same < 1 or fruitless < 1:
-            raise InputError(f"share {share}, crowd {crowd}, same {same} and fruitless {fruitless} must be 1 or more")
-        self._seed, self._sizes = seed, set(gangs)
-        self._share, self._crowd, self._same, self._fruitless = share, crowd, same, fruitless
-        self._requests: dict[str, RequestEntry] = {}
-        self._queue: dict[str, RequestEntry] = {}
+    def __init__(self, sizes: Iterable[GangSize], *, share: int = 8, same: int = 2, losses: int = 4) -> None:
+        if share < 1 or same < 1 or losses < 1:
+            raise InputError(f"share {share}, same {same} and losses {losses} must be 1 or more")
+        self._sizes = set(sizes)
+        self._share, self._same, self._losses = share, same, losses
+        self._entries: dict[str, QueueEntry] = {}
+        self._queue: dict[str, QueueEntry] = {}
         self._gangs: dict[str, GangEntry] = {}
+        self._ended: Counter[RequestState] = Counter()
         self._now = float("-inf")
-        self._announcements = 0
+        self._submitted = self._announcements = self._restarts = 0
         self._admissions_due = False
         """Something has changed that admission depends on, so that a long queue is not read for nothing."""
 
     # ---- requests
 
-    def submit(self, job: Job, now: float) -> None:
+    def submit(self, request: str, size: VideoSize, now: float, *, priority: int = 0) -> None:
         """Queue a request.
+
+        Args:
+            request: its id, which no other request has that has not ended.
+            size: what it takes.
+            now: the time.
+            priority: higher goes first.
 
         Raises:
             InputError: no gang can ever hold it, or there is one of that id.
         """
-        self._tell_time(now)
-        if job.request in self._requests:
-            raise InputError(f"there is a request {job.request} already: give every request its own id")
-        check_fit(job, self._sizes)
-        one = RequestEntry(
-            job=job,
-            submitted=now,
-            number=len(self._requests),
-            tie_break=tie_break(self._seed, job.request),
-            checkpoint=job.resume_quantum,
-            furthest=job.resume_quantum,
-        )
-        self._requests[job.request] = self._queue[job.request] = one
+        self._advance(now)
+        if request in self._entries:
+            raise InputError(f"there is a request {request} already: give every request its own id")
+        self._check_fit(request, size)
+        entry = QueueEntry(request=request, size=size, priority=priority, number=self._submitted)
+        self._submitted += 1
+        self._entries[request] = self._queue[request] = entry
         self._admissions_due = True
 
     def cancel(self, request: str, now: float) -> None:
         """Forget a request; its slots and memory are free at once. Nothing happens if it has ended.
 
-        The gang must be told before it is given anything else.
+        The caller cancels it on its gang before it carries out another decision.
         """
-        self._tell_time(now)
-        one = self._requests[request]
-        if one.standing not in ENDED:
-            self._end(one, RequestState.CANCELLED)
+        self._advance(now)
+        if (entry := self._entries.get(request)) is not None:
+            self._end(entry, RequestState.CANCELLED)
 
     def quantum_ready(self, request: str, gang: str, quantum: int, now: float) -> None:
-        """The gang has announced a quantum. The first one after admission says with which quantum the request goes on.
+        """The gang has announced a quantum. The first one after admission is where the request goes on.
 
         Raises:
             ValueError: it is not the quantum that comes next.
         """
-        self._tell_time(now)
-        one = self._resident(request, gang)
-        if one is None:
+        self._advance(now)
+        entry = self._resident(request, gang)
+        if entry is None:
             return
-        expected = one.expected
+        expected = entry.expected
         if expected is not None and quantum < expected:
-            return  # said before
-        if quantum >= len(one.job.quanta) or quantum < 0 or (expected is not None and quantum > expected) or one.ready:
+            return  # announced before
+        known = 0 <= quantum < entry.size.schedule.quanta
+        if not known or (expected is not None and quantum > expected) or entry.ready is not None:
             raise ValueError(f"request {request}: quantum {quantum} was announced, {expected} comes next")
-        if one.done is None:
-            one.done = quantum
+        if entry.done is None:
+            entry.done = quantum
         self._announcements += 1
-        one.ready = Ready(
-            quantum=quantum, since=now, number=self._announcements, tie_break=tie_break(self._seed, request, quantum)
-        )
+        entry.ready, entry.announcement = quantum, self._announcements
 
     def quantum_done(self, request: str, gang: str, quantum: int, now: float) -> None:
         """All ticks of a quantum are done; its slots are free.
 
         Raises:
-            ValueError: a quantum before it is not done, or it was not granted.
+            ValueError: a quantum before it is not done, or it was not permitted.
         """
-        self._tell_time(now)
-        one = self._resident(request, gang)
-        if one is None or (one.done is not None and quantum < one.done):
+        self._advance(now)
+        entry = self._resident(request, gang)
+        if entry is None or (entry.done is not None and quantum < entry.done):
             return
-        if not one.granted or one.granted[0] != quantum:
-            raise ValueError(f"request {request}: quantum {quantum} is said to be done, granted are {one.granted}")
-        one.granted.pop(0)
-        one.done = quantum + 1
-        if one.done > one.furthest:
-            one.furthest, one.fruitless, one.suspicions = one.done, 0, 0
-
-    def checkpointed(self, request: str, gang: str, quantum: int, now: float) -> None:
-        """There is a whole checkpoint, from which the request would go on with this quantum."""
-        self._tell_time(now)
-        one = self._resident(request, gang)
-        if one is not None:
-            one.checkpoint = quantum
+        if not entry.permitted or entry.permitted[0] != quantum:
+            raise ValueError(
+                f"request {request}: quantum {quantum} is reported as done, permitted are {entry.permitted}"
+            )
+        entry.permitted.pop(0)
+        entry.done = quantum + 1
+        if entry.done > entry.furthest:
+            entry.furthest, entry.losses = entry.done, 0
 
     def request_done(self, request: str, gang: str, now: float) -> None:
         """The video is complete and handed out."""
-        self._tell_time(now)
-        one = self._resident(request, gang)
-        if one is not None:
-            self._end(one, RequestState.DONE)
-
-    def request_failed(self, request: str, gang: str, reason: str, now: float) -> None:
-        """The gang gave the request up and is well itself. It is queued again, or set aside."""
-        self._tell_time(now)
-        one = self._resident(request, gang)
-        if one is not None:
-            self._gangs[gang].residents.pop(request)
-            self._lost(one, reason, guilty=True, suspect=False)
+        self._advance(now)
+        if (entry := self._resident(request, gang)) is not None:
+            self._end(entry, RequestState.DONE)
 
     # ---- gangs
 
@@ -196,144 +152,190 @@ class Scheduler:
         Raises:
             ValueError: it is up already.
         """
-        self._tell_time(now)
-        book = self._gangs.setdefault(gang, GangEntry(gang))
-        if book.up:
+        self._advance(now)
+        entry = self._gangs.setdefault(gang, GangEntry(gang))
+        if entry.up:
             raise ValueError(f"gang {gang} is up already")
-        book.tell_time(now)
-        book.up, book.size = True, size
+        entry.advance(now)
+        entry.up, entry.size = True, size
         self._sizes.add(size)
         self._admissions_due = True
 
-    def gang_down(self, gang: str, now: float, *, blamed: Mapping[str, str] | None = None) -> list[str]:
+    def gang_down(self, gang: str, now: float, *, blamed: Mapping[str, str] | None = None) -> list[QueueEntry]:
         """A gang is lost. Nothing happens if it is down already.
 
         Args:
-            gang: which.
+            gang: its name.
             now: the time.
-            blamed: requests that are known to have caused it, with the reason; they count as failed.
+            blamed: requests that are known to have caused it, with the reason.
 
         Returns:
-            The requests that it held, in order of submission; `view` says which are queued again and which set aside.
+            The requests that it held, the oldest first; each is queued again or set aside.
         """
-        self._tell_time(now)
-        book = self._gangs.get(gang)
-        if book is None or not book.up:
+        self._advance(now)
+        lost = self._gangs.get(gang)
+        if lost is None or not lost.up:
             return []
-        book.up = False
-        book.losses += 1
-        held, blamed = sorted(book.residents.values(), key=lambda one: one.number), blamed or {}
-        book.residents.clear()
-        for one in held:
-            guilty = one.job.request in blamed
-            # Whoever waited at a border did nothing, and cannot have done it; anybody else can.
-            suspect = not blamed and (bool(one.granted) or one.done is None)
-            self._lost(one, blamed.get(one.job.request, f"gang {gang} was lost"), guilty=guilty, suspect=suspect)
+        lost.up = False
+        held, blamed = sorted(lost.residents.values(), key=lambda entry: entry.number), blamed or {}
+        lost.residents.clear()
+        for entry in held:
+            # A request that waited at a chunk boundary did nothing that could break the gang; any other one may have.
+            suspected = not blamed and (bool(entry.permitted) or entry.done is None)
+            self._lose(entry, blamed.get(entry.request), suspected=suspected)
         self._admissions_due = True
-        return [one.job.request for one in held]
+        return held
 
     # ---- decisions and figures
 
-    def assignments(self, now: float) -> list[Assignment]:
+    def decide(self, now: float) -> list[Admit | Permit]:
         """What to do now, in order. Each decision is given out once: a second call without an event gives none."""
-        self._tell_time(now)
-        made: list[Assignment] = []
+        self._advance(now)
+        decisions: list[Admit | Permit] = []
         if self._admissions_due:
-            reserve(self._gangs.values(), self._queue.values())
             while (admit := self._admit()) is not None:
-                made.append(admit)
+                decisions.append(admit)
             self._admissions_due = False
         for gang in self._up():
-            while (one := next_quantum(gang, self._share)) is not None:
-                made.append(self._grant(gang, one))
-        return made
+            while (entry := self._next_quantum(gang)) is not None:
+                assert entry.ready is not None
+                decisions.append(Permit(request=entry.request, gang=gang.name, quantum=entry.ready))
+                entry.permitted.append(entry.ready)
+                entry.ready = None
+        return decisions
 
-    def view(self, request: str) -> View:
-        """What is known of a request.
+    def entry(self, request: str) -> QueueEntry:
+        """A request, to be read only.
 
         Raises:
-            KeyError: there never was one of that id.
+            KeyError: there is none of that id, or it has ended.
         """
-        return self._requests[request].view()
+        return self._entries[request]
 
     def figures(self, now: float) -> Figures:
         """Figures of this moment."""
-        self._tell_time(now)
-        views = [one.view() for one in self._requests.values()]
-        up = [gang.size for gang in self._up()]
+        self._advance(now)
+        states = self._ended + Counter(entry.state for entry in self._entries.values())
         return Figures(
             queued=len(self._queue),
-            standings={standing: sum(view.standing is standing for view in views) for standing in RequestState},
-            restarts=sum(view.restarts for view in views),
+            states={state: states[state] for state in RequestState},
+            restarts=self._restarts,
             gangs=tuple(gang.figures() for _, gang in sorted(self._gangs.items())),
-            unplaceable=tuple(name for name, one in self._queue.items() if not any(size.holds(one.job) for size in up)),
         )
 
     @property
     def idle(self) -> bool:
         """All requests have ended."""
-        return not self._queue and not any(gang.residents for gang in self._gangs.values())
+        return not self._entries
 
     # ---- inside
 
-    def _tell_time(self, now: float) -> None:
+    def _advance(self, now: float) -> None:
         if now < self._now:
             raise ValueError(f"the time goes backwards, from {self._now} to {now}")
         self._now = now
         for gang in self._gangs.values():
-            gang.tell_time(now)
+            gang.advance(now)
 
     def _up(self) -> list[GangEntry]:
         return [gang for gang in self._gangs.values() if gang.up]
 
-    def _resident(self, request: str, gang: str) -> RequestEntry | None:
+    def _resident(self, request: str, gang: str) -> QueueEntry | None:
         """The request, if that gang holds it."""
-        one = self._requests[request]
-        return one if one.gang == gang else None
+        entry = self._entries.get(request)
+        return entry if entry is not None and entry.gang == gang else None
+
+    def _next_quantum(self, gang: GangEntry) -> QueueEntry | None:
+        """The request whose announced quantum is to be permitted, if it fits now."""
+        waiting = [entry for entry in gang.residents.values() if entry.ready is not None]
+        if not waiting:
+            return None
+        longest = min(waiting, key=lambda entry: entry.announcement)
+        chosen = min(waiting, key=lambda entry: (-entry.priority, entry.announcement))
+        if gang.passed_quanta >= self._share - 1:
+            chosen = longest
+        if chosen.more_slots > gang.size.slots - gang.slots_busy:
+            return None
+        gang.passed_quanta = 0 if chosen is longest else gang.passed_quanta + 1
+        return chosen
 
     def _admit(self) -> Admit | None:
+        emptied = self._emptied()
         for gang in sorted(self._up(), key=lambda gang: gang.load):
-            one = next_admission(gang, self._queue.values(), share=self._share, crowd=self._crowd)
-            if one is None:
-                continue
-            del self._queue[one.job.request]
-            if gang.reserved is one:
-                gang.reserved = None
-            equals = [other.served for other in gang.residents.values() if other.job.priority == one.job.priority]
-            one.standing, one.gang, one.served = RequestState.PAUSED, gang.name, min(equals, default=0)
-            gang.residents[one.job.request] = one
-            return Admit(request=one.job.request, gang=gang.name, resume_quantum=one.checkpoint)
+            if gang.name in emptied:
+                entry = None if gang.residents else emptied[gang.name]
+            else:
+                entry = self._next_admission(gang)
+            if entry is not None:
+                del self._queue[entry.request]
+                entry.gang = gang.name
+                gang.residents[entry.request] = entry
+                return Admit(request=entry.request, gang=gang.name)
         return None
 
-    def _grant(self, gang: GangEntry, one: RequestEntry) -> Permit:
-        ready, one.ready = one.ready, None
-        assert ready is not None
-        one.granted.append(ready.quantum)
-        one.served += 1
-        gang.quanta_granted += 1
-        plan = one.job.quanta[ready.quantum]
-        return Permit(
-            request=one.job.request, gang=gang.name, quantum=ready.quantum, chunk=plan.chunk, slots=plan.slots
+    def _emptied(self) -> dict[str, QueueEntry]:
+        """The isolated requests of the queue, by the gang that is emptied for each."""
+        found: dict[str, QueueEntry] = {}
+        isolated = (entry for entry in self._queue.values() if entry.isolated)
+        for entry in sorted(isolated, key=lambda entry: entry.number):
+            free = [gang for gang in self._up() if gang.name not in found and gang.size.holds(entry.size)]
+            if free:
+                found[min(free, key=lambda gang: (len(gang.residents), gang.name)).name] = entry
+        return found
+
+    def _next_admission(self, gang: GangEntry) -> QueueEntry | None:
+        """The queued request that is to be admitted on a gang, if it fits now."""
+        if any(entry.isolated for entry in gang.residents.values()):
+            return None
+        eligible = [entry for entry in self._queue.values() if not entry.isolated and gang.size.holds(entry.size)]
+        if not eligible:
+            return None
+        oldest = min(eligible, key=lambda entry: entry.number)
+        chosen = min(eligible, key=lambda entry: (-entry.priority, entry.number))
+        if gang.passed_requests >= self._share - 1:
+            chosen = oldest
+        if not _has_room(gang, chosen):
+            return None
+        gang.passed_requests = 0 if chosen is oldest else gang.passed_requests + 1
+        return chosen
+
+    def _lose(self, entry: QueueEntry, blame: str | None, *, suspected: bool) -> None:
+        """A request came off its gang before its end."""
+        if blame is not None:
+            entry.failures[blame] += 1
+        entry.losses += suspected or blame is not None
+        if entry.losses >= self._losses or (blame is not None and entry.failures[blame] >= self._same):
+            self._end(entry, RequestState.QUARANTINED)
+            return
+        entry.isolated = entry.losses >= max(1, self._losses // 2)
+        entry.restarts += 1
+        self._restarts += 1
+        entry.leave()
+        self._queue[entry.request] = entry
+
+    def _end(self, entry: QueueEntry, state: RequestState) -> None:
+        del self._entries[entry.request]
+        self._queue.pop(entry.request, None)
+        for gang in self._gangs.values():
+            gang.residents.pop(entry.request, None)
+        entry.leave()
+        entry.ended = state
+        self._ended[state] += 1
+        self._admissions_due = True
+
+    def _check_fit(self, request: str, size: VideoSize) -> None:
+        if any(gang.holds(size) for gang in self._sizes):
+            return
+        slots = max((gang.slots for gang in self._sizes), default=0)
+        memory = max((gang.kv_bytes for gang in self._sizes), default=0)
+        raise InputError(
+            f"request {request} needs {size.slots} window slots and {size.kv_bytes / 1e6:.1f} MB for keys and values, "
+            f"a gang has {slots} and {memory / 1e6:.1f} MB at most: ask for a smaller video or a smaller KV budget"
         )
 
-    def _lost(self, one: RequestEntry, reason: str, *, guilty: bool, suspect: bool) -> None:
-        """A request came off its gang before its end."""
-        one.reason = reason
-        one.failures[reason] += guilty
-        one.fruitless += guilty or suspect
-        one.suspicions += suspect
-        if one.failures[reason] >= self._same or one.fruitless >= self._fruitless:
-            self._end(one, RequestState.QUARANTINED)
-            return
-        one.alone = one.suspicions >= max(1, self._fruitless // 2)
-        one.restarts += 1
-        one.leave(RequestState.QUEUED)
-        self._queue[one.job.request] = one
-        self._admissions_due = True
 
-    def _end(self, one: RequestEntry, standing: RequestState) -> None:
-        self._queue.pop(one.job.request, None)
-        for gang in self._gangs.values():
-            gang.residents.pop(one.job.request, None)
-        one.leave(standing)
-        self._admissions_due = True
+def _has_room(gang: GangEntry, entry: QueueEntry) -> bool:
+    """Whether a gang has the memory for a request, and slots that it has not promised too often."""
+    equals = [other.size.slots for other in gang.residents.values() if other.priority >= entry.priority]
+    fits = entry.size.kv_bytes <= gang.size.kv_bytes - gang.kv_used
+    return fits and sum(equals) + entry.size.slots <= _PROMISED * gang.size.slots

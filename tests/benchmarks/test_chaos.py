@@ -8,18 +8,17 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.chaos import app
-from benchmarks.chaos_ground import marked, processes_of, survivors
-from benchmarks.chaos_strikes import Kind, parse_kinds, plan_strikes
-from benchmarks.report import run_app
+from benchmarks.chaos.__main__ import app
+from benchmarks.chaos.faults import Kind, marked, parse_kinds, plan_faults, processes_of, survivors
+from benchmarks.common import run_app
 from models.errors import InputError
 
 ALL = (Kind.RANK, Kind.GANG, Kind.NODE)
 
 
 def test_a_plan_has_everything_and_is_the_same_again():
-    plan = plan_strikes(20, ALL, seed=0)
-    assert plan == plan_strikes(20, ALL, seed=0) != plan_strikes(20, ALL, seed=1)
+    plan = plan_faults(20, ALL, seed=0)
+    assert plan == plan_faults(20, ALL, seed=0) != plan_faults(20, ALL, seed=1)
     kinds = Counter(one.kind for one in plan)
     assert kinds == {Kind.RANK: 9, Kind.GANG: 8, Kind.NODE: 3}
     stopped = [one for one in plan if one.how is signal.SIGSTOP]
@@ -29,7 +28,7 @@ def test_a_plan_has_everything_and_is_the_same_again():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_two_in_a_row_are_hasty(seed):
-    plan = plan_strikes(12, ALL, seed)
+    plan = plan_faults(12, ALL, seed)
     assert len(plan) == 12 and any(one.hasty for one in plan)
     assert not any(one.hasty and other.hasty for one, other in zip(plan, plan[1:], strict=False))
 
@@ -38,7 +37,7 @@ def test_no_two_in_a_row_are_hasty(seed):
     ("count", "kinds", "nodes"), [(1, ALL, 0), (2, ALL, 1), (3, (Kind.NODE,), 3), (5, (Kind.GANG,), 0)]
 )
 def test_small_plans(count, kinds, nodes):
-    plan = plan_strikes(count, kinds, 0)
+    plan = plan_faults(count, kinds, 0)
     assert len(plan) == count and sum(one.kind is Kind.NODE for one in plan) == nodes
 
 
@@ -92,21 +91,8 @@ def test_marked_processes_are_found_and_so_are_their_children():
 @pytest.mark.slow
 def test_a_small_batch_survives_a_failure(tmp_path):
     pytest.importorskip("ray")
-    arguments = [
-        "--failures",
-        "1",
-        "--kinds",
-        "rank",
-        "--layers",
-        "2",
-        "--width",
-        "192",
-        "--side",
-        "32",
-        "--nodes",
-        "2",
-    ]
-    arguments += ["--steps", "8", "--chunks", "4", "--videos", "2", "--limit", "150", "--out", str(tmp_path)]
+    size = "--layers 2 --width 192 --side 32 --steps 8 --chunks 4 --videos 2"
+    arguments = f"--failures 1 --kinds rank --nodes 2 --limit 150 {size} --out {tmp_path}".split()
     command = [sys.executable, "-m", "benchmarks.chaos", *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert ended.returncode == 0, ended.stdout + ended.stderr

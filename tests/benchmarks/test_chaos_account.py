@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.chaos_account import Accountant, Loss, Mark, Strike, matched
-from benchmarks.chaos_report import Storm, csv, facts, strikes_table, verdicts
-from benchmarks.cluster_making import Outcome
+from benchmarks.chaos.account import Account, Fault, Loss, Mark, matched
+from benchmarks.chaos.report import ChaosRun, facts, fault_rows, faults_table, verdicts
+from benchmarks.ray_runs import Outcome
 
 
 class Story:
@@ -14,12 +14,12 @@ class Story:
 
     def __init__(self):
         self.marks = {}
-        self.account = Accountant(self.marks.get)
+        self.account = Account(self.marks.get)
         self.seconds = 0.0
 
     def say(self, event, gang="gang-0", **values):
         self.seconds += 1.0
-        self.account.hear({"seconds": self.seconds, "event": event, "gang": gang, **values})
+        self.account.add({"seconds": self.seconds, "event": event, "gang": gang, **values})
         return self
 
     def quanta(self, *quanta, video="v", gang="gang-0"):
@@ -127,17 +127,17 @@ def test_a_loss_before_a_gang_was_ready_again_belongs_to_the_same_time_without_w
     assert first.ready == second.ready and first.works == second.works
 
 
-def strike(number=1, seconds=13.5, gangs=("gang-0",), **changes):
-    return Strike(number=number, seconds=seconds, kind="rank", how="SIGKILL", whom="rank 1", gangs=gangs, **changes)
+def fault(number=1, seconds=13.5, gangs=("gang-0",), **changes):
+    return Fault(number=number, seconds=seconds, kind="rank", how="SIGKILL", target="rank 1", gangs=gangs, **changes)
 
 
-def test_a_strike_is_matched_with_the_next_loss_of_each_gang_that_it_hit():
+def test_a_fault_is_matched_with_the_next_loss_of_each_gang_that_it_hit():
     losses = [
         Loss(gang=gang, seconds=seconds, message="", videos=())
         for gang, seconds in (("gang-0", 2.0), ("gang-1", 3.0), ("gang-0", 9.0))
     ]
-    strikes = [strike(seconds=1.0), strike(seconds=1.5), strike(seconds=2.5, gangs=("gang-0", "gang-1"))]
-    assert matched([*strikes, strike(seconds=10.0)], losses) == [
+    faults = [fault(seconds=1.0), fault(seconds=1.5), fault(seconds=2.5, gangs=("gang-0", "gang-1"))]
+    assert matched([*faults, fault(seconds=10.0)], losses) == [
         [losses[0]],
         [losses[0]],
         [losses[2], losses[1]],
@@ -145,17 +145,17 @@ def test_a_strike_is_matched_with_the_next_loss_of_each_gang_that_it_hit():
     ]
 
 
-def storm(story=None, **changes):
-    """One strike at the gang of a video that goes on as it should; two videos are made, one of them twice."""
+def chaos(story=None, **changes):
+    """One fault at the gang of a video that goes on as it should; two videos are made, one of them twice."""
     if story is None:
         story = Story()
         story.say("GangReady").quanta(0, 1).chunks(0)
         story.marks["v"] = Mark(quantum=1)
         story.lose().again(0).quanta(1, 2).chunks(1)
     calm = Outcome(chunks={"calm-0": ["a", "b"], "calm-1": ["c"]}, done={"calm-0", "calm-1"})
-    made = Outcome(chunks={"storm-0": ["a", "b"], "storm-1": ["c"], "storm-2": ["a", "b"]})
+    made = Outcome(chunks={"video-0": ["a", "b"], "video-1": ["c"], "video-2": ["a", "b"]})
     made.done = set(made.chunks)
-    run = Storm(
+    run = ChaosRun(
         wanted=1,
         every=1,
         distinct=2,
@@ -163,9 +163,9 @@ def storm(story=None, **changes):
         calm=calm,
         calm_seconds=2.0,
         calm_quanta=1,
-        storm=made,
+        disturbed=made,
         seconds=20.0,
-        strikes=(strike(seconds=story.account.losses[0].seconds - 0.5),),
+        faults=(fault(seconds=story.account.losses[0].seconds - 0.5),),
     )
     for name, value in changes.items():
         setattr(run, name, value)
@@ -177,47 +177,47 @@ def failing(run):
 
 
 def test_a_good_run_passes_and_says_what_it_cost():
-    run = storm()
-    assert failing(run) == [] and run.good == 1 and not run.unstruck
-    table = strikes_table(run)
+    run = chaos()
+    assert failing(run) == [] and run.good == 1 and not run.not_hit
+    table = faults_table(run)
     assert table.count("\n") == 2 and "SIGKILL" in table and " 0.5 " in table
-    assert len(csv(run).splitlines()) == 2
+    assert len(fault_rows(run)[1]) == 1
     told = facts(run)
-    assert "1 quanta were done again (33.3% of all)" in told and "nobody had hit: 0" in told
+    assert "1 quanta were done again (33.3% of all)" in told and "nothing had hit: 0" in told
     assert "16 s were lost" in told  # of 20, for 2 quanta that take 2 s each
 
 
 def test_other_latents_are_found_also_of_the_second_round():
-    run = storm()
-    run.storm.chunks["storm-2"] = ["a", "x"]
-    assert failing(run) == ["latents as undisturbed"] and "other latents: storm-2" in facts(run)
-    run.storm.chunks["storm-2"] = ["a"]
-    assert run.different == ["storm-2"]
+    run = chaos()
+    run.disturbed.chunks["video-2"] = ["a", "x"]
+    assert failing(run) == ["latents as undisturbed"] and "other latents: video-2" in facts(run)
+    run.disturbed.chunks["video-2"] = ["a"]
+    assert run.different == ["video-2"]
 
 
 def test_each_verdict_fails_for_itself():
-    assert failing(storm(wanted=2)) == ["failures caused"]
-    assert failing(storm(left={7: "ray::RankActor"})) == ["processes left"]
-    assert failing(storm(strikes=(strike(seconds=99.0),))) == ["made good"]
-    run = storm()
-    run.storm.done.discard("storm-1")
+    assert failing(chaos(wanted=2)) == ["failures caused"]
+    assert failing(chaos(left={7: "ray::RankActor"})) == ["processes left"]
+    assert failing(chaos(faults=(fault(seconds=99.0),))) == ["made good"]
+    run = chaos()
+    run.disturbed.done.discard("video-1")
     assert failing(run) == ["videos complete"]
-    run = storm()
+    run = chaos()
     run.account.losses[0].worst = 3
     assert failing(run) == ["quanta again, most of a video and loss"]
-    run = storm()
+    run = chaos()
     run.account.violations.append("v: chunk 0 was made again")
     assert failing(run) == ["safe work done again"]
 
 
 def test_a_gang_that_is_lost_by_itself_is_told():
-    run = storm(strikes=(), wanted=0)
-    assert len(run.unstruck) == 1 and "not hit: rank 1 has died" in facts(run)
+    run = chaos(faults=(), wanted=0)
+    assert len(run.not_hit) == 1 and "not hit: rank 1 has died" in facts(run)
 
 
-def test_what_two_strikes_share_is_told_once():
-    run = storm()
-    one = run.strikes[0]
-    run.strikes = (one, replace(one, number=2, hasty=True))
-    rows = [line.split(",") for line in csv(run).splitlines()[1:]]
-    assert [row[-2] for row in rows] == ["1", "0"] and rows[0][6:9] == rows[1][6:9]
+def test_what_two_faults_share_is_told_once():
+    run = chaos()
+    one = run.faults[0]
+    run.faults = (one, replace(one, number=2, hasty=True))
+    _, rows = fault_rows(run)
+    assert [row[-2] for row in rows] == [1, 0] and rows[0][6:9] == rows[1][6:9]

@@ -1,81 +1,80 @@
 """Gangs of a cluster: tables and verdicts on made-up times, options, and how videos are described to a cluster."""
 
-import csv as csv_files
-
 import numpy as np
 import pytest
 
-from benchmarks.cluster import app
-from benchmarks.cluster_making import BenchSource, Making, Outcome, digest
-from benchmarks.cluster_report import Overhead, Throughput, csv, table, verdicts
-from benchmarks.cluster_runs import Latents, Timed, alone, differing, on_ranks
-from benchmarks.pipeline_job import ModelSpec
-from benchmarks.report import run_app
+from benchmarks.cluster import Part, app, csv_rows, table
+from benchmarks.common import run_app
+from benchmarks.models import ModelSpec
+from benchmarks.ray_runs import BenchSource, GangSetup, Outcome
+from benchmarks.runs import alone, on_ranks
+from benchmarks.workload import Made, Workload, differing, digest
 from engine.reuse.settings import ReuseSettings
 from parallel.cluster.messages import ChunkMade, VideoDone, VideoFailed
 from parallel.topology.mesh import Layout, Mesh
 
 SPEC = ModelSpec(layers=2, width=192, side=32)
-MAKING = Making(spec=SPEC, layout=Layout(pp=2), gangs=2, concurrency=3, chunks=2, steps=8)
+WORKLOAD = Workload(model=SPEC, chunks=2, steps=8, videos=2)
 
 
-def timed(*seconds, item=0.15):
-    return [Timed(seconds=one, start=9.0, item=item) for one in seconds]
+def made(*seconds, item=0.15):
+    ranks = ({"busy": item, "items": 1},)
+    return [Made(seconds=one, latents=(), start=9.0, ranks=ranks) for one in seconds]
 
 
 def throughput(one=(10.0, 12.0, 11.0), two=(11.0, 9.0, 10.0), problems=()):
-    return Throughput(videos=12, one=timed(*one), two=timed(*two), problems=problems)
+    return Part(name="throughput", videos=12, runs={"one": made(*one), "two": made(*two)}, problems=problems)
 
 
 def overhead(ranks=(10.0, 10.0, 20.0), ray=(10.2, 9.0, 11.0), problems=(), item=0.15):
-    return Overhead(videos=2, ranks=timed(*ranks, item=item), ray=timed(*ray), problems=problems)
+    runs = {"ranks": made(*ranks, item=item), "Ray": made(*ray)}
+    return Part(name="overhead", videos=2, runs=runs, problems=problems)
+
+
+def passed(*parts):
+    return [one.passed for part in parts for one in part.verdicts]
 
 
 def test_figures_are_of_medians():
     assert throughput().ratio == pytest.approx(1.1)
-    assert overhead().share == pytest.approx(0.02)
+    assert overhead().verdicts[0].measured == "+2.0%"
     assert overhead().item == 0.15
-
-
-def passed(*parts):
-    return [one.passed for one in verdicts(*parts)]
 
 
 def test_verdicts_hold_each_figure_for_itself():
     assert passed(throughput(), overhead()) == [True] * 5
     assert passed(throughput(two=(12.0,)), overhead()) == [False, True, True, True, True]
-    assert passed(throughput(two=(11.1,)), None) == [True, True]  # within what runs differ by
-    assert passed(throughput(problems=["run 1: video 0 has other latents"]), None) == [True, False]
-    assert passed(None, overhead(ray=(10.4,))) == [False, True, True]
-    assert passed(None, overhead(item=0.09)) == [True, False, True]
-    assert passed(None, overhead(problems=["run 2: gang-0: it has died"])) == [True, True, False]
+    assert passed(throughput(two=(11.1,))) == [True, True]  # within what runs differ by
+    assert passed(throughput(problems=["run 1: video 0 has other latents"])) == [True, False]
+    assert passed(overhead(ray=(10.4,))) == [False, True, True]
+    assert passed(overhead(item=0.09)) == [True, False, True]
+    assert passed(overhead(problems=["run 2: gang-0: it has died"])) == [True, True, False]
 
 
 def test_tables_have_every_way_and_files_every_run():
-    text = table(throughput(), overhead())
+    text = table([throughput(), overhead()])
     assert text.count("\n") == 5 and "10.00 12.00 11.00" in text
-    assert table(None, overhead()).count("\n") == 3
-    rows = list(csv_files.DictReader(csv(throughput(), overhead()).splitlines()))
-    assert len(rows) == 12 and rows[1]["seconds"] == "12" and rows[1]["videos_per_minute"] == "60"
+    headers, rows = csv_rows([throughput(), overhead()])
+    first = dict(zip(headers, rows[1], strict=True))
+    assert len(rows) == 12 and (first["seconds"], first["videos_per_minute"]) == (12, 60)
 
 
-def test_latents_are_compared_chunk_by_chunk_or_as_a_whole():
-    wanted = [Latents(chunks=("a", "b"), whole="ab"), Latents(chunks=("c",), whole="c")]
-    good = [Timed(seconds=1.0, chunks=(("a", "b"), ("c",))), Timed(seconds=1.0, wholes=("ab", "c"))]
-    assert differing(good, wanted) == []
-    bad = [Timed(seconds=1.0, chunks=(("a",), ("c",))), Timed(seconds=1.0, wholes=("ab", "x"))]
+def test_latents_are_compared_chunk_by_chunk():
+    wanted = Made(seconds=1.0, latents=(("a", "b"), ("c",)))
+    assert differing([wanted, wanted], wanted) == []
+    bad = [Made(seconds=1.0, latents=(("a",), ("c",))), Made(seconds=1.0, latents=(("a", "b"), ("x",)))]
     assert differing(bad, wanted) == ["run 1: video 0 has other latents", "run 2: video 1 has other latents"]
-    assert differing([Timed(seconds=1.0, wholes=("ab", "c"), losses=("gang-0: gone",))], wanted) == [
-        "run 1: gang-0: gone"
-    ]
+    lost = Made(seconds=1.0, latents=wanted.latents, losses=("gang-0: gone",))
+    assert differing([lost], wanted) == ["run 1: gang-0: gone"]
 
 
 def test_an_order_takes_a_part_of_what_a_gang_has():
-    settings = MAKING.settings()
-    orders = [MAKING.order(f"v{place}", one) for place, one in enumerate(MAKING.requests(2))]
-    assert settings.size.kv_bytes == 3 * orders[0].size.kv_bytes and settings.size.slots == 3 * 4
+    setup = GangSetup(workload=WORKLOAD, layout=Layout(pp=2), gangs=2, concurrency=3)
+    orders = [setup.order(f"v{place}", one) for place, one in enumerate(WORKLOAD.requests)]
+    size = setup.settings.size
+    assert size.kv_bytes == 3 * orders[0].size.kv_bytes and size.slots == 3 * 4
     assert orders[0].size.chunks == 2 and orders[0].request.seed != orders[1].request.seed
-    assert settings.gangs == 2 and MAKING.ranks == 4
+    assert setup.settings.gangs == 2 and setup.ranks == 4
 
 
 def test_a_source_builds_the_stage_of_a_rank():
@@ -94,11 +93,11 @@ def chunk(index, value=0.0):
 def test_an_outcome_notes_chunks_that_come_out_of_order():
     outcome = Outcome(chunks={"v": [], "w": []})
     for event in (chunk(0), chunk(1, 1.0), chunk(1, 1.0)):
-        outcome.hear(event)
+        outcome.on_event(event)
     assert outcome.problems == ["v: chunk 1 came where 2 was due"] and outcome.waiting == 2
-    assert outcome.chunks["v"][0] != outcome.chunks["v"][1] == digest([chunk(0, 1.0).latents])
-    outcome.hear(VideoDone(video="v", computed=1.0, kv_bytes=1))
-    outcome.hear(VideoFailed(video="w", message="no"))
+    assert outcome.chunks["v"][0] != outcome.chunks["v"][1] == digest(chunk(0, 1.0).latents)
+    outcome.on_event(VideoDone(video="v", computed=1.0, kv_bytes=1))
+    outcome.on_event(VideoFailed(video="w", message="no"))
     assert outcome.waiting == 0 and outcome.failed == {"w": "no"}
 
 
@@ -117,17 +116,10 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_ranks_make_the_videos_of_one_process():
-    making = Making(
-        spec=SPEC,
-        layout=Layout(pp=2),
-        gangs=1,
-        concurrency=2,
-        chunks=2,
-        steps=8,
-        cache=ReuseSettings(clean_pass=False, copy_pass=False),
-    )
-    run = on_ranks(making, 2)
-    assert differing([run], alone(making, 2)) == [] and run.seconds > 0 and 0 < run.item < run.seconds
+    reuse = ReuseSettings(clean_pass=False, copy_pass=False)
+    workload = Workload(model=SPEC, chunks=2, steps=8, videos=2, reuse=reuse)
+    (run,), ((wanted,),) = on_ranks(Layout(pp=2), [workload], torchrun=True), alone([workload])
+    assert differing([run], wanted) == [] and run.seconds > 0 and 0 < run.item < run.seconds
 
 
 @pytest.mark.slow

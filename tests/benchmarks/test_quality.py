@@ -6,32 +6,37 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.ledger import Ledger, Plan
-from benchmarks.quality import app
-from benchmarks.report import run_app
-from benchmarks.sweep import LEAN, STAND_INS, Setting
+from benchmarks.common import run_app
+from benchmarks.quality.__main__ import app
+from benchmarks.quality.sweep import LEAN, STAND_INS, Plan, Setting
+from benchmarks.quality.trial import Case, Results
 from models.errors import InputError
-from tests.benchmarks.test_pareto import trial
+from models.pocket.words import Scene
+from tests.benchmarks.test_quality_report import trial
 
 RUN = {"model": "magi-pocket", "seed": 3}
 SETTINGS = (Setting(), Setting(method="flowcache", threshold=0.125, warmup=3, passes=LEAN, budget=2))
 PLAN = Plan(run=RUN, settings=SETTINGS, presets={"flowcache-slow": SETTINGS[1]}, calibrated={"flowcache-slow": 0.1})
 
 
+def case(seed):
+    return Case(scene=Scene(colour="red", shape="circle", motion="right"), seed=seed, chunks=2, num_steps=4)
+
+
 def begun(folder):
-    ledger = Ledger(folder, RUN)
-    assert ledger.plan is None
-    ledger.begin(PLAN)
+    results = Results(folder, RUN)
+    assert results.plan is None
+    results.begin(PLAN)
     for setting in SETTINGS:
-        ledger.add(trial(setting, 1, seconds=0.1 + 0.2))
-    return ledger
+        results.add(trial(setting, 1, prompt=case(1).scene.prompt, seconds=0.1 + 0.2))
+    return results
 
 
 def test_results_survive_exactly_and_what_is_missing_is_known(tmp_path):
     before = begun(tmp_path)
-    after = Ledger(tmp_path, RUN)
+    after = Results(tmp_path, RUN)
     assert after.plan == PLAN and after.trials == before.trials
-    assert after.missing("prompt 1", 1) == [] and after.missing("prompt 2", 2) == list(SETTINGS)
+    assert after.missing(case(1)) == [] and after.missing(case(2)) == list(SETTINGS)
 
 
 @pytest.mark.parametrize("rest", ['{"setting": {"meth', ""])
@@ -39,16 +44,16 @@ def test_a_line_that_was_cut_off_is_run_again(tmp_path, rest):
     begun(tmp_path)
     path = tmp_path / "trials.jsonl"
     path.write_text(path.read_text().splitlines(keepends=True)[0] + rest)
-    ledger = Ledger(tmp_path, RUN)
-    assert ledger.missing("prompt 1", 1) == [SETTINGS[1]]
-    ledger.add(trial(SETTINGS[1], 1))
-    assert len(Ledger(tmp_path, RUN).trials) == 2
+    results = Results(tmp_path, RUN)
+    assert results.missing(case(1)) == [SETTINGS[1]]
+    results.add(trial(SETTINGS[1], 1, prompt=case(1).scene.prompt))
+    assert len(Results(tmp_path, RUN).trials) == 2
 
 
 def test_results_of_another_run_are_refused(tmp_path):
     begun(tmp_path)
     with pytest.raises(InputError, match="seed was 3, is now 4"):
-        Ledger(tmp_path, {**RUN, "seed": 4})
+        Results(tmp_path, {**RUN, "seed": 4})
 
 
 @pytest.mark.parametrize("name", ["plan.json", "trials.jsonl"])
@@ -56,13 +61,13 @@ def test_damaged_results_are_named(tmp_path, name):
     begun(tmp_path)
     (tmp_path / name).write_text('{"nothing": 1}\n')
     with pytest.raises(InputError, match=f"{name} is damaged"):
-        Ledger(tmp_path, RUN)
+        Results(tmp_path, RUN)
 
 
 def test_a_new_plan_forgets_old_results(tmp_path):
-    ledger = begun(tmp_path)
-    ledger.begin(replace(PLAN, calibrated={}))
-    assert Ledger(tmp_path, RUN).trials == []
+    results = begun(tmp_path)
+    results.begin(replace(PLAN, calibrated={}))
+    assert Results(tmp_path, RUN).trials == []
 
 
 @pytest.mark.slow

@@ -1,18 +1,13 @@
 """Plans against the engine's own order of work, and flags that are made up."""
 
-from collections import deque
-
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.simulate_plan import modelled_flags, plan_video, recorded_flags
-from benchmarks.simulation import Machine, simulate
+from benchmarks.simulate.clock import Machine, simulate
+from benchmarks.simulate.plan import modelled_flags, plan_video, recorded_flags
 from engine.engine import Engine
-from engine.executor import LocalExecutor
-from engine.kv.size import KVSettings
-from engine.order import WorkOrder
-from engine.prepare import encode, prepare
+from engine.executor import LocalRunner
 from engine.record import NOT_ACTIVE, Recorder
 from engine.request import Prefix
 from engine.reuse.settings import ReuseSettings
@@ -27,86 +22,51 @@ CASES = {
     "guided": {"config": {"guided": True}},
     "window 1": {"config": {"window": 1}},
     "one step per stage": {"config": {"num_steps": 4}, "request": {"num_steps": 4}},
-    "flowcache": {"cache": FLOWCACHE},
-    "teacache": {"cache": ReuseSettings(policy="teacache", threshold=0.1, warmup_steps=3)},
+    "flowcache": {"reuse": FLOWCACHE},
+    "teacache": {"reuse": ReuseSettings(policy="teacache", threshold=0.1, warmup_steps=3)},
     "clip, guided": {"config": {"guided": True}, "prefix": 32},
 }
 
 
-class Recording(LocalExecutor):
-    def __init__(self, model):
-        super().__init__(model)
+class Recording(LocalRunner):
+    def __init__(self, pipeline):
+        super().__init__(pipeline.model, pipeline.attention)
         self.items = []
 
-    def run(self, work):
+    def begin(self, work):
         self.items.append(work.item)
-        return super().run(work)
+        super().begin(work)
 
 
-def sampling_of(pipeline, wanted, cache):
-    return pipeline.sampling(wanted.num_steps, clean_pass=cache.clean_pass, copy_pass=cache.copy_pass)
+def sampling_of(pipeline, wanted, reuse):
+    return pipeline.sampling(wanted.num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_plan_has_the_passes_of_the_engine_in_its_order(case):
     one_thread()
-    pipeline, cache = SmallPipeline(small_config(2, **case.get("config", {}))), case.get("cache", ReuseSettings())
+    pipeline, reuse = SmallPipeline(small_config(2, **case.get("config", {}))), case.get("reuse", ReuseSettings())
     prefix = Prefix(frames=torch.zeros(case["prefix"], 32, 48, 3, dtype=torch.uint8)) if "prefix" in case else None
     wanted = request(chunks=6, prefix=prefix, **case.get("request", {}))
-    executor, trace = Recording(pipeline.model), Recorder()
-    for _ in Engine(pipeline, cache, executor=executor).generate(wanted, trace=trace):
+    runner, recorder = Recording(pipeline), Recorder()
+    for _ in Engine(pipeline, runner, reuse=reuse).generate(wanted, recorder=recorder):
         pass
-    record = trace.finish({})
+    record = recorder.finish({})
     plan = plan_video(
         record.schedule,
-        sampling_of(pipeline, wanted, cache),
+        sampling_of(pipeline, wanted, reuse),
         lambda what, step: (1.0, 1.0),
         record.flags,
-        whole_window=cache.policy == "teacache",
+        whole_window=reuse.policy == "teacache",
     )
     spans = simulate([plan], Machine(stages=2), spans=True).spans
     planned = [(span.tick, span.chunk, span.name) for span in spans if span.stage == 0]
-    made = [(item.tick, item.chunk if item.tick >= 0 else -1, item.what.name) for item in executor.items]
+    made = [(item.tick, item.chunk, item.what.name) for item in runner.items]
     assert planned == made
     assert plan.calls == len(made)
-    assert plan.returning == sum(bool(item.what.weight) for item in executor.items)
-    if cache.policy != "none":
+    assert plan.returning == sum(bool(item.what.weight) for item in runner.items)
+    if reuse.policy != "none":
         assert 0 < record.computed_fraction < 1
-
-
-@pytest.mark.parametrize("barrier", [False, True])
-def test_the_real_order_gives_work_out_at_the_simulated_times(barrier):
-    """`WorkOrder` driven by a clock: two stages of one second each, results when both are through."""
-    one_thread()
-    pipeline, wanted = SmallPipeline(small_config(2)), request(chunks=5)
-    prepared = prepare(
-        pipeline,
-        wanted,
-        encode(pipeline, wanted),
-        number=0,
-        cache=ReuseSettings(),
-        kv=KVSettings(),
-        observe=False,
-    )
-    order = WorkOrder(prepared.run, barrier=barrier, on_decision=lambda seen, decision: None)
-    now, tail, begun, returning = 0.0, 0.0, [], deque()
-    while not order.over:
-        while returning and returning[0][0] <= now:
-            _, item, velocity = returning.popleft()
-            order.returned(item, velocity)
-        if order.ready():
-            work = order.take()
-            begun.append((now, work.item.tick, work.item.chunk))
-            now += 1.0
-            tail = max(now, tail) + 1.0
-            if work.item.what.weight:
-                returning.append((tail, work.item, torch.zeros_like(work.x)))
-        elif returning:
-            now = max(now, returning[0][0])
-    sampling = sampling_of(pipeline, wanted, ReuseSettings())
-    plan = plan_video(prepared.run.schedule, sampling, lambda what, step: (1.0, 1.0))
-    made = simulate([plan], Machine(stages=2, barrier=barrier), spans=True)
-    assert [(span.start, span.tick, span.chunk) for span in made.spans if span.stage == 0] == begun
 
 
 def distilled(steps=16):

@@ -123,7 +123,7 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_t5_gives_the_rows_that_count_of_a_padded_encoding(t5_folder: Path) -> None:
     prompt = "A cat sits on a Red mat"
     encoder: TextEncoder = T5Encoder(t5_folder, max_length=40)
-    rows = encoder.encode(prompt).embeddings
+    rows = encoder.encode(prompt)
     tokenizer = T5Tokenizer.from_pretrained(t5_folder / "t5-v1_1-xxl")
     model = T5EncoderModel.from_pretrained(t5_folder / "t5-v1_1-xxl").eval()
     padded = tokenizer(prompt.lower(), max_length=40, padding="max_length", truncation=True, return_tensors="pt")
@@ -140,25 +140,25 @@ def test_t5_gives_the_rows_that_count_of_a_padded_encoding(t5_folder: Path) -> N
 
 def test_t5_cleans_the_prompt(t5_folder: Path) -> None:
     encoder = T5Encoder(t5_folder)
-    clean = encoder.encode("a cat on a mat").embeddings
-    assert torch.equal(encoder.encode("A <b>cat</b> on a mat @nobody").embeddings, clean)
-    assert not torch.equal(encoder.encode("a dog on a mat").embeddings[-1], clean[-1])
+    clean = encoder.encode("a cat on a mat")
+    assert torch.equal(encoder.encode("A <b>cat</b> on a mat @nobody"), clean)
+    assert not torch.equal(encoder.encode("a dog on a mat")[-1], clean[-1])
 
 
 def test_t5_cuts_a_long_prompt(t5_folder: Path) -> None:
     encoder = T5Encoder(t5_folder, max_length=6)
-    assert encoder.encode(CORPUS).embeddings.shape == (6, CHANNELS)
+    assert encoder.encode(CORPUS).shape == (6, CHANNELS)
 
 
 def test_t5_can_be_released_and_used_again(t5_folder: Path) -> None:
     encoder = T5Encoder(t5_folder)
-    before = encoder.encode("a cat").embeddings
+    before = encoder.encode("a cat")
     encoder.release()
-    assert torch.equal(encoder.encode("a cat").embeddings, before)
+    assert torch.equal(encoder.encode("a cat"), before)
 
 
 def test_an_empty_prompt_still_has_its_end_token(t5_folder: Path) -> None:
-    assert T5Encoder(t5_folder).encode("").embeddings.shape == (1, CHANNELS)
+    assert T5Encoder(t5_folder).encode("").shape == (1, CHANNELS)
 
 
 def test_a_missing_or_damaged_t5_is_reported(t5_folder: Path, tmp_path: Path) -> None:

@@ -8,11 +8,10 @@ import torch
 from engine.checkpoint.files import CheckpointConfig
 from engine.kv.size import KVSettings
 from engine.reuse.settings import ReuseSettings
-from parallel.cluster.actor import RankTask
-from parallel.cluster.messages import ChunkMade, VideoDone, VideoFailed
+from parallel.cluster.config import ClusterSettings, RankTask
+from parallel.cluster.messages import ChunkMade, VideoDone, VideoFailed, VideoOrder
 from parallel.cluster.placement import GangShape
 from parallel.cluster.queue import GangSize
-from parallel.cluster.views import ClusterSettings, VideoOrder
 from parallel.health.timeouts import Timeouts
 from parallel.topology.mesh import Layout
 from tests.parallel.cluster.sources import SmallSource, size

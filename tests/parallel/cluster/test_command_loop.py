@@ -1,4 +1,4 @@
-"""The desk of a gang's lead, with a real engine on a gang of one rank."""
+"""The leader's command loop, with a real engine on a gang of one rank."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from parallel.cluster.messages import (
     Admitted,
     CancelVideo,
     ChunkMade,
-    ChunksHeard,
+    ChunksReceived,
     ChunkTaken,
     Finish,
     GangReady,
@@ -21,38 +21,43 @@ from parallel.cluster.messages import (
     QuantumDone,
     QuantumReady,
     VideoDone,
-    VideoJob,
+    VideoOrder,
 )
 from parallel.health.timeouts import Timeouts
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import open_gang
 from parallel.topology.mesh import Layout, Mesh
-from tests.parallel.cluster.sources import SmallSource
+from tests.parallel.cluster.sources import SmallSource, size
 from tests.parallel.small import request
 
 MOST_WAITING = 8
 
 
-class Desk:
-    """A driver that grants every quantum at once."""
+def order(video, **what):
+    made = request(**what)
+    return VideoOrder(video=video, request=made, size=size(made, Layout(pp=1)))
+
+
+class Controller:
+    """It permits every quantum at once."""
 
     def __init__(self):
-        self.told = []
-        self.lead = CommandLoop(self.hear)
+        self.received = []
+        self.loop = CommandLoop()
 
-    def hear(self, events):
-        self.told.append(events)
+    def receive(self, events):
+        self.received.append(events)
         for event in events:
             if isinstance(event, QuantumReady):
-                self.lead.obey(PermitQuantum(video=event.video, quantum=event.quantum))
+                self.loop.handle(PermitQuantum(video=event.video, quantum=event.quantum))
 
     def all(self, kind):
-        return [event for events in list(self.told) for event in events if isinstance(event, kind)]
+        return [event for events in list(self.received) for event in events if isinstance(event, kind)]
 
 
 @contextmanager
 def running():
-    desk, failures = Desk(), []
+    controller, failures = Controller(), []
 
     def work():
         torch.set_num_threads(1)
@@ -64,7 +69,7 @@ def running():
             with open_gang(env, layout, timeouts=Timeouts(silent=30.0)) as gang:
                 pipeline = SmallSource().lead(Mesh(layout=layout, rank=0), "cpu")
                 with gang.lead(pipeline) as (engine, _):
-                    desk.lead.run(engine, lambda made: made.num_steps // 4)
+                    controller.loop.run(engine, torch.device("cpu"), controller.receive)
         except BaseException as error:
             failures.append(error)
             raise
@@ -72,11 +77,11 @@ def running():
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
-        until(lambda: desk.all(GangReady), "the gang is not ready")
-        yield desk
+        until(lambda: controller.all(GangReady), "the gang is not ready")
+        yield controller
     finally:
-        desk.lead.obey(ChunksHeard(count=1000))
-        desk.lead.obey(Finish())
+        controller.loop.handle(ChunksReceived(count=1000))
+        controller.loop.handle(Finish())
         thread.join(20)
     assert not thread.is_alive() and not failures
 
@@ -88,51 +93,51 @@ def until(condition, what, seconds=20.0):
         time.sleep(0.01)
 
 
-def test_no_more_is_made_than_the_driver_can_take():
-    """A driver that is busy writing files is not buried in chunks; the lead waits, and goes on when it is heard."""
-    with running() as desk:
-        desk.lead.obey(VideoJob(video="long", request=request(chunks=20)))
-        until(lambda: len(desk.all(ChunkMade)) >= MOST_WAITING, "it makes nothing")
+def test_no_more_is_made_than_the_controller_can_take():
+    """A controller that is busy writing files is not buried in chunks; the leader waits until it has received them."""
+    with running() as controller:
+        controller.loop.handle(order("long", chunks=20))
+        until(lambda: len(controller.all(ChunkMade)) >= MOST_WAITING, "it makes nothing")
         time.sleep(1.0)
-        waiting = len(desk.all(ChunkMade))
+        waiting = len(controller.all(ChunkMade))
         assert MOST_WAITING <= waiting <= MOST_WAITING + 4  # those that the same step has finished
-        desk.lead.obey(ChunksHeard(count=waiting))
-        until(lambda: len(desk.all(ChunkMade)) > waiting, "it does not go on")
-        desk.lead.obey(ChunksHeard(count=20))
-        until(lambda: desk.all(VideoDone), "it does not end")
-        assert [chunk.index for chunk in desk.all(ChunkMade)] == list(range(20))
+        controller.loop.handle(ChunksReceived(count=waiting))
+        until(lambda: len(controller.all(ChunkMade)) > waiting, "it does not go on")
+        controller.loop.handle(ChunksReceived(count=20))
+        until(lambda: controller.all(VideoDone), "it does not end")
+        assert [chunk.index for chunk in controller.all(ChunkMade)] == list(range(20))
 
 
 def test_what_nobody_waits_for_goes_with_what_comes_next():
-    """Every message costs the ranks time: with one video, a finished quantum is told with the next chunk or quantum."""
-    with running() as desk:
-        desk.lead.obey(VideoJob(video="one", request=request(chunks=6)))
-        until(lambda: desk.all(VideoDone), "it does not end")
-        assert len(desk.all(Admitted)) == 1
-        assert len(desk.all(Progressed)) == len(desk.all(QuantumDone)) > 0
-        for events in desk.told:
+    """Every message costs the ranks time: with one video, a finished quantum is sent with the next chunk or quantum."""
+    with running() as controller:
+        controller.loop.handle(order("one", chunks=6))
+        until(lambda: controller.all(VideoDone), "it does not end")
+        assert len(controller.all(Admitted)) == 1
+        assert len(controller.all(Progressed)) == len(controller.all(QuantumDone)) > 0
+        for events in controller.received:
             assert not isinstance(events[-1], QuantumDone | Progressed), "a message of its own"
 
 
 def test_a_cancelled_video_ends_and_the_next_is_made():
-    with running() as desk:
-        desk.lead.obey(VideoJob(video="unwanted", request=request(chunks=20)))
-        until(lambda: desk.all(ChunkMade), "it makes nothing")
-        desk.lead.obey(ChunkTaken(video="unwanted", index=0))
-        desk.lead.obey(CancelVideo(video="unwanted"))
-        desk.lead.obey(ChunksHeard(count=100))
-        desk.lead.obey(VideoJob(video="wanted", request=request(chunks=2)))
-        until(lambda: desk.all(VideoDone), "it does not end")
-        assert [done.video for done in desk.all(VideoDone)] == ["wanted"]
+    with running() as controller:
+        controller.loop.handle(order("unwanted", chunks=20))
+        until(lambda: controller.all(ChunkMade), "it makes nothing")
+        controller.loop.handle(ChunkTaken(video="unwanted", index=0))
+        controller.loop.handle(CancelVideo(video="unwanted"))
+        controller.loop.handle(ChunksReceived(count=100))
+        controller.loop.handle(order("wanted", chunks=2))
+        until(lambda: controller.all(VideoDone), "it does not end")
+        assert [done.video for done in controller.all(VideoDone)] == ["wanted"]
 
 
 def test_commands_for_videos_that_are_gone_are_ignored():
-    with running() as desk:
+    with running() as controller:
         for command in (
             PermitQuantum(video="gone", quantum=3),
             ChunkTaken(video="gone", index=1),
             CancelVideo(video="gone"),
         ):
-            desk.lead.obey(command)
-        desk.lead.obey(VideoJob(video="here", request=request(chunks=1)))
-        until(lambda: desk.all(VideoDone), "it does not end")
+            controller.loop.handle(command)
+        controller.loop.handle(order("here", chunks=1))
+        until(lambda: controller.all(VideoDone), "it does not end")

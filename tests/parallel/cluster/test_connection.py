@@ -1,32 +1,67 @@
-"""Lines between the driver and ranks, over real sockets: order, arrays, ends, and callers who should not be there."""
+"""Connections between the controller and ranks, over real sockets: order, arrays, ends, and callers to be refused."""
 
 import os
+import pickle
 import socket
+import struct
 import threading
 import time
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing import AuthenticationError
+from multiprocessing import connection as mp
 
 import numpy as np
 import pytest
 
-from parallel.cluster.connection import Exchange, Line, dial
+from parallel.cluster.connection import Listener, connect
+from parallel.cluster.messages import ChunkMade, ChunksReceived, MessageError, PermitQuantum
 
 HOST = "127.0.0.1"
 
 
 @pytest.fixture
-def exchange():
-    made = Exchange(HOST)
+def listener():
+    made = Listener(HOST, patience=1.0)
     yield made
     made.close()
 
 
 class End:
-    """A rank's end of a line."""
+    """One end of a connection: what it has received, and how it ended."""
 
-    def __init__(self, call):
-        self.heard, self.over = [], threading.Event()
-        self.line = Line(dial(call))
-        self.line.listen(self.heard.append, self.over.set)
+    def __init__(self):
+        self.received, self.ended, self.error, self.connection = [], threading.Event(), None, None
+
+    def end(self, error):
+        self.error = error
+        self.ended.set()
+
+    def take(self):
+        taken, self.received = self.received, []
+        return taken
+
+    @property
+    def gone(self):
+        return self.ended.is_set()
+
+    @property
+    def connected(self):
+        return self.connection._socket is not None
+
+
+def expect(listener):
+    """The controller's end, and the address for the rank's."""
+    peer = End()
+    peer.connection, address = listener.expect(lambda message: peer.received.append(message), peer.end)
+    return peer, address
+
+
+def rank(address):
+    """The rank's end."""
+    made = End()
+    made.connection = connect(address, made.received.append, made.end)
+    return made
 
 
 def until(condition, what, seconds=10.0):
@@ -36,134 +71,227 @@ def until(condition, what, seconds=10.0):
         time.sleep(0.005)
 
 
-def taken(exchange, peer, count):
-    """So many messages, waiting as the driver does."""
+def taken(listener, peer, count):
+    """So many messages, waiting as the controller does."""
     found, deadline = [], time.monotonic() + 10
     while len(found) < count:
-        assert exchange.news.wait(deadline - time.monotonic()), f"{len(found)} of {count} messages came"
-        exchange.news.clear()
+        assert listener.news.wait(deadline - time.monotonic()), f"{len(found)} of {count} messages came"
+        listener.news.clear()
         found += peer.take()
     return found
 
 
-def line_threads():
-    return [thread for thread in threading.enumerate() if thread.name in ("line-in", "line-out", "caller")]
+def threads():
+    names = ("connection-receive", "connection-send", "caller")
+    return [thread for thread in threading.enumerate() if thread.name in names]
 
 
-def test_messages_come_whole_and_in_order_both_ways(exchange):
-    peer, call = exchange.expect()
-    assert not peer.here
-    end = End(call)
-    arrays = [np.arange(n, dtype=np.float32).reshape(2, -1) for n in (0, 6, 600_000)]
-    for number, array in enumerate(arrays):
-        end.line.send({"number": number, "array": array})
-    came = taken(exchange, peer, 3)
-    assert [one["number"] for one in came] == [0, 1, 2]
-    assert all(np.array_equal(one["array"], array) for one, array in zip(came, arrays, strict=True))
-    assert peer.here and not peer.gone and peer.take() == []
+def chunk(index, *shape):
+    latents = np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape)
+    return ChunkMade(video="a", index=index, frames=latents.astype(np.uint8), latents=latents)
+
+
+def authenticated(address):
+    """A raw connection of somebody who knows the key."""
+    raw = mp.Connection(socket.create_connection((address.host, address.port)).detach())
+    raw.send_bytes(struct.pack("<Q", address.number))
+    mp.answer_challenge(raw, address.key)
+    mp.deliver_challenge(raw, address.key)
+    return raw
+
+
+def test_messages_come_whole_and_in_order_both_ways(listener):
+    peer, address = expect(listener)
+    assert not peer.connected
+    end = rank(address)
+    sent = [chunk(0, 2, 0), chunk(1, 2, 3), chunk(2, 2, 300_000)]
+    for one in sent:
+        end.connection.send([one])
+    came = [one for (one,) in taken(listener, peer, 3)]
+    assert [one.index for one in came] == [0, 1, 2]
+    for one, other in zip(came, sent, strict=True):
+        assert one.latents.dtype == np.float32 and np.array_equal(one.latents, other.latents)
+        assert one.frames.dtype == np.uint8 and np.array_equal(one.frames, other.frames)
+    assert peer.connected and not peer.gone and peer.take() == []
     for number in range(100):
-        peer.send(number)
-    until(lambda: len(end.heard) == 100, "not all came")
-    assert end.heard == list(range(100))
-    end.line.close()
+        peer.connection.send(ChunksReceived(count=number))
+    until(lambda: len(end.received) == 100, "not all came")
+    assert [one.count for one in end.received] == list(range(100))
+    end.connection.close()
 
 
-def test_what_was_said_before_hanging_up_is_heard(exchange):
-    peer, call = exchange.expect()
-    end = End(call)
+def test_small_messages_leave_at_once(listener):
+    peer, address = expect(listener)
+    end = rank(address)
+    until(lambda: peer.connected, "it was not taken")
+    for own in (end.connection._socket, peer.connection._socket):
+        assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    end.connection.close()
+
+
+def test_what_was_sent_before_the_end_is_received(listener):
+    peer, address = expect(listener)
+    end = rank(address)
     for number in range(50):
-        end.line.send(np.full(100_000, number))
-    end.line.close(flush=10.0)
+        end.connection.send(chunk(number, 100_000))
+    end.connection.close(flush=10.0)
     until(lambda: peer.gone, "nobody noticed the end")
-    assert [int(one[0]) for one in peer.take()] == list(range(50))
-    assert exchange.news.is_set()
+    assert [one.index for one in peer.take()] == list(range(50))
+    assert listener.news.is_set() and peer.error is None
 
 
-def test_a_rank_that_is_cut_off_is_gone_at_once(exchange):
+def test_a_rank_that_is_cut_off_is_gone_at_once(listener):
     """As when its process is killed: the system closes the socket, in the middle of a message or not."""
-    peer, call = exchange.expect()
-    connection = dial(call)
-    os.write(connection.fileno(), b"\0\0")  # the beginning of a message
-    until(lambda: peer.here, "it was not put through")
-    connection.close()
+    peer, address = expect(listener)
+    raw = authenticated(address)
+    os.write(raw.fileno(), b"\0\0")  # the beginning of a message
+    until(lambda: peer.connected, "it was not taken")
+    raw.close()
     until(lambda: peer.gone, "nobody noticed the end", seconds=2.0)
-    assert peer.take() == []
+    assert peer.take() == [] and peer.error is None
 
 
-def test_nobody_waits_for_an_end_that_does_not_listen(exchange):
-    """A stopped rank takes nothing in; telling it things, and giving it up, take no time, and no thread is left."""
-    before = len(line_threads())
-    peer, call = exchange.expect()
-    connection = dial(call)
-    until(lambda: peer.here, "it was not put through")
+def test_nobody_waits_for_an_end_that_does_not_listen(listener):
+    """A stopped rank takes nothing in; sending to it, and giving it up, take no time, and no thread is left."""
+    before = len(threads())
+    peer, address = expect(listener)
+    raw = authenticated(address)
+    until(lambda: peer.connected, "it was not taken")
     began = time.monotonic()
-    for _ in range(20):
-        peer.send(np.zeros(5_000_000))
-    peer.close()
-    assert time.monotonic() - began < 1.0
-    until(lambda: len(line_threads()) <= before, "threads are left")
-    connection.close()
+    for number in range(20):
+        peer.connection.send(chunk(number, 5_000_000))
+    peer.connection.close()
+    assert time.monotonic() - began < 3.0  # the arrays themselves take a while to make
+    until(lambda: len(threads()) <= before, "threads are left")
+    raw.close()
 
 
-def test_who_has_no_key_is_turned_away_and_who_says_nothing_holds_up_nobody(exchange):
-    peer, call = exchange.expect()
-    silent = socket.create_connection((HOST, call.port))
-    stranger = socket.create_connection((HOST, call.port))
-    stranger.sendall(b"\0\0\0\x20" + bytes(32))
-    assert stranger.recv(1) == b""
-    end = End(call)
-    end.line.send("here")
-    assert taken(exchange, peer, 1) == ["here"]
-    again = dial(call)  # a key opens the line once
-    with pytest.raises((EOFError, ConnectionError)):
-        again.recv_bytes()
-    for one in (silent, stranger, again):
+def test_a_caller_that_says_nothing_is_dropped_and_holds_up_nobody(listener):
+    silent = socket.create_connection((HOST, listener._port))
+    slow = socket.create_connection((HOST, listener._port))
+    slow.sendall(b"\0\0")
+    peer, address = expect(listener)
+    end = rank(address)
+    end.connection.send(ChunksReceived(count=1))
+    began = time.monotonic()
+    assert taken(listener, peer, 1) == [ChunksReceived(count=1)]
+    assert time.monotonic() - began < 1.0, "it waited for the silent one"
+    for one in (silent, slow):
+        one.settimeout(5.0)
+        assert one.recv(1) == b"", "it is not dropped"
         one.close()
-    end.line.close()
+    assert peer.connected and not peer.gone
+    end.connection.close()
 
 
-def test_a_rank_that_was_given_up_before_it_called_is_hung_up(exchange):
-    peer, call = exchange.expect()
-    peer.close()
-    end = End(call)
-    assert end.over.wait(5.0)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_what_cannot_be_sent_ends_the_line(exchange):
-    """In place of a rank that waits for an answer which never comes."""
-    before = len(line_threads())
-    peer, call = exchange.expect()
-    end = End(call)
-    end.line.send(threading.Lock())
-    assert end.over.wait(5.0)
-    until(lambda: peer.gone, "nobody noticed the end")
-    until(lambda: len(line_threads()) <= before, "threads are left")
-
-
-def test_a_closed_exchange_leaves_open_lines_alone_and_takes_no_calls():
-    made = Exchange(HOST)
-    peer, call = made.expect()
-    _, late = made.expect()
-    end = End(call)
-    until(lambda: peer.here, "it was not put through")
-    made.close()
-    assert not any(thread.name == "exchange" for thread in threading.enumerate())
+def test_a_caller_without_the_key_is_refused_and_a_key_opens_one_connection(listener):
+    peer, address = expect(listener)
+    for wrong in (replace(address, key=bytes(32)), replace(address, number=99)):
+        with pytest.raises(OSError):
+            connect(wrong, print, print)
+    assert not peer.connected
+    end = rank(address)
+    until(lambda: peer.connected, "it was not taken")
     with pytest.raises(OSError):
-        dial(late)
-    end.line.send("still there")
-    until(lambda: peer.take() == ["still there"], "it did not come")
-    end.line.close()
+        connect(address, print, print)
+    assert not peer.gone
+    end.connection.close()
+
+
+def test_a_rank_does_not_talk_to_somebody_who_does_not_know_the_key():
+    """As when another process has got the controller's port meanwhile."""
+    server = socket.create_server((HOST, 0))
+    _, address = expect(Listener(HOST))
+
+    def pretend():
+        raw = mp.Connection(server.accept()[0].detach())
+        raw.recv_bytes()
+        with suppress(AuthenticationError, OSError, EOFError):
+            mp.deliver_challenge(raw, bytes(32))
+
+    thread = threading.Thread(target=pretend, daemon=True)
+    thread.start()
+    with pytest.raises(OSError):
+        connect(replace(address, port=server.getsockname()[1]), print, print)
+    thread.join(5)
+    server.close()
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (self.place,)
+
+
+def test_a_pickle_does_nothing_but_end_the_connection(listener, tmp_path):
+    bomb = Bomb()
+    bomb.place = str(tmp_path / "went off")
+    for payload in (pickle.dumps(bomb), b"{}" + pickle.dumps(bomb)):
+        peer, address = expect(listener)
+        raw = authenticated(address)
+        raw.send_bytes(payload)
+        until(lambda peer=peer: peer.gone, "the connection is still there")
+        assert peer.take() == [] and isinstance(peer.error, MessageError)
+        with pytest.raises((EOFError, OSError)):
+            raw.recv_bytes()
+        raw.close()
+    assert not (tmp_path / "went off").exists()
+
+
+def test_what_cannot_be_sent_ends_the_connection_and_is_reported(listener):
+    """In place of a rank that waits for an answer which never comes."""
+    before = len(threads())
+    peer, address = expect(listener)
+    end = rank(address)
+    end.connection.send(threading.Lock())
+    assert end.ended.wait(5.0)
+    assert isinstance(end.error, MessageError)
+    until(lambda: peer.gone, "nobody noticed the end")
+    until(lambda: len(threads()) <= before, "threads are left")
+
+
+def test_an_error_of_who_receives_ends_the_connection_and_is_reported(listener):
+    peer, address = expect(listener)
+    errors = []
+    connect(address, lambda message: message.missing, errors.append)
+    until(lambda: peer.connected, "it was not taken")
+    peer.connection.send(PermitQuantum(video="a", quantum=0))
+    until(lambda: peer.gone and errors, "nobody noticed the end")
+    assert isinstance(errors[0], AttributeError)
+
+
+def test_a_rank_that_was_given_up_before_it_connected_is_disconnected(listener):
+    peer, address = expect(listener)
+    peer.connection.close()
+    end = rank(address)
+    assert end.ended.wait(5.0)
+    expect(listener)[0].connection.close()
+    expect(listener)
+    assert len(listener._expected) == 1, "connections that were given up are kept"
+
+
+def test_a_closed_listener_leaves_connections_alone_and_takes_no_others():
+    made = Listener(HOST)
+    peer, address = expect(made)
+    _, late = expect(made)
+    end = rank(address)
+    until(lambda: peer.connected, "it was not taken")
+    made.close()
+    assert not made._thread.is_alive()
+    with pytest.raises(OSError):
+        connect(late, print, print)
+    end.connection.send(ChunksReceived(count=1))
+    until(lambda: peer.take() == [ChunksReceived(count=1)], "it did not come")
+    end.connection.close()
 
 
 def test_ipv6():
     try:
-        made = Exchange("::1")
+        made = Listener("::1")
     except OSError:
         pytest.skip("this machine has no IPv6")
-    peer, call = made.expect()
-    end = End(call)
-    end.line.send(1)
-    assert taken(made, peer, 1) == [1]
-    end.line.close()
+    peer, address = expect(made)
+    end = rank(address)
+    end.connection.send(ChunksReceived(count=1))
+    assert taken(made, peer, 1) == [ChunksReceived(count=1)]
+    end.connection.close()
     made.close()

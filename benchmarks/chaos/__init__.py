@@ -1,0 +1,1 @@
+"""Failures during a batch of videos."""

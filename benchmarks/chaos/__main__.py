@@ -1,0 +1,293 @@
+"""Do videos survive when processes and machines fail? Causes failures while a batch is made, and keeps account.
+
+    python -m benchmarks.chaos --out results/chaos                     # 20 failures, some minutes
+    python -m benchmarks.chaos --quick --out /tmp/chaos                # 3 failures
+    python -m benchmarks.chaos --failures 50 --kinds rank,gang --seed 7
+
+Gangs make videos on a Ray cluster of several nodes, all of them on this machine: first a batch that nothing disturbs,
+then the same videos again and again until all failures were caused. Ranks, whole gangs and nodes fail, chosen by seed:
+killed, stopped, or cut off as by a loss of power. Most failures wait until the gang that was hit before works again,
+some do not. An account is kept from the log of events and from the checkpoints on the disk at the moment of each loss.
+
+Exit status 0 if every video is complete with the latents of the undisturbed run, no work from before a checkpoint was
+done again, and no process is left; 1 if not, 2 for bad input.
+"""
+
+from __future__ import annotations
+
+import _thread
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.chaos.account import Account, Mark
+from benchmarks.chaos.faults import (
+    Injector,
+    Kind,
+    Nodes,
+    PlannedFault,
+    marked,
+    parse_kinds,
+    plan_faults,
+    simulated_cluster,
+    survivors,
+)
+from benchmarks.chaos.report import ChaosRun, facts, fault_rows, faults_table, verdicts
+from benchmarks.common import machine_line, new_log, output_folder, publish, run_app
+from benchmarks.models import ModelSpec
+from benchmarks.ray_runs import GangSetup, warm_up
+from benchmarks.runs import reuse_for
+from benchmarks.workload import Workload
+from engine.checkpoint.files import CheckpointConfig, newest
+from engine.kv.size import KVSettings
+from models.errors import InputError
+from parallel.cluster.controller import Controller
+from parallel.cluster.messages import Event, GangDown, GangLost, GangReady, VideoDone, VideoOrder
+from parallel.health.timeouts import Timeouts
+from parallel.topology.mesh import Layout
+
+_TIMEOUTS = Timeouts(silent=5.0, first=90.0, step=40.0, grace=1.0)
+_RANKS_END, _ALL_END = 10.0, 30.0
+_SPARE_RESTARTS = 20
+_NOTES = """\
+Seconds after the failure until the controller knew of it, until the gang waited for work again, and until it had done a
+quantum again. Quanta again, chunks again: of the videos that were hit; what a gang's loss has cost stands with the
+first failure that led to it. Hasty: it did not wait until failures before it were made good."""
+
+app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setup:
+    """What is made, and what is to happen to it."""
+
+    gangs: GangSetup
+    every: int  # chunks from one checkpoint to the next
+    nodes: int
+    plan: tuple[PlannedFault, ...]
+    limit: float  # seconds after which the run is broken off
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Option(help="random or magi-pocket.")] = "random",
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the random model.")] = 8,
+    width: Annotated[int, typer.Option(min=1, help="Width of the random model, a multiple of 192.")] = 384,
+    side: Annotated[int, typer.Option(min=1, help="Pixels of a frame's side.")] = 64,
+    videos: Annotated[int, typer.Option(min=1, help="Videos of the batch.")] = 8,
+    chunks: Annotated[int, typer.Option(min=1, help="Length of a video.")] = 6,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a chunk.")] = 16,
+    fraction: Annotated[float, typer.Option(help="Share to compute with reuse, for random weights.")] = 0.55,
+    kv_budget: Annotated[int, typer.Option(min=1, help="Finished chunks that are held.")] = 3,
+    gangs: Annotated[int, typer.Option(min=1, help="Gangs.")] = 2,
+    pp: Annotated[int, typer.Option(min=1, help="Stages of a gang.")] = 2,
+    cp: Annotated[int, typer.Option(min=1, help="Ranks of a stage.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes, each with room for one gang.")] = 3,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Chunks from one checkpoint to the next.")] = 1,
+    failures: Annotated[int, typer.Option(min=1, help="How many failures.")] = 20,
+    kinds: Annotated[str, typer.Option(help="What fails: of rank, gang and node.")] = "rank,gang,node",
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of failures.")] = 0,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds after which the run is broken off.")] = 900.0,
+    quick: Annotated[bool, typer.Option("--quick", help="Three failures, and small videos.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/chaos"),
+) -> None:
+    """Disturb a batch of videos."""
+    if quick:
+        failures, videos, layers, steps = min(failures, 3), min(videos, 4), min(layers, 4), min(steps, 8)
+    chosen = parse_kinds(kinds)
+    if nodes < gangs + (Kind.NODE in chosen):
+        raise InputError(f"--nodes {nodes} are too few for --gangs {gangs}: one for each, and one more if nodes fail")
+    spec = ModelSpec(name=model, layers=layers, width=width, side=side)
+    workload = Workload(model=spec, chunks=chunks, steps=steps, videos=videos, kv=KVSettings(budget=kv_budget))
+    restarts = gangs * failures + _SPARE_RESTARTS
+    pool = GangSetup(
+        workload=workload, layout=Layout(pp=pp, cp=cp), gangs=gangs, timeouts=_TIMEOUTS, max_restarts=restarts
+    )
+    _ = pool.settings  # checks all of it
+    output_folder(out)
+    log = new_log()
+    log("looking for a threshold of reuse")
+    setup = Setup(
+        gangs=replace(pool, workload=replace(workload, reuse=reuse_for(replace(workload, kv=KVSettings()), fraction))),
+        every=checkpoint_every,
+        nodes=nodes,
+        plan=tuple(plan_faults(failures, chosen, seed)),
+        limit=limit,
+    )
+    with (out / "ray.log").open("w") as file, redirect_stdout(file):  # Ray prints every process that it has lost
+        found = _disturb(setup, log)
+    raise typer.Exit(_write(out, setup, found, seed))
+
+
+def _disturb(setup: Setup, log: Callable[[str], None]) -> ChaosRun:
+    """Do all of it."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="chaos-") as name, marked() as mark:
+        folder = Path(name)
+        account = Account(lambda video: _mark(folder / video))
+        distinct = setup.gangs.workload.videos
+        found = ChaosRun(wanted=len(setup.plan), every=setup.every, distinct=distinct, account=account)
+        log(f"starting {setup.nodes} nodes")
+        cpus = setup.gangs.layout.world_size
+        with simulated_cluster(setup.nodes, cpus, mark) as nodes, _limit(setup.limit, found):
+            runner = _Runner(setup, nodes, folder, found, log, lambda: time.monotonic() - began)
+            try:
+                runner.run()
+            except KeyboardInterrupt:
+                if not found.unfinished:
+                    raise
+            left = survivors(mark, _RANKS_END, runner.pids)
+        found.left = {**left, **survivors(mark, _ALL_END)}
+        return found
+
+
+@contextmanager
+def _limit(seconds: float, found: ChaosRun) -> Iterator[None]:
+    """Break off what takes too long."""
+
+    def end() -> None:
+        found.unfinished = f"not through after {seconds:.0f} s"
+        _thread.interrupt_main()
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _mark(folder: Path) -> Mark | None:
+    """The newest whole checkpoint in a folder."""
+    found = newest(folder) or newest(folder)  # a leader that is dying may just have put a newer one in its place
+    return None if found is None else Mark(quantum=found.quantum, chunks=found.counts["chunks"])
+
+
+class _Runner:
+    """Makes the batch on the gangs, first undisturbed, then with failures.
+
+    Args:
+        setup: what is made.
+        nodes: of the cluster.
+        folder: of the checkpoints.
+        found: what comes of it.
+        log: takes lines for people.
+        clock: seconds since the start.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        nodes: Nodes,
+        folder: Path,
+        found: ChaosRun,
+        log: Callable[[str], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._setup, self._nodes, self._folder, self._found = setup, nodes, folder, found
+        self._log, self._clock = log, clock
+        self._requests = setup.gangs.workload.requests
+        self._done: deque[str] = deque()
+        self.pids: set[int] = set()
+        """Of all ranks that were ever seen."""
+
+    def run(self) -> None:
+        """Do it."""
+        setup, account = self._setup, self._found.account
+
+        def count(entry: dict[str, object]) -> None:
+            account.add({**entry, "seconds": self._clock()})
+
+        with Controller(setup.gangs.settings, log=count) as controller:
+            self._log("starting the gangs")
+            warm_up(controller, setup.gangs, self._show)
+            self._run_calm(controller)
+            with Injector(setup.plan, self._nodes, account, self._clock) as injector:
+                self.pids = injector.pids
+                try:
+                    self._run_disturbed(controller, injector)
+                finally:
+                    self._found.faults = tuple(injector.faults)
+
+    def _run_calm(self, controller: Controller) -> None:
+        found, began = self._found, self._clock()
+        before = found.account.quanta
+        found.calm.submit(controller, [self._order(f"calm-{number}", number) for number in range(found.distinct)])
+        for event in controller.run():
+            found.calm.on_event(event)
+            self._show(event)
+        found.calm_seconds = self._clock() - began
+        found.calm_quanta = found.account.quanta - before
+        self._log(f"{found.distinct} videos in {found.calm_seconds:.1f} s undisturbed")
+
+    def _run_disturbed(self, controller: Controller, injector: Injector) -> None:
+        """Make the videos again and again until all failures are made good."""
+        found, began, shown, enough = self._found, self._clock(), 0, False
+        videos, most = found.disturbed, max(found.distinct, 2 * self._setup.gangs.gangs)
+        videos.submit(controller, [self._next(number) for number in range(most)])
+        for event in controller.run():
+            videos.on_event(event)
+            injector.update(controller.gangs())
+            if len(found.account.working) == self._setup.gangs.gangs:
+                self._nodes.mend()  # not before: it takes seconds in which the controller would neglect its gangs
+            for fault in injector.faults[shown:]:
+                self._log(f"{fault.seconds:6.1f} s  {fault.number}: {fault.target}, {fault.how}")
+                shown += 1
+            self._show(event)
+            if isinstance(event, VideoDone):
+                self._tidy(event.video, most)
+            enough = enough or injector.finished or isinstance(event, GangDown)
+            while videos.waiting < most and not enough:
+                videos.submit(controller, [self._next(len(videos.chunks))])
+        found.seconds = self._clock() - began
+
+    def _tidy(self, video: str, keep: int) -> None:
+        """Delete checkpoints of videos that are done, later: ranks may still be writing the last one."""
+        self._done.append(video)
+        if len(self._done) > keep:
+            shutil.rmtree(self._folder / self._done.popleft(), ignore_errors=True)
+
+    def _next(self, number: int) -> VideoOrder:
+        return self._order(f"video-{number}", number % self._found.distinct)
+
+    def _order(self, video: str, number: int) -> VideoOrder:
+        checkpoint = CheckpointConfig(folder=self._folder / video, every=self._setup.every)
+        return self._setup.gangs.order(video, self._requests[number], checkpoint)
+
+    def _show(self, event: Event) -> None:
+        if isinstance(event, GangLost | GangReady):
+            what = f"lost: {event.message}" if isinstance(event, GangLost) else "ready"
+            self._log(f"{self._clock():6.1f} s  {event.gang} {what}")
+
+
+def _write(out: Path, setup: Setup, found: ChaosRun, seed: int) -> int:
+    pool = setup.gangs
+    about = (
+        f"{pool.gangs} gangs of pp {pool.layout.pp} x cp {pool.layout.cp} on {setup.nodes} simulated nodes; videos of "
+        f"{pool.workload.chunks} chunks and {pool.workload.steps} steps, a checkpoint every {setup.every} chunks; "
+        f"seed {seed}. {machine_line()}; one thread per rank."
+    )
+    return publish(
+        out,
+        "chaos",
+        title="Failures during a batch",
+        about=about,
+        verdicts=verdicts(found),
+        sections={"Failures": f"{_NOTES}\n\n{faults_table(found)}", "What it cost": facts(found)},
+        data=fault_rows(found),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_app(app, "chaos"))

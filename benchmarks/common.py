@@ -1,0 +1,356 @@
+"""What every benchmark is made of: tables, verdicts, files, a plot's style, a search, processes of their own.
+
+It knows no benchmark. Memory of a process is resident memory; its peak can be set back on Linux only.
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import gc
+import io
+import itertools
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import torch
+import typer
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from engine.files import atomic_write
+from models.errors import InputError
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+Cell = str | int | float | bool | None
+Headers = Sequence[str]
+Rows = Sequence[Sequence[Cell]]
+COLOURS = ("#27548a", "#d55e00", "#009e73", "#cc79a7", "#f3b23f", "#444444", "#56b4e9", "#8c564b", "#e377c2", "#7f7f7f")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One figure that a benchmark is held to; it stands as a line of a table."""
+
+    name: str
+    measured: str
+    wanted: str = ""  # in words; nothing if the figure is only there to be read
+    passed: bool | None = None  # None where nothing is wanted
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """All verdicts as a Markdown table."""
+    words = {None: "", True: "PASS", False: "FAIL"}
+    rows = [(one.name, one.measured, one.wanted, words[one.passed]) for one in verdicts]
+    return markdown_table(("figure", "measured", "wanted", "verdict"), rows)
+
+
+def columns(rows: Sequence[Mapping[str, Cell]]) -> tuple[Headers, Rows]:
+    """Headers and rows of a table whose rows all have the same names."""
+    return list(rows[0]) if rows else [], [list(row.values()) for row in rows]
+
+
+def _cell(value: Cell) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def markdown_table(headers: Headers, rows: Rows) -> str:
+    """A Markdown table that is also legible as plain text; columns of numbers are right-aligned.
+
+    Raises:
+        ValueError: a row has another number of cells than there are headers.
+    """
+    cells = [[_cell(value).replace("|", "\\|") for value in row] for row in (headers, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    numbers = [
+        bool(rows) and all(isinstance(row[i], int | float) and not isinstance(row[i], bool) for row in rows)
+        for i in range(len(headers))
+    ]
+    rule = ["-" * (width - 1) + ":" if right else "-" * width for width, right in zip(widths, numbers, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        parts = zip(row, widths, numbers, strict=True)
+        return "| " + " | ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in parts) + " |"
+
+    return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
+
+
+def csv_text(headers: Headers, rows: Rows) -> str:
+    """Rows as CSV with a header line; numbers keep six digits, None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(headers)
+    for row in rows:
+        writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in row])
+    return text.getvalue()
+
+
+def publish(
+    out: Path,
+    name: str,
+    *,
+    title: str,
+    about: str,
+    verdicts: Sequence[Verdict] = (),
+    sections: Mapping[str, str] | None = None,
+    data: tuple[Headers, Rows] | None = None,
+    figures: Mapping[str, Figure] | None = None,
+) -> int:
+    """Write what a benchmark has found, and print it.
+
+    Args:
+        out: folder of the results, which is there.
+        name: of the Markdown and CSV files, without ending.
+        title: one line.
+        about: a paragraph on what was measured.
+        verdicts: come first.
+        sections: other parts in Markdown by their headings; those without text are left out.
+        data: headers and rows of the CSV file.
+        figures: plots by the names of their files, without ending.
+
+    Returns:
+        The exit status: 0 if no verdict has failed, else 1.
+    """
+    parts = [f"# {title}", about]
+    if verdicts:
+        parts.append(f"## Verdicts\n\n{verdict_table(verdicts)}")
+    parts += [f"## {heading}\n\n{text}" for heading, text in (sections or {}).items() if text]
+    text = "\n\n".join(parts)
+    save_text(out / f"{name}.md", text)
+    if data is not None:
+        save_text(out / f"{name}.csv", csv_text(*data))
+    for file, figure in (figures or {}).items():
+        save_figure(out / f"{file}.png", figure)
+    typer.echo(f"{text}\n\nwritten to {out}")
+    return int(any(one.passed is False for one in verdicts))
+
+
+def machine_line() -> str:
+    """The machine and the software that figures were measured with, in one line."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    parts = (
+        f"{os.cpu_count()} cores {_cpu_name()}",
+        f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else "no GPU",
+        f"{platform.system()} {platform.machine()}",
+        f"Python {platform.python_version()}",
+        f"PyTorch {torch.__version__}",
+        f"{torch.get_num_threads()} threads",
+    )
+    return ", ".join(parts)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def output_folder(path: Path) -> Path:
+    """Make the folder that results go to, before the work that fills it.
+
+    Raises:
+        InputError: it cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path}: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"cannot write to the folder {path}: choose another with --out")
+    return path
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text file that ends with a newline."""
+    with atomic_write(path) as file:
+        file.write((text if text.endswith("\n") else text + "\n").encode())
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure in the format of the path's ending."""
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=110, format=path.suffix.lstrip("."))
+
+
+def new_plot(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    """A figure with one plot, its labels and a light grid."""
+    figure = Figure(figsize=(9, 6.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    light_grid(axes)
+    return figure, axes
+
+
+def light_grid(axes: Axes) -> None:
+    """Draw a grid behind what is plotted."""
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
+    """Put the plot's legend below it, if there is anything to name."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
+
+
+def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> int:
+    """Run a benchmark's command line; bad input is one line on standard error.
+
+    Args:
+        app: the command.
+        name: how it is called.
+        arguments: in place of the process's own.
+
+    Returns:
+        The exit status: the command's own, or 2 for bad input.
+    """
+    try:
+        return app(arguments, prog_name=name, standalone_mode=False) or 0
+    except (InputError, typer.TyperException) as error:
+        text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        typer.echo(f"{name}: error: {' '.join(text.split())}", err=True)
+        return 2
+
+
+def new_log() -> Callable[[str], None]:
+    """A function that writes lines to standard error."""
+    return partial(Console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
+
+
+def progress_bar() -> Progress:
+    """A progress bar on standard error."""
+    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*shown, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+
+
+def search(
+    measure: Callable[[float], float],
+    target: float,
+    known: dict[float, float],
+    *,
+    tries: int,
+    near: float = 0.0,
+    geometric: bool = False,
+) -> dict[float, float]:
+    """Search the place where something that falls reaches a value, by halving.
+
+    Args:
+        measure: the value at a place; it may jump, and rise a little where it should fall.
+        target: the value that is wanted.
+        known: values by place, from which the search begins; a bound that is not measured has an infinite one. Beyond
+            the known places it goes on by doubling.
+        tries: most measurements.
+        near: a value that is no further from the target ends the search.
+        geometric: halve ratios in place of differences, and measure at three digits, as a preset would have them.
+
+    Returns:
+        `known`, to which all that was measured was added in order; see `nearest`.
+    """
+    for _ in range(tries):
+        if abs(known[nearest(known, target)] - target) <= near:
+            break
+        places = sorted(known)
+        above = sum(value > target for value in itertools.accumulate((known[place] for place in places), min))
+        if above in (0, len(places)):
+            place = places[-1] * 2 if above else places[0] / 2
+        else:
+            low, high = places[above - 1 : above + 1]
+            place = math.sqrt(low * high) if geometric else (low + high) / 2
+        place = rounded(place) if geometric else place
+        if place in known:
+            break
+        known[place] = measure(place)
+    return known
+
+
+def nearest(known: Mapping[float, float], target: float) -> float:
+    """The place whose value is nearest to a target; of equals the least."""
+    return min(known, key=lambda place: (abs(known[place] - target), place))
+
+
+def rounded(value: float) -> float:
+    """To three digits, as it would be written in a preset."""
+    return float(f"{value:.3g}")
+
+
+def in_fresh_processes(copies: int, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> list[_T]:
+    """Run a function of a module in new Python processes at the same time and hand back what each returns.
+
+    Raises:
+        InputError: a process was killed, most likely because memory ran out; or what the function raises.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=copies, mp_context=context) as pool:
+        try:
+            waiting = [pool.submit(function, *args, **kwargs) for _ in range(copies)]
+            return [one.result() for one in waiting]
+        except BrokenProcessPool:
+            raise InputError("a measurement's process was killed, likely for want of memory: measure less") from None
+
+
+def in_fresh_process(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """The same in one process."""
+    return in_fresh_processes(1, function, *args, **kwargs)[0]
+
+
+def rss() -> int:
+    """Resident bytes of this process now; memory that was freed is given back to the system first where it can be."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+    return _status("VmRSS") or peak_rss()
+
+
+def peak_rss() -> int:
+    """Highest resident bytes of this process, since `reset_peak` where that works."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak() -> bool:
+    """Set the peak back to what is resident now; tells whether that worked."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(name: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def median(values: Iterable[float]) -> float:
+    """The median; not a number where there are no values."""
+    known = list(values)
+    return statistics.median(known) if known else float("nan")

@@ -1,0 +1,1 @@
+"""What reuse and KV compression save, and what they spoil."""

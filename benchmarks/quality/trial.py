@@ -1,0 +1,312 @@
+"""Makes one prompt's videos with many settings, side by side, and compares each with the videos without reuse.
+
+Times are those of the denoising: captions are encoded before, frames decoded after. Settings are run in small groups;
+each group starts with a new run of the videos that its settings are measured against, so that a machine which
+slows down for a minute slows both. Results are kept on disk, so that a long benchmark can be stopped and gone on with.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.adherence import adherence
+from benchmarks.common import save_text
+from benchmarks.flops import CountingRunner
+from benchmarks.models import pocket_request
+from benchmarks.quality.sweep import LEAN, VANILLA, ObservationLog, Plan, Probe, Setting, Ticks
+from engine.engine import Engine
+from engine.prepare import encode
+from engine.progress import Progress
+from engine.record import Recorder
+from models.errors import InputError
+from models.magi.pipeline import MagiPipeline
+from models.pocket.words import Scene
+
+IDENTICAL = 100.0  # dB, in place of infinity where two videos do not differ at all
+_GROUP = 6  # settings between two runs of what they are compared with
+_LADDER_CASES, _CALIBRATION_CASES = 2, 4  # prompts that thresholds are found on
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """A video to make with every setting."""
+
+    scene: Scene
+    seed: int
+    chunks: int
+    num_steps: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Video:
+    """Latents [1, C, T, h, w] of a whole video and what they cost."""
+
+    latents: Tensor  # on the CPU
+    seconds: float
+    computed: float  # computed chunk-steps as a share of all
+    items: int  # passes through the layers
+    flops: int  # of these passes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One setting on one prompt."""
+
+    setting: Setting  # what was run
+    prompt: str
+    seed: int  # of the noise
+    computed: float  # computed chunk-steps as a share of all
+    items: int  # passes through the layers
+    tflop: float  # their operations, in 10^12
+    work: float  # the same as a share of vanilla
+    seconds: float
+    decode_seconds: float  # of turning the latents into frames
+    plain_seconds: float  # of denoising without reuse, with the same passes and KV, in the same minute
+    vanilla_seconds: float  # the same with vanilla
+    psnr: float  # of the frames against those without reuse, with the same passes and KV
+    ssim: float  # likewise
+    latent_error: float  # relative L2, likewise
+    psnr_uncompressed: float  # against no reuse and no compression, with the same passes
+    psnr_vanilla: float  # against vanilla
+    ssim_vanilla: float  # likewise
+    colour_right: bool  # the prompt's colour was seen
+    motion_right: bool  # the object moves as asked
+    whole: bool  # one object of the right shape
+    boundary_error: float  # mean jump at chunk boundaries, pixels
+
+
+def image_metrics() -> ModuleType:
+    """What frames are compared with.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        return importlib.import_module("torchmetrics.functional.image")
+    except ModuleNotFoundError:
+        raise InputError("torchmetrics is missing, which compares frames: pip install -e '.[bench]'") from None
+
+
+def frames_psnr(frames: Tensor, reference: Tensor) -> float:
+    """PSNR in dB over all of two videos' frames together, each uint8 [F, H, W, 3]; at most `IDENTICAL`."""
+    if frames.equal(reference):
+        return IDENTICAL
+    psnr = image_metrics().peak_signal_noise_ratio
+    return min(IDENTICAL, psnr(_planes(frames), _planes(reference), data_range=255.0).item())
+
+
+def frames_ssim(frames: Tensor, reference: Tensor) -> float:
+    """SSIM, mean over the frames uint8 [F, H, W, 3]; 1 when they are equal."""
+    ssim = image_metrics().structural_similarity_index_measure
+    return float(ssim(_planes(frames), _planes(reference), data_range=255.0))
+
+
+def latent_error(latents: Tensor, reference: Tensor) -> float:
+    """Relative L2 error of latents."""
+    return ((latents - reference).norm() / reference.norm()).item()
+
+
+def _planes(frames: Tensor) -> Tensor:
+    return frames.permute(0, 3, 1, 2).float()
+
+
+class TrialRunner:
+    """Makes videos with one loaded model.
+
+    Args:
+        pipeline: the model.
+    """
+
+    def __init__(self, pipeline: MagiPipeline) -> None:
+        self._pipeline = pipeline
+
+    def make(self, setting: Setting, case: Case, recorder: Recorder | None = None) -> Video:
+        """Denoise a video."""
+        pipeline = self._pipeline
+        runner = CountingRunner(pipeline.model, pipeline.attention, pipeline.config.model_config)
+        engine = Engine(pipeline, runner, reuse=setting.reuse, kv=setting.kv)
+        request = pocket_request(case.scene.prompt, chunks=case.chunks, num_steps=case.num_steps, seed=case.seed)
+        encoded, computed = encode(pipeline, request), [1.0]
+
+        def watch(progress: Progress) -> None:
+            computed[:] = [progress.computed_fraction]
+
+        began = time.perf_counter()
+        made = engine.generate_latents(request, encoded, watch, recorder)
+        latents = torch.cat([part.cpu() for part in made], dim=2)  # the copy waits for the device
+        seconds = time.perf_counter() - began
+        return Video(latents=latents, seconds=seconds, computed=computed[0], items=runner.items, flops=runner.flops)
+
+    def observe(self, case: Case) -> Ticks:
+        """What policies would see of a video without reuse, tick by tick."""
+        log = ObservationLog()
+        self.make(Setting(passes=LEAN), case, log)
+        return log.ticks
+
+    def probe(self, cases: Sequence[Case]) -> Probe:
+        """What thresholds are found with: the first few of the cases."""
+        few, more = cases[:_LADDER_CASES], cases[:_CALIBRATION_CASES]
+        vanilla: dict[Case, int] = {}
+
+        def work(setting: Setting) -> float:
+            for case in more:
+                vanilla[case] = vanilla.get(case) or self.make(Setting(), case).flops
+            return statistics.fmean(self.make(setting, case).flops / vanilla[case] for case in more)
+
+        return Probe(
+            observe=lambda: [self.observe(case) for case in few],
+            computed=lambda setting: statistics.fmean(self.make(setting, case).computed for case in few),
+            work=work,
+        )
+
+    def decode(self, video: Video) -> Tensor:
+        """Frames, uint8 [F, H, W, 3]; chunk by chunk as the engine does it."""
+        width = self._pipeline.config.runtime_config.chunk_width
+        parts = video.latents.to(self._pipeline.model.kv.device).split(width, dim=2)
+        return torch.cat([self._pipeline.autoencoder.decode(part).cpu() for part in parts])
+
+    def trials(self, case: Case, settings: Sequence[Setting]) -> Iterator[Trial]:
+        """Run settings on one prompt, group by group; in another order than given."""
+        comparison = _Comparison(self, case)
+        for plain in dict.fromkeys(setting.plain for setting in settings):
+            waiting = iter([setting for setting in settings if setting.plain == plain])
+            while group := list(islice(waiting, _GROUP)):
+                vanilla_seconds = comparison.time(Setting(passes=VANILLA))
+                plain_seconds = comparison.time(plain)
+                for setting in group:
+                    yield comparison.trial(setting, plain_seconds, vanilla_seconds)
+
+
+class _Comparison:
+    """One prompt's videos without reuse, each made and decoded once and kept for the others to be held against."""
+
+    def __init__(self, runner: TrialRunner, case: Case) -> None:
+        self._runner, self._case = runner, case
+        self._held: dict[Setting, tuple[Video, Tensor]] = {}
+
+    def time(self, setting: Setting) -> float:
+        """Run a setting without reuse anew; the seconds of its denoising."""
+        video = self._runner.make(setting, self._case)
+        if setting not in self._held:
+            self._held[setting] = video, self._runner.decode(video)
+        return video.seconds
+
+    def trial(self, setting: Setting, plain_seconds: float, vanilla_seconds: float) -> Trial:
+        """Run a setting and compare it."""
+        case, video = self._case, self._runner.make(setting, self._case)
+        began = time.perf_counter()
+        frames = self._runner.decode(video)
+        decode_seconds = time.perf_counter() - began
+        plain, plain_frames = self._reference(setting.plain)
+        _, uncompressed_frames = self._reference(Setting(passes=setting.passes))
+        vanilla, vanilla_frames = self._reference(Setting(passes=VANILLA))
+        seen = adherence(frames, case.scene)
+        return Trial(
+            setting=setting,
+            prompt=case.scene.prompt,
+            seed=case.seed,
+            computed=video.computed,
+            items=video.items,
+            tflop=video.flops / 1e12,
+            work=video.flops / vanilla.flops,
+            seconds=video.seconds,
+            decode_seconds=decode_seconds,
+            plain_seconds=plain_seconds,
+            vanilla_seconds=vanilla_seconds,
+            psnr=frames_psnr(frames, plain_frames),
+            ssim=frames_ssim(frames, plain_frames),
+            latent_error=latent_error(video.latents, plain.latents),
+            psnr_uncompressed=frames_psnr(frames, uncompressed_frames),
+            psnr_vanilla=frames_psnr(frames, vanilla_frames),
+            ssim_vanilla=frames_ssim(frames, vanilla_frames),
+            colour_right=seen.colour_right,
+            motion_right=seen.motion_right,
+            whole=seen.whole,
+            boundary_error=statistics.fmean(seen.boundary_errors) if seen.boundary_errors else 0.0,
+        )
+
+    def _reference(self, setting: Setting) -> tuple[Video, Tensor]:
+        if setting not in self._held:
+            self.time(setting)
+        return self._held[setting]
+
+
+class Results:
+    """The results in one folder: `plan.json` says what is run, `trials.jsonl` has a line for each finished trial.
+
+    Args:
+        folder: it is there already.
+        run: what the results depend on; results of another run are refused.
+
+    Raises:
+        InputError: the folder holds another run, or files that are damaged.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
+        self._plan_file, self._trials_file, self._run = folder / "plan.json", folder / "trials.jsonl", dict(run)
+        self.plan: Plan | None = self._read_plan()
+        self.trials: list[Trial] = self._read_trials() if self.plan else []
+
+    def begin(self, plan: Plan) -> None:
+        """Note what will be run; older results go."""
+        self._trials_file.unlink(missing_ok=True)
+        save_text(self._plan_file, json.dumps(asdict(plan), indent=1))
+        self.plan, self.trials = plan, []
+
+    def add(self, trial: Trial) -> None:
+        """Note a finished trial."""
+        with self._trials_file.open("a") as file:
+            file.write(json.dumps(asdict(trial)) + "\n")
+        self.trials.append(trial)
+
+    def missing(self, case: Case) -> list[Setting]:
+        """Settings that are still to be run on a case."""
+        assert self.plan is not None
+        done = {one.setting for one in self.trials if (one.prompt, one.seed) == (case.scene.prompt, case.seed)}
+        return [setting for setting in self.plan.settings if setting not in done]
+
+    def _read_plan(self) -> Plan | None:
+        if not self._plan_file.exists():
+            return None
+        try:
+            values = json.loads(self._plan_file.read_text())
+            settings = tuple(Setting(**one) for one in values["settings"])
+            presets = {name: Setting(**one) for name, one in values["presets"].items()}
+            found = Plan(run=values["run"], settings=settings, presets=presets, calibrated=values["calibrated"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{self._plan_file} is damaged ({error}): remove the folder") from None
+        for key in sorted({*found.run, *self._run}):
+            if found.run.get(key) != self._run.get(key):
+                before, now = found.run.get(key), self._run.get(key)
+                raise InputError(
+                    f"{self._plan_file.parent} holds results of another run ({key} was {before}, is now {now}): "
+                    "remove it, or choose another folder with --out"
+                )
+        return found
+
+    def _read_trials(self) -> list[Trial]:
+        """Finished trials. A last line that was cut off when the run was stopped is taken off the file."""
+        try:
+            text = self._trials_file.read_text()
+        except FileNotFoundError:
+            return []
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            save_text(self._trials_file, whole) if whole else self._trials_file.unlink()
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+            return [Trial(**{**values, "setting": Setting(**values["setting"])}) for values in lines]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self._trials_file} is damaged ({error}): remove the folder") from None

@@ -1,0 +1,218 @@
+"""Videos on a pipeline of stages, in simulated time: when each stage works, and when each chunk is finished.
+
+The order of work is `engine.order.WorkOrder`, which a virtual clock drives here as the leader of a gang drives it:
+several videos first ready first. What a pass takes on each stage, and what a link takes, is handed in.
+
+Stages and links serve in order of arrival and nothing is lost or overtaken, so a pass's whole way through the pipeline
+is known when the leader begins it; only the leader has to be stepped through. There is no randomness.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import cast
+
+from benchmarks.simulate.plan import PlannedRun, VideoPlan
+from engine.order import WorkOrder
+from engine.reuse.policy import Decision, Observation
+from engine.video import VideoRun, Work
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What carries the work out, apart from what the passes themselves take."""
+
+    stages: int  # of the pipeline
+    latency: float = 0.0  # seconds of a message that carries nothing
+    bandwidth: float = float("inf")  # bytes per second of a link, in one direction
+    hidden_bytes: float = 0.0  # of a pass on its way to the next stage, on one link
+    velocity_bytes: float = 0.0  # of a result on its way to the leader
+    decide: float = 0.0  # seconds that the leader takes to decide one chunk's step
+    take: float = 0.0  # seconds that the leader takes for a velocity that is back
+    barrier: bool = False  # begin a tick only when the one before is done; for comparison
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A pass on a stage."""
+
+    stage: int
+    start: float
+    end: float
+    video: int
+    tick: int
+    chunk: int
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What was simulated."""
+
+    seconds: float  # from the first pass to the last result
+    busy: tuple[float, ...]  # of each stage, seconds in passes
+    chunks: tuple[tuple[float, ...], ...]  # of each video, when each of its chunks was finished
+    calls: int  # of every stage
+    spans: tuple[Span, ...] = ()  # what each stage did when, if wanted
+
+    @property
+    def utilisation(self) -> tuple[float, ...]:
+        """Of each stage, the share of the time that it works."""
+        return tuple(one / self.seconds if self.seconds else 0.0 for one in self.busy)
+
+    @property
+    def first_chunk(self) -> float:
+        """Seconds until the first chunk of the first video is finished."""
+        return self.chunks[0][0]
+
+
+class _Pipeline:
+    """Stages and links behind each other; each is free again at some time."""
+
+    def __init__(self, machine: Machine, *, spans: bool) -> None:
+        self.machine = machine
+        self.busy, self.free, self._links = ([0.0] * machine.stages for _ in range(3))
+        self.spans: list[Span] | None = [] if spans else None
+        self.calls = 0
+
+    def send(self, now: float, work: Work, seconds: Sequence[float], video: int) -> tuple[float, float | None]:
+        """Begin a pass on the leader.
+
+        Returns:
+            When the leader is free again, and when the velocity is back, if it comes back.
+        """
+        machine, item, end = self.machine, work.item, now
+        self.calls += 1
+        for stage, spent in enumerate(seconds):
+            if stage:
+                end = self._carry(stage - 1, end, machine.hidden_bytes)
+            start = max(end, self.free[stage])
+            end = self.free[stage] = start + spent
+            self.busy[stage] += spent
+            if self.spans is not None:
+                self.spans.append(Span(stage, start, end, video, item.tick, item.chunk, item.what.name))
+        if not item.what.weight:
+            return self.free[0], None
+        if machine.stages > 1:
+            end = self._carry(machine.stages - 1, end, machine.velocity_bytes)
+        return self.free[0], end
+
+    def _carry(self, link: int, ready: float, size: float) -> float:
+        """When a message that is ready now has arrived; a link carries one after the other."""
+        self._links[link] = max(ready, self._links[link]) + size / self.machine.bandwidth
+        return self._links[link] + self.machine.latency
+
+
+class _Video:
+    """One video in flight: the engine's order of its work, and when its chunks were finished."""
+
+    def __init__(self, plan: VideoPlan, *, barrier: bool) -> None:
+        self.plan = plan
+        self.decisions = 0
+        self.ready_since: float | None = None
+        self.finished: list[float] = []
+        # A `PlannedRun` has all that the order asks of a `VideoRun`.
+        self.order = WorkOrder(cast(VideoRun, PlannedRun(plan)), barrier=barrier, on_decision=self._decided)
+
+    def _decided(self, seen: Observation, decision: Decision) -> None:
+        self.decisions += 1
+
+    def note(self, now: float) -> None:
+        """Note the chunks that have finished."""
+        self.finished += [now] * len(self.order.finished())
+        self.order.ticks_done()
+
+
+class _Leader:
+    """The leader's loop: take results in, begin the work that has been ready longest, or wait for a result."""
+
+    def __init__(self, pipeline: _Pipeline, plans: Sequence[VideoPlan], concurrency: int) -> None:
+        self.now = 0.0
+        self.videos: list[_Video] = []
+        self._pipeline, self._concurrency = pipeline, concurrency
+        self._waiting: Iterator[VideoPlan] = iter(plans)
+        self._running: dict[int, _Video] = {}
+        self._returning: deque[tuple[float, int, Work]] = deque()
+
+    def run(self) -> None:
+        """Make all videos."""
+        self._admit()
+        while self._running:
+            self._step()
+
+    def _admit(self) -> None:
+        for plan in islice(self._waiting, self._concurrency - len(self._running)):
+            self._running[len(self.videos)] = video = _Video(plan, barrier=self._pipeline.machine.barrier)
+            self.videos.append(video)
+
+    def _step(self) -> None:
+        while self._returning and self._returning[0][0] <= self.now:
+            self._take()
+        number = self._first_ready()
+        if number is not None:
+            video = self._running[number]
+            work, video.ready_since = video.order.take(), None
+            self.now, back = self._pipeline.send(self.now, work, video.plan.cost(work), number)
+            if back is not None:
+                self._returning.append((back, number, work))
+        elif self._returning:
+            self.now = max(self.now, self._returning[0][0])
+            self._take()
+
+    def _take(self) -> None:
+        _, number, work = self._returning.popleft()
+        self.now += self._pipeline.machine.take
+        video = self._running[number]
+        video.order.returned(work.item, work.x)
+        video.note(self.now)
+
+    def _first_ready(self) -> int | None:
+        first, since = None, float("inf")
+        for number, video in list(self._running.items()):
+            decided = video.decisions
+            ready = video.order.ready()
+            self.now += (video.decisions - decided) * self._pipeline.machine.decide
+            video.note(self.now)
+            if not ready:
+                if video.order.over:
+                    del self._running[number]
+                    self._admit()
+                continue
+            if video.ready_since is None:
+                video.ready_since = self.now
+            if video.ready_since < since:
+                first, since = number, video.ready_since
+        return first
+
+
+def simulate(
+    videos: Sequence[VideoPlan], machine: Machine, *, concurrency: int | None = None, spans: bool = False
+) -> Outcome:
+    """Make videos.
+
+    Args:
+        videos: what there is to do; all is known from the start.
+        machine: what carries it out.
+        concurrency: videos in flight; all by default. The next begins when one is over.
+        spans: remember what each stage did when.
+
+    Raises:
+        ValueError: a pass has times for another number of stages than the machine has.
+    """
+    for plan in videos:
+        for count in {len(plan.cost(work)) for work in plan.work}:
+            if count != machine.stages:
+                raise ValueError(f"a call has times for {count} stages, the machine has {machine.stages}")
+    pipeline = _Pipeline(machine, spans=spans)
+    leader = _Leader(pipeline, videos, concurrency or len(videos))
+    leader.run()
+    return Outcome(
+        seconds=max(leader.now, *pipeline.free),
+        busy=tuple(pipeline.busy),
+        chunks=tuple(tuple(video.finished) for video in leader.videos),
+        calls=pipeline.calls,
+        spans=tuple(pipeline.spans or ()),
+    )

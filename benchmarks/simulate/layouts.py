@@ -1,0 +1,373 @@
+"""A machine of several GPUs with a model of the MAGI-1 family, and the runs that are simulated on it.
+
+Times and bytes are counted from the model's shapes, but for one time that was measured: what a full pass of one chunk
+takes on one GPU. Every layout of the machine makes one video and many, with and without reuse. docs/simulation.md lists
+the assumptions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.flops import pass_flops
+from benchmarks.simulate.clock import Machine, simulate
+from benchmarks.simulate.plan import Seconds, VideoPlan, modelled_flags, plan_video, recorded_flags
+from engine.kv.size import KVPlan
+from engine.record import RunRecord
+from engine.schedule import Schedule
+from models.errors import InputError
+from models.magi.config import MagiConfig
+from models.magi.dit import MagiDiT
+from models.magi.sampling import MagiSampling
+from models.protocols import KVGeometry, Pass
+from parallel.topology.mesh import Layout
+from parallel.topology.split import stage_sizes
+
+_WIDTH = 2  # bytes of bf16
+_TEXT = 100  # caption tokens that count
+_VAE_BYTES = 2 * 613_755_239
+_SEEDS = 4  # different videos; more of them are the same again
+_POWERS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """GPUs of one machine; by default A800s."""
+
+    gpus: int = 8  # how many
+    peak: float = 312e12  # bf16 operations per second of one
+    memory: float = 80e9  # bytes of one
+    bandwidth: float = 200e9  # bytes per second of a GPU's NVLinks, in one direction: half of the 400 GB/s of both
+    used: float = 0.8  # share of that which transfers reach
+    latency: float = 0.5e-3  # seconds of a message between stages, its header by way of the host
+    collective: float = 30e-6  # seconds of an all-to-all that carries nothing
+    doubling: float = 0.95
+    """Share of the speed that is kept when cp is doubled, communication apart: smaller matrix products, and what every
+    rank does for itself."""
+    decide: float = 2e-3  # seconds that the leader takes for a distance and a decision
+    take: float = 1e-3  # seconds that the leader takes for a velocity that is back
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes on the fullest rank."""
+
+    weights: int  # its layers; on the leader the autoencoder as well
+    kv: int  # of one video
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A model on GPUs."""
+
+    config: MagiConfig  # of the model
+    hardware: Hardware
+    pass_seconds: float  # of a full pass of one chunk on one GPU
+    mfu: float  # share of the peak that it reaches
+    budget: int  # finished chunks that the KV buffer holds
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a chunk."""
+        run = self.config.runtime_config
+        return self.config.chunk_tokens(run.video_size_h, run.video_size_w)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of a chunk between two stages."""
+        return self.tokens * self.config.model_config.hidden_size * _WIDTH
+
+    @property
+    def velocity_bytes(self) -> int:
+        """Bytes of a chunk's velocity, fp32."""
+        model = self.config.model_config
+        return self.tokens * model.patch_size**2 * model.latent_channels * 4
+
+    @cached_property
+    def attended(self) -> float:
+        """Chunks of keys with which a pass of that time has that share of the peak.
+
+        Raises:
+            InputError: it would be none.
+        """
+        wanted = self.pass_seconds * self.mfu * self.hardware.peak
+        one, two = self._flops(1), self._flops(2)
+        chunks = 1 + (wanted - one) / (two - one)
+        if chunks < 1:
+            least = one / (self.mfu * self.hardware.peak)
+            raise InputError(
+                f"a pass of {self.pass_seconds:g} s is too short for this model: at {self.mfu:.0%} of the peak it "
+                f"takes {least:.2g} s or more: give --pass-seconds or --mfu"
+            )
+        return chunks
+
+    def whole_pass(self, what: Pass, *, clean: bool) -> float:
+        """Seconds of a pass on one GPU. A context-free or clean pass attends to its own chunk only."""
+        if not (what.isolated or clean):
+            return self.pass_seconds
+        return self.pass_seconds * self._flops(1) / self._flops(self.attended)
+
+    def split(self, layout: Layout) -> tuple[int, ...]:
+        """Layers of each stage."""
+        return stage_sizes(self.config, layout.pp)
+
+    def seconds(self, layout: Layout) -> Seconds:
+        """What passes take on the stages of a layout."""
+        layers, sizes = self.config.model_config.num_layers, self.split(layout)
+        share = [size / layers for size in sizes]
+        exchange = [size * self.exchange_seconds(layout.cp) for size in sizes]
+        fan = (layout.cp - 1) / layout.cp * self.hidden_bytes / self._reached  # to and from cp_rank 0 of a stage
+
+        def seconds(what: Pass, step: int | None) -> tuple[float, ...]:
+            whole = self.whole_pass(what, clean=step is None) / self.cp_speed(layout.cp)
+            spent = [whole * part + extra for part, extra in zip(share, exchange, strict=True)]
+            spent[0] += fan
+            spent[-1] += fan if what.weight else 0.0
+            return tuple(spent)
+
+        return seconds
+
+    def cp_speed(self, cp: int) -> float:
+        """How much faster cp ranks compute than one."""
+        return cp * self.hardware.doubling ** math.log2(cp)
+
+    def exchange_bytes(self, cp: int) -> float:
+        """Bytes that a rank sends in one layer: keys, values, queries and the result, to all others (Ulysses)."""
+        model = self.config.model_config
+        width = 2 * model.num_query_groups * model.kv_channels + 2 * model.num_attention_heads * model.kv_channels
+        return self.tokens / cp * width * _WIDTH * (cp - 1) / cp
+
+    def exchange_seconds(self, cp: int) -> float:
+        """Seconds of the exchanges of one layer; nothing of them is taken to be hidden behind computing."""
+        return 0.0 if cp == 1 else self.exchange_bytes(cp) / self._reached + 4 * self.hardware.collective
+
+    def machine(self, layout: Layout) -> Machine:
+        """What carries passes out. Every cp_rank of a stage sends its own tokens, over links of its own."""
+        hardware = self.hardware
+        return Machine(
+            stages=layout.pp,
+            latency=hardware.latency,
+            bandwidth=self._reached,
+            hidden_bytes=self.hidden_bytes / layout.cp,
+            velocity_bytes=self.velocity_bytes,
+            decide=hardware.decide,
+            take=hardware.take,
+        )
+
+    def memory(self, layout: Layout) -> Memory:
+        """Bytes of weights and of one video's KV on the fullest rank; what layers work with comes on top.
+
+        What is neither a layer nor the autoencoder is counted on every stage, of which it is 80 MB.
+        """
+        weights, start = [], 0
+        for size in self.split(layout):
+            held = sum(self._weights[layer] for layer in range(start, start + size)) + self._weights[None]
+            weights.append(held + (0 if start else _VAE_BYTES))
+            start += size
+        return Memory(weights=max(weights), kv=self._kv_bytes(max(self.split(layout)), layout.cp))
+
+    def _kv_bytes(self, layers: int, cp: int) -> int:
+        """Of one video, the bookkeeping of compression apart."""
+        model, run = self.config.model_config, self.config.runtime_config
+        plan = KVPlan(
+            chunk_tokens=self.tokens,
+            frame_tokens=self.tokens // run.chunk_width,
+            clean_tokens=self.budget * self.tokens,
+            window=run.window_size,
+            chunks=self.budget + run.window_size,
+            branches=2 if run.cfg_number > 1 else 1,
+            selection=None,
+        )
+        geometry = KVGeometry(
+            layers=range(layers),
+            query_heads=model.num_attention_heads // cp,
+            key_heads=model.num_query_groups // cp,
+            head_size=model.kv_channels,
+            dtype=torch.bfloat16,
+            device=torch.device("meta"),
+        )
+        return plan.nbytes(geometry)
+
+    def petaflops(self, plan: VideoPlan) -> float:
+        """Operations of a video in 10^15, from the time that its passes take on one GPU."""
+        return plan.total * self.mfu * self.hardware.peak / 1e15
+
+    @cached_property
+    def _weights(self) -> dict[int | None, int]:
+        """Bytes of each layer, and of all else: layers in the model's dtype, or as fp8, and embedders in fp32."""
+        with torch.device("meta"):
+            dit = MagiDiT(self.config.model_config, fp8=self.config.engine_config.fp8_quant)
+        found: dict[int | None, int] = {None: 0}
+        for name, parameter in dit.named_parameters():
+            parts = name.split(".")
+            layer = int(parts[2]) if parts[0] == "videodit_blocks" and parts[1] == "layers" else None
+            width = min(_WIDTH, parameter.element_size()) if parts[0] == "videodit_blocks" else parameter.element_size()
+            found[layer] = found.get(layer, 0) + width * parameter.numel()
+        return found
+
+    @property
+    def _reached(self) -> float:
+        return self.hardware.bandwidth * self.hardware.used
+
+    def _flops(self, chunks: float) -> int:
+        """Of a pass that attends to so many chunks."""
+        return pass_flops(
+            self.config.model_config,
+            tokens=self.tokens,
+            keys=round(chunks * self.tokens),
+            text=_TEXT,
+            distilled=self.config.engine_config.distill,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """What is simulated."""
+
+    cluster: Cluster  # the model on its GPUs
+    chunks: int  # of each video
+    steps: int  # of each chunk
+    layouts: tuple[Layout, ...]  # of a gang; there are as many gangs as fit onto the GPUs
+    concurrency: tuple[int, ...]  # videos in flight, over all gangs
+
+    @property
+    def schedule(self) -> Schedule:
+        """Schedule of each video."""
+        window = self.cluster.config.runtime_config.window_size
+        return Schedule(first=0, chunks=self.chunks, num_steps=self.steps, window=window)
+
+    def sampling(self, *, lean: bool) -> MagiSampling:
+        """The passes; `lean` without clean and copy passes, as runs with reuse have it."""
+        return MagiSampling(config=self.cluster.config, num_steps=self.steps, clean_pass=not lean, copy_pass=not lean)
+
+    def gangs(self, layout: Layout) -> int:
+        """Gangs of a layout."""
+        return self.cluster.hardware.gpus // layout.world_size
+
+    def plan(self, flags: np.ndarray | None, layout: Layout) -> VideoPlan:
+        """The plan of a video on a layout."""
+        sampling = self.sampling(lean=flags is not None)
+        return plan_video(self.schedule, sampling, self.cluster.seconds(layout), flags)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reuse:
+    """Which steps are computed."""
+
+    name: str
+    flags: tuple[np.ndarray, ...] = ()  # of different videos, [ticks, chunks] each; none for computing everything
+
+    @property
+    def computed(self) -> float:
+        """Computed chunk-steps, as a share of all."""
+        if not self.flags:
+            return 1.0
+        return float(np.mean([(one == 0).sum() / (one < 255).sum() for one in self.flags]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One layout, one kind of reuse, one number of videos."""
+
+    layout: Layout  # of each gang
+    gangs: int  # that have something to do
+    reuse: str
+    videos: int  # in flight, over all gangs, begun together
+    seconds: float  # until all are made
+    first_chunk: float  # seconds until the first chunk of the first video
+    utilisation: tuple[float, ...]  # of each stage of the first gang
+    chunks: int  # made in all
+    alone: float  # seconds of the same videos on one GPU
+
+    @property
+    def per_chunk(self) -> float:
+        """Seconds for a chunk, of whichever video."""
+        return self.seconds / self.chunks
+
+    @property
+    def speed_up(self) -> float:
+        """Over one GPU with the same videos."""
+        return self.alone / self.seconds
+
+
+def layouts_on(config: MagiConfig, gpus: int) -> tuple[Layout, ...]:
+    """Powers of two that the model allows and the GPUs hold, and whose gangs fill them."""
+    model = config.model_config
+    return tuple(
+        Layout(pp=pp, cp=cp)
+        for pp in _POWERS
+        for cp in _POWERS
+        if pp <= model.num_layers and not model.num_query_groups % cp and pp * cp <= gpus and not gpus % (pp * cp)
+    )
+
+
+def sampled_reuse(study: Study, fraction: float, warmup: int) -> Reuse:
+    """Reuse that leaves a share of the operations of a run without reuse, whose clean and copy passes count.
+
+    Raises:
+        InputError: the warm-up alone computes more.
+    """
+    sampling, schedule = study.sampling(lean=True), study.schedule
+    whole = study.plan(None, Layout()).total
+    lean = plan_video(schedule, sampling, study.cluster.seconds(Layout())).total
+    share = min(1.0, fraction * whole / lean)
+    flags = [modelled_flags(schedule, sampling, fraction=share, warmup=warmup, seed=seed) for seed in range(_SEEDS)]
+    return Reuse(name=f"reuse {fraction:g}", flags=tuple(flags))
+
+
+def reuse_of_record(study: Study, folder: Path) -> Reuse:
+    """The reuse of a recorded run.
+
+    Raises:
+        InputError: there is no record, or its steps or its window are others.
+    """
+    record = RunRecord.load(folder)
+    flags = recorded_flags(record.flags, study.schedule, record.schedule)
+    return Reuse(name=f"record {folder.name}", flags=(flags,))
+
+
+def run_study(study: Study, reuses: Sequence[Reuse]) -> list[Run]:
+    """Simulate everything.
+
+    Raises:
+        InputError: a figure makes no sense.
+    """
+    if min(study.concurrency) < 1:
+        raise InputError("a concurrency of less than 1 makes nothing")
+    runs = []
+    for reuse in reuses:
+        alone = [study.plan(flags, Layout()) for flags in reuse.flags or (None,)]
+        for layout in study.layouts:
+            plans = [plan.timed(study.cluster.seconds(layout)) for plan in alone]
+            runs += [_run(study, reuse.name, layout, alone, plans, videos) for videos in study.concurrency]
+    return runs
+
+
+def _run(
+    study: Study, reuse: str, layout: Layout, alone: Sequence[VideoPlan], plans: Sequence[VideoPlan], videos: int
+) -> Run:
+    """One run; `alone` are the plans on one GPU, `plans` those on the layout."""
+    gangs = min(study.gangs(layout), videos)
+    shares = [tuple(video % len(plans) for video in range(gang, videos, gangs)) for gang in range(gangs)]
+    # Gangs with the same videos are the same, so those that stand first are simulated for all.
+    machine = study.cluster.machine(layout)
+    made = {share: simulate([plans[number] for number in share], machine) for share in set(shares)}
+    first = made[shares[0]]
+    return Run(
+        layout=layout,
+        gangs=gangs,
+        reuse=reuse,
+        videos=videos,
+        seconds=max(one.seconds for one in made.values()),
+        first_chunk=first.first_chunk,
+        utilisation=first.utilisation,
+        chunks=videos * study.chunks,
+        alone=sum(alone[video % len(alone)].total for video in range(videos)),
+    )

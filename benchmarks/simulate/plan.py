@@ -1,0 +1,277 @@
+"""The work of one video, pass by pass, and what the passes take: what the simulation replays.
+
+The passes are asked of a real `VideoRun` on latents of one cell, with the decisions given as flags; so nothing about
+them is written a second time here. Flags come from a record, or from a model of how far a chunk moves from step to
+step, with the real policy deciding.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from benchmarks.common import search
+from engine.record import NOT_ACTIVE
+from engine.reuse.memory import ReuseMemory
+from engine.reuse.policy import ChunkPolicy, Decision, NoReuse, Observation
+from engine.schedule import Schedule, Tick
+from engine.video import Reuse, VideoRun, VideoShape, Work
+from models.errors import InputError
+from models.protocols import Pass, Sampling
+
+Seconds = Callable[[Pass, int | None], tuple[float, ...]]
+"""What a pass takes on each stage; with the chunk's own step, or None for a pass over a finished chunk. It may depend
+on the pass by its name alone."""
+_JITTER, _HALVINGS = 0.2, 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoPlan:
+    """One video as a plan: what `WorkOrder` asks a run for, and what each pass takes."""
+
+    schedule: Schedule
+    seconds: Seconds
+    renews: bool  # the KV of a finished chunk is renewed
+    whole_window: bool  # all chunks of a tick are decided at once
+    prefix: tuple[Work, ...]  # passes over the chunks that are given
+    clean: Mapping[int, tuple[Work, ...]]  # by tick: passes that renew the KV of the chunk that retires
+    decided: Mapping[tuple[int, int], tuple[Observation, Decision]]  # by (tick, chunk)
+    steps: Mapping[tuple[int, int], tuple[Work, ...]]  # by (tick, chunk): passes of a step; none if it is reused
+    _known: dict[tuple[str, int | None], tuple[float, ...]] = field(default_factory=dict)
+
+    def cost(self, work: Work) -> tuple[float, ...]:
+        """Seconds of a pass on each stage."""
+        key = work.item.what.name, work.item.step
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = self.seconds(work.item.what, work.item.step)
+        return found
+
+    def timed(self, seconds: Seconds) -> VideoPlan:
+        """The same work with other times."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return VideoPlan(**{**values, "seconds": seconds, "_known": {}})
+
+    @property
+    def work(self) -> list[Work]:
+        """All passes; not in the order in which they are run."""
+        groups = [self.prefix, *self.clean.values(), *self.steps.values()]
+        return [one for group in groups for one in group]
+
+    @property
+    def calls(self) -> int:
+        """Passes, which is how often each stage is called."""
+        return len(self.work)
+
+    @property
+    def returning(self) -> int:
+        """Passes whose velocity goes back to the leader."""
+        return sum(bool(one.item.what.weight) for one in self.work)
+
+    @property
+    def total(self) -> float:
+        """Seconds of all passes on all stages."""
+        return sum(sum(self.cost(one)) for one in self.work)
+
+
+class _FlagPolicy(NoReuse):
+    """Decides as flags say.
+
+    Args:
+        flags: [ticks, chunks]; None computes everything.
+        whole_window: look like a policy that decides for a tick at once.
+    """
+
+    def __init__(self, flags: np.ndarray | None, *, whole_window: bool) -> None:
+        self.scope: Literal["chunk", "window"] = "window" if whole_window else "chunk"
+        self._flags = flags
+
+    def decide(self, observations: Sequence[Observation]) -> list[Decision]:
+        """What stands in the flags."""
+        if self._flags is None:
+            return [Decision.COMPUTE] * len(observations)
+        return [Decision(int(self._flags[one.tick, one.chunk])) for one in observations]
+
+
+class _NoNoise:
+    """Latents of zeros to start from."""
+
+    def chunk(self, index: int, shape: Sequence[int]) -> torch.Tensor:
+        """Zeros."""
+        return torch.zeros(*shape)
+
+
+def plan_video(
+    schedule: Schedule,
+    sampling: Sampling,
+    seconds: Seconds,
+    flags: np.ndarray | None = None,
+    *,
+    whole_window: bool = False,
+) -> VideoPlan:
+    """The plan of one video.
+
+    Args:
+        schedule: of the video.
+        sampling: names the passes.
+        seconds: what each of them takes.
+        flags: [ticks, chunks], 0 where a step is computed; None computes all.
+        whole_window: the reuse policy decides for all chunks of a tick at once.
+
+    Raises:
+        InputError: the flags are of another schedule.
+    """
+    if flags is not None and flags.shape != (schedule.ticks, schedule.chunks):
+        wanted = f"{schedule.ticks} ticks of {schedule.chunks} chunks"
+        raise InputError(f"reuse flags of {flags.shape[0]} ticks and {flags.shape[1]} chunks do not fit {wanted}")
+    run = _run(schedule, sampling, _FlagPolicy(flags, whole_window=whole_window))
+    clean, steps, decided = {}, {}, {}
+    prefix = tuple(run.prefix_work())
+    for tick in schedule:
+        if tick.retiring is not None:
+            clean[tick.index] = tuple(run.begin(tick))
+        else:
+            run.begin(tick)
+        for seen, decision in run.decide(tick):
+            decided[tick.index, seen.chunk] = seen, decision
+            if decision is Decision.COMPUTE:
+                work = steps[tick.index, seen.chunk] = tuple(run.open(tick, seen.chunk, seen.step))
+                run.close(seen.chunk, seen.step, [one.item.what for one in work], [one.x for one in work])
+        run.seal(tick)
+        if tick.finishing is not None:
+            run.finish(tick.finishing)
+    return VideoPlan(
+        schedule=schedule,
+        seconds=seconds,
+        renews=run.renews,
+        whole_window=run.whole_window,
+        prefix=prefix,
+        clean=clean,
+        decided=decided,
+        steps=steps,
+    )
+
+
+def _run(schedule: Schedule, sampling: Sampling, policy: _FlagPolicy) -> VideoRun:
+    """A real run with one cell in each latent frame."""
+    given = schedule.first * sampling.chunk_width
+    shape = VideoShape(channels=1, chunks=schedule.chunks, prefix_frames=given, height=1, width=1)
+    reuse = Reuse(policy=policy, memory=ReuseMemory("residual"), patches=lambda x: x, observe=False)
+    prefix = torch.zeros(1, 1, given, 1, 1) if given else None
+    return VideoRun(0, shape, sampling, _NoNoise(), reuse, prefix=prefix, compressed=False, device=torch.device("cpu"))
+
+
+class PlannedRun:
+    """Looks like a `VideoRun` to `WorkOrder`, and gives out what a plan holds: no tensor is computed.
+
+    Args:
+        plan: of the video.
+    """
+
+    def __init__(self, plan: VideoPlan) -> None:
+        self._plan = plan
+        self.schedule, self.renews, self.whole_window = plan.schedule, plan.renews, plan.whole_window
+
+    def prefix_work(self) -> list[Work]:
+        """Passes over the chunks that are given."""
+        return list(self._plan.prefix)
+
+    def begin(self, tick: Tick) -> list[Work]:
+        """The clean passes of a tick."""
+        return list(self._plan.clean.get(tick.index, ()))
+
+    def decide(self, tick: Tick, chunks: Sequence[int]) -> list[tuple[Observation, Decision]]:
+        """What was decided for some of a tick's chunks."""
+        return [self._plan.decided[tick.index, chunk] for chunk in chunks]
+
+    def open(self, tick: Tick, chunk: int, step: int) -> list[Work]:
+        """The passes of a step."""
+        return list(self._plan.steps[tick.index, chunk])
+
+    def close(self, chunk: int, step: int, passes: Sequence[Pass], velocities: Sequence[torch.Tensor]) -> None:
+        """A step was taken."""
+
+    def seal(self, tick: Tick) -> None:
+        """All work of a tick was given out."""
+
+    def finish(self, chunk: int) -> torch.Tensor:
+        """A finished chunk: nothing."""
+        return torch.empty(0)
+
+
+def recorded_flags(flags: np.ndarray, schedule: Schedule, recorded: Schedule) -> np.ndarray:
+    """Flags of a record, repeated or cut to another number of chunks; chunk by chunk and step by step.
+
+    Raises:
+        InputError: the record has another number of steps or another window.
+    """
+    if (recorded.num_steps, recorded.window) != (schedule.num_steps, schedule.window):
+        raise InputError(
+            f"the record has {recorded.num_steps} steps in a window of {recorded.window}, not {schedule.num_steps} in "
+            f"{schedule.window}: give --steps {recorded.num_steps}"
+        )
+    made = np.full((schedule.ticks, schedule.chunks), NOT_ACTIVE, dtype=np.uint8)
+    count = recorded.chunks - recorded.first
+    for tick in schedule:
+        for chunk, step in tick.active:
+            source = recorded.first + (chunk - schedule.first) % count
+            made[tick.index, chunk] = flags[recorded.tick_of(source, step), source]
+    return made
+
+
+def modelled_flags(
+    schedule: Schedule, sampling: Sampling, *, fraction: float, warmup: int, seed: int = 0
+) -> np.ndarray:
+    """Flags in which a given share of the chunk-steps is computed.
+
+    A chunk moves from step to step by the step's size, give or take a fifth, and FlowCache's policy sums that up to a
+    threshold, which is searched for. MAGI-1's steps grow towards the clean end, so the cleanest chunk reuses least.
+
+    Args:
+        schedule: of the video.
+        sampling: for the sizes of the steps.
+        fraction: of chunk-steps to compute.
+        warmup: first steps of a chunk that are computed.
+        seed: of the variation, which keeps chunks from reusing in step.
+
+    Raises:
+        InputError: the warm-up alone computes more than that.
+    """
+    dice = random.Random(seed)
+    ticks = list(schedule)
+    moved = {
+        (chunk, step): abs(sampling.step_size(step - 1)) * dice.uniform(1 - _JITTER, 1 + _JITTER)
+        for tick in ticks
+        for chunk, step in tick.active
+        if step
+    }
+    seen = [
+        Observation(
+            chunk=chunk,
+            step=step,
+            tick=tick.index,
+            last_tick=tick.index == schedule.ticks - 1,
+            change=moved.get((chunk, step)),
+            scale=1.0 if step else None,
+        )
+        for tick in ticks
+        for chunk, step in tick.active
+    ]
+    if not warmup / schedule.num_steps <= fraction <= 1:
+        raise InputError(f"a computed share of {fraction:g} cannot be had with {warmup} warm-up steps of a chunk")
+
+    def computed(threshold: float) -> float:
+        return float(ChunkPolicy(threshold, warmup).decide(seen).count(Decision.COMPUTE))
+
+    known = search(computed, fraction * len(seen), {0.0: math.inf, 1.0: -math.inf}, tries=_HALVINGS)
+    threshold = list(known)[-1]  # the last one, within rounding where the share jumps
+    flags = np.full((schedule.ticks, schedule.chunks), NOT_ACTIVE, dtype=np.uint8)
+    for one, decision in zip(seen, ChunkPolicy(threshold, warmup).decide(seen), strict=True):
+        flags[one.tick, one.chunk] = decision.value
+    return flags
