@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -68,20 +68,20 @@ class _Video:
     reporter: ProgressReporter
     checkpointer: Checkpointer | None
     decodes: bool
-    resumed: int
-    handed_out: int  # index of the next chunk
     stored: Callable[[], int] | None
+    handed_out: int  # index of the next chunk
+    resumed: int = field(init=False)  # the first of them
     chunks: deque[Chunk] = field(default_factory=deque)  # of a video that is not decoded
     ready_since: float | None = None
     released: bool = False  # the runner has let go of it
 
+    def __post_init__(self) -> None:
+        self.resumed = self.handed_out
+
     @property
-    def safe(self) -> int:
-        return self.handed_out if self.stored is None else self.stored()
-
-
-def _ignore(began: float) -> None:
-    pass
+    def writing(self) -> bool:
+        """Files of a checkpoint are not on the disk yet."""
+        return self.checkpointer is not None and self.checkpointer.writing
 
 
 class Engine:
@@ -106,7 +106,7 @@ class Engine:
         kv: KVSettings = _OWN_RANGE,
         identity: str = "",
         barrier: bool = False,
-        on_decoded: Callable[[float], None] = _ignore,
+        on_decoded: Callable[[float], None] = lambda began: None,
     ) -> None:
         self._pipeline, self._reuse, self._kv, self._identity = pipeline, reuse, kv, identity
         self._runner: Runner = runner or LocalRunner(pipeline.model, pipeline.attention)
@@ -124,7 +124,7 @@ class Engine:
         return len(self._videos)
 
     def running(self, video: int) -> bool:
-        """Whether a video is still in flight."""
+        """Whether a video is in flight."""
         return video in self._videos
 
     def resumed(self, video: int) -> int:
@@ -154,16 +154,15 @@ class Engine:
         if checkpoint is None:
             return Submission(request=request, encoded=encoded)
         own = fingerprint(request, self._pipeline, self._identity, self._runner.layout, self._reuse, self._kv)
-        found, state = newest(checkpoint.folder), None
-        if found is not None and stored is not None and found.counts["chunks"] > stored:
+        read = Submission(request=request, encoded=encoded, checkpoint=checkpoint, fingerprint=own)
+        found = newest(checkpoint.folder)
+        if found is None:
+            return read
+        if stored is not None and found.counts["chunks"] > stored:
             discard(checkpoint.folder)
-            found = None
-        if found is not None:
-            found.check_fits(own)
-            state = unpack_run(read_contents(found.folder / RUN_FILE))
-        return Submission(
-            request=request, encoded=encoded, checkpoint=checkpoint, fingerprint=own, found=found, state=state
-        )
+            return read
+        found.check_fits(own)
+        return replace(read, found=found, state=unpack_run(read_contents(found.folder / RUN_FILE)))
 
     def submit(
         self,
@@ -198,9 +197,10 @@ class Engine:
         """
         if isinstance(what, Request):
             what = self.read(what, checkpoint, stored=None if stored is None else stored())
-        number, found = self._numbers, what.found
+        number, found, runner = self._numbers, what.found, self._runner
+        start, counts, folder = (0, {}, None) if found is None else (found.quantum, found.counts, found.folder)
         self._numbers += 1
-        prepared = prepare(
+        run, admission = prepare(
             self._pipeline,
             what.request,
             what.encoded,
@@ -208,32 +208,19 @@ class Engine:
             reuse=self._reuse,
             kv=self._kv,
             observe=recorder is not None,
+            checkpoint=folder,
         )
-        run = prepared.run
         if what.state is not None:
             run.restore(what.state)
-        self._runner.admit(number, prepared, None if found is None else found.folder)
-        start, counts = (0, {}) if found is None else (found.quantum, dict(found.counts))
-        reporter = ProgressReporter(run.schedule, partial(self._runner.kv, number), on_progress, recorder, counts)
-        checkpointer = self._checkpointer(number, what, start)
-        order = WorkOrder(
-            run,
-            barrier=self._barrier,
-            on_decision=partial(self._decided, number),
-            gate=gate,
-            boundary=checkpointer,
-            start=start,
-        )
-        self._videos[number] = _Video(
-            run=run,
-            order=order,
-            reporter=reporter,
-            checkpointer=checkpointer,
-            decodes=decode,
-            resumed=reporter.delivered,
-            handed_out=reporter.delivered,
-            stored=stored,
-        )
+        runner.admit(admission)
+        reporter = ProgressReporter(run.schedule, partial(runner.kv, number), on_progress, recorder, counts)
+        checkpointer = None
+        if what.checkpoint is not None:
+            save, saved = partial(self._save, number), partial(runner.saved, number)
+            checkpointer = Checkpointer(what.checkpoint, what.fingerprint, start, save, saved)
+        decided = partial(self._decided, number)
+        order = WorkOrder(run, barrier=self._barrier, on_decision=decided, gate=gate, keep=checkpointer, start=start)
+        self._videos[number] = _Video(run, order, reporter, checkpointer, decode, stored, handed_out=reporter.delivered)
         return number
 
     def step(self) -> list[ChunkResult]:
@@ -249,7 +236,7 @@ class Engine:
         """
         for video in self._videos.values():
             if video.checkpointer is not None:
-                video.checkpointer.poll(video.safe)
+                video.checkpointer.poll(video.handed_out if video.stored is None else video.stored())
         idle = all(video.released for video in self._videos.values())
         if not idle:
             self._advance()
@@ -259,8 +246,8 @@ class Engine:
             while (chunk := self._next_chunk(number, video, wait=idle)) is not None:
                 results.append(ChunkResult(video=number, chunk=chunk))
                 video.handed_out += 1
-            pending = self._decoder is not None and self._decoder.pending(number)
-            if video.released and not video.chunks and not pending:
+            decoding = self._decoder is not None and self._decoder.pending(number)
+            if video.released and not video.chunks and not decoding:
                 del self._videos[number]
         return results
 
@@ -308,8 +295,7 @@ class Engine:
         """Make a video's latents [1, C, t, h, w] from what is encoded already; as `generate`."""
         what = Submission(request=request, encoded=encoded)
         number = self.submit(what, on_progress=on_progress, recorder=recorder, decode=False)
-        for chunk in self._chunks(number):
-            yield chunk.latents
+        yield from (chunk.latents for chunk in self._chunks(number))
 
     def _chunks(self, number: int) -> Iterator[Chunk]:
         try:
@@ -329,7 +315,11 @@ class Engine:
         self._take(self._runner.results(wait=False))
         number = self._first_ready()
         if number is not None:
-            self._begin(number, self._videos[number])
+            video = self._videos[number]
+            video.ready_since = None
+            work = video.order.take()
+            self._runner.begin(work)
+            video.reporter.retired([op.chunk for op in work.item.before if op.kind == "retire"])
         elif any(not video.released for video in self._videos.values()):
             self._wait()
 
@@ -349,18 +339,9 @@ class Engine:
                 first, since = number, video.ready_since
         return first
 
-    def _begin(self, number: int, video: _Video) -> None:
-        video.ready_since = None
-        work = video.order.take()
-        self._runner.begin(work)
-        video.reporter.retired([op.chunk for op in work.item.before if op.kind == "retire"])
-
     def _wait(self) -> None:
         """Wait for a result; where a gate or a disk is waited for too, not for long."""
-        polls = any(
-            video.order.held or (video.checkpointer is not None and video.checkpointer.writing)
-            for video in self._videos.values()
-        )
+        polls = any(video.order.held or video.writing for video in self._videos.values())
         if not self._runner.pending and not polls:
             return
         with self._runner.waiting():
@@ -394,8 +375,7 @@ class Engine:
             if latents.shape[2]:
                 self._finished(number, video, latents)
         # A video whose files are still being written is not done: its folder may be deleted after that.
-        writing = video.checkpointer is not None and video.checkpointer.writing
-        if video.order.over and not writing:
+        if video.order.over and not video.writing:
             video.released = True
             self._runner.release(number)
 
@@ -407,31 +387,14 @@ class Engine:
             video.chunks.append(Chunk(index=index, latents=latents, frames=None))
             return
         if self._decoder is None:
-            self._decoder = Decoder(
-                self._pipeline.autoencoder,
-                self._pipeline.model.kv.device,
-                on_decoded=self._on_decoded,
-                check=self._runner.check,
-            )
+            device, check = self._pipeline.model.kv.device, self._runner.check
+            self._decoder = Decoder(self._pipeline.autoencoder, device, on_decoded=self._on_decoded, check=check)
         self._decoder.put(number, index, latents)
 
     def _next_chunk(self, number: int, video: _Video, *, wait: bool) -> Chunk | None:
         if video.chunks:
             return video.chunks.popleft()
         return None if self._decoder is None else self._decoder.get(number, wait=wait)
-
-    # ---- checkpoints
-
-    def _checkpointer(self, number: int, what: Submission, start: int) -> Checkpointer | None:
-        if what.checkpoint is None:
-            return None
-        return Checkpointer(
-            what.checkpoint,
-            what.fingerprint,
-            start,
-            save=partial(self._save, number),
-            saved=partial(self._runner.saved, number),
-        )
 
     def _save(self, number: int, folder: Path) -> Mapping[str, int]:
         """Have all ranks keep what a video has come to."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.kv.buffer import KVBuffer
-from engine.order import TickDone
+from engine.order import TickProgress
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
 from engine.schedule import Schedule
@@ -81,7 +81,7 @@ class ProgressReporter:
             if chunk >= self._schedule.first:
                 self._recorder.retired(chunk, shares[: chunk + 1])
 
-    def ticked(self, done: TickDone) -> None:
+    def ticked(self, done: TickProgress) -> None:
         """All chunks of a tick have taken their step."""
         self._items += done.items
         self._computed += done.computed
@@ -96,7 +96,7 @@ class ProgressReporter:
         if self._on_progress is not None:
             self._on_progress(self._progress(done, fill, kv.nbytes))
 
-    def _progress(self, done: TickDone, kv_fill: float, kv_bytes: int) -> Progress:
+    def _progress(self, done: TickProgress, kv_fill: float, kv_bytes: int) -> Progress:
         schedule = self._schedule
         return Progress(
             tick=done.tick.index + 1,

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.noise import NoiseSource
-from engine.reuse.memory import ReuseMemory
+from engine.request import Noise
+from engine.reuse.memory import ComputedStep, ReuseMemory
 from engine.reuse.policy import Decision, Observation, Policy
 from engine.schedule import Schedule, Tick
 from models.protocols import Pass, Sampling
@@ -55,12 +55,7 @@ class VideoState:
     ops: tuple[KVOp, ...]  # changes of the KV that no work item has carried yet
     leaving: frozenset[int]  # chunks that were either retired or finished, and still have to be the other
     policy: Mapping[str, float]
-    memory: Mapping[int, Sequence[tuple[float, float, Tensor]]]
-    """Of reuse: (time, size, velocity) of the last computed steps of each chunk."""
-
-
-Patches = Callable[[Tensor], Tensor]
-"""Patch embedding of a latent, which distances are taken between."""
+    memory: Mapping[int, Sequence[ComputedStep]]  # of reuse: the last computed steps of each chunk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +83,7 @@ class Reuse:
 
     policy: Policy  # who decides
     memory: ReuseMemory  # what stands in for a step
-    patches: Patches  # what distances are taken between
+    patches: Callable[[Tensor], Tensor]  # patch embedding of a latent, which distances are taken between
     observe: bool  # take distances even if the policy does not look at them, for a record
 
 
@@ -111,7 +106,7 @@ class VideoRun:
         request: int,
         shape: VideoShape,
         sampling: Sampling,
-        noise: NoiseSource,
+        noise: Noise,
         reuse: Reuse,
         *,
         prefix: Tensor | None,
@@ -186,7 +181,7 @@ class VideoRun:
         if tick.entering is not None:
             self._ops.append(KVOp(kind="enter", chunk=tick.entering))
             shape = (1, self._shape.channels, *self.grid)
-            self._latents[tick.entering] = self._noise.chunk(tick.entering, shape).to(self._device)
+            self._latents[tick.entering] = self._noise(tick.entering, shape).to(self._device)
         return work
 
     def decide(self, tick: Tick, chunks: Sequence[int] | None = None) -> list[tuple[Observation, Decision]]:
@@ -205,20 +200,20 @@ class VideoRun:
         active = [(chunk, step) for chunk, step in tick.active if chunks is None or chunk in chunks]
         last = tick.index == self.schedule.ticks - 1
         looks = self._reuse.policy.observes or self._reuse.observe
-        observed = self._observe([chunk for chunk, _ in active]) if looks else {}
-        observations = []
+        norms = self._observe([chunk for chunk, _ in active]) if looks else {}
+        seen = []
         for chunk, step in active:
-            change, scale = observed.get(chunk, (None, None))
-            observations.append(
+            change, scale = norms.get(chunk, (None, None))
+            seen.append(
                 Observation(chunk=chunk, step=step, tick=tick.index, last_tick=last, change=change, scale=scale)
             )
-        decisions = self._reuse.policy.decide(observations)
-        for (chunk, step), decision in zip(active, decisions, strict=True):
+        decided = list(zip(seen, self._reuse.policy.decide(seen), strict=True))
+        for one, decision in decided:
             if decision is not Decision.COMPUTE:
-                time, size = self._sampling.time(step), self._sampling.step_size(step)
-                increment = self._reuse.memory.increment(chunk, decision, time=time, size=size)
-                self._latents[chunk] = self._model_input(chunk) + increment
-        return list(zip(observations, decisions, strict=True))
+                time, size = self._sampling.time(one.step), self._sampling.step_size(one.step)
+                increment = self._reuse.memory.increment(one.chunk, decision, time=time, size=size)
+                self._latents[one.chunk] = self._model_input(one.chunk) + increment
+        return decided
 
     def open(self, tick: Tick, chunk: int, step: int) -> list[Work]:
         """The passes of one chunk's step, if it is computed."""
@@ -252,8 +247,7 @@ class VideoRun:
 
         An image's first frame stays.
         """
-        given = self._given_frames(chunk)
-        start = 0 if self._shape.prefix_frames == 1 else given
+        start = 0 if self._shape.prefix_frames == 1 else self._given_frames(chunk)
         latents = self._latents[chunk][:, :, start:]
         self._leave(chunk)
         return latents
@@ -271,16 +265,13 @@ class VideoRun:
 
     def restore(self, state: VideoState) -> None:
         """Go on from the state of a run of the same request; in place of `prefix_work` and the ticks before."""
-        self._latents = {chunk: part.to(self._device) for chunk, part in state.latents.items()}
-        self._before = {chunk: part.to(self._device) for chunk, part in state.before.items()}
+        device = self._device
+        self._latents = {chunk: part.to(device) for chunk, part in state.latents.items()}
+        self._before = {chunk: part.to(device) for chunk, part in state.before.items()}
         self._ops, self._leaving = list(state.ops), set(state.leaving)
         self._reuse.policy.restore(state.policy)
-        self._reuse.memory.restore(
-            {
-                chunk: [(time, size, velocity.to(self._device)) for time, size, velocity in held]
-                for chunk, held in state.memory.items()
-            }
-        )
+        memory = state.memory.items()
+        self._reuse.memory.restore({chunk: [one.to(device) for one in held] for chunk, held in memory})
 
     def _observe(self, chunks: Sequence[int]) -> dict[int, tuple[float, float]]:
         """L1 norms (of the change, of what was before) of the chunks' patch embeddings; one copy from the device."""

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from engine.engine import Engine
 from engine.kv.selection import Granularity, SelectionSettings, select
-from engine.noise import GivenNoise
 from engine.prepare import Encoded
 from engine.record import Recorder
-from engine.request import Request
+from engine.request import Request, given_noise
 from engine.reuse.settings import ReuseSettings
 from launch.backends import join_ranks, start_ranks
 from launch.generate import needs_ranks
@@ -272,7 +271,7 @@ def _check_generation(golden: _Golden, venue: Venue) -> Verdict:
     )
     given = None if prefix is None else prefix.to(config.model_config.dtype)
     recorder = Recorder()
-    encoded = Encoded(captions=captions, prefix=given, noise=GivenNoise(noise.cpu()))
+    encoded = Encoded(captions=captions, prefix=given, noise=given_noise(noise.cpu()))
     with venue.engine(_LatentPipeline(config, model), _reuse_settings(golden)) as engine:
         made = list(engine.generate_latents(request, encoded, recorder=recorder))
     expected = list(golden.named("output.chunk.").values())

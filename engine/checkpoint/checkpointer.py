@@ -8,7 +8,7 @@ waits until then, so a slow disk holds up this video and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,6 @@ from engine.schedule import Quantum
 
 Save = Callable[[Path], Mapping[str, int]]
 """Takes the snapshot and begins to write it to a folder; the counts of the video so far."""
-
-
-@dataclass(slots=True)
-class _Pending:
-    folder: Path
-    quantum: int
-    counts: Mapping[str, int]
-    shards: tuple[Shard, ...] | None = None  # of all ranks, once they are on the disk
 
 
 class Checkpointer:
@@ -48,12 +40,9 @@ class Checkpointer:
     ) -> None:
         self._config, self._fingerprint, self._start = config, fingerprint, start
         self._save, self._saved = save, saved
-        self._pending: _Pending | None = None
-
-    @property
-    def writing(self) -> bool:
+        self._pending: Checkpoint | None = None
+        self.writing = False
         """Some rank has a file that is not on the disk yet."""
-        return self._pending is not None and self._pending.shards is None
 
     def due(self, quantum: Quantum) -> bool:
         """Whether there is to be a checkpoint before a quantum."""
@@ -64,32 +53,19 @@ class Checkpointer:
         if self._pending is not None:
             return False
         folder = new_folder(self._config.folder, quantum.index)
-        self._pending = _Pending(folder=folder, quantum=quantum.index, counts=self._save(folder))
+        self._pending = Checkpoint(
+            folder=folder, quantum=quantum.index, counts=self._save(folder), fingerprint=self._fingerprint, shards=()
+        )
+        self.writing = True
         return True
 
     def poll(self, stored: int) -> None:
         """Look whether the files are written, and write the manifest if all is there that it stands for.
 
-        Args:
-            stored: index of the next chunk that is not in safe hands.
-
-        Raises:
-            InputError: it cannot be written.
+        `stored` is the index of the next chunk that is not in safe hands. An InputError says what cannot be written.
         """
-        pending = self._pending
-        if pending is None:
-            return
-        if pending.shards is None:
-            pending.shards = self._saved()
-        if pending.shards is None or stored < pending.counts["chunks"]:
-            return
-        commit(
-            Checkpoint(
-                folder=pending.folder,
-                quantum=pending.quantum,
-                counts=pending.counts,
-                fingerprint=self._fingerprint,
-                shards=pending.shards,
-            )
-        )
-        self._pending = None
+        if self._pending is not None and self.writing and (shards := self._saved()) is not None:
+            self._pending, self.writing = replace(self._pending, shards=shards), False
+        if self._pending is not None and not self.writing and stored >= self._pending.counts["chunks"]:
+            commit(self._pending)
+            self._pending = None

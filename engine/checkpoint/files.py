@@ -37,11 +37,7 @@ _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """Where and how often.
-
-    Raises:
-        InputError: `every` is not positive.
-    """
+    """Where and how often to keep how far a video is."""
 
     folder: Path  # of this request alone; all ranks must reach it. Whoever asks for checkpoints deletes it in the end
     every: int  # a checkpoint each time so many chunks have entered the window (or would have, at the end)
@@ -79,20 +75,15 @@ class Checkpoint:
     shards: tuple[Shard, ...]
 
     def check_fits(self, fingerprint: Mapping[str, Any]) -> None:
-        """Compare what it was made with to what there is now.
-
-        Raises:
-            InputError: they differ; the text says in what.
-        """
+        """Raise an InputError that says in what it differs from what there is now, if it does."""
         for part in sorted({*self.fingerprint, *fingerprint}):
             then, now = self.fingerprint.get(part), fingerprint.get(part)
-            if then == now:
-                continue
             both = f": {json.dumps(then)}, now {json.dumps(now)}"
-            raise InputError(
-                f"the checkpoint {self.folder} was made with another {part}{both if len(both) < 200 else ''}; "
-                "go on as it was made, or delete it"
-            )
+            if then != now:
+                raise InputError(
+                    f"the checkpoint {self.folder} was made with another {part}{both if len(both) < 200 else ''}; "
+                    "go on as it was made, or delete it"
+                )
 
 
 def new_folder(folder: Path, quantum: int) -> Path:
@@ -101,35 +92,27 @@ def new_folder(folder: Path, quantum: int) -> Path:
 
 
 def write_async(
-    folder: Path,
-    files: Mapping[str, Contents],
-    on_written: Callable[[tuple[Shard, ...]], None],
-    on_error: Callable[[Exception], None],
+    folder: Path, files: Mapping[str, Contents], on_end: Callable[[tuple[Shard, ...] | Exception], None]
 ) -> None:
-    """Write files on a thread of their own.
+    """Write files, by name, on a thread of their own. The folder is made if need be.
 
-    Args:
-        folder: the checkpoint's, which is made if need be.
-        files: what to write, by name.
-        on_written: called in the thread once all are on the disk.
-        on_error: called in the thread with what has gone wrong: an InputError where one cannot be written.
+    `on_end` is called in the thread once all are on the disk, or with what has gone wrong: an InputError where one
+    cannot be written.
     """
 
     def run() -> None:
         try:
-            on_written(tuple(_write(folder / name, contents) for name, contents in files.items()))
+            written = tuple(_write(folder / name, contents) for name, contents in files.items())
         except Exception as error:  # noqa: BLE001 - reported, whatever it is
-            on_error(error)
+            on_end(error)
+        else:
+            on_end(written)
 
     threading.Thread(target=run, name=f"writing {folder.name}", daemon=True).start()
 
 
 def read_contents(path: Path) -> Contents:
-    """Read a file of a checkpoint.
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
+    """Read a file of a checkpoint; an InputError if it is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             values = json.loads(file.metadata()["values"])
@@ -144,12 +127,8 @@ def commit(checkpoint: Checkpoint) -> None:
     Raises:
         InputError: it cannot be written; the others are still there.
     """
-    body = {
-        "quantum": checkpoint.quantum,
-        "counts": dict(checkpoint.counts),
-        "fingerprint": dict(checkpoint.fingerprint),
-        "shards": [asdict(shard) for shard in checkpoint.shards],
-    }
+    body = asdict(checkpoint)
+    del body["folder"]
     text = json.dumps({"digest": _digest_of(body), "manifest": body}, indent=1) + "\n"
     path = checkpoint.folder / _MANIFEST
     try:
@@ -165,11 +144,7 @@ def commit(checkpoint: Checkpoint) -> None:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a request; all of its files are read once, to see that they are undamaged.
-
-    Returns:
-        It; None where there is none. Damaged ones are passed over.
-    """
+    """The newest whole checkpoint of a request, if any; damaged ones, of which all files are read, are passed over."""
     for place in sorted(_folders(folder), reverse=True):
         found = _load_manifest(place)
         if found is not None and all(_is_whole(place, shard) for shard in found.shards):
@@ -196,13 +171,8 @@ def _load_manifest(folder: Path) -> Checkpoint | None:
         body = loaded["manifest"]
         if loaded["digest"] != _digest_of(body):
             return None
-        return Checkpoint(
-            folder=folder,
-            quantum=int(body["quantum"]),
-            counts={str(name): int(count) for name, count in body["counts"].items()},
-            fingerprint=dict(body["fingerprint"]),
-            shards=tuple(Shard(**shard) for shard in body["shards"]),
-        )
+        shards = tuple(Shard(**shard) for shard in body.pop("shards"))
+        return Checkpoint(folder=folder, shards=shards, **body)
     except _DAMAGE:
         return None
 

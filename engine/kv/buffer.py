@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.host_copy import begin_host_copy, finish_host_copies
+from engine.host_memory import begin_host_copy, finish_host_copies
 from engine.kv.layout import KVLayout, LayoutState
 from engine.kv.selection import SelectionSettings, select
 from engine.video import KVOp
 from models.attention import Attention
-from models.protocols import KVGeometry
+from models.protocols import KVGeometry, KVView
 
 _BLOCK = 4096  # rows that are moved at once; bounds the scratch memory
 
@@ -149,22 +149,20 @@ class KVBuffer:
         else:
             self._publish(op.chunk)
 
-    def view(self, branch: int, chunk: int, keys_from: int | None, *, asks: bool) -> SliceView:
-        """What a chunk sees from chunk `keys_from` on; None for everything.
+    def view(self, branch: int | None, chunk: int, keys_from: int | None, *, asks: bool) -> KVView:
+        """What a chunk sees.
 
         Args:
-            branch: of guidance.
+            branch: of guidance; None for a context-free pass, in which a chunk sees itself only.
             chunk: whose view.
-            keys_from: first chunk that is attended to.
+            keys_from: first chunk that is attended to; None for everything.
             asks: its queries are those that the next compression asks with.
         """
         layout = self.layout
+        if branch is None:
+            return IsolatedView(self._attention)
         own, span = layout.rows(chunk), layout.span(keys_from, chunk)
         return SliceView(self._branches[branch], own, span, self._attention, asks=asks)
-
-    def isolated_view(self) -> IsolatedView:
-        """What a chunk sees in a context-free pass."""
-        return IsolatedView(self._attention)
 
     def kept_shares(self, chunks: int) -> Tensor:
         """Share of each past chunk's tokens that stands in the clean region, mean over layers, heads and branches.

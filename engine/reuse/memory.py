@@ -10,8 +10,9 @@ The memory is per chunk and bounded by the window. Shapes: latents and velocitie
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from engine.reuse.policy import Decision
@@ -20,11 +21,17 @@ from models.errors import InputError
 KINDS = ("residual", "velocity", "extrapolate")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Computed:
-    time: float
-    size: float
-    velocity: Tensor
+@dataclass(frozen=True, slots=True)
+class ComputedStep:
+    """A step that was computed."""
+
+    time: float  # before it
+    size: float  # what its velocity is multiplied with
+    velocity: Tensor  # [1, C, T, h, w]
+
+    def to(self, device: torch.device) -> ComputedStep:
+        """The same on a device."""
+        return replace(self, velocity=self.velocity.to(device))
 
 
 class ReuseMemory:
@@ -43,11 +50,11 @@ class ReuseMemory:
             raise InputError(f"the damping {damping} of extrapolation is not between 0 and 1")
         self._kind, self._damping = kind, damping
         self._keep = 2 if both or kind == "extrapolate" else 1
-        self._held: dict[int, tuple[_Computed, ...]] = {}
+        self._held: dict[int, tuple[ComputedStep, ...]] = {}
 
     def computed(self, chunk: int, *, time: float, size: float, velocity: Tensor) -> None:
-        """Remember a computed step: its time, its step size and its velocity."""
-        now = _Computed(time=time, size=size, velocity=velocity)
+        """Remember a computed step."""
+        now = ComputedStep(time, size, velocity)
         self._held[chunk] = (*self._held.get(chunk, ()), now)[-self._keep :]
 
     def increment(self, chunk: int, decision: Decision, *, time: float, size: float) -> Tensor:
@@ -66,13 +73,10 @@ class ReuseMemory:
         """A chunk has left the window."""
         self._held.pop(chunk, None)
 
-    def state(self) -> dict[int, list[tuple[float, float, Tensor]]]:
-        """Everything that is held, for a checkpoint."""
-        return {chunk: [(c.time, c.size, c.velocity) for c in held] for chunk, held in self._held.items()}
+    def state(self) -> dict[int, tuple[ComputedStep, ...]]:
+        """Everything that is held, by chunk."""
+        return dict(self._held)
 
-    def restore(self, state: Mapping[int, Sequence[tuple[float, float, Tensor]]]) -> None:
+    def restore(self, state: Mapping[int, Sequence[ComputedStep]]) -> None:
         """Go on from a saved state."""
-        self._held = {
-            chunk: tuple(_Computed(time=time, size=size, velocity=velocity) for time, size, velocity in held)
-            for chunk, held in state.items()
-        }
+        self._held = {chunk: tuple(held) for chunk, held in state.items()}

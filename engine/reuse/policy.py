@@ -1,7 +1,7 @@
 """Reuse policies: what was seen of a chunk goes in, whether to compute it comes out.
 
-Plain Python: a policy sees figures, never tensors, and does not know what is reused (`reuse.py`) or where it is
-computed. Its state is a few numbers per chunk of the window, and can be saved and restored.
+Plain Python: a policy sees figures, never tensors, and does not know what stands in for a step (`memory.py`) or where
+it is computed. Its state is a few numbers per chunk of the window, and can be saved and restored.
 """
 
 from __future__ import annotations

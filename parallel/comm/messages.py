@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import torch
 from torch import Tensor
 
-from engine.executor import Admission
+from engine.prepare import Admission
 from engine.video import WorkItem
 
 HEADER_BYTES = 2048

@@ -7,7 +7,7 @@ on workers as a loop. An error on any rank ends all of them with one message.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,9 +18,7 @@ import torch.distributed as dist
 
 from engine.engine import Engine
 from engine.kv.size import KVSettings
-from engine.reuse.flags import FlagLog
 from engine.reuse.settings import ReuseSettings
-from engine.schedule import Schedule
 from models.errors import InputError
 from models.protocols import Pipeline
 from parallel.comm.edges import Edges
@@ -71,12 +69,8 @@ class Gang:
         yield
         self._load_seconds = time.perf_counter() - began
 
-    def serve(self, stage: StageModel, new_log: Callable[[Schedule], FlagLog] = FlagLog) -> RankCounters:
+    def serve(self, stage: StageModel) -> RankCounters:
         """Serve with these layers until the leader lets go; on every rank but the leader.
-
-        Args:
-            stage: this rank's layers.
-            new_log: makes the log of a video's flags.
 
         Returns:
             What this rank has counted.
@@ -84,7 +78,7 @@ class Gang:
         Raises:
             GangError: another rank has failed.
         """
-        worker = StageWorker(stage, self._services, new_log)
+        worker = StageWorker(stage, self._services)
         worker.counters.load_seconds = self._load_seconds
         WorkerLoop(worker, self._edges(), self.tracer).run()
         counters = worker.finish()

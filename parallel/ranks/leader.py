@@ -18,9 +18,8 @@ from torch.distributed import Store
 
 from engine.checkpoint.files import Contents, Shard
 from engine.checkpoint.snapshot import RUN_FILE
-from engine.executor import Admission
 from engine.kv.buffer import KVBuffer
-from engine.prepare import Prepared
+from engine.prepare import Admission
 from engine.reuse.flags import FlagLog
 from engine.reuse.policy import Decision
 from engine.video import Work, WorkItem
@@ -62,18 +61,17 @@ class Leader:
         """Velocities that are still to come."""
         return self._outstanding + len(self._undelivered)
 
-    def admit(self, video: int, prepared: Prepared, checkpoint: Path | None) -> None:
+    def admit(self, admission: Admission) -> None:
         """Take a video in on all ranks.
 
         Raises:
             InputError: this layout cannot serve it, or the checkpoint does not fit it.
         """
-        admission = Admission.of(video, prepared, checkpoint)
         self.worker.admit(admission)
-        self._edges.announce(Header(kind=Kind.ADMIT, request=video), pack_admit(admission))
+        self._edges.announce(Header(kind=Kind.ADMIT, request=admission.video), pack_admit(admission))
         log = FlagLog(admission.schedule)
-        log.restore(self.worker.flags(video).state())
-        self._decided[video] = (log, [])
+        log.restore(self.worker.flags(admission.video).state())
+        self._decided[admission.video] = (log, [])
 
     def decided(self, video: int, decision: Decision) -> None:
         """Keep a flag for the next header."""

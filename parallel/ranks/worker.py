@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.distributed import Store
 
 from engine.checkpoint.files import Contents, Shard, write_async
-from engine.executor import Admission, Stage, TokenShard
+from engine.executor import Stage, TokenShard
 from engine.kv.buffer import KVBuffer
+from engine.prepare import Admission
 from engine.reuse.flags import FlagLog
-from engine.schedule import Schedule
 from engine.video import WorkItem
 from models.attention import Attention
 from models.errors import InputError
@@ -68,17 +68,14 @@ class StageWorker:
     Args:
         stage: the layers.
         services: of this rank.
-        new_log: makes the log of a video's flags.
     """
 
-    def __init__(
-        self, stage: StageModel, services: RankServices, new_log: Callable[[Schedule], FlagLog] = FlagLog
-    ) -> None:
+    def __init__(self, stage: StageModel, services: RankServices) -> None:
         mesh, model = services.mesh, stage.model
         self._mesh, self._groups, self._store = mesh, services.groups, services.store
         self._monitor, self._tracer = services.monitor, services.tracer
         place = {"stage": mesh.stage, "cp_rank": mesh.cp_rank}
-        self._stage = Stage(model, stage.attention, rank=mesh.rank, place=place, new_log=new_log)
+        self._stage = Stage(model, stage.attention, rank=mesh.rank, place=place)
         self._splits: dict[int, TokenSplit] = {}
         self._timer = DeviceTimer(model.kv.device)
         layers = model.kv.layers
@@ -177,34 +174,30 @@ class StageWorker:
         """Take a snapshot of a video's KV and begin to write it; later items do not touch it.
 
         The writer's thread leaves the names of the files in the store, so a slow disk holds up no rank's loop. A file
-        that cannot be written ends the gang.
+        that cannot be written ends the gang, and so do flags that are not the leader's.
 
         Args:
             header: of the message that asks for it.
             folder: of the checkpoint.
             others: what else to write, by file name.
             on_done: called in the thread once all is written.
-
-        Raises:
-            FlagMismatch: this rank's flags are not the leader's.
         """
 
-        def written(shards: tuple[Shard, ...]) -> None:
-            self._store.set(saved_key(folder, self._mesh.rank), json.dumps([asdict(shard) for shard in shards]))
-            on_done()
+        def ended(written: tuple[Shard, ...] | Exception) -> None:
+            if isinstance(written, InputError):
+                self._monitor.fail(str(written), status=BAD_INPUT)
+            elif isinstance(written, Exception):
+                self._monitor.fail(f"{self._mesh.name(self._mesh.rank)}: {type(written).__name__}: {written}")
+            else:
+                self._store.set(saved_key(folder, self._mesh.rank), json.dumps([asdict(shard) for shard in written]))
+                on_done()
 
         with self._working(f"request {header.request}, snapshot"):
             began = time.perf_counter()
             self._follow(header)
-            write_async(folder, {**self._stage.snapshot(header.request), **(others or {})}, written, self._not_written)
+            write_async(folder, {**self._stage.snapshot(header.request), **(others or {})}, ended)
             self.counters.checkpoints += 1
             self._tracer.add("snapshot", began)
-
-    def _not_written(self, error: Exception) -> None:
-        if isinstance(error, InputError):
-            self._monitor.fail(str(error), status=BAD_INPUT)
-        else:
-            self._monitor.fail(f"{self._mesh.name(self._mesh.rank)}: {type(error).__name__}: {error}")
 
     @contextmanager
     def _working(self, what: str) -> Iterator[None]:

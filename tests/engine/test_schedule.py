@@ -13,10 +13,7 @@ def schedules(draw):
     window = draw(st.integers(1, 6))
     first = draw(st.integers(0, 5))
     return Schedule(
-        first=first,
-        chunks=first + draw(st.integers(1, 12)),
-        num_steps=window * draw(st.integers(1, 5)),
-        window=window,
+        first=first, chunks=first + draw(st.integers(1, 12)), num_steps=window * draw(st.integers(1, 5)), window=window
     )
 
 

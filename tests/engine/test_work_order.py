@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engine.kv.layout import KVLayout
 from engine.kv.size import clean_chunks
-from engine.noise import SeededNoise
+from engine.request import seeded_noise
 from engine.reuse.policy import NoReuse
 from engine.reuse.settings import ReuseSettings
 from engine.video import Reuse, VideoRun, VideoShape
@@ -24,7 +24,7 @@ def new_run(*, chunks, prefix_frames, window, num_steps, ranges, guided=False, c
     prefix = torch.zeros(1, 1, prefix_frames, 1, 1) if prefix_frames else None
     reuse = Reuse(policy=NoReuse(), memory=ReuseSettings().new_memory(), patches=lambda x: x, observe=False)
     run = VideoRun(
-        7, shape, sampling, SeededNoise(0), reuse, prefix=prefix, compressed=compressed, device=torch.device("cpu")
+        7, shape, sampling, seeded_noise(0), reuse, prefix=prefix, compressed=compressed, device=torch.device("cpu")
     )
     return run, sampling
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from engine import executor
 from engine.checkpoint.files import CheckpointConfig
 from engine.kv.size import KVSettings
 from engine.record import Recorder
@@ -55,13 +56,13 @@ def wanted(values):
     return made
 
 
-def videos(gang, values, out, flag_log=FlagLog, wrap=lambda model: model):
+def videos(gang, values, out, wrap=lambda model: model):
     """Make videos; the lead saves latents, flags, counts and the items that its stage was given."""
     config = small_config(**values.get("config", {}))
     pipeline = stage_pipeline(config, gang.mesh, values.get("split"), device=gang.device)
     pipeline.model = wrap(pipeline.model)
     if not gang.mesh.leads:
-        gang.serve(pipeline.stage, flag_log)
+        gang.serve(pipeline.stage)
         return
     cache, kv = settings(values)
     requests = wanted(values)
@@ -152,7 +153,8 @@ def trouble(gang, values, out):
         videos(gang, values, out)
         return
     if values["action"] == "flip":
-        videos(gang, values, out, flag_log=_Flipping)
+        executor.FlagLog = _Flipping
+        videos(gang, values, out)
         return
     if values["action"] == "input":
         raise InputError("the weights have gone for a walk")
