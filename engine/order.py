@@ -19,7 +19,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from engine.checkpoint.checkpointer import Checkpointer
+from engine.checkpoint.files import Checkpointer
 from engine.reuse.policy import Decision, Observation
 from engine.schedule import Quantum, Tick
 from engine.video import VideoRun, Work, WorkItem

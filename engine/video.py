@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.request import Noise
-from engine.reuse.memory import ComputedStep, ReuseMemory
 from engine.reuse.policy import Decision, Observation, Policy
+from engine.reuse.settings import ComputedStep, ReuseMemory
 from engine.schedule import Schedule, Tick
 from models.protocols import Pass, Sampling
 

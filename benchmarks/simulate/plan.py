@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.common import search
 from engine.record import NOT_ACTIVE
-from engine.reuse.memory import ReuseMemory
-from engine.reuse.policy import ChunkPolicy, Decision, NoReuse, Observation
+from engine.reuse.policy import ChunkPolicy, Decision, Observation, Policy
+from engine.reuse.settings import ReuseMemory
 from engine.schedule import Schedule, Tick
 from engine.video import Reuse, VideoRun, VideoShape, Work
 from models.errors import InputError
@@ -80,7 +80,7 @@ class VideoPlan:
         return sum(sum(self.cost(one)) for one in self.work)
 
 
-class _FlagPolicy(NoReuse):
+class _FlagPolicy(Policy):
     """Decides as flags say.
 
     Args:

@@ -15,13 +15,11 @@ from torch import Tensor
 
 from engine.checkpoint.files import Contents
 from engine.host_memory import begin_host_copy, finish_host_copies
-from engine.kv.buffer import KVState, LayerState
-from engine.kv.layout import LayoutState
+from engine.kv.buffer import KVState, LayerKV, LayoutState
 from engine.kv.size import KVSettings
 from engine.request import Request
 from engine.reuse.flags import FlagState
-from engine.reuse.memory import ComputedStep
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.settings import ComputedStep, ReuseSettings
 from engine.video import KVOp, VideoState
 from models.protocols import Pipeline
 
@@ -86,10 +84,10 @@ def unpack_shard(contents: Contents) -> tuple[KVState, FlagState]:
     """From what `pack_shard` gave."""
     values, tensors = contents.values, contents.tensors
     layers = {
-        (branch, layer): LayerState(
-            kv=tensors[f"{branch}.{layer}.kv"],
-            queries=tensors.get(f"{branch}.{layer}.queries"),
-            origin=tensors.get(f"{branch}.{layer}.origin"),
+        (branch, layer): LayerKV(
+            tensors[f"{branch}.{layer}.kv"],
+            tensors.get(f"{branch}.{layer}.queries"),
+            tensors.get(f"{branch}.{layer}.origin"),
         )
         for branch, layer in values["layers"]
     }

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.kv.buffer import Compression, KVBuffer
-from engine.kv.layout import KVLayout
+from engine.kv.buffer import KVBuffer, KVLayout
 from engine.kv.selection import SelectionSettings
 from engine.schedule import Schedule
 from models.attention import Attention
@@ -45,12 +44,14 @@ class KVPlan:
 
     def allocate(self, geometry: KVGeometry, attention: Attention) -> KVBuffer:
         """The buffers of the layers and heads of a geometry."""
-        compression = None
-        if self.selection is not None:
-            compression = Compression(
-                settings=self.selection, query_heads=geometry.query_heads, frame_tokens=self.frame_tokens
-            )
-        return KVBuffer(self._layout(), geometry, branches=self.branches, attention=attention, compression=compression)
+        return KVBuffer(
+            self._layout(),
+            geometry,
+            attention,
+            branches=self.branches,
+            frame_tokens=self.frame_tokens,
+            selection=self.selection,
+        )
 
     def nbytes(self, geometry: KVGeometry) -> int:
         """Bytes that `allocate` takes: keys, values, and the bookkeeping of compression."""
@@ -68,14 +69,7 @@ class KVPlan:
 
 
 def plan_kv(sampling: Sampling, schedule: Schedule, settings: KVSettings, *, chunk_tokens: int) -> KVPlan:
-    """What a video holds.
-
-    Args:
-        sampling: of the family; says how far back a chunk looks.
-        schedule: of the video.
-        settings: memory policy.
-        chunk_tokens: tokens of one of its chunks.
-    """
+    """What a video with chunks of so many tokens holds."""
     return KVPlan(
         chunk_tokens=chunk_tokens,
         frame_tokens=chunk_tokens // sampling.chunk_width,

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kv.buffer import Compression, KVBuffer
-from engine.kv.layout import KVLayout
+from engine.kv.buffer import KVBuffer, KVLayout
 from engine.kv.selection import SelectionSettings, importance, redundancy, select
 from engine.video import KVOp
 from models.attention import attention_backend
@@ -66,10 +65,9 @@ def new_buffer(budget, window, chunks, retention, branches=1):
         layers=range(2), query_heads=4, key_heads=HEADS, head_size=SIZE, dtype=torch.float32, device=torch.device("cpu")
     )
     layout = KVLayout(chunk_tokens=CHUNK, clean_tokens=min(budget, chunks - 1) * CHUNK, window=window, chunks=chunks)
-    compression = Compression(
-        settings=SelectionSettings(retention=retention, query_tokens=3), query_heads=4, frame_tokens=FRAME
-    )
-    return KVBuffer(layout, geometry, branches=branches, attention=attention_backend("sdpa"), compression=compression)
+    selection = SelectionSettings(retention=retention, query_tokens=3)
+    attention = attention_backend("sdpa")
+    return KVBuffer(layout, geometry, attention, branches=branches, frame_tokens=FRAME, selection=selection)
 
 
 def mark(chunk, layer):

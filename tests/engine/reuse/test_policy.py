@@ -5,9 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.reuse.memory import ReuseMemory
 from engine.reuse.policy import ChunkPolicy, Decision, Observation, WindowPolicy
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.settings import ReuseMemory, ReuseSettings
 from models.errors import InputError
 
 
