@@ -213,7 +213,7 @@ def _make_on_gang(gang: Gang, workload: Workload, pipeline: MagiPipeline, hop: f
         latents=tuple(tuple(digest(one) for one in latents) for latents, _ in made),
         first_chunk=made[0][1],
         decisions=_decisions(recorders),
-        ranks=tuple(asdict(one) for one in counters.ranks),
+        ranks=tuple(asdict(one) for one in counters),
         hop=hop,
     )
 

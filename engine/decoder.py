@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class DecoderHung(Exception):  # noqa: N818 - reads as what it says
 @dataclass(slots=True)
 class _Video:
     left: int = 0  # chunks that are still to be decoded
-    ready: deque[Chunk] | None = None  # None once nobody wants them
+    ready: deque[Chunk] | None = field(default_factory=deque)  # None once nobody wants them
 
 
 class Decoder:
@@ -50,7 +50,7 @@ class Decoder:
 
     Args:
         autoencoder: latents to frames.
-        device: where the latents are.
+        device: of the latents.
         on_decoded: called in the thread after each chunk, with `time.perf_counter()` at its start.
         check: called while the caller waits; raises if the run has failed elsewhere.
         limits: seconds that the first chunk, and any other, may take.
@@ -77,16 +77,11 @@ class Decoder:
         self._thread.start()
 
     def put(self, video: int, index: int, latents: Tensor) -> None:
-        """Have a finished chunk [1, C, t, h, w] decoded; waits while too many are undecoded.
-
-        Raises:
-            DecoderHung: the chunk before it does not come out.
-        """
+        """Have a finished chunk [1, C, t, h, w] decoded; waits while too many are undecoded, and raises as `get`."""
         with self._changed:
-            held = self._videos.setdefault(video, _Video(ready=deque()))
+            held = self._videos.setdefault(video, _Video())
             held.left += 1
-        latents = latents.detach()
-        ready = None
+        latents, ready = latents.detach(), None
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._device))
@@ -110,13 +105,10 @@ class Decoder:
                 held = self._videos.get(video)
                 if held is None:
                     return None
-                if held.ready:
-                    chunk = held.ready.popleft()
+                if held.ready or not wait or not held.left:
+                    chunk = held.ready.popleft() if held.ready else None
                     self._forget_if_done(video)
                     return chunk
-                if not wait or not held.left:
-                    self._forget_if_done(video)
-                    return None
                 self._changed.wait(_POLL_INTERVAL)
 
     def pending(self, video: int) -> bool:
@@ -146,9 +138,9 @@ class Decoder:
         if self._error is not None:
             raise self._error
         self._check()
-        began, limit = self._began, self._limits[0 if not self._decoded else 1]
-        if began is not None and time.perf_counter() - began > limit:
-            raise DecoderHung(f"decoding of a chunk has not come on for {time.perf_counter() - began:.0f} s")
+        took = 0.0 if (began := self._began) is None else time.perf_counter() - began
+        if took > self._limits[bool(self._decoded)]:
+            raise DecoderHung(f"decoding of a chunk has not come on for {took:.0f} s")
 
     def _run(self) -> None:
         stream = None

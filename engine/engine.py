@@ -1,10 +1,7 @@
 """The one loop that makes videos: requests in, chunks out, several at a time.
 
 `WorkOrder` says what may begin next in each video; the engine begins what has been ready longest, takes results in, and
-hands finished chunks out. Where items are run is a `Runner`'s business: this process, or the leader of a gang of ranks.
-Nothing waits as long as any video has something to begin.
-
-A caller that makes one video calls `generate`; one that schedules several calls `submit` and `step`.
+hands finished chunks out. A `Runner` runs the items. Nothing waits as long as any video has something to begin.
 """
 
 from __future__ import annotations
@@ -84,7 +81,7 @@ class _Video:
 
 
 class Engine:
-    """Makes videos with one loaded model.
+    """Makes videos with one loaded model: one by `generate`, several at once by `submit` and `step`.
 
     Args:
         pipeline: the model; on ranks only the first stage's layers need to be there.
@@ -109,13 +106,10 @@ class Engine:
     ) -> None:
         self._pipeline, self._reuse, self._kv, self._identity = pipeline, reuse, kv, identity
         self._runner: Runner = runner or LocalRunner(pipeline.model, pipeline.attention)
-        self._barrier, self._on_decoded = barrier, on_decoded
+        self._barrier, self._on_decoded, self._wake = barrier, on_decoded, threading.Event()
         self._decoder: Decoder | None = None
         self._videos: dict[int, _Video] = {}
         self._numbers = 0
-        self._wake = threading.Event()
-
-    # ---- several videos
 
     @property
     def in_flight(self) -> int:
@@ -139,12 +133,8 @@ class Engine:
     ) -> Submission:
         """Encode a request and look for its last checkpoint: what takes long before a video can begin.
 
-        It touches no video in flight, and so may be called by another thread while this one steps.
-
-        Args:
-            request: what to make.
-            checkpoint: where checkpoints are.
-            stored: chunks that are in safe hands; a checkpoint after them is of no use and is deleted. None for all.
+        It touches no video in flight, and so may be called by another thread while this one steps. `stored` chunks are
+        in safe hands, None for all; a checkpoint after them is of no use and is deleted.
 
         Raises:
             InputError: the model cannot take it, or the checkpoint is of another request, model, layout or setting.
@@ -219,7 +209,8 @@ class Engine:
             checkpointer = Checkpointer(what.checkpoint, what.fingerprint, start, save, saved)
         decided = partial(self._decided, number)
         order = WorkOrder(run, barrier=self._barrier, on_decision=decided, gate=gate, keep=checkpointer, start=start)
-        self._videos[number] = _Video(run, order, reporter, checkpointer, decode, stored, handed_out=reporter.delivered)
+        first = reporter.counts["chunks"]
+        self._videos[number] = _Video(run, order, reporter, checkpointer, decode, stored, handed_out=first)
         return number
 
     def step(self) -> list[ChunkResult]:
@@ -236,11 +227,9 @@ class Engine:
         for video in self._videos.values():
             if video.checkpointer is not None:
                 video.checkpointer.poll(video.handed_out if video.stored is None else video.stored())
-        idle = all(video.released for video in self._videos.values())
-        if not idle:
+        if not self._idle():
             self._advance()
-            idle = all(video.released for video in self._videos.values())
-        results = []
+        idle, results = self._idle(), []
         for number, video in list(self._videos.items()):
             while (chunk := self._next_chunk(number, video, wait=idle)) is not None:
                 results.append(ChunkResult(video=number, chunk=chunk))
@@ -269,19 +258,10 @@ class Engine:
             self._decoder.close()
             self._decoder = None
 
-    # ---- one video
-
     def generate(
         self, request: Request, on_progress: OnProgress | None = None, recorder: Recorder | None = None
     ) -> Iterator[Chunk]:
-        """Make a video while no other is in flight, chunk by chunk.
-
-        Yields:
-            Chunks in order, as soon as each is finished.
-
-        Raises:
-            InputError: the model cannot make what is asked for.
-        """
+        """Make a video while no other is in flight, and yield its chunks in order; raises as `submit` and `step`."""
         yield from self._chunks(self.submit(request, on_progress=on_progress, recorder=recorder))
 
     def generate_latents(
@@ -305,8 +285,6 @@ class Engine:
             self.cancel(number)
             raise
 
-    # ---- the loop
-
     def _advance(self) -> None:
         """Take results in, and begin the work that has been ready longest, or wait for a result."""
         self._runner.check()
@@ -319,8 +297,12 @@ class Engine:
             work = video.order.take()
             self._runner.begin(work)
             video.reporter.retired([op.chunk for op in work.item.before if op.kind == "retire"])
-        elif any(not video.released for video in self._videos.values()):
+        elif not self._idle():
             self._wait()
+
+    def _idle(self) -> bool:
+        """All work of all videos is done, but for decoding."""
+        return all(video.released for video in self._videos.values())
 
     def _first_ready(self) -> int | None:
         """The video whose next work has been ready longest."""
@@ -380,8 +362,8 @@ class Engine:
 
     def _finished(self, number: int, video: _Video, latents: Tensor) -> None:
         """Have a chunk decoded, or hand out its latents alone."""
-        index = video.reporter.delivered
-        video.reporter.delivered += 1
+        index = video.reporter.counts["chunks"]
+        video.reporter.counts["chunks"] += 1
         if not video.decodes:
             video.chunks.append(Chunk(index=index, latents=latents, frames=None))
             return
@@ -400,4 +382,4 @@ class Engine:
         video = self._videos[number]
         self._collect(number, video)  # so that the counts are those of all ticks before
         self._runner.save(number, folder, pack_run(video.run.state()), self._wake.set)
-        return video.reporter.counts()
+        return dict(video.reporter.counts)

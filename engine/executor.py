@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -60,10 +59,10 @@ class Stage:
     """
 
     def __init__(
-        self, model: VideoModel, attention: Attention, *, rank: int = 0, place: Mapping[str, int] = MappingProxyType({})
+        self, model: VideoModel, attention: Attention, *, rank: int = 0, place: Mapping[str, int] | None = None
     ) -> None:
         self.model, self._attention, self._file = model, attention, rank_file(rank)
-        self._place = {"layers": [model.kv.layers.start, model.kv.layers.stop], **place}
+        self._place = {"layers": [model.kv.layers.start, model.kv.layers.stop], **(place or {})}
         self._videos: dict[int, _Held] = {}
 
     def admit(
@@ -146,20 +145,15 @@ class Stage:
 class Runner(Protocol):
     """Runs the items of videos, in the order in which they are begun."""
 
-    @property
-    def layout(self) -> Mapping[str, int]:
-        """Ranks: `pp` stages of `cp` each. A checkpoint is taken up by the same layout only."""
+    layout: Mapping[str, int]
+    """Ranks: `pp` stages of `cp` each. A checkpoint is taken up by the same layout only."""
 
     @property
     def pending(self) -> int:
         """Velocities that are still to come."""
 
     def admit(self, admission: Admission) -> None:
-        """Take a video in.
-
-        Raises:
-            InputError: it cannot be held, or its checkpoint does not fit.
-        """
+        """Take a video in; an InputError if it cannot be held, or its checkpoint does not fit."""
 
     def decided(self, video: int, decision: Decision) -> None:
         """A chunk-step was decided; called in the order (tick, chunk)."""
@@ -180,8 +174,7 @@ class Runner(Protocol):
     def saved(self, video: int) -> tuple[Shard, ...] | None:
         """The files of the checkpoint that was begun last, once all ranks have written; None before.
 
-        Raises:
-            InputError: one cannot be written.
+        An InputError says which cannot be written.
         """
 
     def release(self, video: int) -> None:
@@ -189,18 +182,21 @@ class Runner(Protocol):
 
     def check(self) -> None:
         """Raise if something has failed elsewhere."""
+        return None
 
     def waiting(self) -> AbstractContextManager[None]:
         """Around a wait for results, permits or disks."""
+        return nullcontext()
 
     def close(self) -> None:
         """Let all ranks go, after what is under way."""
+        return None
 
 
-class LocalRunner:
+class LocalRunner(Runner):
     """Runs items on a whole model in this process, at once."""
 
-    layout: Mapping[str, int] = {"pp": 1, "cp": 1}
+    layout = {"pp": 1, "cp": 1}
 
     def __init__(self, model: VideoModel, attention: Attention) -> None:
         self._stage = Stage(model, attention)
@@ -257,13 +253,3 @@ class LocalRunner:
         """Let go of a video."""
         self._stage.release(video)
         self._results = [result for result in self._results if result[0].request != video]
-
-    def check(self) -> None:
-        """Nothing fails elsewhere."""
-
-    def waiting(self) -> AbstractContextManager[None]:
-        """Around a wait."""
-        return nullcontext()
-
-    def close(self) -> None:
-        """Nothing is to be ended."""

@@ -36,12 +36,7 @@ def publish(part: Path, path: Path) -> None:
 def atomic_write(path: Path, what: str = "") -> Iterator[BinaryIO]:
     """A binary file that appears under `path` when the context ends well, and leaves nothing behind otherwise.
 
-    Args:
-        path: of the file; an older one is replaced.
-        what: it is, for the message of an error, such as "the record".
-
-    Raises:
-        InputError: it cannot be written.
+    An older file is replaced. An InputError names the file, and `what` it is, if it cannot be written.
     """
     part = part_of(path)
     with write_errors(path, what):
@@ -56,13 +51,7 @@ def atomic_write(path: Path, what: str = "") -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def write_errors(path: Path, what: str = "", kinds: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn errors of the system into one line about the file.
-
-    Args:
-        path: that is written.
-        what: it is, for people.
-        kinds: errors of libraries to treat likewise.
-    """
+    """Turn errors of the system, and `kinds` of libraries, into one line about the file and what it is."""
     expected: tuple[type[Exception], ...] = (OSError, *kinds)
     try:
         yield
@@ -86,10 +75,10 @@ def remove_stale_parts(folder: Path) -> None:
 def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
+    except PermissionError:
+        pass
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:
-        return True
     return True
 
 

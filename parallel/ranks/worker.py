@@ -1,24 +1,24 @@
 """Every rank but the leader: receive what comes, run it on this rank's layers, send it on.
 
 `StageWorker` is one rank's part of the computation, and the leader has one too: its layers, its heads of the KV, the
-flags it was sent, and what it counts. `WorkerLoop` works off the stream of messages in order and decides nothing; there
-is no other synchronisation.
+flags it was sent, and what it counts. `serve` works off the stream of messages in order and decides nothing; there is
+no other synchronisation.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed import Store
 
 from engine.checkpoint.files import Contents, Shard, write_async
+from engine.checkpoint.snapshot import RUN_FILE
 from engine.executor import Stage, TokenShard
 from engine.kv.buffer import KVBuffer
 from engine.prepare import Admission
@@ -27,13 +27,10 @@ from engine.video import WorkItem
 from models.attention import Attention
 from models.errors import InputError
 from models.protocols import VideoModel
-from parallel.comm.edges import Edges
-from parallel.comm.groups import Groups
+from parallel.comm.edges import Edges, RankServices
 from parallel.comm.messages import Header, Kind, Message, unpack_admit, unpack_json
 from parallel.comm.ulysses import TokenSplit, UlyssesShard, local_heads
 from parallel.health.errors import BAD_INPUT
-from parallel.health.monitor import Monitor
-from parallel.topology.mesh import Mesh
 from parallel.trace.counters import DeviceTimer, OnMeasured, RankCounters
 from parallel.trace.tracer import Tracer
 
@@ -44,17 +41,6 @@ class StageModel:
 
     model: VideoModel
     attention: Attention  # what KV views attend with
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RankServices:
-    """What a rank has besides its layers."""
-
-    mesh: Mesh
-    groups: Groups  # for the exchange with the other ranks of the stage
-    store: Store  # where ranks leave small things for the leader
-    monitor: Monitor  # notified of what this rank does
-    tracer: Tracer
 
 
 def describe(item: WorkItem) -> str:
@@ -68,9 +54,10 @@ class StageWorker:
     Args:
         stage: the layers.
         services: of this rank.
+        load_seconds: that loading the layers took.
     """
 
-    def __init__(self, stage: StageModel, services: RankServices) -> None:
+    def __init__(self, stage: StageModel, services: RankServices, load_seconds: float) -> None:
         mesh, model = services.mesh, stage.model
         self._mesh, self._groups, self._store = mesh, services.groups, services.store
         self._monitor, self._tracer = services.monitor, services.tracer
@@ -86,6 +73,7 @@ class StageWorker:
             layers=(layers.start, layers.stop),
             transfer=services.groups.transfer,
             weight_bytes=model.weight_bytes,
+            load_seconds=load_seconds,
         )
 
     def ready(self) -> None:
@@ -98,11 +86,7 @@ class StageWorker:
         return self.counters
 
     def admit(self, admission: Admission) -> None:
-        """Take a video in.
-
-        Raises:
-            InputError: this layout cannot serve it.
-        """
+        """Take a video in; an InputError if this layout cannot serve it."""
         ranks, tokens = self._mesh.layout.cp, admission.kv.chunk_tokens
         if tokens < ranks:
             raise InputError(f"a chunk has {tokens} tokens, too few for --cp {ranks}")
@@ -115,22 +99,14 @@ class StageWorker:
         self._splits[admission.video] = split
 
     def release(self, header: Header) -> None:
-        """Let go of a video; its flags must be the leader's.
-
-        Raises:
-            FlagMismatch: they are not.
-        """
+        """Let go of a video; a FlagMismatch if its flags are not the leader's."""
         self._follow(header)
         self.counters.digests[str(header.request)] = self._stage.flags(header.request).digest.hex()
         self._stage.release(header.request)
         self._splits.pop(header.request)
 
     def run(self, header: Header, hidden: Tensor) -> Tensor:
-        """Run an item on hidden states [1, s, D] of this rank's tokens.
-
-        Raises:
-            FlagMismatch: this rank's flags are not the leader's.
-        """
+        """Run an item on hidden states [1, s, D] of this rank's tokens; a FlagMismatch as in `release`."""
         item = header.item
         assert item is not None
         with self._working(describe(item)):
@@ -165,11 +141,7 @@ class StageWorker:
         return self._stage.flags(video)
 
     def save(
-        self,
-        header: Header,
-        folder: Path,
-        others: Mapping[str, Contents] | None = None,
-        on_done: Callable[[], None] = lambda: None,
+        self, header: Header, folder: Path, run: Contents | None = None, on_done: Callable[[], None] = lambda: None
     ) -> None:
         """Take a snapshot of a video's KV and begin to write it; later items do not touch it.
 
@@ -179,7 +151,7 @@ class StageWorker:
         Args:
             header: of the message that asks for it.
             folder: of the checkpoint.
-            others: what else to write, by file name.
+            run: the state of the run, which the leader writes too.
             on_done: called in the thread once all is written.
         """
 
@@ -195,7 +167,8 @@ class StageWorker:
         with self._working(f"request {header.request}, snapshot"):
             began = time.perf_counter()
             self._follow(header)
-            write_async(folder, {**self._stage.snapshot(header.request), **(others or {})}, ended)
+            files = self._stage.snapshot(header.request) | ({} if run is None else {RUN_FILE: run})
+            write_async(folder, files, ended)
             self.counters.checkpoints += 1
             self._tracer.add("snapshot", began)
 
@@ -217,64 +190,52 @@ def saved_key(folder: Path, rank: int) -> str:
     return f"saved/{folder.name}/{rank}"
 
 
-class WorkerLoop:
-    """Serves until the leader says that nothing more will come.
+def serve(worker: StageWorker, edges: Edges, tracer: Tracer) -> None:
+    """Work off the stream of messages until the leader says that nothing more will come.
 
-    Args:
-        worker: this rank's layers.
-        edges: its messages.
-        tracer: takes how long it waited.
+    Raises:
+        GangError: another rank has failed.
+        FlagMismatch: the flags that this rank was sent do not add up.
     """
+    counters = worker.counters
+    worker.ready()
+    while True:
+        began = time.perf_counter()
+        message = edges.receive()
+        header = message.header
+        counters.waiting += message.waited
+        tracer.add("wait", began)
+        if header.kind is Kind.ITEM:
+            counters.item_bytes += message.nbytes
+            _run(worker, edges, message)
+        elif header.kind is Kind.ADMIT:
+            assert message.payload is not None
+            edges.announce(header, message.payload)
+            worker.admit(unpack_admit(message.payload))
+        elif header.kind is Kind.RELEASE:
+            edges.announce(header)
+            worker.release(header)
+        elif header.kind is Kind.CHECKPOINT:
+            counters.checkpoint_bytes += message.nbytes
+            edges.announce(header, message.payload)  # first, so that all ranks write at the same time
+            worker.save(header, Path(unpack_json(message.payload)))
+        elif header.kind is Kind.LEAVE:
+            counters.sent_bytes = edges.leave()
+            return
 
-    def __init__(self, worker: StageWorker, edges: Edges, tracer: Tracer) -> None:
-        self._worker, self._edges, self._tracer = worker, edges, tracer
 
-    def run(self) -> None:
-        """Work off the stream.
-
-        Raises:
-            GangError: another rank has failed.
-            FlagMismatch: the flags that this rank was sent do not add up.
-        """
-        worker, edges, counters = self._worker, self._edges, self._worker.counters
-        worker.ready()
-        while True:
-            began = time.perf_counter()
-            message = edges.receive()
-            header = message.header
-            counters.waiting += message.waited
-            self._tracer.add("wait", began)
-            if header.kind is Kind.ITEM:
-                counters.item_bytes += message.nbytes
-                self._run(message)
-            elif header.kind is Kind.ADMIT:
-                assert message.payload is not None
-                edges.announce(header, message.payload)
-                worker.admit(unpack_admit(message.payload))
-            elif header.kind is Kind.RELEASE:
-                edges.announce(header)
-                worker.release(header)
-            elif header.kind is Kind.CHECKPOINT:
-                counters.checkpoint_bytes += message.nbytes
-                edges.announce(header, message.payload)  # first, so that all ranks write at the same time
-                worker.save(header, Path(unpack_json(message.payload)))
-            elif header.kind is Kind.LEAVE:
-                edges.leave()
-                counters.sent_bytes = edges.sent_bytes
-                return
-
-    def _run(self, message: Message) -> None:
-        header, edges, worker = message.header, self._edges, self._worker
-        assert message.payload is not None and header.item is not None
-        hidden = worker.run(header, message.payload)
-        edges.send_on(header, hidden)
-        if not header.item.what.weight:
-            return  # run for its KV alone: nobody waits for its velocity
-        if edges.reads_velocity:
-            velocity = read_velocity(worker, edges, header, hidden)
-            edges.send_result(Header(kind=Kind.VELOCITY, request=header.request, item=header.item), velocity)
-        elif edges.is_tail:
-            edges.send_part(header, hidden)
+def _run(worker: StageWorker, edges: Edges, message: Message) -> None:
+    header = message.header
+    assert message.payload is not None and header.item is not None
+    hidden = worker.run(header, message.payload)
+    edges.send_on(header, hidden)
+    if not header.item.what.weight:
+        return  # run for its KV alone: nobody waits for its velocity
+    if edges.reads_velocity:
+        velocity = read_velocity(worker, edges, header, hidden)
+        edges.send_result(Header(kind=Kind.VELOCITY, request=header.request, item=header.item), velocity)
+    elif edges.is_tail:
+        edges.send_part(header, hidden)
 
 
 def read_velocity(worker: StageWorker, edges: Edges, header: Header, hidden: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def videos(gang, values, out, wrap=lambda model: model):
             "flags": {video: torch.from_numpy(trace.finish({}).flags) for video, trace in traces.items()},
             "kept": {video: torch.from_numpy(trace.finish({}).kept) for video, trace in traces.items()},
             "items": {video: torch.from_numpy(trace.finish({}).tick_items) for video, trace in traces.items()},
-            "reports": reports.ranks,
+            "reports": reports,
         },
         out,
     )
@@ -174,9 +174,9 @@ class _Flipping(FlagLog):
 
 def separate_payloads(gang):
     """Send payloads as they are sent between GPUs: by themselves, on the main thread."""
-    groups = gang._groups
+    groups = gang._services.groups
     links = {edge: replace(link, payloads=link.headers) for edge, link in groups.links.items()}
-    gang._groups = replace(groups, links=links)
+    gang._services = replace(gang._services, groups=replace(groups, links=links))
 
 
 def goldens(gang, values, out):
@@ -217,7 +217,7 @@ def abandoned(gang, values, out):
             whole += [made.chunk.latents for made in engine.step() if made.video == kept]
     with gang.lead(pipeline) as (engine, second):
         again = [chunk.latents for chunk in engine.generate(request(seed=2))]
-    reports = [first.ranks, second.ranks]
+    reports = [first, second]
     torch.save({"latents": [whole, again], "refused": refused, "reports": reports}, out)
 
 
@@ -320,7 +320,7 @@ def kept(gang, values, out):
                 cut -= 1
                 if not cut:
                     os.kill(os.getpid(), signal.SIGKILL)
-    torch.save({"resumed": resumed, "wholes": sorted(wholes), "reports": reports.ranks}, out)
+    torch.save({"resumed": resumed, "wholes": sorted(wholes), "reports": reports}, out)
 
 
 class _Held:
