@@ -44,18 +44,12 @@ T = TypeVar("T")
 class Kind(IntEnum):
     """What a message is about."""
 
-    ADMIT = 1
-    """Allocate for a request. The payload is an `Admission`."""
-    ITEM = 2
-    """Run a work item. The payload is the hidden states of the receiver's tokens, [1, S, D]."""
-    VELOCITY = 3
-    """A work item's result. The payload is [1, C, T, h, w] fp32."""
-    RELEASE = 4
-    """A request has ended: free what is held for it."""
-    LEAVE = 5
-    """The last message."""
-    CHECKPOINT = 6
-    """Take a snapshot of a request and begin to write it. The payload is the folder, as JSON."""
+    ADMIT = 1  # allocate for a request; the payload is an `Admission`
+    ITEM = 2  # run a work item; the payload is the hidden states of the receiver's tokens, [1, S, D]
+    VELOCITY = 3  # a work item's result; the payload is [1, C, T, h, w] fp32
+    RELEASE = 4  # a request has ended: free what is held for it
+    LEAVE = 5  # the last message
+    CHECKPOINT = 6  # take a snapshot of a request and begin to write it; the payload is the folder, as JSON
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,20 +79,10 @@ class Header:
             ValueError: it does not fit.
         """
         item = b"" if self.item is None else _json(to_plain(self.item, []))
-        fixed = _FIXED.pack(
-            _MAGIC,
-            self.kind,
-            _DTYPES.index(self.dtype),
-            len(self.shape),
-            number,
-            self.request,
-            len(self.flags),
-            len(item),
-            self.digest,
-            self.next_buffer,
-            *self.shape,
-            *(0,) * (_DIMENSIONS - len(self.shape)),
-        )
+        dtype, dimensions = _DTYPES.index(self.dtype), len(self.shape)
+        shape = (*self.shape, *(0,) * (_DIMENSIONS - dimensions))
+        counts = (number, self.request, len(self.flags), len(item))
+        fixed = _FIXED.pack(_MAGIC, self.kind, dtype, dimensions, *counts, self.digest, self.next_buffer, *shape)
         content = fixed + item + _pack_flags(self.flags)
         if len(content) > HEADER_BYTES:
             raise ValueError(f"a header of {len(content)} bytes does not fit into {HEADER_BYTES}")
@@ -106,11 +90,7 @@ class Header:
 
     @classmethod
     def read(cls, buffer: Tensor) -> Header:
-        """Read it from a buffer that begins with it.
-
-        Raises:
-            ValueError: it is no header.
-        """
+        """Read it from a buffer that begins with it; a ValueError if it is none."""
         content = buffer[:HEADER_BYTES].numpy().tobytes()
         magic, kind, dtype, dimensions, number, request, flags, length, digest, following, *shape = _FIXED.unpack_from(
             content
@@ -152,11 +132,7 @@ def pack_admit(admission: Admission) -> Tensor:
 
 
 def unpack_admit(payload: Tensor) -> Admission:
-    """From a payload; tensors are on the CPU.
-
-    Raises:
-        ValueError: it is no `Admission`.
-    """
+    """From a payload, with tensors on the CPU; a ValueError if it is no `Admission`."""
     (length,) = _LENGTH.unpack(payload[: _LENGTH.size].numpy().tobytes())
     end = _LENGTH.size + length
     text = payload[_LENGTH.size : end].numpy().tobytes()
@@ -176,11 +152,9 @@ def unpack_json(payload: Tensor | None) -> Any:
 
 
 def to_plain(value: Any, tensors: list[Tensor]) -> Any:
-    """A dataclass as JSON values, by field name.
+    """A dataclass of numbers, strings, tuples, tensors, None and other such dataclasses as JSON values, by field name.
 
-    Args:
-        value: a dataclass of numbers, strings, tuples, tensors, None and other such dataclasses.
-        tensors: its tensors are appended; in their place stand their dtype, shape and place among the bytes of all.
+    Its tensors are appended to `tensors`; in their place stand their dtype, shape and place among the bytes of all.
     """
     kind: Any = type(value)
     if kind in _SIMPLE:
@@ -196,15 +170,9 @@ def to_plain(value: Any, tensors: list[Tensor]) -> Any:
 
 
 def from_plain(kind: type[T], value: Any, data: Tensor | None = None) -> T:
-    """The inverse of `to_plain`.
+    """The inverse of `to_plain`; a ValueError if a field is unknown, missing or of another type.
 
-    Args:
-        kind: the dataclass.
-        value: JSON values.
-        data: the bytes of its tensors, uint8, on the CPU.
-
-    Raises:
-        ValueError: a field is unknown, missing or of another type.
+    `data` are the bytes of its tensors, uint8, on the CPU.
     """
     read: Callable[[Any], _Reader] = _reader
     made = read(kind)(value, data)
