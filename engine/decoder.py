@@ -66,13 +66,11 @@ class Decoder:
         limits: tuple[float, float] = (FIRST_LIMIT, LIMIT),
     ) -> None:
         self._autoencoder, self._device, self._on_decoded, self._check = autoencoder, device, on_decoded, check
-        self._limits = limits
         self._waiting: queue.Queue[tuple[int, int, Tensor, torch.cuda.Event | None] | None] = queue.Queue(_AHEAD)
-        self._changed = threading.Condition()
+        self._changed, self._limits, self._decoded = threading.Condition(), limits, 0
         self._videos: dict[int, _Video] = {}
         self._error: BaseException | None = None
         self._began: float | None = None
-        self._decoded = 0
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
         self._thread.start()
 
@@ -95,9 +93,7 @@ class Decoder:
     def get(self, video: int, *, wait: bool) -> Chunk | None:
         """The next decoded chunk of a video; None if it has none (left, if `wait`).
 
-        Raises:
-            DecoderHung: a chunk does not come out.
-            Exception: what decoding has raised.
+        Raises a DecoderHung if a chunk does not come out, and whatever decoding has raised.
         """
         with self._changed:
             while True:

@@ -70,10 +70,7 @@ class Stage:
     ) -> None:
         """Take a video in: allocate for it, and read its shard of a checkpoint; an InputError if that does not fit.
 
-        Args:
-            admission: the video.
-            geometry: of the KV that is held here, if it is not that of the model.
-            shard: the tokens that are computed here; None for all.
+        `geometry` is of the KV that is held here, if not the model's; `shard` the tokens computed here, if not all.
         """
         geometry = geometry or self.model.kv
         kv, flags = admission.kv.allocate(geometry, self._attention), FlagLog(admission.schedule)

@@ -43,11 +43,7 @@ class Admission:
 
 
 def encode(pipeline: Pipeline, request: Request) -> Encoded:
-    """Encode a request's prompt and prefix.
-
-    Raises:
-        InputError: the model cannot take them.
-    """
+    """Encode a request's prompt and prefix; an InputError if the model cannot take them."""
     prefix = None if request.prefix is None else _encode_prefix(pipeline, request.prefix)
     return Encoded(captions=pipeline.captions(request.prompt), prefix=prefix, noise=seeded_noise(request.seed))
 
@@ -65,18 +61,17 @@ def prepare(
 ) -> tuple[VideoRun, Admission]:
     """A run of a request that has not begun, and what those who compute it are given.
 
+    An InputError says if the model cannot make what is asked for.
+
     Args:
         pipeline: the model.
         request: what to make.
         encoded: the same as the model reads it.
-        number: of the request, carried by its work items.
+        number: of the video, carried by its work items.
         reuse: which steps are reused.
         kv: how much of the past is held.
         observe: take distances even if the policy does not look at them, for a record.
         checkpoint: folder of the checkpoint to go on from.
-
-    Raises:
-        InputError: the model cannot make what is asked for.
     """
     sampling = pipeline.sampling(request.num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
     model = pipeline.model
@@ -88,23 +83,21 @@ def prepare(
         height=request.height // CELL_PIXELS,
         width=request.width // CELL_PIXELS,
     )
+    how = Reuse(policy=reuse.new_policy(), memory=reuse.new_memory(), patches=model.patches, observe=observe)
     run = VideoRun(
         number,
         shape,
         sampling,
         encoded.noise,
-        Reuse(policy=reuse.new_policy(), memory=reuse.new_memory(), patches=model.patches, observe=observe),
+        how,
         prefix=encoded.prefix,
         compressed=kv.budget is not None,
         device=model.kv.device,
     )
+    plan = plan_kv(sampling, run.schedule, kv, model.token_count(*run.grid))
+    folder = None if checkpoint is None else str(checkpoint)
     return run, Admission(
-        video=number,
-        schedule=run.schedule,
-        kv=plan_kv(sampling, run.schedule, kv, chunk_tokens=model.token_count(*run.grid)),
-        captions=encoded.captions,
-        grid=run.grid,
-        checkpoint=None if checkpoint is None else str(checkpoint),
+        video=number, schedule=run.schedule, kv=plan, captions=encoded.captions, grid=run.grid, checkpoint=folder
     )
 
 

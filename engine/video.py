@@ -123,11 +123,9 @@ class VideoRun:
             window=sampling.window,
         )
         self._latents: dict[int, Tensor] = {}
-        self._before: dict[int, Tensor] = {}
-        """Model inputs of the tick before, which distances are taken from."""
+        self._before: dict[int, Tensor] = {}  # as in `VideoState`
         self._ops: list[KVOp] = []
-        self._leaving: set[int] = set()
-        """Chunks that were either retired or finished, and still have to be the other."""
+        self._leaving: set[int] = set()  # as in `VideoState`
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -160,12 +158,10 @@ class VideoRun:
         return work
 
     def begin(self, tick: Tick) -> list[Work]:
-        """Start a tick: renew the KV of the chunk that has just finished, and let the next one in.
+        """Start a tick: let the next chunk in, and renew the KV of the one that has just finished.
 
-        The tick before must be sealed. If `renews`, the retiring chunk's last step must be closed.
-
-        Returns:
-            The clean passes, if the sampling has them; they must be run before the tick's other work.
+        That is by the clean passes that are returned, which must be run before the tick's other work. The tick before
+        must be sealed. If `renews`, the retiring chunk's last step must be closed.
         """
         work = []
         chunk = tick.retiring
@@ -187,12 +183,8 @@ class VideoRun:
     def decide(self, tick: Tick, chunks: Sequence[int] | None = None) -> list[tuple[Observation, Decision]]:
         """Decide which chunks are computed, and take the steps of those that are not.
 
-        The distances of all the chunks are read back from the device at once.
-
-        Args:
-            tick: the tick.
-            chunks: which of its chunks to decide for, now that their latents are known; all of them by default. A
-                policy that looks at the whole window must be given all.
+        The distances of all the chunks are read back from the device at once. `chunks` are those whose latents are
+        known; a policy that looks at the whole window must be given all, which is the default.
 
         Returns:
             What was seen and what was decided, in the order of the chunks.
@@ -243,10 +235,7 @@ class VideoRun:
             self._publish(tick.retiring)
 
     def finish(self, chunk: int) -> Tensor:
-        """Take the latents of a chunk whose last step is closed, without the frames that were given.
-
-        An image's first frame stays.
-        """
+        """Take the latents of a chunk whose last step is closed, without given frames; an image's own stays."""
         start = 0 if self._shape.prefix_frames == 1 else self._given_frames(chunk)
         latents = self._latents[chunk][:, :, start:]
         self._leave(chunk)

@@ -47,7 +47,7 @@ def _memory(preset: Preset) -> int:
     sampling = MagiSampling(config=config, num_steps=run.num_steps)
     schedule = Schedule(first=0, chunks=2 * run.window_size, num_steps=run.num_steps, window=run.window_size)
     tokens = config.chunk_tokens(run.video_size_h, run.video_size_w)
-    plan = plan_kv(sampling, schedule, KVSettings(), chunk_tokens=tokens)
+    plan = plan_kv(sampling, schedule, KVSettings(), tokens)
     return preset.weight_bytes + plan.nbytes(model.kv_geometry(range(model.num_layers), torch.device("cpu")))
 
 

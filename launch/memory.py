@@ -29,7 +29,7 @@ def bytes_needed(config: MagiConfig, request: Request, kv: KVSettings, layout: L
     schedule = Schedule(first=0, chunks=request.chunks, num_steps=request.num_steps, window=sampling.window)
     tokens = config.chunk_tokens(request.height, request.width)
     geometry = model.kv_geometry(range(max(stage_sizes(config, layout.pp, split))), torch.device("cpu"))
-    held = plan_kv(sampling, schedule, kv, chunk_tokens=tokens).nbytes(geometry) // layout.cp
+    held = plan_kv(sampling, schedule, kv, tokens).nbytes(geometry) // layout.cp
     width = _STREAMS * model.hidden_size + model.ffn_hidden_size
     return held + math.ceil(tokens * width * model.dtype.itemsize / layout.cp)
 

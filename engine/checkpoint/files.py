@@ -103,11 +103,9 @@ def write_async(
 
     def run() -> None:
         try:
-            written = tuple(_write(folder / name, contents) for name, contents in files.items())
+            on_end(tuple(_write(folder / name, contents) for name, contents in files.items()))
         except Exception as error:  # noqa: BLE001 - reported, whatever it is
             on_end(error)
-        else:
-            on_end(written)
 
     threading.Thread(target=run, name=f"writing {folder.name}", daemon=True).start()
 
@@ -197,10 +195,10 @@ class Checkpointer:
         if self._pending is not None:
             return False
         folder = new_folder(self._config.folder, quantum.index)
+        counts, fingerprint, self.writing = self._save(folder), self._fingerprint, True
         self._pending = Checkpoint(
-            folder=folder, quantum=quantum.index, counts=self._save(folder), fingerprint=self._fingerprint, shards=()
+            folder=folder, quantum=quantum.index, counts=counts, fingerprint=fingerprint, shards=()
         )
-        self.writing = True
         return True
 
     def poll(self, stored: int) -> None:

@@ -25,6 +25,7 @@ from models.protocols import Pipeline
 
 RUN_FILE = "run.safetensors"
 _FORMAT = 3
+_PARTS = ("kv", "queries", "origin")  # of a `LayerKV`
 
 
 def rank_file(rank: int) -> str:
@@ -50,26 +51,20 @@ def fingerprint(
         "first_stage_layers": [model.kv.layers.start, model.kv.layers.stop],
         "dtype": str(model.kv.dtype),
     }
-    parts = {
-        "format": _FORMAT,
-        "request": asked,
-        "model": held,
-        "layout": dict(layout),
-        "reuse": asdict(reuse),
-        "kv": asdict(kv),
-    }
+    settings = {"layout": dict(layout), "reuse": asdict(reuse), "kv": asdict(kv)}
+    parts = {"format": _FORMAT, "request": asked, "model": held, **settings}
     plain: dict[str, Any] = json.loads(json.dumps(parts))  # as it looks when it is read again
     return plain
 
 
 def pack_shard(kv: KVState, flags: FlagState, about: Mapping[str, Any]) -> Contents:
     """One rank's shard of a video. `about`: plain JSON values that tell it from other ranks' shards."""
-    tensors: dict[str, Tensor] = {}
-    for (branch, layer), state in kv.layers.items():
-        for name in ("kv", "queries", "origin"):
-            part = getattr(state, name)
-            if part is not None:
-                tensors[f"{branch}.{layer}.{name}"] = part
+    tensors = {
+        f"{branch}.{layer}.{name}": part
+        for (branch, layer), state in kv.layers.items()
+        for name in _PARTS
+        if (part := getattr(state, name)) is not None
+    }
     values = {
         "about": dict(about),
         "clean": kv.layout.clean,
@@ -85,9 +80,7 @@ def unpack_shard(contents: Contents) -> tuple[KVState, FlagState]:
     values, tensors = contents.values, contents.tensors
     layers = {
         (branch, layer): LayerKV(
-            tensors[f"{branch}.{layer}.kv"],
-            tensors.get(f"{branch}.{layer}.queries"),
-            tensors.get(f"{branch}.{layer}.origin"),
+            tensors[f"{branch}.{layer}.kv"], *(tensors.get(f"{branch}.{layer}.{name}") for name in _PARTS[1:])
         )
         for branch, layer in values["layers"]
     }

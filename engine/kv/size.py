@@ -44,13 +44,9 @@ class KVPlan:
 
     def allocate(self, geometry: KVGeometry, attention: Attention) -> KVBuffer:
         """The buffers of the layers and heads of a geometry."""
+        frame, selection = self.frame_tokens, self.selection
         return KVBuffer(
-            self._layout(),
-            geometry,
-            attention,
-            branches=self.branches,
-            frame_tokens=self.frame_tokens,
-            selection=self.selection,
+            self._layout(), geometry, attention, branches=self.branches, frame_tokens=frame, selection=selection
         )
 
     def nbytes(self, geometry: KVGeometry) -> int:
@@ -68,7 +64,7 @@ class KVPlan:
         )
 
 
-def plan_kv(sampling: Sampling, schedule: Schedule, settings: KVSettings, *, chunk_tokens: int) -> KVPlan:
+def plan_kv(sampling: Sampling, schedule: Schedule, settings: KVSettings, chunk_tokens: int) -> KVPlan:
     """What a video with chunks of so many tokens holds."""
     return KVPlan(
         chunk_tokens=chunk_tokens,

@@ -45,11 +45,7 @@ class FlagLog:
         return FlagState(digest=self.digest, count=self.count)
 
     def restore(self, state: FlagState) -> None:
-        """Go on from a saved state of a log of the same schedule.
-
-        Raises:
-            ValueError: the schedule does not have so many flags.
-        """
+        """Go on from a saved state; a ValueError if the schedule does not have so many flags."""
         self._order = _order(self._schedule)
         self._last = next(islice(self._order, state.count - 1, None), None) if state.count else None
         if state.count and self._last is None:
@@ -57,11 +53,7 @@ class FlagLog:
         self.digest, self.count = state.digest, state.count
 
     def add(self, flags: Iterable[int]) -> None:
-        """Take the next flags.
-
-        Raises:
-            FlagMismatch: the schedule has no more chunk-steps.
-        """
+        """Take the next flags; a FlagMismatch if the schedule has no more chunk-steps."""
         for flag in flags:
             try:
                 self._last = next(self._order)
@@ -79,8 +71,8 @@ class FlagLog:
         """
         where = "" if item is None else f" at tick {item.tick}, chunk {item.chunk}"
         if self.digest != digest:
-            own, theirs = self.digest.hex(), digest.hex()
-            raise FlagMismatch(f"the reuse flags differ from the leader's{where}: digest {own} is not {theirs}")
+            both = f"digest {self.digest.hex()} is not {digest.hex()}"
+            raise FlagMismatch(f"the reuse flags differ from the leader's{where}: {both}")
         if item is not None and item.step is not None and self._last != (item.tick, item.chunk):
             raise FlagMismatch(f"the work{where} is out of order: the last decision was for {self._last}")
 

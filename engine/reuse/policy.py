@@ -91,7 +91,7 @@ class _Accumulator(Policy):
         return Decision.REUSE if total <= self._middle else Decision.EXTRAPOLATE
 
     def forget(self, chunk: int) -> None:
-        """A chunk has left the window."""
+        """Drop its sum."""
         self._sums.pop(str(chunk), None)
 
     def state(self) -> State:
