@@ -259,24 +259,15 @@ class Engine:
             self._decoder = None
 
     def generate(
-        self, request: Request, on_progress: OnProgress | None = None, recorder: Recorder | None = None
-    ) -> Iterator[Chunk]:
-        """Make a video while no other is in flight, and yield its chunks in order; raises as `submit` and `step`."""
-        yield from self._chunks(self.submit(request, on_progress=on_progress, recorder=recorder))
-
-    def generate_latents(
         self,
-        request: Request,
-        encoded: Encoded,
+        what: Request | Submission,
         on_progress: OnProgress | None = None,
         recorder: Recorder | None = None,
-    ) -> Iterator[Tensor]:
-        """Make a video's latents [1, C, t, h, w] from what is encoded already; as `generate`."""
-        what = Submission(request=request, encoded=encoded)
-        number = self.submit(what, on_progress=on_progress, recorder=recorder, decode=False)
-        yield from (chunk.latents for chunk in self._chunks(number))
-
-    def _chunks(self, number: int) -> Iterator[Chunk]:
+        *,
+        decode: bool = True,
+    ) -> Iterator[Chunk]:
+        """Make a video while no other is in flight, and yield its chunks in order; raises as `submit` and `step`."""
+        number = self.submit(what, on_progress=on_progress, recorder=recorder, decode=decode)
         try:
             while self.running(number):
                 for result in self.step():

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.engine import Engine
+from engine.engine import Engine, Submission
 from engine.kv.selection import Granularity, SelectionSettings, select
 from engine.prepare import Encoded
 from engine.record import Recorder
@@ -273,7 +273,8 @@ def _check_generation(golden: _Golden, venue: Venue) -> Verdict:
     recorder = Recorder()
     encoded = Encoded(captions=captions, prefix=given, noise=given_noise(noise.cpu()))
     with venue.engine(_LatentPipeline(config, model), _reuse_settings(golden)) as engine:
-        made = list(engine.generate_latents(request, encoded, recorder=recorder))
+        what = Submission(request=request, encoded=encoded)
+        made = [chunk.latents for chunk in engine.generate(what, recorder=recorder, decode=False)]
     expected = list(golden.named("output.chunk.").values())
     if len(made) != len(expected):
         detail = f"{len(made)} chunks, {len(expected)} expected"
