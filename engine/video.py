@@ -115,13 +115,8 @@ class VideoRun:
     ) -> None:
         self._request, self._shape, self._sampling, self._noise = request, shape, sampling, noise
         self._reuse, self._prefix, self._compressed, self._device = reuse, prefix, compressed, device
-        width = sampling.chunk_width
-        self.schedule = Schedule(
-            first=shape.prefix_frames // width,
-            chunks=shape.chunks,
-            num_steps=sampling.num_steps,
-            window=sampling.window,
-        )
+        first, steps = shape.prefix_frames // sampling.chunk_width, sampling.num_steps
+        self.schedule = Schedule(first=first, chunks=shape.chunks, num_steps=steps, window=sampling.window)
         self._latents: dict[int, Tensor] = {}
         self._before: dict[int, Tensor] = {}  # as in `VideoState`
         self._ops: list[KVOp] = []

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.checkpoint.files import Contents
 from engine.host_memory import begin_host_copy, finish_host_copies
-from engine.kv.buffer import KVState, LayerKV, LayoutState
+from engine.kv.buffer import KVState, LayerKV
 from engine.kv.size import KVSettings
 from engine.request import Request
 from engine.reuse.flags import FlagState
@@ -67,8 +67,8 @@ def pack_shard(kv: KVState, flags: FlagState, about: Mapping[str, Any]) -> Conte
     }
     values = {
         "about": dict(about),
-        "clean": kv.layout.clean,
-        "window": kv.layout.window,
+        "clean": kv.clean,
+        "window": kv.window,
         "layers": list(kv.layers),
         "flags": [flags.digest.hex(), flags.count],
     }
@@ -84,9 +84,9 @@ def unpack_shard(contents: Contents) -> tuple[KVState, FlagState]:
         )
         for branch, layer in values["layers"]
     }
-    layout = LayoutState(clean=tuple((chunk, rows) for chunk, rows in values["clean"]), window=tuple(values["window"]))
-    digest, count = values["flags"]
-    return KVState(layout=layout, layers=layers), FlagState(digest=bytes.fromhex(digest), count=count)
+    clean, (digest, count) = [(chunk, rows) for chunk, rows in values["clean"]], values["flags"]
+    kv = KVState(clean=clean, window=values["window"], layers=layers)
+    return kv, FlagState(digest=bytes.fromhex(digest), count=count)
 
 
 def pack_run(state: VideoState) -> Contents:

@@ -9,7 +9,7 @@ Shapes: N rows of the buffer, S tokens of a chunk, Q queries, G key heads, d hea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,15 +26,6 @@ _MIXED = -1
 """Stands for the tokens of many chunks that a compression has left."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayoutState:
-    """What a layout has come to."""
-
-    clean: tuple[tuple[int, int], ...]
-    """(chunk, rows) of the clean region, oldest first; chunk -1 stands for tokens of many."""
-    window: tuple[int, ...]  # chunks of the window, oldest first
-
-
 class KVLayout:
     """Rows of the clean region and of the window.
 
@@ -49,36 +40,32 @@ class KVLayout:
         self.chunk_tokens, self.clean_tokens, self._slots = chunk_tokens, clean_tokens, window
         self.capacity = min(clean_tokens + window * chunk_tokens, chunks * chunk_tokens)
         """Rows in all (B_total)."""
-        self._clean: list[tuple[int, int]] = []  # as in `LayoutState`
-        self._window: list[int] = []
+        self.clean: list[tuple[int, int]] = []
+        """(chunk, rows) of the clean region, oldest first; chunk -1 stands for tokens of many."""
+        self.window_chunks: list[int] = []  # oldest first
 
     @property
     def clean_rows(self) -> int:
         """Rows of the clean region that are in use."""
-        return sum(rows for _, rows in self._clean)
+        return sum(rows for _, rows in self.clean)
 
     @property
     def used_rows(self) -> int:
         """Rows in use in all."""
-        return self.clean_rows + len(self._window) * self.chunk_tokens
-
-    @property
-    def window_chunks(self) -> tuple[int, ...]:
-        """Chunks of the window, oldest first."""
-        return tuple(self._window)
+        return self.clean_rows + len(self.window_chunks) * self.chunk_tokens
 
     @property
     def clean_chunks(self) -> tuple[int, ...]:
         """Finished chunks that are held whole, oldest first."""
-        return tuple(chunk for chunk, _ in self._clean if chunk != _MIXED)
+        return tuple(chunk for chunk, _ in self.clean if chunk != _MIXED)
 
     def enter(self, chunk: int) -> None:
         """Give a chunk the next slot of the window."""
-        if len(self._window) == self._slots:
-            raise ValueError(f"chunk {chunk} cannot enter: the window holds {self._window} already")
-        if self._window and chunk != self._window[-1] + 1:
-            raise ValueError(f"chunk {chunk} cannot follow chunk {self._window[-1]} into the window")
-        self._window.append(chunk)
+        if len(self.window_chunks) == self._slots:
+            raise ValueError(f"chunk {chunk} cannot enter: the window holds {self.window_chunks} already")
+        if self.window_chunks and chunk != self.window_chunks[-1] + 1:
+            raise ValueError(f"chunk {chunk} cannot follow chunk {self.window_chunks[-1]} into the window")
+        self.window_chunks.append(chunk)
 
     def retire(self, chunk: int) -> int:
         """Move the oldest chunk of the window to the clean region, where it stands already.
@@ -86,38 +73,38 @@ class KVLayout:
         Returns:
             How many rows the clean region now has too many; `drop_oldest` or `mix` must follow if that is not 0.
         """
-        if not self._window or self._window[0] != chunk:
-            raise ValueError(f"chunk {chunk} cannot retire: the window holds {self._window}")
-        self._window.pop(0)
-        self._clean.append((chunk, self.chunk_tokens))
+        if not self.window_chunks or self.window_chunks[0] != chunk:
+            raise ValueError(f"chunk {chunk} cannot retire: the window holds {self.window_chunks}")
+        self.window_chunks.pop(0)
+        self.clean.append((chunk, self.chunk_tokens))
         return max(0, self.clean_rows - self.clean_tokens)
 
     def drop_oldest(self, rows: int) -> None:
         """Take rows away from the front of the clean region."""
         kept = []
-        for chunk, held in self._clean:
+        for chunk, held in self.clean:
             gone = min(rows, held)
             rows -= gone
             if held > gone:
                 kept.append((chunk, held - gone))
-        self._clean = kept
+        self.clean = kept
 
     def mix(self, rows: int) -> None:
         """The clean region was compressed to so many rows, which belong to no single chunk any more."""
         if rows > self.clean_rows:
             raise ValueError(f"{self.clean_rows} rows cannot be compressed to {rows}")
-        self._clean = [(_MIXED, rows)]
+        self.clean = [(_MIXED, rows)]
 
     def rows(self, chunk: int) -> slice:
         """Rows of a chunk that is held, in the window or in the clean region; a KeyError if it is not."""
         start = 0
-        for kept, rows in self._clean:
+        for kept, rows in self.clean:
             if kept == chunk:
                 return slice(start, start + rows)
             start += rows
-        if chunk not in self._window:
+        if chunk not in self.window_chunks:
             raise KeyError(f"chunk {chunk} is not held")
-        start += self._window.index(chunk) * self.chunk_tokens
+        start += self.window_chunks.index(chunk) * self.chunk_tokens
         return slice(start, start + self.chunk_tokens)
 
     def span(self, keys_from: int | None, chunk: int) -> slice:
@@ -125,17 +112,13 @@ class KVLayout:
         start = 0 if keys_from is None else self.rows(keys_from).start
         return slice(start, self.rows(chunk).stop)
 
-    def state(self) -> LayoutState:
-        """What it has come to."""
-        return LayoutState(clean=tuple(self._clean), window=tuple(self._window))
-
-    def restore(self, state: LayoutState) -> None:
-        """Go on from a state of a layout of the same size; a ValueError if it does not fit."""
-        rows = sum(rows for _, rows in state.clean)
-        within = rows <= self.clean_tokens and len(state.window) <= self._slots
-        if not within or rows + len(state.window) * self.chunk_tokens > self.capacity:
-            raise ValueError(f"{rows} clean rows and {len(state.window)} chunks do not fit into {self.capacity} rows")
-        self._clean, self._window = list(state.clean), list(state.window)
+    def restore(self, clean: Sequence[tuple[int, int]], window: Sequence[int]) -> None:
+        """Go on from what another of the same size has come to; a ValueError if it does not fit."""
+        rows = sum(rows for _, rows in clean)
+        within = rows <= self.clean_tokens and len(window) <= self._slots
+        if not within or rows + len(window) * self.chunk_tokens > self.capacity:
+            raise ValueError(f"{rows} clean rows and {len(window)} chunks do not fit into {self.capacity} rows")
+        self.clean, self.window_chunks = list(clean), list(window)
 
 
 @dataclass(slots=True)
@@ -156,7 +139,8 @@ class LayerKV:
 class KVState:
     """The state of a `KVBuffer`: copies on the CPU of the rows in use, which later writes do not touch."""
 
-    layout: LayoutState  # where the tokens stand
+    clean: Sequence[tuple[int, int]]  # as of a `KVLayout`
+    window: Sequence[int]  # likewise
     layers: Mapping[tuple[int, int], LayerKV]  # by branch and layer
 
 
@@ -293,14 +277,14 @@ class KVBuffer:
             for number, layer in held.items()
         }
         finish_host_copies(self._device)
-        return KVState(layout=self.layout.state(), layers=layers)
+        return KVState(clean=list(self.layout.clean), window=list(self.layout.window_chunks), layers=layers)
 
     def restore(self, state: KVState) -> None:
         """Go on from the state of a buffer of the same size, layers and heads; a ValueError if it does not fit."""
         own = {(branch, number) for branch, held in enumerate(self._branches) for number in held}
         if own != set(state.layers):
             raise ValueError(f"it has the layers {sorted(state.layers)} and not {sorted(own)}")
-        self.layout.restore(state.layout)
+        self.layout.restore(state.clean, state.window)
         used = self.layout.used_rows
         for (branch, number), saved in state.layers.items():
             layer = self._branches[branch][number]

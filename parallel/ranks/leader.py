@@ -50,7 +50,6 @@ class Leader(Runner):
         """Of each video: all of its flags, and those that were decided since the last header."""
         self._saving: dict[int, Path] = {}
         self._looked, self._outstanding = 0.0, 0
-        self.worker.ready()
         self._monitor.watch(lambda: self._outstanding)
 
     @property
@@ -63,7 +62,7 @@ class Leader(Runner):
         self.worker.admit(admission)
         self._edges.announce(Header(kind=Kind.ADMIT, request=admission.video), pack_admit(admission))
         log = FlagLog(admission.schedule)
-        log.restore(self.worker.flags(admission.video).state())
+        log.restore(self.worker.stage.flags(admission.video).state())
         self._decided[admission.video] = (log, [])
 
     def decided(self, video: int, decision: Decision) -> None:
@@ -103,7 +102,7 @@ class Leader(Runner):
 
     def kv(self, video: int) -> KVBuffer:
         """The first stage's KV buffers of a video."""
-        return self.worker.kv(video)
+        return self.worker.stage.kv(video)
 
     def save(self, video: int, folder: Path, run: Contents, on_done: Callable[[], None]) -> None:
         """Have all ranks take a snapshot and begin to write it."""

@@ -20,9 +20,7 @@ from torch import Tensor
 from engine.checkpoint.files import Contents, Shard, write_async
 from engine.checkpoint.snapshot import RUN_FILE
 from engine.executor import Stage, TokenShard
-from engine.kv.buffer import KVBuffer
 from engine.prepare import Admission
-from engine.reuse.flags import FlagLog
 from engine.video import WorkItem
 from models.attention import Attention
 from models.errors import InputError
@@ -62,7 +60,7 @@ class StageWorker:
         self._mesh, self._groups, self._store = mesh, services.groups, services.store
         self._monitor, self._tracer = services.monitor, services.tracer
         place = {"stage": mesh.stage, "cp_rank": mesh.cp_rank}
-        self._stage = Stage(model, stage.attention, rank=mesh.rank, place=place)
+        self.stage = Stage(model, stage.attention, rank=mesh.rank, place=place)
         self._splits: dict[int, TokenSplit] = {}
         self._timer = DeviceTimer(model.kv.device)
         layers = model.kv.layers
@@ -75,9 +73,6 @@ class StageWorker:
             weight_bytes=model.weight_bytes,
             load_seconds=load_seconds,
         )
-
-    def ready(self) -> None:
-        """Loading is over; this rank waits for work."""
         self._monitor.waiting()
 
     def finish(self) -> RankCounters:
@@ -94,15 +89,15 @@ class StageWorker:
         shard: TokenShard | None = None
         if groups.cp is not None:
             shard = UlyssesShard(split, self._mesh.cp_rank, groups.cp, through_host=groups.transfer == "host")
-        geometry = local_heads(self._stage.model.kv, ranks)
-        self._stage.admit(admission, geometry=geometry, shard=shard)
+        geometry = local_heads(self.stage.model.kv, ranks)
+        self.stage.admit(admission, geometry=geometry, shard=shard)
         self._splits[admission.video] = split
 
     def release(self, header: Header) -> None:
         """Let go of a video; a FlagMismatch if its flags are not the leader's."""
         self._follow(header)
-        self.counters.digests[str(header.request)] = self._stage.flags(header.request).digest.hex()
-        self._stage.release(header.request)
+        self.counters.digests[str(header.request)] = self.stage.flags(header.request).digest.hex()
+        self.stage.release(header.request)
         self._splits.pop(header.request)
 
     def run(self, header: Header, hidden: Tensor) -> Tensor:
@@ -113,9 +108,9 @@ class StageWorker:
             self._follow(header)
             retires = any(op.kind == "retire" for op in item.before)
             with self._timer.measure(self._span("compress", item) if retires else None):
-                self._stage.change(item)
+                self.stage.change(item)
             with self._timer.measure(self._span("compute", item)):
-                hidden = self._stage.forward(item, hidden)
+                hidden = self.stage.forward(item, hidden)
             self.counters.items += 1
         return hidden
 
@@ -125,20 +120,12 @@ class StageWorker:
 
     def embed(self, item: WorkItem, x: Tensor) -> list[Tensor]:
         """Patch embeddings [1, s, D] of a latent for each cp_rank of the stage; on the first stage only."""
-        patches, slices = self._stage.embed(x), self._splits[item.request].slices
+        patches, slices = self.stage.embed(x), self._splits[item.request].slices
         return [patches] if len(slices) == 1 else [patches[:, part].contiguous() for part in slices]
 
     def velocity(self, item: WorkItem, parts: list[Tensor]) -> Tensor:
         """Velocity [1, C, T, h, w] of the hidden states of all cp_ranks; on the last stage only."""
-        return self._stage.velocity(item, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
-
-    def kv(self, video: int) -> KVBuffer:
-        """The KV buffers of a video."""
-        return self._stage.kv(video)
-
-    def flags(self, video: int) -> FlagLog:
-        """The log of a video's flags."""
-        return self._stage.flags(video)
+        return self.stage.velocity(item, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
     def save(
         self, header: Header, folder: Path, run: Contents | None = None, on_done: Callable[[], None] = lambda: None
@@ -167,7 +154,7 @@ class StageWorker:
         with self._working(f"request {header.request}, snapshot"):
             began = time.perf_counter()
             self._follow(header)
-            files = self._stage.snapshot(header.request) | ({} if run is None else {RUN_FILE: run})
+            files = self.stage.snapshot(header.request) | ({} if run is None else {RUN_FILE: run})
             write_async(folder, files, ended)
             self.counters.checkpoints += 1
             self._tracer.add("snapshot", began)
@@ -180,7 +167,7 @@ class StageWorker:
         self._monitor.waiting()
 
     def _follow(self, header: Header) -> None:
-        flags = self._stage.flags(header.request)
+        flags = self.stage.flags(header.request)
         flags.add(header.flags)
         flags.check(header.item, header.digest)
 
@@ -198,7 +185,6 @@ def serve(worker: StageWorker, edges: Edges, tracer: Tracer) -> None:
         FlagMismatch: the flags that this rank was sent do not add up.
     """
     counters = worker.counters
-    worker.ready()
     while True:
         began = time.perf_counter()
         message = edges.receive()
