@@ -203,6 +203,7 @@ def _rank_summary(options: Options, counters: Sequence[RankCounters]) -> RankSum
         layers=tuple(one.layers[1] - one.layers[0] for one in first),
         weights=tuple(one.weight_bytes for one in counters),
         loading=tuple(one.load_seconds for one in counters),
+        transfer=counters[0].transfer,
     )
 
 

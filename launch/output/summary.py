@@ -14,6 +14,12 @@ from launch.options import CacheName
 from launch.plan import Plan
 from parallel.topology.split import stage_sizes
 
+_TRANSFERS = {
+    "nccl": "over NCCL",
+    "host": "through host memory, as not every rank has a GPU of its own",
+    "gloo": "over gloo",
+}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankSummary:
@@ -24,6 +30,7 @@ class RankSummary:
     layers: tuple[int, ...]  # of each stage
     weights: tuple[int, ...]  # bytes that each rank holds
     loading: tuple[float, ...]  # seconds that each rank took to load them
+    transfer: str  # how tensors moved between them
 
     def text(self) -> str:
         """A line for people."""
@@ -32,7 +39,7 @@ class RankSummary:
         return (
             f"{ranks} rank{'s' if ranks > 1 else ''}, pp {self.pp} x cp {self.cp}, "
             f"layers {','.join(map(str, self.layers))}; weights {sizes}, "
-            f"loaded in {min(self.loading):.1f} to {max(self.loading):.1f} s"
+            f"loaded in {min(self.loading):.1f} to {max(self.loading):.1f} s; tensors moved {_TRANSFERS[self.transfer]}"
         )
 
 

@@ -62,6 +62,7 @@ def test_ranks_make_the_video_of_one_process(made: tuple[Path, Result], random_w
     lines = result.stdout.splitlines()
     assert lines[0] == "video.mp4: 48 frames of 64x64, 2.0 s of video" and len(lines) == 4
     assert lines[3].startswith("2 ranks, pp 2 x cp 1, layers 3,3; weights 6.9 MB, 6.9 MB, loaded in ")
+    assert lines[3].endswith("; tensors moved over gloo")
     assert result.stderr.count("reading the prompt") == 1  # the other rank is silent
     record = RunRecord.load(folder / "run")
     assert (record.settings["pp"], record.settings["cp"], record.settings["layers"]) == (2, 1, [3, 3])
