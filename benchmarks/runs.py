@@ -39,7 +39,7 @@ from engine.request import Request
 from engine.reuse.policy import ChunkPolicy, Decision, Observation
 from engine.reuse.settings import ReuseSettings
 from engine.video import Work, WorkItem
-from launch.cache_presets import CacheName, cache_preset
+from launch.reuse_presets import CacheName, reuse_preset
 from models.attention import Attention
 from models.errors import InputError
 from models.magi.model import MagiModel
@@ -315,7 +315,7 @@ def reuse_for(workload: Workload, fraction: float) -> ReuseSettings:
         InputError: that share cannot be had.
     """
     if workload.model.name == POCKET:
-        return cache_preset(CacheName.FLOWCACHE_SLOW, POCKET)
+        return reuse_preset(CacheName.FLOWCACHE_SLOW, POCKET)
     if not _WARMUP / workload.steps < fraction < 1:
         raise InputError(f"--fraction {fraction:g} cannot be had with {_WARMUP} warm-up steps of {workload.steps}")
     reuse = ReuseSettings(

@@ -1,4 +1,4 @@
-"""Golden files: run what a published implementation ran, and compare (format: docs/conformance.md).
+"""`flowcache conformance`: run what a published implementation ran, and compare (format: docs/conformance.md).
 
 It knows the files' format and how far figures may differ. The weights file of a case lies beside it.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -23,6 +24,9 @@ from engine.prepare import Encoded
 from engine.record import Recorder
 from engine.request import Request
 from engine.reuse.settings import ReuseSettings
+from launch.backends import join_ranks, start_ranks
+from launch.generate import needs_ranks
+from launch.options import Options
 from models.attention import Attention
 from models.errors import InputError
 from models.magi.config import MagiConfig, VaeConfig
@@ -31,6 +35,8 @@ from models.magi.sampling import MagiSampling
 from models.magi.vae import ViTVAE
 from models.magi.weights import Checkpoint
 from models.protocols import CELL_PIXELS, Autoencoder, CaptionTable, Pipeline
+from parallel.health.errors import BAD_INPUT, FAILED, OK, GangError
+from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang
 from parallel.ranks.worker import StageModel
 from parallel.topology.split import stage_range
@@ -337,3 +343,70 @@ def _verdict(golden: _Golden, *, error: float, detail: str, passed: bool) -> Ver
     return Verdict(
         name=golden.path.stem, kind=golden.metadata.get("kind", ""), error=error, detail=detail, passed=passed
     )
+
+
+# ---- the command
+
+
+def check_conformance(
+    files: Sequence[Path], options: Options, arguments: Sequence[str], *, report_error: Callable[[Exception], None]
+) -> int:
+    """Check golden files, one line for each, also where one cannot be read; of the options only the ranks count.
+
+    Returns:
+        The exit status: 0 if all pass, 1 if one fails, 2 if one cannot be read.
+
+    Raises:
+        InputError: the layout cannot be used.
+        CommandFailed: on ranks, one has failed, or a file does not pass or cannot be read.
+    """
+    env = RankEnv.from_environment()
+    if env is not None:
+        return _command_as_rank(files, options, env)
+    if not needs_ranks(options):
+        return _command_here(files, report_error)
+    start_ranks(arguments, options)
+    return OK
+
+
+def _command_here(files: Sequence[Path], report_error: Callable[[Exception], None]) -> int:
+    console, status = Console(), OK
+    for path in files:
+        try:
+            verdict = check_file(path)
+        except InputError as error:
+            report_error(error)
+            status = BAD_INPUT
+            continue
+        _show(console, verdict)
+        if not verdict.passed:
+            status = max(status, FAILED)
+    return status
+
+
+def _command_as_rank(files: Sequence[Path], options: Options, env: RankEnv) -> int:
+    """Check golden files as one of the ranks; the leader prints. Anything but success ends all ranks."""
+    console, layout = Console(), f"pp {options.pp} x cp {options.cp}"
+    failed: list[str] = []
+    unreadable: list[InputError] = []
+
+    def show(verdict: Verdict) -> None:
+        _show(console, verdict, layout=layout)
+        if not verdict.passed:
+            failed.append(verdict.name)
+
+    with join_ranks(env, options, trace=False) as gang:
+        check_on_gang(gang, files, split=options.split, on_verdict=show, on_unreadable=unreadable.append)
+        if unreadable:
+            raise InputError("; ".join(dict.fromkeys(map(str, unreadable))))
+        if failed:
+            raise GangError(gang.monitor.fail(f"these do not pass: {', '.join(failed)}", status=FAILED))
+    return OK
+
+
+def _show(console: Console, verdict: Verdict, *, layout: str | None = None) -> None:
+    parts = [part for part in (verdict.detail, layout) if part]
+    detail = f"  {', '.join(parts)}" if parts else ""
+    word, style = ("PASS", "green") if verdict.passed else ("FAIL", "bold red")
+    line = f"{verdict.name:<24} relative error {verdict.error:.2e}{detail}  {word}"
+    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)

@@ -1,12 +1,19 @@
-"""How a command ends that was not ended by its own input: with a status, and with a line that is shown once."""
+"""How a command ends before its work is done: signals, failures of ranks, and which process says so, once.
+
+Nothing heavy is imported here. Exit codes are in `parallel/health/errors.py`.
+"""
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
+from types import FrameType
 
 from parallel.ranks.environment import RankEnv
 
 _WAIT, _APART = 5.0, 0.5  # seconds
+_SIGNAL_BASE = 128  # a shell's status of a process that a signal has ended
 
 
 class CommandFailed(Exception):  # noqa: N818 - it may be an interrupt
@@ -23,17 +30,56 @@ class CommandFailed(Exception):  # noqa: N818 - it may be an interrupt
         self.status, self.shown_here = status, shown_here
 
 
+class _Unwind:
+    """A handler that ends the process by an exception, so that every context cleans up behind itself."""
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        self.check()
+
+    def check(self) -> None:
+        """Raise for a signal that came, again if a library has swallowed the exception."""
+        if self._received == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._received is not None:
+            sys.exit(_SIGNAL_BASE + self._received)
+
+
+def unwind_on_signals(*, alone: bool) -> None:
+    """From now on Ctrl-C, SIGTERM and SIGHUP (a closed terminal) unwind this process; nothing is left behind.
+
+    A signal that whoever started the process has had ignored, as nohup does, stays ignored.
+
+    Args:
+        alone: the process is no rank. A rank learns of SIGTERM and SIGHUP from its gang, which first finds out why.
+    """
+    handler = _Unwind()
+    for number in (signal.SIGINT, *((signal.SIGTERM, signal.SIGHUP) if alone else ())):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def check_signals() -> None:
+    """Raise if a signal came that should have ended this process; to be called in every long loop."""
+    handler = signal.getsignal(signal.SIGINT)
+    if isinstance(handler, _Unwind):
+        handler.check()
+
+
 def speaks_for_all(env: RankEnv | None) -> bool:
     """Whether this process shows what all ranks know: it is alone, or rank 0 of a launcher that shows nothing."""
     return env is None or (env.rank == 0 and not env.launcher_speaks)
 
 
-def has_the_word(env: RankEnv | None) -> bool:
+def shows_bad_input(env: RankEnv | None) -> bool:
     """Whether this process says what is wrong with the input, of ranks that have not met yet.
 
     All ranks were given the same, and rank 0 says so. The others must not end before it has: a launcher ends all ranks
-    once the first has ended. Whoever is still there after some seconds has found what rank 0 has not, such as a machine
-    that was given other options, and says it.
+    once the first has ended. A rank that is still there after some seconds has found what rank 0 has not, such as other
+    options on one machine, and says it.
 
     Args:
         env: of this process; None if it is alone.

@@ -1,36 +1,40 @@
-"""From options to video files: plan, load, generate, and encode meanwhile; records of the runs if they are wanted.
+"""`flowcache generate`: from options to video files, with records of the runs if they are wanted.
 
-It knows files and the engine's front; how a video is denoised is the engine's business. The same is done by one
-process, and by the lead of a gang of ranks.
+It chooses where videos are made (`launch/backends.py`) and hands their events to the files and the display; how a video
+is denoised is the engine's business.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from engine.engine import Engine
+from engine.files import atomic_write, write_errors
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
-from launch.output.files import file_errors
-from launch.output.progress import open_display
+from launch.backends import (
+    Backend,
+    EngineBackend,
+    Job,
+    join_ranks,
+    led_ranks,
+    make_videos,
+    serve_stage,
+    start_ranks,
+    this_process,
+)
+from launch.options import Launcher, Options
+from launch.output.progress import Display
 from launch.output.sinks import VideoSinks
 from launch.output.summary import RankSummary, Summary, summary_text
-from launch.plan import Options, Plan, plan_model
-from launch.ranks import join_ranks
-from launch.several import plan_videos
+from launch.plan import Plan, layout_of, plan_videos, together
 from models.errors import InputError
-from models.magi.pipeline import load_pipeline, load_stage
 from parallel.ranks.environment import RankEnv
-from parallel.ranks.gang import Gang
-from parallel.ranks.worker import StageModel
-from parallel.topology.split import stage_range
 from parallel.trace.counters import RankCounters
 from parallel.trace.tracer import Tracer
 
@@ -38,160 +42,168 @@ TRACE_FILE = "trace.json"
 """In a record's folder."""
 
 
-def generate_video(options: Options) -> Summary:
-    """Make the video that the options ask for, with progress on standard error.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """What a backend has made."""
+
+    summaries: list[Summary]
+    making: float  # seconds from the loaded model to the last file
+    counters: Sequence[RankCounters] = ()  # of the ranks, where ranks made them
+
+
+def generate(options: Options, arguments: Sequence[str]) -> str | None:
+    """Make the videos, with progress on standard error: here, as a rank, with ranks that are started, or on Ray.
+
+    Args:
+        options: what was given.
+        arguments: the command line, for ranks that are started with it.
+
+    Returns:
+        What was made and what it cost; None if another process says so.
 
     Raises:
         InputError: something given cannot be used, or the disk or the GPU is full. There is no file then, unless it is
             the record alone that could not be written.
+        CommandFailed: a rank has failed.
     """
-    with _memory_errors(options):
-        return _make_here(plan_videos(options, [options.prompt]), options).summaries[0]
-
-
-def generate_videos(options: Options, prompts: Sequence[str]) -> str:
-    """Make a video of each prompt, one after another, in this process; as `generate_video`.
-
-    Returns:
-        What was made and what it cost, for people.
-    """
-    with _memory_errors(options):
-        filming = _make_here(plan_videos(options, prompts), options)
-    return summary_text(filming.summaries, making=time.monotonic() - filming.began)
-
-
-def generate_on_ranks(options: Options, prompts: Sequence[str], env: RankEnv) -> str | None:
-    """Make the videos as one of the ranks.
-
-    Returns:
-        What was made and what it cost, on the lead; None elsewhere.
-
-    Raises:
-        InputError: another number of ranks was started.
-        CommandFailed: something given cannot be used, or a rank has failed.
-    """
+    env = RankEnv.from_environment()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    traced = options.ranks.trace is not None or options.record is not None
-    with join_ranks(env, options.ranks, trace=traced) as gang, _memory_errors(options):
-        if gang.mesh.leads:
-            return _lead(gang, plan_videos(options, prompts), options)
-        _serve(gang, options)
-    return None
+    with _memory_errors(options):
+        if options.launcher is Launcher.RAY:
+            if env is not None:
+                raise InputError("--launcher ray starts the ranks itself: leave torchrun out, or --launcher")
+            return _text(_make_on_ray(options))
+        if env is not None:
+            return _as_rank(options, env)
+        if needs_ranks(options):
+            plan_videos(options)  # what can be checked is said before ranks are started
+            start_ranks(arguments, options)
+            return None
+        return _text(_make_here(options))
 
 
-def _make_here(plans: list[Plan], options: Options) -> VideoSinks:
+def generate_video(options: Options) -> Summary:
+    """Make the video of the first prompt in this process; as `generate`."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    with _memory_errors(options):
+        return _make_here(replace(options, prompts=options.prompts[:1])).summaries[0]
+
+
+def needs_ranks(options: Options) -> bool:
+    """Whether only ranks can do what is asked for: a trace is of ranks, if of one."""
+    return layout_of(options).world_size > 1 or options.trace is not None
+
+
+def _make_here(options: Options) -> Made:
     """Make the videos in this process."""
-    plan = plans[0]
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    with open_display() as display:
-        began = time.monotonic()
-        display.phase(f"loading {plan.name}")
-        engine = Engine(load_pipeline(plan.config, plan.weights, plan.loading), reuse=plan.cache, kv=plan.kv)
-        loading = time.monotonic() - began
-        display.phase(_reading(plan))
-        traces = [None if one.record is None else Recorder() for one in plans]
-        with VideoSinks(plans, display, traces, loading) as filming:
-            for index in range(len(plans)):
-                video = filming.begin(index)
-                for chunk in engine.generate(video.plan.request, video, video.trace):
-                    filming.write(index, chunk)
-                filming.end(index)
+    plans = plan_videos(options)
+    with Display() as display:
+        made = _make(this_process(plans[0].model, together(options)), plans, display)
     if options.record is not None:
-        with file_errors(options.record):
+        with write_errors(options.record):
             (options.record / TRACE_FILE).unlink(missing_ok=True)  # of an earlier run, on ranks
-    return filming
+    return made
 
 
-def _serve(gang: Gang, options: Options) -> None:
-    """Hold a stage's layers for the lead."""
-    plan = plan_model(options)
-    layers = stage_range(plan.config, gang.mesh, options.ranks.split)
-    with gang.loading():
-        model = load_stage(plan.config, plan.weights, replace(plan.loading, layers=layers, device=str(gang.device)))
-    gang.serve(StageModel(model=model, attention=model.dit.attention))
+def _make_on_ray(options: Options) -> Made:
+    """Make the videos on one gang of a Ray cluster."""
+    from launch.ray_backend import on_ray
+
+    if options.record is not None or options.trace is not None:
+        raise InputError("--record and --trace do not work with --launcher ray: leave it out, or use torchrun")
+    plans = plan_videos(options)
+    with Display() as display:
+        return _make(on_ray(plans), plans, display)
 
 
-def _lead(gang: Gang, plans: list[Plan], options: Options) -> str:
-    """Make the videos with a gang."""
-    plan, ranks = plans[0], options.ranks
-    layers = stage_range(plan.config, gang.mesh, ranks.split)
-    with open_display() as display:
-        began = time.monotonic()
-        display.phase(f"loading {plan.name} on {ranks.layout.world_size} ranks (pp {ranks.pp} x cp {ranks.cp})")
-        with gang.loading():
-            pipeline = load_pipeline(
-                plan.config, plan.weights, replace(plan.loading, layers=layers, device=str(gang.device))
-            )
-        loading = time.monotonic() - began
-        display.phase(_reading(plan))
-        marks = gang.tracer.wanted and plan.cache.policy != "none"
-        traces = [
-            _MarkingTrace(gang.tracer, index) if marks or one.record is not None else None
-            for index, one in enumerate(plans)
-        ]
-        with gang.lead(pipeline, plan.cache, plan.kv) as (engine, reports):
-            with VideoSinks(plans, display, traces, loading) as filming:
-                _make_together(engine, filming, ranks.at_a_time(len(plans)))
-            making = time.monotonic() - filming.began
-        if files := list(_trace_files(options)):
-            gang.write_trace(files[0])
-            for path in files[1:]:
-                with file_errors(path):
-                    shutil.copyfile(files[0], path)
-    crew = _crew(options, reports.ranks)
-    return summary_text([replace(one, crew=crew) for one in filming.summaries], making=making)
+def _as_rank(options: Options, env: RankEnv) -> str | None:
+    """Make the videos as one of the ranks; the leader returns the text."""
+    traced = options.trace is not None or options.record is not None
+    with join_ranks(env, options, trace=traced) as gang:
+        if not gang.mesh.leads:
+            serve_stage(gang, options)
+            return None
+        plans = plan_videos(options)
+        with Display() as display:
+            made = _make(led_ranks(gang, plans[0].model, options, together(options)), plans, display)
+            if files := list(_trace_files(options)):
+                gang.write_trace(files[0])
+                for path in files[1:]:
+                    with atomic_write(path) as copy:
+                        copy.write(files[0].read_bytes())
+        return _text(made, _rank_summary(options, made.counters))
 
 
-def _make_together(engine: Engine, filming: VideoSinks, at_a_time: int) -> None:
-    """Make the videos, some of them at the same time; the next begins when one is complete."""
-    waiting, in_flight = list(range(len(filming.videos))), dict[int, int]()
-    while waiting or in_flight:
-        while waiting and len(in_flight) < at_a_time:
-            video = filming.begin(waiting.pop(0))
-            in_flight[engine.submit(video.plan.request, on_progress=video, recorder=video.trace)] = video.index
-        for made in engine.step():
-            filming.write(in_flight[made.video], made.chunk)
-        for number in [number for number in in_flight if not engine.running(number)]:
-            filming.end(in_flight.pop(number))
+def _make(backend: AbstractContextManager[Backend], plans: Sequence[Plan], display: Display) -> Made:
+    """Open a backend and make the videos with it."""
+    began, options, ranks = time.monotonic(), plans[0].options, layout_of(plans[0].options).world_size
+    on = f" on {ranks} ranks (pp {options.pp} x cp {options.cp})" if ranks > 1 else ""
+    display.phase(f"loading {plans[0].model.name}{on}")
+    with backend as opened:
+        made = make_with(opened, plans, display, began)
+    return replace(made, counters=opened.counters) if isinstance(opened, EngineBackend) else made
 
 
-class _MarkingTrace(Recorder):
-    """A record in the making that also marks the steps that are reused in the trace."""
+def make_with(backend: Backend, plans: Sequence[Plan], display: Display, began: float) -> Made:
+    """Make the videos with an open backend: their files, and records if they are wanted.
+
+    Loading began at `began`, by the monotonic clock.
+    """
+    tracer = backend.tracer if isinstance(backend, EngineBackend) else None
+    recorders = [_recorder(plan, index, tracer) for index, plan in enumerate(plans)]
+    jobs = [
+        Job(video=str(index), plan=plan, recorder=recorder)
+        for index, (plan, recorder) in enumerate(zip(plans, recorders, strict=True))
+    ]
+    with VideoSinks(plans, recorders, display, began) as sinks:
+        make_videos(backend, jobs, sinks.handle)
+    return Made(summaries=sinks.summaries, making=sinks.making)
+
+
+def _recorder(plan: Plan, index: int, tracer: Tracer | None) -> Recorder | None:
+    if tracer is not None and tracer.wanted and plan.model.reuse.policy != "none":
+        return _MarkingRecorder(tracer, index)
+    return None if plan.record is None else Recorder()
+
+
+class _MarkingRecorder(Recorder):
+    """A recorder that also marks the steps that are reused in the trace."""
 
     def __init__(self, tracer: Tracer, video: int) -> None:
         super().__init__()
-        self._timeline, self._video = tracer, video
+        self._tracer, self._video = tracer, video
 
     def decided(self, seen: Observation, decision: Decision) -> None:
         super().decided(seen, decision)
         if decision is not Decision.COMPUTE:
-            self._timeline.mark("reuse", request=self._video, tick=seen.tick, chunk=seen.chunk, step=seen.step)
+            self._tracer.mark("reuse", request=self._video, tick=seen.tick, chunk=seen.chunk, step=seen.step)
 
 
-def _reading(plan: Plan) -> str:
-    return "reading the prompt" if plan.request.prefix is None else "reading the prompt and what to start from"
+def _text(made: Made, ranks: RankSummary | None = None) -> str:
+    return summary_text([replace(one, ranks=ranks) for one in made.summaries], making=made.making)
 
 
 def _trace_files(options: Options) -> Iterator[Path]:
     """Where the trace goes; the first is written, and the others are copies."""
     if options.record is not None:
-        with file_errors(options.record):
+        with write_errors(options.record):
             options.record.mkdir(parents=True, exist_ok=True)
         yield options.record / TRACE_FILE
-    if options.ranks.trace is not None:
-        yield options.ranks.trace
+    if options.trace is not None:
+        yield options.trace
 
 
-def _crew(options: Options, reports: Sequence[RankCounters]) -> RankSummary:
-    heads = sorted((report for report in reports if report.cp_rank == 0), key=lambda report: report.stage)
+def _rank_summary(options: Options, counters: Sequence[RankCounters]) -> RankSummary:
+    first = sorted((one for one in counters if one.cp_rank == 0), key=lambda one: one.stage)
     return RankSummary(
-        pp=options.ranks.pp,
-        cp=options.ranks.cp,
-        layers=tuple(report.layers[1] - report.layers[0] for report in heads),
-        weights=tuple(report.weight_bytes for report in reports),
-        loading=tuple(report.load_seconds for report in reports),
+        pp=options.pp,
+        cp=options.cp,
+        layers=tuple(one.layers[1] - one.layers[0] for one in first),
+        weights=tuple(one.weight_bytes for one in counters),
+        loading=tuple(one.load_seconds for one in counters),
+        transfer=counters[0].transfer,
     )
 
 

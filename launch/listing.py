@@ -1,22 +1,11 @@
-"""What the commands `models` and `conformance` print."""
+"""What the command `models` prints."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from models.errors import InputError
 from models.magi.presets import PRESETS, Preset
-
-if TYPE_CHECKING:
-    from launch.conformance import Verdict
-    from launch.ranks import RankOptions
-    from parallel.ranks.environment import RankEnv
-
 
 _NOTES = """\
 Disk: the DiT and the autoencoder as stored; of a released model also T5 (19 GB). Those share autoencoder and T5.
@@ -60,75 +49,6 @@ def _memory(preset: Preset) -> int:
     tokens = config.chunk_tokens(run.video_size_h, run.video_size_w)
     plan = plan_kv(sampling, schedule, KVSettings(), chunk_tokens=tokens)
     return preset.weight_bytes + plan.nbytes(model.kv_geometry(range(model.num_layers), torch.device("cpu")))
-
-
-def show_conformance(files: Sequence[Path], *, report_error: Callable[[InputError], None]) -> int:
-    """Check golden files, one line for each.
-
-    Args:
-        files: what to check.
-        report_error: called for a file that cannot be read; the others are checked all the same.
-
-    Returns:
-        0 if all pass, 1 if one fails, 2 if one cannot be read.
-    """
-    from launch.conformance import check_file
-
-    console, status = Console(), 0
-    for path in files:
-        try:
-            verdict = check_file(path)
-        except InputError as error:
-            report_error(error)
-            status = 2
-            continue
-        _show_verdict(console, verdict)
-        if not verdict.passed:
-            status = max(status, 1)
-    return status
-
-
-def show_conformance_on_ranks(files: Sequence[Path], ranks: RankOptions, env: RankEnv) -> int:
-    """Check golden files as one of the ranks; the lead prints.
-
-    Returns:
-        0; anything else ends all ranks.
-
-    Raises:
-        CommandFailed: a file does not pass or cannot be read, or a rank has failed.
-    """
-    from launch.conformance import check_on_gang
-    from launch.ranks import join_ranks
-    from parallel.health.errors import FAILED, GangError
-
-    console, layout = Console(), f"pp {ranks.pp} x cp {ranks.cp}"
-    failed: list[str] = []
-    unreadable: list[InputError] = []
-
-    def show(verdict: Verdict) -> None:
-        _show_verdict(console, verdict, layout=layout)
-        if not verdict.passed:
-            failed.append(verdict.name)
-
-    with join_ranks(env, ranks, trace=False) as gang:
-        check_on_gang(gang, files, split=ranks.split, on_verdict=show, on_unreadable=unreadable.append)
-        if unreadable:
-            raise InputError("; ".join(dict.fromkeys(map(str, unreadable))))
-        if failed:
-            raise GangError(gang.monitor.fail(f"these do not pass: {', '.join(failed)}", status=FAILED))
-    return 0
-
-
-def _show_verdict(console: Console, verdict: Verdict, *, layout: str | None = None) -> None:
-    style = "green" if verdict.passed else "bold red"
-    console.print(_line(verdict, layout), style=style, highlight=False, markup=False, soft_wrap=True)
-
-
-def _line(verdict: Verdict, layout: str | None) -> str:
-    parts = [part for part in (verdict.detail, layout) if part]
-    detail = f"  {', '.join(parts)}" if parts else ""
-    word = "PASS" if verdict.passed else "FAIL"
-    return f"{verdict.name:<24} relative error {verdict.error:.2e}{detail}  {word}"
 
 
 def _count(parameters: int) -> str:

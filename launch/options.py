@@ -1,20 +1,50 @@
-"""The options of the commands, with the help that teaches them; `app.py` puts them together.
+"""The options of the commands: each is declared once, with its type, default, bounds and the help that teaches it.
 
-Names and texts only, so that help is there at once: what an option does is decided where it is used.
+The command line, a line of a batch file and the checks are made from these fields (`launch/declare.py`). What an
+option does is decided where it is used, and nothing heavy is imported here, so that help is there at once.
 """
 
 from __future__ import annotations
 
+import os
+import re
+from dataclasses import MISSING, dataclass, field
 from enum import StrEnum
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from launch.cache_presets import CacheName, ReuseKind, TokenUnit
+from launch.declare import Declared, Opt, check_bounds, option
+from models.errors import InputError
 
 _VIDEO, _START, _FILES, _COMPUTE = "The video", "Start from something", "Model files", "How to compute"
 _REUSE, _PASSES, _MEMORY, _RECORD, _RANKS = "Reuse", "Extra passes", "Memory", "Record", "Ranks"
+_GANGS, _SAFETY = "Gangs", "When something goes wrong"
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+class CacheName(StrEnum):
+    """Names of `--cache`."""
+
+    NONE = "none"
+    TEACACHE = "teacache"
+    FLOWCACHE_SLOW = "flowcache-slow"
+    FLOWCACHE_FAST = "flowcache-fast"
+
+
+class ReuseKind(StrEnum):
+    """Names of `--reuse`."""
+
+    RESIDUAL = "residual"
+    VELOCITY = "velocity"
+    EXTRAPOLATE = "extrapolate"
+
+
+class TokenUnit(StrEnum):
+    """Names of `--kv-retention` and `--kv-queries`."""
+
+    TOKEN = "token"
+    FRAME = "frame"
+    CHUNK = "chunk"
 
 
 class Launcher(StrEnum):
@@ -31,271 +61,290 @@ class Precision(StrEnum):
     FAST = "fast"
 
 
-Prompts = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="PROMPT...",
-        help='What the video shows. magi-pocket knows a colour, a shape and a motion: "a red circle moving right". '
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What was given to `flowcache generate`; None where nothing was.
+
+    Raises:
+        InputError: a figure is out of bounds.
+    """
+
+    prompts: list[str] = option(
+        'What the video shows. magi-pocket knows a colour, a shape and a motion: "a red circle moving right". '
         "Several prompts make several videos.",
-    ),
-]
+        default_factory=list,
+        metavar="PROMPT...",
+        argument=True,
+        batch=False,
+    )
 
-# ---- the video
+    # ---- the video
 
-Model = Annotated[
-    str | None,
-    typer.Option(help="A name from [cyan]flowcache models[/cyan].", show_default="magi-pocket", rich_help_panel=_VIDEO),
-]
-Seconds = Annotated[
-    float | None, typer.Option(help="Length, rounded up to whole chunks of one second.", rich_help_panel=_VIDEO)
-]
-Chunks = Annotated[
-    int | None, typer.Option(help="Length in chunks of 24 frames, in place of --seconds.", rich_help_panel=_VIDEO)
-]
-Seed = Annotated[
-    int,
-    typer.Option(
-        help="Seed of the noise; the same seed gives the same video. Several videos count on from it.",
-        rich_help_panel=_VIDEO,
-    ),
-]
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        help="The file to write; an older one is replaced. With several prompts, the folder that the videos go into.",
-        show_default="video.mp4, or the folder videos",
-        rich_help_panel=_VIDEO,
-    ),
-]
-Height = Annotated[
-    int | None, typer.Option(help="Pixels, a multiple of 16; the model's own by default.", rich_help_panel=_VIDEO)
-]
-Width = Annotated[
-    int | None, typer.Option(help="Pixels, a multiple of 16; the model's own by default.", rich_help_panel=_VIDEO)
-]
-Steps = Annotated[
-    int | None,
-    typer.Option(
-        help="Denoising steps of a chunk, a multiple of the window (4); the model's own by default.",
-        rich_help_panel=_VIDEO,
-    ),
-]
+    model: str | None = option("A name from [cyan]flowcache models[/cyan].", _VIDEO, shown="magi-pocket")
+    seconds: float | None = option(
+        "Length, rounded up to whole chunks of one second.", _VIDEO, within=(0.001, 1e6), line=True
+    )
+    chunks: int | None = option(
+        "Length in chunks of 24 frames, in place of --seconds.", _VIDEO, within=(1, 1_000_000), line=True
+    )
+    seed: int = option(
+        "Seed of the noise; the same seed gives the same video. Several videos count on from it.",
+        _VIDEO,
+        default=0,
+        within=(0, 2**63 - 1),
+        line=True,
+    )
+    out: Path | None = option(
+        "The file to write; an older one is replaced. With several prompts, the folder that the videos go into.",
+        _VIDEO,
+        shown="video.mp4, or the folder videos",
+        batch=False,
+    )
+    height: int | None = option(
+        "Pixels, a multiple of 16; the model's own by default.", _VIDEO, within=(16, 16_384), line=True
+    )
+    width: int | None = option(
+        "Pixels, a multiple of 16; the model's own by default.", _VIDEO, within=(16, 16_384), line=True
+    )
+    steps: int | None = option(
+        "Denoising steps of a chunk, a multiple of the window (4); the model's own by default.",
+        _VIDEO,
+        within=(1, 10_000),
+        line=True,
+    )
 
-# ---- what it starts from
+    # ---- what it starts from
 
-Image = Annotated[Path | None, typer.Option(help="A picture that the video begins with.", rich_help_panel=_START)]
-Video = Annotated[Path | None, typer.Option(help="A clip that the video goes on from.", rich_help_panel=_START)]
+    image: Path | None = option("A picture that the video begins with.", _START, batch=False, line=True)
+    video: Path | None = option("A clip that the video goes on from.", _START, batch=False, line=True)
 
-# ---- reuse, and the passes that its presets leave out
+    # ---- reuse, and the passes that its presets leave out
 
-Cache = Annotated[
-    CacheName,
-    typer.Option(
-        metavar="PRESET",
-        help="Which steps are left out. [bold]flowcache-slow[/bold] and [bold]flowcache-fast[/bold] leave out those "
+    cache: CacheName = option(
+        "Which steps are left out. [bold]flowcache-slow[/bold] and [bold]flowcache-fast[/bold] leave out those "
         "before which a chunk has hardly changed, each chunk for itself: slow stays close to the full computation, "
         "fast saves more. [bold]teacache[/bold] decides once for all chunks of the window, for comparison. "
         "[bold]none[/bold] computes everything. The options below change single figures of the preset.",
-        rich_help_panel=_REUSE,
-    ),
-]
-CacheThreshold = Annotated[
-    float | None,
-    typer.Option(
+        _REUSE,
+        default=CacheName.FLOWCACHE_SLOW,
+        metavar="PRESET",
+    )
+    cache_threshold: float | None = option(
+        "How much a chunk may change (relative L1, summed up) before it is computed again. Higher is faster, "
+        "lower is closer to --cache none. [cyan]flowcache plot distance[/cyan] shows what a model's steps add to "
+        "it.",
+        _REUSE,
+        within=(0, 1e9),
         metavar="NUMBER",
-        help="How much a chunk may change (relative L1, summed up) before it is computed again. Higher is faster, "
-        "lower is closer to --cache none. [cyan]flowcache plot distance[/cyan] shows what a model's steps add to it.",
-        rich_help_panel=_REUSE,
-    ),
-]
-CacheWarmup = Annotated[
-    int | None,
-    typer.Option(
-        metavar="STEPS",
-        help="First steps of a chunk that are always computed: they lay out the picture. With teacache, first steps "
+    )
+    cache_warmup: int | None = option(
+        "First steps of a chunk that are always computed: they lay out the picture. With teacache, first steps "
         "of the video.",
-        rich_help_panel=_REUSE,
-    ),
-]
-Reuse = Annotated[
-    ReuseKind | None,
-    typer.Option(
-        metavar="KIND",
-        help="What stands in for a step that is left out. [bold]residual[/bold]: the change of the last computed step "
+        _REUSE,
+        within=(1, 10**9),
+        metavar="STEPS",
+    )
+    reuse: ReuseKind | None = option(
+        "What stands in for a step that is left out. [bold]residual[/bold]: the change of the last computed step "
         "once more, as published. [bold]velocity[/bold]: its velocity times the size of this step. "
         "[bold]extrapolate[/bold]: the last two velocities, continued to this step.",
-        rich_help_panel=_REUSE,
-    ),
-]
-ExtrapolateFrom = Annotated[
-    float | None,
-    typer.Option(
-        metavar="SHARE",
-        help="A middle way: once a chunk has changed by this share of the threshold, extrapolate, whatever --reuse "
+        _REUSE,
+        metavar="KIND",
+    )
+    extrapolate_from: float | None = option(
+        "A middle way: once a chunk has changed by this share of the threshold, extrapolate, whatever --reuse "
         "says. 1 never does.",
-        rich_help_panel=_REUSE,
-    ),
-]
-CleanPass = Annotated[
-    bool | None,
-    typer.Option(
-        "--clean-pass/--no-clean-pass",
-        help="Run each finished chunk once more, without noise, before others look back at it. With --cache none it "
+        _REUSE,
+        within=(0, 1),
+        metavar="SHARE",
+    )
+    clean_pass: bool | None = option(
+        "Run each finished chunk once more, without noise, before others look back at it. With --cache none it "
         "is on; the presets of reuse leave it out, as published.",
-        rich_help_panel=_PASSES,
-    ),
-]
-CopyPass = Annotated[
-    bool | None,
-    typer.Option(
-        "--copy-pass/--no-copy-pass",
-        help="Distilled models: run the cleanest chunk twice, once without its past, and blend the two. With --cache "
+        _PASSES,
+    )
+    copy_pass: bool | None = option(
+        "Distilled models: run the cleanest chunk twice, once without its past, and blend the two. With --cache "
         "none it is on; the presets of reuse leave it out, as published.",
-        rich_help_panel=_PASSES,
-    ),
-]
+        _PASSES,
+    )
 
-# ---- memory
+    # ---- memory
 
-KVBudget = Annotated[
-    int | None,
-    typer.Option(
-        metavar="CHUNKS",
-        help="Look back at the whole video, its keys and values compressed to the room of so many chunks. By default a "
+    kv_budget: int | None = option(
+        "Look back at the whole video, its keys and values compressed to the room of so many chunks. By default a "
         "model looks back at the few last chunks that it was released with. Either way a long video needs no more "
         "memory than a short one.",
-        rich_help_panel=_MEMORY,
-    ),
-]
-KVRetention = Annotated[
-    TokenUnit | None,
-    typer.Option(
-        help="What the compression keeps or drops as one: single tokens, frames, or chunks.",
-        show_default="token",
-        rich_help_panel=_MEMORY,
-    ),
-]
-KVQueries = Annotated[
-    TokenUnit | None,
-    typer.Option(
-        help="Who says what is worth keeping: the last 50 tokens of the chunk that was denoised last, its last frame, "
+        _MEMORY,
+        within=(1, 1_000_000),
+        metavar="CHUNKS",
+    )
+    kv_retention: TokenUnit | None = option(
+        "What the compression keeps or drops as one: single tokens, frames, or chunks.", _MEMORY, shown="token"
+    )
+    kv_queries: TokenUnit | None = option(
+        "Who says what is worth keeping: the last 50 tokens of the chunk that was denoised last, its last frame, "
         "or all of it.",
-        show_default="token",
-        rich_help_panel=_MEMORY,
-    ),
-]
+        _MEMORY,
+        shown="token",
+    )
 
-# ---- record
+    # ---- record
 
-Record = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="RUN_DIR",
-        help="Write what happened to this folder: decisions, distances, times, what of the past was kept. "
+    record: Path | None = option(
+        "Write what happened to this folder: decisions, distances, times, what of the past was kept. "
         "[cyan]flowcache plot[/cyan] draws it. With several prompts, a sub-folder for each video.",
-        rich_help_panel=_RECORD,
-    ),
-]
+        _RECORD,
+        metavar="RUN_DIR",
+        batch=False,
+    )
 
-# ---- ranks
+    # ---- ranks
 
-PP = Annotated[
-    int,
-    typer.Option(
-        "--pp",
-        metavar="STAGES",
-        help="Pipeline: split the layers over so many stages. The chunks of the window flow through them; the result "
+    pp: int = option(
+        "Pipeline: split the layers over so many stages. The chunks of the window flow through them; the result "
         "is the same, bit for bit. pp x cp ranks are started here, unless torchrun has started as many.",
-        rich_help_panel=_RANKS,
-    ),
-]
-CP = Annotated[
-    int,
-    typer.Option(
-        "--cp",
-        metavar="RANKS",
-        help="Context parallelism: share the tokens and heads of each stage among so many ranks; must divide the "
+        _RANKS,
+        default=1,
+        within=(1, None),
+        metavar="STAGES",
+    )
+    cp: int = option(
+        "Context parallelism: share the tokens and heads of each stage among so many ranks; must divide the "
         "model's key heads.",
-        rich_help_panel=_RANKS,
-    ),
-]
-Split = Annotated[
-    str | None,
-    typer.Option(
+        _RANKS,
+        default=1,
+        within=(1, None),
+        metavar="RANKS",
+    )
+    split: str | None = option(
+        "Layers of each stage, such as 9,9,8,8. By default the stages are made to cost the same.",
+        _RANKS,
         metavar="LAYERS",
-        help="Layers of each stage, such as 9,9,8,8. By default the stages are made to cost the same.",
-        rich_help_panel=_RANKS,
-    ),
-]
-Concurrency = Annotated[
-    int | None,
-    typer.Option(
+    )
+    concurrency: int | None = option(
+        "How many videos are made at a time, of several; for a batch, by each gang. One video fills the stages "
+        "only as far as its window of chunks goes.",
+        _RANKS,
+        within=(1, 10_000),
         metavar="VIDEOS",
-        help="With several prompts, how many videos are made at a time. One fills the stages only as far as its window "
-        "of chunks goes.",
-        show_default="2 on ranks, more from 5 stages on; 1 without ranks",
-        rich_help_panel=_RANKS,
-    ),
-]
-LauncherName = Annotated[
-    Launcher,
-    typer.Option(
-        "--launcher",
-        help="Who starts the ranks. local: torchrun, or this command on this machine. ray: a Ray cluster, the one that "
+        shown="2 on ranks, more from 5 stages on; 1 without ranks",
+    )
+    launcher: Launcher = option(
+        "Who starts the ranks. local: torchrun, or this command on this machine. ray: a Ray cluster, the one that "
         "RAY_ADDRESS names, or one that is started here.",
-        rich_help_panel=_RANKS,
-    ),
-]
-Trace = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE.json",
-        help="Write what each rank did when, for ui.perfetto.dev or chrome://tracing. With --record it is in RUN_DIR "
+        _RANKS,
+        default=Launcher.LOCAL,
+        batch=False,
+    )
+    trace: Path | None = option(
+        "Write what each rank did when, for ui.perfetto.dev or chrome://tracing. With --record it is in RUN_DIR "
         "as trace.json as well, and [cyan]flowcache plot pipeline RUN_DIR[/cyan] draws it.",
-        rich_help_panel=_RANKS,
-    ),
-]
+        _RANKS,
+        metavar="FILE.json",
+        batch=False,
+    )
 
-# ---- model files, and how to compute
+    # ---- model files, and how to compute
 
-Config = Annotated[
-    Path | None, typer.Option(help="A released MAGI-1 JSON, as it is, in place of --model.", rich_help_panel=_FILES)
-]
-Weights = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder of the weights, in place of the configured one; an autoencoder in its sub-folder vae and "
+    config: Path | None = option("A released MAGI-1 JSON, as it is, in place of --model.", _FILES)
+    weights: Path | None = option(
+        "Folder of the weights, in place of the configured one; an autoencoder in its sub-folder vae and "
         "text encoders in t5 are taken first.",
-        rich_help_panel=_FILES,
-    ),
-]
-Attention = Annotated[str, typer.Option(help="auto, sdpa, flash-attn or xformers.", rich_help_panel=_COMPUTE)]
-PrecisionName = Annotated[
-    Precision,
-    typer.Option(
-        help="reference computes what was released; fast leaves out its fp32 output projections.",
-        rich_help_panel=_COMPUTE,
-    ),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="CPU threads; by default all cores, shared evenly among ranks (torchrun: 1 each).",
-        rich_help_panel=_COMPUTE,
-    ),
-]
+        _FILES,
+    )
+    attention: str = option("auto, sdpa, flash-attn or xformers.", _COMPUTE, default="sdpa")
+    precision: Precision = option(
+        "reference computes what was released; fast leaves out its fp32 output projections.",
+        _COMPUTE,
+        default=Precision.REFERENCE,
+    )
+    threads: int | None = option(
+        "CPU threads; by default all cores, shared evenly among ranks (torchrun: 1 each).",
+        _COMPUTE,
+        within=(1, 1024),
+        hint=f"; this machine has {os.cpu_count()} cores",
+    )
 
-# ---- other commands
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
-GoldenFiles = Annotated[list[Path], typer.Argument(help="Golden files; their weights file lies beside them.")]
-RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN_DIR", help="A folder that [cyan]flowcache generate --record[/cyan] wrote.")
-]
-PlotOut = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE.png",
-        help="The picture to write; an older one is replaced. By default it goes into RUN_DIR.",
-    ),
-]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchOptions:
+    """What was given to `flowcache batch` beside the options that `Options` has for it too.
+
+    Raises:
+        InputError: a figure is out of bounds.
+    """
+
+    file: Path = option("A JSON object in each line.", default=MISSING, metavar="FILE.jsonl", argument=True)
+    out: Path = option("Folder of the videos; made if it is missing.", default=Path("videos"), metavar="DIR")
+    base: Options = field(default_factory=Options)  # holds where a line says nothing; its ranks are those of a gang
+    gangs: int = option(
+        "Groups of pp x cp ranks. Each holds the whole model and makes videos of its own.",
+        _GANGS,
+        default=1,
+        within=(1, None),
+        metavar="COUNT",
+    )
+    kv_memory: str | None = option(
+        "Memory of each rank for keys and values, such as 8GB; a gang takes in no more videos than fit.",
+        _GANGS,
+        metavar="SIZE",
+        shown="enough for --concurrency",
+    )
+    checkpoint_every: int = option(
+        "Note how far a video is each time so many chunks have entered the window; 0 for never. After a loss it "
+        "goes on from there.",
+        _SAFETY,
+        default=4,
+        within=(0, None),
+        metavar="CHUNKS",
+    )
+    checkpoints: Path | None = option(
+        "Folder of checkpoints; every node must see it. They are deleted with the end of a video.",
+        _SAFETY,
+        metavar="DIR",
+        shown="in the folder of the videos",
+    )
+    max_restarts: int = option(
+        "How often gangs may be started again, all together; after that the lost ones stay lost.",
+        _SAFETY,
+        default=20,
+        within=(0, None),
+        metavar="COUNT",
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """Bytes of each rank for keys and values; None is enough for as many videos as are made at a time.
+
+        Raises:
+            InputError: the text is no size.
+        """
+        return None if self.kv_memory is None else parse_size(self.kv_memory)
+
+
+GOLDEN_FILES = Declared(
+    name="files",
+    kind=list[Path],
+    default=Parameter.empty,
+    opt=Opt("Golden files; their weights file lies beside them.", argument=True),
+)
+"""What `flowcache conformance` is given."""
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a text such as `8GB`, `512 MB` or `1.5g`.
+
+    Raises:
+        InputError: it is none.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", text.lower())
+    if found is None:
+        raise InputError(f"{text!r} is no size: write one such as 8GB")
+    return int(float(found[1]) * _UNITS[found[2]])

@@ -1,4 +1,4 @@
-"""From options to a plan: everything that can be checked is checked here, before a weight is read.
+"""From options to plans: everything that can be checked is checked here, before a weight is read.
 
 It knows options, presets and files; how a video is denoised is the engine's business.
 """
@@ -6,7 +6,9 @@ It knows options, presets and files; how a video is denoised is the engine's bus
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,10 +16,11 @@ import torch
 from engine.kv.size import KVSettings
 from engine.request import Prefix, Request
 from engine.reuse.settings import ReuseSettings
-from launch.cache_presets import CacheName, CacheOptions, KVOptions, cache_settings, kv_settings
+from launch.memory import bytes_needed, check_memory
+from launch.options import Launcher, Options, Precision
 from launch.output.files import check_folder, check_target
 from launch.output.media import read_image, read_video
-from launch.ranks import RankOptions, check_layout
+from launch.reuse_presets import DEFAULT_MODEL, kv_settings, reuse_settings
 from models.attention import attention_backend
 from models.errors import InputError
 from models.magi.config import MagiConfig
@@ -25,136 +28,195 @@ from models.magi.pipeline import Loading
 from models.magi.presets import find_preset
 from models.magi.sampling import MagiSampling
 from models.pocket.words import parse_prompt
+from parallel.topology.mesh import Layout
+from parallel.topology.split import stage_sizes
 
-DEFAULT_MODEL = "magi-pocket"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """What was given on the command line; None where nothing was."""
-
-    prompt: str
-    out: Path
-    seed: int = 0
-    model: str | None = None
-    seconds: float | None = None
-    chunks: int | None = None
-    height: int | None = None
-    width: int | None = None
-    steps: int | None = None
-    image: Path | None = None
-    video: Path | None = None
-    config: Path | None = None
-    weights: Path | None = None
-    attention: str = "sdpa"
-    precise: bool = True
-    threads: int | None = None
-    cache: CacheOptions = field(default_factory=CacheOptions)
-    kv: KVOptions = field(default_factory=KVOptions)
-    record: Path | None = None
-    ranks: RankOptions = field(default_factory=RankOptions)
+_LETTERS = 40  # of a prompt in a name; file systems take 255 bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelPlan:
-    """What every rank must know: attributes as in `Plan`."""
+    """Which model to load, and how the engine uses it: what every rank must know."""
 
-    name: str
+    name: str  # for people
     config: MagiConfig
-    weights: Path | None
-    loading: Loading
+    weights: Path | None  # folder in place of the configured one
+    loading: Loading  # device, precision, attention
+    reuse: ReuseSettings  # which steps are reused
+    kv: KVSettings  # how much of the past is held
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Checked options: what to load, what to make, and where to put it."""
+    """One video, checked: what to load, what to make, and where to put it."""
 
-    name: str  # of the model, for people
-    config: MagiConfig  # of the model
-    weights: Path | None  # folder in place of the configured one
+    options: Options  # that it was made of
+    model: ModelPlan
     request: Request
-    out: Path
-    loading: Loading  # device, precision, attention
-    cache_name: CacheName  # of the preset that `cache` began as
-    cache: ReuseSettings  # which steps are reused
-    kv: KVSettings  # how much of the past is held
+    out: Path  # file to write
     record: Path | None  # folder for a record of the run; None for none
-    ranks: RankOptions  # who makes it
+
+
+def layout_of(options: Options) -> Layout:
+    """The ranks that are asked for."""
+    return Layout(pp=options.pp, cp=options.cp)
+
+
+def at_a_time(options: Options, videos: int) -> int:
+    """How many of several videos the ranks make at a time.
+
+    One video has as many chunks in flight as its window holds, 4, less what is reused. So two fill up to four or five
+    stages, and every two stages more want another one.
+    """
+    return min(videos, options.concurrency or max(2, (options.pp + 1) // 2))
 
 
 def plan_model(options: Options) -> ModelPlan:
-    """Which model to load, and how; what else was given is not looked at.
+    """Which model to load, and how to use it; what was given of a video is not looked at.
 
     Raises:
-        InputError: there is no such model, it has no weights, or it cannot be laid out as asked.
+        InputError: there is no such model, it has no weights, or it cannot be used as asked.
     """
     if options.config is not None and options.model is not None:
         raise InputError("--model and --config both name a model: give one of them")
     config = _config(options)
-    check_layout(config, options.ranks)
+    _check_layout(config, options)
+    num_steps = config.runtime_config.num_steps if options.steps is None else options.steps
+    sampling = MagiSampling(config=config, num_steps=num_steps)  # says whether the steps fit
+    reuse = reuse_settings(options, num_steps=num_steps, guided=sampling.guided)
     attention_backend(options.attention)  # says whether it can run here
     _check_weights(options, config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loading = Loading(device=device, precise=options.precise, attention=options.attention)
-    return ModelPlan(name=_name(options), config=config, weights=options.weights, loading=loading)
+    loading = Loading(
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        precise=options.precision is Precision.REFERENCE,
+        attention=options.attention,
+    )
+    return ModelPlan(
+        name=_name(options),
+        config=config,
+        weights=options.weights,
+        loading=loading,
+        reuse=reuse,
+        kv=kv_settings(options),
+    )
 
 
-def plan_video(options: Options) -> Plan:
-    """Check options, and read the picture or the clip that the video starts from. No weights are read.
+def plan_videos(options: Options) -> list[Plan]:
+    """A plan for each prompt. No weights are read.
+
+    One prompt's video goes to the file `out`. Of several, the n-th has the seed plus n, a file in the folder `out`, and
+    a record in a sub-folder of its own; what it starts from, if anything, is the same for all.
 
     Raises:
         InputError: something cannot be used.
     """
-    if options.config is not None and options.model is not None:
-        raise InputError("--model and --config both name a model: give one of them")
-    if options.image is not None and options.video is not None:
-        raise InputError("--image and --video both say what to start from: give one of them")
-    check_target(options.out, suffix=".mp4", what="video")
+    prompts = options.prompts
     if options.record is not None:
         check_folder(options.record)
-    if options.ranks.trace is not None:
-        check_target(options.ranks.trace, suffix=".json", what="trace")
-    config = _config(options)
-    check_layout(config, options.ranks)
-    runtime = config.runtime_config
+    if options.trace is not None:
+        check_target(options.trace, suffix=".json", what="trace")
+    if len(prompts) == 1:
+        out = options.out or Path("video.mp4")
+        check_target(out, suffix=".mp4", what="video")
+        return plan_requests(options, [out])
+    folder = options.out or Path("videos")
+    if folder.suffix.lower() == ".mp4":
+        raise InputError(f"--out {folder} names one video, but there are {len(prompts)} prompts: give a folder")
+    check_folder(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"cannot write {folder}: it is not a folder")
+    names = video_names(prompts)
+    outs = [folder / f"{name}.mp4" for name in names]
+    check_target(_existing(folder) / outs[-1].name, suffix=".mp4", what="video")
+    if taken := next((path for path in outs if path.exists() and not path.is_file()), None):
+        raise InputError(f"cannot write {taken}: there is something of that name that is not a file")
+    plans = plan_requests(options, outs)
+    if options.record is None:
+        return plans
+    return [replace(plan, record=options.record / name) for plan, name in zip(plans, names, strict=True)]
+
+
+def plan_requests(options: Options, outs: Sequence[Path]) -> list[Plan]:
+    """A plan for each prompt, with the seeds of several; `outs` are their files, which are not looked at.
+
+    Raises:
+        InputError: something cannot be used.
+    """
+    if not options.prompts:
+        raise InputError("there is no prompt: say what the video shows")
+    first = plan_video(options, out=outs[0], at_a_time=together(options))
+    plans = []
+    for place, (prompt, out) in enumerate(zip(options.prompts, outs, strict=True)):
+        _check_prompt(first.model.config, prompt)
+        request = replace(first.request, prompt=prompt, seed=options.seed + place)
+        plans.append(replace(first, request=request, out=out))
+    return plans
+
+
+def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
+    """Check the options of one video, of the first prompt, and read the picture or the clip that it starts from.
+
+    There must be memory for `at_a_time` such videos. The file `out` is not looked at.
+
+    Raises:
+        InputError: something cannot be used.
+    """
+    if options.image is not None and options.video is not None:
+        raise InputError("--image and --video both say what to start from: give one of them")
+    model = plan_model(options)
+    config, runtime = model.config, model.config.runtime_config
     request = Request(
-        prompt=options.prompt,
+        prompt=options.prompts[0],
         chunks=_chunks(options, config),
         height=runtime.video_size_h if options.height is None else options.height,
         width=runtime.video_size_w if options.width is None else options.width,
         num_steps=runtime.num_steps if options.steps is None else options.steps,
         seed=options.seed,
     )
-    sampling = MagiSampling(config=config, num_steps=request.num_steps)  # says whether the steps fit
-    model = None if options.config is not None else options.model or DEFAULT_MODEL
-    cache = cache_settings(options.cache, model=model, num_steps=request.num_steps, guided=sampling.guided)
-    kv = kv_settings(options.kv)
-    attention_backend(options.attention)  # says whether it can run here
-    check_prompt(config, options.prompt)
-    _check_weights(options, config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_prompt(config, request.prompt)
+    if model.loading.device == "cpu" and options.launcher is not Launcher.RAY:  # whose ranks may be anywhere
+        needed = bytes_needed(config, request, model.kv, layout_of(options), options.split)
+        what = f"a video of {request.width}x{request.height} pixels and {request.chunks:,} chunks"
+        check_memory(what if at_a_time == 1 else f"{what}, {at_a_time} at a time,", at_a_time * needed)
     return Plan(
-        name=_name(options),
-        config=config,
-        weights=options.weights,
+        options=options,
+        model=model,
         request=replace(request, prefix=_prefix(options, request, fps=runtime.fps)),
-        out=options.out,
-        loading=Loading(device=device, precise=options.precise, attention=options.attention),
-        cache_name=options.cache.preset,
-        cache=cache,
-        kv=kv,
+        out=out,
         record=options.record,
-        ranks=options.ranks,
     )
 
 
-def check_prompt(config: MagiConfig, prompt: str) -> None:
-    """See that a model understands a prompt.
+def video_names(prompts: Sequence[str]) -> list[str]:
+    """Names without endings, such as `00-a-red-circle`: the place, and the prompt's letters and digits."""
+    digits = max(2, len(str(len(prompts) - 1)))
+    names = []
+    for place, prompt in enumerate(prompts):
+        words = re.sub(r"[\W_]+", "-", prompt.lower())[:_LETTERS].strip("-")
+        names.append(f"{place:0{digits}}-{words}" if words else f"{place:0{digits}}")
+    return names
 
-    Raises:
-        InputError: it has a fixed vocabulary, which lacks a word.
-    """
-    if config.runtime_config.t5_pretrained is None:
+
+def together(options: Options) -> int:
+    """How many videos of one command are made at a time: one without ranks, unless something else was asked for."""
+    ranks = layout_of(options).world_size > 1
+    return at_a_time(options, len(options.prompts)) if ranks else min(len(options.prompts), options.concurrency or 1)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the one above it that is there already."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _check_layout(config: MagiConfig, options: Options) -> None:
+    heads = config.model_config.num_query_groups
+    stage_sizes(config, options.pp, options.split)
+    if heads % options.cp:
+        raise InputError(f"--cp {options.cp} does not divide the model's {heads} key heads")
+
+
+def _check_prompt(config: MagiConfig, prompt: str) -> None:
+    if config.runtime_config.t5_pretrained is None:  # it has a fixed vocabulary
         parse_prompt(prompt)
 
 
@@ -178,8 +240,6 @@ def _chunks(options: Options, config: MagiConfig) -> int:
     chunk_frames = runtime.chunk_width * runtime.temporal_downsample_factor
     if options.seconds is None:
         return math.ceil(runtime.num_frames / chunk_frames)
-    if not (math.isfinite(options.seconds) and options.seconds > 0):
-        raise InputError(f"a video of {options.seconds:g} seconds has no frames: ask for more than 0")
     # To a thousandth of a frame, so that 2.1 s at 10 frames per second is 21 frames and not a hair more.
     return math.ceil(round(options.seconds * runtime.fps, 3) / chunk_frames)
 

@@ -32,7 +32,8 @@ from benchmarks.quality.report import csv_rows, curve_table, pareto_figure, sett
 from benchmarks.quality.sweep import WORK, Grid, Setting, StandIn, make_plan
 from benchmarks.quality.trial import Case, Results, TrialRunner, image_metrics
 from engine.reuse.settings import ReuseSettings
-from launch.cache_presets import CACHE_FIGURES, CacheName, cache_preset
+from launch.options import CacheName
+from launch.reuse_presets import REUSE_FIGURES, reuse_preset
 from models.errors import InputError
 from models.magi.pipeline import Loading, MagiPipeline, load_pipeline
 from models.pocket.preset import pocket_config
@@ -107,7 +108,7 @@ def _grid(kind: str | None, extrapolate_from: float | None, warmup: int | None, 
     Raises:
         InputError: a figure makes no sense.
     """
-    figures, share = CACHE_FIGURES[POCKET], extrapolate_from
+    figures, share = REUSE_FIGURES[POCKET], extrapolate_from
     if share is None:
         share = figures.extrapolate_from if kind is None else 1.0
     chosen = StandIn(kind=str(kind or figures.reuse), extrapolate_from=share)
@@ -120,7 +121,7 @@ def _grid(kind: str | None, extrapolate_from: float | None, warmup: int | None, 
 
 def _presets(grid: Grid) -> dict[str, Setting]:
     """The thresholds of `--cache`, with what the grid has stand in for reused steps, and its warm-up."""
-    presets = {name: cache_preset(name, POCKET) for name in CacheName if name is not CacheName.NONE}
+    presets = {name: reuse_preset(name, POCKET) for name in CacheName if name is not CacheName.NONE}
     return {name.value: grid.reuse(one.policy, grid.chosen, one.threshold) for name, one in presets.items()}
 
 

@@ -15,34 +15,37 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from launch.output.files import file_errors
-from launch.plan import Options, Plan, plan_model, plan_video
+from launch.declare import declared
+from launch.options import Options
+from launch.output.terminal import one_line
+from launch.plan import Plan, plan_model, plan_video
 from models.errors import InputError
 
 DIGEST_LENGTH = 12
 """Hexadecimal digits in a file name: 48 bits, so that even 100,000 videos do not meet."""
 _SLUG_LENGTH = 40
+_EITHER = {("seconds", "chunks"): "how long it is", ("image", "video"): "what it starts from"}
 _DIGEST_FORM = 1  # to be raised when the same options begin to make another video
 
 
-class BatchLine(BaseModel):
-    """What a line may say; what it leaves out is as on the command line."""
+def _line_model() -> type[BaseModel]:
+    """What a line may say: the options that `Options` declares for lines, a priority and a name."""
+    declared_fields: dict[str, Any] = {"prompt": (str, Field(min_length=1, max_length=10_000))}
+    for one in declared(Options):
+        if one.opt.line:
+            path, opt = one.value_type is Path, one.opt
+            low, high = opt.within or (None, None)
+            limits = Field(default=None, ge=low, le=high, min_length=1 if path else None)
+            declared_fields[one.name] = ((str if path else one.value_type) | None, limits)
+    declared_fields["priority"] = (int, Field(default=0, ge=-1_000_000, le=1_000_000))
+    declared_fields["name"] = (str | None, Field(default=None, min_length=1, max_length=200))
+    config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    return create_model("BatchLine", __config__=config, **declared_fields)
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    prompt: str = Field(min_length=1, max_length=10_000)
-    seconds: float | None = Field(default=None, gt=0, le=1e6)
-    chunks: int | None = Field(default=None, ge=1, le=1_000_000)
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
-    image: str | None = Field(default=None, min_length=1)
-    video: str | None = Field(default=None, min_length=1)
-    priority: int = Field(default=0, ge=-1_000_000, le=1_000_000)
-    height: int | None = Field(default=None, ge=1, le=16_384)
-    width: int | None = Field(default=None, ge=1, le=16_384)
-    steps: int | None = Field(default=None, ge=1, le=10_000)
-    name: str | None = Field(default=None, min_length=1, max_length=200)
+_LINE = _line_model()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,13 +55,12 @@ class BatchItem:
     line: int  # of the file, counted from 1
     priority: int  # higher goes first
     digest: str  # of all that the video depends on. Of several equal lines each has its own
-    chunks: int  # length
-    options: Options  # checked; `plan_video` makes a plan of them, and their `out` is the file to write
+    plan: Plan  # checked; its `out` is the file to write
 
     @property
     def name(self) -> str:
         """Of the file."""
-        return self.options.out.name
+        return self.plan.out.name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +76,7 @@ def read_batch(path: Path, base: Options, out: Path) -> tuple[list[BatchItem], l
 
     Args:
         path: of the file; paths in it are relative to its folder.
-        base: options that hold where a line says nothing; its prompt and target do not matter.
+        base: options that hold where a line says nothing.
         out: folder of the videos; it is there.
 
     Returns:
@@ -92,7 +94,7 @@ def read_batch(path: Path, base: Options, out: Path) -> tuple[list[BatchItem], l
             if raw.strip():
                 items.append(reader.item(number, raw))
         except InputError as error:
-            problems.append(Problem(line=number, message=f"{path} line {number}: {_plain(str(error))}"))
+            problems.append(Problem(line=number, message=f"{path} line {number}: {one_line(str(error))}"))
     return items, problems
 
 
@@ -114,54 +116,37 @@ class _Reader:
 
     def item(self, number: int, raw: bytes) -> BatchItem:
         line = _parse(raw)
-        options = self._options(number, line)
         try:
-            plan = plan_video(options)
+            plan = plan_video(self._options(line), out=self._out)
         except (ValueError, OverflowError, OSError) as error:  # of values that only a library refuses
             raise InputError(str(error)) from None
-        same = self._digest(plan, options, 0)
-        digest = self._digest(plan, options, self._seen[same]) if self._seen[same] else same
+        same = self._digest(plan, 0)
+        digest = self._digest(plan, self._seen[same]) if self._seen[same] else same
         self._seen[same] += 1
-        name = f"{number:03}-{_slug(line.name or line.prompt)}-{digest}.mp4"
+        name = f"{number:03}-{_slug(line.get('name') or line['prompt'])}-{digest}.mp4"
         return BatchItem(
-            line=number,
-            priority=line.priority,
-            digest=digest,
-            chunks=plan.request.chunks,
-            options=replace(options, out=self._out / name),
+            line=number, priority=line.get("priority", 0), digest=digest, plan=replace(plan, out=self._out / name)
         )
 
-    def _options(self, number: int, line: BatchLine) -> Options:
+    def _options(self, line: dict[str, Any]) -> Options:
         """The line on top of the base. What it says of length or start takes the place of both ways to say it."""
-        base = self._base
-        has_length, has_start = (line.seconds, line.chunks) != (None, None), (line.image, line.video) != (None, None)
-        return replace(
-            base,
-            prompt=line.prompt,
-            out=self._out / f"{number:03}.mp4",
-            seed=base.seed if line.seed is None else line.seed,
-            seconds=line.seconds if has_length else base.seconds,
-            chunks=line.chunks if has_length else base.chunks,
-            image=self._path(line.image) if has_start else base.image,
-            video=self._path(line.video) if has_start else base.video,
-            height=base.height if line.height is None else line.height,
-            width=base.width if line.width is None else line.width,
-            steps=base.steps if line.steps is None else line.steps,
-            record=None,
-        )
+        given = {one.name: line[one.name] for one in declared(Options) if one.opt.line and one.name in line}
+        for one, other in _EITHER:
+            if one in given or other in given:
+                given = {one: None, other: None, **given}
+        for name in ("image", "video"):
+            if given.get(name) is not None:
+                given[name] = self._folder / Path(given[name]).expanduser()
+        return replace(self._base, prompts=[line["prompt"]], **given)
 
-    def _path(self, given: str | None) -> Path | None:
-        return None if given is None else self._folder / Path(given).expanduser()
-
-    def _digest(self, plan: Plan, options: Options, repeat: int) -> str:
+    def _digest(self, plan: Plan, repeat: int) -> str:
         """Of all that the video depends on, as far as the command line can know it.
 
         Args:
             plan: the video, with what the line left out filled in: a default that is written out changes nothing.
-            options: that the plan was made of.
             repeat: how many equal lines come before this one.
         """
-        request = plan.request
+        request, model = plan.request, plan.model
         what = {
             "form": _DIGEST_FORM,
             "repeat": repeat,
@@ -170,14 +155,14 @@ class _Reader:
             "chunks": request.chunks,
             "size": [request.height, request.width],
             "steps": request.num_steps,
-            "image": self._content(options.image),
-            "video": self._content(options.video),
-            "model": asdict(plan.config),
-            "weights": None if plan.weights is None else str(plan.weights.resolve()),
-            "attention": plan.loading.attention,
-            "precise": plan.loading.precise,
-            "cache": asdict(plan.cache),
-            "kv": asdict(plan.kv),
+            "image": self._content(plan.options.image),
+            "video": self._content(plan.options.video),
+            "model": asdict(model.config),
+            "weights": None if model.weights is None else str(model.weights.resolve()),
+            "attention": model.loading.attention,
+            "precise": model.loading.precise,
+            "cache": asdict(model.reuse),
+            "kv": asdict(model.kv),
         }
         text = json.dumps(what, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
@@ -186,12 +171,13 @@ class _Reader:
         if path is None:
             return None
         if path not in self._media:
-            with file_errors(path), path.open("rb") as file:
+            with path.open("rb") as file:
                 self._media[path] = hashlib.file_digest(file, "sha256").hexdigest()
         return self._media[path]
 
 
-def _parse(raw: bytes) -> BatchLine:
+def _parse(raw: bytes) -> dict[str, Any]:
+    """What a line says; what it leaves out, or leaves to the command line with null, is not there."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -205,11 +191,11 @@ def _parse(raw: bytes) -> BatchLine:
     if not isinstance(found, dict):
         raise InputError('this is no JSON object: write {"prompt": "..."}')
     try:
-        line = BatchLine.model_validate(found)
+        line = _LINE.model_validate(found).model_dump(exclude_none=True)
     except ValidationError as error:
         raise InputError("; ".join(_complaint(one) for one in error.errors())) from None
-    for one, other, what in (("seconds", "chunks", "how long it is"), ("image", "video", "what it starts from")):
-        if getattr(line, one) is not None and getattr(line, other) is not None:
+    for (one, other), what in _EITHER.items():
+        if one in line and other in line:
             raise InputError(f"{one} and {other} both say {what}: give one of them")
     return line
 
@@ -227,7 +213,7 @@ def _complaint(error: Any) -> str:
         return f"the key {_short(error['input'])} is no text"
     key = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
-        return f"there is no key {key!r}: known are {', '.join(BatchLine.model_fields)}"
+        return f"there is no key {key!r}: known are {', '.join(_LINE.model_fields)}"
     if error["type"] == "missing":
         return f"the key {key!r} is missing"
     text = str(error["msg"])
@@ -237,11 +223,6 @@ def _complaint(error: Any) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _plain(text: str) -> str:
-    """On one line, and without what would move a cursor."""
-    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
 
 
 def _slug(text: str) -> str:

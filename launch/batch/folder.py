@@ -1,6 +1,6 @@
 """The folder of a batch: which videos are there, and a line of results for each.
 
-It knows files and names; what a video depends on is in its name, and `batch_file.py` has put it there.
+It knows files and names; what a video depends on is in its name, and `launch/batch/file.py` has put it there.
 """
 
 from __future__ import annotations
@@ -12,49 +12,24 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from engine.files import atomic_write, write_errors
 from launch.batch.file import DIGEST_LENGTH
-from launch.output.files import check_folder, file_errors
+from launch.output.files import check_folder
+from launch.output.table import Row, State
 from launch.output.video import VideoWriter
 from models.errors import InputError
 
 RESULTS = "results.jsonl"
-_NAME = rf"\d{{3,}}-[a-z0-9-]+-([0-9a-f]{{{DIGEST_LENGTH}}})\.mp4"
-_VIDEO = re.compile(_NAME)
-_PART = re.compile(rf"\.{_NAME}\.(\d+)\.part")
-
-
-class Status(StrEnum):
-    """How a video ended."""
-
-    DONE = "done"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Result:
-    """A line of the results."""
-
-    name: str  # of the file
-    line: int  # of the batch file
-    prompt: str  # of the video
-    status: Status  # how it ended
-    seconds: float  # from its first admission to its end
-    chunks: int  # made
-    computed: float | None  # computed chunk-steps as a share of all; None if it did not get that far
-    gang: str | None  # that made the end of it; None if none did
-    restarts: int  # how often it had to go on from a checkpoint
-    error: str | None = None  # why it failed; None if it did not
+_VIDEO = re.compile(rf"\d{{3,}}-[a-z0-9-]+-([0-9a-f]{{{DIGEST_LENGTH}}})\.mp4")
 
 
 class OutputFolder:
@@ -69,13 +44,13 @@ class OutputFolder:
         self._done: dict[str, Path] = {}
 
     def __enter__(self) -> Self:
-        """Take the folder: look what is there, and remove what batches that have died left behind.
+        """Take the folder: look what is there; what killed processes have left unfinished is removed.
 
         Raises:
             InputError: it cannot be written, or another batch has it.
         """
         check_folder(self._folder)
-        with file_errors(self._folder):
+        with write_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._results = _open_results(self._folder / RESULTS)
             for path in sorted(self._folder.iterdir()):
@@ -91,14 +66,26 @@ class OutputFolder:
         """The whole video of that digest, if it was there at the start, whatever the rest of its name."""
         return self._done.get(digest)
 
-    def record(self, result: Result) -> None:
-        """Add a line to the results. It is there as a whole or not at all.
+    def record(self, row: Row, *, name: str, seconds: float) -> None:
+        """Add a video to the results, `seconds` after its first admission. The line is there as a whole or not at all.
 
         Raises:
             InputError: it cannot be written; what is there already is kept.
         """
-        line = json.dumps(asdict(result)).encode() + b"\n"
-        with file_errors(self._folder / RESULTS):
+        result = {
+            "name": name,
+            "line": row.line,
+            "prompt": row.title,
+            "status": "done" if row.state is State.DONE else "failed",
+            "seconds": seconds,
+            "chunks": row.chunks_done,
+            "computed": row.computed,
+            "gang": row.gang,
+            "restarts": row.restarts,
+            "error": row.error,
+        }
+        line = json.dumps(result).encode() + b"\n"
+        with write_errors(self._folder / RESULTS):
             end = self._results.seek(0, os.SEEK_END)
             try:
                 if self._results.write(line) < len(line):
@@ -110,9 +97,6 @@ class OutputFolder:
                 raise
 
     def _look_at(self, path: Path) -> None:
-        part = _PART.fullmatch(path.name)
-        if part is not None and not _runs(int(part[2])):
-            path.unlink(missing_ok=True)
         video = _VIDEO.fullmatch(path.name)
         if video is not None and is_whole(path):
             self._done.setdefault(video[1], path)
@@ -163,16 +147,6 @@ def _open_results(path: Path) -> FileIO:
     return file
 
 
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkFiles:
     """The chunks of one video."""
@@ -187,25 +161,16 @@ class ChunkFiles:
         return index
 
     def write(self, index: int, frames: NDArray[np.uint8]) -> None:
-        """Keep a chunk.
-
-        Args:
-            index: counted from 0.
-            frames: uint8 [F, H, W, 3].
+        """Keep a chunk, uint8 [F, H, W, 3].
 
         Raises:
             InputError: the disk is full or cannot be written.
         """
         path = self._file(index)
-        part = path.with_name(f".{path.name}.part")
-        with file_errors(path):
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with part.open("wb") as file:
-                    np.save(file, frames)
-                os.replace(part, path)
-            finally:
-                part.unlink(missing_ok=True)  # what a full disk has taken of it
+        with write_errors(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            np.save(file, frames)
 
     def encode(self, path: Path, *, fps: int) -> None:
         """Make the video file of all chunks. It appears when it is complete.
@@ -217,7 +182,7 @@ class ChunkFiles:
         _, height, width, _ = np.load(files[0], mmap_mode="r").shape
         with VideoWriter(path, fps=fps, height=height, width=width) as writer:
             for file in files:
-                writer.write(torch.from_numpy(np.load(file)))
+                writer.write(np.load(file))
 
     def remove(self) -> None:
         """The video is there, or not wanted any more."""

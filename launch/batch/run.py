@@ -1,11 +1,10 @@
-"""Many videos on many gangs: `flowcache batch`. What is there is kept, what was begun goes on, what fails is told.
+"""Many videos on many gangs: `flowcache batch`. Whole videos are kept, those that were begun go on.
 
 It puts the batch file, the folder of videos, the cluster and the display together; each of them is elsewhere.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -13,27 +12,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from engine.checkpoint.files import CheckpointConfig
+from launch.backends import Backend, Job, make_videos
 from launch.batch.file import BatchItem, read_batch
-from launch.batch.folder import ChunkFiles, OutputFolder, Result, Status
-from launch.batch.options import BatchOptions, cluster_settings
-from launch.output.table import BatchDisplay, RowState, State, open_batch_display, summary
-from launch.plan import Plan, plan_video
-from launch.ray_cluster import ray_cluster
+from launch.batch.folder import ChunkFiles, OutputFolder
+from launch.options import BatchOptions
+from launch.output.table import BatchDisplay, Row, State, summary
+from launch.ray_backend import on_ray, size_of
 from models.errors import InputError
-from parallel.cluster.config import VideoSize, video_size
-from parallel.cluster.controller import Controller
-from parallel.cluster.messages import (
-    Admitted,
-    ChunkMade,
-    Event,
-    GangDown,
-    GangLost,
-    Progressed,
-    VideoDone,
-    VideoFailed,
-    VideoOrder,
-)
-from parallel.cluster.metrics import RayMetrics
+from parallel.cluster.messages import Admitted, ChunkMade, Event, GangDown, GangLost, Progressed, VideoDone, VideoFailed
 from parallel.health.errors import BAD_INPUT, FAILED, OK
 
 
@@ -60,7 +46,7 @@ def run_batch(options: BatchOptions, *, say: Callable[[str], None]) -> int:
                 return BAD_INPUT
             raise InputError(f"{options.file} has no lines: write a JSON object for each video")
         batch = _Batch(options, folder, items, say)
-        with open_batch_display() as display:
+        with BatchDisplay() as display:
             batch.make(display)
         say(summary(batch.rows, seconds=time.monotonic() - began))
     return FAILED if problems or batch.failed else OK
@@ -71,11 +57,9 @@ class _Video:
     """A video of the batch."""
 
     item: BatchItem
-    plan: Plan
-    size: VideoSize
     files: ChunkFiles
     checkpoint: CheckpointConfig | None
-    row: RowState
+    row: Row
     began: float | None = None
     share: float = 0.0
     ending: Future[None] | None = None
@@ -88,18 +72,19 @@ class _Batch:
         self, options: BatchOptions, folder: OutputFolder, items: list[BatchItem], say: Callable[[str], None]
     ) -> None:
         self._options, self._folder, self._say = options, folder, say
-        self._rows: dict[str, RowState] = {}
+        self._rows: dict[str, Row] = {}
         self._videos: dict[str, _Video] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="encode")
         for item in items:
-            row = RowState(line=item.line, title=item.options.prompt, state=State.QUEUED, chunks=item.chunks)
+            chunks = size_of(item.plan).chunks
+            row = Row(line=item.line, title=item.plan.request.prompt, state=State.QUEUED, chunks=chunks)
             if folder.done(item.digest) is not None:
-                self._rows[item.digest] = replace(row, state=State.KEPT, chunks_done=item.chunks)
+                self._rows[item.digest] = replace(row, state=State.KEPT, chunks_done=chunks)
             else:
                 self._videos[item.digest] = self._video(item, row)
 
     @property
-    def rows(self) -> list[RowState]:
+    def rows(self) -> list[Row]:
         """All videos, by line."""
         rows = [*self._rows.values(), *(video.row for video in self._videos.values())]
         return sorted(rows, key=lambda row: row.line)
@@ -121,49 +106,37 @@ class _Batch:
                 display.update(self.rows)
 
     def _make(self, waiting: list[_Video], display: BatchDisplay) -> None:
-        base = self._options.base
-        ranks = min(self._options.gangs, len(waiting)) * base.ranks.layout.world_size
-        threads = base.threads or max(1, (os.cpu_count() or 1) // ranks)
-        with ray_cluster(cpus=ranks * threads, address=self._options.address):
-            settings = cluster_settings(self._options, [(video.plan, video.size) for video in waiting], threads)
-            with Controller(settings, metrics=RayMetrics()) as engine:
-                for video in waiting:
-                    self._submit(engine, video)
-                for event in engine.run():
-                    self._hear(engine, event)
-                    for video in self._videos.values():
-                        self._settle(video, wait=False)
-                    display.update(self.rows)
+        options, plans = self._options, [video.item.plan for video in waiting]
+        with on_ray(
+            plans, gangs=options.gangs, kv_bytes=options.kv_bytes, max_restarts=options.max_restarts
+        ) as backend:
 
-    def _video(self, item: BatchItem, row: RowState) -> _Video:
-        options, plan = self._options, plan_video(item.options)
-        checkpoint = None
+            def handle(event: Event) -> None:
+                self._handle(backend, event)
+                for video in self._videos.values():
+                    self._settle(video, wait=False)
+                display.update(self.rows)
+
+            make_videos(backend, [self._job(video) for video in waiting], handle)
+
+    def _video(self, item: BatchItem, row: Row) -> _Video:
+        options, checkpoint = self._options, None
         if options.checkpoint_every:
             folder = (options.checkpoints or options.out / ".checkpoints") / item.digest
             checkpoint = CheckpointConfig(folder=folder.absolute(), every=options.checkpoint_every)
-        ranks = options.base.ranks
-        size = video_size(
-            plan.config, plan.request, cache=plan.cache, kv=plan.kv, layout=ranks.layout, split=ranks.split
-        )
         files = ChunkFiles(folder=options.out / f".{item.digest}.parts")
-        return _Video(item=item, plan=plan, size=size, files=files, checkpoint=checkpoint, row=row)
+        return _Video(item=item, files=files, checkpoint=checkpoint, row=row)
 
-    def _submit(self, engine: Controller, video: _Video) -> None:
-        try:
-            engine.submit(
-                VideoOrder(
-                    video=video.item.digest,
-                    request=video.plan.request,
-                    size=video.size,
-                    checkpoint=video.checkpoint,
-                    stored=video.row.chunks_done,
-                    priority=video.item.priority,
-                )
-            )
-        except InputError as error:
-            self._fail(video, str(error))
+    def _job(self, video: _Video) -> Job:
+        return Job(
+            video=video.item.digest,
+            plan=video.item.plan,
+            checkpoint=video.checkpoint,
+            stored=video.row.chunks_done,
+            priority=video.item.priority,
+        )
 
-    def _hear(self, engine: Controller, event: Event) -> None:
+    def _handle(self, backend: Backend, event: Event) -> None:
         if isinstance(event, GangDown):
             self._say(f"{event.gang} is given up: {event.message}")
         elif isinstance(event, GangLost):
@@ -172,11 +145,11 @@ class _Batch:
                 lost = self._videos[name]
                 lost.row = replace(lost.row, state=State.RESTARTING, gang=None, restarts=lost.row.restarts + 1)
         elif isinstance(event, ChunkMade):
-            self._keep(engine, self._videos[event.video], event)
+            self._keep(backend, self._videos[event.video], event)
         elif isinstance(event, Admitted | Progressed | VideoDone | VideoFailed):
-            self._hear_of(self._videos[event.video], event)
+            self._handle_video(self._videos[event.video], event)
 
-    def _hear_of(self, video: _Video, event: Admitted | Progressed | VideoDone | VideoFailed) -> None:
+    def _handle_video(self, video: _Video, event: Admitted | Progressed | VideoDone | VideoFailed) -> None:
         if isinstance(event, Admitted):
             video.began = video.began or time.monotonic()
             video.row = replace(video.row, state=State.RUNNING, gang=event.gang)
@@ -188,11 +161,11 @@ class _Batch:
             video.row = replace(video.row, computed=event.computed)
             self._end_if_complete(video)
 
-    def _keep(self, engine: Controller, video: _Video, chunk: ChunkMade) -> None:
+    def _keep(self, backend: Backend, video: _Video, chunk: ChunkMade) -> None:
         try:
             video.files.write(chunk.index, chunk.frames)
         except InputError as error:
-            engine.cancel(chunk.video)
+            backend.cancel(chunk.video)
             self._fail(video, str(error))
             return
         video.row = replace(video.row, chunks_done=chunk.index + 1)
@@ -208,11 +181,11 @@ class _Batch:
     def _end_if_complete(self, video: _Video) -> bool:
         """Begin to encode a video all of whose chunks are there."""
         done = video.files.count()
-        video.row = replace(video.row, chunks=video.size.chunks, chunks_done=done)
-        if done < video.size.chunks:
+        video.row = replace(video.row, chunks_done=done)
+        if done < video.row.chunks:
             return False
-        fps = video.plan.config.runtime_config.fps
-        video.ending = self._pool.submit(video.files.encode, video.plan.out, fps=fps)
+        plan = video.item.plan
+        video.ending = self._pool.submit(video.files.encode, plan.out, fps=plan.model.config.runtime_config.fps)
         return True
 
     def _settle(self, video: _Video, *, wait: bool) -> None:
@@ -230,25 +203,12 @@ class _Batch:
         if video.checkpoint is not None:
             shutil.rmtree(video.checkpoint.folder, ignore_errors=True)
         video.row = replace(video.row, state=State.DONE, seconds_left=None)
-        self._record(video, Status.DONE)
+        self._record(video)
 
     def _fail(self, video: _Video, message: str) -> None:
         video.row = replace(video.row, state=State.FAILED, error=message)
-        self._record(video, Status.FAILED)
+        self._record(video)
 
-    def _record(self, video: _Video, status: Status) -> None:
-        row = video.row
-        self._folder.record(
-            Result(
-                name=video.item.name,
-                line=row.line,
-                prompt=video.plan.request.prompt,
-                status=status,
-                seconds=0.0 if video.began is None else time.monotonic() - video.began,
-                chunks=row.chunks_done,
-                computed=row.computed,
-                gang=row.gang,
-                restarts=row.restarts,
-                error=row.error,
-            )
-        )
+    def _record(self, video: _Video) -> None:
+        seconds = 0.0 if video.began is None else time.monotonic() - video.began
+        self._folder.record(video.row, name=video.item.name, seconds=seconds)

@@ -1,6 +1,6 @@
-"""Videos in the making: each has its file, its progress, and its record; what is not complete leaves nothing behind.
+"""Where the events of videos go: into files, onto the display and into records. An unfinished video leaves nothing.
 
-It knows files and the engine's events; who makes the chunks is not its business.
+It knows files and events; who makes the chunks is not its business.
 """
 
 from __future__ import annotations
@@ -15,62 +15,60 @@ from typing import Self
 
 import torch
 
-from engine.decoder import Chunk
-from engine.progress import Progress
 from engine.record import Recorder
+from launch.ending import CommandFailed
 from launch.output.progress import Display
-from launch.output.summary import Summary, peak_memory
+from launch.output.summary import Summary, peak_memory, record_settings
 from launch.output.video import BackgroundWriter, VideoWriter
 from launch.plan import Plan
-from launch.recording import record_settings
 from models.errors import InputError
+from parallel.cluster.messages import (
+    Admitted,
+    ChunkMade,
+    Event,
+    GangLost,
+    GangReady,
+    Progressed,
+    VideoDone,
+    VideoFailed,
+)
+from parallel.health.errors import FAILED
 
 
 @dataclass(slots=True)
-class Video:
-    """One video in the making; called with the engine's progress."""
+class _Video:
+    """One video in the making."""
 
-    index: int  # its place among the prompts
-    plan: Plan  # what it is to be
-    trace: Recorder | None  # for its record; None for none
-    display: Display  # where progress is shown
-    sink: BackgroundWriter | None = None
+    plan: Plan
+    recorder: Recorder | None  # for its record; None for none
+    writer: BackgroundWriter | None = None
     began: float = 0.0
     chunks: int = 0
     frames: int = 0
-    computed: float = 1.0
-    kv_bytes: int = 0
-
-    def __call__(self, progress: Progress) -> None:
-        """Take an event of the engine."""
-        self.computed, self.kv_bytes = progress.computed_fraction, progress.kv_bytes
-        self.display.update(progress, self.index)
 
 
 class VideoSinks:
     """All videos of a command, as a context: after an error, those that are not complete leave nothing behind.
 
     Args:
-        plans: of the videos, in order.
+        plans: of the videos, in order; events call them by their place, "0" for the first.
+        recorders: of their runs; None where no record is wanted.
         display: where progress is shown.
-        traces: what is told of each run; None where nothing is.
-        loading: seconds that loading the model took.
+        began: when loading began, by the monotonic clock.
     """
 
     def __init__(
-        self, plans: Sequence[Plan], display: Display, traces: Sequence[Recorder | None], loading: float
+        self, plans: Sequence[Plan], recorders: Sequence[Recorder | None], display: Display, began: float
     ) -> None:
-        self._display, self._loading = display, loading
+        self._display, self._began = display, began
+        self._videos = [_Video(plan, recorder) for plan, recorder in zip(plans, recorders, strict=True)]
         self._several = len(plans) > 1
-        self.videos = [
-            Video(index, plan, trace, display) for index, (plan, trace) in enumerate(zip(plans, traces, strict=True))
-        ]
         self._summaries: dict[int, Summary] = {}
         self._made_folder: Path | None = None
-        self.began = time.monotonic()
+        self._ready: float | None = None
 
     def __enter__(self) -> Self:
-        folder = self.videos[0].plan.out.parent
+        folder = self._videos[0].plan.out.parent
         if self._several and not folder.exists():
             folder.mkdir(parents=True)
             self._made_folder = folder
@@ -79,20 +77,20 @@ class VideoSinks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for video in self.videos:
-            if video.sink is not None:
+        for video in self._videos:
+            if video.writer is not None:
                 with suppress(InputError):  # it has been said already
-                    video.sink.__exit__(kind or _Unfinished, error, trace)
-                video.sink = None
+                    video.writer.__exit__(kind or _Unfinished, error, trace)
+                video.writer = None
         if kind is None or not self._several:
             return
         if self._made_folder is not None and not self._summaries:
             with suppress(OSError):
                 self._made_folder.rmdir()
-        missing = [video.plan.out.name for video in self.videos if video.index not in self._summaries]
+        missing = [video.plan.out.name for index, video in enumerate(self._videos) if index not in self._summaries]
         if missing:
-            folder = self.videos[0].plan.out.parent
-            whole = f"{len(self._summaries)} of {len(self.videos)} videos in {folder} are complete"
+            folder = self._videos[0].plan.out.parent
+            whole = f"{len(self._summaries)} of {len(self._videos)} videos in {folder} are complete"
             self._display.end(-1, f"{whole}; missing: {', '.join(missing)}")
 
     @property
@@ -100,54 +98,82 @@ class VideoSinks:
         """Of the videos that are complete, in order."""
         return [self._summaries[index] for index in sorted(self._summaries)]
 
-    def begin(self, index: int) -> Video:
-        """Open a video's file."""
-        video = self.videos[index]
-        plan = video.plan
-        writer = VideoWriter(
-            plan.out, fps=plan.config.runtime_config.fps, height=plan.request.height, width=plan.request.width
-        )
-        video.began = time.monotonic()
-        if self._several:
-            self._display.begin(index, plan.out.stem)
-        video.sink = BackgroundWriter(writer).__enter__()
-        return video
+    @property
+    def making(self) -> float:
+        """Seconds since the model was loaded."""
+        return 0.0 if self._ready is None else time.monotonic() - self._ready
 
-    def write(self, index: int, chunk: Chunk) -> None:
-        """Take a chunk."""
-        video = self.videos[index]
-        assert video.sink is not None and chunk.frames is not None
-        video.sink.write(chunk.frames)
+    def handle(self, event: Event) -> None:
+        """Put what an event brings where it belongs.
+
+        Raises:
+            InputError: a file cannot be written.
+            CommandFailed: a video failed.
+        """
+        match event:
+            case GangReady() if self._ready is None:
+                self._ready = time.monotonic()
+                prefix = self._videos[0].plan.request.prefix
+                self._display.phase("reading the prompt" + (" and what to start from" if prefix is not None else ""))
+            case GangLost():
+                self._display.phase(f"starting again: {event.message}")
+            case VideoFailed():
+                raise CommandFailed(event.message, status=FAILED, shown_here=True)
+            case Admitted():
+                self._begin(int(event.video))
+            case Progressed():
+                self._display.update(event.progress, int(event.video))
+            case ChunkMade():
+                self._write(int(event.video), event)
+            case VideoDone():
+                self._end(int(event.video), event)
+
+    def _begin(self, index: int) -> None:
+        """Open a video's file; it is open already if the video goes on after a loss."""
+        video = self._videos[index]
+        if video.writer is not None:
+            return
+        plan = video.plan
+        fps = plan.model.config.runtime_config.fps
+        writer = VideoWriter(plan.out, fps=fps, height=plan.request.height, width=plan.request.width)
+        video.began = time.monotonic()
+        self._display.begin(index, plan.out.stem if self._several else "")
+        video.writer = BackgroundWriter(writer).__enter__()
+
+    def _write(self, index: int, chunk: ChunkMade) -> None:
+        video = self._videos[index]
+        assert video.writer is not None
+        video.writer.write(chunk.frames)
         video.chunks, video.frames = video.chunks + 1, video.frames + len(chunk.frames)
 
-    def end(self, index: int) -> None:
+    def _end(self, index: int, done: VideoDone) -> None:
         """A video has all of its chunks: its file and its record appear."""
-        video = self.videos[index]
-        assert video.sink is not None
-        sink, video.sink = video.sink, None
-        sink.__exit__(None, None, None)
+        video = self._videos[index]
+        assert video.writer is not None and self._ready is not None
+        writer, video.writer = video.writer, None
+        writer.__exit__(None, None, None)
         plan = video.plan
         summary = Summary(
             out=plan.out,
             frames=video.frames,
-            fps=plan.config.runtime_config.fps,
+            fps=plan.model.config.runtime_config.fps,
             height=plan.request.height,
             width=plan.request.width,
             chunks=video.chunks,
-            loading=self._loading,
+            loading=self._ready - self._began,
             making=time.monotonic() - video.began,
-            computed=video.computed,
-            cache_name=plan.cache_name,
-            kv_bytes=video.kv_bytes,
+            computed=done.computed,
+            cache_name=plan.options.cache,
+            kv_bytes=done.kv_bytes,
             memory=peak_memory(),
             gpu_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         )
         self._summaries[index] = summary
-        if self._several:
-            self._display.end(index, f"{plan.out} is complete ({len(self._summaries)} of {len(self.videos)})")
-        if plan.record is not None and video.trace is not None:
-            video.trace.finish(record_settings(plan, summary)).save(plan.record)
+        whole = f"{plan.out} is complete ({len(self._summaries)} of {len(self._videos)})"
+        self._display.end(index, whole if self._several else "")
+        if plan.record is not None and video.recorder is not None:
+            video.recorder.finish(record_settings(plan, summary)).save(plan.record)
 
 
-class _Unfinished(Exception):  # noqa: N818 - told to a writer whose video was not completed
+class _Unfinished(Exception):  # noqa: N818 - for the writer of a video that was not completed
     pass

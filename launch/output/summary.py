@@ -1,14 +1,24 @@
-"""What a finished video cost, for people."""
+"""What a finished video cost: a text for people, and what a record says of its run."""
 
 from __future__ import annotations
 
 import resource
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from launch.cache_presets import CacheName
+from launch import __version__
+from launch.options import CacheName
+from launch.plan import Plan
+from parallel.topology.split import stage_sizes
+
+_TRANSFERS = {
+    "nccl": "over NCCL",
+    "host": "through host memory, as not every rank has a GPU of its own",
+    "gloo": "over gloo",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +30,7 @@ class RankSummary:
     layers: tuple[int, ...]  # of each stage
     weights: tuple[int, ...]  # bytes that each rank holds
     loading: tuple[float, ...]  # seconds that each rank took to load them
+    transfer: str  # how tensors moved between them
 
     def text(self) -> str:
         """A line for people."""
@@ -28,7 +39,7 @@ class RankSummary:
         return (
             f"{ranks} rank{'s' if ranks > 1 else ''}, pp {self.pp} x cp {self.cp}, "
             f"layers {','.join(map(str, self.layers))}; weights {sizes}, "
-            f"loaded in {min(self.loading):.1f} to {max(self.loading):.1f} s"
+            f"loaded in {min(self.loading):.1f} to {max(self.loading):.1f} s; tensors moved {_TRANSFERS[self.transfer]}"
         )
 
 
@@ -46,10 +57,10 @@ class Summary:
     making: float  # seconds from the loaded model, or from the video's own start, to the finished file
     computed: float  # computed chunk-steps as a share of all
     cache_name: CacheName  # preset of reuse
-    kv_bytes: int  # size of the KV buffers; on ranks, of the lead's part
-    memory: int  # peak of the process, bytes; on ranks, of the lead
+    kv_bytes: int  # size of the KV buffers; on ranks, of the leader's part
+    memory: int  # peak of the process, bytes; on ranks, of the leader
     gpu_memory: int | None  # peak of tensors on the GPU, bytes; None without one
-    crew: RankSummary | None = None  # the ranks that made it; None for this process alone
+    ranks: RankSummary | None = None  # the ranks that made it; None for this process alone
 
     def text(self) -> str:
         """Three lines for people, and one more for ranks."""
@@ -67,12 +78,7 @@ class Summary:
 
 
 def summary_text(summaries: Sequence[Summary], *, making: float) -> str:
-    """One video's summary, or that of several: a line for each, and what they cost together.
-
-    Args:
-        summaries: of the videos, in order.
-        making: seconds that all of them took together.
-    """
+    """One video's summary, or a line for each of several and what they cost together, in `making` seconds."""
     last = summaries[-1]
     if len(summaries) == 1:
         return last.text()
@@ -89,12 +95,12 @@ def summary_text(summaries: Sequence[Summary], *, making: float) -> str:
 
 
 def _memory(summary: Summary) -> str:
-    """What was held; figures of a process are those of the lead where there are ranks."""
+    """What was held; figures of a process are those of the leader where there are ranks."""
     peak = _size(summary.memory)
     if summary.gpu_memory is not None:
         peak += f", on the GPU {_size(summary.gpu_memory)}"
     text = f"keys and values {_size(summary.kv_bytes)}, peak memory {peak}"
-    return text if summary.crew is None else f"on the lead {text}\n{summary.crew.text()}"
+    return text if summary.ranks is None else f"on the leader {text}\n{summary.ranks.text()}"
 
 
 def _size(count: int) -> str:
@@ -105,3 +111,30 @@ def peak_memory() -> int:
     """Largest size that this process has had, bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # bytes there, kilobytes elsewhere
+
+
+def record_settings(plan: Plan, summary: Summary) -> dict[str, Any]:
+    """Settings and totals of a finished run, as plain JSON values; docs/records.md lists them."""
+    request, options, config = plan.request, plan.options, plan.model.config
+    return {
+        "version": __version__,
+        "model": plan.model.name,
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "chunks": request.chunks,
+        "prefix_frames": 0 if request.prefix is None else len(request.prefix.frames),
+        "height": request.height,
+        "width": request.width,
+        "steps": request.num_steps,
+        "window": config.runtime_config.window_size,
+        "device": str(plan.model.loading.device),
+        "pp": options.pp,
+        "cp": options.cp,
+        "layers": list(stage_sizes(config, options.pp, options.split)),
+        "reuse_preset": options.cache.value,
+        "cache": asdict(plan.model.reuse),
+        "kv": asdict(plan.model.kv),
+        "computed_fraction": summary.computed,
+        "kv_bytes": summary.kv_bytes,
+        "seconds": {"loading": summary.loading, "making": summary.making},
+    }

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from launch.output.progress import clock
+from launch.output.terminal import clock, one_line, say
 
 _PLAIN_EVERY = 10.0  # seconds
 _PROMPT = 60  # letters, in plain lines
@@ -47,8 +47,8 @@ _STYLES = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RowState:
-    """A video of the batch at one moment."""
+class Row:
+    """A video of the batch at one moment; at its end also a line of the results."""
 
     line: int  # of the batch file
     title: str  # prompt or name
@@ -62,69 +62,39 @@ class RowState:
     error: str | None = None  # why it failed; None if it did not
 
 
-class BatchDisplay(Protocol):
-    """Where a batch is shown, as a context."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def update(self, rows: Sequence[RowState]) -> None:
-        """Show all videos of the batch as they are now; to be called as often as one likes."""
-
-
-def open_batch_display() -> BatchDisplay:
-    """The display that fits where standard error goes."""
-    console = Console(stderr=True)
-    return LiveTable(console) if console.is_terminal else PlainLines(console)
-
-
-class LiveTable:
-    """A table that is redrawn in place, and is gone at the end."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._live = Live(console=console, transient=True, refresh_per_second=4)
-
-    def __enter__(self) -> Self:
-        self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.stop()
-
-    def update(self, rows: Sequence[RowState]) -> None:
-        """Show the rows, as many as the terminal has lines for."""
-        self._live.update(render(rows, height=self._console.size.height))
-
-
-class PlainLines:
-    """A line whenever a video begins, restarts or ends, and one for all of them now and then.
+class BatchDisplay:
+    """Where a batch is shown, as a context.
 
     Args:
-        console: where they go.
+        console: a terminal gets a table that is redrawn in place and is gone at the end; anything else gets a line
+            whenever a video begins, restarts or ends, and one for all of them now and then.
         now: a clock in seconds.
     """
 
-    def __init__(self, console: Console, now: Callable[[], float] = time.monotonic) -> None:
-        self._console, self._now = console, now
+    def __init__(self, console: Console | None = None, now: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._now = console or Console(stderr=True), now
+        self._live: Live | None = None
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, transient=True, refresh_per_second=4)
         self._states: dict[int, State] = {}
         self._said = now()
 
     def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        pass
+        if self._live is not None:
+            self._live.stop()
 
-    def update(self, rows: Sequence[RowState]) -> None:
-        """Say what is new."""
+    def update(self, rows: Sequence[Row]) -> None:
+        """Show all videos of the batch as they are now; to be called as often as one likes."""
+        if self._live is not None:
+            self._live.update(render(rows, height=self._console.size.height))
+            return
         for row in rows:
             before = self._states.get(row.line, State.QUEUED)
             self._states[row.line] = row.state
@@ -136,16 +106,11 @@ class PlainLines:
 
     def _say(self, text: str) -> None:
         self._said = self._now()
-        self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        say(self._console, text)
 
 
-def render(rows: Sequence[RowState], *, height: int) -> RenderableType:
-    """The rows as a table of at most `height - 1` lines: those that run come first, the last line counts all.
-
-    Args:
-        rows: all videos.
-        height: lines of the terminal.
-    """
+def render(rows: Sequence[Row], *, height: int) -> RenderableType:
+    """The rows as a table of at most `height - 1` lines: those that run come first, the last line counts all."""
     order = list(State)
     room = max(0, height - 3)  # the head, the count, and the line that the cursor stands in
     shown = sorted(rows, key=lambda row: (order.index(row.state), row.line))[:room]
@@ -165,13 +130,8 @@ def render(rows: Sequence[RowState], *, height: int) -> RenderableType:
     return Group(table, Text(count, style="bold", no_wrap=True, overflow="ellipsis"))
 
 
-def summary(rows: Sequence[RowState], *, seconds: float) -> str:
-    """What became of a batch, for people: a line for all, and one for each video that failed.
-
-    Args:
-        rows: all videos at the end.
-        seconds: that it took.
-    """
+def summary(rows: Sequence[Row], *, seconds: float) -> str:
+    """What became of a batch in so many seconds, for people: a line for all, and one for each video that failed."""
     made = [row for row in rows if row.state is not State.KEPT]
     chunks, restarts = sum(row.chunks_done for row in made), sum(row.restarts for row in made)
     text = f"{_counts(rows)}; {chunks} chunks in {clock(seconds)}"
@@ -187,40 +147,35 @@ def summary(rows: Sequence[RowState], *, seconds: float) -> str:
     return "\n".join([text, *(_news(row) for row in sorted(failed, key=lambda row: row.line))])
 
 
-def _cells(row: RowState) -> list[RenderableType]:
+def _cells(row: Row) -> list[RenderableType]:
     left = "" if row.seconds_left is None or row.state is not State.RUNNING else clock(row.seconds_left)
     note = row.state.value + (f" (restart {row.restarts})" if row.restarts and row.state is State.RUNNING else "")
     return [
         str(row.line),
-        Text(_plain(row.title if row.error is None else f"{row.title}: {row.error}")),
+        Text(one_line(row.title if row.error is None else f"{row.title}: {row.error}")),
         Text(note, style=_STYLES[row.state]),
         ProgressBar(total=row.chunks, completed=row.chunks_done),
         f"{row.chunks_done}/{row.chunks}",
-        Text("" if row.gang is None else _plain(row.gang)),
+        Text("" if row.gang is None else one_line(row.gang)),
         "" if row.computed is None else f"{row.computed:.0%}",
         left,
     ]
 
 
-def _news(row: RowState) -> str:
-    title = _plain(row.title)
+def _news(row: Row) -> str:
+    title = one_line(row.title)
     title = title if len(title) <= _PROMPT else f"{title[: _PROMPT - 3]}..."
     text = f"line {row.line} ({title}): {row.state.value}"
     if row.state is State.RUNNING and row.gang is not None:
-        text += f" on {_plain(row.gang)}"
+        text += f" on {one_line(row.gang)}"
     if row.state is State.RESTARTING:
         text += f" from chunk {row.chunks_done}"
     if row.state is State.DONE:
         text += f", {row.chunks} chunks" + ("" if row.computed is None else f", {row.computed:.0%} computed")
-    return text if row.error is None else f"{text}: {_plain(row.error)}"
+    return text if row.error is None else f"{text}: {one_line(row.error)}"
 
 
-def _counts(rows: Sequence[RowState]) -> str:
+def _counts(rows: Sequence[Row]) -> str:
     found = Counter(row.state for row in rows)
     parts = [f"{found[state]} {state.value}" for state in State if found[state]]
     return f"{len(rows)} video{'' if len(rows) == 1 else 's'}" + (f": {', '.join(parts)}" if parts else "")
-
-
-def _plain(text: str) -> str:
-    """On one line, and without what would move the cursor."""
-    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())

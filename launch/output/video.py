@@ -1,28 +1,31 @@
-"""AsyncSave a video file: encoded on a thread while later frames are made, and there only when it is complete.
+"""Writing a video file: encoded on a thread while later frames are made, and there only when it is complete.
 
-It knows frames and files. A file is written under a hidden name beside its target and renamed at the end, so that
-nothing half-written ever stands under the name that was asked for.
+It knows frames and files; `engine/files.py` makes a file appear whole.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import queue
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import av
+import numpy as np
 import torch
 from av.video.reformatter import ColorRange, Colorspace
+from numpy.typing import NDArray
 from torch import Tensor
 
-from launch.output.files import file_errors, part_of
+from engine.files import atomic_write, write_errors
 
+Frames = NDArray[np.uint8] | Tensor  # on the CPU
 _SMALL = 256 * 256  # pixels
+_ERRORS = (av.FFmpegError,)
 _CRF_SMALL, _CRF_LARGE = "12", "17"  # a small clip costs little, and shows every artefact when it is blown up
 
 
@@ -36,13 +39,37 @@ class VideoWriter:
     """
 
     def __init__(self, path: Path, *, fps: int, height: int, width: int) -> None:
-        self._path, self._part = path, part_of(path)
-        self._fps, self._height, self._width = fps, height, width
+        self._path, self._fps, self._height, self._width = path, fps, height, width
 
     def __enter__(self) -> Self:
-        with file_errors(self._path, av.FFmpegError):
-            self._file = self._part.open("wb")
-        self._container = av.open(self._file, "w", format="mp4")  # nothing is written before the first frame
+        with ExitStack() as stack:
+            file = stack.enter_context(atomic_write(self._path))
+            stack.enter_context(self._encoding(file))
+            self._stack = stack.pop_all()
+        return self
+
+    def write(self, frames: Frames) -> None:
+        """Encode frames, uint8 [F, height, width, 3].
+
+        Raises:
+            InputError: the disk is full or cannot be written.
+        """
+        with write_errors(self._path, kinds=_ERRORS):
+            for pixels in np.asarray(frames):
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+                    format="yuv420p", dst_colorspace=Colorspace.SMPTE170M, dst_color_range=ColorRange.MPEG
+                )
+                self._container.mux(self._stream.encode(frame))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    @contextmanager
+    def _encoding(self, file: BinaryIO) -> Iterator[None]:
+        """Hold an encoder open that writes to a file; the video is ended if the context ends well."""
+        self._container = av.open(file, "w", format="mp4")  # nothing is written before the first frame
         options = {"crf": _CRF_SMALL if self._height * self._width <= _SMALL else _CRF_LARGE}
         if "AVX512" in torch.backends.cpu.get_cpu_capability():
             # x264's AVX-512 code does not give the same file twice for the same frames; its other code does.
@@ -53,46 +80,14 @@ class VideoWriter:
         self._stream.codec_context.colorspace = Colorspace.SMPTE170M
         self._stream.codec_context.color_range = ColorRange.MPEG
         self._stream.codec_context.thread_count = 1  # the other cores are for the model
-        return self
-
-    def write(self, frames: Tensor) -> None:
-        """Encode frames, uint8 [F, height, width, 3].
-
-        Raises:
-            InputError: the disk is full or cannot be written.
-        """
-        with file_errors(self._path, av.FFmpegError):
-            for pixels in frames.cpu().numpy():
-                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
-                    format="yuv420p", dst_colorspace=Colorspace.SMPTE170M, dst_color_range=ColorRange.MPEG
-                )
-                self._container.mux(self._stream.encode(frame))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
         try:
-            if kind is None:
-                with file_errors(self._path, av.FFmpegError):
-                    self._finish()
+            yield
+            with write_errors(self._path, kinds=_ERRORS):
+                self._container.mux(self._stream.encode(None))
+                self._container.close()
         finally:
-            self._discard()
-
-    def _finish(self) -> None:
-        self._container.mux(self._stream.encode(None))
-        self._container.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._part, self._path)
-
-    def _discard(self) -> None:
-        """Close and remove what is left; nothing is after a good end."""
-        for close in (self._container.close, self._file.close):
-            with contextlib.suppress(OSError, ValueError, av.FFmpegError):
-                close()
-        with contextlib.suppress(OSError):
-            self._part.unlink(missing_ok=True)
+            with suppress(OSError, ValueError, *_ERRORS):
+                self._container.close()
 
 
 class BackgroundWriter:
@@ -107,7 +102,7 @@ class BackgroundWriter:
 
     def __init__(self, writer: VideoWriter, *, depth: int = 2) -> None:
         self._writer = writer
-        self._queue: queue.Queue[Tensor | None] = queue.Queue(depth)
+        self._queue: queue.Queue[Frames | None] = queue.Queue(depth)
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="video")
 
@@ -115,7 +110,7 @@ class BackgroundWriter:
         self._done: Future[None] = self._pool.submit(self._run)
         return self
 
-    def write(self, frames: Tensor) -> None:
+    def write(self, frames: Frames) -> None:
         """Hand frames over, uint8 [F, height, width, 3].
 
         Raises:
@@ -136,7 +131,7 @@ class BackgroundWriter:
         finally:
             self._pool.shutdown()
 
-    def _put(self, frames: Tensor | None) -> None:
+    def _put(self, frames: Frames | None) -> None:
         while not self._done.done():
             try:
                 self._queue.put(frames, timeout=0.1)

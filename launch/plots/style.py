@@ -18,7 +18,7 @@ COMPUTED, REUSED, EXTRAPOLATED = "#27548a", "#f3b23f", "#6fae8f"
 GREY, GRID = "#666666", "#e4e4e4"
 FEW = 12  # chunks that can be told apart by colour, and whose cells have room for a number
 
-_SHOWN = {"model": "", "cache_preset": "cache "}  # settings in titles, and the word before each
+_SHOWN = {"model": "", "reuse_preset": "cache "}  # settings in titles, and the word before each
 
 
 def map_height(chunks: int) -> float:

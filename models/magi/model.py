@@ -1,4 +1,4 @@
-"""MAGI-1 as the engine sees it: a `VideoModel` over the DiT, and its captions.
+"""MAGI-1 as the engine sees it: a `VideoModel` over the DiT.
 
 It turns the engine's words (a chunk's first frame, a pass's condition) into calls of the DiT.
 """

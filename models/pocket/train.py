@@ -1,6 +1,6 @@
 """Train magi-pocket from nothing: autoencoder, normalised latents, DiT, and a last polish of the decoder.
 
-    python -m models.pocket.train --out runs/pocket             all stages, about two hours on 2 cores
+    python -m models.pocket.train --out runs/pocket             everything, about two hours on 2 cores
     python -m models.pocket.train --out runs/pocket --export    write models/pocket/weights from what is there
 
 It can be stopped at any time; the same command goes on from the last checkpoint. A run is set by its seed.
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from models.magi.vae import ViTVAE
 from models.pocket.preset import WEIGHTS, write_vae_config
 from models.pocket.train_dit import Latents, encode_clips, train_dit
 from models.pocket.train_vae import POCKET_VAE, polish_decoder, tiles, train_vae
+from models.pocket.trainer import Run
 
 WHITENING = 0.5
 """How far latents are whitened: 0 leaves their covariance, 1 makes it the identity."""
@@ -54,52 +57,48 @@ def normalise_latents(vae: ViTVAE, mean: Tensor, covariance: Tensor) -> None:
     first.weight.copy_(first.weight @ inverse)
 
 
-def prepare_vae(out: Path, args: argparse.Namespace) -> ViTVAE:
+def prepare_vae(run: Run, args: argparse.Namespace) -> ViTVAE:
     """The trained autoencoder with normalised latents; from the disk if it is there."""
-    path = out / "vae.safetensors"
+    path = run.out / "vae.safetensors"
     vae = ViTVAE(POCKET_VAE)
     if not path.exists():
-        trained = train_vae(
-            out, seed=args.seed, steps=args.vae_steps, batch=args.vae_batch, compiled=args.compile, report=report
-        )
+        trained = train_vae(run, steps=args.vae_steps, batch=args.vae_batch)
         vae.load_state_dict(trained.state_dict())
-        mean, covariance = latent_statistics(vae, args.seed + 1)
-        report(f"latent deviations {covariance.diagonal().sqrt().tolist()}")
+        mean, covariance = latent_statistics(vae, run.seed + 1)
+        run.report(f"latent deviations {covariance.diagonal().sqrt().tolist()}")
         normalise_latents(vae, mean, covariance)
-        save_half(vae, path)
+        save_half(vae.state_dict(), path)
     vae.load_state_dict({key: value.float() for key, value in load_file(path).items()})
     return vae.requires_grad_(False)
 
 
-def save_half(module: ViTVAE, path: Path) -> None:
+def save_half(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write weights in fp16."""
-    save_file({key: value.half().contiguous() for key, value in module.state_dict().items()}, path)
+    save_file({key: value.half().contiguous() for key, value in weights.items()}, path)
 
 
-def prepare_latents(out: Path, vae: ViTVAE, args: argparse.Namespace) -> Latents:
+def prepare_latents(run: Run, vae: ViTVAE, args: argparse.Namespace) -> Latents:
     """The encoded clips; from the disk if they are there."""
-    path = out / "latents.safetensors"
+    path = run.out / "latents.safetensors"
     if not path.exists():
-        latents = encode_clips(vae, args.clips, args.clip_chunks, args.seed + 2, report)
+        latents = encode_clips(vae, run, count=args.clips, chunks=args.clip_chunks)
         save_file({"chunks": latents.chunks, "captions": latents.captions}, path)
     stored = load_file(path)
     return Latents(chunks=stored["chunks"], captions=stored["captions"])
 
 
-def export(out: Path, target: Path, args: argparse.Namespace) -> None:
+def export(run: Run, target: Path, args: argparse.Namespace) -> None:
     """Write the weights (fp16) and how they were made."""
-    target.mkdir(parents=True, exist_ok=True)
-    vae = torch.load(out / "vae.ckpt", weights_only=True)
-    dit = torch.load(out / "dit.ckpt", weights_only=True)
-    polished = out / "vae_polished.safetensors"
-    decoder = torch.load(out / "decoder.ckpt", weights_only=True) if polished.exists() else None
+    vae = torch.load(run.out / "vae.ckpt", weights_only=True)
+    dit = torch.load(run.out / "dit.ckpt", weights_only=True)
+    polished = run.out / "vae_polished.safetensors"
+    decoder = torch.load(run.out / "decoder.ckpt", weights_only=True) if polished.exists() else None
     folder = target / "inference_weight.distill"
-    folder.mkdir(exist_ok=True)
-    save_file({key: value.half().contiguous() for key, value in dit["ema"].items()}, folder / "model.safetensors")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_half(dit["ema"], folder / "model.safetensors")
     write_vae_config(target / "vae", POCKET_VAE)
-    (target / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(
-        (polished if polished.exists() else out / "vae.safetensors").read_bytes()
-    )
+    weights = polished if polished.exists() else run.out / "vae.safetensors"
+    shutil.copyfile(weights, target / "vae" / "diffusion_pytorch_model.safetensors")
     record = {
         "command": f"python -m models.pocket.train --seed {args.seed} --vae-steps {args.vae_steps} "
         f"--dit-steps {args.dit_steps} --clips {args.clips} --polish-steps {args.polish_steps}",
@@ -111,7 +110,7 @@ def export(out: Path, target: Path, args: argparse.Namespace) -> None:
         "curves": {"autoencoder": vae["history"][::4], "dit": dit["history"][::8]},
     }
     (target / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    report(f"wrote {target}: step {dit['step']} of the DiT")
+    run.report(f"wrote {target}: step {dit['step']} of the DiT")
 
 
 def report(line: str) -> None:
@@ -120,41 +119,40 @@ def report(line: str) -> None:
     sys.stdout.flush()
 
 
-def main() -> None:
-    """Entry point."""
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m models.pocket.train", description="Train magi-pocket.")
     parser.add_argument("--out", type=Path, default=Path("runs/pocket"), help="checkpoints and latents")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--vae-steps", type=int, default=1100)
-    parser.add_argument("--vae-batch", type=int, default=20)
-    parser.add_argument("--clips", type=int, default=4000, help="clips to encode for the DiT")
-    parser.add_argument("--clip-chunks", type=int, default=5, help="length of a clip in chunks")
-    parser.add_argument("--dit-steps", type=int, default=4300)
-    parser.add_argument("--polish-steps", type=int, default=700, help="of the decoder, after the DiT")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
+    for name, default, what in (
+        ("seed", 1, "of everything that is drawn"),
+        ("vae-steps", 1100, "of the autoencoder"),
+        ("vae-batch", 20, "tiles"),
+        ("clips", 4000, "to encode for the DiT"),
+        ("clip-chunks", 5, "length of a clip"),
+        ("dit-steps", 4300, "of the DiT"),
+        ("polish-steps", 700, "of the decoder, after the DiT"),
+        ("threads", 0, "CPU threads; 0 leaves PyTorch's choice"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=what)
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile; needs gcc"
     )
     parser.add_argument("--export", action="store_true", help=f"only write {WEIGHTS} from the newest checkpoints")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Entry point."""
+    args = _options()
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
+    run = Run(out=args.out, seed=args.seed, compiled=args.compile, report=report)
     if not args.export:
-        vae = prepare_vae(args.out, args)
-        latents = prepare_latents(args.out, vae, args)
-        train_dit(args.out, latents, seed=args.seed, steps=args.dit_steps, compiled=args.compile, report=report)
-        polished = polish_decoder(
-            args.out,
-            vae,
-            seed=args.seed + 3,
-            steps=args.polish_steps,
-            batch=args.vae_batch,
-            compiled=args.compile,
-            report=report,
-        )
-        save_half(polished, args.out / "vae_polished.safetensors")
-    export(args.out, WEIGHTS, args)
+        vae = prepare_vae(run, args)
+        train_dit(run, prepare_latents(run, vae, args), steps=args.dit_steps)
+        polished = polish_decoder(run, vae, steps=args.polish_steps, batch=args.vae_batch)
+        save_half(polished.state_dict(), run.out / "vae_polished.safetensors")
+    export(run, WEIGHTS, args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Training of magi-pocket's DiT on latents of procedural clips.
 
-A training sample is a window as inference has it: chunks one stage of noise apart, each of which attends to itself and
-to what came before, with or without a clean chunk in front. The module knows latents; the clips and the autoencoder
+A training sample is a window as inference has it: chunks a quarter of the steps apart, each of which attends to itself
+and to what came before, with or without a clean chunk in front. The module knows latents; the clips and the autoencoder
 only when it prepares them.
 
 Shapes: B windows, R chunks of a window, S = R * tok tokens, tok tokens per chunk, H heads, G key heads, d head size.
@@ -10,9 +10,7 @@ Shapes: B windows, R chunks of a window, S = R * tok tokens, tok tokens per chun
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +21,13 @@ from models.magi.vae import ViTVAE
 from models.pocket.clips import draw_background, draw_objects, render
 from models.pocket.preset import POCKET_DIT
 from models.pocket.text import encode_prompt
-from models.pocket.trainer import Ema, Trainer, linear_decay
+from models.pocket.trainer import Run, Trainer, linear_decay
 from models.pocket.words import COLOURS, MOTIONS, SHAPES, Scene
 
 CHUNK_FRAMES = 6  # latent
 CHUNK_PIXELS = 24  # frames
 TILE_PIXELS = 12  # frames
-STAGES = 4
+WINDOW = 4
 CLEAN_T = 0.9999
 
 
@@ -42,9 +40,9 @@ class Latents:
 
 
 @torch.no_grad()
-def encode_clips(vae: ViTVAE, count: int, chunks: int, seed: int, report: Callable[[str], None]) -> Latents:
+def encode_clips(vae: ViTVAE, run: Run, *, count: int, chunks: int) -> Latents:
     """Draw `count` clips of one object each and encode them, tile by tile, as the released tiling does."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(run.seed + 2)
     words = (list(COLOURS), list(SHAPES), list(MOTIONS))
     encoded, captions = [], []
     batch = 50
@@ -63,14 +61,16 @@ def encode_clips(vae: ViTVAE, count: int, chunks: int, seed: int, report: Callab
             scene = Scene(colour=words[0][colour], shape=words[1][shape], motion=words[2][motion])
             captions.append(encode_prompt(scene.prompt))
         if (first // batch) % 10 == 9:
-            report(f"encoded {first + batch}/{count} clips")
+            run.report(f"encoded {first + batch}/{count} clips")
     return Latents(chunks=torch.cat(encoded), captions=torch.stack(captions))
 
 
 def new_dit(seed: int) -> MagiDiT:
     """A DiT with small random weights. A gate of zero would feed zeros into the post-norms, so gates start open."""
     generator = torch.Generator().manual_seed(seed)
-    dit = MagiDiT(POCKET_DIT)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of the biases, which PyTorch draws
+        dit = MagiDiT(POCKET_DIT)
     for name, parameter in dit.named_parameters():
         if name.endswith("null_caption_embedding"):
             nn.init.normal_(parameter, std=0.5, generator=generator)
@@ -180,7 +180,7 @@ WINDOW_KINDS = (
 def window_loss(dit: MagiDiT, latents: Latents, kind: WindowKind, generator: torch.Generator) -> Tensor:
     """Mean squared error of the velocity over the noisy chunks of one batch of windows.
 
-    The position of a chunk on its way from noise is s = (stage + u) / 4 with one u for the window, as the schedule has
+    The position of a chunk on its way from noise is s = (place + u) / 4 with one u for the window, as the schedule has
     it, and t = s^2 / (3 - 2 s^2) (specification 7.2).
     """
 
@@ -196,9 +196,9 @@ def window_loss(dit: MagiDiT, latents: Latents, kind: WindowKind, generator: tor
     if kind.noisy == 1:
         s = rand(b, 1)
     else:
-        stage = torch.arange(kind.noisy - 1, -1, -1)
-        jitter = 0.05 / STAGES * torch.randn(b, kind.noisy, generator=generator)
-        s = ((stage + rand(b, 1)) / STAGES + jitter).clamp(0, 1)
+        place = torch.arange(kind.noisy - 1, -1, -1)
+        jitter = 0.05 / WINDOW * torch.randn(b, kind.noisy, generator=generator)
+        s = ((place + rand(b, 1)) / WINDOW + jitter).clamp(0, 1)
     t = s.square() / (3 - 2 * s.square())
     # Finished chunks: refreshed by a clean pass, or (as the published reuse leaves them) as their last step left them.
     refreshed = rand(1) < 0.75
@@ -230,15 +230,13 @@ def _optimizers(dit: MagiDiT) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train_dit(
-    out: Path, latents: Latents, *, seed: int, steps: int, compiled: bool, report: Callable[[str], None]
-) -> MagiDiT:
-    """Train, or go on from the last checkpoint in `out`; returns the averaged weights."""
-    dit = new_dit(seed)
+def train_dit(run: Run, latents: Latents, *, steps: int) -> MagiDiT:
+    """Train, or go on from the last checkpoint; returns the averaged weights."""
+    dit = new_dit(run.seed)
     schedule = linear_decay(steps, warmup=50, hold=0.4)
-    trainer = Trainer(out / "dit.ckpt", dit, _optimizers(dit), schedule, Ema(dit, 0.995), seed=seed, report=report)
+    trainer = Trainer(run, "dit.ckpt", dit, _optimizers(dit), schedule, decay=0.995)
     shares = torch.tensor([kind.share for kind in WINDOW_KINDS])
-    if compiled:
+    if run.compiled:
         # One graph for each kind of window and layer number; they share their kernels.
         torch._dynamo.config.recompile_limit = 128
         for layer in dit.videodit_blocks.layers.values():
@@ -250,5 +248,4 @@ def train_dit(
             loss = window_loss(dit, latents, kind, generator)
         return loss, {"loss": loss.item()}
 
-    trainer.run(steps, step)
-    return trainer.averaged()
+    return trainer.train(steps, step)

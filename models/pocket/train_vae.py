@@ -6,9 +6,7 @@ It knows the clips and the autoencoder's class; the DiT is trained on its latent
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from models.magi.config import VaeConfig
 from models.magi.vae import ViTVAE
 from models.pocket.clips import draw_background, draw_objects, render
-from models.pocket.trainer import Ema, Trainer, linear_decay
+from models.pocket.trainer import Run, Trainer, linear_decay
 
 TILE_FRAMES = 12
 POCKET_VAE = VaeConfig(
@@ -36,7 +34,9 @@ POCKET_VAE = VaeConfig(
 def new_vae(seed: int) -> ViTVAE:
     """A ViT with small random weights, and a posterior that starts with a deviation of about 0.14."""
     generator = torch.Generator().manual_seed(seed)
-    vae = ViTVAE(POCKET_VAE)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of the biases, which PyTorch draws
+        vae = ViTVAE(POCKET_VAE)
     for name, parameter in vae.named_parameters():
         if name.endswith(("cls_token", "pos_embed")):
             nn.init.normal_(parameter, std=0.02, generator=generator)
@@ -77,12 +77,12 @@ def vae_loss(vae: ViTVAE, video: Tensor, noise: Tensor) -> tuple[Tensor, dict[st
     return loss, {"loss": loss.item(), "psnr": psnr, "kl": kl.item()}
 
 
-def train_vae(out: Path, *, seed: int, steps: int, batch: int, compiled: bool, report: Callable[[str], None]) -> ViTVAE:
-    """Train, or go on from the last checkpoint in `out`; returns the averaged weights."""
-    vae = new_vae(seed)
+def train_vae(run: Run, *, steps: int, batch: int) -> ViTVAE:
+    """Train, or go on from the last checkpoint; returns the averaged weights."""
+    vae = new_vae(run.seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = linear_decay(steps, warmup=30, hold=0.3)
-    trainer = Trainer(out / "vae.ckpt", vae, [optimizer], schedule, Ema(vae, 0.99), seed=seed, report=report)
+    trainer = Trainer(run, "vae.ckpt", vae, [optimizer], schedule, decay=0.99)
 
     def step(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         video = tiles(batch, generator)
@@ -90,16 +90,13 @@ def train_vae(out: Path, *, seed: int, steps: int, batch: int, compiled: bool, r
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return vae_loss(vae, video, noise)
 
-    if compiled:
+    if run.compiled:
         vae.encoder.compile()
         vae.decoder.compile()
-    trainer.run(steps, step)
-    return trainer.averaged()
+    return trainer.train(steps, step)
 
 
-def polish_decoder(
-    out: Path, vae: ViTVAE, *, seed: int, steps: int, batch: int, compiled: bool, report: Callable[[str], None]
-) -> ViTVAE:
+def polish_decoder(run: Run, vae: ViTVAE, *, steps: int, batch: int) -> ViTVAE:
     """Go on with the decoder alone, on the clips that the DiT makes: one object of the DiT's size and speed.
 
     The encoder, and with it the latents, stay as they are. Latents get a little noise, since the DiT's are not exact.
@@ -109,9 +106,8 @@ def polish_decoder(
     polished.decoder.requires_grad_(True)
     optimizer = torch.optim.AdamW(polished.decoder.parameters(), lr=6e-4, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = linear_decay(steps, warmup=30, hold=0.2)
-    ema = Ema(polished, 0.99)
-    trainer = Trainer(out / "decoder.ckpt", polished, [optimizer], schedule, ema, seed=seed, report=report)
-    if compiled:
+    trainer = Trainer(run, "decoder.ckpt", polished, [optimizer], schedule, decay=0.99, seed=run.seed + 3)
+    if run.compiled:
         polished.decoder.compile()
 
     def step(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -124,5 +120,4 @@ def polish_decoder(
             loss, psnr = _reconstruction(polished.decoder(noisy), video)
         return loss, {"loss": loss.item(), "psnr": psnr}
 
-    trainer.run(steps, step)
-    return trainer.averaged()
+    return trainer.train(steps, step)

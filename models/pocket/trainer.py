@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -17,6 +18,17 @@ from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 Step = Callable[[torch.Generator], tuple[Tensor, dict[str, float]]]
+_SAVE_EVERY = 120.0  # seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What all trainings of a run share."""
+
+    out: Path  # folder of checkpoints
+    seed: int
+    compiled: bool  # with torch.compile, which needs gcc
+    report: Callable[[str], None]  # shows one line of progress
 
 
 def linear_decay(steps: int, *, warmup: int, hold: float) -> Callable[[int], float]:
@@ -48,53 +60,50 @@ class Ema(Generic[Module]):
 
 
 class Trainer(Generic[Module]):
-    """Runs steps and can be stopped and started at any time: a checkpoint holds all that a step depends on."""
+    """Runs steps and can be stopped and started at any time: a checkpoint holds all that a step depends on.
+
+    Args:
+        run: what it is part of.
+        name: of the checkpoint in `run.out`.
+        module: what is trained.
+        optimizers: with the rates that the schedule's factor is applied to.
+        schedule: factor of the rates at a step.
+        decay: of the averaged weights.
+        seed: of this training; that of the run by default.
+    """
 
     def __init__(
         self,
-        checkpoint: Path,
+        run: Run,
+        name: str,
         module: Module,
         optimizers: list[torch.optim.Optimizer],
         schedule: Callable[[int], float],
-        ema: Ema[Module],
         *,
-        seed: int,
-        report: Callable[[str], None],
-        save_every: float = 120.0,
+        decay: float,
+        seed: int | None = None,
     ) -> None:
-        self._checkpoint, self._module, self._ema = checkpoint, module, ema
+        self._checkpoint, self._module, self._ema = run.out / name, module, Ema(module, decay)
         self._optimizers, self._schedule = optimizers, schedule
         self._base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-        self._seed, self._report, self._save_every = seed, report, save_every
+        self._seed, self._report = run.seed if seed is None else seed, run.report
         self._step = 0
         self.history: list[dict[str, float]] = []
-        if checkpoint.exists():
+        if self._checkpoint.exists():
             self._load()
 
-    def averaged(self) -> Module:
-        """The averaged weights."""
-        return self._ema.module
+    def train(self, steps: int, step: Step) -> Module:
+        """Train up to `steps` steps in all; reports every 25 and saves every few minutes.
 
-    def run(self, steps: int, step: Step) -> None:
-        """Train up to `steps` steps in all; reports every 25 and saves every few minutes."""
+        Returns:
+            The averaged weights.
+        """
         parameters = [p for p in self._module.parameters() if p.requires_grad]
         began, since, last_save = time.monotonic(), self._step, time.monotonic()
         sums: dict[str, float] = {}
         counted = 0
         while self._step < steps:
-            for optimizer, base in zip(self._optimizers, self._base, strict=True):
-                for group, rate in zip(optimizer.param_groups, base, strict=True):
-                    group["lr"] = rate * self._schedule(self._step)
-            # Each step has its own stream, so that a resumed run draws what an unbroken one would have drawn.
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._step)
-            loss, figures = step(generator)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            for optimizer in self._optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            self._step += 1
-            self._ema.update(self._module, self._step)
+            figures = self._take(step, parameters)
             counted += 1
             for key, value in figures.items():
                 sums[key] = sums.get(key, 0.0) + value
@@ -106,9 +115,25 @@ class Trainer(Generic[Module]):
                 shown = "  ".join(f"{key} {value:.4f}" for key, value in means.items())
                 self._report(f"step {self._step}/{steps}  {shown}  {pace:.2f} s/step  {left:.0f} min left")
                 sums, counted = {}, 0
-            if time.monotonic() - last_save > self._save_every or self._step == steps:
+            if time.monotonic() - last_save > _SAVE_EVERY or self._step == steps:
                 self._save()
                 last_save = time.monotonic()
+        return self._ema.module
+
+    def _take(self, step: Step, parameters: list[nn.Parameter]) -> dict[str, float]:
+        for optimizer, base in zip(self._optimizers, self._base, strict=True):
+            for group, rate in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = rate * self._schedule(self._step)
+        # Each step has its own stream, so that a resumed run draws what an unbroken one would have drawn.
+        loss, figures = step(torch.Generator().manual_seed(self._seed * 1_000_003 + self._step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self._step += 1
+        self._ema.update(self._module, self._step)
+        return figures
 
     def _save(self) -> None:
         state = {

@@ -82,7 +82,7 @@ class Connection:
         self._outbox: SimpleQueue[tuple[Any] | None] = SimpleQueue()
         self._socket: socket.socket | None = None
         self._sender: threading.Thread | None = None
-        self._closed = False
+        self.closed = False
         self._error: Exception | None = None
 
     def open(self, own: socket.socket, stream: mp.Connection) -> None:
@@ -91,7 +91,7 @@ class Connection:
         self._sender = threading.Thread(target=self._send, args=(stream,), name="connection-send", daemon=True)
         self._sender.start()
         threading.Thread(target=self._receive, args=(stream,), name="connection-receive", daemon=True).start()
-        if self._closed:
+        if self.closed:
             self.close()
 
     def send(self, message: object) -> None:
@@ -104,7 +104,7 @@ class Connection:
         Args:
             flush: seconds to wait until all messages are on their way.
         """
-        self._closed = True
+        self.closed = True
         self._outbox.put(None)
         if self._sender is not None:
             self._sender.join(flush)
@@ -178,6 +178,8 @@ class Listener:
             self.news.set()
 
         connection, key = Connection(receive, end), secrets.token_bytes(_KEY_BYTES)
+        for number in [number for number, (_, other) in list(self._expected.items()) if other.closed]:
+            self._expected.pop(number, None)
         self._numbers += 1
         self._expected[self._numbers] = key, connection
         return connection, Address(host=self._host, port=self._port, number=self._numbers, key=key)

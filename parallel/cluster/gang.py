@@ -29,7 +29,7 @@ from parallel.cluster.connection import Connection, Listener
 from parallel.cluster.messages import ChunkMade, ChunksReceived, Command, GangEvent, GangReady, RankStarted
 from parallel.cluster.placement import Place, Placement, alive_nodes, plan_strategies, threads_per_rank
 from parallel.comm.groups import connect
-from parallel.health.errors import BAD_INPUT, ErrorStore, Failure
+from parallel.health.errors import BAD_INPUT, Failure
 from parallel.health.reader import HeartbeatReader
 from parallel.ranks.environment import RankEnv
 from parallel.topology.mesh import Mesh
@@ -376,12 +376,9 @@ class Gang:
         name, rank = self._mesh.name(number), self._ranks[number]
         if isinstance(error, RayTaskError):
             return GangBroken(f"{name}: {error.cause}")
-        assert self._store is not None
-        with suppress(RuntimeError):
-            env = self._env(number, rank.place, self._store.host, self._store.port)
-            failure = ErrorStore(connect(env, self._settings.task.timeouts.grace)).read()
-            if failure is not None:
-                return GangBroken(failure.message)
+        assert self._heartbeats is not None
+        if isinstance(found := self._heartbeats.poll(), Failure):
+            return GangBroken(found.message)
         never_seen = isinstance(error, RayActorError) and rank.pid is None
         return GangBroken(f"{name} has died", unsure=isinstance(error, ActorUnavailableError) or never_seen)
 

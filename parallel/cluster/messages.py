@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -207,10 +207,10 @@ def log_entry(event: GangEvent | Event, seconds: float) -> dict[str, Any]:
 
 # ---- bytes
 
-_COMMANDS = (VideoOrder, PermitQuantum, CancelVideo, ChunkTaken, ChunksReceived, Finish)
-_EVENTS = (RankStarted, Admitted, Refused, QuantumReady, QuantumDone, Progressed, ChunkMade, VideoDone, GangReady)
 _PARTS = (Request, Prefix, VideoSize, Schedule, CheckpointConfig, Progress)
-_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (*_COMMANDS, *_EVENTS, *_PARTS)}
+_KINDS: dict[str, Any] = {
+    kind.__name__: kind for kind in (*get_args(Command), *get_args(GangEvent), RankStarted, *_PARTS)
+}
 
 
 class MessageError(Exception):

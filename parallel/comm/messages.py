@@ -14,10 +14,11 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import IntEnum
 from functools import cache
+from itertools import cycle
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -35,6 +36,7 @@ _FIXED = struct.Struct("<4sBBHQiHH8sI5I")
 _DIMENSIONS = 5
 _LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 16
+_SIMPLE = (int, str, float, bool, NoneType)
 
 T = TypeVar("T")
 
@@ -181,16 +183,16 @@ def to_plain(value: Any, tensors: list[Tensor]) -> Any:
         tensors: its tensors are appended; in their place stand their dtype, shape and place among the bytes of all.
     """
     kind: Any = type(value)
+    if kind in _SIMPLE:
+        return value
     types = _field_types(kind)
     if types is not None:
         return {name: to_plain(getattr(value, name), tensors) for name in types}
-    if isinstance(value, tuple):
+    if kind is tuple:
         return [to_plain(one, tensors) for one in value]
-    if isinstance(value, Tensor):
-        place = sum(_aligned(before.nbytes) for before in tensors)
-        tensors.append(value)
-        return {"dtype": _DTYPES.index(value.dtype), "shape": list(value.shape), "place": place}
-    return value
+    place = sum(_aligned(before.nbytes) for before in tensors)
+    tensors.append(value)
+    return {"dtype": _DTYPES.index(value.dtype), "shape": list(value.shape), "place": place}
 
 
 def from_plain(kind: type[T], value: Any, data: Tensor | None = None) -> T:
@@ -204,37 +206,66 @@ def from_plain(kind: type[T], value: Any, data: Tensor | None = None) -> T:
     Raises:
         ValueError: a field is unknown, missing or of another type.
     """
-    made = _parse(kind, value, data)
+    read: Callable[[Any], _Reader] = _reader
+    made = read(kind)(value, data)
     assert isinstance(made, kind)
     return made
 
 
-def _parse(kind: Any, value: Any, data: Tensor | None) -> Any:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Tensor:
-        return _parse_tensor(value, data)
-    types = _field_types(kind)
+_Reader = Callable[[Any, Tensor | None], Any]
+
+
+@cache
+def _reader(kind: Any) -> _Reader:
+    """Checks and converts JSON values of a type; made once for each type, since headers are read often."""
+    types, origin, arguments = _field_types(kind), get_origin(kind), get_args(kind)
     if types is not None:
-        if isinstance(value, dict) and value.keys() == types.keys():
-            return kind(**{name: _parse(types[name], one, data) for name, one in value.items()})
-    elif origin is tuple and isinstance(value, list):
-        if arguments[-1] is Ellipsis:
-            return tuple([_parse(arguments[0], one, data) for one in value])
-        if len(arguments) == len(value):
-            return tuple([_parse(one, part, data) for one, part in zip(arguments, value)])
-    elif origin is Union or origin is UnionType:
-        (some,) = (one for one in arguments if one is not NoneType)
-        return None if value is None else _parse(some, value, data)
-    elif (origin is Literal and value in arguments) or type(value) is kind or (kind is float and type(value) is int):
-        return value
-    raise ValueError(f"{str(value)[:80]} was received in place of {getattr(kind, '__name__', kind)}")
+        return _dataclass_reader(kind, {name: _reader(one) for name, one in types.items()})
+    if origin is tuple:
+        readers = [_reader(one) for one in arguments if one is not Ellipsis]
+        return _tuple_reader(kind, readers, repeats=arguments[-1] is Ellipsis)
+    if origin is Union or origin is UnionType:
+        (some,) = (_reader(one) for one in arguments if one is not NoneType)
+        return lambda value, data: None if value is None else some(value, data)
+    if kind is Tensor:
+        return _read_tensor
+    accepted = (int, float) if kind is float else (kind,)
+
+    def read(value: Any, data: Tensor | None) -> Any:
+        if type(value) in accepted or (origin is Literal and value in arguments):
+            return value
+        raise _refused(value, kind)
+
+    return read
 
 
-def _parse_tensor(value: Any, data: Tensor | None) -> Tensor:
+def _dataclass_reader(kind: Any, readers: Mapping[str, _Reader]) -> _Reader:
+    def read(value: Any, data: Tensor | None) -> Any:
+        if type(value) is not dict or value.keys() != readers.keys():
+            raise _refused(value, kind)
+        return kind(**{name: reader(value[name], data) for name, reader in readers.items()})
+
+    return read
+
+
+def _tuple_reader(kind: Any, readers: Sequence[_Reader], *, repeats: bool) -> _Reader:
+    def read(value: Any, data: Tensor | None) -> Any:
+        if type(value) is not list or (len(value) != len(readers) and not repeats):
+            raise _refused(value, kind)
+        return tuple([reader(one, data) for reader, one in zip(cycle(readers), value)])
+
+    return read
+
+
+def _read_tensor(value: Any, data: Tensor | None) -> Tensor:
     if data is None or not isinstance(value, dict) or value.keys() != {"dtype", "shape", "place"}:
-        raise ValueError(f"{str(value)[:80]} was received in place of a tensor")
+        raise _refused(value, Tensor)
     dtype, shape, start = _DTYPES[value["dtype"]], value["shape"], value["place"]
     return data[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape).clone()
+
+
+def _refused(value: Any, kind: Any) -> ValueError:
+    return ValueError(f"{str(value)[:80]} was received in place of {getattr(kind, '__name__', kind)}")
 
 
 @cache

@@ -42,7 +42,7 @@ class TokenSplit:
         self.slices = [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
 
 
-class UlyssesShare:
+class UlyssesShard:
     """One rank's tokens of a request's chunks.
 
     Args:
@@ -61,7 +61,7 @@ class UlyssesShare:
         return self._split.slices[self._cp_rank]
 
     def view(self, inner: KVView) -> KVView:
-        """What they attend to; `inner` holds this rank's heads of all tokens."""
+        """The view that this rank's tokens attend to; `inner` holds this rank's heads of all tokens."""
         return _UlyssesView(inner, self)
 
     def gather_tokens(self, x: Tensor) -> _Exchange:
@@ -87,43 +87,48 @@ class UlyssesShare:
         )
         return exchange.result().transpose(0, 1).flatten(1, 2)[None]
 
-    def _begin(self, sent: Tensor, give: Sequence[int], get: Sequence[int], shape: tuple[int, ...]) -> _Exchange:
+    def _begin(
+        self, sent: Tensor, sending: Sequence[int], receiving: Sequence[int], shape: tuple[int, ...]
+    ) -> _Exchange:
         device = sent.device
         if self._through_host:
             sent = sent.cpu()
-        got = sent.new_empty(sum(get))
-        work = dist.all_to_all_single(got, sent.flatten(), list(get), list(give), group=self._group, async_op=True)
+        received = sent.new_empty(sum(receiving))
+        work = dist.all_to_all_single(
+            received, sent.flatten(), list(receiving), list(sending), group=self._group, async_op=True
+        )
         assert work is not None
-        return _Exchange(work, sent, got, shape, device)
+        return _Exchange(work, sent, received, shape, device)
 
 
 class _Exchange:
-    """An exchange that was begun."""
+    """An exchange that was begun. It refers to both tensors until it is done."""
 
     def __init__(
-        self, work: dist.Work, sent: Tensor, got: Tensor, shape: tuple[int, ...], device: torch.device
+        self, work: dist.Work, sent: Tensor, received: Tensor, shape: tuple[int, ...], device: torch.device
     ) -> None:
-        self._work, self._sent, self._got, self._shape, self._device = work, sent, got, shape, device
+        self._work, self._sent, self._received, self._shape, self._device = work, sent, received, shape, device
 
     def result(self) -> Tensor:
+        """The tensor received; on NCCL the current stream waits for it, on gloo the host."""
         self._work.wait()
-        return self._got.view(self._shape).to(self._device)
+        return self._received.view(self._shape).to(self._device)
 
 
 class _UlyssesView:
-    def __init__(self, inner: KVView, share: UlyssesShare) -> None:
-        self._inner, self._share = inner, share
+    def __init__(self, inner: KVView, shard: UlyssesShard) -> None:
+        self._inner, self._shard = inner, shard
         self._stored: tuple[_Exchange, _Exchange] | None = None
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Begin to exchange keys and values [1, s, G, d]."""
-        self._stored = self._share.gather_tokens(k), self._share.gather_tokens(v)
+        self._stored = self._shard.gather_tokens(k), self._shard.gather_tokens(v)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attention of own queries [1, s, H, d], with the other ranks' help."""
         assert self._stored is not None
-        queries = self._share.gather_tokens(q)
+        queries = self._shard.gather_tokens(q)
         keys, values = self._stored
         self._stored = None
         self._inner.store(layer, keys.result(), values.result())
-        return self._share.gather_heads(self._inner.attend(layer, queries.result()))
+        return self._shard.gather_heads(self._inner.attend(layer, queries.result()))

@@ -11,8 +11,9 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -44,37 +45,74 @@ def run_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = N
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(count):
-            env = RankEnv(
-                rank=rank,
-                world_size=count,
-                local_rank=rank,
-                local_world_size=count,
-                host=_HOST,
-                port=store.port,
-                launcher_serves=True,
-                launcher_speaks=True,
-                launched=True,
-            )
-            ranks.append(
-                subprocess.Popen(
-                    command,
-                    env=child_environment(env, threads=share),
-                    stdin=subprocess.DEVNULL,
-                    stdout=None if rank == 0 else subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-            )
+            ranks.append(_start(command, _env(rank, count, store.port), share))
         _wait(ranks, board, layout, grace)
     except (KeyboardInterrupt, SystemExit):
         board.report(Failure(message="stopped", status=INTERRUPTED, reporter=-1))
         _wait_for_all(ranks, grace)
         raise
     finally:
-        for process in ranks:
-            if process.poll() is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        _kill(ranks)
+
+
+@contextmanager
+def worker_ranks(
+    command: Sequence[str], layout: Layout, *, threads: int | None = None, grace: float = 10.0
+) -> Iterator[RankEnv]:
+    """Run a command once for each rank but rank 0, which this process is. They end with this process.
+
+    Args:
+        command: as in `run_ranks`.
+        layout: of the ranks.
+        threads: CPU threads of each; None shares the cores evenly.
+        grace: seconds that they have to end by themselves after the context.
+
+    Yields:
+        The environment of rank 0.
+    """
+    count = layout.world_size
+    share = max(1, (os.cpu_count() or 1) // count) if threads is None else threads
+    store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+    ranks: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(1, count):
+            ranks.append(_start(command, _env(rank, count, store.port), share))
+        yield replace(_env(0, count, store.port), launcher_speaks=False, launched=False)
+        _wait_for_all(ranks, grace)
+    finally:
+        _kill(ranks)
+
+
+def _env(rank: int, count: int, port: int) -> RankEnv:
+    return RankEnv(
+        rank=rank,
+        world_size=count,
+        local_rank=rank,
+        local_world_size=count,
+        host=_HOST,
+        port=port,
+        launcher_serves=True,
+        launcher_speaks=True,
+        launched=True,
+    )
+
+
+def _start(command: Sequence[str], env: RankEnv, threads: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        env=child_environment(env, threads=threads),
+        stdin=subprocess.DEVNULL,
+        stdout=None if env.rank == 0 else subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
+    for process in ranks:
+        if process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], board: ErrorStore, layout: Layout, grace: float) -> None:

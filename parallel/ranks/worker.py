@@ -30,7 +30,7 @@ from models.protocols import VideoModel
 from parallel.comm.edges import Edges
 from parallel.comm.groups import Groups
 from parallel.comm.messages import Header, Kind, Message, unpack_admit, unpack_json
-from parallel.comm.ulysses import TokenSplit, UlyssesShare, local_heads
+from parallel.comm.ulysses import TokenSplit, UlyssesShard, local_heads
 from parallel.health.errors import BAD_INPUT
 from parallel.health.monitor import Monitor
 from parallel.topology.mesh import Mesh
@@ -87,6 +87,7 @@ class StageWorker:
             stage=mesh.stage,
             cp_rank=mesh.cp_rank,
             layers=(layers.start, layers.stop),
+            transfer=services.groups.transfer,
             weight_bytes=model.weight_bytes,
         )
 
@@ -111,7 +112,7 @@ class StageWorker:
         split, groups = TokenSplit(tokens, ranks), self._groups
         shard: TokenShard | None = None
         if groups.cp is not None:
-            shard = UlyssesShare(split, self._mesh.cp_rank, groups.cp, through_host=groups.transfer == "host")
+            shard = UlyssesShard(split, self._mesh.cp_rank, groups.cp, through_host=groups.transfer == "host")
         geometry = local_heads(self._stage.model.kv, ranks)
         self._stage.admit(admission, geometry=geometry, shard=shard)
         self._splits[admission.video] = split

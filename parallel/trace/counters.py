@@ -24,6 +24,7 @@ class RankCounters:
     stage: int
     cp_rank: int  # among the ranks of its stage
     layers: tuple[int, int]  # first layer and one past the last
+    transfer: str = "gloo"  # how tensors move between ranks: `nccl`, `host` (GPUs through host memory) or `gloo`
     weight_bytes: int = 0  # bytes of the parameters that it holds
     load_seconds: float = 0.0  # for loading them; 0 if that was not measured
     items: int = 0  # passes of chunks through its layers

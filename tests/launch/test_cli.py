@@ -99,14 +99,18 @@ def test_models_lists_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
         (["a red dog moving right"], "unknown word 'dog' in the prompt"),
         (["a red circle"], "the prompt names no motion"),
         ([PROMPT, "--height", "70"], "the height of 70 pixels is not a multiple of 16"),
-        ([PROMPT, "--width", "0"], "the width of 0 pixels"),
+        ([PROMPT, "--width", "0"], "--width 0 cannot be used: give 16 to 16,384"),
+        ([PROMPT, "--height", str(10**12)], "--height 1000000000000 cannot be used: give 16 to 16,384"),
+        ([PROMPT, "--height", "16384", "--width", "16384"], " GB are free: ask for a smaller --height and --width"),
         ([PROMPT, "--steps", "10"], "10 steps do not divide"),
-        ([PROMPT, "--steps", "0"], "0 denoising steps"),
-        ([PROMPT, "--seconds", "0"], "a video of 0 seconds has no frames"),
-        ([PROMPT, "--seconds", "-2"], "a video of -2 seconds has no frames"),
-        ([PROMPT, "--seconds", "nan"], "a video of nan seconds has no frames"),
-        ([PROMPT, "--chunks", "0"], "a video of 0 chunks has no frames"),
-        ([PROMPT, "--seed", "-1"], "the seed -1"),
+        ([PROMPT, "--steps", "0"], "--steps 0 cannot be used: give 1"),
+        ([PROMPT, "--seconds", "0"], "--seconds 0.0 cannot be used: give 0.001 to 1,000,000"),
+        ([PROMPT, "--seconds", "-2"], "--seconds -2.0 cannot be used"),
+        ([PROMPT, "--seconds", "nan"], "--seconds nan cannot be used"),
+        ([PROMPT, "--seconds", "1e9"], "--seconds 1000000000.0 cannot be used"),
+        ([PROMPT, "--chunks", "0"], "--chunks 0 cannot be used: give 1 to 1,000,000"),
+        ([PROMPT, "--chunks", "99999999999"], "--chunks 99999999999 cannot be used: give 1 to 1,000,000"),
+        ([PROMPT, "--seed", "-1"], "--seed -1 cannot be used: give 0"),
         ([PROMPT, "--seconds", "1", "--chunks", "1"], "--seconds and --chunks"),
         ([PROMPT, "--model", "magi-9b"], "unknown model 'magi-9b': choose from magi-pocket, magi-4.5b"),
         ([PROMPT, "--model", "magi-pocket", "--config", "x.json"], "--model and --config"),
@@ -125,18 +129,19 @@ def test_models_lists_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
         ([PROMPT, "--attention", "magic"], "unknown attention backend 'magic'"),
         ([PROMPT, "--precision", "low"], "Invalid value for '--precision'"),
         ([PROMPT, "--steps", "many"], "Invalid value for '--steps'"),
-        ([PROMPT, "--threads", "0"], "Invalid value for '--threads'"),
+        ([PROMPT, "--threads", "0"], "--threads 0 cannot be used: give 1 to 1,024; this machine has"),
+        ([PROMPT, "--threads", "100000"], "--threads 100000 cannot be used: give 1 to 1,024; this machine has"),
         ([PROMPT, "--cache", "fast"], "'fast' is not one of 'none', 'teacache', 'flowcache-slow', 'flowcache-fast'"),
         ([PROMPT, "--cache", "none", "--cache-threshold", "0.1"], "--cache none reuses nothing: leave out --cache-thr"),
         ([PROMPT, "--cache", "none", "--reuse", "velocity"], "--cache none reuses nothing: leave out --reuse"),
-        ([PROMPT, "--cache-threshold", "-1"], "--cache-threshold -1 is no distance"),
-        ([PROMPT, "--cache-threshold", "nan"], "--cache-threshold nan is no distance"),
+        ([PROMPT, "--cache-threshold", "-1"], "--cache-threshold -1.0 cannot be used: give 0"),
+        ([PROMPT, "--cache-threshold", "nan"], "--cache-threshold nan cannot be used"),
         ([PROMPT, "--cache-warmup", "16"], "--cache-warmup 16 computes all 16 steps"),
-        ([PROMPT, "--cache-warmup", "0"], "--cache-warmup 0: a chunk's first step must be computed"),
-        ([PROMPT, "--extrapolate-from", "1.5"], "--extrapolate-from 1.5 is no share"),
+        ([PROMPT, "--cache-warmup", "0"], "--cache-warmup 0 cannot be used: give 1"),
+        ([PROMPT, "--extrapolate-from", "1.5"], "--extrapolate-from 1.5 cannot be used: give 0 to 1"),
         ([PROMPT, "--reuse", "again"], "'again' is not one of 'residual', 'velocity', 'extrapolate'"),
         ([PROMPT, "--copy-pass", "--model", "magi-4.5b"], "--copy-pass is for distilled models"),
-        ([PROMPT, "--kv-budget", "0"], "a KV budget of 0 chunks keeps nothing"),
+        ([PROMPT, "--kv-budget", "0"], "--kv-budget 0 cannot be used: give 1"),
         ([PROMPT, "--kv-retention", "frame"], "--kv-retention says how the past is compressed: give --kv-budget"),
         ([PROMPT, "--kv-budget", "1", "--kv-queries", "word"], "'word' is not one of 'token', 'frame', 'chunk'"),
         ([PROMPT, "--record", "broken.json"], "cannot write broken.json"),
@@ -233,7 +238,8 @@ def test_a_configuration_file_in_place_of_a_preset(
     assert "video.mp4: 24 frames of 96x64" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupt_stops_soon_and_leaves_nothing(
     tmp_path: Path, long_run: subprocess.Popen[str], sent: signal.Signals, status: int
 ) -> None:
@@ -246,12 +252,49 @@ def test_an_interrupt_stops_soon_and_leaves_nothing(
     assert os.listdir(tmp_path) == []
 
 
-def test_a_killed_process_leaves_no_video(tmp_path: Path, long_run: subprocess.Popen[str]) -> None:
+@pytest.mark.slow
+def test_what_a_killed_process_leaves_is_removed_by_the_next(
+    tmp_path: Path, long_run: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, random_weights: Path
+) -> None:
     long_run.kill()
     long_run.communicate()
-    assert not (tmp_path / "long.mp4").exists()
+    assert [path.name.split(".")[1:3] for path in tmp_path.iterdir()] == [["long", "mp4"]]  # and no long.mp4
+    monkeypatch.chdir(tmp_path)
+    assert run(["generate", PROMPT, "--chunks", "1", "--steps", "4", "--weights", str(random_weights)]) == 0
+    assert os.listdir(tmp_path) == ["video.mp4"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["_ctypes", "libtorch_cpu"])
+def test_an_interrupt_of_the_imports_is_no_traceback(tmp_path: Path, random_weights: Path, library: str) -> None:
+    """The first of these is loaded by the command line itself, the second once a command is called."""
+    process = flowcache_process(tmp_path, "generate", PROMPT, "--chunks", 5000, "--weights", random_weights)
+    deadline = time.monotonic() + 60
+    while library not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in shown
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_the_longest_video_begins_at_once(tmp_path: Path, random_weights: Path) -> None:
+    """Nothing is laid out in proportion to the length before the first step."""
+    options = ["--chunks", 1_000_000, "--steps", 4, "--weights", random_weights, "--threads", 1, "--record", "run"]
+    process = flowcache_process(tmp_path, "generate", PROMPT, *options)
+    try:
+        assert process.stderr is not None
+        began = time.monotonic()
+        lines = [process.stderr.readline() for _ in range(3)]
+        assert time.monotonic() - began < 30 and lines[2].startswith("chunks 0/1000000, step 1/4, 0%")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
 def test_magi_pocket_shows_what_its_prompt_says(flowcache: Flowcache, tmp_path: Path) -> None:
     """The trained weights that ship: the strongest colour of the frames is red, and then blue."""
     for colour, channel in (("red", 0), ("blue", 2)):

@@ -1,8 +1,7 @@
-"""From options to a plan and to a file, in one process; the weights are random, so the videos show noise."""
+"""From options to a file, in one process; the weights are random, so the videos show noise."""
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,104 +11,23 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.kv.size import KVSettings
-from engine.reuse.settings import ReuseSettings
-from launch.cache_presets import CacheName, CacheOptions, KVOptions, TokenUnit, cache_preset
 from launch.generate import generate_video
+from launch.options import CacheName, Options, TokenUnit
 from launch.output.media import read_video
 from launch.output.video import VideoWriter
-from launch.plan import Options, Plan, plan_video
-from models.errors import InputError
-from models.pocket.preset import pocket_config
 
 PROMPT = "a red circle moving right"
 
 
 @pytest.fixture
 def options(random_weights: Path, tmp_path: Path) -> Options:
-    return Options(prompt=PROMPT, out=tmp_path / "video.mp4", weights=random_weights, steps=4, threads=1)
-
-
-def _plan(options: Options, **changes: object) -> Plan:
-    values = {name: getattr(options, name) for name in Options.__slots__}
-    return plan_video(Options(**(values | changes)))
+    return Options(prompts=[PROMPT], out=tmp_path / "video.mp4", weights=random_weights, steps=4, threads=1)
 
 
 def _make(options: Options, **changes: object) -> Path:
-    values = {name: getattr(options, name) for name in Options.__slots__} | changes
-    generate_video(Options(**values))
-    return values["out"]
-
-
-def test_what_is_not_given_comes_from_the_model(options: Options) -> None:
-    request = _plan(options, steps=None).request
-    assert (request.prompt, request.chunks, request.num_steps, request.seed) == (PROMPT, 4, 16, 0)
-    assert (request.height, request.width, request.prefix) == (64, 64, None)
-
-
-def test_what_is_given_replaces_it(options: Options) -> None:
-    request = _plan(options, steps=8, chunks=7, height=96, width=32, seed=5).request
-    assert (request.num_steps, request.chunks, request.height, request.width, request.seed) == (8, 7, 96, 32, 5)
-
-
-@pytest.mark.parametrize(("seconds", "chunks"), [(1, 1), (4, 4), (4.001, 5), (0.01, 1), (2.5, 3)])
-def test_seconds_are_rounded_up_to_chunks(options: Options, seconds: float, chunks: int) -> None:
-    assert _plan(options, seconds=seconds).request.chunks == chunks
-
-
-def test_seconds_of_another_frame_rate(options: Options, tmp_path: Path) -> None:
-    values = pocket_config().to_dict()
-    values["runtime_config"]["fps"] = 30
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(values))
-    assert _plan(options, config=path, seconds=4).request.chunks == 5  # 120 frames in chunks of 24
-
-
-def test_precision_and_attention_reach_the_model(options: Options) -> None:
-    loading = _plan(options, precise=False, attention="auto").loading
-    assert (loading.precise, loading.attention) == (False, "auto")
-
-
-def test_reuse_is_on_unless_it_is_turned_off(options: Options) -> None:
-    assert _plan(options).cache == cache_preset(CacheName.FLOWCACHE_SLOW, "magi-pocket")
-    assert _plan(options, cache=CacheOptions(preset=CacheName.NONE)).cache == ReuseSettings()
-    assert _plan(options).kv == KVSettings()
-
-
-def test_a_configuration_file_has_the_figures_of_magi_1(options: Options, tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(pocket_config().to_dict()))
-    assert _plan(options, config=path).cache == cache_preset(CacheName.FLOWCACHE_SLOW, "magi-4.5b")
-
-
-def test_a_guided_model_has_no_copy_pass(options: Options) -> None:
-    with pytest.raises(InputError, match="--copy-pass is for distilled models"):
-        _plan(options, model="magi-4.5b", steps=None, cache=CacheOptions(copy_pass=True))
-
-
-def test_a_record_needs_a_folder_before_anything_is_read(options: Options, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file is not a folder"):
-        _plan(options, record=tmp_path / "file", weights=tmp_path / "missing")
-
-
-def test_an_image_becomes_a_prefix_of_one_frame(options: Options, tmp_path: Path) -> None:
-    picture = tmp_path / "start.png"
-    Image.new("RGB", (30, 50), (10, 200, 30)).save(picture)
-    prefix = _plan(options, image=picture).request.prefix
-    assert prefix is not None and prefix.frames.shape == (1, 64, 64, 3)
-    assert prefix.frames[0, 32, 32].tolist() == pytest.approx([10, 200, 30], abs=2)
-
-
-def test_the_size_is_checked_before_a_prefix_is_read(options: Options, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="height of 70 pixels is not a multiple of 16"):
-        _plan(options, height=70, image=tmp_path / "missing.png")
-
-
-def test_weights_that_were_not_downloaded_are_named(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(options.out.parent)
-    with pytest.raises(InputError, match=r"no weights in ./downloads/4.5B_base: download ckpt/magi/4.5B_base from"):
-        _plan(options, model="magi-4.5b", weights=None)
+    made = replace(options, **changes)
+    generate_video(made)
+    return made.out
 
 
 def test_a_video_is_as_long_as_asked(options: Options) -> None:
@@ -125,16 +43,14 @@ def test_a_video_is_as_long_as_asked(options: Options) -> None:
 
 
 def test_reuse_leaves_steps_out(options: Options) -> None:
-    everything = CacheOptions(preset=CacheName.NONE)
-    nearly_nothing = CacheOptions(threshold=1e6, warmup=1)
-    assert generate_video(replace(options, steps=8, cache=everything)).computed == 1
-    summary = generate_video(replace(options, steps=8, cache=nearly_nothing))
+    assert generate_video(replace(options, steps=8, cache=CacheName.NONE)).computed == 1
+    summary = generate_video(replace(options, steps=8, cache_threshold=1e6, cache_warmup=1))
     assert summary.computed == (4 + 1) / 32  # each first step, and the last tick
 
 
 def test_a_budget_bounds_the_memory_of_a_long_video(options: Options) -> None:
-    kv = KVOptions(budget=1, retention=TokenUnit.FRAME, queries=TokenUnit.CHUNK)
-    sizes = [generate_video(replace(options, chunks=chunks, kv=kv)).kv_bytes for chunks in (5, 9)]
+    kv = {"kv_budget": 1, "kv_retention": TokenUnit.FRAME, "kv_queries": TokenUnit.CHUNK}
+    sizes = [generate_video(replace(options, chunks=chunks, **kv)).kv_bytes for chunks in (5, 9)]
     assert sizes[0] == sizes[1] > 1_000_000
 
 

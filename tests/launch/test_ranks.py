@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import av
 import pytest
@@ -19,13 +18,11 @@ from PIL import Image
 from engine.record import RunRecord
 from launch.cli import run
 from launch.generate import generate_video
-from launch.plan import Options
-from launch.ranks import RankOptions
-from launch.several import plan_videos, video_names
-from models.errors import InputError
+from launch.options import Options
 from tests.launch.process import ROOT, Result, environment, flowcache_process
 
 GOLDENS = ROOT / "tests" / "data" / "goldens"
+pytestmark = pytest.mark.slow
 PROMPT, OTHER = "a red circle moving right", "a blue cross moving up"
 Flowcache = Callable[..., Result]
 
@@ -65,27 +62,22 @@ def test_ranks_make_the_video_of_one_process(made: tuple[Path, Result], random_w
     lines = result.stdout.splitlines()
     assert lines[0] == "video.mp4: 48 frames of 64x64, 2.0 s of video" and len(lines) == 4
     assert lines[3].startswith("2 ranks, pp 2 x cp 1, layers 3,3; weights 6.9 MB, 6.9 MB, loaded in ")
+    assert lines[3].endswith("; tensors moved over gloo")
     assert result.stderr.count("reading the prompt") == 1  # the other rank is silent
     record = RunRecord.load(folder / "run")
     assert (record.settings["pp"], record.settings["cp"], record.settings["layers"]) == (2, 1, [3, 3])
     alone = Options(
-        prompt=PROMPT,
+        prompts=[PROMPT],
         out=tmp_path / "alone.mp4",
         weights=random_weights,
         steps=4,
         chunks=2,
         threads=1,
-        cache=_threshold(0.3),
+        cache_threshold=0.3,
     )
     computed = generate_video(alone).computed
     assert computed == pytest.approx(record.computed_fraction) and computed < 1
     assert (folder / "video.mp4").read_bytes() == alone.out.read_bytes()
-
-
-def _threshold(threshold: float) -> Any:
-    from launch.cache_presets import CacheOptions
-
-    return CacheOptions(threshold=threshold)
 
 
 def test_the_trace_has_spans_of_all_ranks(made: tuple[Path, Result]) -> None:
@@ -144,35 +136,6 @@ def test_a_run_without_ranks_has_no_trace(
 # ---- several videos
 
 
-def test_names_follow_from_the_prompts() -> None:
-    assert video_names(["A red circle!", "été, 東京", "../..", "x" * 99]) == [
-        "00-a-red-circle",
-        "01-été-東京",
-        "02",
-        "03-" + "x" * 40,
-    ]
-    assert video_names(["a"] * 101)[100] == "100-a"
-
-
-def test_several_videos_have_seeds_and_records_of_their_own(random_weights: Path, tmp_path: Path) -> None:
-    options = Options(
-        prompt=PROMPT, out=tmp_path / "deep" / "videos", weights=random_weights, seed=7, record=tmp_path / "run"
-    )
-    first, second = plan_videos(options, [PROMPT, OTHER])
-    assert (first.request.seed, second.request.seed) == (7, 8)
-    assert (first.request.prompt, second.request.prompt) == (PROMPT, OTHER)
-    assert second.out == tmp_path / "deep" / "videos" / "01-a-blue-cross-moving-up.mp4"
-    assert second.record == tmp_path / "run" / "01-a-blue-cross-moving-up"
-    with pytest.raises(InputError, match="unknown word 'dog'"):
-        plan_videos(options, [PROMPT, "a red dog moving up"])
-    assert os.listdir(tmp_path) == []
-
-
-def test_more_stages_want_more_videos() -> None:
-    assert [RankOptions(pp=pp).at_a_time(9) for pp in (1, 2, 4, 5, 8)] == [2, 2, 2, 3, 4]
-    assert RankOptions(pp=8).at_a_time(3) == 3 and RankOptions(concurrency=5).at_a_time(9) == 5
-
-
 def test_two_videos_share_two_ranks(flowcache: Flowcache, tmp_path: Path, random_weights: Path) -> None:
     """Started by the command itself; the second video is the one that its own seed makes."""
     options = ["--chunks", 1, "--steps", 4, "--weights", random_weights]
@@ -185,7 +148,7 @@ def test_two_videos_share_two_ranks(flowcache: Flowcache, tmp_path: Path, random
     assert "2 videos made in" in result.stdout and "2 ranks, pp 2 x cp 1" in result.stdout
     assert f"videos/{names[0]}.mp4 is complete (" in result.stderr
     alone = Options(
-        prompt=OTHER, seed=1, out=tmp_path / "alone.mp4", weights=random_weights, steps=4, chunks=1, threads=1
+        prompts=[OTHER], seed=1, out=tmp_path / "alone.mp4", weights=random_weights, steps=4, chunks=1, threads=1
     )
     generate_video(alone)
     assert (tmp_path / "videos" / f"{names[1]}.mp4").read_bytes() == alone.out.read_bytes()
@@ -213,38 +176,6 @@ def test_finished_videos_stay_and_missing_ones_are_named(tmp_path: Path, random_
 
 
 # ---- errors
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--pp", "7"], "6 layers cannot be split over 7 stages: give --pp 1 to 6"),
-        (["--pp", "0"], "--pp 0 leaves nobody to work"),
-        (["--pp", "2", "--split", "3,4"], "--split 3,4 places 7 layers, but the model has 6"),
-        (["--pp", "2", "--split", "6"], "--split 6 names 1 stages, but there are 2"),
-        (["--cp", "5"], "--cp 5 does not divide the model's"),
-        (["--concurrency", "0"], "--concurrency 0 makes nothing"),
-        (["--trace", "trace.txt"], "the name of the trace must end in .json"),
-        ([OTHER, "--out", "video.mp4"], "--out video.mp4 names one video, but there are 2 prompts"),
-        ([OTHER, "--out", "file"], "file is not a folder"),
-        ([OTHER, " "], "the prompt is empty"),
-        (["--pp", "2", "--image", "missing.png"], "cannot read the image missing.png"),
-    ],
-)
-def test_bad_input_is_said_before_ranks_are_started(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    random_weights: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    said: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("file").write_text("")
-    assert run(["generate", PROMPT, "--weights", str(random_weights), *arguments]) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("flowcache: error: ") and said in shown and shown.count("\n") == 1
-    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_a_wrong_number_of_ranks_is_said_once(tmp_path: Path) -> None:
@@ -285,7 +216,10 @@ def test_what_a_rank_finds_is_said_once(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_ctrl_c_ends_ranks_that_the_command_has_started(tmp_path: Path, random_weights: Path) -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_ends_ranks_that_the_command_has_started(
+    tmp_path: Path, random_weights: Path, sent: signal.Signals, status: int
+) -> None:
     options = ["--chunks", 5000, "--steps", 4, "--weights", random_weights, "--out", "long.mp4", "--pp", 2]
     process = flowcache_process(tmp_path, "generate", PROMPT, *options)
     try:
@@ -293,12 +227,12 @@ def test_ctrl_c_ends_ranks_that_the_command_has_started(tmp_path: Path, random_w
         while not any(path.stat().st_size for path in tmp_path.glob(".long.mp4.*")):
             assert process.poll() is None and time.monotonic() < deadline, "no frame was written"
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         _, shown = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
-    assert shown.splitlines()[-1] == "flowcache: stopped" and "Traceback" not in shown
+    assert process.returncode == status and "Traceback" not in shown
+    assert (shown.splitlines()[-1] == "flowcache: stopped") == (sent is signal.SIGINT)
     assert os.listdir(tmp_path) == []
 
 

@@ -12,9 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launch.batch.file import BatchItem, Problem, read_batch
-from launch.cache_presets import CacheName, CacheOptions, KVOptions
+from launch.options import CacheName, Options, Precision
 from launch.output.video import VideoWriter
-from launch.plan import Options
 from models.errors import InputError
 from tests.launch.output.test_video import _noise
 
@@ -28,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def base(**changes: object) -> Options:
-    return replace(Options(prompt="", out=Path("none.mp4")), **changes)
+    return replace(Options(), **changes)
 
 
 def read(folder: Path, *lines: object, options: Options | None = None) -> tuple[list[BatchItem], list[Problem]]:
@@ -53,18 +52,19 @@ def test_a_line_says_what_the_command_line_would(folder: Path) -> None:
     clip(folder / "start.mp4")
     line = {"prompt": CIRCLE, "chunks": 3, "seed": 7, "video": "start.mp4", "priority": 2, "height": 96, "width": 32}
     item = only(folder, {**line, "steps": 8})
-    options = item.options
-    assert (options.prompt, options.chunks, options.seed, options.height, options.width) == (CIRCLE, 3, 7, 96, 32)
-    assert (options.steps, options.video, item.priority, item.chunks) == (8, folder / "start.mp4", 2, 3)
-    assert options.out == folder / "videos" / item.name
+    request, options = item.plan.request, item.plan.options
+    assert (request.prompt, request.chunks, request.seed, request.height, request.width) == (CIRCLE, 3, 7, 96, 32)
+    assert (request.num_steps, options.video, item.priority) == (8, folder / "start.mp4", 2)
+    assert item.plan.out == folder / "videos" / item.name
     assert re.fullmatch(r"001-a-red-circle-moving-right-[0-9a-f]{12}\.mp4", item.name)
 
 
 def test_what_a_line_leaves_out_is_as_on_the_command_line(folder: Path) -> None:
     options = base(seed=5, seconds=2.5, steps=8, height=32)
     item = only(folder, {"prompt": CIRCLE}, options)
-    assert (item.options.seed, item.options.steps, item.options.height, item.chunks) == (5, 8, 32, 3)
-    assert only(folder, {"prompt": CIRCLE, "chunks": 1}, options).chunks == 1  # in place of the seconds
+    request = item.plan.request
+    assert (request.seed, request.num_steps, request.height, request.chunks) == (5, 8, 32, 3)
+    assert only(folder, {"prompt": CIRCLE, "chunks": 1}, options).plan.request.chunks == 1  # in place of the seconds
 
 
 def test_blank_lines_are_skipped_and_broken_ones_do_not_stop_the_others(folder: Path) -> None:
@@ -150,10 +150,10 @@ def test_the_digest_covers_what_the_video_depends_on_and_nothing_else(folder: Pa
     others += [{**plain, "image": "one.mp4"}, {**plain, "prompt": "a blue circle moving right"}]
     digests = [only(folder, line).digest for line in others]
     for options in (
-        base(cache=CacheOptions(preset=CacheName.NONE)),
-        base(cache=CacheOptions(threshold=0.5)),
-        base(kv=KVOptions(budget=2)),
-        base(precise=False),
+        base(cache=CacheName.NONE),
+        base(cache_threshold=0.5),
+        base(kv_budget=2),
+        base(precision=Precision.FAST),
         base(weights=folder),
     ):
         digests.append(only(folder, plain, options).digest)

@@ -9,13 +9,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-from launch.batch.folder import RESULTS, ChunkFiles, OutputFolder, Result, Status, is_whole
+from launch.batch.folder import RESULTS, ChunkFiles, OutputFolder, is_whole
+from launch.output.table import Row, State
 from launch.output.video import VideoWriter
 from models.errors import InputError
 from tests.launch.output.test_video import _noise
@@ -30,9 +32,9 @@ def video(path: Path) -> Path:
     return path
 
 
-def result(line: int, **changes: object) -> Result:
-    values = {"status": Status.DONE, "seconds": 1.5, "chunks": 3, "computed": 0.5, "gang": "gang 0", "restarts": 0}
-    return Result(name=NAME, line=line, prompt="ä", **{**values, **changes})
+def record(folder: OutputFolder, line: int, **changes: object) -> None:
+    row = Row(line=line, title="ä", state=State.DONE, chunks=3, chunks_done=3, computed=0.5, gang="gang 0")
+    folder.record(replace(row, **changes), name=NAME, seconds=1.5)
 
 
 def results(folder: Path) -> list[dict[str, object]]:
@@ -94,7 +96,6 @@ def test_parts_of_dead_processes_are_removed_and_nothing_else(tmp_path: Path) ->
     kept = [
         tmp_path / f".{NAME}.{os.getpid()}.part",  # somebody is at it
         tmp_path / f".{NAME}.1.part",  # likewise, somebody else
-        tmp_path / f".film.mp4.{dead}.part",  # not of a batch
         tmp_path / "notes.part",
     ]
     for path in (stale, *kept):
@@ -106,9 +107,9 @@ def test_parts_of_dead_processes_are_removed_and_nothing_else(tmp_path: Path) ->
 
 def test_results_are_added_line_by_line(tmp_path: Path) -> None:
     with OutputFolder(tmp_path / "new" / "folder") as folder:
-        folder.record(result(1))
+        record(folder, 1)
     with OutputFolder(tmp_path / "new" / "folder") as folder:
-        folder.record(result(2, status=Status.FAILED, computed=None, gang=None, error="no space"))
+        record(folder, 2, state=State.FAILED, computed=None, gang=None, error="no space")
     first, second = results(tmp_path / "new" / "folder")
     assert (first["line"], first["status"], first["prompt"], first["error"]) == (1, "done", "ä", None)
     assert (second["status"], second["computed"], second["error"]) == ("failed", None, "no space")
@@ -117,18 +118,18 @@ def test_results_are_added_line_by_line(tmp_path: Path) -> None:
 def test_a_line_that_was_cut_off_is_removed(tmp_path: Path) -> None:
     (tmp_path / RESULTS).write_text('{"line": 1}\n{"line": 2')
     with OutputFolder(tmp_path) as folder:
-        folder.record(result(3))
+        record(folder, 3)
     assert [one["line"] for one in results(tmp_path)] == [1, 3]
 
 
 def test_a_full_disk_leaves_the_results_as_they_were(tmp_path: Path) -> None:
     with short_files(), OutputFolder(tmp_path) as folder:
-        folder.record(result(1))
+        record(folder, 1)
         before = (tmp_path / RESULTS).read_bytes()
         with pytest.raises(InputError, match=r"results\.jsonl: no space left"):
-            folder.record(result(2, error="x" * 2000))
+            record(folder, 2, error="x" * 2000)
         assert (tmp_path / RESULTS).read_bytes() == before
-        folder.record(result(3))
+        record(folder, 3)
     assert [one["line"] for one in results(tmp_path)] == [1, 3]
 
 

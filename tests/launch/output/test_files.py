@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,16 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=reason):
             check_folder(path)
+
+
+def test_what_killed_processes_have_left_is_removed(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    stale, other = tmp_path / f".old.mp4.{process.pid}.part", tmp_path / f".new.mp4.{os.getppid()}.part"
+    for path in (stale, other):
+        path.write_bytes(b"x")
+    check_target(tmp_path / "good.mp4", suffix=".mp4", what="video")
+    assert os.listdir(tmp_path) == [other.name]
+    stale.write_bytes(b"x")
+    check_folder(tmp_path)
+    assert os.listdir(tmp_path) == [other.name]

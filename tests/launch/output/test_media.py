@@ -53,6 +53,17 @@ def test_an_image_is_turned_as_its_orientation_says(tmp_path: Path) -> None:
     assert _near(frame[3, 16], torch.tensor([224, 0, 0])) and _near(frame[36, 16], BLUE)
 
 
+def test_of_an_animation_only_the_first_frame_is_decoded(tmp_path: Path) -> None:
+    """What follows it is cut off and overwritten, and nobody minds."""
+    frames = [Image.new("RGB", (64, 64), tuple(colour.tolist())) for colour in (RED, BLUE, RED, BLUE)]
+    path = tmp_path / "animation.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=40)
+    whole = path.read_bytes()
+    second = whole.index(b"\x21\xf9", whole.index(b"\x21\xf9") + 1)  # its graphic control extension
+    path.write_bytes(whole[:second] + bytes(100_000))
+    assert _near(read_image(path, height=32, width=32)[0, 16, 16], RED)
+
+
 def test_a_clip_is_read_from_its_start(tmp_path: Path) -> None:
     path = _write(tmp_path / "clip.mp4", torch.cat([_plain(RED, 24), _plain(BLUE, 24)]))
     frames = read_video(path, fps=24, height=32, width=48)

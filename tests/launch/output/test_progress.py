@@ -9,7 +9,8 @@ from rich.console import Console
 
 from engine.progress import Progress
 from engine.schedule import Schedule
-from launch.output.progress import LiveDisplay, PlainDisplay, clock, open_display, steps_done
+from launch.output.progress import Display, steps_done
+from launch.output.terminal import clock
 
 
 def _event(tick: int, *, chunks: int = 3, num_steps: int = 8, window: int = 4, done: int = 0) -> Progress:
@@ -44,7 +45,7 @@ def test_clock() -> None:
 
 def test_plain_lines_are_few_and_say_what_is_done() -> None:
     stream = io.StringIO()
-    with PlainDisplay(Console(file=stream)) as display:
+    with Display(Console(file=stream)) as display:
         display.phase("loading")
         for tick in range(1, 13):
             display.update(_event(tick, done=3 if tick == 12 else 0))
@@ -56,7 +57,7 @@ def test_plain_lines_are_few_and_say_what_is_done() -> None:
 
 def test_the_live_bar_shows_chunks_step_and_time_left() -> None:
     stream = io.StringIO()
-    with LiveDisplay(Console(file=stream, force_terminal=True, width=80, color_system=None)) as display:
+    with Display(Console(file=stream, force_terminal=True, width=80, color_system=None)) as display:
         display.phase("loading")
         display.update(_event(12, done=3))
     shown = stream.getvalue()
@@ -64,14 +65,14 @@ def test_the_live_bar_shows_chunks_step_and_time_left() -> None:
 
 
 def test_a_pipe_gets_plain_lines(capfd: pytest.CaptureFixture[str]) -> None:
-    with open_display() as display:
+    with Display() as display:
         display.phase("loading")
     assert capfd.readouterr().err == "loading\n"
 
 
 def test_several_videos_have_a_line_each() -> None:
     stream = io.StringIO()
-    with PlainDisplay(Console(file=stream)) as display:
+    with Display(Console(file=stream)) as display:
         for video, name in enumerate(("00-a", "01-b")):
             display.begin(video, name)
             display.update(_event(1), video)
@@ -84,7 +85,7 @@ def test_several_videos_have_a_line_each() -> None:
 
 def test_several_videos_have_a_bar_each() -> None:
     stream = io.StringIO()
-    with LiveDisplay(Console(file=stream, force_terminal=True, width=100, color_system=None)) as display:
+    with Display(Console(file=stream, force_terminal=True, width=100, color_system=None)) as display:
         display.phase("loading")
         for video, name in enumerate(("00-a", "01-b")):
             display.begin(video, name)

@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from launch.output.table import LiveTable, PlainLines, RowState, State, open_batch_display, render, summary
+from launch.output.table import BatchDisplay, Row, State, render, summary
 
 
-def row(line: int, state: State = State.QUEUED, **changes: object) -> RowState:
-    return RowState(**{"line": line, "title": f"video {line}", "state": state, "chunks": 8, **changes})
+def row(line: int, state: State = State.QUEUED, **changes: object) -> Row:
+    return Row(**{"line": line, "title": f"video {line}", "state": state, "chunks": 8, **changes})
 
 
-def shown(rows: list[RowState], *, height: int = 24, width: int = 100) -> list[str]:
+def shown(rows: list[Row], *, height: int = 24, width: int = 100) -> list[str]:
     console = Console(file=io.StringIO(), width=width, height=height, color_system=None)
     with console.capture() as capture:
         console.print(render(rows, height=height))
@@ -73,7 +73,7 @@ def test_what_looks_like_markup_or_moves_the_cursor_is_shown_as_text() -> None:
 def test_a_terminal_gets_a_table() -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=100, height=10, color_system=None)
-    with LiveTable(console) as display:
+    with BatchDisplay(console) as display:
         display.update([row(line, State.RUNNING) for line in range(30)])
         display.update(MIXED)
     assert "running (restart 1)" in stream.getvalue() and "6 videos: 1 running" in stream.getvalue()
@@ -81,7 +81,7 @@ def test_a_terminal_gets_a_table() -> None:
 
 def test_without_a_terminal_lines_say_what_is_new() -> None:
     stream, time = io.StringIO(), [0.0]
-    with PlainLines(Console(file=stream, width=40), now=lambda: time[0]) as display:
+    with BatchDisplay(Console(file=stream, width=40), now=lambda: time[0]) as display:
         display.update([row(1), row(2), row(3, State.KEPT, chunks_done=8)])
         running = [row(1, State.RUNNING, gang="gang 0"), row(2)]
         display.update(running)
@@ -101,7 +101,7 @@ def test_without_a_terminal_lines_say_what_is_new() -> None:
 
 
 def test_a_pipe_gets_lines(capfd: pytest.CaptureFixture[str]) -> None:
-    with open_batch_display() as display:
+    with BatchDisplay() as display:
         display.update([row(1, State.RUNNING, gang="gang 0")])
     assert capfd.readouterr().err == "line 1 (video 1): running on gang 0\n"
 

@@ -16,7 +16,7 @@ from models.pocket.text import CAPTION_CHANNELS, encode_prompt
 from models.pocket.train import latent_statistics, normalise_latents
 from models.pocket.train_dit import WINDOW_KINDS, Latents, new_dit, window_loss, window_velocity
 from models.pocket.train_vae import new_vae, tiles
-from models.pocket.trainer import Ema, Trainer, linear_decay
+from models.pocket.trainer import Run, Trainer, linear_decay
 from models.pocket.words import COLOURS, MOTIONS, SHAPES, VOCABULARY, Scene, parse_prompt
 
 scenes = st.builds(
@@ -64,6 +64,12 @@ def test_motion_is_constant_and_wraps_around():
         dx, dy = list(MOTIONS.values())[motion]
         start = render(objects, background * 0, 1)[index, :, 0]
         assert torch.allclose(moved[index], start.roll((8 * dy, 8 * dx), dims=(1, 2)), atol=1e-4)
+
+
+@pytest.mark.parametrize("new", [new_vae, new_dit])
+def test_a_seed_sets_every_weight(new):
+    one, two = new(3).state_dict(), new(3).state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_normalising_latents_changes_no_picture():
@@ -136,8 +142,8 @@ def new_trainer(folder, seed=1):
     module = torch.nn.Linear(4, 4)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
     schedule = linear_decay(20, warmup=2, hold=0.5)
-    ema = Ema(module, 0.9)
-    return Trainer(folder / "x.ckpt", module, [optimizer], schedule, ema, seed=seed, report=lambda _: None), module
+    run = Run(out=folder, seed=seed, compiled=False, report=lambda _: None)
+    return Trainer(run, "x.ckpt", module, [optimizer], schedule, decay=0.9), module
 
 
 def train(trainer, module, steps):
@@ -145,18 +151,16 @@ def train(trainer, module, steps):
         loss = module(torch.randn(8, 4, generator=generator)).square().mean()
         return loss, {"loss": loss.item()}
 
-    trainer.run(steps, step)
+    return trainer.train(steps, step)
 
 
 def test_a_resumed_training_ends_where_an_unbroken_one_does(tmp_path):
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
-    whole, module = new_trainer(tmp_path / "whole")
-    train(whole, module, 20)
+    whole = train(*new_trainer(tmp_path / "whole"), 20)
     for steps in (7, 20):
-        parts, other = new_trainer(tmp_path / "parts")
-        train(parts, other, steps)
-    for a, b in zip(whole.averaged().parameters(), parts.averaged().parameters(), strict=True):
+        parts = train(*new_trainer(tmp_path / "parts"), steps)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.equal(a, b)
 
 

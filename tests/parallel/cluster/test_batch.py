@@ -11,7 +11,7 @@ import pytest
 
 from launch.batch.folder import ChunkFiles
 from launch.generate import generate_video
-from launch.plan import Options
+from launch.options import Options
 from tests.launch.process import flowcache_process
 
 pytestmark = pytest.mark.slow
@@ -98,7 +98,7 @@ def test_a_batch_joins_the_cluster_that_it_is_told_of(cluster, tmp_path, monkeyp
 
 def test_a_video_on_ray_is_that_of_one_process(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = Options(prompt=PROMPTS[0], out=Path("a.mp4"), chunks=2, steps=8, height=64, width=64, threads=1)
+    options = Options(prompts=[PROMPTS[0]], out=Path("a.mp4"), chunks=2, steps=8, height=64, width=64, threads=1)
     size = ["--chunks", 2, "--steps", 8, "--height", 64, "--width", 64, "--threads", 1]
     made = flowcache_process(tmp_path, "generate", PROMPTS[0], "--pp", 2, "--launcher", "ray", "--out", "b.mp4", *size)
     text, errors = made.communicate(timeout=120)

@@ -100,6 +100,21 @@ def test_a_stopped_rank_is_found_and_its_gang_started_again(engine, tmp_path):
         os.kill(stopped, 0)
 
 
+def test_a_gang_that_is_stopped_as_a_whole_is_found_by_the_controller(engine, tmp_path):
+    """No rank is left to find it: the controller misses the heartbeats."""
+    wanted = requests(2, chunks=5)
+    stopped = [pid(engine, "gang-0", rank) for rank in range(2)]
+    watch = once(lambda event: True, 3, lambda: [os.kill(one, signal.SIGSTOP) for one in stopped])
+    outcome = make(engine, [order(f"w{i}", one, folder=tmp_path) for i, one in enumerate(wanted)], watch)
+    for index, one in enumerate(wanted):
+        check_same(outcome.latents[f"w{index}"], alone(one))
+    [lost] = [event for event in outcome.events if isinstance(event, GangLost)]
+    assert lost.gang == "gang-0" and "sign of life" in lost.message, lost.message
+    for one in stopped:
+        with pytest.raises(ProcessLookupError):
+            os.kill(one, 0)
+
+
 def test_a_video_that_breaks_gangs_is_set_aside_and_the_others_are_made(engine):
     good = requests(2)
     outcome = make(

@@ -264,6 +264,9 @@ def test_a_rank_that_was_given_up_before_it_connected_is_disconnected(listener):
     peer.connection.close()
     end = rank(address)
     assert end.ended.wait(5.0)
+    expect(listener)[0].connection.close()
+    expect(listener)
+    assert len(listener._expected) == 1, "connections that were given up are kept"
 
 
 def test_a_closed_listener_leaves_connections_alone_and_takes_no_others():

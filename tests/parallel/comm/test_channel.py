@@ -170,7 +170,7 @@ def test_a_thread_that_dies_of_any_error_ends_the_gang_with_one_line(tmp_path):
 @pytest.mark.slow
 def test_payloads_by_themselves_make_the_same_video(tmp_path):
     """Over gloo, payloads move as between GPUs: bit for bit what comes with payloads in the buffers of headers."""
-    values = {"pp": 2, "cp": 2, "requests": [{}, {"prefix": 32, "seed": 8}], "concurrency": 2}
+    values = {"pp": 2, "cp": 2, "requests": [{"prefix": 32}], "config": {"guided": True}}
     got, expected = (run(tmp_path, inline=inline, **values)["latents"] for inline in (False, True))
     for video, other in zip(got, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(video, other, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -10,29 +11,20 @@ from engine.kv.selection import Granularity, SelectionSettings
 from engine.kv.size import KVSettings
 from engine.reuse.memory import KINDS
 from engine.reuse.settings import ReuseSettings
-from launch.cache_presets import (
-    CACHE_FIGURES,
-    CacheName,
-    CacheOptions,
-    KVOptions,
-    ReuseKind,
-    TokenUnit,
-    cache_preset,
-    cache_settings,
-    kv_settings,
-)
+from launch.options import CacheName, Options, ReuseKind, TokenUnit
+from launch.reuse_presets import REUSE_FIGURES, kv_settings, reuse_preset, reuse_settings
 from models.errors import InputError
 from models.magi.presets import PRESETS
 
 MAGI_1 = [None, *(name for name in PRESETS if name != "magi-pocket")]
 
 
-def _settings(options: CacheOptions, *, num_steps: int = 16, guided: bool = False) -> ReuseSettings:
-    return cache_settings(options, model="magi-4.5b-distill", num_steps=num_steps, guided=guided)
+def _settings(options: Options, *, num_steps: int = 16, guided: bool = False) -> ReuseSettings:
+    return reuse_settings(replace(options, model="magi-4.5b-distill"), num_steps=num_steps, guided=guided)
 
 
 def test_every_model_has_figures() -> None:
-    assert CACHE_FIGURES.keys() == PRESETS.keys()
+    assert REUSE_FIGURES.keys() == PRESETS.keys()
 
 
 def test_names_are_those_of_the_engine() -> None:
@@ -50,29 +42,29 @@ def test_names_are_those_of_the_engine() -> None:
     ],
 )
 def test_magi_1_has_the_figures_of_the_paper(name: CacheName, model: str, policy: str, threshold: float) -> None:
-    settings = cache_preset(name, model)
+    settings = reuse_preset(name, model)
     assert (settings.policy, settings.threshold, settings.warmup_steps) == (policy, threshold, 5)
     assert not settings.clean_pass and not settings.copy_pass
 
 
 def test_magi_pocket_has_its_own() -> None:
-    slow, fast = (cache_preset(name, "magi-pocket") for name in (CacheName.FLOWCACHE_SLOW, CacheName.FLOWCACHE_FAST))
+    slow, fast = (reuse_preset(name, "magi-pocket") for name in (CacheName.FLOWCACHE_SLOW, CacheName.FLOWCACHE_FAST))
     assert slow.policy == fast.policy == "flowcache"
-    assert cache_preset(CacheName.FLOWCACHE_SLOW, "magi-4.5b").threshold < slow.threshold < fast.threshold
+    assert reuse_preset(CacheName.FLOWCACHE_SLOW, "magi-4.5b").threshold < slow.threshold < fast.threshold
     assert slow.warmup_steps == fast.warmup_steps < 16
 
 
 @pytest.mark.parametrize("model", PRESETS)
 def test_without_reuse_nothing_is_left_out(model: str) -> None:
-    settings = cache_preset(CacheName.NONE, model)
+    settings = reuse_preset(CacheName.NONE, model)
     assert settings == ReuseSettings() and settings.clean_pass and settings.copy_pass
 
 
 def test_options_change_single_figures() -> None:
-    options = CacheOptions(
-        preset=CacheName.FLOWCACHE_FAST,
-        threshold=0.2,
-        warmup=2,
+    options = Options(
+        cache=CacheName.FLOWCACHE_FAST,
+        cache_threshold=0.2,
+        cache_warmup=2,
         reuse=ReuseKind.VELOCITY,
         extrapolate_from=0.5,
         clean_pass=True,
@@ -81,59 +73,56 @@ def test_options_change_single_figures() -> None:
     assert _settings(options) == ReuseSettings(
         policy="flowcache", threshold=0.2, warmup_steps=2, reuse="velocity", extrapolate_from=0.5
     )
-    one = _settings(CacheOptions(preset=CacheName.FLOWCACHE_FAST, warmup=2))
+    one = _settings(Options(cache=CacheName.FLOWCACHE_FAST, cache_warmup=2))
     assert (one.threshold, one.warmup_steps, one.clean_pass) == (0.015, 2, False)
 
 
 def test_passes_can_be_left_out_without_reuse() -> None:
-    settings = _settings(CacheOptions(preset=CacheName.NONE, clean_pass=False, copy_pass=False))
+    settings = _settings(Options(cache=CacheName.NONE, clean_pass=False, copy_pass=False))
     assert settings == ReuseSettings(clean_pass=False, copy_pass=False)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (CacheOptions(preset=CacheName.NONE, threshold=0.1), "leave out --cache-threshold, or"),
-        (CacheOptions(preset=CacheName.NONE, threshold=0.1, warmup=3), "--cache-threshold and --cache-warmup, or"),
-        (CacheOptions(preset=CacheName.NONE, extrapolate_from=0.5), "leave out --extrapolate-from"),
-        (CacheOptions(threshold=float("inf")), "--cache-threshold inf is no distance"),
-        (CacheOptions(threshold=-0.5), "--cache-threshold -0.5 is no distance"),
-        (CacheOptions(warmup=0), "give 1 or more"),
-        (CacheOptions(warmup=16), "computes all 16 steps"),
-        (CacheOptions(extrapolate_from=-0.1), "no share of the threshold"),
+        (Options(cache=CacheName.NONE, cache_threshold=0.1), "leave out --cache-threshold, or"),
+        (
+            Options(cache=CacheName.NONE, cache_threshold=0.1, cache_warmup=3),
+            "--cache-threshold and --cache-warmup, or",
+        ),
+        (Options(cache=CacheName.NONE, extrapolate_from=0.5), "leave out --extrapolate-from"),
+        (Options(cache_warmup=16), "computes all 16 steps"),
     ],
 )
-def test_options_that_do_not_fit(options: CacheOptions, said: str) -> None:
+def test_options_that_do_not_fit(options: Options, said: str) -> None:
     with pytest.raises(InputError, match=said):
         _settings(options)
 
 
 def test_teacache_warms_up_once_for_the_whole_video() -> None:
-    options = CacheOptions(preset=CacheName.TEACACHE, warmup=20)
+    options = Options(cache=CacheName.TEACACHE, cache_warmup=20)
     assert _settings(options, num_steps=16).warmup_steps == 20
 
 
 def test_a_copy_pass_needs_a_distilled_model() -> None:
     with pytest.raises(InputError, match="--copy-pass is for distilled models"):
-        _settings(CacheOptions(copy_pass=True), guided=True)
-    assert not _settings(CacheOptions(copy_pass=False), guided=True).copy_pass
+        _settings(Options(copy_pass=True), guided=True)
+    assert not _settings(Options(copy_pass=False), guided=True).copy_pass
 
 
 def test_memory() -> None:
-    assert kv_settings(KVOptions()) == KVSettings()
-    options = KVOptions(budget=3, retention=TokenUnit.CHUNK, queries=TokenUnit.FRAME)
+    assert kv_settings(Options()) == KVSettings()
+    options = Options(kv_budget=3, kv_retention=TokenUnit.CHUNK, kv_queries=TokenUnit.FRAME)
     assert kv_settings(options) == KVSettings(budget=3, selection=SelectionSettings(retention="chunk", queries="frame"))
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (KVOptions(retention=TokenUnit.CHUNK), "--kv-retention says how the past is compressed: give --kv-budget"),
-        (KVOptions(queries=TokenUnit.CHUNK), "--kv-queries says how the past is compressed: give --kv-budget"),
-        (KVOptions(budget=0), "a KV budget of 0 chunks"),
-        (KVOptions(budget=-2), "a KV budget of -2 chunks"),
+        (Options(kv_retention=TokenUnit.CHUNK), "--kv-retention says how the past is compressed: give --kv-budget"),
+        (Options(kv_queries=TokenUnit.CHUNK), "--kv-queries says how the past is compressed: give --kv-budget"),
     ],
 )
-def test_memory_that_does_not_fit(options: KVOptions, said: str) -> None:
+def test_memory_that_does_not_fit(options: Options, said: str) -> None:
     with pytest.raises(InputError, match=said):
         kv_settings(options)

@@ -1,0 +1,189 @@
+"""For scripts: load a model once, then make videos with it, as frames or as files (docs/library.md).
+
+    from launch.api import load
+
+    engine = load("magi-pocket", cache="flowcache-slow", kv_budget=2)
+    for chunk in engine.generate("a red circle moving right", seconds=4):
+        print(chunk.index, chunk.frames.shape)
+
+Options have the names, types, defaults and bounds of `flowcache generate`, with underscores.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from launch.backends import Backend, Job, join_ranks, led_ranks, serve_stage, started_ranks, this_process
+from launch.declare import from_values
+from launch.generate import make_with
+from launch.options import Options
+from launch.output.progress import Display
+from launch.output.summary import Summary
+from launch.plan import layout_of, plan_model, plan_requests, plan_videos
+from models.errors import InputError
+from parallel.cluster.messages import ChunkMade
+from parallel.ranks.environment import RankEnv
+
+_OF_VIDEO = ("seconds", "chunks", "seed", "height", "width", "steps", "image", "video")
+_OF_COMMAND = ("prompts", "out", "record", "trace", "launcher", "concurrency")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Chunk:
+    """A finished chunk of a video."""
+
+    video: int  # place of its prompt
+    index: int  # 0 for the first of its video
+    frames: NDArray[np.uint8]  # uint8 [F, height, width, 3]
+    latents: NDArray[np.float32]  # fp32 [1, C, t, h, w]
+
+
+def load(model: str | None = None, **options: Any) -> VideoEngine:
+    """Load a model.
+
+    With `pp` or `cp` above 1 the other ranks are started on this machine and end with the engine. Under torchrun every
+    rank runs the script: rank 0 goes on with it, and the others serve in here until the engine is closed, and then end.
+
+    Args:
+        model: name of a preset; None for magi-pocket, or for `config`.
+        options: of reuse, memory, ranks, model files and computing, by the names of the command line; `concurrency`
+            too. See `VideoEngine` for those of a video.
+
+    Raises:
+        InputError: something given cannot be used.
+    """
+    given = {name: value for name, value in options.items() if name != "concurrency"}
+    _check_names(given, (*_OF_VIDEO, *_OF_COMMAND), "load")
+    base = from_values(Options, model=model, concurrency=options.get("concurrency"), **given)
+    if base.threads is not None:
+        torch.set_num_threads(base.threads)
+    return VideoEngine(base)
+
+
+class VideoEngine:
+    """A loaded model that makes videos; made by `load`. A context; or to be closed by `close`.
+
+    A video's own options are `seconds` or `chunks`, `seed`, `height`, `width`, `steps`, and `image` or `video` to start
+    from (paths). Videos are made by one call at a time; what a loop leaves unfinished is dropped.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._options, self._began, self._busy = options, time.monotonic(), False
+        with ExitStack() as stack:
+            self._backend = _open(options, stack)
+            self._stack = stack.pop_all()
+
+    def generate(self, prompt: str, **video: Any) -> Iterator[Chunk]:
+        """Make a video of a prompt.
+
+        Yields:
+            Its chunks, in order, as soon as each is finished.
+
+        Raises:
+            InputError: something given cannot be used.
+        """
+        return self.generate_many([prompt], **video)
+
+    def generate_many(self, prompts: Sequence[str], **video: Any) -> Iterator[Chunk]:
+        """Make a video of each prompt, `concurrency` of them at a time; the n-th has the seed plus n.
+
+        Yields:
+            Chunks as they are finished, those of one video in order.
+
+        Raises:
+            InputError: something given cannot be used.
+        """
+        plans = plan_requests(self._video_options(prompts, video), [Path()] * len(prompts))
+        return self._chunks([Job(video=str(index), plan=plan) for index, plan in enumerate(plans)])
+
+    def save(
+        self, prompts: str | Sequence[str], out: Path | str, *, record: Path | str | None = None, **video: Any
+    ) -> list[Summary]:
+        """Make videos into files, as `flowcache generate` does.
+
+        Args:
+            prompts: one, or several.
+            out: the .mp4 file, or the folder of several.
+            record: folder for records of the runs.
+            video: options of a video.
+
+        Returns:
+            What was made and what it cost, for each video.
+
+        Raises:
+            InputError: something given cannot be used, or a file cannot be written.
+        """
+        options = self._video_options([prompts] if isinstance(prompts, str) else prompts, video)
+        files: dict[str, Any] = {"out": Path(out), "record": None if record is None else Path(record)}
+        plans = plan_videos(replace(options, **files))
+        self._take()
+        try:
+            return make_with(self._backend, plans, Display(Console(quiet=True)), self._began).summaries
+        finally:
+            self._busy = False
+
+    def close(self) -> None:
+        """Let go of the model, and of the ranks that hold it."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _video_options(self, prompts: Sequence[str], video: dict[str, Any]) -> Options:
+        known = [name for name in Options.__slots__ if name not in _OF_VIDEO]
+        _check_names(video, known, "a video")
+        return from_values(Options, self._options, prompts=list(prompts), **video)
+
+    def _chunks(self, jobs: Sequence[Job]) -> Iterator[Chunk]:
+        self._take()
+        try:
+            for job in jobs:
+                self._backend.submit(job)
+            for event in self._backend.run():
+                if isinstance(event, ChunkMade):
+                    yield Chunk(video=int(event.video), index=event.index, frames=event.frames, latents=event.latents)
+        finally:
+            self._busy = False
+
+    def _take(self) -> None:
+        if self._busy:
+            raise InputError("this engine makes a video already: end its loop first, or make several by one call")
+        self._busy = True
+
+
+def _open(options: Options, stack: ExitStack) -> Backend:
+    """The backend that the options ask for; on a rank that does not lead, serve and end the process."""
+    model, concurrency = plan_model(options), options.concurrency or 1
+    if layout_of(options).world_size == 1:
+        return stack.enter_context(this_process(model, concurrency))
+    env = RankEnv.from_environment()
+    gang = stack.enter_context(started_ranks(options) if env is None else join_ranks(env, options, trace=False))
+    if not gang.mesh.leads:
+        serve_stage(gang, options)
+        stack.close()
+        sys.exit(0)
+    concurrency = options.concurrency or max(2, (options.pp + 1) // 2)
+    return stack.enter_context(led_ranks(gang, model, options, concurrency))
+
+
+def _check_names(given: dict[str, Any], others: Sequence[str], whose: str) -> None:
+    for name in given:
+        if name in others:
+            raise InputError(f"{name} is no option of {whose}: give it elsewhere (docs/library.md)")

@@ -1,0 +1,196 @@
+"""How a field of a dataclass becomes an option: one declaration makes the command line, its help and its checks.
+
+A field that `option` makes carries an `Opt`. It knows typer, and nothing of what an option does.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from enum import Enum
+from inspect import Parameter, Signature
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from models.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Opt:
+    """What is said of an option beside its type and its default."""
+
+    help: str
+    panel: str | None = None  # heading in the help
+    metavar: str | None = None  # what the help calls its value
+    shown: str | None = None  # default in words, where the field's own default is None
+    within: tuple[float, float | None] | None = None  # smallest and largest value
+    hint: str = ""  # follows the error of a value out of bounds
+    argument: bool = False  # given by its place, not by a name
+    batch: bool = True  # `flowcache batch` has it too
+    line: bool = False  # and so has a line of its file
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Declared:
+    """An option as its dataclass declares it."""
+
+    name: str  # of the field
+    kind: Any  # type of the value
+    default: Any  # Parameter.empty where it must be given
+    opt: Opt
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def value_type(self) -> Any:
+        """The type of a value that is given, without None."""
+        given = [one for one in get_args(self.kind) if one is not type(None)]
+        return given[0] if get_origin(self.kind) in (Union, types.UnionType) else self.kind
+
+    def parameter(self) -> Parameter:
+        """The parameter of a typer command."""
+        opt, info = self.opt, None
+        if opt.argument:
+            info = typer.Argument(metavar=opt.metavar, help=opt.help)
+        else:
+            name = f"{self.flag}/--no-{self.flag[2:]}" if self.value_type is bool else self.flag
+            shown: bool | str = True if opt.shown is None else opt.shown
+            info = typer.Option(name, metavar=opt.metavar, help=opt.help, show_default=shown, rich_help_panel=opt.panel)
+        return Parameter(self.name, Parameter.KEYWORD_ONLY, default=self.default, annotation=Annotated[self.kind, info])
+
+    def convert(self, value: Any) -> Any:
+        """A value of the option's type, of one that a script gives.
+
+        Raises:
+            InputError: it is of another kind.
+        """
+        kind = self.value_type
+        if value is None or get_origin(kind) is not None:
+            return value
+        try:
+            if isinstance(value, bool) != (kind is bool) or (kind is int and value != int(value)):
+                raise ValueError
+            return kind(value)
+        except (TypeError, ValueError):
+            choices = f": choose from {', '.join(kind)}" if issubclass(kind, Enum) else f", not of type {kind.__name__}"
+            raise InputError(f"{self.name}={value!r} cannot be used{choices}") from None
+
+    def check(self, value: Any) -> None:
+        """See that a value is within its bounds.
+
+        Raises:
+            InputError: it is not.
+        """
+        if value is None or self.opt.within is None:
+            return
+        low, high = self.opt.within
+        if not value >= low or not (high is None or value <= high):  # so that nan is neither
+            most = " or more" if high is None else f" to {_figure(high)}"
+            raise InputError(f"{self.flag} {value} cannot be used: give {_figure(low)}{most}{self.opt.hint}")
+
+
+def option(
+    help: str,  # noqa: A002 - the name that typer uses
+    panel: str | None = None,
+    *,
+    default: Any = None,
+    default_factory: Any = MISSING,
+    within: tuple[float, float | None] | None = None,
+    metavar: str | None = None,
+    shown: str | None = None,
+    hint: str = "",
+    argument: bool = False,
+    batch: bool = True,
+    line: bool = False,
+) -> Any:
+    """A field that is an option; arguments as in `Opt`, and a default as in `dataclasses.field`."""
+    metadata = {"option": Opt(help, panel, metavar, shown, within, hint, argument, batch, line)}
+    if default_factory is not MISSING:
+        return field(default_factory=default_factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def declared(shape: type[Any]) -> tuple[Declared, ...]:
+    """The options that a dataclass declares, in order; its other fields are left out."""
+    kinds = get_type_hints(shape)
+    return tuple(
+        Declared(
+            name=field.name,
+            kind=kinds[field.name],
+            default=Parameter.empty if field.default is MISSING else field.default,
+            opt=field.metadata["option"],
+        )
+        for field in fields(shape)
+        if "option" in field.metadata
+    )
+
+
+def check_bounds(options: Any) -> None:
+    """See that all values of an instance are within the bounds of its class.
+
+    Raises:
+        InputError: one is not; the text names the option.
+    """
+    for one in declared(type(options)):
+        one.check(getattr(options, one.name))
+
+
+def command(options: Sequence[Declared], run: Callable[[typer.Context, dict[str, Any]], None]) -> Callable[..., None]:
+    """A function that typer reads as a command with these options; it calls `run` with their values by name."""
+
+    def call(context: typer.Context, **given: Any) -> None:
+        run(context, given)
+
+    first = Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    call.__dict__["__signature__"] = Signature([first, *(one.parameter() for one in options)])
+    return call
+
+
+def from_values(shape: type[T], base: T | None = None, /, **values: Any) -> T:
+    """An instance of a dataclass of options, of values as a script has them: names of enums and paths may be text.
+
+    Where none is given, that of `base` holds, or the default.
+
+    Raises:
+        InputError: there is no such option, or a value is not of its kind.
+    """
+    known = {one.name: one for one in declared(shape)}
+    for name in values:
+        if name not in known:
+            raise InputError(f"there is no option {name}: known are {', '.join(known)}")
+    given = {name: known[name].convert(value) for name, value in values.items()}
+    return replace(base, **given) if base is not None else shape(**given)  # type: ignore[type-var]
+
+
+def arguments(options: Any) -> list[str]:
+    """The command line that gives these options: what is not the default, by name; arguments come last.
+
+    Paths are made absolute, so that a process that stands in another folder finds the same files.
+    """
+    named: list[str] = []
+    placed: list[str] = []
+    for one in declared(type(options)):
+        value = getattr(options, one.name)
+        if one.opt.argument:
+            placed += [_text(item) for item in (value if isinstance(value, list | tuple) else [value])]
+        elif isinstance(value, bool):
+            named.append(one.flag if value else f"--no-{one.flag[2:]}")
+        elif value is not None and value != one.default:
+            named.append(f"{one.flag}={_text(value)}")
+    return [*named, "--", *placed]
+
+
+def _text(value: Any) -> str:
+    return str(value.absolute() if isinstance(value, Path) else value)
+
+
+def _figure(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) else f"{value:g}"

@@ -1,0 +1,48 @@
+"""Signals that end a command: they unwind it, also where a library swallows the exception; ignored ones stay so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch.process import environment
+
+SWALLOWED = """
+import os, signal, sys
+from launch.ending import check_signals, unwind_on_signals
+signal.signal(signal.SIGINT, signal.default_int_handler)
+unwind_on_signals(alone=True)
+check_signals()
+try:
+    os.kill(os.getpid(), int(sys.argv[1]))
+except BaseException as error:
+    print("swallowed", type(error).__name__)
+check_signals()
+print("went on")
+"""
+IGNORED = """
+import os, signal
+from launch.ending import check_signals, unwind_on_signals
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+unwind_on_signals(alone=True)
+os.kill(os.getpid(), signal.SIGHUP)
+check_signals()
+print("went on")
+"""
+
+
+def _run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("number", "kind", "status"), [(2, "KeyboardInterrupt", -2), (15, "SystemExit", 143)])
+def test_a_swallowed_signal_ends_the_next_round(number: int, kind: str, status: int) -> None:
+    done = _run(SWALLOWED, number)
+    assert (done.stdout, done.returncode) == (f"swallowed {kind}\n", status)
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    assert _run(IGNORED).stdout == "went on\n"

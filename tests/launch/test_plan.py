@@ -1,0 +1,174 @@
+"""From options to plans: what follows from the model, what is refused, names and seeds of several videos."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from engine.kv.size import KVSettings
+from engine.reuse.settings import ReuseSettings
+from launch.cli import run
+from launch.options import CacheName, Options, Precision
+from launch.plan import Plan, at_a_time, plan_videos, video_names
+from launch.reuse_presets import reuse_preset
+from models.errors import InputError
+from models.pocket.preset import pocket_config
+
+PROMPT, OTHER = "a red circle moving right", "a blue cross moving up"
+
+
+@pytest.fixture
+def options(random_weights: Path, tmp_path: Path) -> Options:
+    return Options(prompts=[PROMPT], out=tmp_path / "video.mp4", weights=random_weights, steps=4, threads=1)
+
+
+def _plan(options: Options, **changes: object) -> Plan:
+    return plan_videos(replace(options, **changes))[0]
+
+
+def test_what_is_not_given_comes_from_the_model(options: Options) -> None:
+    request = _plan(options, steps=None).request
+    assert (request.prompt, request.chunks, request.num_steps, request.seed) == (PROMPT, 4, 16, 0)
+    assert (request.height, request.width, request.prefix) == (64, 64, None)
+
+
+def test_what_is_given_replaces_it(options: Options) -> None:
+    request = _plan(options, steps=8, chunks=7, height=96, width=32, seed=5).request
+    assert (request.num_steps, request.chunks, request.height, request.width, request.seed) == (8, 7, 96, 32, 5)
+
+
+@pytest.mark.parametrize(("seconds", "chunks"), [(1, 1), (4, 4), (4.001, 5), (0.01, 1), (2.5, 3)])
+def test_seconds_are_rounded_up_to_chunks(options: Options, seconds: float, chunks: int) -> None:
+    assert _plan(options, seconds=seconds).request.chunks == chunks
+
+
+def test_seconds_of_another_frame_rate(options: Options, tmp_path: Path) -> None:
+    values = pocket_config().to_dict()
+    values["runtime_config"]["fps"] = 30
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    assert _plan(options, config=path, seconds=4).request.chunks == 5  # 120 frames in chunks of 24
+
+
+def test_precision_and_attention_reach_the_model(options: Options) -> None:
+    loading = _plan(options, precision=Precision.FAST, attention="auto").model.loading
+    assert (loading.precise, loading.attention) == (False, "auto")
+
+
+def test_reuse_is_on_unless_it_is_turned_off(options: Options) -> None:
+    assert _plan(options).model.reuse == reuse_preset(CacheName.FLOWCACHE_SLOW, "magi-pocket")
+    assert _plan(options, cache=CacheName.NONE).model.reuse == ReuseSettings()
+    assert _plan(options).model.kv == KVSettings()
+
+
+def test_a_configuration_file_has_the_figures_of_magi_1(options: Options, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(pocket_config().to_dict()))
+    assert _plan(options, config=path).model.reuse == reuse_preset(CacheName.FLOWCACHE_SLOW, "magi-4.5b")
+
+
+def test_a_guided_model_has_no_copy_pass(options: Options) -> None:
+    with pytest.raises(InputError, match="--copy-pass is for distilled models"):
+        _plan(options, model="magi-4.5b", steps=None, copy_pass=True)
+
+
+def test_a_record_needs_a_folder_before_anything_is_read(options: Options, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file is not a folder"):
+        _plan(options, record=tmp_path / "file", weights=tmp_path / "missing")
+
+
+def test_an_image_becomes_a_prefix_of_one_frame(options: Options, tmp_path: Path) -> None:
+    picture = tmp_path / "start.png"
+    Image.new("RGB", (30, 50), (10, 200, 30)).save(picture)
+    prefix = _plan(options, image=picture).request.prefix
+    assert prefix is not None and prefix.frames.shape == (1, 64, 64, 3)
+    assert prefix.frames[0, 32, 32].tolist() == pytest.approx([10, 200, 30], abs=2)
+
+
+def test_the_size_is_checked_before_a_prefix_is_read(options: Options, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="height of 70 pixels is not a multiple of 16"):
+        _plan(options, height=70, image=tmp_path / "missing.png")
+
+
+def test_weights_that_were_not_downloaded_are_named(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(options.out.parent)
+    with pytest.raises(InputError, match=r"no weights in ./downloads/4.5B_base: download ckpt/magi/4.5B_base from"):
+        _plan(options, model="magi-4.5b", weights=None)
+
+
+# ---- several videos
+
+
+def test_names_follow_from_the_prompts() -> None:
+    assert video_names(["A red circle!", "été, 東京", "../..", "x" * 99]) == [
+        "00-a-red-circle",
+        "01-été-東京",
+        "02",
+        "03-" + "x" * 40,
+    ]
+    assert video_names(["a"] * 101)[100] == "100-a"
+
+
+def test_several_videos_have_seeds_and_records_of_their_own(random_weights: Path, tmp_path: Path) -> None:
+    options = Options(
+        prompts=[PROMPT, OTHER],
+        out=tmp_path / "deep" / "videos",
+        weights=random_weights,
+        seed=7,
+        record=tmp_path / "run",
+    )
+    first, second = plan_videos(options)
+    assert (first.request.seed, second.request.seed) == (7, 8)
+    assert (first.request.prompt, second.request.prompt) == (PROMPT, OTHER)
+    assert second.out == tmp_path / "deep" / "videos" / "01-a-blue-cross-moving-up.mp4"
+    assert second.record == tmp_path / "run" / "01-a-blue-cross-moving-up"
+    with pytest.raises(InputError, match="unknown word 'dog'"):
+        plan_videos(replace(options, prompts=[PROMPT, "a red dog moving up"]))
+    assert os.listdir(tmp_path) == []
+
+
+def test_more_stages_want_more_videos() -> None:
+    assert [at_a_time(Options(pp=pp), 9) for pp in (1, 2, 4, 5, 8)] == [2, 2, 2, 3, 4]
+    assert at_a_time(Options(pp=8), 3) == 3 and at_a_time(Options(concurrency=5), 9) == 5
+
+
+# ---- ranks
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--pp", "7"], "6 layers cannot be split over 7 stages: give --pp 1 to 6"),
+        (["--pp", "0"], "--pp 0 cannot be used: give 1 or more"),
+        (["--cp", "0"], "--cp 0 cannot be used: give 1 or more"),
+        (["--pp", "2", "--split", "3,4"], "--split 3,4 places 7 layers, but the model has 6"),
+        (["--pp", "2", "--split", "6"], "--split 6 names 1 stages, but there are 2"),
+        (["--cp", "5"], "--cp 5 does not divide the model's"),
+        (["--concurrency", "0"], "--concurrency 0 cannot be used: give 1"),
+        (["--trace", "trace.txt"], "the name of the trace must end in .json"),
+        ([OTHER, "--out", "video.mp4"], "--out video.mp4 names one video, but there are 2 prompts"),
+        ([OTHER, "--out", "file"], "file is not a folder"),
+        ([OTHER, " "], "the prompt is empty"),
+        (["--pp", "2", "--image", "missing.png"], "cannot read the image missing.png"),
+    ],
+)
+def test_bad_input_is_said_before_ranks_are_started(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    random_weights: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    assert run(["generate", PROMPT, "--weights", str(random_weights), *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("flowcache: error: ") and said in shown and shown.count("\n") == 1
+    assert os.listdir(tmp_path) == ["file"]
