@@ -75,7 +75,7 @@ class GangSetup:
         task = RankTask(
             layout=self.layout,
             source=BenchSource(spec=own.model),
-            cache=own.reuse,
+            reuse=own.reuse,
             kv=own.kv,
             timeouts=self.timeouts,
             threads=1,
@@ -91,7 +91,7 @@ class GangSetup:
 
     def _size(self, request: Request) -> VideoSize:
         own = self.workload
-        return video_size(model_config(own.model), request, cache=own.reuse, kv=own.kv, layout=self.layout)
+        return video_size(model_config(own.model), request, reuse=own.reuse, kv=own.kv, layout=self.layout)
 
 
 @dataclass(slots=True)

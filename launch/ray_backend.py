@@ -30,7 +30,7 @@ def size_of(plan: Plan) -> VideoSize:
     return video_size(
         plan.model.config,
         plan.request,
-        cache=plan.model.reuse,
+        reuse=plan.model.reuse,
         kv=plan.model.kv,
         layout=layout_of(plan.options),
         split=plan.options.split,
@@ -113,7 +113,7 @@ def _task(plan: Plan) -> RankTask:
     return RankTask(
         layout=layout_of(plan.options),
         source=source,
-        cache=model.reuse,
+        reuse=model.reuse,
         kv=model.kv,
         timeouts=Timeouts(),
         threads=plan.options.threads,

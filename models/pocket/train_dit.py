@@ -68,7 +68,9 @@ def encode_clips(vae: ViTVAE, run: Run, *, count: int, chunks: int) -> Latents:
 def new_dit(seed: int) -> MagiDiT:
     """A DiT with small random weights. A gate of zero would feed zeros into the post-norms, so gates start open."""
     generator = torch.Generator().manual_seed(seed)
-    dit = MagiDiT(POCKET_DIT)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of the biases, which PyTorch draws
+        dit = MagiDiT(POCKET_DIT)
     for name, parameter in dit.named_parameters():
         if name.endswith("null_caption_embedding"):
             nn.init.normal_(parameter, std=0.5, generator=generator)

@@ -34,7 +34,9 @@ POCKET_VAE = VaeConfig(
 def new_vae(seed: int) -> ViTVAE:
     """A ViT with small random weights, and a posterior that starts with a deviation of about 0.14."""
     generator = torch.Generator().manual_seed(seed)
-    vae = ViTVAE(POCKET_VAE)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of the biases, which PyTorch draws
+        vae = ViTVAE(POCKET_VAE)
     for name, parameter in vae.named_parameters():
         if name.endswith(("cls_token", "pos_embed")):
             nn.init.normal_(parameter, std=0.02, generator=generator)

@@ -98,7 +98,7 @@ def _work(gang: Gang, task: RankTask, loop: CommandLoop, send: Callable[[list[Ga
     with gang.loading():
         pipeline = task.source.lead(gang.mesh, device)
     gc.freeze()
-    with gang.lead(pipeline, task.cache, task.kv, identity=task.source.identity) as (engine, _):
+    with gang.lead(pipeline, task.reuse, task.kv, identity=task.source.identity) as (engine, _):
         loop.run(engine, gang.device, send)
 
 

@@ -89,7 +89,7 @@ class RankTask:
 
     layout: Layout  # of the ranks
     source: ModelSource  # of the weights
-    cache: ReuseSettings  # which steps are reused
+    reuse: ReuseSettings  # which steps are reused
     kv: KVSettings  # how much of the past is held
     timeouts: Timeouts  # how long to wait for others
     threads: int | None = None  # CPU threads of each rank; None shares the cores of its node among the ranks there
@@ -111,7 +111,7 @@ def video_size(
     config: MagiConfig,
     request: Request,
     *,
-    cache: ReuseSettings,
+    reuse: ReuseSettings,
     kv: KVSettings,
     layout: Layout,
     split: str | None = None,
@@ -121,7 +121,7 @@ def video_size(
     Args:
         config: of the model.
         request: the video.
-        cache: which steps are reused.
+        reuse: which steps are reused.
         kv: how much of the past is held.
         layout: of the gang.
         split: layers of each stage; None balances them.
@@ -133,8 +133,8 @@ def video_size(
     sampling = MagiSampling(
         config=config,
         num_steps=request.num_steps,
-        clean_pass=cache.clean_pass,
-        copy_pass=cache.copy_pass,
+        clean_pass=reuse.clean_pass,
+        copy_pass=reuse.copy_pass,
     )
     width = sampling.chunk_width
     frames = 0 if request.prefix is None else len(request.prefix.frames)

@@ -66,6 +66,12 @@ def test_motion_is_constant_and_wraps_around():
         assert torch.allclose(moved[index], start.roll((8 * dy, 8 * dx), dims=(1, 2)), atol=1e-4)
 
 
+@pytest.mark.parametrize("new", [new_vae, new_dit])
+def test_a_seed_sets_every_weight(new):
+    one, two = new(3).state_dict(), new(3).state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_normalising_latents_changes_no_picture():
     vae, generator = new_vae(0), torch.Generator().manual_seed(1)
     video = tiles(5, generator)

@@ -25,7 +25,7 @@ def settings(*, gangs=2, pp=2, cp=1, source=None, concurrency=1, cpus=1, **chang
     task = RankTask(
         layout=layout,
         source=source or SmallSource(),
-        cache=ReuseSettings(),
+        reuse=ReuseSettings(),
         kv=KVSettings(),
         timeouts=TIMEOUTS,
         threads=1,

@@ -70,7 +70,7 @@ class _Brittle:
 
 
 def size(made, layout, config=None):
-    return video_size(small_config(**(config or {})), made, cache=ReuseSettings(), kv=KVSettings(), layout=layout)
+    return video_size(small_config(**(config or {})), made, reuse=ReuseSettings(), kv=KVSettings(), layout=layout)
 
 
 def alone(made, config=None):
