@@ -73,7 +73,7 @@ class Stage:
         `geometry` is of the KV that is held here, if not the model's; `shard` the tokens computed here, if not all.
         """
         geometry = geometry or self.model.kv
-        kv, flags = admission.kv.allocate(geometry, self._attention), FlagLog(admission.schedule)
+        kv, flags = KVBuffer(admission.kv, geometry, self._attention), FlagLog(admission.schedule)
         if admission.checkpoint is not None:
             self._restore(Path(admission.checkpoint) / self._file, kv, flags)
         captions = admission.captions.to(geometry.device)

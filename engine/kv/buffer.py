@@ -121,6 +121,37 @@ class KVLayout:
         self.clean, self.window_chunks = list(clean), list(window)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVPlan:
+    """What there is to allocate for a video."""
+
+    chunk_tokens: int
+    frame_tokens: int  # tokens of a latent frame
+    clean_tokens: int  # size of the clean region
+    window: int  # chunks of the window
+    chunks: int  # of the whole video
+    branches: int  # of guidance, each with KV of its own
+    selection: SelectionSettings | None  # how the clean region is compressed; None drops its oldest rows
+
+    def layout(self) -> KVLayout:
+        """An empty layout."""
+        return KVLayout(
+            chunk_tokens=self.chunk_tokens, clean_tokens=self.clean_tokens, window=self.window, chunks=self.chunks
+        )
+
+    def query_rows(self) -> int:
+        """Queries that are kept to ask with."""
+        return 0 if self.selection is None else self.selection.query_rows(self.frame_tokens, self.chunk_tokens)
+
+    def nbytes(self, geometry: KVGeometry) -> int:
+        """Bytes of a `KVBuffer` of it: keys, values, and the bookkeeping of compression."""
+        rows, width = self.layout().capacity, geometry.head_size * geometry.dtype.itemsize
+        layer = 2 * rows * geometry.key_heads * width + self.query_rows() * geometry.query_heads * width
+        if self.selection is not None:
+            layer += 4 * rows * geometry.key_heads  # origins are int32
+        return layer * len(geometry.layers) * self.branches
+
+
 @dataclass(slots=True)
 class LayerKV:
     """One layer of one branch; with compression also who asks and whence tokens came."""
@@ -186,35 +217,20 @@ class KVBuffer:
     """Keys and values of one request, in all layers that are held here.
 
     Args:
-        layout: bookkeeping of rows; it belongs to this buffer.
+        plan: what to allocate.
         geometry: shape of a token's KV.
         attention: what the views attend with.
-        branches: independent copies, for guidance.
-        frame_tokens: tokens of a latent frame.
-        selection: how to compress a clean region that is full; None drops its oldest rows.
     """
 
-    def __init__(
-        self,
-        layout: KVLayout,
-        geometry: KVGeometry,
-        attention: Attention,
-        *,
-        branches: int,
-        frame_tokens: int,
-        selection: SelectionSettings | None,
-    ) -> None:
-        self.layout = layout
-        self._attention, self._selection, self._frame_tokens = attention, selection, frame_tokens
-        self._device = geometry.device
-        self._branches = [{layer: self._allocate(geometry) for layer in geometry.layers} for _ in range(branches)]
+    def __init__(self, plan: KVPlan, geometry: KVGeometry, attention: Attention) -> None:
+        self.layout, self._plan, self._attention, self._device = plan.layout(), plan, attention, geometry.device
+        self._branches = [{layer: self._allocate(geometry) for layer in geometry.layers} for _ in range(plan.branches)]
 
     def _allocate(self, geometry: KVGeometry) -> LayerKV:
         rows, heads, size = self.layout.capacity, geometry.key_heads, geometry.head_size
         layer = LayerKV(torch.zeros((2, rows, heads, size), dtype=geometry.dtype, device=geometry.device))
-        if self._selection is not None:
-            asking = self._selection.query_rows(self._frame_tokens, self.layout.chunk_tokens)
-            shape = (asking, geometry.query_heads, size)
+        if self._plan.selection is not None:
+            shape = (self._plan.query_rows(), geometry.query_heads, size)
             layer.queries = torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)
             layer.origin = torch.zeros((rows, heads), dtype=torch.int32, device=geometry.device)
         return layer
@@ -254,7 +270,7 @@ class KVBuffer:
         It is the mean over layers, heads and branches.
         """
         layout, counts = self.layout, torch.zeros(chunks)
-        if self._selection is None:
+        if self._plan.selection is None:
             counts[list(layout.clean_chunks)] = 1.0
             return counts
         layers = [layer for branch in self._branches for layer in branch.values()]
@@ -302,7 +318,7 @@ class KVBuffer:
                 layer.origin[rows] = chunk
         if not excess:
             return
-        if self._selection is None:
+        if self._plan.selection is None:
             layout.drop_oldest(excess)
             for layer in layers:
                 _move_left(layer.kv, slice(excess, used), to=0)
@@ -310,7 +326,7 @@ class KVBuffer:
         length = layout.clean_rows
         layout.mix(layout.clean_tokens)
         for layer in layers:
-            self._compress(layer, self._selection, length)
+            self._compress(layer, self._plan.selection, length)
             _move_left(layer.kv, slice(length, used), to=layout.clean_tokens)
 
     def _compress(self, layer: LayerKV, selection: SelectionSettings, length: int) -> None:
@@ -320,7 +336,7 @@ class KVBuffer:
             layer.queries,
             layer.kv[0, :length],
             keep=self.layout.clean_tokens,
-            frame_tokens=self._frame_tokens,
+            frame_tokens=self._plan.frame_tokens,
             chunk_tokens=self.layout.chunk_tokens,
             settings=selection,
         )
