@@ -203,14 +203,14 @@ class Engine:
             run.restore(what.state)
         runner.admit(admission)
         reporter = ProgressReporter(run.schedule, partial(runner.kv, number), on_progress, recorder, counts)
-        checkpointer = None
+        keeper = None
         if what.checkpoint is not None:
             save, saved = partial(self._save, number), partial(runner.saved, number)
-            checkpointer = Checkpointer(what.checkpoint, what.fingerprint, start, save, saved)
-        decided = partial(self._decided, number)
-        order = WorkOrder(run, barrier=self._barrier, on_decision=decided, gate=gate, keep=checkpointer, start=start)
+            keeper = Checkpointer(what.checkpoint, what.fingerprint, start, save, saved)
+        decided, barrier = partial(self._decided, number), self._barrier
+        order = WorkOrder(run, barrier=barrier, on_decision=decided, gate=gate, checkpointer=keeper, start=start)
         first = reporter.counts["chunks"]
-        self._videos[number] = _Video(run, order, reporter, checkpointer, decode, stored, handed_out=first)
+        self._videos[number] = _Video(run, order, reporter, keeper, decode, stored, handed_out=first)
         return number
 
     def step(self) -> list[ChunkResult]:

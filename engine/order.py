@@ -65,7 +65,7 @@ class WorkOrder:
         barrier: begin a tick only when all chunks of the one before have taken their step; for comparison.
         on_decision: called with every decision, in order.
         gate: lets quanta begin; None lets all.
-        keep: keeps how far the video is between quanta, while no work of it is under way.
+        checkpointer: keeps how far the video is between quanta, while no work of it is under way.
         start: the first quantum. If it is not 0, the run was restored to the state before it.
     """
 
@@ -76,11 +76,11 @@ class WorkOrder:
         barrier: bool,
         on_decision: OnDecision,
         gate: AdmissionGate | None = None,
-        keep: Checkpointer | None = None,
+        checkpointer: Checkpointer | None = None,
         start: int = 0,
     ) -> None:
         self._run, self._barrier, self._on_decision = run, barrier, on_decision
-        self._gate, self._keep, self._start = gate, keep, start
+        self._gate, self._checkpointer, self._start = gate, checkpointer, start
         self.held = False
         """What comes next waits for the gate or for the last checkpoint, and not for a velocity."""
         self._steps: dict[int, _OpenStep] = {}
@@ -88,10 +88,8 @@ class WorkOrder:
         self._ticks: list[TickProgress] = []
         self._done: list[TickProgress] = []
         self._finished: list[tuple[int, Tensor]] = []
-        self._walk = self._issue()
         self._peeked: Work | None = None
-        self._over = False
-        self._before = time.perf_counter()
+        self._walk, self._over, self._before = self._issue(), False, time.perf_counter()
         if gate is not None:
             gate.announce(run.schedule.quantum(start))
 
@@ -149,9 +147,9 @@ class WorkOrder:
 
     def _hold(self, quantum: Quantum) -> Iterator[None]:
         """Before a quantum: do what is due, and wait until it may begin."""
-        if self._keep is not None and self._keep.due(quantum):
+        if self._checkpointer is not None and self._checkpointer.due(quantum):
             yield from self._until(list(self._steps))
-            while not self._keep.reached(quantum):
+            while not self._checkpointer.reached(quantum):
                 self.held = True
                 yield None
         while self._gate is not None and not self._gate.open(quantum):

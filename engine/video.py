@@ -139,13 +139,11 @@ class VideoRun:
 
     def prefix_work(self) -> list[Work]:
         """Passes that fill the KV of the chunks that are given whole (7.6)."""
-        work = []
+        work, width, limit = [], self._sampling.chunk_width, self._sampling.clean_limit(prefix=True)
         for chunk in range(self.schedule.first):
             assert self._prefix is not None
-            width = self._sampling.chunk_width
             x = self._prefix[:, :, chunk * width : (chunk + 1) * width].to(self._device)
             self._ops.append(KVOp(kind="enter", chunk=chunk))
-            limit = self._sampling.clean_limit(prefix=True)
             for what in self._sampling.clean_passes(0, prefix=True, text_needed=False):
                 work.append(self._work(-1, chunk, None, what, limit, x))
             self._publish(chunk)
@@ -158,14 +156,12 @@ class VideoRun:
         That is by the clean passes that are returned, which must be run before the tick's other work. The tick before
         must be sealed. If `renews`, the retiring chunk's last step must be closed.
         """
-        work = []
-        chunk = tick.retiring
+        work, chunk, sampling = [], tick.retiring, self._sampling
         if chunk is not None:
-            limit = self._sampling.clean_limit(prefix=False)
-            text_needed = self._text_needed(tick)
-            passes = self._sampling.clean_passes(tick.step_in_quantum, prefix=False, text_needed=text_needed)
+            limit, text_needed = sampling.clean_limit(prefix=False), self._text_needed(tick)
+            passes = sampling.clean_passes(tick.step_in_quantum, prefix=False, text_needed=text_needed)
             work = [self._work(tick.index, chunk, None, what, limit, self._model_input(chunk)) for what in passes]
-            if self._compressed and self._sampling.clean_pass:
+            if self._compressed and sampling.clean_pass:
                 self._publish(chunk)  # after the compression it could not be told apart
             self._ops.append(KVOp(kind="retire", chunk=chunk))
             self._leave(chunk)
@@ -204,10 +200,8 @@ class VideoRun:
 
     def open(self, tick: Tick, chunk: int, step: int) -> list[Work]:
         """The passes of one chunk's step, if it is computed."""
-        oldest = chunk == tick.active[0][0]
+        oldest, x, limit = chunk == tick.active[0][0], self._model_input(chunk), self._sampling.key_limit(step)
         passes = self._sampling.step_passes(step, oldest=oldest, text_needed=self._text_needed(tick))
-        x = self._model_input(chunk)
-        limit = self._sampling.key_limit(step)
         return [self._work(tick.index, chunk, step, what, limit, x) for what in passes]
 
     def close(self, chunk: int, step: int, passes: Sequence[Pass], velocities: Sequence[Tensor]) -> None:
@@ -262,10 +256,8 @@ class VideoRun:
         norms, known = [], []
         for chunk in chunks:
             x = self._model_input(chunk)
-            before = self._before.get(chunk)
-            if before is not None:
-                then = self._reuse.patches(before).float()
-                now = self._reuse.patches(x).float()
+            if (before := self._before.get(chunk)) is not None:
+                then, now = self._reuse.patches(before).float(), self._reuse.patches(x).float()
                 norms += [(now - then).abs().mean(), then.abs().mean()]
                 known.append(chunk)
             self._before[chunk] = x

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from torch import Tensor
 from models.errors import InputError
 
 Granularity = Literal["token", "frame", "chunk"]
-_GRANULARITIES = ("token", "frame", "chunk")
 _ROWS_AT_ONCE = 1 << 24
 """Scores held at once while importance is taken; bounds the scratch memory."""
 
@@ -37,8 +36,8 @@ class SelectionSettings:
 
     def __post_init__(self) -> None:
         for name, value in (("retention", self.retention), ("queries", self.queries)):
-            if value not in _GRANULARITIES:
-                raise InputError(f"unknown {name} granularity {value!r}: choose from {', '.join(_GRANULARITIES)}")
+            if value not in (known := get_args(Granularity)):
+                raise InputError(f"unknown {name} granularity {value!r}: choose from {', '.join(known)}")
         if not 0 <= self.importance_weight <= 1:
             raise InputError(f"the importance weight {self.importance_weight} is not between 0 and 1")
         if self.pool < 1 or self.pool % 2 == 0:

@@ -41,15 +41,12 @@ class ReuseMemory:
     Args:
         kind: one of `KINDS`; `extrapolate` extrapolates every step that is not computed.
         both: a policy may ask for extrapolation where `kind` is another.
-        damping: share of the extrapolated change that is taken; 0 makes `extrapolate` the same as `velocity`.
     """
 
-    def __init__(self, kind: str, *, both: bool = False, damping: float = 1.0) -> None:
+    def __init__(self, kind: str, *, both: bool = False) -> None:
         if kind not in KINDS:
             raise InputError(f"unknown kind of reuse {kind!r}: choose from {', '.join(KINDS)}")
-        if not 0 <= damping <= 1:
-            raise InputError(f"the damping {damping} of extrapolation is not between 0 and 1")
-        self._kind, self._damping = kind, damping
+        self._kind = kind
         self._keep = 2 if both or kind == "extrapolate" else 1
         self._held: dict[int, tuple[ComputedStep, ...]] = {}
 
@@ -66,7 +63,7 @@ class ReuseMemory:
             return last.velocity * last.size
         velocity = last.velocity
         if older and extrapolated:
-            slope = self._damping * (time - last.time) / (last.time - older[0].time)
+            slope = (time - last.time) / (last.time - older[0].time)
             velocity = velocity + slope * (velocity - older[0].velocity)
         return velocity * size
 

@@ -196,7 +196,9 @@ def test_a_video_goes_on_from_a_snapshot_bit_for_bit(case):
     expected, items, *_ = delayed(case, 3)
     run, held, executor = start(case)
     keeper = Keeper(run, held, lambda: executor.items)
-    made, *_ = carry_out(WorkOrder(run, barrier=False, on_decision=lambda *_: None, keep=keeper), executor, latency=3)
+    made, *_ = carry_out(
+        WorkOrder(run, barrier=False, on_decision=lambda *_: None, checkpointer=keeper), executor, latency=3
+    )
     assert executor.items == items
     assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
     quanta = run.schedule.quanta
@@ -217,7 +219,7 @@ def test_a_snapshot_does_not_grow_with_the_video():
         case = {**CASES["budget, guided, flowcache"], "request": {"chunks": chunks}}
         run, held, executor = start(case)
         keeper = Keeper(run, held, lambda: executor.items)
-        carry_out(WorkOrder(run, barrier=False, on_decision=lambda *_: None, keep=keeper), executor, latency=3)
+        carry_out(WorkOrder(run, barrier=False, on_decision=lambda *_: None, checkpointer=keeper), executor, latency=3)
         return max(
             sum(part.nbytes for contents in saved for part in contents.tensors.values())
             for saved, _ in keeper.saved.values()
