@@ -33,13 +33,13 @@ def publish(part: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, what: str = "") -> Iterator[BinaryIO]:
+def atomic_write(path: Path, what: str = "", advice: str = "") -> Iterator[BinaryIO]:
     """A binary file that appears under `path` when the context ends well, and leaves nothing behind otherwise.
 
-    An older file is replaced. An InputError names the file, and `what` it is, if it cannot be written.
+    An older file is replaced. If it cannot be written, an InputError names it, `what` it is and what to do.
     """
     part = part_of(path)
-    with write_errors(path, what):
+    with write_errors(path, what, advice=advice):
         try:
             with part.open("wb") as file:
                 yield file
@@ -50,7 +50,9 @@ def atomic_write(path: Path, what: str = "") -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def write_errors(path: Path, what: str = "", kinds: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+def write_errors(
+    path: Path, what: str = "", kinds: tuple[type[Exception], ...] = (), advice: str = ""
+) -> Iterator[None]:
     """Turn errors of the system, and `kinds` of libraries, into one line about the file and what it is."""
     expected: tuple[type[Exception], ...] = (OSError, *kinds)
     try:
@@ -60,7 +62,7 @@ def write_errors(path: Path, what: str = "", kinds: tuple[type[Exception], ...] 
             reason = "no space left there (the unfinished file was removed)"
         else:
             reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot write {what + ' ' if what else ''}{path}: {reason}") from None
+        raise InputError(f"cannot write {what + ' ' if what else ''}{path}: {reason}{advice}") from None
 
 
 def remove_stale_parts(folder: Path) -> None:

@@ -26,11 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.files import atomic_write, part_of, publish
+from engine.files import atomic_write, part_of, publish, write_errors
 from engine.schedule import Quantum
 from models.errors import InputError
 
 _MANIFEST = "manifest.json"
+_WHAT = "the checkpoint file"
+_ADVICE = "; make room there or choose another folder. The checkpoint before it, if there is one, is still whole"
 _FOLDER = re.compile(r"quantum-(\d{8})-[0-9a-f]{8}")
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 """What reading a manifest that is not whole can raise."""
@@ -130,11 +132,8 @@ def commit(checkpoint: Checkpoint) -> None:
     del body["folder"]
     text = json.dumps({"digest": _digest_of(body), "manifest": body}, indent=1) + "\n"
     path = checkpoint.folder / _MANIFEST
-    try:
-        with atomic_write(path) as file:
-            file.write(text.encode())
-    except InputError as error:
-        raise _unwritable(path, error) from None
+    with atomic_write(path, _WHAT, _ADVICE) as file:
+        file.write(text.encode())
     older = sorted(other for other in _folders(checkpoint.folder.parent) if other.name < checkpoint.folder.name)
     spare = next((other for other in reversed(older) if _load_manifest(other) is not None), None)
     for other in older:
@@ -242,26 +241,17 @@ def _is_whole(folder: Path, shard: Shard) -> bool:
 
 def _write(path: Path, contents: Contents) -> Shard:
     part = part_of(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with torch.no_grad():
-            save_file(dict(contents.tensors), part, metadata={"values": json.dumps(dict(contents.values))})
-        shard = Shard(file=path.name, nbytes=part.stat().st_size, digest=_digest(part))
-        publish(part, path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise _unwritable(path, error) from None
+    with write_errors(path, _WHAT, (SafetensorError,), _ADVICE):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with torch.no_grad():
+                save_file(dict(contents.tensors), part, metadata={"values": json.dumps(dict(contents.values))})
+            shard = Shard(file=path.name, nbytes=part.stat().st_size, digest=_digest(part))
+            publish(part, path)
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
     return shard
-
-
-def _unwritable(path: Path, error: Exception) -> InputError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    reason = reason.removeprefix(f"cannot write {path}: ")
-    return InputError(
-        f"cannot write the checkpoint file {path}: {reason}; make room there or choose another folder. "
-        "The checkpoint before it, if there is one, is still whole"
-    )
 
 
 def _digest(path: Path) -> str:
