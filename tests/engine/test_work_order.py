@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kv.buffer import KVLayout
+from engine.kv.layout import KVLayout
 from engine.kv.size import clean_chunks
 from engine.request import seeded_noise
 from engine.reuse.policy import Policy

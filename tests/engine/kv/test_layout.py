@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.kv.buffer import KVLayout
+from engine.kv.layout import KVLayout
 
 
 @given(

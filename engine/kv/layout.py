@@ -1,0 +1,106 @@
+"""Where the tokens of a request stand in its KV buffers: clean region first, the window's chunks after it in order.
+
+Plain Python bookkeeping, the same for every layer, branch and rank; `buffer.py` holds the tensors and moves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_MIXED = -1
+"""Stands for the tokens of many chunks that a compression has left."""
+
+
+class KVLayout:
+    """Rows of the clean region and of the window.
+
+    Args:
+        chunk_tokens: tokens of a chunk.
+        clean_tokens: size of the clean region; what does not fit is cut down when a chunk retires.
+        window: chunks of the window.
+        chunks: of the whole video, which bounds what can be held at once.
+    """
+
+    def __init__(self, *, chunk_tokens: int, clean_tokens: int, window: int, chunks: int) -> None:
+        self.chunk_tokens, self.clean_tokens, self._slots = chunk_tokens, clean_tokens, window
+        self.capacity = min(clean_tokens + window * chunk_tokens, chunks * chunk_tokens)
+        """Rows in all (B_total)."""
+        self.clean: list[tuple[int, int]] = []
+        """(chunk, rows) of the clean region, oldest first; chunk -1 stands for tokens of many."""
+        self.window_chunks: list[int] = []  # oldest first
+
+    @property
+    def clean_rows(self) -> int:
+        """Rows of the clean region that are in use."""
+        return sum(rows for _, rows in self.clean)
+
+    @property
+    def used_rows(self) -> int:
+        """Rows in use in all."""
+        return self.clean_rows + len(self.window_chunks) * self.chunk_tokens
+
+    @property
+    def clean_chunks(self) -> tuple[int, ...]:
+        """Finished chunks that are held whole, oldest first."""
+        return tuple(chunk for chunk, _ in self.clean if chunk != _MIXED)
+
+    def enter(self, chunk: int) -> None:
+        """Give a chunk the next slot of the window."""
+        if len(self.window_chunks) == self._slots:
+            raise ValueError(f"chunk {chunk} cannot enter: the window holds {self.window_chunks} already")
+        if self.window_chunks and chunk != self.window_chunks[-1] + 1:
+            raise ValueError(f"chunk {chunk} cannot follow chunk {self.window_chunks[-1]} into the window")
+        self.window_chunks.append(chunk)
+
+    def retire(self, chunk: int) -> int:
+        """Move the oldest chunk of the window to the clean region, where it stands already.
+
+        Returns:
+            How many rows the clean region now has too many; `drop_oldest` or `mix` must follow if that is not 0.
+        """
+        if not self.window_chunks or self.window_chunks[0] != chunk:
+            raise ValueError(f"chunk {chunk} cannot retire: the window holds {self.window_chunks}")
+        self.window_chunks.pop(0)
+        self.clean.append((chunk, self.chunk_tokens))
+        return max(0, self.clean_rows - self.clean_tokens)
+
+    def drop_oldest(self, rows: int) -> None:
+        """Take rows away from the front of the clean region."""
+        kept = []
+        for chunk, held in self.clean:
+            gone = min(rows, held)
+            rows -= gone
+            if held > gone:
+                kept.append((chunk, held - gone))
+        self.clean = kept
+
+    def mix(self, rows: int) -> None:
+        """The clean region was compressed to so many rows, which belong to no single chunk any more."""
+        if rows > self.clean_rows:
+            raise ValueError(f"{self.clean_rows} rows cannot be compressed to {rows}")
+        self.clean = [(_MIXED, rows)]
+
+    def rows(self, chunk: int) -> slice:
+        """Rows of a chunk that is held, in the window or in the clean region; a KeyError if it is not."""
+        start = 0
+        for kept, rows in self.clean:
+            if kept == chunk:
+                return slice(start, start + rows)
+            start += rows
+        if chunk not in self.window_chunks:
+            raise KeyError(f"chunk {chunk} is not held")
+        start += self.window_chunks.index(chunk) * self.chunk_tokens
+        return slice(start, start + self.chunk_tokens)
+
+    def span(self, keys_from: int | None, chunk: int) -> slice:
+        """Rows that a chunk attends to: from chunk `keys_from` (None: from the first row) to its own last row."""
+        start = 0 if keys_from is None else self.rows(keys_from).start
+        return slice(start, self.rows(chunk).stop)
+
+    def restore(self, clean: Sequence[tuple[int, int]], window: Sequence[int]) -> None:
+        """Go on from what another of the same size has come to; a ValueError if it does not fit."""
+        rows = sum(rows for _, rows in clean)
+        within = rows <= self.clean_tokens and len(window) <= self._slots
+        if not within or rows + len(window) * self.chunk_tokens > self.capacity:
+            raise ValueError(f"{rows} clean rows and {len(window)} chunks do not fit into {self.capacity} rows")
+        self.clean, self.window_chunks = list(clean), list(window)
