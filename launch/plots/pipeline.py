@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from engine.record import RunRecord
-from launch.plots.style import REUSED, settings_line
+from launch.plots.record import REUSED, settings_line
 from models.errors import InputError
 from parallel.trace.idle_time import Cause, RankUse, Run, Utilisation, analyse
 
