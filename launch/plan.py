@@ -16,11 +16,11 @@ import torch
 from engine.kv.size import KVSettings
 from engine.request import Prefix, Request
 from engine.reuse.settings import ReuseSettings
-from launch.memory import bytes_needed, check_memory
 from launch.options import Launcher, Options, Precision
 from launch.output.files import check_folder, check_target
 from launch.output.media import read_image, read_video
 from launch.reuse_presets import DEFAULT_MODEL, kv_settings, reuse_settings
+from launch.sizes import bytes_needed, check_memory
 from models.attention import attention_backend
 from models.errors import InputError
 from models.magi.config import MagiConfig
@@ -79,26 +79,22 @@ def plan_model(options: Options) -> ModelPlan:
     """
     if options.config is not None and options.model is not None:
         raise InputError("--model and --config both name a model: give one of them")
-    config = _config(options)
-    _check_layout(config, options)
+    if options.config is not None:
+        config = MagiConfig.from_json(options.config)
+    else:
+        config = find_preset(options.model or DEFAULT_MODEL).config()
+    stage_sizes(config, options.pp, options.split)  # says whether the stages fit
+    if (heads := config.model_config.num_query_groups) % options.cp:
+        raise InputError(f"--cp {options.cp} does not divide the model's {heads} key heads")
     num_steps = config.runtime_config.num_steps if options.steps is None else options.steps
     sampling = MagiSampling(config=config, num_steps=num_steps)  # says whether the steps fit
     reuse = reuse_settings(options, num_steps=num_steps, guided=sampling.guided)
     attention_backend(options.attention)  # says whether it can run here
     _check_weights(options, config)
-    loading = Loading(
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        precise=options.precision is Precision.REFERENCE,
-        attention=options.attention,
-    )
-    return ModelPlan(
-        name=_name(options),
-        config=config,
-        weights=options.weights,
-        loading=loading,
-        reuse=reuse,
-        kv=kv_settings(options),
-    )
+    device, precise = "cuda" if torch.cuda.is_available() else "cpu", options.precision is Precision.REFERENCE
+    loading = Loading(device=device, precise=precise, attention=options.attention)
+    name, kv = _name(options), kv_settings(options)
+    return ModelPlan(name=name, config=config, weights=options.weights, loading=loading, reuse=reuse, kv=kv)
 
 
 def plan_videos(options: Options) -> list[Plan]:
@@ -123,11 +119,10 @@ def plan_videos(options: Options) -> list[Plan]:
     if folder.suffix.lower() == ".mp4":
         raise InputError(f"--out {folder} names one video, but there are {len(prompts)} prompts: give a folder")
     check_folder(folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"cannot write {folder}: it is not a folder")
     names = video_names(prompts)
     outs = [folder / f"{name}.mp4" for name in names]
-    check_target(_existing(folder) / outs[-1].name, suffix=".mp4", what="video")
+    standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    check_target(standing / outs[-1].name, suffix=".mp4", what="video")
     if taken := next((path for path in outs if path.exists() and not path.is_file()), None):
         raise InputError(f"cannot write {taken}: there is something of that name that is not a file")
     plans = plan_requests(options, outs)
@@ -137,11 +132,7 @@ def plan_videos(options: Options) -> list[Plan]:
 
 
 def plan_requests(options: Options, outs: Sequence[Path]) -> list[Plan]:
-    """A plan for each prompt, with the seeds of several; `outs` are their files, which are not looked at.
-
-    Raises:
-        InputError: something cannot be used.
-    """
+    """A plan for each prompt, with the seeds of several; `outs` are their files, which are not looked at."""
     if not options.prompts:
         raise InputError("there is no prompt: say what the video shows")
     first = plan_video(options, out=outs[0], at_a_time=together(options))
@@ -178,13 +169,8 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
         needed = bytes_needed(config, request, model.kv, layout_of(options), options.split)
         what = f"a video of {request.width}x{request.height} pixels and {request.chunks:,} chunks"
         check_memory(what if at_a_time == 1 else f"{what}, {at_a_time} at a time,", at_a_time * needed)
-    return Plan(
-        options=options,
-        model=model,
-        request=replace(request, prefix=_prefix(options, request, fps=runtime.fps)),
-        out=out,
-        record=options.record,
-    )
+    request = replace(request, prefix=_prefix(options, request, fps=runtime.fps))
+    return Plan(options=options, model=model, request=request, out=out, record=options.record)
 
 
 def video_names(prompts: Sequence[str]) -> list[str]:
@@ -203,27 +189,9 @@ def together(options: Options) -> int:
     return at_a_time(options, len(options.prompts)) if ranks else min(len(options.prompts), options.concurrency or 1)
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the one above it that is there already."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
-def _check_layout(config: MagiConfig, options: Options) -> None:
-    heads = config.model_config.num_query_groups
-    stage_sizes(config, options.pp, options.split)
-    if heads % options.cp:
-        raise InputError(f"--cp {options.cp} does not divide the model's {heads} key heads")
-
-
 def _check_prompt(config: MagiConfig, prompt: str) -> None:
     if config.runtime_config.t5_pretrained is None:  # it has a fixed vocabulary
         parse_prompt(prompt)
-
-
-def _config(options: Options) -> MagiConfig:
-    if options.config is not None:
-        return MagiConfig.from_json(options.config)
-    return find_preset(options.model or DEFAULT_MODEL).config()
 
 
 def _name(options: Options) -> str:

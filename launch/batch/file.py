@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from launch.declare import declared
 from launch.options import Options
-from launch.output.terminal import one_line
+from launch.output.display import one_line
 from launch.plan import Plan, plan_model, plan_video
 from models.errors import InputError
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 from engine.checkpoint.files import CheckpointConfig
 from launch.backends import Backend, Job, make_videos
+from launch.backends.ray import on_ray, size_of
 from launch.batch.file import BatchItem, read_batch
 from launch.batch.folder import ChunkFiles, OutputFolder
 from launch.options import BatchOptions
-from launch.output.table import BatchDisplay, Row, State, summary
-from launch.ray_backend import on_ray, size_of
+from launch.output.display import BatchDisplay, Row, State, summary
 from models.errors import InputError
 from parallel.cluster.messages import Admitted, ChunkMade, Event, GangDown, GangLost, Progressed, VideoDone, VideoFailed
 from parallel.health.errors import BAD_INPUT, FAILED, OK

@@ -10,16 +10,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import torch
 
 from engine.record import Recorder
 from launch.ending import CommandFailed
-from launch.output.progress import Display
+from launch.output.display import Display
+from launch.output.media import BackgroundWriter, VideoWriter
 from launch.output.summary import Summary, peak_memory, record_settings
-from launch.output.video import BackgroundWriter, VideoWriter
 from launch.plan import Plan
 from models.errors import InputError
 from parallel.cluster.messages import (
@@ -66,6 +65,7 @@ class VideoSinks:
         self._summaries: dict[int, Summary] = {}
         self._made_folder: Path | None = None
         self._ready: float | None = None
+        self.making = 0.0  # seconds from the loaded model to the last file
 
     def __enter__(self) -> Self:
         folder = self._videos[0].plan.out.parent
@@ -74,13 +74,11 @@ class VideoSinks:
             self._made_folder = folder
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for video in self._videos:
             if video.writer is not None:
                 with suppress(InputError):  # it has been said already
-                    video.writer.__exit__(kind or _Unfinished, error, trace)
+                    video.writer.__exit__(kind or InputError, None, None)
                 video.writer = None
         if kind is None or not self._several:
             return
@@ -97,11 +95,6 @@ class VideoSinks:
     def summaries(self) -> list[Summary]:
         """Of the videos that are complete, in order."""
         return [self._summaries[index] for index in sorted(self._summaries)]
-
-    @property
-    def making(self) -> float:
-        """Seconds since the model was loaded."""
-        return 0.0 if self._ready is None else time.monotonic() - self._ready
 
     def handle(self, event: Event) -> None:
         """Put what an event brings where it belongs.
@@ -168,12 +161,8 @@ class VideoSinks:
             memory=peak_memory(),
             gpu_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         )
-        self._summaries[index] = summary
+        self._summaries[index], self.making = summary, time.monotonic() - self._ready
         whole = f"{plan.out} is complete ({len(self._summaries)} of {len(self._videos)})"
         self._display.end(index, whole if self._several else "")
         if plan.record is not None and video.recorder is not None:
             video.recorder.finish(record_settings(plan, summary)).save(plan.record)
-
-
-class _Unfinished(Exception):  # noqa: N818 - for the writer of a video that was not completed
-    pass

@@ -10,37 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from launch import __version__
-from launch.options import CacheName
+from launch.options import CacheName, Options
 from launch.plan import Plan
 from parallel.topology.split import stage_sizes
+from parallel.trace.counters import RankCounters
 
 _TRANSFERS = {
     "nccl": "over NCCL",
     "host": "through host memory, as not every rank has a GPU of its own",
     "gloo": "over gloo",
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RankSummary:
-    """The ranks that made a video."""
-
-    pp: int  # pipeline stages
-    cp: int  # ranks of a stage
-    layers: tuple[int, ...]  # of each stage
-    weights: tuple[int, ...]  # bytes that each rank holds
-    loading: tuple[float, ...]  # seconds that each rank took to load them
-    transfer: str  # how tensors moved between them
-
-    def text(self) -> str:
-        """A line for people."""
-        ranks = self.pp * self.cp
-        sizes = ", ".join(_size(count) for count in self.weights)
-        return (
-            f"{ranks} rank{'s' if ranks > 1 else ''}, pp {self.pp} x cp {self.cp}, "
-            f"layers {','.join(map(str, self.layers))}; weights {sizes}, "
-            f"loaded in {min(self.loading):.1f} to {max(self.loading):.1f} s; tensors moved {_TRANSFERS[self.transfer]}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +39,7 @@ class Summary:
     kv_bytes: int  # size of the KV buffers; on ranks, of the leader's part
     memory: int  # peak of the process, bytes; on ranks, of the leader
     gpu_memory: int | None  # peak of tensors on the GPU, bytes; None without one
-    ranks: RankSummary | None = None  # the ranks that made it; None for this process alone
+    ranks: str | None = None  # a line on the ranks that made it; None for this process alone
 
     def text(self) -> str:
         """Three lines for people, and one more for ranks."""
@@ -94,13 +73,25 @@ def summary_text(summaries: Sequence[Summary], *, making: float) -> str:
     )
 
 
+def rank_line(options: Options, counters: Sequence[RankCounters]) -> str:
+    """A line on the ranks that made videos."""
+    first = sorted((one for one in counters if one.cp_rank == 0), key=lambda one: one.stage)
+    layers = ",".join(str(one.layers[1] - one.layers[0]) for one in first)
+    loading = [one.load_seconds for one in counters]
+    return (
+        f"{len(counters)} rank{'s' if len(counters) > 1 else ''}, pp {options.pp} x cp {options.cp}, layers {layers}; "
+        f"weights {', '.join(_size(one.weight_bytes) for one in counters)}, "
+        f"loaded in {min(loading):.1f} to {max(loading):.1f} s; tensors moved {_TRANSFERS[counters[0].transfer]}"
+    )
+
+
 def _memory(summary: Summary) -> str:
     """What was held; figures of a process are those of the leader where there are ranks."""
     peak = _size(summary.memory)
     if summary.gpu_memory is not None:
         peak += f", on the GPU {_size(summary.gpu_memory)}"
     text = f"keys and values {_size(summary.kv_bytes)}, peak memory {peak}"
-    return text if summary.ranks is None else f"on the leader {text}\n{summary.ranks.text()}"
+    return text if summary.ranks is None else f"on the leader {text}\n{summary.ranks}"
 
 
 def _size(count: int) -> str:

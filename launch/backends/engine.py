@@ -1,30 +1,24 @@
-"""Where videos are made: one interface for this process, for the ranks that it leads, and for a Ray cluster.
-
-Each backend is given jobs and tells of events, which are those of the cluster's controller; so there is one loop. This
-file has the first two, `launch/ray_backend.py` the third.
-"""
+"""Videos made by an engine: in this process, or on the ranks of a gang that it leads; and how ranks are started."""
 
 from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Protocol
 
-from engine.checkpoint.files import CheckpointConfig
 from engine.engine import Engine
 from engine.progress import Progress
-from engine.record import Recorder
+from launch.backends import Job
 from launch.declare import arguments
-from launch.ending import CommandFailed, check_signals
+from launch.ending import CommandFailed
 from launch.options import Options
-from launch.plan import ModelPlan, Plan, layout_of, plan_model
+from launch.plan import ModelPlan, layout_of, plan_model
 from models.errors import InputError
 from models.magi.pipeline import load_pipeline, load_stage
-from parallel.cluster.messages import Admitted, ChunkMade, Event, GangReady, Progressed, VideoDone, VideoFailed
+from parallel.cluster.messages import Admitted, ChunkMade, Event, GangReady, Progressed, VideoDone
 from parallel.health.errors import GangError
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
@@ -33,59 +27,6 @@ from parallel.ranks.worker import StageModel
 from parallel.topology.split import stage_range
 from parallel.trace.counters import RankCounters
 from parallel.trace.tracer import Tracer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """A video to make."""
-
-    video: str  # its name in events
-    plan: Plan
-    recorder: Recorder | None = None  # of its run; not on a Ray cluster
-    checkpoint: CheckpointConfig | None = None  # where and how often to note how far it is; on a Ray cluster
-    stored: int = 0  # chunks that the caller has already; on a Ray cluster
-    priority: int = 0  # higher goes first; on a Ray cluster
-
-
-class Backend(Protocol):
-    """Makes videos."""
-
-    def submit(self, job: Job) -> None:
-        """Queue a video.
-
-        Raises:
-            InputError: it can never be made here.
-        """
-
-    def cancel(self, video: str) -> None:
-        """Make no more of a video; there are no more events of it."""
-
-    def run(self) -> Iterator[Event]:
-        """Make what was submitted.
-
-        Yields:
-            What happens; the first event of a backend that is ready is `GangReady`. A chunk counts as stored when the
-            next event is asked for.
-
-        Raises:
-            InputError: a model cannot make what is asked for.
-        """
-
-
-def make_videos(backend: Backend, jobs: Iterable[Job], handle: Callable[[Event], None]) -> None:
-    """The loop of every command: submit the jobs, and handle what happens until all have ended.
-
-    Raises:
-        InputError: as in `Backend.run`.
-    """
-    for job in jobs:
-        try:
-            backend.submit(job)
-        except InputError as error:
-            handle(VideoFailed(video=job.video, message=str(error)))
-    for event in backend.run():
-        check_signals()
-        handle(event)
 
 
 class EngineBackend:
@@ -172,11 +113,7 @@ class EngineBackend:
 
 @contextmanager
 def this_process(model: ModelPlan, concurrency: int) -> Iterator[EngineBackend]:
-    """Load a model and make videos with it here.
-
-    Raises:
-        InputError: something is missing or damaged.
-    """
+    """Load a model and make videos with it here; an `InputError` says what is missing or damaged."""
     engine = Engine(load_pipeline(model.config, model.weights, model.loading), reuse=model.reuse, kv=model.kv)
     try:
         yield EngineBackend(engine, concurrency)
@@ -203,12 +140,7 @@ def led_ranks(gang: Gang, model: ModelPlan, options: Options, concurrency: int) 
 
 
 def serve_stage(gang: Gang, options: Options) -> None:
-    """Hold a stage's layers for the leader; on every other rank.
-
-    Raises:
-        InputError: something is missing or damaged.
-        GangError: another rank has failed.
-    """
+    """Hold a stage's layers for the leader, on every other rank; errors as in `led_ranks`."""
     plan = plan_model(options)
     layers = stage_range(plan.config, gang.mesh, options.split)
     with gang.loading():
@@ -217,11 +149,7 @@ def serve_stage(gang: Gang, options: Options) -> None:
 
 
 def start_ranks(given: Sequence[str], options: Options) -> None:
-    """Run this command line once for each rank, on this machine, and wait for all of them.
-
-    Raises:
-        CommandFailed: a rank has failed.
-    """
+    """Run this command line once for each rank, on this machine, and wait for all; `CommandFailed` if one fails."""
     command = [sys.executable, "-m", "launch", *given]
     try:
         run_ranks(command, layout_of(options), threads=options.threads)
@@ -231,11 +159,7 @@ def start_ranks(given: Sequence[str], options: Options) -> None:
 
 @contextmanager
 def started_ranks(options: Options) -> Iterator[Gang]:
-    """Start all ranks but the leader on this machine, and join them as the leader.
-
-    Raises:
-        CommandFailed: a rank has failed.
-    """
+    """Start all ranks but the leader on this machine, and join them as the leader; `CommandFailed` if one fails."""
     # A rank that does not lead serves whatever is asked for; it needs a prompt on its command line all the same.
     served = replace(options, prompts=["-"], out=None, record=None, trace=None)
     command = [sys.executable, "-m", "launch", "generate", *arguments(served)]
