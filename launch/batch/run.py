@@ -16,7 +16,7 @@ from launch.backends import Backend, Job, make_videos
 from launch.backends.ray import on_ray, size_of
 from launch.batch.file import BatchItem, read_batch
 from launch.batch.folder import ChunkFiles, OutputFolder
-from launch.options import BatchOptions
+from launch.options import BatchOptions, parse_size
 from launch.output.display import BatchDisplay, Row, State, summary
 from models.errors import InputError
 from parallel.cluster.messages import Admitted, ChunkMade, Event, GangDown, GangLost, Progressed, VideoDone, VideoFailed
@@ -107,9 +107,8 @@ class _Batch:
 
     def _make(self, waiting: list[_Video], display: BatchDisplay) -> None:
         options, plans = self._options, [video.item.plan for video in waiting]
-        with on_ray(
-            plans, gangs=options.gangs, kv_bytes=options.kv_bytes, max_restarts=options.max_restarts
-        ) as backend:
+        kv_bytes = None if options.kv_memory is None else parse_size(options.kv_memory)
+        with on_ray(plans, gangs=options.gangs, kv_bytes=kv_bytes, max_restarts=options.max_restarts) as backend:
 
             def handle(event: Event) -> None:
                 self._handle(backend, event)

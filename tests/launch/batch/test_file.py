@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.launch.output.test_video import _noise
+from tests.launch.output.test_media import _noise
 
 from launch.batch.file import BatchItem, Problem, read_batch
 from launch.options import CacheName, Options, Precision

@@ -15,7 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from tests.launch.output.test_video import _noise
+from tests.launch.output.test_media import _noise
 
 from launch.batch.folder import RESULTS, ChunkFiles, OutputFolder, is_whole
 from launch.output.display import Row, State
