@@ -93,11 +93,7 @@ def reuse_settings(options: Options, *, num_steps: int, guided: bool) -> ReuseSe
 
 
 def kv_settings(options: Options) -> KVSettings:
-    """How much of the past is held, and how it is cut down.
-
-    Raises:
-        InputError: the options do not fit each other.
-    """
+    """How much of the past is held, and how it is cut down. Raises `InputError`: the options do not fit each other."""
     retention, queries = options.kv_retention, options.kv_queries
     if options.kv_budget is None and (retention is not None or queries is not None):
         name = "--kv-queries" if retention is None else "--kv-retention"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -96,7 +97,7 @@ def _memory(preset: Preset) -> int:
     """Bytes on one device for one video of the preset's size: weights, and keys and values."""
     config = preset.config()
     run = config.runtime_config
-    size = {"height": run.video_size_h, "width": run.video_size_w}
+    size: dict[str, Any] = {"height": run.video_size_h, "width": run.video_size_w}
     request = Request(prompt="-", chunks=2 * run.window_size, num_steps=run.num_steps, seed=0, **size)
     return preset.weight_bytes + _kv_bytes(config, request, KVSettings(), config.model_config.num_layers)
 

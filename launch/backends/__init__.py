@@ -34,11 +34,7 @@ class Backend(Protocol):
     """Makes videos."""
 
     def submit(self, job: Job) -> None:
-        """Queue a video.
-
-        Raises:
-            InputError: it can never be made here.
-        """
+        """Queue a video. Raises `InputError`: it can never be made here."""
 
     def cancel(self, video: str) -> None:
         """Make no more of a video; there are no more events of it."""

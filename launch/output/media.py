@@ -153,11 +153,7 @@ class VideoWriter:
         return self
 
     def write(self, frames: Frames) -> None:
-        """Encode frames, uint8 [F, height, width, 3].
-
-        Raises:
-            InputError: the disk is full or cannot be written.
-        """
+        """Encode frames, uint8 [F, height, width, 3]. Raises `InputError`: the disk is full or cannot be written."""
         with write_errors(self._path, kinds=_ERRORS):
             for pixels in np.asarray(frames):
                 frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(

@@ -147,16 +147,12 @@ class VideoSinks:
         writer.__exit__(None, None, None)
         plan = video.plan
         summary = Summary(
-            out=plan.out,
+            plan=plan,
             frames=video.frames,
-            fps=plan.model.config.runtime_config.fps,
-            height=plan.request.height,
-            width=plan.request.width,
             chunks=video.chunks,
             loading=self._ready - self._began,
             making=time.monotonic() - video.began,
             computed=done.computed,
-            cache_name=plan.options.cache,
             kv_bytes=done.kv_bytes,
             memory=peak_memory(),
             gpu_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
@@ -165,4 +161,4 @@ class VideoSinks:
         whole = f"{plan.out} is complete ({len(self._summaries)} of {len(self._videos)})"
         self._display.end(index, whole if self._several else "")
         if plan.record is not None and video.recorder is not None:
-            video.recorder.finish(record_settings(plan, summary)).save(plan.record)
+            video.recorder.finish(record_settings(summary)).save(plan.record)

@@ -6,11 +6,10 @@ import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from launch import __version__
-from launch.options import CacheName, Options
+from launch.options import Options
 from launch.plan import Plan
 from parallel.topology.split import stage_sizes
 from parallel.trace.counters import RankCounters
@@ -26,16 +25,12 @@ _TRANSFERS = {
 class Summary:
     """What was made and what it cost."""
 
-    out: Path
+    plan: Plan  # that it was made of; its `out` is the file
     frames: int  # frames in it
-    fps: int  # frames per second
-    height: int  # pixels
-    width: int  # pixels
     chunks: int  # chunks made
     loading: float  # seconds to load the model
     making: float  # seconds from the loaded model, or from the video's own start, to the finished file
     computed: float  # computed chunk-steps as a share of all
-    cache_name: CacheName  # preset of reuse
     kv_bytes: int  # size of the KV buffers; on ranks, of the leader's part
     memory: int  # peak of the process, bytes; on ranks, of the leader
     gpu_memory: int | None  # peak of tensors on the GPU, bytes; None without one
@@ -47,13 +42,14 @@ class Summary:
             f"{self.headline()}\n"
             f"made in {self.making:.1f} s, {self.making / self.chunks:.2f} s per chunk, "
             f"after {self.loading:.1f} s of loading\n"
-            f"{self.computed:.0%} of the steps computed ({self.cache_name}); {_memory(self)}"
+            f"{self.computed:.0%} of the steps computed ({self.plan.options.cache}); {_memory(self)}"
         )
 
     def headline(self) -> str:
         """What was made, in a line."""
-        size = f"{self.width}x{self.height}"
-        return f"{self.out}: {self.frames} frames of {size}, {self.frames / self.fps:.1f} s of video"
+        size = f"{self.plan.request.width}x{self.plan.request.height}"
+        seconds = self.frames / self.plan.model.config.runtime_config.fps
+        return f"{self.plan.out}: {self.frames} frames of {size}, {seconds:.1f} s of video"
 
 
 def summary_text(summaries: Sequence[Summary], *, making: float) -> str:
@@ -68,7 +64,7 @@ def summary_text(summaries: Sequence[Summary], *, making: float) -> str:
             *(one.headline() for one in summaries),
             f"{len(summaries)} videos made in {making:.1f} s, {making / chunks:.2f} s per chunk, "
             f"after {last.loading:.1f} s of loading",
-            f"{computed:.0%} of the steps computed ({last.cache_name}); {_memory(last)}",
+            f"{computed:.0%} of the steps computed ({last.plan.options.cache}); {_memory(last)}",
         ]
     )
 
@@ -104,8 +100,9 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # bytes there, kilobytes elsewhere
 
 
-def record_settings(plan: Plan, summary: Summary) -> dict[str, Any]:
+def record_settings(summary: Summary) -> dict[str, Any]:
     """Settings and totals of a finished run, as plain JSON values; docs/records.md lists them."""
+    plan = summary.plan
     request, options, config = plan.request, plan.options, plan.model.config
     return {
         "version": __version__,

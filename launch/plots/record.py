@@ -51,9 +51,7 @@ def reuse_figure(record: RunRecord) -> Figure:
     """
     schedule = record.schedule
     figure = Figure(figsize=(11, _map_height(schedule.chunks)), layout="constrained")
-    grid = figure.add_gridspec(1, 2, width_ratios=(6, 1))
-    axes = figure.add_subplot(grid[0])
-    side = figure.add_subplot(grid[1], sharey=axes)
+    axes, side = figure.subplots(1, 2, sharey=True, width_ratios=(6, 1))
     if schedule.chunks > _MANY:
         given = np.full((schedule.first, schedule.num_steps), NOT_ACTIVE, dtype=np.uint8)
         states = np.concatenate([given, record.decisions])
@@ -78,11 +76,8 @@ def reuse_figure(record: RunRecord) -> Figure:
     labelled = schedule.quantum_ticks * math.ceil(states.shape[1] / schedule.quantum_ticks / 12)
     axes.xaxis.set_major_locator(MultipleLocator(labelled))
     _computed_bars(side, record)
-    patches = [
-        Patch(facecolor=colour, edgecolor="#999999", label=name)
-        for state, (name, colour) in enumerate(_STATES.items())
-        if (states == state).any()
-    ]
+    shown = [item for state, item in enumerate(_STATES.items()) if (states == state).any()]
+    patches = [Patch(facecolor=colour, edgecolor="#999999", label=name) for name, colour in shown]
     figure.legend(handles=patches, loc="outside lower left", ncols=len(patches), frameon=False)
     _add_title(figure, f"Steps computed and reused: {record.computed_fraction:.0%} computed", record)
     return figure
@@ -190,16 +185,14 @@ def kv_figure(record: RunRecord) -> Figure:
     """The share of each past chunk that is held after each chunk's retirement; below, how full the buffer is."""
     schedule = record.schedule
     figure = Figure(figsize=(10, 1.6 + _map_height(schedule.chunks)), layout="constrained")
-    grid = figure.add_gridspec(2, 1, height_ratios=(max(2.2, _map_height(schedule.chunks) - 1.6), 1.2))
-    axes = figure.add_subplot(grid[0])
-    below = figure.add_subplot(grid[1], sharex=axes)
+    heights = (max(2.2, _map_height(schedule.chunks) - 1.6), 1.2)
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=heights)
     if schedule.chunks - schedule.first > 1:
         _draw_shares(figure, axes, record)
     else:
         axes.text(0.5, 0.5, "no chunk has left the window", transform=axes.transAxes, ha="center", color=GREY)
         axes.set_yticks([])
     axes.set_ylabel("past chunk")
-    axes.tick_params(labelbottom=False)
     at = np.arange(schedule.ticks + 1) / schedule.quantum_ticks
     fill = np.append(record.fill, record.fill[-1])
     below.fill_between(at, fill, step="post", color=COMPUTED, alpha=0.25, linewidth=0)
@@ -239,9 +232,9 @@ def _draw_shares(figure: Figure, axes: Axes, record: RunRecord) -> None:
     bar = figure.colorbar(image, ax=axes, label="share of the chunk's tokens that lives on", pad=0.01)
     bar.set_ticks([0.01, 0.1, 0.25, 0.5, 1.0])
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    gone = Patch(facecolor=_GONE, edgecolor="#999999", label="nothing is left")
-    later = Patch(facecolor="white", edgecolor="#999999", label="has not left the window yet")
-    axes.legend(handles=[gone, later], loc="lower left", frameon=False)
+    meanings = {"nothing is left": _GONE, "has not left the window yet": "white"}
+    patches = [Patch(facecolor=colour, edgecolor="#999999", label=name) for name, colour in meanings.items()]
+    axes.legend(handles=patches, loc="lower left", frameon=False)
 
 
 def _write_shares(axes: Axes, shares: np.ma.MaskedArray, start: float) -> None:

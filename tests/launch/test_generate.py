@@ -33,7 +33,7 @@ def _make(options: Options, **changes: object) -> Path:
 def test_a_video_is_as_long_as_asked(options: Options) -> None:
     summary = generate_video(options)
     frames = read_video(options.out, fps=24, height=64, width=64)
-    assert (summary.frames, summary.chunks, summary.fps) == (96, 4, 24)
+    assert (summary.frames, summary.chunks) == (96, 4)
     assert len(frames) == 32 and frames.float().std() > 5  # noise, not a blank screen
     assert summary.making > 0 and summary.loading > 0 and summary.memory > 100_000_000
     text = summary.text()

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.launch.output.test_media import _noise
 
 from launch.batch.file import BatchItem, Problem, read_batch
 from launch.options import CacheName, Options, Precision
 from launch.output.media import VideoWriter
 from models.errors import InputError
+from tests.launch.output.test_media import _noise
 
 CIRCLE = "a red circle moving right"
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from tests.launch.output.test_media import _noise
 
 from launch.batch.folder import RESULTS, ChunkFiles, OutputFolder, is_whole
 from launch.output.display import Row, State
 from launch.output.media import VideoWriter
 from models.errors import InputError
+from tests.launch.output.test_media import _noise
 
 NAME = "001-a-red-circle-0123456789ab.mp4"
 DIGEST = "0123456789ab"
