@@ -95,11 +95,7 @@ class _Golden:
 
 
 def check_file(path: Path, *, device: str = "cpu") -> Verdict:
-    """Run a golden file's case in this process and compare.
-
-    Raises:
-        InputError: the file cannot be read, or is no golden file.
-    """
+    """Run a golden file's case in this process and compare; an `InputError` if it cannot be read, or is none."""
     golden = _read(path, device)
     return _check(golden, _load_model(golden), _engine_here)
 
@@ -114,13 +110,9 @@ def check_on_gang(
 ) -> None:
     """Check golden files on all ranks: cases of generation run over the gang, the others on the leader.
 
-    Args:
-        gang: this rank's; every rank calls this with the same files.
-        files: golden files, their weights beside them.
-        split: layers of each stage, as in `stage_sizes`.
-        on_verdict: given each verdict, on the leader.
-        on_unreadable: given the error of each file that cannot be read, on the leader; the others are checked all the
-            same. Without it the first such file ends the gang.
+    Every rank calls this with the same files; `split` is as in `stage_sizes`. The leader is given each verdict, and the
+    error of each file that cannot be read; the others are checked all the same. Without `on_unreadable` the first such
+    file ends the gang.
 
     Raises:
         InputError: a file cannot be read, or the layout does not fit its model.

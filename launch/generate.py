@@ -35,9 +35,7 @@ TRACE_FILE = "trace.json"
 def generate(options: Options, arguments: Sequence[str]) -> str | None:
     """Make the videos, with progress on standard error: here, as a rank, with ranks that are started, or on Ray.
 
-    Args:
-        options: what was given.
-        arguments: the command line, for ranks that are started with it.
+    The `arguments` are those of the command line, for ranks that are started with it.
 
     Returns:
         What was made and what it cost; None if another process says so.
@@ -128,10 +126,8 @@ def make_with(backend: Backend, plans: Sequence[Plan], display: Display, began: 
     """
     tracer = backend.tracer if isinstance(backend, EngineBackend) else None
     recorders = [_recorder(plan, index, tracer) for index, plan in enumerate(plans)]
-    jobs = [
-        Job(video=str(index), plan=plan, recorder=recorder)
-        for index, (plan, recorder) in enumerate(zip(plans, recorders, strict=True))
-    ]
+    numbered = enumerate(zip(plans, recorders, strict=True))
+    jobs = [Job(video=str(index), plan=plan, recorder=recorder) for index, (plan, recorder) in numbered]
     with VideoSinks(plans, recorders, display, began) as sinks:
         make_videos(backend, jobs, sinks.handle)
     return sinks

@@ -52,11 +52,7 @@ class Backend(Protocol):
 
 
 def make_videos(backend: Backend, jobs: Iterable[Job], handle: Callable[[Event], None]) -> None:
-    """The loop of every command: submit the jobs, and handle what happens until all have ended.
-
-    Raises:
-        InputError: as in `Backend.run`.
-    """
+    """The loop of every command: submit the jobs, and handle what happens until all have ended; errors as in `run`."""
     for job in jobs:
         try:
             backend.submit(job)

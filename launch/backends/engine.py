@@ -32,10 +32,7 @@ from parallel.trace.tracer import Tracer
 class EngineBackend:
     """An engine's videos, `concurrency` of them at a time; the engine computes here or leads the ranks of a gang.
 
-    Args:
-        engine: that makes them.
-        concurrency: how many at a time.
-        tracer: takes marks of steps that are reused; None on a process without a trace.
+    The `tracer` takes marks of steps that are reused; it is None on a process without a trace.
     """
 
     def __init__(self, engine: Engine, concurrency: int, tracer: Tracer | None = None) -> None:
@@ -73,9 +70,8 @@ class EngineBackend:
             raise
 
     def _begin(self, job: Job) -> Admitted:
-        number = self._engine.submit(
-            job.plan.request, on_progress=partial(self._progressed, job.video), recorder=job.recorder
-        )
+        on_progress = partial(self._progressed, job.video)
+        number = self._engine.submit(job.plan.request, on_progress=on_progress, recorder=job.recorder)
         self._running[number] = job
         return Admitted(video=job.video, number=number, first=0)
 
@@ -85,12 +81,9 @@ class EngineBackend:
             yield self._news.popleft()
         for result in made:
             if result.video in self._running and result.chunk.frames is not None:  # else it was cancelled just now
-                yield ChunkMade(
-                    video=self._running[result.video].video,
-                    index=result.chunk.index,
-                    frames=result.chunk.frames.cpu().numpy(),
-                    latents=result.chunk.latents.cpu().numpy(),
-                )
+                chunk, video = result.chunk, self._running[result.video].video
+                frames, latents = result.chunk.frames.cpu().numpy(), chunk.latents.cpu().numpy()
+                yield ChunkMade(video=video, index=chunk.index, frames=frames, latents=latents)
         for number in [number for number in self._running if not self._engine.running(number)]:
             job = self._running.pop(number)
             last = self._last.pop(job.video)

@@ -102,21 +102,17 @@ def on_ray(
 
 
 def _task(plan: Plan) -> RankTask:
-    model = plan.model
+    model, options, loading = plan.model, plan.options, plan.model.loading
     source = MagiSource(
         config=model.config,
         weights=None if model.weights is None else model.weights.absolute(),
-        split=plan.options.split,
-        precise=model.loading.precise,
-        attention=model.loading.attention,
+        split=options.split,
+        precise=loading.precise,
+        attention=loading.attention,
     )
+    layout, timeouts = layout_of(options), Timeouts()
     return RankTask(
-        layout=layout_of(plan.options),
-        source=source,
-        reuse=model.reuse,
-        kv=model.kv,
-        timeouts=Timeouts(),
-        threads=plan.options.threads,
+        layout=layout, source=source, reuse=model.reuse, kv=model.kv, timeouts=timeouts, threads=options.threads
     )
 
 
@@ -153,7 +149,15 @@ def ray_cluster(*, cpus: int, address: str | None = None) -> Iterator[None]:
         if address:
             _join(address)
         else:
-            _start(cpus)
+            ray.init(
+                address="local",
+                num_cpus=max(cpus, os.cpu_count() or 1),
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _system_config=_SYSTEM,
+            )
         try:
             yield
         finally:
@@ -183,18 +187,6 @@ def _knock(address: str) -> None:
             raise TimeoutError(f"it takes connections, but has not answered within {_ANSWER:.0f} s") from None
         if answer[3:4] != b"\x04":  # every HTTP/2 server begins with its settings
             raise ConnectionError("what answers there is no Ray cluster")
-
-
-def _start(cpus: int) -> None:
-    ray.init(
-        address="local",
-        num_cpus=max(cpus, os.cpu_count() or 1),
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _system_config=_SYSTEM,
-    )
 
 
 @contextmanager

@@ -12,12 +12,8 @@ from models.errors import InputError
 def check_target(path: Path, *, suffix: str, what: str) -> None:
     """See that a file can be written there, by making and removing one in the same folder.
 
-    What processes that were killed have left unfinished in that folder is removed.
-
-    Args:
-        path: of the file.
-        suffix: what its name must end in.
-        what: it is, for people.
+    What processes that were killed have left unfinished in that folder is removed. The name must end in `suffix`;
+    `what` says what it is, for people.
 
     Raises:
         InputError: the name ends otherwise, the folder is missing or not writable, or the name is taken by something

@@ -189,13 +189,9 @@ class VideoWriter:
 
 
 class BackgroundWriter:
-    """Runs a `VideoWriter` on a thread of its own, with a short queue in front, as a context.
+    """Runs a `VideoWriter` on a thread of its own, as a context; at most `depth` blocks of frames wait for it.
 
     The thread alone touches the file: an interrupt reaches only the main thread, so it cannot hit the clean-up.
-
-    Args:
-        writer: opened, fed and ended on the thread.
-        depth: how many blocks of frames may wait; `write` blocks beyond that.
     """
 
     def __init__(self, writer: VideoWriter, *, depth: int = 2) -> None:
