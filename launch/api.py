@@ -24,13 +24,12 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from launch.backends import Backend, Job
-from launch.backends.engine import join_ranks, led_ranks, serve_stage, started_ranks, this_process
+from launch.backends import Backend, Job, join_ranks, led_ranks, serve_stage, started_ranks, this_process
 from launch.declare import from_values
 from launch.generate import make_with
 from launch.options import Options
 from launch.output.display import Display
-from launch.output.summary import Summary
+from launch.output.sinks import Summary
 from launch.plan import layout_of, plan_model, plan_requests, plan_videos
 from models.errors import InputError
 from parallel.cluster.messages import ChunkMade

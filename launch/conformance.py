@@ -24,7 +24,7 @@ from engine.prepare import Encoded
 from engine.record import Recorder
 from engine.request import Request
 from engine.reuse.settings import ReuseSettings
-from launch.backends.engine import join_ranks, start_ranks
+from launch.backends import join_ranks, start_ranks
 from launch.generate import needs_ranks
 from launch.options import Options
 from models.attention import Attention

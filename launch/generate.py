@@ -17,12 +17,20 @@ import torch
 from engine.files import atomic_write, write_errors
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
-from launch.backends import Backend, Job, make_videos
-from launch.backends.engine import EngineBackend, join_ranks, led_ranks, serve_stage, start_ranks, this_process
+from launch.backends import (
+    Backend,
+    EngineBackend,
+    Job,
+    join_ranks,
+    led_ranks,
+    make_videos,
+    serve_stage,
+    start_ranks,
+    this_process,
+)
 from launch.options import Launcher, Options
 from launch.output.display import Display
-from launch.output.sinks import VideoSinks
-from launch.output.summary import rank_line, summary_text
+from launch.output.sinks import VideoSinks, rank_line, summary_text
 from launch.plan import Plan, layout_of, plan_videos, together
 from models.errors import InputError
 from parallel.ranks.environment import RankEnv

@@ -21,10 +21,9 @@ from typing import BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.files import atomic_write, write_errors
+from engine.files import atomic_write, check_folder, write_errors
 from launch.batch.file import DIGEST_LENGTH
 from launch.output.display import Row, State
-from launch.output.files import check_folder
 from launch.output.media import VideoWriter
 from models.errors import InputError
 

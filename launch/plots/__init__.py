@@ -7,9 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from engine.files import atomic_write
+from engine.files import atomic_write, check_target
 from engine.record import RunRecord
-from launch.output.files import check_target
 from launch.plots.pipeline import PipelineTrace, pipeline_figure, pipeline_table
 from launch.plots.record import distance_figure, kv_figure, reuse_figure
 

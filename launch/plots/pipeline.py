@@ -133,10 +133,8 @@ class _Colours:
         """The legend; a colour that several videos or chunks share is named once."""
         word, count = "video" if self._by_video else "chunk", len(_COLOURS)
         shared = ", {}, ..." if len(self._numbers) > count else ""
-        return [
-            Patch(facecolor=_COLOURS[number % count], label=f"{word} {number}" + shared.format(number + count))
-            for number in self._numbers[:count]
-        ]
+        names = {number: f"{word} {number}" + shared.format(number + count) for number in self._numbers[:count]}
+        return [Patch(facecolor=_COLOURS[number % count], label=name) for number, name in names.items()]
 
 
 def _rows(axes: Axes, trace: PipelineTrace, colours: _Colours, span: tuple[float, float]) -> None:

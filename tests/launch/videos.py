@@ -7,11 +7,11 @@ import time
 import torch
 from rich.console import Console
 
-from launch.backends.engine import this_process
+from launch.backends import this_process
 from launch.generate import make_with
 from launch.options import Options
 from launch.output.display import Display
-from launch.output.summary import Summary
+from launch.output.sinks import Summary
 from launch.plan import plan_videos
 
 

@@ -12,7 +12,7 @@ from engine.kv.size import KVSettings
 from engine.reuse.memory import KINDS
 from engine.reuse.settings import ReuseSettings
 from launch.options import CacheName, Options, ReuseKind, TokenUnit
-from launch.reuse_presets import kv_settings, reuse_preset, reuse_settings
+from launch.plan import kv_settings, reuse_preset, reuse_settings
 from models.errors import InputError
 from models.magi.presets import PRESETS
 
