@@ -82,15 +82,10 @@ A run with [cyan]--cache none[/cyan] shows the model as it is; with reuse, what 
 Prints a table as well: the share of the time that each rank was busy, and what it waited for otherwise.""",
 }
 
-_RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN_DIR", help="A folder that [cyan]flowcache generate --record[/cyan] wrote.")
-]
-_PlotOut = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE.png", help="The picture to write; an older one is replaced. By default it goes into RUN_DIR."
-    ),
-]
+_RUN_DIR = typer.Argument(metavar="RUN_DIR", help="A folder that [cyan]flowcache generate --record[/cyan] wrote.")
+_PICTURE = typer.Option(
+    metavar="FILE.png", help="The picture to write; an older one is replaced. By default it goes into RUN_DIR."
+)
 
 app = typer.Typer(
     name="flowcache",
@@ -113,7 +108,7 @@ plots = typer.Typer(
 class _Call:
     """What a command is told beside its options."""
 
-    arguments: tuple[str, ...]  # the whole command line, for ranks that are started with it
+    arguments: Sequence[str]  # the whole command line, for ranks that are started with it
     imported: Callable[[], None]  # to be called once all is imported; a signal then unwinds what the command does
 
 
@@ -181,7 +176,9 @@ app.add_typer(plots, name="plot")
 
 
 def _plot_command(kind: str) -> Callable[..., None]:
-    def draw(context: typer.Context, run_dir: _RunFolder, out: _PlotOut = None) -> None:
+    def draw(
+        context: typer.Context, run_dir: Annotated[Path, _RUN_DIR], out: Annotated[Path | None, _PICTURE] = None
+    ) -> None:
         from launch.plots import plot
 
         context.obj.imported()
@@ -217,7 +214,7 @@ def run(arguments: Sequence[str], imported: Callable[[], None] = lambda: None) -
     env = None
     try:
         env = RankEnv.from_environment()
-        call = _Call(arguments=tuple(arguments), imported=imported)
+        call = _Call(arguments=arguments, imported=imported)
         # Typer turns an interrupt into a status by itself.
         status = app(args=list(arguments), prog_name="flowcache", standalone_mode=False, obj=call) or 0
     except (InputError, typer.TyperException) as error:

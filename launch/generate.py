@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -34,6 +33,7 @@ from launch.output.sinks import VideoSinks, rank_line, summary_text
 from launch.plan import Plan, layout_of, plan_videos, together
 from models.errors import InputError
 from parallel.ranks.environment import RankEnv
+from parallel.ranks.gang import Gang
 from parallel.trace.tracer import Tracer
 
 TRACE_FILE = "trace.json"
@@ -78,8 +78,7 @@ def needs_ranks(options: Options) -> bool:
 def _make_here(options: Options) -> str:
     """Make the videos in this process."""
     plans = plan_videos(options)
-    with Display() as display:
-        text = _make(this_process(plans[0].model, together(options)), plans, display)
+    text = _make(this_process(plans[0].model, together(options)), plans)
     if options.record is not None:
         with write_errors(options.record):
             (options.record / TRACE_FILE).unlink(missing_ok=True)  # of an earlier run, on ranks
@@ -93,8 +92,7 @@ def _make_on_ray(options: Options) -> str:
     if options.record is not None or options.trace is not None:
         raise InputError("--record and --trace do not work with --launcher ray: leave it out, or use torchrun")
     plans = plan_videos(options)
-    with Display() as display:
-        return _make(on_ray(plans), plans, display)
+    return _make(on_ray(plans), plans)
 
 
 def _as_rank(options: Options, env: RankEnv) -> str | None:
@@ -105,23 +103,33 @@ def _as_rank(options: Options, env: RankEnv) -> str | None:
             serve_stage(gang, options)
             return None
         plans = plan_videos(options)
-        with Display() as display:
-            text = _make(led_ranks(gang, plans[0].model, options, together(options)), plans, display)
-            if files := list(_trace_files(options)):
-                gang.write_trace(files[0])
-                for path in files[1:]:
-                    with atomic_write(path) as copy:
-                        copy.write(files[0].read_bytes())
+        text = _make(led_ranks(gang, plans[0].model, options, together(options)), plans)
+        _write_trace(gang, options)
         return text
 
 
-def _make(backend: AbstractContextManager[Backend], plans: Sequence[Plan], display: Display) -> str:
+def _write_trace(gang: Gang, options: Options) -> None:
+    """Write the trace of all ranks to wherever it is wanted."""
+    files = [] if options.trace is None else [options.trace]
+    if options.record is not None:
+        with write_errors(options.record):
+            options.record.mkdir(parents=True, exist_ok=True)
+        files.insert(0, options.record / TRACE_FILE)
+    for path in files[:1]:
+        gang.write_trace(path)
+    for path in files[1:]:
+        with atomic_write(path) as copy:
+            copy.write(files[0].read_bytes())
+
+
+def _make(backend: AbstractContextManager[Backend], plans: Sequence[Plan]) -> str:
     """Open a backend and make the videos with it; says what was made and what it cost."""
     began, options, ranks = time.monotonic(), plans[0].options, layout_of(plans[0].options).world_size
     on = f" on {ranks} ranks (pp {options.pp} x cp {options.cp})" if ranks > 1 else ""
-    display.phase(f"loading {plans[0].model.name}{on}")
-    with backend as opened:
-        made = make_with(opened, plans, display, began)
+    with Display() as display:
+        display.phase(f"loading {plans[0].model.name}{on}")
+        with backend as opened:
+            made = make_with(opened, plans, display, began)
     counters = opened.counters if isinstance(opened, EngineBackend) else ()
     line = rank_line(options, counters) if counters else None
     return summary_text([replace(one, ranks=line) for one in made.summaries], making=made.making)
@@ -158,16 +166,6 @@ class _MarkingRecorder(Recorder):
         super().decided(seen, decision)
         if decision is not Decision.COMPUTE:
             self._tracer.mark("reuse", request=self._video, tick=seen.tick, chunk=seen.chunk, step=seen.step)
-
-
-def _trace_files(options: Options) -> Iterator[Path]:
-    """Where the trace goes; the first is written, and the others are copies."""
-    if options.record is not None:
-        with write_errors(options.record):
-            options.record.mkdir(parents=True, exist_ok=True)
-        yield options.record / TRACE_FILE
-    if options.trace is not None:
-        yield options.trace
 
 
 @contextmanager
