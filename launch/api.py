@@ -36,7 +36,7 @@ from parallel.cluster.messages import ChunkMade
 from parallel.ranks.environment import RankEnv
 
 _OF_VIDEO = ("seconds", "chunks", "seed", "height", "width", "steps", "image", "video")
-_OF_COMMAND = ("prompts", "out", "record", "trace", "launcher", "concurrency")
+_OF_COMMAND = ("prompts", "out", "record", "trace", "launcher")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -63,9 +63,8 @@ def load(model: str | None = None, **options: Any) -> VideoEngine:
     Raises:
         InputError: something given cannot be used.
     """
-    given = {name: value for name, value in options.items() if name != "concurrency"}
-    _check_names(given, (*_OF_VIDEO, *_OF_COMMAND), "load")
-    base = from_values(Options, model=model, concurrency=options.get("concurrency"), **given)
+    _check_names(options, (*_OF_VIDEO, *_OF_COMMAND), "load")
+    base = from_values(Options, model=model, **options)
     if base.threads is not None:
         torch.set_num_threads(base.threads)
     return VideoEngine(base)

@@ -146,9 +146,8 @@ class VideoWriter:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            file = stack.enter_context(atomic_write(self._path))
-            stack.enter_context(self._encoding(file))
+        with self._stack as stack:
+            stack.enter_context(self._encoding(stack.enter_context(atomic_write(self._path))))
             self._stack = stack.pop_all()
         return self
 
