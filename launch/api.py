@@ -55,13 +55,8 @@ def load(model: str | None = None, **options: Any) -> VideoEngine:
     With `pp` or `cp` above 1 the other ranks are started on this machine and end with the engine. Under torchrun every
     rank runs the script: rank 0 goes on with it, and the others serve in here until the engine is closed, and then end.
 
-    Args:
-        model: name of a preset; None for magi-pocket, or for `config`.
-        options: of reuse, memory, ranks, model files and computing, by the names of the command line; `concurrency`
-            too. See `VideoEngine` for those of a video.
-
-    Raises:
-        InputError: something given cannot be used.
+    `model` names a preset; None is magi-pocket, or for `config`. The options are those of reuse, memory, ranks, model
+    files and computing; see `VideoEngine` for those of a video. An `InputError` says what cannot be used.
     """
     _check_names(options, (*_OF_VIDEO, *_OF_COMMAND), "load")
     base = from_values(Options, model=model, **options)
@@ -91,8 +86,7 @@ class VideoEngine:
     def generate_many(self, prompts: Sequence[str], **video: Any) -> Iterator[Chunk]:
         """Make a video of each prompt, `concurrency` of them at a time; the n-th has the seed plus n.
 
-        Yields:
-            Chunks as they are finished, those of one video in order.
+        Yields chunks as they are finished, those of one video in order.
         """
         plans = plan_requests(self._video_options(prompts, video), [Path()] * len(prompts))
         return self._chunks([Job(video=str(index), plan=plan) for index, plan in enumerate(plans)])
@@ -100,16 +94,9 @@ class VideoEngine:
     def save(
         self, prompts: str | Sequence[str], out: Path | str, *, record: Path | str | None = None, **video: Any
     ) -> list[Summary]:
-        """Make videos into files, as `flowcache generate` does.
+        """Make videos into files, as `flowcache generate` does; returns what each video cost.
 
-        Args:
-            prompts: one, or several.
-            out: the .mp4 file, or the folder of several.
-            record: folder for records of the runs.
-            video: options of a video.
-
-        Returns:
-            What was made and what it cost, for each video.
+        `out` is the .mp4 file of one prompt, or the folder of several; `record` is a folder for records of the runs.
         """
         options = self._video_options([prompts] if isinstance(prompts, str) else prompts, video)
         files: dict[str, Any] = {"out": Path(out), "record": None if record is None else Path(record)}

@@ -1,7 +1,7 @@
 """From options to plans: everything that can be checked is checked here, before a weight is read.
 
 It knows options, files, and what `--cache` and `--kv-budget` stand for with each model; how a video is denoised is
-the engine's business.
+the engine's business. What cannot be used is an `InputError` with one line that says what to do.
 """
 
 from __future__ import annotations
@@ -74,11 +74,7 @@ def at_a_time(options: Options, videos: int) -> int:
 
 
 def plan_model(options: Options) -> ModelPlan:
-    """Which model to load, and how to use it; what was given of a video is not looked at.
-
-    Raises:
-        InputError: there is no such model, it has no weights, or it cannot be used as asked.
-    """
+    """Which model to load, and how to use it; what was given of a video is not looked at."""
     if options.config is not None and options.model is not None:
         raise InputError("--model and --config both name a model: give one of them")
     if options.config is not None:
@@ -104,9 +100,6 @@ def plan_videos(options: Options) -> list[Plan]:
 
     One prompt's video goes to the file `out`. Of several, the n-th has the seed plus n, a file in the folder `out`, and
     a record in a sub-folder of its own; what it starts from, if anything, is the same for all.
-
-    Raises:
-        InputError: something cannot be used.
     """
     prompts = options.prompts
     if options.record is not None:
@@ -150,9 +143,6 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
     """Check the options of one video, of the first prompt, and read the picture or the clip that it starts from.
 
     There must be memory for `at_a_time` such videos. The file `out` is not looked at.
-
-    Raises:
-        InputError: something cannot be used.
     """
     if options.image is not None and options.video is not None:
         raise InputError("--image and --video both say what to start from: give one of them")
@@ -288,11 +278,7 @@ def reuse_preset(name: CacheName, model: str | None) -> ReuseSettings:
 
 
 def reuse_settings(options: Options, *, num_steps: int, guided: bool) -> ReuseSettings:
-    """The preset that was asked for, with what was given on top of it; a model with guidance has no copy pass.
-
-    Raises:
-        InputError: the options do not fit each other or the model.
-    """
+    """The preset that was asked for, with what was given on top of it; a model with guidance has no copy pass."""
     names = [
         "--" + name.replace("_", "-")
         for name in ("cache_threshold", "cache_warmup", "reuse", "extrapolate_from")
@@ -319,7 +305,7 @@ def reuse_settings(options: Options, *, num_steps: int, guided: bool) -> ReuseSe
 
 
 def kv_settings(options: Options) -> KVSettings:
-    """How much of the past is held, and how it is cut down. Raises `InputError`: the options do not fit each other."""
+    """How much of the past is held, and how it is cut down. An `InputError` says which options do not fit."""
     retention, queries = options.kv_retention, options.kv_queries
     if options.kv_budget is None and (retention is not None or queries is not None):
         name = "--kv-queries" if retention is None else "--kv-retention"

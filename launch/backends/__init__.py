@@ -51,20 +51,16 @@ class Backend(Protocol):
     """Makes videos."""
 
     def submit(self, job: Job) -> None:
-        """Queue a video. Raises `InputError`: it can never be made here."""
+        """Queue a video; `InputError` if it can never be made here."""
 
     def cancel(self, video: str) -> None:
         """Make no more of a video; there are no more events of it."""
 
     def run(self) -> Iterator[Event]:
-        """Make what was submitted.
+        """Make what was submitted, and yield what happens; `InputError` if the model cannot make it.
 
-        Yields:
-            What happens; the first event of a backend that is ready is `GangReady`. A chunk counts as stored when the
-            next event is asked for.
-
-        Raises:
-            InputError: a model cannot make what is asked for.
+        The first event of a backend that is ready is `GangReady`. A chunk counts as stored when the next event is asked
+        for.
         """
 
 

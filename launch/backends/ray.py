@@ -73,14 +73,9 @@ class RayBackend:
 def on_ray(
     plans: Sequence[Plan], *, gangs: int = 1, kv_bytes: int | None = None, max_restarts: int = 20
 ) -> Iterator[RayBackend]:
-    """Join or start a cluster, and start gangs on it.
+    """Join or start a cluster, and start gangs on it, no more than there are videos. All plans have one model.
 
-    Args:
-        plans: of all videos that will be submitted; they have one model.
-        gangs: how many to start, at most; no more than there are videos.
-        kv_bytes: of each rank for keys and values; None is enough for as many of the largest video as are made at a
-            time.
-        max_restarts: of all gangs together.
+    A rank has `kv_bytes` for keys and values; None is enough for as many of the largest video as are made at a time.
 
     Raises:
         InputError: there is no cluster, it is too small, or the memory is too small for a video.
@@ -134,12 +129,9 @@ def _gang_size(plans: Sequence[Plan], kv_bytes: int | None) -> GangSize:
 
 @contextmanager
 def ray_cluster(*, cpus: int, address: str | None = None) -> Iterator[None]:
-    """Join or start a cluster.
+    """Join the cluster at the address, or at `RAY_ADDRESS`, which is set within a Ray job; without either start one.
 
-    Args:
-        cpus: that the ranks ask for; a cluster that is started here has so many to give, whatever the machine has.
-        address: of a cluster; by default what `RAY_ADDRESS` says, which is set within a Ray job. Without either one
-            is started here, and it ends with this process.
+    A cluster that is started here ends with this process, and has `cpus` to give, whatever the machine has.
 
     Raises:
         InputError: there is no cluster at the address, which is known within 15 seconds.

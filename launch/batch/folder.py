@@ -32,22 +32,14 @@ _VIDEO = re.compile(rf"\d{{3,}}-[a-z0-9-]+-([0-9a-f]{{{DIGEST_LENGTH}}})\.mp4")
 
 
 class OutputFolder:
-    """The folder while a batch is made, as a context. Only one batch at a time can have it.
-
-    Args:
-        folder: made if it is missing.
-    """
+    """The folder while a batch is made, as a context; made if it is missing. Only one batch at a time can have it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._done: dict[str, Path] = {}
 
     def __enter__(self) -> Self:
-        """Take the folder: look what is there; what killed processes have left unfinished is removed.
-
-        Raises:
-            InputError: it cannot be written, or another batch has it.
-        """
+        """Take the folder, unless another batch has it; what killed processes have left unfinished is removed."""
         check_folder(self._folder)
         with write_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)

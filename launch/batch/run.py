@@ -26,11 +26,7 @@ from parallel.health.errors import BAD_INPUT, FAILED, OK
 def run_batch(options: BatchOptions, *, say: Callable[[str], None]) -> int:
     """Make the videos of a batch file, with progress on standard error and lines for people to `say`.
 
-    Returns:
-        The exit status: 0 if all videos are there, 1 if some are not.
-
-    Raises:
-        InputError: nothing can be made with what was given.
+    The exit status is 0 if all videos are there, 1 if some are not. An `InputError` says why none can be made.
     """
     began = time.monotonic()
     with OutputFolder(options.out) as folder:

@@ -79,11 +79,7 @@ def steps_done(progress: Progress) -> int:
 
 
 class Display(_Screen):
-    """Where progress is shown, as a context.
-
-    Args:
-        console: a terminal gets bars that are redrawn in place, one for each video in flight; anything else gets lines.
-    """
+    """Where progress is shown, as a context: a terminal gets a bar for each video in flight, anything else gets lines."""
 
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console(stderr=True)
@@ -184,12 +180,10 @@ class Row:
 
 
 class BatchDisplay(_Screen):
-    """Where a batch is shown, as a context.
+    """Where a batch is shown, as a context; `now` is a clock in seconds.
 
-    Args:
-        console: a terminal gets a table that is redrawn in place and is gone at the end; anything else gets a line
-            whenever a video begins, restarts or ends, and one for all of them now and then.
-        now: a clock in seconds.
+    A terminal gets a table that is redrawn in place and is gone at the end; anything else gets a line whenever a video
+    begins, restarts or ends, and one for all of them now and then.
     """
 
     def __init__(self, console: Console | None = None, now: Callable[[], float] = time.monotonic) -> None:

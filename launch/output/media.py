@@ -42,11 +42,7 @@ _TURNS = {90: ("transpose", "cclock"), 180: ("rotate", "PI"), 270: ("transpose",
 def read_image(path: Path, *, height: int, width: int) -> Tensor:
     """Read an image (or the first frame of a video), stretched to the size, bicubic (specification part 3).
 
-    Returns:
-        uint8 [1, height, width, 3].
-
-    Raises:
-        InputError: the file cannot be read or decoded.
+    Returns uint8 [1, height, width, 3]; an `InputError` says why the file cannot be read or decoded.
     """
     return _read(path, "image", fps=None, height=height, width=width, limit=1)
 
@@ -133,12 +129,9 @@ def _pull(graph: Graph) -> Iterator[VideoFrame]:
 
 
 class VideoWriter:
-    """An H.264 video in an MP4 file, as a context: the file appears when the context ends well.
+    """An H.264 video in an MP4 file, as a context: the file appears at `path` when the context ends well.
 
-    Args:
-        path: where the finished file appears.
-        fps: frames per second.
-        height, width: of every frame, even numbers.
+    It has `fps` frames per second of even height and width.
     """
 
     def __init__(self, path: Path, *, fps: int, height: int, width: int) -> None:
@@ -152,7 +145,7 @@ class VideoWriter:
         return self
 
     def write(self, frames: Frames) -> None:
-        """Encode frames, uint8 [F, height, width, 3]. Raises `InputError`: the disk is full or cannot be written."""
+        """Encode frames, uint8 [F, height, width, 3]. An `InputError` says that the disk is full or cannot be written."""
         with write_errors(self._path, kinds=_ERRORS):
             for pixels in np.asarray(frames):
                 frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
@@ -203,11 +196,7 @@ class BackgroundWriter:
         return self
 
     def write(self, frames: Frames) -> None:
-        """Hand frames over, uint8 [F, height, width, 3].
-
-        Raises:
-            InputError: the thread could not write; said at the next call after it happened.
-        """
+        """Hand frames over, uint8 [F, height, width, 3]; an `InputError` says that earlier ones could not be written."""
         self._waiting.append(self._pool.submit(self._writer.write, frames))
         while self._waiting and (self._waiting[0].done() or len(self._waiting) > self._depth + 1):
             self._waiting.popleft().result()

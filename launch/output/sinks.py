@@ -161,11 +161,8 @@ class _Video:
 class VideoSinks:
     """All videos of a command, as a context: after an error, those that are not complete leave nothing behind.
 
-    Args:
-        plans: of the videos, in order; events call them by their place, "0" for the first.
-        recorders: of their runs; None where no record is wanted.
-        display: where progress is shown.
-        began: when loading began, by the monotonic clock.
+    Events call the videos by the place of their plan, "0" for the first. A recorder is None where no record is wanted.
+    Loading began at `began`, by the monotonic clock.
     """
 
     def __init__(
@@ -209,12 +206,7 @@ class VideoSinks:
         return [self._summaries[index] for index in sorted(self._summaries)]
 
     def handle(self, event: Event) -> None:
-        """Put what an event brings where it belongs.
-
-        Raises:
-            InputError: a file cannot be written.
-            CommandFailed: a video failed.
-        """
+        """Put what an event brings where it belongs; `InputError` if a file cannot be written."""
         match event:
             case GangReady() if self._ready is None:
                 self._ready = time.monotonic()

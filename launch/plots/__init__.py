@@ -16,12 +16,7 @@ PLOTS: dict[str, Callable[[RunRecord], Figure]] = {"reuse": reuse_figure, "dista
 
 
 def plot(kind: str, folder: Path, out: Path) -> str:
-    """Draw a plot of a run to a PNG file, which appears when it is complete.
-
-    Args:
-        kind: one of `PLOTS`, or `pipeline` for what each rank did when.
-        folder: of the run's record; for `pipeline`, of its trace.
-        out: the file.
+    """Draw a plot of a run's record to the PNG file `out`; `kind` is one of `PLOTS`, or `pipeline`, drawn of a trace.
 
     Returns:
         The file; for `pipeline`, also a table of where each rank's time went.

@@ -41,7 +41,7 @@ class PipelineTrace:
 
     @classmethod
     def load(cls, folder: Path) -> PipelineTrace:
-        """Read `trace.json` of a record's folder. Raises `InputError`: there is none, or it is damaged."""
+        """Read `trace.json` of a record's folder. An `InputError` says that there is none, or that it is damaged."""
         path = folder / "trace.json"
         try:
             events = json.loads(path.read_text())["traceEvents"]
