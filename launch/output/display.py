@@ -79,7 +79,7 @@ def steps_done(progress: Progress) -> int:
 
 
 class Display(_Screen):
-    """Where progress is shown, as a context: a terminal gets a bar for each video in flight, anything else gets lines."""
+    """Where progress is shown, as a context: a bar for each video in flight in a terminal, else lines."""
 
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console(stderr=True)

@@ -145,7 +145,7 @@ class VideoWriter:
         return self
 
     def write(self, frames: Frames) -> None:
-        """Encode frames, uint8 [F, height, width, 3]. An `InputError` says that the disk is full or cannot be written."""
+        """Encode frames, uint8 [F, height, width, 3]. `InputError` if the disk is full or cannot be written."""
         with write_errors(self._path, kinds=_ERRORS):
             for pixels in np.asarray(frames):
                 frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
@@ -196,7 +196,7 @@ class BackgroundWriter:
         return self
 
     def write(self, frames: Frames) -> None:
-        """Hand frames over, uint8 [F, height, width, 3]; an `InputError` says that earlier ones could not be written."""
+        """Hand frames over, uint8 [F, height, width, 3]; an `InputError` says that earlier ones were not written."""
         self._waiting.append(self._pool.submit(self._writer.write, frames))
         while self._waiting and (self._waiting[0].done() or len(self._waiting) > self._depth + 1):
             self._waiting.popleft().result()
