@@ -129,7 +129,7 @@ class EngineBackend:
         for result in made:
             if result.video in self._running and result.chunk.frames is not None:  # else it was cancelled just now
                 chunk, video = result.chunk, self._running[result.video].video
-                frames, latents = result.chunk.frames.cpu().numpy(), chunk.latents.cpu().numpy()
+                frames, latents = result.chunk.frames.numpy(), chunk.latents.numpy()
                 yield ChunkMade(video=video, index=chunk.index, frames=frames, latents=latents)
         for number in [number for number in self._running if not self._engine.running(number)]:
             job = self._running.pop(number)
@@ -138,17 +138,7 @@ class EngineBackend:
 
     def _progressed(self, video: str, progress: Progress) -> None:
         self._last[video] = progress
-        self._news.append(
-            Progressed(
-                video=video,
-                done=progress.chunks_done,
-                chunks=progress.chunks,
-                share=progress.tick / progress.ticks,
-                computed=progress.computed_fraction,
-                kv_bytes=progress.kv_bytes,
-                progress=progress,
-            )
-        )
+        self._news.append(Progressed.of(video, progress))
 
 
 @contextmanager
