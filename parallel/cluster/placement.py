@@ -6,7 +6,10 @@ different machines. A gang that fits on one node is kept there.
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +20,7 @@ from ray.util.placement_group import (
     placement_group_table,
     remove_placement_group,
 )
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from models.errors import InputError
 from parallel.topology.mesh import Layout
@@ -66,6 +69,23 @@ def threads_per_rank(cores: int, devices: int, ranks: int) -> int:
         ranks: that may be there.
     """
     return max(1, cores // max(1, min(ranks, devices)))
+
+
+def kill_process(pid: int, node: str) -> None:
+    """End a process of a node for certain, also one that is stopped and does not listen to Ray.
+
+    It stands in this file because the other node has to import it: that takes no torch.
+    """
+    if node == ray.get_runtime_context().get_node_id():
+        _kill(pid)
+        return
+    where = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    ray.remote(_kill).options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote(pid)
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def cluster_has_gpus() -> bool:

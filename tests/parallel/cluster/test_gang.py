@@ -22,7 +22,7 @@ class Ranks:
     """Two ranks: how they have ended, what they were sent, and what their heartbeats tell."""
 
     def __init__(self):
-        self.ends, self.found, self.sent, self.heartbeats = {}, None, [], {}
+        self.ends, self.found, self.sent, self.heartbeats, self.killed = {}, None, [], {}, []
 
     def poll(self):
         return self.found
@@ -45,9 +45,9 @@ def gang(monkeypatch, ranks):
         wait=wait,
         get=lambda run, timeout: ranks.ends[run],
         kill=lambda actor, no_restart: None,
-        get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "here"),
     )
     monkeypatch.setattr(gang_module, "ray", fake)
+    monkeypatch.setattr(gang_module, "kill_process", lambda pid, node: ranks.killed.append(pid))
     monkeypatch.setattr(gang_module, "Placement", lambda shape, strategy: SimpleNamespace(remove=lambda: None))
     made = Gang("gang-0", settings(), "PACK", None)
     place = SimpleNamespace(node="here")
@@ -61,7 +61,7 @@ def gang(monkeypatch, ranks):
 
 @pytest.mark.parametrize("how", ["heartbeats", "end"])
 def test_events_that_come_with_a_failure_are_not_lost(gang, ranks, how):
-    gang._ranks[0].inbox += [RankStarted(pid=2**22 + 1), [GangReady()], [CHUNK]]
+    gang._ranks[0].inbox += [RankStarted(pid=11), [GangReady()], [CHUNK]]
     if how == "heartbeats":
         ranks.found = Diagnosis(message="rank 1 has given no heartbeat")
     else:
@@ -71,7 +71,8 @@ def test_events_that_come_with_a_failure_are_not_lost(gang, ranks, how):
     assert ranks.sent == [ChunksReceived(count=1)]
     with pytest.raises(GangBroken, match="rank 1 has given no heartbeat"):
         gang.poll()
-    gang._ranks[0].pid = None
+    gang.stop()
+    assert ranks.killed == [11]
 
 
 def test_a_failure_without_events_is_raised_at_once(gang, ranks):
