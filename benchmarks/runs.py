@@ -39,7 +39,7 @@ from engine.request import Request
 from engine.reuse.policy import ChunkPolicy, Decision, Observation
 from engine.reuse.settings import ReuseSettings
 from engine.video import Work, WorkItem
-from launch.reuse_presets import CacheName, reuse_preset
+from launch.plan import CacheName, reuse_preset
 from models.attention import Attention
 from models.errors import InputError
 from models.magi.model import MagiModel

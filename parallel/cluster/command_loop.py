@@ -201,15 +201,7 @@ class CommandLoop:
             return
         self._post(
             QuantumDone(video=name, quantum=progress.tick // ticks - 1),
-            Progressed(
-                video=name,
-                done=progress.chunks_done,
-                chunks=progress.chunks,
-                share=progress.tick / progress.ticks,
-                computed=progress.computed_fraction,
-                kv_bytes=progress.kv_bytes,
-                progress=progress,
-            ),
+            Progressed.of(name, progress),
             urgent=len(self._videos) > 1,  # else nobody waits for the quantum's slots
         )
 

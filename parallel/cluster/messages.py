@@ -133,6 +133,19 @@ class Progressed:
     progress: Progress  # the same, as the engine reports it
     gang: str = ""  # its name; the controller fills it in
 
+    @classmethod
+    def of(cls, video: str, progress: Progress) -> Progressed:
+        """What the engine reports of a video."""
+        return cls(
+            video=video,
+            done=progress.chunks_done,
+            chunks=progress.chunks,
+            share=progress.tick / progress.ticks,
+            computed=progress.computed_fraction,
+            kv_bytes=progress.kv_bytes,
+            progress=progress,
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ChunkMade:
