@@ -33,7 +33,7 @@ from benchmarks.workload import Made, TimedCall, Timing, Workload, digest
 from engine.engine import Engine
 from engine.executor import LocalRunner
 from engine.files import atomic_write
-from engine.heap import settle_heap
+from engine.host_memory import settle_heap
 from engine.record import Recorder, RunRecord
 from engine.request import Request
 from engine.reuse.policy import ChunkPolicy, Decision, Observation
@@ -213,7 +213,7 @@ def _make_on_gang(gang: Gang, workload: Workload, pipeline: MagiPipeline, hop: f
         latents=tuple(tuple(digest(one) for one in latents) for latents, _ in made),
         first_chunk=made[0][1],
         decisions=_decisions(recorders),
-        ranks=tuple(asdict(one) for one in counters.ranks),
+        ranks=tuple(asdict(one) for one in counters),
         hop=hop,
     )
 

@@ -33,18 +33,13 @@ def publish(part: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, what: str = "") -> Iterator[BinaryIO]:
+def atomic_write(path: Path, what: str = "", advice: str = "") -> Iterator[BinaryIO]:
     """A binary file that appears under `path` when the context ends well, and leaves nothing behind otherwise.
 
-    Args:
-        path: of the file; an older one is replaced.
-        what: it is, for the message of an error, such as "the record".
-
-    Raises:
-        InputError: it cannot be written.
+    An older file is replaced. If it cannot be written, an InputError names it, `what` it is and what to do.
     """
     part = part_of(path)
-    with write_errors(path, what):
+    with write_errors(path, what, advice=advice):
         try:
             with part.open("wb") as file:
                 yield file
@@ -55,14 +50,10 @@ def atomic_write(path: Path, what: str = "") -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def write_errors(path: Path, what: str = "", kinds: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn errors of the system into one line about the file.
-
-    Args:
-        path: that is written.
-        what: it is, for people.
-        kinds: errors of libraries to treat likewise.
-    """
+def write_errors(
+    path: Path, what: str = "", kinds: tuple[type[Exception], ...] = (), advice: str = ""
+) -> Iterator[None]:
+    """Turn errors of the system, and `kinds` of libraries, into one line about the file and what it is."""
     expected: tuple[type[Exception], ...] = (OSError, *kinds)
     try:
         yield
@@ -71,7 +62,7 @@ def write_errors(path: Path, what: str = "", kinds: tuple[type[Exception], ...] 
             reason = "no space left there (the unfinished file was removed)"
         else:
             reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot write {what + ' ' if what else ''}{path}: {reason}") from None
+        raise InputError(f"cannot write {what + ' ' if what else ''}{path}: {reason}{advice}") from None
 
 
 def check_target(path: Path, *, suffix: str, what: str) -> None:
@@ -133,10 +124,10 @@ def remove_stale_parts(folder: Path) -> None:
 def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
+    except PermissionError:
+        pass
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:
-        return True
     return True
 
 

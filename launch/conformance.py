@@ -17,12 +17,11 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.engine import Engine
+from engine.engine import Engine, Submission
 from engine.kv.selection import Granularity, SelectionSettings, select
-from engine.noise import GivenNoise
 from engine.prepare import Encoded
 from engine.record import Recorder
-from engine.request import Request
+from engine.request import Request, given_noise
 from engine.reuse.settings import ReuseSettings
 from launch.backends import join_ranks, start_ranks
 from launch.generate import needs_ranks
@@ -222,9 +221,10 @@ def _check_generation(golden: _Golden, model: MagiModel, engine: _MakeEngine) ->
     )
     given = None if prefix is None else prefix.to(config.model_config.dtype)
     recorder = Recorder()
-    encoded = Encoded(captions=captions, prefix=given, noise=GivenNoise(noise.cpu()))
+    encoded = Encoded(captions=captions, prefix=given, noise=given_noise(noise.cpu()))
     with engine(_LatentPipeline(config, model), _reuse_settings(golden)) as opened:
-        made = list(opened.generate_latents(request, encoded, recorder=recorder))
+        what = Submission(request=request, encoded=encoded)
+        made = [chunk.latents for chunk in opened.generate(what, recorder=recorder, decode=False)]
     expected = list(golden.named("output.chunk.").values())
     if len(made) != len(expected):
         return float("inf"), f"{len(made)} chunks, {len(expected)} expected", False

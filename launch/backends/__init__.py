@@ -166,7 +166,7 @@ def led_ranks(gang: Gang, model: ModelPlan, options: Options, concurrency: int) 
     with gang.lead(pipeline, model.reuse, model.kv) as (engine, counters):
         backend = EngineBackend(engine, concurrency, gang.tracer)
         yield backend
-    backend.counters = counters.ranks
+    backend.counters = counters
 
 
 def serve_stage(gang: Gang, options: Options) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 import torch
 
-from engine.heap import settle_heap
+from engine.host_memory import settle_heap
 from models.errors import InputError
 from parallel.cluster.command_loop import CommandLoop
 from parallel.cluster.config import RankTask

@@ -149,5 +149,5 @@ def video_size(
         dtype=model.dtype,
         device=torch.device("cpu"),
     )
-    plan = plan_kv(sampling, schedule, kv, chunk_tokens=config.chunk_tokens(request.height, request.width))
+    plan = plan_kv(sampling, schedule, kv, config.chunk_tokens(request.height, request.width))
     return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(local_heads(geometry, layout.cp)))

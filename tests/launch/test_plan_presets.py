@@ -9,8 +9,7 @@ import pytest
 
 from engine.kv.selection import Granularity, SelectionSettings
 from engine.kv.size import KVSettings
-from engine.reuse.memory import KINDS
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.settings import KINDS, ReuseSettings
 from launch.options import CacheName, Options, ReuseKind, TokenUnit
 from launch.plan import kv_settings, reuse_preset, reuse_settings
 from models.errors import InputError
