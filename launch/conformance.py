@@ -221,8 +221,9 @@ def _check_generation(golden: _Golden, model: MagiModel, engine: _MakeEngine) ->
     )
     given = None if prefix is None else prefix.to(config.model_config.dtype)
     recorder = Recorder()
-    what = Submission(request=request, encoded=Encoded(captions=captions, prefix=given, noise=given_noise(noise.cpu())))
+    encoded = Encoded(captions=captions, prefix=given, noise=given_noise(noise.cpu()))
     with engine(_LatentPipeline(config, model), _reuse_settings(golden)) as opened:
+        what = Submission(request=request, encoded=encoded)
         made = [chunk.latents for chunk in opened.generate(what, recorder=recorder, decode=False)]
     expected = list(golden.named("output.chunk.").values())
     if len(made) != len(expected):
