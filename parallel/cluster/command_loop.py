@@ -23,7 +23,6 @@ from parallel.cluster.messages import (
     Admitted,
     CancelVideo,
     ChunkMade,
-    ChunksReceived,
     ChunkTaken,
     Command,
     Finish,
@@ -33,13 +32,12 @@ from parallel.cluster.messages import (
     Progressed,
     QuantumDone,
     QuantumReady,
-    Refused,
     VideoDone,
+    VideoFailed,
     VideoOrder,
 )
 
-_MOST_WAITING = 8
-"""Chunks on their way to the controller before no more are made."""
+_MOST_WAITING = 8  # chunks that were handed out and are not stored yet, before no more are made
 
 
 @dataclass(slots=True)
@@ -49,8 +47,9 @@ class _Video:
 
     order: VideoOrder
     send: Callable[[GangEvent], None]
-    stored: int  # chunks that the caller has
+    stored: int  # chunks that the caller has, from the video's first on
     number: int = -1  # the engine's
+    handed_out: int = 0  # chunks, from the video's first on
     progress: Progress | None = None  # the latest
     permitted: set[int] = field(default_factory=set)  # quanta
 
@@ -64,13 +63,12 @@ class _Video:
 
 
 class CommandLoop:
-    """The leader's loop."""
+    """Takes commands on any thread and works on the leader's main thread."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._commands: deque[Callable[[Engine], None]] = deque()
         self._events: list[GangEvent] = []
-        self._waiting = 0
         self._videos: dict[str, _Video] = {}
         self._finishing = False
         self._engine: Engine | None = None
@@ -82,36 +80,31 @@ class CommandLoop:
         Raises:
             TypeError: it is no command.
         """
-        match command:
-            case VideoOrder():
-                self._order(command)
-            case CancelVideo():
-                self._queue(partial(self._cancel, command.video))
-            case PermitQuantum():
-                with self._changed:
-                    if (video := self._videos.get(command.video)) is not None:
+        with self._changed:
+            video = self._videos.get(getattr(command, "video", ""))
+            match command:
+                case VideoOrder():
+                    self._order(command)
+                case CancelVideo():
+                    self._commands.append(partial(self._cancel, command.video))
+                case PermitQuantum():
+                    if video is not None:
                         video.permitted.add(command.quantum)
-                self._wake()
-            case ChunkTaken():
-                with self._changed:
-                    if (video := self._videos.get(command.video)) is not None:
+                case ChunkTaken():
+                    if video is not None:
                         video.stored = max(video.stored, command.index + 1)
-            case ChunksReceived():
-                with self._changed:
-                    self._waiting -= command.count
-                    self._changed.notify_all()
-            case Finish():
-                with self._changed:
+                case Finish():
                     self._finishing = True
-                    self._changed.notify_all()
-            case _:
-                raise TypeError(f"a {type(command).__name__} is no command")
+                case _:
+                    raise TypeError(f"a {type(command).__name__} is no command")
+            self._changed.notify_all()
+        if isinstance(command, CancelVideo | PermitQuantum):
+            self._wake()
 
     def _order(self, order: VideoOrder) -> None:
         assert self._engine is not None and self._reader is not None, "videos are ordered of a gang that is ready"
         video = _Video(order=order, send=self._post, stored=order.stored)
-        with self._changed:
-            self._videos[order.video] = video
+        self._videos[order.video] = video
         self._reader.submit(self._read, video, self._engine)
 
     # ---- the leader's main thread
@@ -119,10 +112,7 @@ class CommandLoop:
     def run(self, engine: Engine, device: torch.device, send: Callable[[list[GangEvent]], None]) -> None:
         """Make the videos that come until there will be no more.
 
-        Args:
-            engine: of the gang.
-            device: of the pipeline.
-            send: sends events to the controller, and waits for nobody.
+        Events go to the controller by `send`, which waits for nobody.
 
         Raises:
             GangError: a rank has failed.
@@ -146,7 +136,8 @@ class CommandLoop:
         """Commands that have come; waits while there is nothing to do, or too much for the controller to take."""
         with self._changed:
             while not self._commands and not self._finishing:
-                if not idle and self._waiting < _MOST_WAITING:
+                waiting = sum(max(0, video.handed_out - video.stored) for video in self._videos.values())
+                if not idle and waiting < _MOST_WAITING:
                     break
                 self._changed.wait()
             commands = list(self._commands)
@@ -174,7 +165,7 @@ class CommandLoop:
             video.number = engine.submit(read, on_progress=progressed, gate=video, stored=lambda: video.stored)
         except InputError as error:
             self._forget(name)
-            self._post(Refused(video=name, message=str(error)))
+            self._post(VideoFailed(video=name, message=str(error)))
             return
         self._post(Admitted(video=name, number=video.number, first=engine.resumed(video.number)))
 
@@ -187,10 +178,9 @@ class CommandLoop:
     def _hand_out(self, made: ChunkResult) -> None:
         chunk = made.chunk
         assert chunk.frames is not None
-        for video in self._videos.values():
+        for video in list(self._videos.values()):
             if video.number == made.video:
-                with self._changed:
-                    self._waiting += 1
+                video.handed_out = chunk.index + 1
                 frames, latents = chunk.frames.numpy(), chunk.latents.numpy()
                 self._post(ChunkMade(video=video.order.video, index=chunk.index, frames=frames, latents=latents))
 
@@ -201,28 +191,16 @@ class CommandLoop:
             return
         self._post(
             QuantumDone(video=name, quantum=progress.tick // ticks - 1),
-            Progressed(
-                video=name,
-                done=progress.chunks_done,
-                chunks=progress.chunks,
-                share=progress.tick / progress.ticks,
-                computed=progress.computed_fraction,
-                kv_bytes=progress.kv_bytes,
-                progress=progress,
-            ),
+            Progressed(video=name, progress=progress),
             urgent=len(self._videos) > 1,  # else nobody waits for the quantum's slots
         )
 
     def _done(self, video: _Video) -> None:
         self._forget(video.order.video)
-        progress = video.progress
-        self._post(
-            VideoDone(
-                video=video.order.video,
-                computed=1.0 if progress is None else progress.computed_fraction,
-                kv_bytes=0 if progress is None else progress.kv_bytes,
-            )
-        )
+        computed, kv_bytes = 1.0, 0
+        if video.progress is not None:
+            computed, kv_bytes = video.progress.computed_fraction, video.progress.kv_bytes
+        self._post(VideoDone(video=video.order.video, computed=computed, kv_bytes=kv_bytes))
 
     def _forget(self, name: str) -> None:
         with self._changed:

@@ -16,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, Self
 
 import ray
@@ -39,7 +38,6 @@ from parallel.cluster.messages import (
     Progressed,
     QuantumDone,
     QuantumReady,
-    Refused,
     Restarted,
     VideoDone,
     VideoFailed,
@@ -52,8 +50,7 @@ from parallel.cluster.queue import Figures, Permit, RequestState
 from parallel.cluster.scheduler import Scheduler
 
 _POLL, _QUIET_POLL, _FIGURES_EVERY, _CLOSING = 0.2, 1.0, 1.0, 10.0
-_FAILED_STARTS = 4
-"""Attempts in a row to start a gang, none of which gets it ready, before it is given up."""
+_FAILED_STARTS = 4  # attempts in a row to start a gang, none of which gets it ready, before it is given up
 _BLAMED = re.compile(r": request (\d+), tick \d+, chunk \d+ \(\w+\): (\w+: .*)$")
 """What a rank says of an error within an item: the number of the video, and the error."""
 
@@ -61,10 +58,7 @@ _BLAMED = re.compile(r": request (\d+), tick \d+, chunk \d+ \(\w+\): (\w+: .*)$"
 class Controller:
     """Makes videos on a cluster that this process has joined with `ray.init`. A context: gangs live as long.
 
-    Args:
-        settings: how to use the cluster.
-        metrics: takes figures.
-        log: called with everything that happens, as plain values; without frames.
+    `log` is called with everything that happens, as plain values, without frames.
     """
 
     def __init__(
@@ -78,14 +72,13 @@ class Controller:
         self._scheduler = Scheduler([settings.size])
         self._listener: Listener | None = None
         self._gangs: dict[str, Gang] = {}
-        self._orders: dict[str, VideoOrder] = {}
-        """Videos that are not made yet."""
-        self._delivered: dict[str, int] = {}
-        """The next chunk of each of them."""
-        self._numbers: dict[tuple[str, int], str] = {}
-        """Those of them that gangs are making, by gang and the gang's number."""
+        self._orders: dict[str, VideoOrder] = {}  # videos that are not made yet
+        self._delivered: dict[str, int] = {}  # the next chunk of each of them
+        self._numbers: dict[tuple[str, int], str] = {}  # those that gangs are making, by gang and the gang's number
         self._out: deque[tuple[Event, Gang | None]] = deque()
-        self._restarts, self._began = 0, time.monotonic()
+        self._began = time.monotonic()
+        self.restarts = 0
+        """How often a gang was started again."""
         self._counted = self._roomless = 0.0
 
     def __enter__(self) -> Self:
@@ -102,9 +95,7 @@ class Controller:
             self._gangs[name] = Gang(name, settings, strategy, self._listener)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *about: object) -> None:
         up = [gang for gang in self._gangs.values() if gang.state is GangState.UP]
         if kind is None and self._scheduler.idle:
             for gang in up:
@@ -166,11 +157,6 @@ class Controller:
         """The state of the queue and the gangs."""
         return self._scheduler.figures(time.monotonic())
 
-    @property
-    def restarts(self) -> int:
-        """How often a gang was started again."""
-        return self._restarts
-
     # ---- the loop
 
     def _round(self) -> None:
@@ -218,9 +204,10 @@ class Controller:
             self._scheduler.quantum_done(event.video, gang.name, event.quantum, now)
         elif isinstance(event, ChunkMade):
             self._take(gang, event)
-        elif isinstance(event, Refused):
+        elif isinstance(event, VideoFailed):
             self._scheduler.cancel(event.video, now)
-            self._fail(event.video, event.message)
+            self._forget(event.video)
+            self._out.append((event, None))
         else:
             self._forward(gang, event)
 
@@ -265,13 +252,11 @@ class Controller:
         for entry in lost:
             if entry.state is RequestState.QUARANTINED:
                 self._fail(entry.request, blamed.get(entry.request, message))
-        if self._restarts >= self._settings.max_restarts:
-            self._drop(gang, f"{message} ({self._restarts} restarts, and no more are allowed)")
-            return
+        if self.restarts >= self._settings.max_restarts:
+            return self._drop(gang, f"{message} ({self.restarts} restarts, and no more are allowed)")
         if gang.failed_starts >= _FAILED_STARTS:
-            self._drop(gang, f"{message} (it has not once got ready in {gang.failed_starts} attempts)")
-            return
-        self._restarts += 1
+            return self._drop(gang, f"{message} (it has not once got ready in {gang.failed_starts} attempts)")
+        self.restarts += 1
         gang.restart()
         self._say(Restarted(gang=gang.name, attempt=gang.attempt))
         if self._metrics is not None:

@@ -26,24 +26,20 @@ from models.errors import InputError
 from parallel.cluster.actor import RankEnd, actor_class
 from parallel.cluster.config import ClusterSettings
 from parallel.cluster.connection import Connection, Listener
-from parallel.cluster.messages import ChunkMade, ChunksReceived, Command, GangEvent, GangReady, RankStarted
+from parallel.cluster.messages import Command, GangEvent, GangReady, RankStarted
 from parallel.cluster.placement import Place, Placement, alive_nodes, plan_strategies, threads_per_rank
 from parallel.comm.groups import connect
-from parallel.health.errors import BAD_INPUT, Failure
-from parallel.health.reader import HeartbeatReader
+from parallel.health.errors import BAD_INPUT
+from parallel.health.heartbeats import Heartbeats
 from parallel.ranks.environment import RankEnv
 from parallel.topology.mesh import Mesh
 
 _NODES_EVERY, _PLACES_EVERY, _ENDS_EVERY = 1.0, 0.2, 0.5
 _GET = 30.0
-_UNEXPLAINED = 10.0
-"""Seconds until Ray says why a rank whose connection has ended is gone."""
-_UNSURE = 20.0
-"""Seconds until Ray has decided about a node that does not answer."""
-_QUIET = 2
-"""Attempts on a node that is gone before they count as losses."""
-_LOST = (RayActorError, RayTaskError, GetTimeoutError)
-"""What Ray raises for a rank that is gone. The first is the parent of several, and the others do not belong to it."""
+_UNEXPLAINED = 10.0  # seconds until Ray says why a rank whose connection has ended is gone
+_UNSURE = 20.0  # seconds until Ray has decided about a node that does not answer
+_QUIET = 2  # attempts on a node that is gone before they count as losses
+_LOST = (RayActorError, RayTaskError, GetTimeoutError)  # what Ray raises for a rank that is gone
 
 
 class GangBroken(Exception):  # noqa: N818 - reads as what it says
@@ -103,14 +99,7 @@ class _Rank:
 
 
 class Gang:
-    """A gang.
-
-    Args:
-        name: of the gang.
-        settings: what it needs, and what its ranks are given.
-        strategy: Ray's strategy to place it.
-        listener: where its ranks connect.
-    """
+    """A gang. `strategy` is Ray's name for how to place it; its ranks connect to `listener`."""
 
     def __init__(self, name: str, settings: ClusterSettings, strategy: str, listener: Listener) -> None:
         self.name, self.attempt, self.state = name, 0, GangState.PLACING
@@ -121,7 +110,7 @@ class Gang:
         self._placement: Placement | None = Placement(settings.shape, strategy)
         self._ranks: list[_Rank] = []
         self._store: dist.TCPStore | None = None
-        self._heartbeats: HeartbeatReader | None = None
+        self._heartbeats: Heartbeats | None = None
         self._error: GangBroken | InputError | None = None
         """Found by a poll that had events to return; raised by the next one."""
         self._wait_until = self._looked = self._began = self._ends_at = 0.0
@@ -142,7 +131,7 @@ class Gang:
     def view(self) -> GangView:
         """The gang at this moment. May be asked by any thread."""
         reader, ranks = self._heartbeats, tuple(self._ranks)
-        heartbeats = {} if reader is None else reader.heartbeats
+        heartbeats = {} if reader is None else reader.latest
         views = []
         for number, rank in enumerate(ranks):
             heartbeat = heartbeats.get(number)
@@ -197,7 +186,7 @@ class Gang:
                 _kill(rank.pid, rank.place.node, here)
             ray.kill(rank.actor, no_restart=True)
         if self._heartbeats is not None:
-            self._heartbeats.close()
+            self._heartbeats.close(1.0)
         self._heartbeats = self._store = self._error = self._failed_at = None
 
     def restart(self) -> None:
@@ -245,7 +234,8 @@ class Gang:
         self._began, self.state = now, GangState.STARTING
         envs = [self._env(rank, place, host, self._store.port) for rank, place in enumerate(places)]
         timeouts = self._settings.task.timeouts
-        self._heartbeats = HeartbeatReader(connect(envs[0], timeouts.silent), self._mesh, timeouts)
+        self._heartbeats = Heartbeats(connect(envs[0], timeouts.silent), self._mesh, timeouts)
+        self._heartbeats.start()
         nodes = alive_nodes()
         for env, place in zip(envs, places, strict=True):
             self._ranks.append(self._start(env, place, self._threads(place, nodes.get(place.node, {}))))
@@ -305,8 +295,6 @@ class Gang:
                     rank.pid = message.pid
                 else:
                     events += message
-        if chunks := sum(isinstance(event, ChunkMade) for event in events):
-            self.send(ChunksReceived(count=chunks))
         return events
 
     def _retries_quietly(self, error: GangBroken) -> bool:
@@ -337,14 +325,15 @@ class Gang:
             if rank.error is not None:
                 raise GangBroken(f"{self._mesh.name(number)}: its connection: {rank.error}")
         assert self._heartbeats is not None
-        found = self._heartbeats.poll()
-        if isinstance(found, Failure):
+        if (failure := self._heartbeats.failure) is not None:
             # The ranks end by themselves and say so: messages that they sent before are received first.
             self._failed_at = self._failed_at or now
             if now - self._failed_at > 2 * timeouts.grace:
-                raise self._failure(found.status, found.message)
-        elif found is not None:
+                raise self._failure(failure.status, failure.message)
+        elif (found := self._heartbeats.diagnosis) is not None:
             raise GangBroken(found.message)
+        elif self._heartbeats.lost:
+            raise GangBroken("the ranks' store has closed its connections")
 
     def _check_ends(self) -> None:
         """No rank ends before the leader ends the session."""
@@ -377,8 +366,8 @@ class Gang:
         if isinstance(error, RayTaskError):
             return GangBroken(f"{name}: {error.cause}")
         assert self._heartbeats is not None
-        if isinstance(found := self._heartbeats.poll(), Failure):
-            return GangBroken(found.message)
+        if self._heartbeats.failure is not None:
+            return GangBroken(self._heartbeats.failure.message)
         never_seen = isinstance(error, RayActorError) and rank.pid is None
         return GangBroken(f"{name} has died", unsure=isinstance(error, ActorUnavailableError) or never_seen)
 

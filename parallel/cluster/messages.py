@@ -31,10 +31,9 @@ class VideoOrder:
     """A video to make: what a caller submits to the controller, and what the controller submits to a gang."""
 
     video: str  # its name
-    request: Request  # what to make
+    request: Request
     size: VideoSize  # what it takes
-    checkpoint: CheckpointConfig | None = None
-    """Where and how often to keep how far it is; None begins from the start after a loss."""
+    checkpoint: CheckpointConfig | None = None  # None begins from the start after a loss
     stored: int = 0  # chunks that the caller has already, from the first on; they are not handed out again
     priority: int = 0  # higher goes first
 
@@ -63,18 +62,11 @@ class ChunkTaken:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ChunksReceived:
-    """So many chunks, of whatever videos, have reached the controller; there is room for others."""
-
-    count: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Finish:
     """Nothing more will come."""
 
 
-Command = VideoOrder | PermitQuantum | CancelVideo | ChunkTaken | ChunksReceived | Finish
+Command = VideoOrder | PermitQuantum | CancelVideo | ChunkTaken | Finish
 
 # ---- events, from the ranks to the controller, and from there to the caller
 
@@ -94,14 +86,6 @@ class Admitted:
     number: int  # the gang's number of the video, which its failures name
     first: int  # chunk that will be handed out first; more than 0 after a checkpoint
     gang: str = ""  # its name; the controller fills it in
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Refused:
-    """A gang cannot make a video; the gang is well."""
-
-    video: str
-    message: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,12 +109,7 @@ class Progressed:
     """How far a video is."""
 
     video: str
-    done: int  # finished chunks
-    chunks: int  # of the whole video
-    share: float  # of all its steps that are done
-    computed: float  # chunk-steps so far that were computed, as a share
-    kv_bytes: int  # size of its KV buffers on the leader
-    progress: Progress  # the same, as the engine reports it
+    progress: Progress
     gang: str = ""  # its name; the controller fills it in
 
 
@@ -156,7 +135,7 @@ class VideoDone:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoFailed:
-    """A video cannot be made, or is set aside."""
+    """A video cannot be made, or is set aside. A gang that refuses one is well."""
 
     video: str
     message: str
@@ -194,23 +173,22 @@ class GangDown:
     message: str
 
 
-GangEvent = GangReady | Admitted | Refused | QuantumReady | QuantumDone | Progressed | ChunkMade | VideoDone
+GangEvent = GangReady | Admitted | QuantumReady | QuantumDone | Progressed | ChunkMade | VideoDone | VideoFailed
 Event = Admitted | ChunkMade | VideoDone | VideoFailed | Progressed | GangReady | GangLost | Restarted | GangDown
 
 
 def log_entry(event: GangEvent | Event, seconds: float) -> dict[str, Any]:
     """An event as plain values, without frames and latents."""
-    left_out = ("frames", "latents", "progress")
-    values = {field.name: getattr(event, field.name) for field in fields(event) if field.name not in left_out}
+    names = [one.name for one in fields(event) if one.name not in ("frames", "latents", "progress")]
+    values = {name: getattr(event, name) for name in names}
     return {"seconds": seconds, "event": type(event).__name__, **values}
 
 
 # ---- bytes
 
 _PARTS = (Request, Prefix, VideoSize, Schedule, CheckpointConfig, Progress)
-_KINDS: dict[str, Any] = {
-    kind.__name__: kind for kind in (*get_args(Command), *get_args(GangEvent), RankStarted, *_PARTS)
-}
+_SENT = (*get_args(Command), *get_args(GangEvent), RankStarted, *_PARTS)
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in _SENT}
 
 
 class MessageError(Exception):
@@ -231,9 +209,7 @@ def encode(message: object) -> tuple[bytes, list[NDArray[Any]]]:
 def decode(text: bytes, receive: Callable[[], bytes]) -> Any:
     """The message of which `encode` has made this; a list comes back as a tuple, arrays cannot be written to.
 
-    Args:
-        text: of the message.
-        receive: receives the bytes of its next array.
+    `receive` receives the bytes of its next array.
 
     Raises:
         MessageError: it is no message: an unknown kind, unknown or missing fields, or something else.
@@ -260,10 +236,7 @@ def _plain(value: Any, arrays: list[NDArray[Any]]) -> Any:
         return {"kind": "array", "number": len(arrays) - 1, "dtype": value.dtype.str, "shape": shape}
     if _KINDS.get(name := type(value).__name__) is not type(value):
         raise MessageError(f"a {name} cannot be sent")
-    return {
-        "kind": name,
-        "fields": {field.name: _plain(getattr(value, field.name), arrays) for field in fields(value)},
-    }
+    return {"kind": name, "fields": {one.name: _plain(getattr(value, one.name), arrays) for one in fields(value)}}
 
 
 def _value(plain: Any, arrays: Sequence[bytes]) -> Any:

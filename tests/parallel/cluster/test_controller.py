@@ -17,7 +17,6 @@ from parallel.cluster.messages import (
     GangDown,
     GangLost,
     GangReady,
-    Refused,
     Restarted,
     VideoDone,
     VideoFailed,
@@ -104,7 +103,7 @@ def test_a_lost_gang_begins_again_where_the_caller_is_and_no_chunk_comes_twice(c
 
 
 def test_a_video_that_has_ended_leaves_nothing_behind(controller, gang):
-    for last in (DONE, Refused(video="a", message="too wide"), None):
+    for last in (DONE, VideoFailed(video="a", message="too wide"), None):
         controller.submit(order("a", request(chunks=1)))
         gang.rounds += [[], [ADMITTED]] + ([] if last is None else [[last]])
         for event in controller.run():

@@ -9,25 +9,21 @@ from models.errors import InputError
 from parallel.cluster import gang as gang_module
 from parallel.cluster.actor import RankEnd
 from parallel.cluster.gang import Gang, GangBroken, GangState
-from parallel.cluster.messages import ChunkMade, ChunksReceived, GangReady, RankStarted
+from parallel.cluster.messages import ChunkMade, GangReady, RankStarted
 from parallel.cluster.placement import threads_per_rank
 from parallel.health.errors import BAD_INPUT, FAILED, Failure
-from parallel.health.hang_detector import Diagnosis
 from tests.parallel.cluster.making import settings
 
 CHUNK = ChunkMade(video="a", index=0, frames=np.zeros(1, np.uint8), latents=np.zeros(1, np.float32))
 
 
 class Ranks:
-    """Two ranks: how they have ended, what they were sent, and what their heartbeats tell."""
+    """Two ranks: how they have ended, and what their heartbeats tell."""
 
     def __init__(self):
-        self.ends, self.found, self.sent, self.heartbeats = {}, None, [], {}
+        self.ends, self.failure, self.diagnosis, self.lost, self.latest = {}, None, None, False, {}
 
-    def poll(self):
-        return self.found
-
-    def close(self):
+    def close(self, seconds):
         pass
 
 
@@ -53,7 +49,7 @@ def gang(monkeypatch, ranks):
     place = SimpleNamespace(node="here")
     made._ranks = [gang_module._Rank(place=place, run=number) for number in range(2)]
     for rank in made._ranks:
-        rank.connection = SimpleNamespace(send=ranks.sent.append, close=lambda: None)
+        rank.connection = SimpleNamespace(close=lambda: None)
     made._heartbeats, made.state, made._began = ranks, GangState.STARTING, float("inf")
     yield made
     made.stop()
@@ -63,12 +59,11 @@ def gang(monkeypatch, ranks):
 def test_events_that_come_with_a_failure_are_not_lost(gang, ranks, how):
     gang._ranks[0].inbox += [RankStarted(pid=2**22 + 1), [GangReady()], [CHUNK]]
     if how == "heartbeats":
-        ranks.found = Diagnosis(message="rank 1 has given no heartbeat")
+        ranks.diagnosis = Failure(message="rank 1 has given no heartbeat", reporter=0)
     else:
         ranks.ends[1] = RankEnd(status=FAILED, message="rank 1 has given no heartbeat")
     assert gang.poll() == [GangReady(), CHUNK]
     assert not gang.quiet, "the failure would wait"
-    assert ranks.sent == [ChunksReceived(count=1)]
     with pytest.raises(GangBroken, match="rank 1 has given no heartbeat"):
         gang.poll()
     gang._ranks[0].pid = None
@@ -76,15 +71,18 @@ def test_events_that_come_with_a_failure_are_not_lost(gang, ranks, how):
 
 def test_a_failure_without_events_is_raised_at_once(gang, ranks):
     assert gang.poll() == []
-    ranks.found = Diagnosis(message="rank 1 hangs")
+    ranks.diagnosis = Failure(message="rank 1 hangs", reporter=0)
     with pytest.raises(GangBroken, match="rank 1 hangs"):
+        gang.poll()
+    ranks.diagnosis, ranks.lost = None, True
+    with pytest.raises(GangBroken, match="the ranks' store has closed its connections"):
         gang.poll()
 
 
 def test_a_reported_failure_waits_for_what_the_ranks_still_send(gang, ranks, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(gang_module.time, "monotonic", lambda: now[0])
-    ranks.found = Failure(message="rank 1: it broke", status=FAILED, reporter=1)
+    ranks.failure = Failure(message="rank 1: it broke", reporter=1)
     assert gang.poll() == []
     now[0] += 1.0
     gang._ranks[0].inbox.append([CHUNK])
