@@ -157,17 +157,7 @@ class EngineBackend:
 
     def _progressed(self, video: str, progress: Progress) -> None:
         self._last[video] = progress
-        self._news.append(
-            Progressed(
-                video=video,
-                done=progress.chunks_done,
-                chunks=progress.chunks,
-                share=progress.tick / progress.ticks,
-                computed=progress.computed_fraction,
-                kv_bytes=progress.kv_bytes,
-                progress=progress,
-            )
-        )
+        self._news.append(Progressed(video=video, progress=progress))
 
 
 @contextmanager

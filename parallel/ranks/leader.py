@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -55,7 +55,6 @@ class Leader:
         self._looked = 0.0
         self._outstanding = 0
         self.worker.ready()
-        self._monitor.watch(lambda: self._outstanding)
 
     @property
     def pending(self) -> int:
@@ -164,7 +163,7 @@ class Leader:
     def waiting(self) -> Iterator[None]:
         """Around a wait: counted, traced, and known to the hang detector."""
         began = time.perf_counter()
-        with self._monitor.expecting() if self._outstanding else nullcontext():
+        with self._monitor.expecting(self._outstanding):
             yield
         self.worker.counters.waiting += time.perf_counter() - began
         self._tracer.add("wait", began)
