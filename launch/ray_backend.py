@@ -135,4 +135,4 @@ def _gang_size(plans: Sequence[Plan], kv_bytes: int | None) -> GangSize:
             f"--kv-memory {memory} is too small: a video of this batch needs {largest} bytes on a rank; "
             "give more, or make it smaller with --kv-budget"
         )
-    return GangSize(slots=videos * sizes[0].window, kv_bytes=memory)
+    return GangSize(slots=videos * sizes[0].schedule.window, kv_bytes=memory)

@@ -116,7 +116,7 @@ class Controller:
         Raises:
             InputError: no gang can ever hold it, or there is one of that name that is not made yet.
         """
-        self._scheduler.submit(order.video, order.size, time.monotonic(), priority=order.priority)
+        self._scheduler.submit(order.video, order.size, priority=order.priority)
         self._orders[order.video] = order
         self._delivered[order.video] = order.stored
 
@@ -127,7 +127,7 @@ class Controller:
         holder = self._scheduler.entry(video).gang
         if holder is not None:
             self._gangs[holder].send(CancelVideo(video=video))
-        self._scheduler.cancel(video, time.monotonic())
+        self._scheduler.cancel(video)
         self._forget(video)
         self._out = deque(entry for entry in self._out if getattr(entry[0], "video", None) != video)
 
@@ -155,7 +155,7 @@ class Controller:
 
     def figures(self) -> Figures:
         """The state of the queue and the gangs."""
-        return self._scheduler.figures(time.monotonic())
+        return self._scheduler.figures()
 
     # ---- the loop
 
@@ -179,10 +179,10 @@ class Controller:
         now = time.monotonic()
         if self._metrics is not None and now - self._counted >= _FIGURES_EVERY:
             self._counted = now
-            self._metrics.figures(self._scheduler.figures(now))
+            self._metrics.figures(self._scheduler.figures())
 
     def _carry_out(self) -> None:
-        for decision in self._scheduler.decide(time.monotonic()):
+        for decision in self._scheduler.decide():
             gang, video = self._gangs[decision.gang], decision.request
             if isinstance(decision, Permit):
                 gang.send(PermitQuantum(video=video, quantum=decision.quantum))
@@ -191,21 +191,20 @@ class Controller:
 
     def _handle(self, gang: Gang, event: GangEvent) -> None:
         """An event of a leader, which may be of a video that has ended."""
-        now = time.monotonic()
         self._note(event, gang=gang.name)
         if isinstance(event, GangReady):
-            self._scheduler.gang_up(gang.name, self._settings.size, now)
+            self._scheduler.gang_up(gang.name, self._settings.size)
             self._out.append((replace(event, gang=gang.name), None))
         elif event.video not in self._orders:
             return
         elif isinstance(event, QuantumReady):
-            self._scheduler.quantum_ready(event.video, gang.name, event.quantum, now)
+            self._scheduler.quantum_ready(event.video, gang.name, event.quantum)
         elif isinstance(event, QuantumDone):
-            self._scheduler.quantum_done(event.video, gang.name, event.quantum, now)
+            self._scheduler.quantum_done(event.video, gang.name, event.quantum)
         elif isinstance(event, ChunkMade):
             self._take(gang, event)
         elif isinstance(event, VideoFailed):
-            self._scheduler.cancel(event.video, now)
+            self._scheduler.cancel(event.video)
             self._forget(event.video)
             self._out.append((event, None))
         else:
@@ -216,7 +215,7 @@ class Controller:
         if isinstance(event, Admitted):
             self._numbers[gang.name, event.number] = event.video
         elif isinstance(event, VideoDone):
-            self._scheduler.request_done(event.video, gang.name, time.monotonic())
+            self._scheduler.request_done(event.video, gang.name)
             self._forget(event.video)
             if self._metrics is not None:
                 self._metrics.video(computed=event.computed)
@@ -246,7 +245,7 @@ class Controller:
         if found := _BLAMED.search(message):
             video = self._numbers.get((gang.name, int(found[1])))
             blamed = {} if video is None else {video: found[2]}
-        lost = self._scheduler.gang_down(gang.name, time.monotonic(), blamed=blamed)
+        lost = self._scheduler.gang_down(gang.name, blamed=blamed)
         self._numbers = {key: video for key, video in self._numbers.items() if key[0] != gang.name}
         self._say(GangLost(gang=gang.name, message=message, videos=tuple(entry.request for entry in lost)))
         for entry in lost:
@@ -280,7 +279,7 @@ class Controller:
         if any(other.state is not GangState.DOWN for other in self._gangs.values()):
             return
         for video in list(self._orders):
-            self._scheduler.cancel(video, time.monotonic())
+            self._scheduler.cancel(video)
             self._fail(video, f"no gang is left: {message}")
 
     def _fail(self, video: str, message: str) -> None:
