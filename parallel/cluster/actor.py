@@ -21,19 +21,20 @@ from parallel.cluster.command_loop import CommandLoop
 from parallel.cluster.config import RankTask
 from parallel.cluster.connection import Address, connect
 from parallel.cluster.messages import GangEvent, RankStarted
-from parallel.health.errors import BAD_INPUT, FAILED, GangError
+from parallel.health.errors import BAD_INPUT, FAILED, OK, GangError
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
+from parallel.ranks.worker import StageModel
 
 _FLUSH = 5.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class RankEnd:
     """How a rank has ended."""
 
     status: int  # exit code
-    message: str  # why, if it was not well
+    message: str = ""  # why, if it was not well
 
 
 class RankActor:
@@ -43,16 +44,7 @@ class RankActor:
         self._gang: Gang | None = None
 
     def run(self, env: RankEnv, task: RankTask, address: Address) -> RankEnd:
-        """Work as one rank until the leader ends the session.
-
-        Args:
-            env: of this rank.
-            task: of its gang.
-            address: where the controller listens.
-
-        Returns:
-            How it has ended; a failure is returned, not raised.
-        """
+        """Work as one rank until the leader ends the session; a failure is returned, not raised."""
         os.environ.update(env.variables())
         settle_heap()
         if task.threads is not None:
@@ -61,23 +53,22 @@ class RankActor:
         try:
             connection = connect(address, loop.handle, self._on_end)
         except OSError as error:
-            where = f"{address.host}:{address.port}"
-            message = f"rank {env.rank} cannot reach the controller at {where}: {error.strerror or error}"
-            return RankEnd(status=FAILED, message=message)
+            where = f"the controller at {address.host}:{address.port}"
+            return RankEnd(FAILED, f"rank {env.rank} cannot reach {where}: {error.strerror or error}")
         connection.send(RankStarted(pid=os.getpid()))
         try:
             with open_gang(env, task.layout, timeouts=task.timeouts, device=_own_device()) as gang:
                 self._gang = gang
                 _work(gang, task, loop, connection.send)
         except GangError as error:
-            return RankEnd(status=error.failure.status, message=str(error))
+            return RankEnd(error.failure.status, str(error))
         except InputError as error:
-            return RankEnd(status=BAD_INPUT, message=str(error))
+            return RankEnd(BAD_INPUT, str(error))
         except Exception as error:  # noqa: BLE001 - the controller shows it
-            return RankEnd(status=FAILED, message=f"rank {env.rank}: {type(error).__name__}: {error}")
+            return RankEnd(FAILED, f"rank {env.rank}: {type(error).__name__}: {error}")
         finally:
             connection.close(flush=_FLUSH)
-        return RankEnd(status=0, message="")
+        return RankEnd(OK)
 
     def _on_end(self, error: Exception | None) -> None:
         """The connection has ended. Without a controller Ray ends this process; any other reason fails the gang."""
@@ -88,17 +79,14 @@ class RankActor:
 def _work(gang: Gang, task: RankTask, loop: CommandLoop, send: Callable[[list[GangEvent]], None]) -> None:
     # Objects that exist when the work begins, and they are many with Ray, stay: the garbage collector, which would go
     # through them over and over, takes 1% of a rank's time.
-    device = str(gang.device)
-    if not gang.mesh.leads:
-        with gang.loading():
-            stage = task.source.stage(gang.mesh, device)
-        gc.freeze()
-        gang.serve(stage)
-        return
+    load = task.source.lead if gang.mesh.leads else task.source.stage
     with gang.loading():
-        pipeline = task.source.lead(gang.mesh, device)
+        loaded = load(gang.mesh, str(gang.device))
     gc.freeze()
-    with gang.lead(pipeline, task.reuse, task.kv, identity=task.source.identity) as (engine, _):
+    if isinstance(loaded, StageModel):
+        gang.serve(loaded)
+        return
+    with gang.lead(loaded, task.reuse, task.kv, identity=task.source.identity) as (engine, _):
         loop.run(engine, gang.device, send)
 
 
@@ -108,12 +96,7 @@ def actor_class() -> Any:
 
 
 def device_index(ids: list[str], visible: str | None) -> int | None:
-    """The device that Ray has given, as torch counts them.
-
-    Args:
-        ids: of the actor's accelerators.
-        visible: CUDA_VISIBLE_DEVICES of the node, which is what torch counts within.
-    """
+    """The first of an actor's accelerators as torch counts them, within CUDA_VISIBLE_DEVICES of the node."""
     if not ids:
         return None
     shown = visible.split(",") if visible else []
@@ -123,6 +106,4 @@ def device_index(ids: list[str], visible: str | None) -> int | None:
 def _own_device() -> torch.device:
     ids = [str(one) for one in ray.get_runtime_context().get_accelerator_ids().get("GPU", [])]
     index = device_index(ids, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if index is None or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", index)
+    return torch.device("cuda", index) if index is not None and torch.cuda.is_available() else torch.device("cpu")

@@ -172,6 +172,7 @@ class Controller:
             try:
                 for event in gang.poll():
                     self._handle(gang, event)
+                gang.check()
             except GangBroken as error:
                 self._lose(gang, str(error))
         self._give_up_if_roomless()

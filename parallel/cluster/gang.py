@@ -103,16 +103,13 @@ class Gang:
 
     def __init__(self, name: str, settings: ClusterSettings, strategy: str, listener: Listener) -> None:
         self.name, self.attempt, self.state = name, 0, GangState.PLACING
-        self.failed_starts = 0
-        """Attempts in a row that ended before the gang was ready for work."""
+        self.failed_starts = 0  # attempts in a row that ended before the gang was ready for work
         self._settings, self._listener = settings, listener
         self._mesh = Mesh(layout=settings.shape.layout, rank=0)
         self._placement: Placement | None = Placement(settings.shape, strategy)
         self._ranks: list[_Rank] = []
         self._store: dist.TCPStore | None = None
         self._heartbeats: Heartbeats | None = None
-        self._error: GangBroken | InputError | None = None
-        """Found by a poll that had events to return; raised by the next one."""
         self._wait_until = self._looked = self._began = self._ends_at = 0.0
         self._failed_at: float | None = None
 
@@ -120,7 +117,7 @@ class Gang:
     def quiet(self) -> bool:
         """Nothing can happen to it without news on the listener, but what heartbeats tell."""
         gone = any(rank.gone_at is not None for rank in self._ranks)
-        return self.state is GangState.DOWN or (self.state is GangState.UP and not gone and self._error is None)
+        return self.state is GangState.DOWN or (self.state is GangState.UP and not gone)
 
     @property
     def ended(self) -> bool:
@@ -145,36 +142,29 @@ class Gang:
             self._ranks[0].connection.send(command)
 
     def poll(self) -> list[GangEvent]:
-        """Go on with starting, and receive.
-
-        Returns:
-            What the leader has sent. If the gang has failed as well, the next poll raises.
-
-        Raises:
-            GangBroken: the gang has failed; call `stop`.
-            InputError: its ranks cannot start with what they were given.
-        """
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        """Go on with starting; returns what the leader has sent."""
         if self.state is GangState.WAITING:
             self._look_for_nodes()
         if self.state is GangState.PLACING:
             self._place()
-        if not self._ranks:
-            return []
         events = self._receive()
         if any(isinstance(event, GangReady) for event in events):
             self.state, self.failed_starts = GangState.UP, 0
-        try:
-            self._check()
-        except (GangBroken, InputError) as error:
-            if isinstance(error, GangBroken) and self._retries_quietly(error):
-                return events
-            if not events:
-                raise
-            self._error = error
         return events
+
+    def check(self) -> None:
+        """Find out whether the gang has failed; to be asked when all that was received is handled.
+
+        Raises:
+            GangBroken: a rank is gone, hangs, or has reported a failure; call `stop`.
+            InputError: the ranks cannot start with what they were given.
+        """
+        try:
+            if self._ranks:
+                self._check()
+        except GangBroken as error:
+            if not self._retries_quietly(error):
+                raise
 
     def stop(self) -> None:
         """Kill all ranks at once, also those that hang or are stopped."""
@@ -187,13 +177,12 @@ class Gang:
             ray.kill(rank.actor, no_restart=True)
         if self._heartbeats is not None:
             self._heartbeats.close(1.0)
-        self._heartbeats = self._store = self._error = self._failed_at = None
+        self._heartbeats = self._store = self._failed_at = None
 
     def restart(self) -> None:
         """Start again after `stop`: in the same place, or elsewhere if a node is gone."""
         self.attempt += 1
-        self.state = GangState.WAITING
-        self._looked = 0.0
+        self.state, self._looked = GangState.WAITING, 0.0
 
     def give_up(self) -> None:
         """Do not start again; what it has reserved is free."""
@@ -302,19 +291,13 @@ class Gang:
         self._wait_until = time.monotonic() + _UNSURE if error.unsure else 0.0
         starting = self.state is GangState.STARTING
         self.failed_starts += starting
-        if not (starting and error.unsure and self.failed_starts <= _QUIET):
-            return False
-        self.stop()
-        self.state = GangState.WAITING
-        return True
+        quietly = starting and error.unsure and self.failed_starts <= _QUIET
+        if quietly:
+            self.stop()
+            self.state = GangState.WAITING
+        return quietly
 
     def _check(self) -> None:
-        """Find out whether the gang has failed.
-
-        Raises:
-            GangBroken: a rank is gone, hangs, or has reported a failure.
-            InputError: the ranks cannot start with what they were given.
-        """
         now, timeouts = time.monotonic(), self._settings.task.timeouts
         if self.state is GangState.STARTING and now - self._began > timeouts.first:
             raise GangBroken(f"its ranks have not met within {timeouts.first:.0f} s")

@@ -40,6 +40,9 @@ class FakeGang:
             raise events
         return events
 
+    def check(self):
+        pass
+
     def send(self, command):
         self.sent.append(command)
 
