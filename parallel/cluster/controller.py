@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any, Self
 
 import ray
+from ray.util.metrics import Counter, Gauge
 
 from parallel.cluster.config import ClusterSettings
 from parallel.cluster.connection import Listener
@@ -44,7 +45,6 @@ from parallel.cluster.messages import (
     VideoOrder,
     log_entry,
 )
-from parallel.cluster.metrics import RayMetrics
 from parallel.cluster.placement import alive_nodes, plan_strategies
 from parallel.cluster.queue import Figures, Permit, RequestState
 from parallel.cluster.scheduler import Scheduler
@@ -62,13 +62,9 @@ class Controller:
     """
 
     def __init__(
-        self,
-        settings: ClusterSettings,
-        *,
-        metrics: RayMetrics | None = None,
-        log: Callable[[dict[str, Any]], None] | None = None,
+        self, settings: ClusterSettings, *, log: Callable[[dict[str, Any]], None] = lambda entry: None
     ) -> None:
-        self._settings, self._metrics, self._log = settings, metrics, log
+        self._settings, self._metrics, self._log = settings, _Metrics(), log
         self._scheduler = Scheduler([settings.size])
         self._listener: Listener | None = None
         self._gangs: dict[str, Gang] = {}
@@ -178,9 +174,9 @@ class Controller:
         self._give_up_if_roomless()
         self._carry_out()
         now = time.monotonic()
-        if self._metrics is not None and now - self._counted >= _FIGURES_EVERY:
+        if now - self._counted >= _FIGURES_EVERY:
             self._counted = now
-            self._metrics.figures(self._scheduler.figures())
+            self._metrics.show(self._scheduler.figures())
 
     def _carry_out(self) -> None:
         for decision in self._scheduler.decide():
@@ -218,8 +214,8 @@ class Controller:
         elif isinstance(event, VideoDone):
             self._scheduler.request_done(event.video, gang.name)
             self._forget(event.video)
-            if self._metrics is not None:
-                self._metrics.video(computed=event.computed)
+            self._metrics.videos.inc(1)
+            self._metrics.computed.set(event.computed)
         self._out.append((replace(event, gang=gang.name), None))
 
     def _take(self, gang: Gang, chunk: ChunkMade) -> None:
@@ -229,8 +225,7 @@ class Controller:
             GangBroken: chunks before it are missing.
         """
         expected = self._delivered[chunk.video]
-        if self._metrics is not None:
-            self._metrics.chunk(again=chunk.index < expected)
+        self._metrics.chunks.inc(1, tags={"again": str(chunk.index < expected).lower()})
         if chunk.index < expected:
             gang.send(ChunkTaken(video=chunk.video, index=chunk.index))
         elif chunk.index > expected:
@@ -259,8 +254,7 @@ class Controller:
         self.restarts += 1
         gang.restart()
         self._say(Restarted(gang=gang.name, attempt=gang.attempt))
-        if self._metrics is not None:
-            self._metrics.restart(gang.name)
+        self._metrics.restarts.inc(1, tags={"gang": gang.name})
 
     def _give_up_if_roomless(self) -> None:
         """Wait for nodes for so long, and no longer."""
@@ -296,6 +290,28 @@ class Controller:
         self._out.append((event, None))
 
     def _note(self, event: GangEvent | Event, *, gang: str = "") -> None:
-        if self._log is not None:
-            entry = log_entry(event, time.monotonic() - self._began)
-            self._log({**entry, "gang": gang or entry.get("gang", "")})
+        entry = log_entry(event, time.monotonic() - self._began)
+        self._log({**entry, "gang": gang or entry.get("gang", "")})
+
+
+class _Metrics:
+    """Metrics for Prometheus. Ray exports them where `ray[default]` is installed; else they go nowhere, at no cost."""
+
+    def __init__(self) -> None:
+        self.chunks = Counter("flowcache_chunks_total", "Chunks made", tag_keys=("again",))
+        self.videos = Counter("flowcache_videos_total", "Videos done")
+        self.computed = Gauge("flowcache_computed_fraction", "Chunk-steps computed, as a share, of the last video")
+        self.restarts = Counter("flowcache_gang_restarts_total", "Gangs started again", tag_keys=("gang",))
+        self._queued = Gauge("flowcache_queue_length", "Videos that no gang has taken in")
+        self._states = Gauge("flowcache_videos", "Videos by state", tag_keys=("standing",))
+        self._used = Gauge("flowcache_gang_utilisation", "Window slots in use, as a share", tag_keys=("gang",))
+        self._up = Gauge("flowcache_gang_up", "1 while a gang can be given work", tag_keys=("gang",))
+
+    def show(self, figures: Figures) -> None:
+        """The state of the queue and the gangs."""
+        self._queued.set(figures.queued)
+        for state, count in figures.states.items():
+            self._states.set(count, tags={"standing": state.value})
+        for gang in figures.gangs:
+            self._used.set(gang.utilisation, tags={"gang": gang.gang})
+            self._up.set(float(gang.up), tags={"gang": gang.gang})

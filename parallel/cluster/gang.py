@@ -23,7 +23,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from models.errors import InputError
-from parallel.cluster.actor import RankEnd, actor_class
+from parallel.cluster.actor import RankActor, RankEnd
 from parallel.cluster.config import ClusterSettings
 from parallel.cluster.connection import Connection, Listener
 from parallel.cluster.messages import Command, GangEvent, GangReady, RankStarted
@@ -256,16 +256,13 @@ class Gang:
         variables = {"OMP_NUM_THREADS": str(threads), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
         rank = _Rank(place=place)
         rank.connection, address = self._listener.expect(rank.inbox.append, rank.end)
-        rank.actor = (
-            actor_class()
-            .options(
-                num_cpus=shape.cpus,
-                num_gpus=1 if shape.gpus else 0,
-                scheduling_strategy=self._placement.at(place),
-                runtime_env={"env_vars": variables},
-            )
-            .remote()
-        )
+        remote: Any = ray.remote(max_restarts=0, max_task_retries=0)(RankActor)
+        rank.actor = remote.options(
+            num_cpus=shape.cpus,
+            num_gpus=1 if shape.gpus else 0,
+            scheduling_strategy=self._placement.at(place),
+            runtime_env={"env_vars": variables},
+        ).remote()
         rank.run = rank.actor.run.remote(env, task, address)
         return rank
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from parallel.cluster.command_loop import CommandLoop
+from parallel.cluster.actor import CommandLoop
 from parallel.cluster.messages import (
     Admitted,
     CancelVideo,
