@@ -15,7 +15,6 @@ from models.errors import InputError
 from parallel.cluster.config import ClusterSettings, MagiSource, RankTask, video_size
 from parallel.cluster.controller import Controller
 from parallel.cluster.messages import Event, VideoOrder
-from parallel.cluster.metrics import RayMetrics
 from parallel.cluster.placement import GangShape, cluster_has_gpus
 from parallel.cluster.queue import GangSize, VideoSize
 from parallel.health.timeouts import Timeouts
@@ -97,7 +96,7 @@ def on_ray(
             size=_gang_size(plans, kv_bytes),
             max_restarts=max_restarts,
         )
-        with Controller(settings, metrics=RayMetrics()) as controller:
+        with Controller(settings) as controller:
             yield RayBackend(controller)
 
 
