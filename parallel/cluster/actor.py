@@ -33,13 +33,13 @@ from parallel.cluster.messages import (
     ChunkTaken,
     Command,
     Finish,
-    GangEvent,
     GangReady,
     PermitQuantum,
     Progressed,
     QuantumDone,
     QuantumReady,
     RankStarted,
+    SentByGang,
     VideoDone,
     VideoFailed,
     VideoOrder,
@@ -100,7 +100,7 @@ class RankActor:
             self._gang.monitor.fail(f"messages of the controller: {type(error).__name__}: {error}")
 
 
-def _work(gang: Gang, task: RankTask, loop: CommandLoop, send: Callable[[list[GangEvent]], None]) -> None:
+def _work(gang: Gang, task: RankTask, loop: CommandLoop, send: Callable[[list[SentByGang]], None]) -> None:
     # Objects that exist when the work begins, and they are many with Ray, stay: the garbage collector, which would go
     # through them over and over, takes 1% of a rank's time.
     load = task.source.lead if gang.mesh.leads else task.source.stage
@@ -137,7 +137,7 @@ class _Video:
     quantum."""
 
     order: VideoOrder
-    send: Callable[[GangEvent], None]
+    send: Callable[[SentByGang], None]
     stored: int  # chunks that the caller has, from the video's first on
     number: int = -1  # the engine's
     handed_out: int = 0  # chunks, from the video's first on
@@ -159,7 +159,7 @@ class CommandLoop:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._commands: deque[Callable[[Engine], None]] = deque()
-        self._events: list[GangEvent] = []
+        self._events: list[SentByGang] = []
         self._videos: dict[str, _Video] = {}
         self._finishing = False
         self._engine: Engine | None = None
@@ -200,7 +200,7 @@ class CommandLoop:
 
     # ---- the leader's main thread
 
-    def run(self, engine: Engine, device: torch.device, send: Callable[[list[GangEvent]], None]) -> None:
+    def run(self, engine: Engine, device: torch.device, send: Callable[[list[SentByGang]], None]) -> None:
         """Make the videos that come until there will be no more.
 
         Events go to the controller by `send`, which waits for nobody.
@@ -307,7 +307,7 @@ class CommandLoop:
         if self._engine is not None:
             self._engine.wake()
 
-    def _post(self, *events: GangEvent, urgent: bool = True) -> None:
+    def _post(self, *events: SentByGang, urgent: bool = True) -> None:
         """Send events; those that nobody waits for go with the next ones, as every message has its cost."""
         self._events += events
         if urgent:

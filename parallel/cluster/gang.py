@@ -26,7 +26,7 @@ from models.errors import InputError
 from parallel.cluster.actor import RankActor, RankEnd
 from parallel.cluster.config import ClusterSettings
 from parallel.cluster.connection import Connection, Listener
-from parallel.cluster.messages import Command, GangEvent, GangReady, RankStarted
+from parallel.cluster.messages import Command, GangReady, RankStarted, SentByGang
 from parallel.cluster.placement import Place, Placement, alive_nodes, plan_strategies, threads_per_rank
 from parallel.comm.groups import connect
 from parallel.health.errors import BAD_INPUT
@@ -114,12 +114,6 @@ class Gang:
         self._failed_at: float | None = None
 
     @property
-    def quiet(self) -> bool:
-        """Nothing can happen to it without news on the listener, but what heartbeats tell."""
-        gone = any(rank.gone_at is not None for rank in self._ranks)
-        return self.state is GangState.DOWN or (self.state is GangState.UP and not gone)
-
-    @property
     def ended(self) -> bool:
         """All ranks have ended, well or not."""
         runs = [rank.run for rank in self._ranks]
@@ -141,7 +135,7 @@ class Gang:
         if self._ranks:
             self._ranks[0].connection.send(command)
 
-    def poll(self) -> list[GangEvent]:
+    def poll(self) -> list[SentByGang]:
         """Go on with starting; returns what the leader has sent."""
         if self.state is GangState.WAITING:
             self._look_for_nodes()
@@ -273,8 +267,8 @@ class Gang:
 
     # ---- polling
 
-    def _receive(self) -> list[GangEvent]:
-        events: list[GangEvent] = []
+    def _receive(self) -> list[SentByGang]:
+        events: list[SentByGang] = []
         for rank in self._ranks:
             for message in [rank.inbox.popleft() for _ in range(len(rank.inbox))]:
                 if isinstance(message, RankStarted):
@@ -298,7 +292,7 @@ class Gang:
         now, timeouts = time.monotonic(), self._settings.task.timeouts
         if self.state is GangState.STARTING and now - self._began > timeouts.first:
             raise GangBroken(f"its ranks have not met within {timeouts.first:.0f} s")
-        if not self.quiet or now - self._ends_at >= _ENDS_EVERY:
+        if now - self._ends_at >= _ENDS_EVERY:
             self._ends_at = now
             self._check_ends()
         for number, rank in enumerate(self._ranks):

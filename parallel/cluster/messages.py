@@ -79,105 +79,104 @@ class RankStarted:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Admitted:
-    """A gang has begun a video."""
+class GangEvent:
+    """An event of a gang."""
 
-    video: str
-    number: int  # the gang's number of the video, which its failures name
-    first: int  # chunk that will be handed out first; more than 0 after a checkpoint
     gang: str = ""  # its name; the controller fills it in
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QuantumReady:
-    """A video asks for its next quantum."""
+class GangReady(GangEvent):
+    """A gang has loaded its weights and waits for work."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoEvent(GangEvent):
+    """An event of a video on a gang."""
 
     video: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admitted(VideoEvent):
+    """A gang has begun a video."""
+
+    number: int  # the gang's number of the video, which its failures name
+    first: int  # chunk that will be handed out first; more than 0 after a checkpoint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantumReady(VideoEvent):
+    """A video asks for its next quantum."""
+
     quantum: int  # index
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QuantumDone:
+class QuantumDone(VideoEvent):
     """All chunks in the window have taken all steps of a quantum."""
 
-    video: str
     quantum: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Progressed:
+class Progressed(VideoEvent):
     """How far a video is."""
 
-    video: str
     progress: Progress
-    gang: str = ""  # its name; the controller fills it in
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ChunkMade:
+class ChunkMade(VideoEvent):
     """A finished chunk."""
 
-    video: str
     index: int  # 0 for the first
     frames: NDArray[np.uint8]  # uint8 [F, H, W, 3]
     latents: NDArray[np.float32]  # fp32 [1, C, t, h, w]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VideoDone:
+class VideoDone(VideoEvent):
     """All chunks of a video were handed out."""
 
-    video: str
     computed: float  # chunk-steps that were computed, as a share of all
     kv_bytes: int  # size of its KV buffers on the leader
-    gang: str = ""  # its name; the controller fills it in
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VideoFailed:
+class VideoFailed(VideoEvent):
     """A video cannot be made, or is set aside. A gang that refuses one is well."""
 
-    video: str
     message: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GangReady:
-    """A gang has loaded its weights and waits for work."""
-
-    gang: str = ""  # its name; the controller fills it in
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GangLost:
+class GangLost(GangEvent):
     """A gang has failed; its videos go on elsewhere."""
 
-    gang: str
     message: str  # why, in one line
     videos: tuple[str, ...]  # that it was making
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Restarted:
+class Restarted(GangEvent):
     """A gang is started again."""
 
-    gang: str
     attempt: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GangDown:
+class GangDown(GangEvent):
     """A gang is not started again."""
 
-    gang: str
     message: str
 
 
-GangEvent = GangReady | Admitted | QuantumReady | QuantumDone | Progressed | ChunkMade | VideoDone | VideoFailed
+SentByGang = GangReady | Admitted | QuantumReady | QuantumDone | Progressed | ChunkMade | VideoDone | VideoFailed
 Event = Admitted | ChunkMade | VideoDone | VideoFailed | Progressed | GangReady | GangLost | Restarted | GangDown
 
 
-def log_entry(event: GangEvent | Event, seconds: float) -> dict[str, Any]:
+def log_entry(event: GangEvent, seconds: float) -> dict[str, Any]:
     """An event as plain values, without frames and latents."""
     names = [one.name for one in fields(event) if one.name not in ("frames", "latents", "progress")]
     values = {name: getattr(event, name) for name in names}
@@ -187,7 +186,7 @@ def log_entry(event: GangEvent | Event, seconds: float) -> dict[str, Any]:
 # ---- bytes
 
 _PARTS = (Request, Prefix, VideoSize, Schedule, CheckpointConfig, Progress)
-_SENT = (*get_args(Command), *get_args(GangEvent), RankStarted, *_PARTS)
+_SENT = (*get_args(Command), *get_args(SentByGang), RankStarted, *_PARTS)
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in _SENT}
 
 

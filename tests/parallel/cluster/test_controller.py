@@ -29,7 +29,7 @@ from tests.parallel.small import request
 class FakeGang:
     """A gang that answers with what a test has put down."""
 
-    quiet, name, attempt, failed_starts, state = False, "gang-0", 0, 0, GangState.UP
+    name, attempt, failed_starts, state = "gang-0", 0, 0, GangState.UP
 
     def __init__(self):
         self.rounds, self.sent, self.stops = deque([[GangReady()]]), [], 0
@@ -112,7 +112,7 @@ def test_a_video_that_has_ended_leaves_nothing_behind(controller, gang):
         for event in controller.run():
             if last is None and isinstance(event, Admitted):
                 controller.cancel("a")
-        assert not controller._orders and not controller._delivered and not controller._numbers and not controller._out
+        assert not controller._videos and not controller._out
     assert gang.sent[-1] == CancelVideo(video="a")
 
 

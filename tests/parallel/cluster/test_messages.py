@@ -123,4 +123,4 @@ def test_what_is_no_message_cannot_be_sent():
 def test_the_log_has_neither_frames_nor_latents():
     array = np.zeros(3)
     entry = log_entry(ChunkMade(video="a", index=2, frames=array, latents=array), 1.5)
-    assert entry == {"seconds": 1.5, "event": "ChunkMade", "video": "a", "index": 2}
+    assert entry == {"seconds": 1.5, "event": "ChunkMade", "gang": "", "video": "a", "index": 2}
