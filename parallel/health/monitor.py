@@ -60,7 +60,8 @@ class Monitor:
         self._parent = os.getppid() if env.launched else None
         self._failure: Failure | None = None
         self._failed_at = 0.0
-        self._doing, self._last, self._items, self._beats = "starting", "starting", 0, 0
+        self.doing = self._last = "starting"  # this rank's present task, in words, or empty; and its last one
+        self._items = self._beats = 0
         self._machine = this_machine()
         self._processes: dict[int, LocalProcess] = {}  # of the other ranks on this machine
         self._gone: dict[int, int] = {}  # ranks whose process has ended, and the round in which that was seen
@@ -71,11 +72,6 @@ class Monitor:
         self._pipe = WakeupPipe()
         self._heartbeats = Heartbeats(store, mesh, timeouts, beat=self._beat, on_round=self._pipe.notify)
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
-
-    @property
-    def doing(self) -> str:
-        """This rank's present task, in words; empty while it waits."""
-        return self._doing
 
     def start(self) -> None:
         """Start to watch."""
@@ -115,25 +111,20 @@ class Monitor:
     def working(self, what: str) -> None:
         """This rank begins a task."""
         self._items += 1
-        self._doing = self._last = what
+        self.doing = self._last = what
 
     def waiting(self) -> None:
         """This rank has finished its task."""
-        self._doing = ""
+        self.doing = ""
 
     def check(self) -> None:
-        """Raise if a rank has failed.
-
-        Raises:
-            GangError: the failure.
-        """
+        """Raise a `GangError` if a rank has failed."""
         if self._failure is not None:
             raise GangError(self._failure)
 
     def fail(self, message: str, *, status: int = FAILED) -> Failure:
         """Report a failure of this rank, in one line; returns the one that was reported first."""
-        failure = self._own_failure(message.partition("\n")[0], status)
-        self._heartbeats.report(failure)
+        failure = self._report(message.partition("\n")[0], status)
         return self.await_failure() or failure
 
     def await_failure(self) -> Failure | None:
@@ -155,7 +146,7 @@ class Monitor:
         return Heartbeat(
             count=self._beats,
             items=self._items,
-            doing=self._doing,
+            doing=self.doing,
             last=self._last,
             limit=self._timeouts.first if self._items <= _FIRST_ITEMS else self._timeouts.step,
             pid=os.getpid(),
@@ -229,11 +220,10 @@ class Monitor:
         heartbeat = self._heartbeats.latest.get(rank)
         return f"{self._mesh.name(rank)} has gone: {how}" + (f", last seen {heartbeat.at}" if heartbeat else "")
 
-    def _own_failure(self, message: str, status: int = FAILED) -> Failure:
-        return Failure(message=message, status=status, reporter=self._mesh.rank)
-
-    def _report(self, message: str, status: int = FAILED) -> None:
-        self._heartbeats.report(self._own_failure(message, status))
+    def _report(self, message: str, status: int = FAILED) -> Failure:
+        failure = Failure(message=message, status=status, reporter=self._mesh.rank)
+        self._heartbeats.report(failure)
+        return failure
 
     def _lose_store(self, how: str) -> None:
         """The process that serves the store is gone, or hangs: each rank finds that out alone."""

@@ -80,14 +80,7 @@ class Utilisation:
 
 
 def analyse(events: Iterable[Event]) -> Utilisation | None:
-    """Explain a trace.
-
-    Args:
-        events: of all ranks, in any order.
-
-    Returns:
-        What each rank did; None if nothing was computed.
-    """
+    """Explain a trace: what each rank did; None if nothing was computed. Events may be in any order."""
     ranks, waits = _read(events)
     runs = [run for rank in ranks.values() for run in rank.runs]
     if not runs:

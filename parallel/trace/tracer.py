@@ -29,13 +29,9 @@ _BLOCK = 1 << 20  # bytes of lines that are shipped at once
 
 
 class Tracer:
-    """The spans of one rank, from any of its threads.
+    """The spans of one rank, from any of its threads. Nothing is recorded that is not wanted.
 
-    Args:
-        rank: shown as the trace's process.
-        name: of the rank.
-        wanted: without it nothing is recorded.
-        about: more about the rank, for readers of the trace.
+    `about` says more about the rank, for readers of the trace.
     """
 
     def __init__(self, rank: int, name: str, *, wanted: bool, about: Mapping[str, Any] | None = None) -> None:
@@ -146,11 +142,7 @@ def shipped_events(store: Store, session: int, rank: int) -> Iterator[str]:
 
 
 def merge_traces(parts: Iterable[Iterable[str]], path: Path) -> None:
-    """Write one trace file of all ranks, line by line; it appears when it is complete.
-
-    Args:
-        parts: events as JSON, of one rank after another.
-        path: of the file.
+    """Write one trace file of the events of one rank after another; it appears when it is complete.
 
     Raises:
         InputError: it cannot be written.
@@ -170,14 +162,8 @@ def _packed(lines: list[str]) -> str:
 
 
 def _about(item: WorkItem) -> dict[str, Any]:
-    return {
-        "request": item.request,
-        "tick": item.tick,
-        "chunk": item.chunk,
-        "step": item.step,
-        "what": item.what.name,
-        "returns": bool(item.what.weight),
-    }
+    place = {"request": item.request, "tick": item.tick, "chunk": item.chunk, "step": item.step}
+    return {**place, "what": item.what.name, "returns": bool(item.what.weight)}
 
 
 def _key(session: int, rank: int, block: int | None = None) -> str:
