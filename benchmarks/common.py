@@ -299,16 +299,22 @@ def rounded(value: float) -> float:
 def in_fresh_processes(copies: int, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> list[_T]:
     """Run a function of a module in new Python processes at the same time and hand back what each returns.
 
+    Each is a session of its own, as every rank of a gang is: Linux shares a busy machine among sessions.
+
     Raises:
         InputError: a process was killed, most likely because memory ran out; or what the function raises.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=copies, mp_context=context) as pool:
+    with ProcessPoolExecutor(max_workers=copies, mp_context=context, initializer=os.setsid) as pool:
         try:
             waiting = [pool.submit(function, *args, **kwargs) for _ in range(copies)]
             return [one.result() for one in waiting]
         except BrokenProcessPool:
             raise InputError("a measurement's process was killed, likely for want of memory: measure less") from None
+        except BaseException:
+            for child in multiprocessing.active_children():  # Ctrl-C does not reach other sessions
+                child.kill()
+            raise
 
 
 def in_fresh_process(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:

@@ -104,7 +104,7 @@ def make_long_video(chunks: int, budget: int | None, *, steps: int, weights: Pat
     engine = Engine(pipeline, runner, kv=KVSettings(budget=budget))
     seconds, kv_bytes, warm_rss = [], 0, 0
     with progress_bar() as bar:
-        task = bar.add_task(f"{chunks} chunks, KV budget {budget}", total=chunks)
+        task = bar.add_task(f"{chunks} chunks, {'own range' if budget is None else f'budget {budget}'}", total=chunks)
         began = time.perf_counter()
         for chunk in engine.generate(pocket_request(PROMPT, chunks=chunks, num_steps=steps, seed=0)):
             seconds.append(time.perf_counter() - began)

@@ -14,19 +14,20 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
-from itertools import cycle
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from engine.executor import Admission
+from engine.kv.size import KVPlan
+from engine.schedule import Schedule
 from engine.video import WorkItem
+from models.protocols import CaptionTable
 
 HEADER_BYTES = 2048
 _DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +37,6 @@ _FIXED = struct.Struct("<4sBBHQiHH8sI5I")
 _DIMENSIONS = 5
 _LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 16
-_SIMPLE = (int, str, float, bool, NoneType)
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ class Header:
         Raises:
             ValueError: it does not fit.
         """
-        item = b"" if self.item is None else _json(to_plain(self.item, []))
+        item = b"" if self.item is None else to_plain(self.item)
         fixed = _FIXED.pack(
             _MAGIC,
             self.kind,
@@ -123,7 +123,7 @@ class Header:
             kind=Kind(kind),
             number=number,
             request=request,
-            item=from_plain(WorkItem, json.loads(content[start:end])) if length else None,
+            item=from_plain(WorkItem, content[start:end]) if length else None,
             flags=_unpack_flags(content[end:size], flags),
             digest=digest,
             shape=tuple(shape[:dimensions]),
@@ -142,12 +142,36 @@ class Message:
     waited: float  # seconds that the receiver waited for it
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _AdmissionForm:
+    """An admission without the numbers in its tensors."""
+
+    video: int
+    schedule: Schedule
+    kv: KVPlan
+    grid: tuple[int, int, int]
+    checkpoint: str | None
+    max_length: int | None
+    tensors: dict[Literal["text", "null", "counters"], tuple[int, tuple[int, ...]]]  # dtype and shape, in order
+
+
 def pack_admit(admission: Admission) -> Tensor:
     """As a payload, uint8 [bytes]: the length of a JSON text, the text, and tensors at multiples of 16 bytes."""
-    tensors: list[Tensor] = []
-    text = _json(to_plain(admission, tensors))
+    captions = admission.captions
+    tensors = {"text": captions.text, "null": captions.null, "counters": captions.counters}
+    held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    form = _AdmissionForm(
+        video=admission.video,
+        schedule=admission.schedule,
+        kv=admission.kv,
+        grid=admission.grid,
+        checkpoint=admission.checkpoint,
+        max_length=captions.max_length,
+        tensors={name: (_DTYPES.index(one.dtype), tuple(one.shape)) for name, one in held.items()},  # type: ignore[misc]
+    )
+    text = to_plain(form)
     parts = [_LENGTH.pack(len(text)) + text]
-    parts += [one.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for one in tensors]
+    parts += [one.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for one in held.values()]
     return _as_payload(b"".join(part.ljust(_aligned(len(part)), b"\0") for part in parts))
 
 
@@ -158,14 +182,29 @@ def unpack_admit(payload: Tensor) -> Admission:
         ValueError: it is no `Admission`.
     """
     (length,) = _LENGTH.unpack(payload[: _LENGTH.size].numpy().tobytes())
-    end = _LENGTH.size + length
-    text = payload[_LENGTH.size : end].numpy().tobytes()
-    return from_plain(Admission, json.loads(text), payload[_aligned(end) :])
+    place = _LENGTH.size + length
+    form = from_plain(_AdmissionForm, payload[_LENGTH.size : place].numpy().tobytes())
+    tensors: dict[str, Tensor] = {}
+    for name, (dtype, shape) in form.tensors.items():
+        start = _aligned(place)
+        place = start + math.prod(shape) * _DTYPES[dtype].itemsize
+        tensors[name] = payload[start:place].view(_DTYPES[dtype]).view(shape).clone()
+    captions = CaptionTable(
+        text=tensors["text"], null=tensors["null"], counters=tensors.get("counters"), max_length=form.max_length
+    )
+    return Admission(
+        video=form.video,
+        schedule=form.schedule,
+        kv=form.kv,
+        captions=captions,
+        grid=form.grid,
+        checkpoint=form.checkpoint,
+    )
 
 
 def pack_json(values: Any) -> Tensor:
     """JSON values as a payload, uint8 [bytes]."""
-    return _as_payload(_json(values))
+    return _as_payload(json.dumps(values).encode())
 
 
 def unpack_json(payload: Tensor | None) -> Any:
@@ -175,110 +214,29 @@ def unpack_json(payload: Tensor | None) -> Any:
     return json.loads(payload.numpy().tobytes())
 
 
-def to_plain(value: Any, tensors: list[Tensor]) -> Any:
-    """A dataclass as JSON values, by field name.
-
-    Args:
-        value: a dataclass of numbers, strings, tuples, tensors, None and other such dataclasses.
-        tensors: its tensors are appended; in their place stand their dtype, shape and place among the bytes of all.
-    """
+def to_plain(value: Any) -> bytes:
+    """A dataclass of numbers, strings, tuples, dictionaries, None and other such dataclasses, as JSON by field name."""
     kind: Any = type(value)
-    if kind in _SIMPLE:
-        return value
-    types = _field_types(kind)
-    if types is not None:
-        return {name: to_plain(getattr(value, name), tensors) for name in types}
-    if kind is tuple:
-        return [to_plain(one, tensors) for one in value]
-    place = sum(_aligned(before.nbytes) for before in tensors)
-    tensors.append(value)
-    return {"dtype": _DTYPES.index(value.dtype), "shape": list(value.shape), "place": place}
+    return _adapter(kind).dump_json(value)
 
 
-def from_plain(kind: type[T], value: Any, data: Tensor | None = None) -> T:
+def from_plain(kind: type[T], content: bytes) -> T:
     """The inverse of `to_plain`.
-
-    Args:
-        kind: the dataclass.
-        value: JSON values.
-        data: the bytes of its tensors, uint8, on the CPU.
 
     Raises:
         ValueError: a field is unknown, missing or of another type.
     """
-    read: Callable[[Any], _Reader] = _reader
-    made = read(kind)(value, data)
-    assert isinstance(made, kind)
+    wanted: Any = kind
+    adapter = _adapter(wanted)
+    made: T = adapter.validate_json(content, strict=True)
+    if adapter.dump_json(made) != content:
+        raise ValueError(f"unknown fields were received in a {kind.__name__}: {content[:200]!r}")
     return made
 
 
-_Reader = Callable[[Any, Tensor | None], Any]
-
-
 @cache
-def _reader(kind: Any) -> _Reader:
-    """Checks and converts JSON values of a type; made once for each type, since headers are read often."""
-    types, origin, arguments = _field_types(kind), get_origin(kind), get_args(kind)
-    if types is not None:
-        return _dataclass_reader(kind, {name: _reader(one) for name, one in types.items()})
-    if origin is tuple:
-        readers = [_reader(one) for one in arguments if one is not Ellipsis]
-        return _tuple_reader(kind, readers, repeats=arguments[-1] is Ellipsis)
-    if origin is Union or origin is UnionType:
-        (some,) = (_reader(one) for one in arguments if one is not NoneType)
-        return lambda value, data: None if value is None else some(value, data)
-    if kind is Tensor:
-        return _read_tensor
-    accepted = (int, float) if kind is float else (kind,)
-
-    def read(value: Any, data: Tensor | None) -> Any:
-        if type(value) in accepted or (origin is Literal and value in arguments):
-            return value
-        raise _refused(value, kind)
-
-    return read
-
-
-def _dataclass_reader(kind: Any, readers: Mapping[str, _Reader]) -> _Reader:
-    def read(value: Any, data: Tensor | None) -> Any:
-        if type(value) is not dict or value.keys() != readers.keys():
-            raise _refused(value, kind)
-        return kind(**{name: reader(value[name], data) for name, reader in readers.items()})
-
-    return read
-
-
-def _tuple_reader(kind: Any, readers: Sequence[_Reader], *, repeats: bool) -> _Reader:
-    def read(value: Any, data: Tensor | None) -> Any:
-        if type(value) is not list or (len(value) != len(readers) and not repeats):
-            raise _refused(value, kind)
-        return tuple([reader(one, data) for reader, one in zip(cycle(readers), value)])
-
-    return read
-
-
-def _read_tensor(value: Any, data: Tensor | None) -> Tensor:
-    if data is None or not isinstance(value, dict) or value.keys() != {"dtype", "shape", "place"}:
-        raise _refused(value, Tensor)
-    dtype, shape, start = _DTYPES[value["dtype"]], value["shape"], value["place"]
-    return data[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape).clone()
-
-
-def _refused(value: Any, kind: Any) -> ValueError:
-    return ValueError(f"{str(value)[:80]} was received in place of {getattr(kind, '__name__', kind)}")
-
-
-@cache
-def _field_types(kind: Any) -> Mapping[str, Any] | None:
-    """Types of a dataclass's fields by name; None for any other type."""
-    if not is_dataclass(kind):
-        return None
-    hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in fields(kind)}
-
-
-def _json(values: Any) -> bytes:
-    return json.dumps(values, separators=(",", ":")).encode()
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def _as_payload(content: bytes) -> Tensor:

@@ -1,5 +1,7 @@
 """Headers and admissions are plain data, and are read as they were written."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
@@ -105,10 +107,10 @@ def test_a_header_that_is_too_long_is_refused():
 )
 @given(item=items)
 def test_a_field_that_is_unknown_missing_or_of_another_type_is_refused(change, item):
-    plain = to_plain(item, [])
+    plain = json.loads(to_plain(item))
     change(plain)
-    with pytest.raises(ValueError, match="was received in place of"):
-        from_plain(WorkItem, plain)
+    with pytest.raises(ValueError):
+        from_plain(WorkItem, json.dumps(plain, separators=(",", ":")).encode())
 
 
 tensors = st.builds(

@@ -45,6 +45,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", CASES.values(), ids=CASES)
 def test_slots_make_the_same_video(tmp_path, values):
     values = dict(values)
@@ -64,6 +65,7 @@ def test_45_tokens_are_uneven():
     assert TokenSplit(6 * 3 * 5, 4).counts == [23, 23, 22, 22]
 
 
+@pytest.mark.slow
 def test_a_cp_that_does_not_divide_the_heads_is_one_clear_line(tmp_path):
     with pytest.raises(GangError, match="--cp 3 does not divide the model's 2 key heads"):
         run(tmp_path, cp=3)
