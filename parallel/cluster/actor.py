@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import gc
 import os
-import threading
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from queue import SimpleQueue
 
 import ray
 import torch
@@ -154,16 +153,14 @@ class _Video:
 
 
 class CommandLoop:
-    """Takes commands on any thread and works on the leader's main thread."""
+    """Takes commands on any thread and carries them out on the leader's main thread, between two steps of the engine."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._commands: deque[Callable[[Engine], None]] = deque()
+        self._inbox: SimpleQueue[Command | tuple[_Video, Future[Submission]]] = SimpleQueue()
         self._events: list[SentByGang] = []
         self._videos: dict[str, _Video] = {}
         self._finishing = False
         self._engine: Engine | None = None
-        self._reader: ThreadPoolExecutor | None = None
 
     def handle(self, command: Command) -> None:
         """Take a command of the controller, on any thread.
@@ -171,32 +168,14 @@ class CommandLoop:
         Raises:
             TypeError: it is no command.
         """
-        with self._changed:
-            video = self._videos.get(getattr(command, "video", ""))
-            match command:
-                case VideoOrder():
-                    self._order(command)
-                case CancelVideo():
-                    self._commands.append(partial(self._cancel, command.video))
-                case PermitQuantum():
-                    if video is not None:
-                        video.permitted.add(command.quantum)
-                case ChunkTaken():
-                    if video is not None:
-                        video.stored = max(video.stored, command.index + 1)
-                case Finish():
-                    self._finishing = True
-                case _:
-                    raise TypeError(f"a {type(command).__name__} is no command")
-            self._changed.notify_all()
-        if isinstance(command, CancelVideo | PermitQuantum):
-            self._wake()
-
-    def _order(self, order: VideoOrder) -> None:
-        assert self._engine is not None and self._reader is not None, "videos are ordered of a gang that is ready"
-        video = _Video(order=order, send=self._post, stored=order.stored)
-        self._videos[order.video] = video
-        self._reader.submit(self._read, video, self._engine)
+        if not isinstance(command, Command):
+            raise TypeError(f"a {type(command).__name__} is no command")
+        if isinstance(command, PermitQuantum):  # at once: the engine may be waiting for it within a step
+            if (video := self._videos.get(command.video)) is not None:
+                video.permitted.add(command.quantum)
+        else:
+            self._inbox.put(command)
+        self._wake()
 
     # ---- the leader's main thread
 
@@ -213,9 +192,10 @@ class CommandLoop:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read", initializer=own_device)
         self._post(GangReady())
         while not (self._finishing and not engine.in_flight):
-            for command in self._next(idle=not engine.in_flight):
-                command(engine)
-            if not engine.in_flight:
+            waiting = sum(max(0, video.handed_out - video.stored) for video in self._videos.values())
+            stalled = not engine.in_flight or waiting >= _MOST_WAITING
+            if (stalled and not self._finishing) or not self._inbox.empty():
+                self._carry_out(self._inbox.get(), engine)
                 continue
             for made in engine.step():
                 self._hand_out(made)
@@ -223,53 +203,49 @@ class CommandLoop:
                 if video.number >= 0 and not engine.running(video.number):
                     self._done(video)
 
-    def _next(self, *, idle: bool) -> list[Callable[[Engine], None]]:
-        """Commands that have come; waits while there is nothing to do, or too much for the controller to take."""
-        with self._changed:
-            while not self._commands and not self._finishing:
-                waiting = sum(max(0, video.handed_out - video.stored) for video in self._videos.values())
-                if not idle and waiting < _MOST_WAITING:
-                    break
-                self._changed.wait()
-            commands = list(self._commands)
-            self._commands.clear()
-            return commands
+    def _carry_out(self, command: Command | tuple[_Video, Future[Submission]], engine: Engine) -> None:
+        match command:
+            case VideoOrder():
+                self._order(command, engine)
+            case (video, read):
+                self._admit(video, read, engine)
+            case CancelVideo():
+                if (cancelled := self._videos.pop(command.video, None)) is not None:
+                    engine.cancel(cancelled.number)
+            case ChunkTaken():
+                if (taken := self._videos.get(command.video)) is not None:
+                    taken.stored = max(taken.stored, command.index + 1)
+            case Finish():
+                self._finishing = True
 
-    def _read(self, video: _Video, engine: Engine) -> None:
-        """Encode an order and verify its checkpoint, which takes long, while the main thread goes on."""
-        order = video.order
-        read: Submission | Exception
-        try:
-            read = engine.read(order.request, order.checkpoint, stored=order.stored)
-        except Exception as error:  # noqa: BLE001 - the main thread raises it
-            read = error
-        self._queue(partial(self._admit, video, read))
+    def _order(self, order: VideoOrder, engine: Engine) -> None:
+        """Encode an order and verify its checkpoint on another thread, for it takes long."""
+        video = self._videos[order.video] = _Video(order=order, send=self._post, stored=order.stored)
 
-    def _admit(self, video: _Video, read: Submission | Exception, engine: Engine) -> None:
+        def read_is_done(read: Future[Submission]) -> None:
+            self._inbox.put((video, read))
+            self._wake()
+
+        read = self._reader.submit(engine.read, order.request, order.checkpoint, stored=order.stored)
+        read.add_done_callback(read_is_done)
+
+    def _admit(self, video: _Video, read: Future[Submission], engine: Engine) -> None:
         name = video.order.video
         if self._videos.get(name) is not video:
             return  # cancelled meanwhile
         try:
-            if isinstance(read, Exception):
-                raise read
             progressed = partial(self._progressed, video)
-            video.number = engine.submit(read, on_progress=progressed, gate=video, stored=lambda: video.stored)
+            video.number = engine.submit(read.result(), on_progress=progressed, gate=video, stored=lambda: video.stored)
         except InputError as error:
-            self._forget(name)
+            del self._videos[name]
             self._post(VideoFailed(video=name, message=str(error)))
             return
         self._post(Admitted(video=name, number=video.number, first=engine.resumed(video.number)))
 
-    def _cancel(self, name: str, engine: Engine) -> None:
-        video = self._videos.get(name)
-        if video is not None:
-            self._forget(name)
-            engine.cancel(video.number)
-
     def _hand_out(self, made: ChunkResult) -> None:
         chunk = made.chunk
         assert chunk.frames is not None
-        for video in list(self._videos.values()):
+        for video in self._videos.values():
             if video.number == made.video:
                 video.handed_out = chunk.index + 1
                 frames, latents = chunk.frames.numpy(), chunk.latents.numpy()
@@ -287,21 +263,11 @@ class CommandLoop:
         )
 
     def _done(self, video: _Video) -> None:
-        self._forget(video.order.video)
+        del self._videos[video.order.video]
         computed, kv_bytes = 1.0, 0
         if video.progress is not None:
             computed, kv_bytes = video.progress.computed_fraction, video.progress.kv_bytes
         self._post(VideoDone(video=video.order.video, computed=computed, kv_bytes=kv_bytes))
-
-    def _forget(self, name: str) -> None:
-        with self._changed:
-            self._videos.pop(name, None)
-
-    def _queue(self, command: Callable[[Engine], None]) -> None:
-        with self._changed:
-            self._commands.append(command)
-            self._changed.notify_all()
-        self._wake()
 
     def _wake(self) -> None:
         if self._engine is not None:

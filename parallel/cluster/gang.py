@@ -221,7 +221,7 @@ class Gang:
         self._heartbeats.start()
         nodes = alive_nodes()
         for env, place in zip(envs, places, strict=True):
-            self._ranks.append(self._start(env, place, self._threads(place, nodes.get(place.node, {}))))
+            self._ranks.append(self._start(env, place, nodes.get(place.node, {})))
 
     def _env(self, rank: int, place: Place, host: str, port: int) -> RankEnv:
         return RankEnv(
@@ -236,16 +236,10 @@ class Gang:
             attempt=self.attempt,
         )
 
-    def _threads(self, place: Place, resources: dict[str, float]) -> int:
-        if self._settings.task.threads is not None:
-            return self._settings.task.threads
-        cores = int(resources.get("CPU", 1))
-        devices = int(resources.get("GPU", 0)) if self._settings.shape.gpus else cores
-        return threads_per_rank(cores, devices, self._settings.gangs * place.local_world_size)
-
-    def _start(self, env: RankEnv, place: Place, threads: int) -> _Rank:
+    def _start(self, env: RankEnv, place: Place, node: dict[str, float]) -> _Rank:
         assert self._placement is not None
-        shape, task = self._settings.shape, replace(self._settings.task, threads=threads)
+        shape, task, ranks = self._settings.shape, self._settings.task, self._settings.gangs * place.local_world_size
+        threads = task.threads or threads_per_rank(node, ranks, gpus=shape.gpus)
         # Ray sets one thread for ranks that reserve one CPU, and hides the other GPUs; torchrun does neither.
         variables = {"OMP_NUM_THREADS": str(threads), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
         rank = _Rank(place=place)
@@ -257,7 +251,7 @@ class Gang:
             scheduling_strategy=self._placement.at(place),
             runtime_env={"env_vars": variables},
         ).remote()
-        rank.run = rank.actor.run.remote(env, task, address)
+        rank.run = rank.actor.run.remote(env, replace(task, threads=threads), address)
         return rank
 
     def _release(self) -> None:

@@ -48,11 +48,10 @@ def alive_nodes() -> dict[str, dict[str, float]]:
     return {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
 
 
-def threads_per_rank(cores: int, devices: int, ranks: int) -> int:
-    """CPU threads of each rank of a node, so that those that may be there share the cores.
-
-    `devices` is how many ranks the node can hold: its GPUs, or its cores without any.
-    """
+def threads_per_rank(resources: Mapping[str, float], ranks: int, *, gpus: bool) -> int:
+    """CPU threads of each rank of a node, so that those that may be there share its cores."""
+    cores = int(resources.get("CPU", 1))
+    devices = int(resources.get("GPU", 0)) if gpus else cores
     return max(1, cores // max(1, min(ranks, devices)))
 
 

@@ -117,7 +117,8 @@ def test_a_gang_that_does_not_come_up_is_broken(gang):
 
 
 def test_ranks_share_the_cores_of_their_node():
-    assert threads_per_rank(cores=64, devices=8, ranks=4) == 16
-    assert threads_per_rank(cores=64, devices=8, ranks=32) == 8
-    assert threads_per_rank(cores=2, devices=2, ranks=8) == 1
-    assert threads_per_rank(cores=1, devices=0, ranks=1) == 1
+    node = {"CPU": 64.0, "GPU": 8.0}
+    assert threads_per_rank(node, 4, gpus=True) == 16
+    assert threads_per_rank(node, 32, gpus=True) == 8
+    assert threads_per_rank({"CPU": 2.0}, 8, gpus=False) == 1
+    assert threads_per_rank({"CPU": 1.0}, 1, gpus=True) == 1
