@@ -153,7 +153,7 @@ class _Video:
 
 
 class CommandLoop:
-    """Takes commands on any thread and carries them out on the leader's main thread, between two steps of the engine."""
+    """Takes commands on any thread and carries them out on the leader's main thread, between steps of the engine."""
 
     def __init__(self) -> None:
         self._inbox: SimpleQueue[Command | tuple[_Video, Future[Submission]]] = SimpleQueue()
