@@ -124,7 +124,7 @@ class Monitor:
 
     def fail(self, message: str, *, status: int = FAILED) -> Failure:
         """Report a failure of this rank, in one line; returns the one that was reported first."""
-        failure = self._report(message.partition("\n")[0], status)
+        failure = self._report(message, status)
         return self.await_failure() or failure
 
     def await_failure(self) -> Failure | None:
@@ -139,7 +139,7 @@ class Monitor:
         if is_connection_error(error):
             self.fail(self._describe_gone(rank, "it has closed its connections"))
         else:
-            self.fail(f"{self._name}: messages from or to rank {rank}: {_first_line(error)}")
+            self.fail(f"{self._name}: messages from or to rank {rank}: {type(error).__name__}: {error}")
 
     def _beat(self) -> Heartbeat:
         self._beats += 1
@@ -157,7 +157,7 @@ class Monitor:
         try:
             self._watch()
         except Exception as error:  # noqa: BLE001 - without this thread the rank would run unwatched
-            self._report(f"{self._name}: monitor: {_first_line(error)}")
+            self._report(f"{self._name}: monitor: {type(error).__name__}: {error}")
             self._failed_at, self._failure = time.monotonic(), self._heartbeats.reported
             self._failed.set()
         grace = self._timeouts.grace * (2 if self._server == self._mesh.rank else 1)
@@ -221,7 +221,7 @@ class Monitor:
         return f"{self._mesh.name(rank)} has gone: {how}" + (f", last seen {heartbeat.at}" if heartbeat else "")
 
     def _report(self, message: str, status: int = FAILED) -> Failure:
-        failure = Failure(message=message, status=status, reporter=self._mesh.rank)
+        failure = Failure(message=message.partition("\n")[0], status=status, reporter=self._mesh.rank)
         self._heartbeats.report(failure)
         return failure
 
@@ -283,7 +283,3 @@ def leave(status: int) -> NoReturn:
 def is_connection_error(error: BaseException) -> bool:
     """Whether a transfer has failed because the peer is gone."""
     return isinstance(error, RuntimeError) and any(part in str(error) for part in _DISCONNECTED)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
