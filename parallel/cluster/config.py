@@ -21,7 +21,7 @@ from engine.schedule import Schedule
 from models.magi.config import MagiConfig
 from models.magi.pipeline import Loading, load_pipeline, load_stage
 from models.magi.sampling import MagiSampling
-from models.protocols import CELL_FRAMES, KVGeometry, Pipeline
+from models.protocols import CELL_FRAMES, Pipeline
 from parallel.cluster.placement import GangShape
 from parallel.cluster.queue import GangSize, VideoSize
 from parallel.comm.ulysses import local_heads
@@ -120,13 +120,6 @@ def video_size(
     given = 1 if frames == 1 else frames // CELL_FRAMES
     chunks = math.ceil((request.chunks * width + given) / width)
     schedule = Schedule(first=given // width, chunks=chunks, num_steps=num_steps, window=sampling.window)
-    geometry = KVGeometry(
-        layers=range(max(stage_sizes(config, layout.pp, split))),
-        query_heads=model.num_attention_heads,
-        key_heads=model.num_query_groups,
-        head_size=model.kv_channels,
-        dtype=model.dtype,
-        device=torch.device("cpu"),
-    )
+    geometry = model.kv_geometry(range(max(stage_sizes(config, layout.pp, split))), torch.device("cpu"))
     plan = plan_kv(sampling, schedule, kv, chunk_tokens=config.chunk_tokens(request.height, request.width))
     return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(local_heads(geometry, layout.cp)))
