@@ -53,7 +53,6 @@ class Scheduler:
     def __init__(self, sizes: Iterable[GangSize], *, share: int = 8, losses: int = 4) -> None:
         self._sizes, self._share, self._losses = set(sizes), share, losses
         self._entries: dict[str, QueueEntry] = {}
-        self._queue: dict[str, QueueEntry] = {}
         self._gangs: dict[str, GangEntry] = {}
         self._ended: Counter[RequestState] = Counter()
         self._submitted = self._announcements = 0
@@ -73,7 +72,7 @@ class Scheduler:
         self._check_fit(request, size)
         entry = QueueEntry(request=request, size=size, priority=priority, number=self._submitted)
         self._submitted += 1
-        self._entries[request] = self._queue[request] = entry
+        self._entries[request] = entry
         self._admissions_due = True
 
     def cancel(self, request: str) -> None:
@@ -188,7 +187,9 @@ class Scheduler:
         """Figures of this moment."""
         states = self._ended + Counter(entry.state for entry in self._entries.values())
         gangs = tuple(gang.figures() for _, gang in sorted(self._gangs.items()))
-        return Figures(queued=len(self._queue), states={one: states[one] for one in RequestState}, gangs=gangs)
+        return Figures(
+            queued=states[RequestState.QUEUED], states={one: states[one] for one in RequestState}, gangs=gangs
+        )
 
     @property
     def idle(self) -> bool:
@@ -199,6 +200,9 @@ class Scheduler:
 
     def _up(self) -> list[GangEntry]:
         return [gang for gang in self._gangs.values() if gang.up]
+
+    def _queue(self) -> list[QueueEntry]:
+        return [entry for entry in self._entries.values() if entry.gang is None]
 
     def _resident(self, request: str, gang: str) -> QueueEntry | None:
         """The request, if that gang holds it."""
@@ -234,7 +238,6 @@ class Scheduler:
             else:
                 entry = self._next_admission(gang)
             if entry is not None:
-                del self._queue[entry.request]
                 entry.gang = gang.name
                 gang.residents[entry.request] = entry
                 return Admit(request=entry.request, gang=gang.name)
@@ -243,7 +246,7 @@ class Scheduler:
     def _emptied(self) -> dict[str, QueueEntry]:
         """The isolated requests of the queue, by the gang that is emptied for each."""
         found: dict[str, QueueEntry] = {}
-        isolated = (entry for entry in self._queue.values() if entry.isolated)
+        isolated = (entry for entry in self._queue() if entry.isolated)
         for entry in sorted(isolated, key=lambda entry: entry.number):
             free = [gang for gang in self._up() if gang.name not in found and gang.size.holds(entry.size)]
             if free:
@@ -254,7 +257,7 @@ class Scheduler:
         """The queued request that is to be admitted on a gang, if it fits now."""
         if any(entry.isolated for entry in gang.residents.values()):
             return None
-        eligible = [entry for entry in self._queue.values() if not entry.isolated and gang.size.holds(entry.size)]
+        eligible = [entry for entry in self._queue() if not entry.isolated and gang.size.holds(entry.size)]
         if not eligible:
             return None
         chosen, passed = self._preferred(eligible, gang.passed_requests, lambda entry: entry.number)
@@ -273,11 +276,9 @@ class Scheduler:
             return
         entry.isolated = entry.losses >= max(1, self._losses // 2)
         entry.leave()
-        self._queue[entry.request] = entry
 
     def _end(self, entry: QueueEntry, state: RequestState) -> None:
         del self._entries[entry.request]
-        self._queue.pop(entry.request, None)
         for gang in self._gangs.values():
             gang.residents.pop(entry.request, None)
         entry.leave()

@@ -210,7 +210,7 @@ def test_a_request_that_has_ended_leaves_nothing_but_its_count():
         made.submit(f"video {number}", chunks=1)
     made.cancel("video 2")
     made.run()
-    assert not made.scheduler._entries and not made.scheduler._queue and not made.scheduler._gangs["gang 0"].residents
+    assert not made.scheduler._entries and not made.scheduler._gangs["gang 0"].residents
     standings = made.scheduler.figures().states
     assert standings[RequestState.DONE] == 2 and standings[RequestState.CANCELLED] == 1
     with pytest.raises(KeyError):
