@@ -1,4 +1,4 @@
-"""The DiT of MAGI-1: embeddings, a range of layers, and the head (specification part 6).
+"""The DiT of MAGI-1: embeddings, a range of layers, and the output (specification part 6).
 
 The parts are called one by one, since a stage of a pipeline runs only some of them. Nothing here knows ranks, requests
 or caches; what a chunk attends to is a `KVView`.
@@ -52,13 +52,13 @@ class _CaptionEmbedder(nn.Module):
 class _Blocks(nn.Module):
     """`videodit_blocks`. Layers keep their absolute numbers, so a stage's parameter names are the checkpoint's."""
 
-    def __init__(self, config: ModelConfig, layers: range, *, tail: bool, fp8: bool, precise: bool) -> None:
+    def __init__(self, config: ModelConfig, layers: range, *, final: bool, fp8: bool, precise: bool) -> None:
         super().__init__()
         last = config.num_layers - 1
         self.layers = nn.ModuleDict(
             {str(i): TransformerLayer(config, fp8=fp8 and i not in (0, last), precise=precise) for i in layers}
         )
-        if tail:
+        if final:
             self.final_layernorm = LayerNorm1p(config.hidden_size, config.layernorm_epsilon)
 
 
@@ -92,16 +92,16 @@ class MagiDiT(nn.Module):
         super().__init__()
         self.config = config
         self.layers = range(config.num_layers) if layers is None else layers
-        self.head, self.tail = 0 in self.layers, config.num_layers - 1 in self.layers
+        embeds, reads_out = 0 in self.layers, config.num_layers - 1 in self.layers
         self.attention: Attention = attention_backend(attention)
-        if self.head:
+        if embeds:
             size = (config.t_patch_size, config.patch_size, config.patch_size)
             self.x_embedder = nn.Conv3d(config.in_channels, config.hidden_size, size, size, bias=False)
         self.t_embedder = _TimestepEmbedder(config)
         self.y_embedder = _CaptionEmbedder(config)
         self.rope = RotaryBands(config.kv_channels)
-        self.videodit_blocks = _Blocks(config, self.layers, tail=self.tail, fp8=fp8, precise=precise)
-        if self.tail:
+        self.videodit_blocks = _Blocks(config, self.layers, final=reads_out, fp8=fp8, precise=precise)
+        if reads_out:
             self.final_linear = _FinalLinear(config)
 
     @property

@@ -8,8 +8,6 @@ business.
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections import deque
 from contextlib import suppress
@@ -20,14 +18,13 @@ from typing import Any
 import ray
 import torch.distributed as dist
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from models.errors import InputError
 from parallel.cluster.actor import RankActor, RankEnd
 from parallel.cluster.config import ClusterSettings
 from parallel.cluster.connection import Connection, Listener
 from parallel.cluster.messages import Command, GangReady, RankStarted, SentByGang
-from parallel.cluster.placement import Place, Placement, alive_nodes, plan_strategies, threads_per_rank
+from parallel.cluster.placement import Place, Placement, alive_nodes, kill_process, plan_strategies, threads_per_rank
 from parallel.comm.groups import connect
 from parallel.health.errors import BAD_INPUT
 from parallel.health.heartbeats import Heartbeats
@@ -163,11 +160,10 @@ class Gang:
     def stop(self) -> None:
         """Kill all ranks at once, also those that hang or are stopped."""
         ranks, self._ranks = self._ranks, []
-        here = ray.get_runtime_context().get_node_id() if ranks else ""
         for rank in ranks:
             rank.connection.close()
             if rank.pid is not None:
-                _kill(rank.pid, rank.place.node, here)
+                kill_process(rank.pid, rank.place.node)
             ray.kill(rank.actor, no_restart=True)
         if self._heartbeats is not None:
             self._heartbeats.close(1.0)
@@ -338,17 +334,3 @@ class Gang:
             return GangBroken(self._heartbeats.failure.message)
         never_seen = isinstance(error, RayActorError) and rank.pid is None
         return GangBroken(f"{name} has died", unsure=isinstance(error, ActorUnavailableError) or never_seen)
-
-
-def _kill(pid: int, node: str, here: str) -> None:
-    """End a process for certain; one that is stopped does not listen to Ray."""
-    if node == here:
-        _kill_pid(pid)
-        return
-    where = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-    ray.remote(_kill_pid).options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote(pid)
-
-
-def _kill_pid(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)

@@ -6,13 +6,16 @@ different machines. A gang that fits on one node is kept there.
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from models.errors import InputError
 from parallel.topology.mesh import Layout
@@ -53,6 +56,23 @@ def threads_per_rank(resources: Mapping[str, float], ranks: int, *, gpus: bool) 
     cores = int(resources.get("CPU", 1))
     devices = int(resources.get("GPU", 0)) if gpus else cores
     return max(1, cores // max(1, min(ranks, devices)))
+
+
+def kill_process(pid: int, node: str) -> None:
+    """End a process of a node for certain, also one that is stopped and does not listen to Ray.
+
+    It stands in this file because the other node has to import it: that takes no torch.
+    """
+    if node == ray.get_runtime_context().get_node_id():
+        _kill(pid)
+        return
+    where = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    ray.remote(_kill).options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote(pid)
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def cluster_has_gpus() -> bool:

@@ -21,7 +21,8 @@ class Ranks:
     """Two ranks: how they have ended, and what their heartbeats tell."""
 
     def __init__(self):
-        self.ends, self.failure, self.diagnosis, self.lost, self.latest = {}, None, None, False, {}
+        self.ends, self.killed, self.latest = {}, [], {}
+        self.failure, self.diagnosis, self.lost = None, None, False
 
     def close(self, seconds):
         pass
@@ -41,9 +42,9 @@ def gang(monkeypatch, ranks):
         wait=wait,
         get=lambda run, timeout: ranks.ends[run],
         kill=lambda actor, no_restart: None,
-        get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "here"),
     )
     monkeypatch.setattr(gang_module, "ray", fake)
+    monkeypatch.setattr(gang_module, "kill_process", lambda pid, node: ranks.killed.append(pid))
     monkeypatch.setattr(gang_module, "Placement", lambda shape, strategy: SimpleNamespace(remove=lambda: None))
     made = Gang("gang-0", settings(), "PACK", None)
     place = SimpleNamespace(node="here")
@@ -57,7 +58,7 @@ def gang(monkeypatch, ranks):
 
 @pytest.mark.parametrize("how", ["heartbeats", "end"])
 def test_events_that_come_with_a_failure_are_not_lost(gang, ranks, how):
-    gang._ranks[0].inbox += [RankStarted(pid=2**22 + 1), [GangReady()], [CHUNK]]
+    gang._ranks[0].inbox += [RankStarted(pid=11), [GangReady()], [CHUNK]]
     if how == "heartbeats":
         ranks.diagnosis = Failure(message="rank 1 has given no heartbeat", reporter=0)
     else:
@@ -65,7 +66,8 @@ def test_events_that_come_with_a_failure_are_not_lost(gang, ranks, how):
     assert gang.poll() == [GangReady(), CHUNK]
     with pytest.raises(GangBroken, match="rank 1 has given no heartbeat"):
         gang.check()
-    gang._ranks[0].pid = None
+    gang.stop()
+    assert ranks.killed == [11]
 
 
 def test_a_failure_is_raised_at_once(gang, ranks):
