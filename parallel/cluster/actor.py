@@ -43,7 +43,7 @@ from parallel.cluster.messages import (
     VideoFailed,
     VideoOrder,
 )
-from parallel.health.errors import BAD_INPUT, FAILED, OK, GangError
+from parallel.health.errors import BAD_INPUT, Failure, GangError
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
 from parallel.ranks.worker import StageModel
@@ -52,21 +52,13 @@ _FLUSH = 5.0  # seconds for the last messages to leave
 _MOST_WAITING = 8  # chunks that were handed out and are not stored yet, before no more are made
 
 
-@dataclass(frozen=True, slots=True)
-class RankEnd:
-    """How a rank has ended."""
-
-    status: int  # exit code
-    message: str = ""  # why, if it was not well
-
-
 class RankActor:
     """One rank of a gang. Ray never restarts it alone: a lone rank cannot join the others again."""
 
     def __init__(self) -> None:
         self._gang: Gang | None = None
 
-    def run(self, env: RankEnv, task: RankTask, address: Address) -> RankEnd:
+    def run(self, env: RankEnv, task: RankTask, address: Address) -> Failure | None:
         """Work as one rank until the leader ends the session; a failure is returned, not raised."""
         os.environ.update(env.variables())
         settle_heap()
@@ -77,21 +69,22 @@ class RankActor:
             connection = connect(address, loop.handle, self._on_end)
         except OSError as error:
             where = f"the controller at {address.host}:{address.port}"
-            return RankEnd(FAILED, f"rank {env.rank} cannot reach {where}: {error.strerror or error}")
+            text = f"rank {env.rank} cannot reach {where}: {error.strerror or error}"
+            return Failure(message=text, reporter=env.rank)
         connection.send(RankStarted(pid=os.getpid()))
         try:
             with open_gang(env, task.layout, timeouts=task.timeouts, device=_own_device()) as gang:
                 self._gang = gang
                 _work(gang, task, loop, connection.send)
         except GangError as error:
-            return RankEnd(error.failure.status, str(error))
+            return error.failure
         except InputError as error:
-            return RankEnd(BAD_INPUT, str(error))
+            return Failure(message=str(error), status=BAD_INPUT, reporter=env.rank)
         except Exception as error:  # noqa: BLE001 - the controller shows it
-            return RankEnd(FAILED, f"rank {env.rank}: {type(error).__name__}: {error}")
+            return Failure(message=f"rank {env.rank}: {type(error).__name__}: {error}", reporter=env.rank)
         finally:
             connection.close(flush=_FLUSH)
-        return RankEnd(OK)
+        return None
 
     def _on_end(self, error: Exception | None) -> None:
         """The connection has ended. Without a controller Ray ends this process; any other reason fails the gang."""

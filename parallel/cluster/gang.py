@@ -20,13 +20,13 @@ import torch.distributed as dist
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
 from models.errors import InputError
-from parallel.cluster.actor import RankActor, RankEnd
+from parallel.cluster.actor import RankActor
 from parallel.cluster.config import ClusterSettings
 from parallel.cluster.connection import Connection, Listener
 from parallel.cluster.messages import Command, GangReady, RankStarted, SentByGang
 from parallel.cluster.placement import Place, Placement, alive_nodes, kill_process, plan_strategies, threads_per_rank
 from parallel.comm.groups import connect
-from parallel.health.errors import BAD_INPUT
+from parallel.health.errors import BAD_INPUT, Failure
 from parallel.health.heartbeats import Heartbeats
 from parallel.ranks.environment import RankEnv
 from parallel.topology.mesh import Mesh
@@ -293,7 +293,7 @@ class Gang:
             # The ranks end by themselves and say so: messages that they sent before are received first.
             self._failed_at = self._failed_at or now
             if now - self._failed_at > 2 * timeouts.grace:
-                raise self._failure(failure.status, failure.message)
+                raise self._error(failure)
         elif (found := self._heartbeats.diagnosis) is not None:
             raise GangBroken(found.message)
         elif self._heartbeats.lost:
@@ -307,22 +307,21 @@ class Gang:
         dead: list[GangBroken] = []
         for run in ready:
             try:
-                end: RankEnd = ray.get(run, timeout=_GET)
+                failure: Failure | None = ray.get(run, timeout=_GET)
             except _LOST as error:
                 dead.append(self._died(runs[run], error))
                 continue
-            if end.status:
-                raise self._failure(end.status, end.message)
+            if failure is not None:
+                raise self._error(failure)
         if dead:
             raise dead[0]
         for number, rank in enumerate(self._ranks):
             if rank.gone_at is not None and rank.run not in ready and now - rank.gone_at > _UNEXPLAINED:
                 raise GangBroken(f"{self._mesh.name(number)} has closed its connection")
 
-    def _failure(self, status: int, message: str) -> GangBroken | InputError:
-        if status == BAD_INPUT and self.state is GangState.STARTING:
-            return InputError(message)
-        return GangBroken(message)
+    def _error(self, failure: Failure) -> GangBroken | InputError:
+        bad_input = failure.status == BAD_INPUT and self.state is GangState.STARTING
+        return InputError(failure.message) if bad_input else GangBroken(failure.message)
 
     def _died(self, number: int, error: Exception) -> GangBroken:
         """Why a rank has died: what the ranks have reported, if anything."""

@@ -68,7 +68,8 @@ class Tracer:
         name, about = kind, {}
         if item is not None:
             name = kind if kind in ("send", "compress") else f"{item.what.name} {item.chunk}"
-            about = {"args": _about(item)}
+            args = {"request": item.request, "tick": item.tick, "chunk": item.chunk, "step": item.step}
+            about = {"args": {**args, "what": item.what.name, "returns": bool(item.what.weight)}}
         self._put(name, "X", cat=kind, tid=track, ts=self._microseconds(began), dur=round(took * 1e6, 1), **about)
 
     def mark(self, kind: str, *, request: int, tick: int, chunk: int, step: int) -> None:
@@ -144,11 +145,6 @@ def merge_traces(parts: Iterable[Iterable[str]], path: Path) -> None:
                 file.write(separator + line.encode())
                 separator = b",\n"
         file.write(b"\n]}\n")
-
-
-def _about(item: WorkItem) -> dict[str, Any]:
-    place = {"request": item.request, "tick": item.tick, "chunk": item.chunk, "step": item.step}
-    return {**place, "what": item.what.name, "returns": bool(item.what.weight)}
 
 
 def _key(session: int, rank: int, block: int | None = None) -> str:

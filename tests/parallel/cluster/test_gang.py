@@ -7,11 +7,10 @@ import pytest
 
 from models.errors import InputError
 from parallel.cluster import gang as gang_module
-from parallel.cluster.actor import RankEnd
 from parallel.cluster.gang import Gang, GangBroken, GangState
 from parallel.cluster.messages import ChunkMade, GangReady, RankStarted
 from parallel.cluster.placement import threads_per_rank
-from parallel.health.errors import BAD_INPUT, FAILED, Failure
+from parallel.health.errors import BAD_INPUT, Failure
 from tests.parallel.cluster.making import settings
 
 CHUNK = ChunkMade(video="a", index=0, frames=np.zeros(1, np.uint8), latents=np.zeros(1, np.float32))
@@ -62,7 +61,7 @@ def test_events_that_come_with_a_failure_are_not_lost(gang, ranks, how):
     if how == "heartbeats":
         ranks.diagnosis = Failure(message="rank 1 has given no heartbeat", reporter=0)
     else:
-        ranks.ends[1] = RankEnd(status=FAILED, message="rank 1 has given no heartbeat")
+        ranks.ends[1] = Failure(message="rank 1 has given no heartbeat", reporter=1)
     assert gang.poll() == [GangReady(), CHUNK]
     with pytest.raises(GangBroken, match="rank 1 has given no heartbeat"):
         gang.check()
@@ -100,7 +99,7 @@ def test_bad_input_ends_everything_while_the_gang_starts_and_the_gang_alone_late
     gang._ranks[0].inbox += [[GangReady()]] * ready
     gang.poll()
     gang.check()
-    ranks.ends[0] = RankEnd(status=BAD_INPUT, message="no such weights")
+    ranks.ends[0] = Failure(message="no such weights", status=BAD_INPUT, reporter=0)
     gang._ends_at = 0.0  # it looks at them twice a second
     with pytest.raises(GangBroken if ready else InputError, match="no such weights"):
         gang.check()
