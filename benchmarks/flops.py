@@ -8,10 +8,8 @@ below one percent of a pass.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from engine.executor import LocalRunner
-from engine.prepare import Prepared
+from engine.prepare import Admission
 from engine.video import Work
 from models.attention import Attention
 from models.magi.config import ModelConfig
@@ -73,10 +71,10 @@ class CountingRunner(LocalRunner):
         """KV bytes that the videos in flight hold now."""
         return sum(self.kv(video).nbytes for video in self._captions)
 
-    def admit(self, video: int, prepared: Prepared, checkpoint: Path | None) -> None:
+    def admit(self, admission: Admission) -> None:
         """Take a video in."""
-        super().admit(video, prepared, checkpoint)
-        self._captions[video] = prepared.captions
+        super().admit(admission)
+        self._captions[admission.video] = admission.captions
 
     def release(self, video: int) -> None:
         """Let go of a video."""

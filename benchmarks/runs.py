@@ -33,13 +33,13 @@ from benchmarks.workload import Made, TimedCall, Timing, Workload, digest
 from engine.engine import Engine
 from engine.executor import LocalRunner
 from engine.files import atomic_write
-from engine.heap import settle_heap
+from engine.host_memory import settle_heap
 from engine.record import Recorder, RunRecord
 from engine.request import Request
 from engine.reuse.policy import ChunkPolicy, Decision, Observation
 from engine.reuse.settings import ReuseSettings
 from engine.video import Work, WorkItem
-from launch.reuse_presets import CacheName, reuse_preset
+from launch.plan import CacheName, reuse_preset
 from models.attention import Attention
 from models.errors import InputError
 from models.magi.model import MagiModel
@@ -213,7 +213,7 @@ def _make_on_gang(gang: Gang, workload: Workload, pipeline: MagiPipeline, hop: f
         latents=tuple(tuple(digest(one) for one in latents) for latents, _ in made),
         first_chunk=made[0][1],
         decisions=_decisions(recorders),
-        ranks=tuple(asdict(one) for one in counters.ranks),
+        ranks=tuple(asdict(one) for one in counters),
         hop=hop,
     )
 

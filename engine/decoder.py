@@ -11,12 +11,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from engine.host_copy import begin_host_copy, finish_host_copies
+from engine.host_memory import begin_host_copy, finish_host_copies
 from models.protocols import Autoencoder
 
 _AHEAD = 4
@@ -42,7 +42,7 @@ class DecoderHung(Exception):  # noqa: N818 - reads as what it says
 @dataclass(slots=True)
 class _Video:
     left: int = 0  # chunks that are still to be decoded
-    ready: deque[Chunk] | None = None  # None once nobody wants them
+    ready: deque[Chunk] | None = field(default_factory=deque)  # None once nobody wants them
 
 
 class Decoder:
@@ -50,7 +50,7 @@ class Decoder:
 
     Args:
         autoencoder: latents to frames.
-        device: where the latents are.
+        device: of the latents.
         on_decoded: called in the thread after each chunk, with `time.perf_counter()` at its start.
         check: called while the caller waits; raises if the run has failed elsewhere.
         limits: seconds that the first chunk, and any other, may take.
@@ -66,27 +66,20 @@ class Decoder:
         limits: tuple[float, float] = (FIRST_LIMIT, LIMIT),
     ) -> None:
         self._autoencoder, self._device, self._on_decoded, self._check = autoencoder, device, on_decoded, check
-        self._limits = limits
         self._waiting: queue.Queue[tuple[int, int, Tensor, torch.cuda.Event | None] | None] = queue.Queue(_AHEAD)
-        self._changed = threading.Condition()
+        self._changed, self._limits, self._decoded = threading.Condition(), limits, 0
         self._videos: dict[int, _Video] = {}
         self._error: BaseException | None = None
         self._began: float | None = None
-        self._decoded = 0
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
         self._thread.start()
 
     def put(self, video: int, index: int, latents: Tensor) -> None:
-        """Have a finished chunk [1, C, t, h, w] decoded; waits while too many are undecoded.
-
-        Raises:
-            DecoderHung: the chunk before it does not come out.
-        """
+        """Have a finished chunk [1, C, t, h, w] decoded; waits while too many are undecoded, and raises as `get`."""
         with self._changed:
-            held = self._videos.setdefault(video, _Video(ready=deque()))
+            held = self._videos.setdefault(video, _Video())
             held.left += 1
-        latents = latents.detach()
-        ready = None
+        latents, ready = latents.detach(), None
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._device))
@@ -100,9 +93,7 @@ class Decoder:
     def get(self, video: int, *, wait: bool) -> Chunk | None:
         """The next decoded chunk of a video; None if it has none (left, if `wait`).
 
-        Raises:
-            DecoderHung: a chunk does not come out.
-            Exception: what decoding has raised.
+        Raises a DecoderHung if a chunk does not come out, and whatever decoding has raised.
         """
         with self._changed:
             while True:
@@ -110,13 +101,10 @@ class Decoder:
                 held = self._videos.get(video)
                 if held is None:
                     return None
-                if held.ready:
-                    chunk = held.ready.popleft()
+                if held.ready or not wait or not held.left:
+                    chunk = held.ready.popleft() if held.ready else None
                     self._forget_if_done(video)
                     return chunk
-                if not wait or not held.left:
-                    self._forget_if_done(video)
-                    return None
                 self._changed.wait(_POLL_INTERVAL)
 
     def pending(self, video: int) -> bool:
@@ -146,9 +134,9 @@ class Decoder:
         if self._error is not None:
             raise self._error
         self._check()
-        began, limit = self._began, self._limits[0 if not self._decoded else 1]
-        if began is not None and time.perf_counter() - began > limit:
-            raise DecoderHung(f"decoding of a chunk has not come on for {time.perf_counter() - began:.0f} s")
+        took = 0.0 if (began := self._began) is None else time.perf_counter() - began
+        if took > self._limits[bool(self._decoded)]:
+            raise DecoderHung(f"decoding of a chunk has not come on for {took:.0f} s")
 
     def _run(self) -> None:
         stream = None

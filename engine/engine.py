@@ -1,10 +1,7 @@
 """The one loop that makes videos: requests in, chunks out, several at a time.
 
 `WorkOrder` says what may begin next in each video; the engine begins what has been ready longest, takes results in, and
-hands finished chunks out. Where items are run is a `Runner`'s business: this process, or the leader of a gang of ranks.
-Nothing waits as long as any video has something to begin.
-
-A caller that makes one video calls `generate`; one that schedules several calls `submit` and `step`.
+hands finished chunks out. A `Runner` runs the items. Nothing waits as long as any video has something to begin.
 """
 
 from __future__ import annotations
@@ -13,14 +10,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from engine.checkpoint.checkpointer import Checkpointer
-from engine.checkpoint.files import Checkpoint, CheckpointConfig, discard, newest, read_contents
+from engine.checkpoint.files import Checkpoint, CheckpointConfig, Checkpointer, discard, newest, read_contents
 from engine.checkpoint.snapshot import RUN_FILE, fingerprint, pack_run, unpack_run
 from engine.decoder import Chunk, Decoder
 from engine.executor import LocalRunner, Runner
@@ -68,24 +64,24 @@ class _Video:
     reporter: ProgressReporter
     checkpointer: Checkpointer | None
     decodes: bool
-    resumed: int
-    handed_out: int  # index of the next chunk
     stored: Callable[[], int] | None
+    handed_out: int  # index of the next chunk
+    resumed: int = field(init=False)  # the first of them
     chunks: deque[Chunk] = field(default_factory=deque)  # of a video that is not decoded
     ready_since: float | None = None
     released: bool = False  # the runner has let go of it
 
+    def __post_init__(self) -> None:
+        self.resumed = self.handed_out
+
     @property
-    def safe(self) -> int:
-        return self.handed_out if self.stored is None else self.stored()
-
-
-def _ignore(began: float) -> None:
-    pass
+    def writing(self) -> bool:
+        """Files of a checkpoint are not on the disk yet."""
+        return self.checkpointer is not None and self.checkpointer.writing
 
 
 class Engine:
-    """Makes videos with one loaded model.
+    """Makes videos with one loaded model: one by `generate`, several at once by `submit` and `step`.
 
     Args:
         pipeline: the model; on ranks only the first stage's layers need to be there.
@@ -106,17 +102,14 @@ class Engine:
         kv: KVSettings = _OWN_RANGE,
         identity: str = "",
         barrier: bool = False,
-        on_decoded: Callable[[float], None] = _ignore,
+        on_decoded: Callable[[float], None] = lambda began: None,
     ) -> None:
         self._pipeline, self._reuse, self._kv, self._identity = pipeline, reuse, kv, identity
         self._runner: Runner = runner or LocalRunner(pipeline.model, pipeline.attention)
-        self._barrier, self._on_decoded = barrier, on_decoded
+        self._barrier, self._on_decoded, self._wake = barrier, on_decoded, threading.Event()
         self._decoder: Decoder | None = None
         self._videos: dict[int, _Video] = {}
         self._numbers = 0
-        self._wake = threading.Event()
-
-    # ---- several videos
 
     @property
     def in_flight(self) -> int:
@@ -124,7 +117,7 @@ class Engine:
         return len(self._videos)
 
     def running(self, video: int) -> bool:
-        """Whether a video is still in flight."""
+        """Whether a video is in flight."""
         return video in self._videos
 
     def resumed(self, video: int) -> int:
@@ -140,12 +133,8 @@ class Engine:
     ) -> Submission:
         """Encode a request and look for its last checkpoint: what takes long before a video can begin.
 
-        It touches no video in flight, and so may be called by another thread while this one steps.
-
-        Args:
-            request: what to make.
-            checkpoint: where checkpoints are.
-            stored: chunks that are in safe hands; a checkpoint after them is of no use and is deleted. None for all.
+        It touches no video in flight, and so may be called by another thread while this one steps. `stored` chunks are
+        in safe hands, None for all; a checkpoint after them is of no use and is deleted.
 
         Raises:
             InputError: the model cannot take it, or the checkpoint is of another request, model, layout or setting.
@@ -154,16 +143,15 @@ class Engine:
         if checkpoint is None:
             return Submission(request=request, encoded=encoded)
         own = fingerprint(request, self._pipeline, self._identity, self._runner.layout, self._reuse, self._kv)
-        found, state = newest(checkpoint.folder), None
-        if found is not None and stored is not None and found.counts["chunks"] > stored:
+        read = Submission(request=request, encoded=encoded, checkpoint=checkpoint, fingerprint=own)
+        found = newest(checkpoint.folder)
+        if found is None:
+            return read
+        if stored is not None and found.counts["chunks"] > stored:
             discard(checkpoint.folder)
-            found = None
-        if found is not None:
-            found.check_fits(own)
-            state = unpack_run(read_contents(found.folder / RUN_FILE))
-        return Submission(
-            request=request, encoded=encoded, checkpoint=checkpoint, fingerprint=own, found=found, state=state
-        )
+            return read
+        found.check_fits(own)
+        return replace(read, found=found, state=unpack_run(read_contents(found.folder / RUN_FILE)))
 
     def submit(
         self,
@@ -198,9 +186,10 @@ class Engine:
         """
         if isinstance(what, Request):
             what = self.read(what, checkpoint, stored=None if stored is None else stored())
-        number, found = self._numbers, what.found
+        number, found, runner = self._numbers, what.found, self._runner
+        start, counts, folder = (0, {}, None) if found is None else (found.quantum, found.counts, found.folder)
         self._numbers += 1
-        prepared = prepare(
+        run, admission = prepare(
             self._pipeline,
             what.request,
             what.encoded,
@@ -208,32 +197,20 @@ class Engine:
             reuse=self._reuse,
             kv=self._kv,
             observe=recorder is not None,
+            checkpoint=folder,
         )
-        run = prepared.run
         if what.state is not None:
             run.restore(what.state)
-        self._runner.admit(number, prepared, None if found is None else found.folder)
-        start, counts = (0, {}) if found is None else (found.quantum, dict(found.counts))
-        reporter = ProgressReporter(run.schedule, partial(self._runner.kv, number), on_progress, recorder, counts)
-        checkpointer = self._checkpointer(number, what, start)
-        order = WorkOrder(
-            run,
-            barrier=self._barrier,
-            on_decision=partial(self._decided, number),
-            gate=gate,
-            boundary=checkpointer,
-            start=start,
-        )
-        self._videos[number] = _Video(
-            run=run,
-            order=order,
-            reporter=reporter,
-            checkpointer=checkpointer,
-            decodes=decode,
-            resumed=reporter.delivered,
-            handed_out=reporter.delivered,
-            stored=stored,
-        )
+        runner.admit(admission)
+        reporter = ProgressReporter(run.schedule, partial(runner.kv, number), on_progress, recorder, counts)
+        keeper = None
+        if what.checkpoint is not None:
+            save, saved = partial(self._save, number), partial(runner.saved, number)
+            keeper = Checkpointer(what.checkpoint, what.fingerprint, start, save, saved)
+        decided, barrier = partial(self._decided, number), self._barrier
+        order = WorkOrder(run, barrier=barrier, on_decision=decided, gate=gate, checkpointer=keeper, start=start)
+        first = reporter.counts["chunks"]
+        self._videos[number] = _Video(run, order, reporter, keeper, decode, stored, handed_out=first)
         return number
 
     def step(self) -> list[ChunkResult]:
@@ -249,18 +226,16 @@ class Engine:
         """
         for video in self._videos.values():
             if video.checkpointer is not None:
-                video.checkpointer.poll(video.safe)
-        idle = all(video.released for video in self._videos.values())
-        if not idle:
+                video.checkpointer.poll(video.handed_out if video.stored is None else video.stored())
+        if not self._idle():
             self._advance()
-            idle = all(video.released for video in self._videos.values())
-        results = []
+        idle, results = self._idle(), []
         for number, video in list(self._videos.items()):
             while (chunk := self._next_chunk(number, video, wait=idle)) is not None:
                 results.append(ChunkResult(video=number, chunk=chunk))
                 video.handed_out += 1
-            pending = self._decoder is not None and self._decoder.pending(number)
-            if video.released and not video.chunks and not pending:
+            decoding = self._decoder is not None and self._decoder.pending(number)
+            if video.released and not video.chunks and not decoding:
                 del self._videos[number]
         return results
 
@@ -283,35 +258,16 @@ class Engine:
             self._decoder.close()
             self._decoder = None
 
-    # ---- one video
-
     def generate(
-        self, request: Request, on_progress: OnProgress | None = None, recorder: Recorder | None = None
-    ) -> Iterator[Chunk]:
-        """Make a video while no other is in flight, chunk by chunk.
-
-        Yields:
-            Chunks in order, as soon as each is finished.
-
-        Raises:
-            InputError: the model cannot make what is asked for.
-        """
-        yield from self._chunks(self.submit(request, on_progress=on_progress, recorder=recorder))
-
-    def generate_latents(
         self,
-        request: Request,
-        encoded: Encoded,
+        what: Request | Submission,
         on_progress: OnProgress | None = None,
         recorder: Recorder | None = None,
-    ) -> Iterator[Tensor]:
-        """Make a video's latents [1, C, t, h, w] from what is encoded already; as `generate`."""
-        what = Submission(request=request, encoded=encoded)
-        number = self.submit(what, on_progress=on_progress, recorder=recorder, decode=False)
-        for chunk in self._chunks(number):
-            yield chunk.latents
-
-    def _chunks(self, number: int) -> Iterator[Chunk]:
+        *,
+        decode: bool = True,
+    ) -> Iterator[Chunk]:
+        """Make a video while no other is in flight, and yield its chunks in order; raises as `submit` and `step`."""
+        number = self.submit(what, on_progress=on_progress, recorder=recorder, decode=decode)
         try:
             while self.running(number):
                 for result in self.step():
@@ -320,8 +276,6 @@ class Engine:
             self.cancel(number)
             raise
 
-    # ---- the loop
-
     def _advance(self) -> None:
         """Take results in, and begin the work that has been ready longest, or wait for a result."""
         self._runner.check()
@@ -329,9 +283,17 @@ class Engine:
         self._take(self._runner.results(wait=False))
         number = self._first_ready()
         if number is not None:
-            self._begin(number, self._videos[number])
-        elif any(not video.released for video in self._videos.values()):
+            video = self._videos[number]
+            video.ready_since = None
+            work = video.order.take()
+            self._runner.begin(work)
+            video.reporter.retired([op.chunk for op in work.item.before if op.kind == "retire"])
+        elif not self._idle():
             self._wait()
+
+    def _idle(self) -> bool:
+        """All work of all videos is done, but for decoding."""
+        return all(video.released for video in self._videos.values())
 
     def _first_ready(self) -> int | None:
         """The video whose next work has been ready longest."""
@@ -349,18 +311,9 @@ class Engine:
                 first, since = number, video.ready_since
         return first
 
-    def _begin(self, number: int, video: _Video) -> None:
-        video.ready_since = None
-        work = video.order.take()
-        self._runner.begin(work)
-        video.reporter.retired([op.chunk for op in work.item.before if op.kind == "retire"])
-
     def _wait(self) -> None:
         """Wait for a result; where a gate or a disk is waited for too, not for long."""
-        polls = any(
-            video.order.held or (video.checkpointer is not None and video.checkpointer.writing)
-            for video in self._videos.values()
-        )
+        polls = any(video.order.held or video.writing for video in self._videos.values())
         if not self._runner.pending and not polls:
             return
         with self._runner.waiting():
@@ -394,25 +347,20 @@ class Engine:
             if latents.shape[2]:
                 self._finished(number, video, latents)
         # A video whose files are still being written is not done: its folder may be deleted after that.
-        writing = video.checkpointer is not None and video.checkpointer.writing
-        if video.order.over and not writing:
+        if video.order.over and not video.writing:
             video.released = True
             self._runner.release(number)
 
     def _finished(self, number: int, video: _Video, latents: Tensor) -> None:
         """Have a chunk decoded, or hand out its latents alone."""
-        index = video.reporter.delivered
-        video.reporter.delivered += 1
+        index = video.reporter.counts["chunks"]
+        video.reporter.counts["chunks"] += 1
         if not video.decodes:
             video.chunks.append(Chunk(index=index, latents=latents, frames=None))
             return
         if self._decoder is None:
-            self._decoder = Decoder(
-                self._pipeline.autoencoder,
-                self._pipeline.model.kv.device,
-                on_decoded=self._on_decoded,
-                check=self._runner.check,
-            )
+            device, check = self._pipeline.model.kv.device, self._runner.check
+            self._decoder = Decoder(self._pipeline.autoencoder, device, on_decoded=self._on_decoded, check=check)
         self._decoder.put(number, index, latents)
 
     def _next_chunk(self, number: int, video: _Video, *, wait: bool) -> Chunk | None:
@@ -420,22 +368,9 @@ class Engine:
             return video.chunks.popleft()
         return None if self._decoder is None else self._decoder.get(number, wait=wait)
 
-    # ---- checkpoints
-
-    def _checkpointer(self, number: int, what: Submission, start: int) -> Checkpointer | None:
-        if what.checkpoint is None:
-            return None
-        return Checkpointer(
-            what.checkpoint,
-            what.fingerprint,
-            start,
-            save=partial(self._save, number),
-            saved=partial(self._runner.saved, number),
-        )
-
     def _save(self, number: int, folder: Path) -> Mapping[str, int]:
         """Have all ranks keep what a video has come to."""
         video = self._videos[number]
         self._collect(number, video)  # so that the counts are those of all ticks before
         self._runner.save(number, folder, pack_run(video.run.state()), self._wake.set)
-        return video.reporter.counts()
+        return dict(video.reporter.counts)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,11 +19,9 @@ from torch import Tensor
 from engine.checkpoint.files import Contents, Shard, read_contents, write_async
 from engine.checkpoint.snapshot import RUN_FILE, pack_shard, rank_file, unpack_shard
 from engine.kv.buffer import KVBuffer
-from engine.kv.size import KVPlan
-from engine.prepare import Prepared
+from engine.prepare import Admission
 from engine.reuse.flags import FlagLog
 from engine.reuse.policy import Decision
-from engine.schedule import Schedule
 from engine.video import Work, WorkItem
 from models.attention import Attention
 from models.errors import InputError
@@ -42,34 +40,7 @@ class TokenShard(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Admission:
-    """What every process that holds layers is given of a video."""
-
-    video: int  # its number, carried by its work items
-    schedule: Schedule  # says in what order flags come
-    kv: KVPlan
-    captions: CaptionTable
-    grid: tuple[int, int, int]  # latent (T, h, w) of a chunk
-    checkpoint: str | None = None  # folder of the checkpoint that the video goes on from
-
-    @classmethod
-    def of(cls, video: int, prepared: Prepared, checkpoint: Path | None) -> Admission:
-        """That of a run."""
-        run = prepared.run
-        return cls(
-            video=video,
-            schedule=run.schedule,
-            kv=prepared.kv,
-            captions=prepared.captions,
-            grid=run.grid,
-            checkpoint=None if checkpoint is None else str(checkpoint),
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _Held:
-    """Of one video."""
-
     kv: KVBuffer
     captions: CaptionTable
     grid: tuple[int, int, int]
@@ -85,38 +56,24 @@ class Stage:
         attention: what KV views attend with.
         rank: number of this process, for the name of its file in a checkpoint.
         place: plain JSON values that tell this process's shard of a checkpoint from those of others.
-        new_log: makes the log of a video's flags.
     """
 
     def __init__(
-        self,
-        model: VideoModel,
-        attention: Attention,
-        *,
-        rank: int = 0,
-        place: Mapping[str, Any] | None = None,
-        new_log: Callable[[Schedule], FlagLog] = FlagLog,
+        self, model: VideoModel, attention: Attention, *, rank: int = 0, place: Mapping[str, int] | None = None
     ) -> None:
-        self.model = model
-        self._attention, self._file, self._new_log = attention, rank_file(rank), new_log
+        self.model, self._attention, self._file = model, attention, rank_file(rank)
         self._place = {"layers": [model.kv.layers.start, model.kv.layers.stop], **(place or {})}
         self._videos: dict[int, _Held] = {}
 
     def admit(
         self, admission: Admission, *, geometry: KVGeometry | None = None, shard: TokenShard | None = None
     ) -> None:
-        """Take a video in: allocate for it, and read its shard of a checkpoint.
+        """Take a video in: allocate for it, and read its shard of a checkpoint; an InputError if that does not fit.
 
-        Args:
-            admission: the video.
-            geometry: of the KV that is held here, if it is not that of the model.
-            shard: the tokens that are computed here; None for all.
-
-        Raises:
-            InputError: the checkpoint does not fit.
+        `geometry` is of the KV that is held here, if not the model's; `shard` the tokens computed here, if not all.
         """
         geometry = geometry or self.model.kv
-        kv, flags = admission.kv.allocate(geometry, self._attention), self._new_log(admission.schedule)
+        kv, flags = KVBuffer(admission.kv, geometry, self._attention), FlagLog(admission.schedule)
         if admission.checkpoint is not None:
             self._restore(Path(admission.checkpoint) / self._file, kv, flags)
         captions = admission.captions.to(geometry.device)
@@ -150,18 +107,12 @@ class Stage:
         """Run the layers over hidden states [1, S, D] of an item's tokens, after `change`."""
         held, what = self._videos[item.request], item.what
         asks = item.step is not None  # the next compression asks with the queries of what was denoised last
-        view: KVView
-        if what.isolated:
-            view = held.kv.isolated_view()
-        else:
-            view = held.kv.view(what.branch, item.chunk, item.keys_from, asks=asks)
+        view = held.kv.view(None if what.isolated else what.branch, item.chunk, item.keys_from, asks=asks)
         caption = held.captions.get(what.caption, item.chunks_left)
-        first_frame, shard = item.chunk * held.grid[0], held.shard
-        if shard is None:
-            return self.model.layers(hidden, what.condition, caption, first_frame, held.grid, view)
-        return self.model.layers(
-            hidden, what.condition, caption, first_frame, held.grid, shard.view(view), tokens=shard.tokens
-        )
+        first_frame, tokens = item.chunk * held.grid[0], slice(None)
+        if held.shard is not None:
+            view, tokens = held.shard.view(view), held.shard.tokens
+        return self.model.layers(hidden, what.condition, caption, first_frame, held.grid, view, tokens=tokens)
 
     @torch.no_grad()
     def velocity(self, item: WorkItem, hidden: Tensor) -> Tensor:
@@ -191,20 +142,15 @@ class Stage:
 class Runner(Protocol):
     """Runs the items of videos, in the order in which they are begun."""
 
-    @property
-    def layout(self) -> Mapping[str, int]:
-        """Ranks: `pp` stages of `cp` each. A checkpoint is taken up by the same layout only."""
+    layout: Mapping[str, int]
+    """Ranks: `pp` stages of `cp` each. A checkpoint is taken up by the same layout only."""
 
     @property
     def pending(self) -> int:
         """Velocities that are still to come."""
 
-    def admit(self, video: int, prepared: Prepared, checkpoint: Path | None) -> None:
-        """Take a video in, or go on from a checkpoint's folder.
-
-        Raises:
-            InputError: it cannot be held, or the checkpoint does not fit.
-        """
+    def admit(self, admission: Admission) -> None:
+        """Take a video in; an InputError if it cannot be held, or its checkpoint does not fit."""
 
     def decided(self, video: int, decision: Decision) -> None:
         """A chunk-step was decided; called in the order (tick, chunk)."""
@@ -225,8 +171,7 @@ class Runner(Protocol):
     def saved(self, video: int) -> tuple[Shard, ...] | None:
         """The files of the checkpoint that was begun last, once all ranks have written; None before.
 
-        Raises:
-            InputError: one cannot be written.
+        An InputError says which cannot be written.
         """
 
     def release(self, video: int) -> None:
@@ -234,38 +179,35 @@ class Runner(Protocol):
 
     def check(self) -> None:
         """Raise if something has failed elsewhere."""
+        return None
 
     def waiting(self) -> AbstractContextManager[None]:
         """Around a wait for results, permits or disks."""
+        return nullcontext()
 
     def close(self) -> None:
         """Let all ranks go, after what is under way."""
+        return None
 
 
-class LocalRunner:
-    """Runs items on a whole model in this process, at once.
+class LocalRunner(Runner):
+    """Runs items on a whole model in this process, at once."""
 
-    Args:
-        model: the weights.
-        attention: what KV views attend with.
-    """
-
-    layout: Mapping[str, int] = {"pp": 1, "cp": 1}
+    layout = {"pp": 1, "cp": 1}
 
     def __init__(self, model: VideoModel, attention: Attention) -> None:
         self._stage = Stage(model, attention)
         self._results: list[tuple[WorkItem, Tensor]] = []
-        self._shards: dict[int, tuple[Shard, ...]] = {}
-        self._error: Exception | None = None
+        self._written: dict[int, tuple[Shard, ...] | Exception] = {}
 
     @property
     def pending(self) -> int:
         """Velocities that `results` has not given yet."""
         return len(self._results)
 
-    def admit(self, video: int, prepared: Prepared, checkpoint: Path | None) -> None:
+    def admit(self, admission: Admission) -> None:
         """Take a video in."""
-        self._stage.admit(Admission.of(video, prepared, checkpoint))
+        self._stage.admit(admission)
 
     def decided(self, video: int, decision: Decision) -> None:
         """Note a flag."""
@@ -291,34 +233,20 @@ class LocalRunner:
     def save(self, video: int, folder: Path, run: Contents, on_done: Callable[[], None]) -> None:
         """Begin to write a checkpoint's files."""
 
-        def written(shards: tuple[Shard, ...]) -> None:
-            self._shards[video] = shards
+        def ended(written: tuple[Shard, ...] | Exception) -> None:
+            self._written[video] = written
             on_done()
 
-        def failed(error: Exception) -> None:
-            self._error = error
-            on_done()
-
-        write_async(folder, {**self._stage.snapshot(video), RUN_FILE: run}, written, failed)
+        write_async(folder, {**self._stage.snapshot(video), RUN_FILE: run}, ended)
 
     def saved(self, video: int) -> tuple[Shard, ...] | None:
         """The files of the last checkpoint, once they are on the disk."""
-        self.check()
-        return self._shards.pop(video, None)
+        written = self._written.pop(video, None)
+        if isinstance(written, Exception):
+            raise written
+        return written
 
     def release(self, video: int) -> None:
         """Let go of a video."""
         self._stage.release(video)
         self._results = [result for result in self._results if result[0].request != video]
-
-    def check(self) -> None:
-        """Raise what has gone wrong beside the work."""
-        if self._error is not None:
-            raise self._error
-
-    def waiting(self) -> AbstractContextManager[None]:
-        """Around a wait."""
-        return nullcontext()
-
-    def close(self) -> None:
-        """Nothing is to be ended."""

@@ -33,18 +33,13 @@ def publish(part: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, what: str = "") -> Iterator[BinaryIO]:
+def atomic_write(path: Path, what: str = "", advice: str = "") -> Iterator[BinaryIO]:
     """A binary file that appears under `path` when the context ends well, and leaves nothing behind otherwise.
 
-    Args:
-        path: of the file; an older one is replaced.
-        what: it is, for the message of an error, such as "the record".
-
-    Raises:
-        InputError: it cannot be written.
+    An older file is replaced. If it cannot be written, an InputError names it, `what` it is and what to do.
     """
     part = part_of(path)
-    with write_errors(path, what):
+    with write_errors(path, what, advice=advice):
         try:
             with part.open("wb") as file:
                 yield file
@@ -55,14 +50,10 @@ def atomic_write(path: Path, what: str = "") -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def write_errors(path: Path, what: str = "", kinds: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn errors of the system into one line about the file.
-
-    Args:
-        path: that is written.
-        what: it is, for people.
-        kinds: errors of libraries to treat likewise.
-    """
+def write_errors(
+    path: Path, what: str = "", kinds: tuple[type[Exception], ...] = (), advice: str = ""
+) -> Iterator[None]:
+    """Turn errors of the system, and `kinds` of libraries, into one line about the file and what it is."""
     expected: tuple[type[Exception], ...] = (OSError, *kinds)
     try:
         yield
@@ -71,7 +62,54 @@ def write_errors(path: Path, what: str = "", kinds: tuple[type[Exception], ...] 
             reason = "no space left there (the unfinished file was removed)"
         else:
             reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot write {what + ' ' if what else ''}{path}: {reason}") from None
+        raise InputError(f"cannot write {what + ' ' if what else ''}{path}: {reason}{advice}") from None
+
+
+def check_target(path: Path, *, suffix: str, what: str) -> None:
+    """See that a file can be written there, by making and removing one in the same folder.
+
+    What processes that were killed have left unfinished in that folder is removed. The name must end in `suffix`;
+    `what` says what it is, for people.
+
+    Raises:
+        InputError: the name ends otherwise, the folder is missing or not writable, or the name is taken by something
+            that is not a file.
+    """
+    if path.suffix.lower() != suffix:
+        raise InputError(f"cannot write {path}: the name of the {what} must end in {suffix}")
+    with write_errors(path):
+        if not path.parent.exists():
+            raise InputError(f"cannot write {path}: the folder {path.parent} does not exist")
+        if not path.parent.is_dir():
+            raise InputError(f"cannot write {path}: {path.parent} is not a folder")
+        if path.exists() and not path.is_file():
+            raise InputError(f"cannot write {path}: there is something of that name that is not a file")
+        _try_part(path)
+    remove_stale_parts(path.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """See that a folder can be filled, or made where it is missing. Nothing is left behind.
+
+    Raises:
+        InputError: it cannot, or a part of its path is a file.
+    """
+    with write_errors(folder):
+        standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not standing.is_dir():
+            raise InputError(f"cannot write {folder}: {standing} is not a folder")
+        _try_part(standing / (folder.name or "folder"))
+    if standing == folder:
+        remove_stale_parts(folder)
+
+
+def _try_part(path: Path) -> None:
+    part = part_of(path)
+    try:
+        part.touch()
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def remove_stale_parts(folder: Path) -> None:
@@ -86,10 +124,10 @@ def remove_stale_parts(folder: Path) -> None:
 def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
+    except PermissionError:
+        pass
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:
-        return True
     return True
 
 

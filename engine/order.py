@@ -19,6 +19,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from engine.checkpoint.files import Checkpointer
 from engine.reuse.policy import Decision, Observation
 from engine.schedule import Quantum, Tick
 from engine.video import VideoRun, Work, WorkItem
@@ -37,37 +38,20 @@ class AdmissionGate(Protocol):
         """Whether a quantum may begin; asked again and again until it may, so it must answer at once."""
 
 
-class Boundary(Protocol):
-    """Acts between two quanta of one video, while no work of it is under way."""
-
-    def due(self, quantum: Quantum) -> bool:
-        """Whether it acts before a quantum."""
-
-    def reached(self, quantum: Quantum) -> bool:
-        """Run the boundary action; False means retry later."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TickDone:
-    """A tick all of whose chunks have taken their step."""
-
-    tick: Tick
-    items: int  # passes through the layers that belong to it
-    computed: int  # chunk-steps that were computed
-    seconds: float  # since the tick before was done
-
-
 @dataclass(slots=True)
-class _OpenTick:
+class TickProgress:
+    """What has come of a tick; it is done when all of its chunks have taken their step."""
+
     tick: Tick
-    left: int
-    items: int = 0
-    computed: int = 0
+    left: int  # chunks that have not
+    items: int = 0  # passes through the layers that belong to it
+    computed: int = 0  # chunk-steps that were computed
+    seconds: float = 0.0  # since the tick before was done
 
 
 @dataclass(slots=True)
 class _OpenStep:
-    tick: _OpenTick
+    tick: TickProgress
     step: int
     passes: list[Pass]
     velocities: list[Tensor] = field(default_factory=list)
@@ -81,7 +65,7 @@ class WorkOrder:
         barrier: begin a tick only when all chunks of the one before have taken their step; for comparison.
         on_decision: called with every decision, in order.
         gate: lets quanta begin; None lets all.
-        boundary: acts between quanta.
+        checkpointer: keeps how far the video is between quanta, while no work of it is under way.
         start: the first quantum. If it is not 0, the run was restored to the state before it.
     """
 
@@ -92,22 +76,20 @@ class WorkOrder:
         barrier: bool,
         on_decision: OnDecision,
         gate: AdmissionGate | None = None,
-        boundary: Boundary | None = None,
+        checkpointer: Checkpointer | None = None,
         start: int = 0,
     ) -> None:
         self._run, self._barrier, self._on_decision = run, barrier, on_decision
-        self._gate, self._boundary, self._start = gate, boundary, start
+        self._gate, self._checkpointer, self._start = gate, checkpointer, start
         self.held = False
-        """What comes next waits for the gate or at a boundary, and not for a velocity."""
+        """What comes next waits for the gate or for the last checkpoint, and not for a velocity."""
         self._steps: dict[int, _OpenStep] = {}
         """Steps whose velocity is still to come, by chunk."""
-        self._ticks: list[_OpenTick] = []
-        self._done: list[TickDone] = []
+        self._ticks: list[TickProgress] = []
+        self._done: list[TickProgress] = []
         self._finished: list[tuple[int, Tensor]] = []
-        self._walk = self._issue()
         self._peeked: Work | None = None
-        self._over = False
-        self._before = time.perf_counter()
+        self._walk, self._over, self._before = self._issue(), False, time.perf_counter()
         if gate is not None:
             gate.announce(run.schedule.quantum(start))
 
@@ -146,7 +128,7 @@ class WorkOrder:
         taken, self._finished = self._finished, []
         return taken
 
-    def ticks_done(self) -> list[TickDone]:
+    def ticks_done(self) -> list[TickProgress]:
         """Ticks that are done since the last call, in order."""
         taken, self._done = self._done, []
         return taken
@@ -165,9 +147,9 @@ class WorkOrder:
 
     def _hold(self, quantum: Quantum) -> Iterator[None]:
         """Before a quantum: do what is due, and wait until it may begin."""
-        if self._boundary is not None and self._boundary.due(quantum):
+        if self._checkpointer is not None and self._checkpointer.due(quantum):
             yield from self._until(list(self._steps))
-            while not self._boundary.reached(quantum):
+            while not self._checkpointer.reached(quantum):
                 self.held = True
                 yield None
         while self._gate is not None and not self._gate.open(quantum):
@@ -177,7 +159,7 @@ class WorkOrder:
 
     def _tick(self, tick: Tick, coming: Quantum | None) -> Iterator[Work | None]:
         """A tick's work; `coming` is the quantum to announce when it has begun."""
-        run, opened = self._run, _OpenTick(tick=tick, left=len(tick.active))
+        run, opened = self._run, TickProgress(tick=tick, left=len(tick.active))
         if self._barrier:
             yield from self._until(list(self._steps))
         elif tick.retiring is not None and run.renews:
@@ -200,7 +182,7 @@ class WorkOrder:
                     self._stepped(opened, seen.chunk)
         run.seal(tick)
 
-    def _open(self, opened: _OpenTick, chunk: int, step: int) -> Iterator[Work]:
+    def _open(self, opened: TickProgress, chunk: int, step: int) -> Iterator[Work]:
         work = self._run.open(opened.tick, chunk, step)
         weighed = [one.item.what for one in work if one.item.what.weight]
         opened.items += len(work)
@@ -216,13 +198,13 @@ class WorkOrder:
         while any(chunk in self._steps for chunk in chunks):
             yield None
 
-    def _stepped(self, opened: _OpenTick, chunk: int) -> None:
+    def _stepped(self, opened: TickProgress, chunk: int) -> None:
         """A chunk has taken its step of a tick."""
         opened.left -= 1
         if chunk == opened.tick.finishing:
             self._finished.append((chunk, self._run.finish(chunk)))
         while self._ticks and not self._ticks[0].left:
-            done = self._ticks.pop(0)
-            now = time.perf_counter()
-            seconds, self._before = now - self._before, now
-            self._done.append(TickDone(tick=done.tick, items=done.items, computed=done.computed, seconds=seconds))
+            done, before = self._ticks.pop(0), self._before
+            self._before = time.perf_counter()
+            done.seconds = self._before - before
+            self._done.append(done)

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.kv.size import KVPlan, KVSettings, plan_kv
-from engine.noise import NoiseSource, SeededNoise
-from engine.request import Prefix, Request
+from engine.kv.buffer import KVPlan
+from engine.kv.size import KVSettings, plan_kv
+from engine.request import Noise, Prefix, Request, seeded_noise
 from engine.reuse.settings import ReuseSettings
+from engine.schedule import Schedule
 from engine.video import Reuse, VideoRun, VideoShape
 from models.errors import InputError
-from models.protocols import CELL_PIXELS, CaptionTable, Pipeline, Sampling
+from models.protocols import CELL_PIXELS, CaptionTable, Pipeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,26 +28,25 @@ class Encoded:
 
     captions: CaptionTable
     prefix: Tensor | None  # latents [1, C, P, h, w] to go on from
-    noise: NoiseSource  # where the chunks start
+    noise: Noise  # where the chunks start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prepared:
-    """A run that has not begun, its texts, and the KV buffers that it needs."""
+class Admission:
+    """What every process that holds layers is given of a video."""
 
-    run: VideoRun
-    captions: CaptionTable
+    video: int  # its number, carried by its work items
+    schedule: Schedule  # says in what order flags come
     kv: KVPlan
+    captions: CaptionTable
+    grid: tuple[int, int, int]  # latent (T, h, w) of a chunk
+    checkpoint: str | None = None  # folder of the checkpoint that the video goes on from
 
 
 def encode(pipeline: Pipeline, request: Request) -> Encoded:
-    """Encode a request's prompt and prefix.
-
-    Raises:
-        InputError: the model cannot take them.
-    """
+    """Encode a request's prompt and prefix; an InputError if the model cannot take them."""
     prefix = None if request.prefix is None else _encode_prefix(pipeline, request.prefix)
-    return Encoded(captions=pipeline.captions(request.prompt), prefix=prefix, noise=SeededNoise(request.seed))
+    return Encoded(captions=pipeline.captions(request.prompt), prefix=prefix, noise=seeded_noise(request.seed))
 
 
 def prepare(
@@ -57,45 +58,47 @@ def prepare(
     reuse: ReuseSettings,
     kv: KVSettings,
     observe: bool,
-) -> Prepared:
-    """A run of a request.
+    checkpoint: Path | None = None,
+) -> tuple[VideoRun, Admission]:
+    """A run of a request that has not begun, and what those who compute it are given.
+
+    An InputError says if the model cannot make what is asked for.
 
     Args:
         pipeline: the model.
         request: what to make.
         encoded: the same as the model reads it.
-        number: of the request, carried by its work items.
+        number: of the video, carried by its work items.
         reuse: which steps are reused.
         kv: how much of the past is held.
         observe: take distances even if the policy does not look at them, for a record.
-
-    Raises:
-        InputError: the model cannot make what is asked for.
+        checkpoint: folder of the checkpoint to go on from.
     """
     sampling = pipeline.sampling(request.num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
     model = pipeline.model
+    given = 0 if encoded.prefix is None else encoded.prefix.shape[2]
+    shape = VideoShape(
+        channels=model.latent_channels,
+        chunks=request.chunks + math.ceil(given / sampling.chunk_width),
+        prefix_frames=given,
+        height=request.height // CELL_PIXELS,
+        width=request.width // CELL_PIXELS,
+    )
+    how = Reuse(policy=reuse.new_policy(), memory=reuse.new_memory(), patches=model.patches, observe=observe)
     run = VideoRun(
         number,
-        _shape(pipeline, request, sampling, encoded.prefix),
+        shape,
         sampling,
         encoded.noise,
-        Reuse(policy=reuse.new_policy(), memory=reuse.new_memory(), patches=model.patches, observe=observe),
+        how,
         prefix=encoded.prefix,
         compressed=kv.budget is not None,
         device=model.kv.device,
     )
-    plan = plan_kv(sampling, run.schedule, kv, chunk_tokens=model.token_count(*run.grid))
-    return Prepared(run=run, captions=encoded.captions, kv=plan)
-
-
-def _shape(pipeline: Pipeline, request: Request, sampling: Sampling, prefix: Tensor | None) -> VideoShape:
-    given = 0 if prefix is None else prefix.shape[2]
-    return VideoShape(
-        channels=pipeline.model.latent_channels,
-        chunks=math.ceil((request.chunks * sampling.chunk_width + given) / sampling.chunk_width),
-        prefix_frames=given,
-        height=request.height // CELL_PIXELS,
-        width=request.width // CELL_PIXELS,
+    plan = plan_kv(sampling, run.schedule, kv, model.token_count(*run.grid))
+    folder = None if checkpoint is None else str(checkpoint)
+    return run, Admission(
+        video=number, schedule=run.schedule, kv=plan, captions=encoded.captions, grid=run.grid, checkpoint=folder
     )
 
 

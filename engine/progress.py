@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.kv.buffer import KVBuffer
-from engine.order import TickDone
+from engine.order import TickProgress
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
 from engine.schedule import Schedule
@@ -38,7 +39,7 @@ class ProgressReporter:
         kv: its buffers in this process.
         on_progress: called after every tick; None for nobody.
         recorder: takes what happens, for a record; None for none.
-        counts: of an earlier run that this one goes on from, as `counts` gave them.
+        counts: of an earlier run that this one goes on from.
     """
 
     def __init__(
@@ -50,22 +51,10 @@ class ProgressReporter:
         counts: Mapping[str, int],
     ) -> None:
         self._schedule, self._kv, self._on_progress, self._recorder = schedule, kv, on_progress, recorder
-        self._items, self._computed, self._steps = (counts.get(name, 0) for name in ("items", "computed", "steps"))
-        self._finished = counts.get("done", 0)
-        self.delivered = counts.get("chunks", 0)
-        """Index of the next chunk that has frames to hand out."""
+        self.counts = Counter({**dict.fromkeys(("items", "computed", "steps", "done", "chunks"), 0), **counts})
+        """Passes (`items`), `computed` steps, all `steps`, chunks `done`; `chunks`, index of the next to hand out."""
         if recorder is not None:
             recorder.begin(schedule)
-
-    def counts(self) -> dict[str, int]:
-        """What a checkpoint keeps of the counts; `chunks` is the index of the next chunk to hand out."""
-        return {
-            "items": self._items,
-            "computed": self._computed,
-            "steps": self._steps,
-            "done": self._finished,
-            "chunks": self.delivered,
-        }
 
     def decided(self, seen: Observation, decision: Decision) -> None:
         """A chunk's step was decided."""
@@ -81,12 +70,10 @@ class ProgressReporter:
             if chunk >= self._schedule.first:
                 self._recorder.retired(chunk, shares[: chunk + 1])
 
-    def ticked(self, done: TickDone) -> None:
+    def ticked(self, done: TickProgress) -> None:
         """All chunks of a tick have taken their step."""
-        self._items += done.items
-        self._computed += done.computed
-        self._steps += len(done.tick.active)
-        self._finished += done.tick.finishing is not None
+        finished = done.tick.finishing is not None
+        self.counts.update(items=done.items, computed=done.computed, steps=len(done.tick.active), done=finished)
         if self._recorder is None and self._on_progress is None:
             return
         kv = self._kv()
@@ -94,19 +81,17 @@ class ProgressReporter:
         if self._recorder is not None:
             self._recorder.ticked(done.tick.index, seconds=done.seconds, items=done.items, fill=fill)
         if self._on_progress is not None:
-            self._on_progress(self._progress(done, fill, kv.nbytes))
-
-    def _progress(self, done: TickDone, kv_fill: float, kv_bytes: int) -> Progress:
-        schedule = self._schedule
-        return Progress(
-            tick=done.tick.index + 1,
-            ticks=schedule.ticks,
-            chunks_done=self._finished,
-            chunks=schedule.chunks - schedule.first,
-            step=done.tick.active[0][1] + 1,
-            num_steps=schedule.num_steps,
-            items_done=self._items,
-            computed_fraction=self._computed / max(1, self._steps),
-            kv_fill=kv_fill,
-            kv_bytes=kv_bytes,
-        )
+            schedule, counts = self._schedule, self.counts
+            progress = Progress(
+                tick=done.tick.index + 1,
+                ticks=schedule.ticks,
+                chunks_done=counts["done"],
+                chunks=schedule.chunks - schedule.first,
+                step=done.tick.active[0][1] + 1,
+                num_steps=schedule.num_steps,
+                items_done=counts["items"],
+                computed_fraction=counts["computed"] / max(1, counts["steps"]),
+                kv_fill=fill,
+                kv_bytes=kv.nbytes,
+            )
+            self._on_progress(progress)

@@ -25,6 +25,7 @@ from models.errors import InputError
 
 NOT_ACTIVE = 255
 """In `flags`: the chunk was not in the window. 0 is computed, 1 reused, 2 extrapolated."""
+_SPAN = ("first", "chunks", "num_steps", "window")
 _ARRAYS = ("span", "decisions", "changes", "tick_seconds", "tick_items", "fill", "held")
 _SETTINGS_FILE, _ARRAYS_FILE = "record.json", "record.npz"
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, InputError)
@@ -36,7 +37,7 @@ class RunRecord:
     """A finished record."""
 
     settings: Mapping[str, Any]  # what was asked for, as plain JSON values
-    span: np.ndarray  # int64 [4], the schedule: first chunk that was made, all chunks, steps of a chunk, window
+    span: np.ndarray  # int64 [4], the schedule's figures: first, chunks, num_steps, window
     decisions: np.ndarray  # uint8 [made chunks, steps], see `NOT_ACTIVE`
     changes: np.ndarray  # float32 [made chunks, steps], relative L1; NaN where none was taken
     tick_seconds: np.ndarray  # float64 [ticks]
@@ -48,17 +49,16 @@ class RunRecord:
     @property
     def schedule(self) -> Schedule:
         """Of the video."""
-        first, chunks, num_steps, window = (int(figure) for figure in self.span)
-        return Schedule(first=first, chunks=chunks, num_steps=num_steps, window=window)
+        return Schedule(**dict(zip(_SPAN, map(int, self.span), strict=True)))
 
     @property
     def flags(self) -> np.ndarray:
-        """The decisions by tick: uint8 [ticks, chunks], see `NOT_ACTIVE`."""
+        """The decisions by tick: uint8 [ticks, chunks]."""
         return self._by_tick(self.decisions, NOT_ACTIVE)
 
     @property
     def distances(self) -> np.ndarray:
-        """The changes by tick: float32 [ticks, chunks]; NaN where none was taken."""
+        """The changes by tick: float32 [ticks, chunks]."""
         return self._by_tick(self.changes, np.nan)
 
     @property
@@ -103,11 +103,7 @@ class RunRecord:
 
     @classmethod
     def load(cls, folder: Path) -> RunRecord:
-        """Read a folder that `save` wrote.
-
-        Raises:
-            InputError: there is no whole record.
-        """
+        """Read a folder that `save` wrote; an InputError if it holds no whole record."""
         try:
             settings = json.loads((folder / _SETTINGS_FILE).read_text())
             if not isinstance(settings, dict):
@@ -123,7 +119,7 @@ class RunRecord:
         return record
 
     def _check(self) -> None:
-        """Raises ValueError or InputError where arrays do not fit together."""
+        """Raise a ValueError or an InputError where arrays do not fit together."""
         if self.span.shape != (4,) or self.span.dtype.kind != "i":
             raise ValueError("the span is no schedule")
         schedule = self.schedule
@@ -154,17 +150,14 @@ class Recorder:
     """A record in the making; the engine calls it with what happens."""
 
     def __init__(self) -> None:
-        self._first = 0
-        self._arrays: dict[str, np.ndarray] = {}
-        self._held: list[np.ndarray] = []
+        self._first, self._arrays, self._held = 0, dict[str, np.ndarray](), list[np.ndarray]()
 
     def begin(self, schedule: Schedule) -> None:
         """Start, with the schedule of the run."""
         ticks, steps = schedule.ticks, (schedule.chunks - schedule.first, schedule.num_steps)
-        self._first = schedule.first
-        self._held = []
+        self._first, self._held = schedule.first, []
         self._arrays = {
-            "span": np.array([schedule.first, schedule.chunks, schedule.num_steps, schedule.window], dtype=np.int64),
+            "span": np.array([getattr(schedule, name) for name in _SPAN], dtype=np.int64),
             "decisions": np.full(steps, NOT_ACTIVE, dtype=np.uint8),
             "changes": np.full(steps, np.nan, dtype=np.float32),
             "tick_seconds": np.zeros(ticks),
@@ -181,9 +174,8 @@ class Recorder:
 
     def ticked(self, tick: int, *, seconds: float, items: int, fill: float) -> None:
         """Add what a tick took."""
-        self._arrays["tick_seconds"][tick] = seconds
-        self._arrays["tick_items"][tick] = items
-        self._arrays["fill"][tick] = fill
+        for name, figure in (("tick_seconds", seconds), ("tick_items", items), ("fill", fill)):
+            self._arrays[name][tick] = figure
 
     def retired(self, chunk: int, shares: np.ndarray) -> None:
         """A chunk has left the window; these shares of chunks 0 .. chunk are still held. Given chunks are not noted."""

@@ -1,7 +1,12 @@
-"""What a person asks for: one video. Requests check themselves; nothing else in the engine checks them again."""
+"""What a person asks for: one video, and the noise that its chunks start from.
+
+Requests check themselves; nothing else in the engine checks them again. Noise is drawn when a chunk enters, from the
+seed and the chunk's number alone, so it does not depend on the length of the video, on other chunks or on the device.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +15,8 @@ from torch import Tensor
 from models.errors import InputError
 from models.protocols import CELL_PIXELS
 
+Noise = Callable[[int, tuple[int, ...]], Tensor]
+"""Standard normal noise of a chunk, given its number and shape [1, C, T, h, w]; fp32 on the CPU."""
 SIZE_STEP = 2 * CELL_PIXELS  # a token is a patch of 2 x 2 cells
 
 
@@ -58,3 +65,25 @@ class Request:
         if self.prefix is not None and tuple(self.prefix.frames.shape[1:3]) != (self.height, self.width):
             height, width = self.prefix.frames.shape[1:3]
             raise InputError(f"the prefix is {width}x{height} pixels, the video {self.width}x{self.height}")
+
+
+def seeded_noise(seed: int) -> Noise:
+    """Noise of a seed. The two numbers are hashed into one, so that seed 0 chunk 1 and seed 1 chunk 0 differ."""
+
+    def noise(chunk: int, shape: tuple[int, ...]) -> Tensor:
+        mixed = (seed * 0x9E3779B97F4A7C15 + (chunk + 1) * 0xC2B2AE3D27D4EB4F) & (2**63 - 1)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(mixed))
+
+    return noise
+
+
+def given_noise(whole: Tensor) -> Noise:
+    """Noise that is given for the whole video, [1, C, T, h, w]: for comparison with published figures."""
+
+    def noise(chunk: int, shape: tuple[int, ...]) -> Tensor:
+        part = whole[:, :, chunk * shape[2] : (chunk + 1) * shape[2]]
+        if part.shape != shape:
+            raise ValueError(f"the given noise has shape {tuple(part.shape)} at chunk {chunk}, {shape} is needed")
+        return part.float().clone()
+
+    return noise

@@ -38,11 +38,7 @@ class Quantum:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """When each chunk takes each step.
-
-    Raises:
-        InputError: the figures do not make a schedule.
-    """
+    """When each chunk takes each step."""
 
     first: int  # the first chunk that is generated; those before it are given (prefix)
     chunks: int  # all chunks, given and generated
@@ -73,46 +69,36 @@ class Schedule:
         return self.chunks - self.first + self.window - 1
 
     def quantum(self, index: int) -> Quantum:
-        """One quantum, in constant time.
-
-        Raises:
-            IndexError: the video does not have so many.
-        """
+        """One quantum, in constant time; an IndexError if the video does not have so many."""
         if not 0 <= index < self.quanta:
             raise IndexError(f"quantum {index} of {self.quanta}")
-        newest = self.first + index
-        oldest = max(self.first, newest - self.window + 1)
-        end = min(self.chunks, newest + 1)
-        return Quantum(index=index, chunk=newest if newest < self.chunks else None, slots=end - oldest)
+        newest, active = self.first + index, self._window(index)
+        return Quantum(index=index, chunk=newest if newest < self.chunks else None, slots=len(active))
 
     def ticks_of_quantum(self, index: int) -> range:
         """Ticks of a quantum."""
         return range(index * self.quantum_ticks, (index + 1) * self.quantum_ticks)
 
-    def quantum_of(self, tick: int) -> int:
-        """The quantum that a tick belongs to."""
-        return tick // self.quantum_ticks
-
-    def finished_before(self, quantum: int) -> int:
-        """How many generated chunks have taken all their steps before a quantum begins."""
-        return max(0, quantum - self.window + 1)
-
     def tick(self, index: int) -> Tick:
         """One tick, in constant time."""
         quantum, inner = divmod(index, self.quantum_ticks)
-        newest = self.first + quantum
-        start, end = max(self.first, newest - self.window + 1), min(self.chunks, newest + 1)
-        active = tuple((chunk, (newest - chunk) * self.quantum_ticks + inner) for chunk in range(start, end))
-        begins = inner == 0
+        newest, begins = self.first + quantum, inner == 0
+        window = self._window(quantum)
+        active = tuple((chunk, (newest - chunk) * self.quantum_ticks + inner) for chunk in window)
         oldest, step = active[0]
         return Tick(
             index=index,
             step_in_quantum=inner,
             active=active,
             entering=newest if begins and newest < self.chunks else None,
-            retiring=start - 1 if begins and start > self.first else None,
+            retiring=oldest - 1 if begins and oldest > self.first else None,
             finishing=oldest if step == self.num_steps - 1 else None,
         )
+
+    def _window(self, quantum: int) -> range:
+        """The chunks that are active in a quantum."""
+        newest = self.first + quantum
+        return range(max(self.first, newest - self.window + 1), min(self.chunks, newest + 1))
 
     def __iter__(self) -> Iterator[Tick]:
         return (self.tick(index) for index in range(self.ticks))

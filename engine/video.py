@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.noise import NoiseSource
-from engine.reuse.memory import ReuseMemory
+from engine.request import Noise
 from engine.reuse.policy import Decision, Observation, Policy
+from engine.reuse.settings import ComputedStep, ReuseMemory
 from engine.schedule import Schedule, Tick
 from models.protocols import Pass, Sampling
 
@@ -55,12 +55,7 @@ class VideoState:
     ops: tuple[KVOp, ...]  # changes of the KV that no work item has carried yet
     leaving: frozenset[int]  # chunks that were either retired or finished, and still have to be the other
     policy: Mapping[str, float]
-    memory: Mapping[int, Sequence[tuple[float, float, Tensor]]]
-    """Of reuse: (time, size, velocity) of the last computed steps of each chunk."""
-
-
-Patches = Callable[[Tensor], Tensor]
-"""Patch embedding of a latent, which distances are taken between."""
+    memory: Mapping[int, Sequence[ComputedStep]]  # of reuse: the last computed steps of each chunk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +83,7 @@ class Reuse:
 
     policy: Policy  # who decides
     memory: ReuseMemory  # what stands in for a step
-    patches: Patches  # what distances are taken between
+    patches: Callable[[Tensor], Tensor]  # patch embedding of a latent, which distances are taken between
     observe: bool  # take distances even if the policy does not look at them, for a record
 
 
@@ -111,7 +106,7 @@ class VideoRun:
         request: int,
         shape: VideoShape,
         sampling: Sampling,
-        noise: NoiseSource,
+        noise: Noise,
         reuse: Reuse,
         *,
         prefix: Tensor | None,
@@ -120,19 +115,12 @@ class VideoRun:
     ) -> None:
         self._request, self._shape, self._sampling, self._noise = request, shape, sampling, noise
         self._reuse, self._prefix, self._compressed, self._device = reuse, prefix, compressed, device
-        width = sampling.chunk_width
-        self.schedule = Schedule(
-            first=shape.prefix_frames // width,
-            chunks=shape.chunks,
-            num_steps=sampling.num_steps,
-            window=sampling.window,
-        )
+        first, steps = shape.prefix_frames // sampling.chunk_width, sampling.num_steps
+        self.schedule = Schedule(first=first, chunks=shape.chunks, num_steps=steps, window=sampling.window)
         self._latents: dict[int, Tensor] = {}
-        self._before: dict[int, Tensor] = {}
-        """Model inputs of the tick before, which distances are taken from."""
+        self._before: dict[int, Tensor] = {}  # as in `VideoState`
         self._ops: list[KVOp] = []
-        self._leaving: set[int] = set()
-        """Chunks that were either retired or finished, and still have to be the other."""
+        self._leaving: set[int] = set()  # as in `VideoState`
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -151,13 +139,11 @@ class VideoRun:
 
     def prefix_work(self) -> list[Work]:
         """Passes that fill the KV of the chunks that are given whole (7.6)."""
-        work = []
+        work, width, limit = [], self._sampling.chunk_width, self._sampling.clean_limit(prefix=True)
         for chunk in range(self.schedule.first):
             assert self._prefix is not None
-            width = self._sampling.chunk_width
             x = self._prefix[:, :, chunk * width : (chunk + 1) * width].to(self._device)
             self._ops.append(KVOp(kind="enter", chunk=chunk))
-            limit = self._sampling.clean_limit(prefix=True)
             for what in self._sampling.clean_passes(0, prefix=True, text_needed=False):
                 work.append(self._work(-1, chunk, None, what, limit, x))
             self._publish(chunk)
@@ -165,39 +151,31 @@ class VideoRun:
         return work
 
     def begin(self, tick: Tick) -> list[Work]:
-        """Start a tick: renew the KV of the chunk that has just finished, and let the next one in.
+        """Start a tick: let the next chunk in, and renew the KV of the one that has just finished.
 
-        The tick before must be sealed. If `renews`, the retiring chunk's last step must be closed.
-
-        Returns:
-            The clean passes, if the sampling has them; they must be run before the tick's other work.
+        That is by the clean passes that are returned, which must be run before the tick's other work. The tick before
+        must be sealed. If `renews`, the retiring chunk's last step must be closed.
         """
-        work = []
-        chunk = tick.retiring
+        work, chunk, sampling = [], tick.retiring, self._sampling
         if chunk is not None:
-            limit = self._sampling.clean_limit(prefix=False)
-            text_needed = self._text_needed(tick)
-            passes = self._sampling.clean_passes(tick.step_in_quantum, prefix=False, text_needed=text_needed)
+            limit, text_needed = sampling.clean_limit(prefix=False), self._text_needed(tick)
+            passes = sampling.clean_passes(tick.step_in_quantum, prefix=False, text_needed=text_needed)
             work = [self._work(tick.index, chunk, None, what, limit, self._model_input(chunk)) for what in passes]
-            if self._compressed and self._sampling.clean_pass:
+            if self._compressed and sampling.clean_pass:
                 self._publish(chunk)  # after the compression it could not be told apart
             self._ops.append(KVOp(kind="retire", chunk=chunk))
             self._leave(chunk)
         if tick.entering is not None:
             self._ops.append(KVOp(kind="enter", chunk=tick.entering))
             shape = (1, self._shape.channels, *self.grid)
-            self._latents[tick.entering] = self._noise.chunk(tick.entering, shape).to(self._device)
+            self._latents[tick.entering] = self._noise(tick.entering, shape).to(self._device)
         return work
 
     def decide(self, tick: Tick, chunks: Sequence[int] | None = None) -> list[tuple[Observation, Decision]]:
         """Decide which chunks are computed, and take the steps of those that are not.
 
-        The distances of all the chunks are read back from the device at once.
-
-        Args:
-            tick: the tick.
-            chunks: which of its chunks to decide for, now that their latents are known; all of them by default. A
-                policy that looks at the whole window must be given all.
+        The distances of all the chunks are read back from the device at once. `chunks` are those whose latents are
+        known; a policy that looks at the whole window must be given all, which is the default.
 
         Returns:
             What was seen and what was decided, in the order of the chunks.
@@ -205,27 +183,25 @@ class VideoRun:
         active = [(chunk, step) for chunk, step in tick.active if chunks is None or chunk in chunks]
         last = tick.index == self.schedule.ticks - 1
         looks = self._reuse.policy.observes or self._reuse.observe
-        observed = self._observe([chunk for chunk, _ in active]) if looks else {}
-        observations = []
+        norms = self._observe([chunk for chunk, _ in active]) if looks else {}
+        seen = []
         for chunk, step in active:
-            change, scale = observed.get(chunk, (None, None))
-            observations.append(
+            change, scale = norms.get(chunk, (None, None))
+            seen.append(
                 Observation(chunk=chunk, step=step, tick=tick.index, last_tick=last, change=change, scale=scale)
             )
-        decisions = self._reuse.policy.decide(observations)
-        for (chunk, step), decision in zip(active, decisions, strict=True):
+        decided = list(zip(seen, self._reuse.policy.decide(seen), strict=True))
+        for one, decision in decided:
             if decision is not Decision.COMPUTE:
-                time, size = self._sampling.time(step), self._sampling.step_size(step)
-                increment = self._reuse.memory.increment(chunk, decision, time=time, size=size)
-                self._latents[chunk] = self._model_input(chunk) + increment
-        return list(zip(observations, decisions, strict=True))
+                time, size = self._sampling.time(one.step), self._sampling.step_size(one.step)
+                increment = self._reuse.memory.increment(one.chunk, decision, time=time, size=size)
+                self._latents[one.chunk] = self._model_input(one.chunk) + increment
+        return decided
 
     def open(self, tick: Tick, chunk: int, step: int) -> list[Work]:
         """The passes of one chunk's step, if it is computed."""
-        oldest = chunk == tick.active[0][0]
+        oldest, x, limit = chunk == tick.active[0][0], self._model_input(chunk), self._sampling.key_limit(step)
         passes = self._sampling.step_passes(step, oldest=oldest, text_needed=self._text_needed(tick))
-        x = self._model_input(chunk)
-        limit = self._sampling.key_limit(step)
         return [self._work(tick.index, chunk, step, what, limit, x) for what in passes]
 
     def close(self, chunk: int, step: int, passes: Sequence[Pass], velocities: Sequence[Tensor]) -> None:
@@ -248,12 +224,8 @@ class VideoRun:
             self._publish(tick.retiring)
 
     def finish(self, chunk: int) -> Tensor:
-        """Take the latents of a chunk whose last step is closed, without the frames that were given.
-
-        An image's first frame stays.
-        """
-        given = self._given_frames(chunk)
-        start = 0 if self._shape.prefix_frames == 1 else given
+        """Take the latents of a chunk whose last step is closed, without given frames; an image's own stays."""
+        start = 0 if self._shape.prefix_frames == 1 else self._given_frames(chunk)
         latents = self._latents[chunk][:, :, start:]
         self._leave(chunk)
         return latents
@@ -271,26 +243,21 @@ class VideoRun:
 
     def restore(self, state: VideoState) -> None:
         """Go on from the state of a run of the same request; in place of `prefix_work` and the ticks before."""
-        self._latents = {chunk: part.to(self._device) for chunk, part in state.latents.items()}
-        self._before = {chunk: part.to(self._device) for chunk, part in state.before.items()}
+        device = self._device
+        self._latents = {chunk: part.to(device) for chunk, part in state.latents.items()}
+        self._before = {chunk: part.to(device) for chunk, part in state.before.items()}
         self._ops, self._leaving = list(state.ops), set(state.leaving)
         self._reuse.policy.restore(state.policy)
-        self._reuse.memory.restore(
-            {
-                chunk: [(time, size, velocity.to(self._device)) for time, size, velocity in held]
-                for chunk, held in state.memory.items()
-            }
-        )
+        memory = state.memory.items()
+        self._reuse.memory.restore({chunk: [one.to(device) for one in held] for chunk, held in memory})
 
     def _observe(self, chunks: Sequence[int]) -> dict[int, tuple[float, float]]:
         """L1 norms (of the change, of what was before) of the chunks' patch embeddings; one copy from the device."""
         norms, known = [], []
         for chunk in chunks:
             x = self._model_input(chunk)
-            before = self._before.get(chunk)
-            if before is not None:
-                then = self._reuse.patches(before).float()
-                now = self._reuse.patches(x).float()
+            if (before := self._before.get(chunk)) is not None:
+                then, now = self._reuse.patches(before).float(), self._reuse.patches(x).float()
                 norms += [(now - then).abs().mean(), then.abs().mean()]
                 known.append(chunk)
             self._before[chunk] = x

@@ -14,10 +14,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -29,15 +28,15 @@ from launch.backends import Backend, Job, join_ranks, led_ranks, serve_stage, st
 from launch.declare import from_values
 from launch.generate import make_with
 from launch.options import Options
-from launch.output.progress import Display
-from launch.output.summary import Summary
+from launch.output.display import Display
+from launch.output.sinks import Summary
 from launch.plan import layout_of, plan_model, plan_requests, plan_videos
 from models.errors import InputError
 from parallel.cluster.messages import ChunkMade
 from parallel.ranks.environment import RankEnv
 
 _OF_VIDEO = ("seconds", "chunks", "seed", "height", "width", "steps", "image", "video")
-_OF_COMMAND = ("prompts", "out", "record", "trace", "launcher", "concurrency")
+_OF_COMMAND = ("prompts", "out", "record", "trace", "launcher")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -56,17 +55,11 @@ def load(model: str | None = None, **options: Any) -> VideoEngine:
     With `pp` or `cp` above 1 the other ranks are started on this machine and end with the engine. Under torchrun every
     rank runs the script: rank 0 goes on with it, and the others serve in here until the engine is closed, and then end.
 
-    Args:
-        model: name of a preset; None for magi-pocket, or for `config`.
-        options: of reuse, memory, ranks, model files and computing, by the names of the command line; `concurrency`
-            too. See `VideoEngine` for those of a video.
-
-    Raises:
-        InputError: something given cannot be used.
+    `model` names a preset; None is magi-pocket, or for `config`. The options are those of reuse, memory, ranks, model
+    files and computing; see `VideoEngine` for those of a video. An `InputError` says what cannot be used.
     """
-    given = {name: value for name, value in options.items() if name != "concurrency"}
-    _check_names(given, (*_OF_VIDEO, *_OF_COMMAND), "load")
-    base = from_values(Options, model=model, concurrency=options.get("concurrency"), **given)
+    _check_names(options, (*_OF_VIDEO, *_OF_COMMAND), "load")
+    base = from_values(Options, model=model, **options)
     if base.threads is not None:
         torch.set_num_threads(base.threads)
     return VideoEngine(base)
@@ -76,7 +69,8 @@ class VideoEngine:
     """A loaded model that makes videos; made by `load`. A context; or to be closed by `close`.
 
     A video's own options are `seconds` or `chunks`, `seed`, `height`, `width`, `steps`, and `image` or `video` to start
-    from (paths). Videos are made by one call at a time; what a loop leaves unfinished is dropped.
+    from (paths). Videos are made by one call at a time; what a loop leaves unfinished is dropped. Methods raise
+    `InputError` for what cannot be used or written.
     """
 
     def __init__(self, options: Options) -> None:
@@ -86,24 +80,13 @@ class VideoEngine:
             self._stack = stack.pop_all()
 
     def generate(self, prompt: str, **video: Any) -> Iterator[Chunk]:
-        """Make a video of a prompt.
-
-        Yields:
-            Its chunks, in order, as soon as each is finished.
-
-        Raises:
-            InputError: something given cannot be used.
-        """
+        """Make a video of a prompt; yields its chunks, in order, as soon as each is finished."""
         return self.generate_many([prompt], **video)
 
     def generate_many(self, prompts: Sequence[str], **video: Any) -> Iterator[Chunk]:
         """Make a video of each prompt, `concurrency` of them at a time; the n-th has the seed plus n.
 
-        Yields:
-            Chunks as they are finished, those of one video in order.
-
-        Raises:
-            InputError: something given cannot be used.
+        Yields chunks as they are finished, those of one video in order.
         """
         plans = plan_requests(self._video_options(prompts, video), [Path()] * len(prompts))
         return self._chunks([Job(video=str(index), plan=plan) for index, plan in enumerate(plans)])
@@ -111,28 +94,15 @@ class VideoEngine:
     def save(
         self, prompts: str | Sequence[str], out: Path | str, *, record: Path | str | None = None, **video: Any
     ) -> list[Summary]:
-        """Make videos into files, as `flowcache generate` does.
+        """Make videos into files, as `flowcache generate` does; returns what each video cost.
 
-        Args:
-            prompts: one, or several.
-            out: the .mp4 file, or the folder of several.
-            record: folder for records of the runs.
-            video: options of a video.
-
-        Returns:
-            What was made and what it cost, for each video.
-
-        Raises:
-            InputError: something given cannot be used, or a file cannot be written.
+        `out` is the .mp4 file of one prompt, or the folder of several; `record` is a folder for records of the runs.
         """
         options = self._video_options([prompts] if isinstance(prompts, str) else prompts, video)
         files: dict[str, Any] = {"out": Path(out), "record": None if record is None else Path(record)}
         plans = plan_videos(replace(options, **files))
-        self._take()
-        try:
+        with self._taken():
             return make_with(self._backend, plans, Display(Console(quiet=True)), self._began).summaries
-        finally:
-            self._busy = False
 
     def close(self) -> None:
         """Let go of the model, and of the ranks that hold it."""
@@ -141,9 +111,7 @@ class VideoEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _video_options(self, prompts: Sequence[str], video: dict[str, Any]) -> Options:
@@ -152,20 +120,22 @@ class VideoEngine:
         return from_values(Options, self._options, prompts=list(prompts), **video)
 
     def _chunks(self, jobs: Sequence[Job]) -> Iterator[Chunk]:
-        self._take()
-        try:
+        with self._taken():
             for job in jobs:
                 self._backend.submit(job)
             for event in self._backend.run():
                 if isinstance(event, ChunkMade):
                     yield Chunk(video=int(event.video), index=event.index, frames=event.frames, latents=event.latents)
-        finally:
-            self._busy = False
 
-    def _take(self) -> None:
+    @contextmanager
+    def _taken(self) -> Iterator[None]:
         if self._busy:
             raise InputError("this engine makes a video already: end its loop first, or make several by one call")
         self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
 
 
 def _open(options: Options, stack: ExitStack) -> Backend:

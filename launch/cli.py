@@ -15,9 +15,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from engine.heap import settle_heap
+from engine.host_memory import settle_heap
 from launch import __version__
-from launch.declare import Declared, command, declared
+from launch.declare import command, declared
 from launch.ending import CommandFailed, shows_bad_input, speaks_for_all, unwind_on_signals
 from launch.options import GOLDEN_FILES, BatchOptions, Launcher, Options
 from models.errors import InputError
@@ -70,16 +70,22 @@ On a Ray cluster, from one of its nodes or as a job:
 [cyan]RAY_ADDRESS=auto flowcache batch prompts.jsonl --out /shared/videos --gangs 4 --pp 8[/cyan]
 """
 
-_RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN_DIR", help="A folder that [cyan]flowcache generate --record[/cyan] wrote.")
-]
-_PlotOut = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE.png",
-        help="The picture to write; an older one is replaced. By default it goes into RUN_DIR.",
-    ),
-]
+_PLOT_HELP = {
+    "reuse": "Which steps of which chunk were computed, tick by tick, and which were reused.",
+    "distance": """How much each chunk changed from step to step, over its denoising.
+
+A run with [cyan]--cache none[/cyan] shows the model as it is; with reuse, what the run has seen.""",
+    "kv": "What of each past chunk's keys and values was still held, over time, and how full the buffer was.",
+    "pipeline": """What each rank did when, and where its idle time went; of a run on ranks ([cyan]--pp[/cyan], \
+[cyan]--cp[/cyan]).
+
+Prints a table as well: the share of the time that each rank was busy, and what it waited for otherwise.""",
+}
+
+_RUN_DIR = typer.Argument(metavar="RUN_DIR", help="A folder that [cyan]flowcache generate --record[/cyan] wrote.")
+_PICTURE = typer.Option(
+    metavar="FILE.png", help="The picture to write; an older one is replaced. By default it goes into RUN_DIR."
+)
 
 app = typer.Typer(
     name="flowcache",
@@ -90,7 +96,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings=_HELP_NAMES,
 )
-plot = typer.Typer(
+plots = typer.Typer(
     help="Draw what a run has recorded.\n\n"
     "First [cyan]flowcache generate PROMPT --record RUN_DIR[/cyan], then [cyan]flowcache plot reuse RUN_DIR[/cyan].",
     no_args_is_help=True,
@@ -102,7 +108,7 @@ plot = typer.Typer(
 class _Call:
     """What a command is told beside its options."""
 
-    arguments: tuple[str, ...]  # the whole command line, for ranks that are started with it
+    arguments: Sequence[str]  # the whole command line, for ranks that are started with it
     imported: Callable[[], None]  # to be called once all is imported; a signal then unwinds what the command does
 
 
@@ -148,18 +154,13 @@ def _conformance(context: typer.Context, given: dict[str, Any]) -> None:
     raise typer.Exit(check_conformance(files, options, context.obj.arguments, report_error=_show_error))
 
 
-def _batch_options() -> list[Declared]:
-    """Options of `batch`: its own, and those of `generate` that it has too."""
-    return [*declared(BatchOptions), *(one for one in declared(Options) if one.opt.batch)]
-
-
 app.command("generate", help=_GENERATE_HELP)(command(declared(Options), _generate))
 
 
 @app.command()
 def models() -> None:
     """List the models that can be asked for by name, their sizes, and what each needs."""
-    from launch.listing import show_models
+    from launch.sizes import show_models
 
     show_models()
 
@@ -169,48 +170,25 @@ app.command(
     help="Recompute golden files of the published code and compare.\n\n"
     "One line for each file. Exit status 0 if all pass, 1 if one fails, 2 if one cannot be read.",
 )(command([GOLDEN_FILES, *(one for one in declared(Options) if one.name in _OF_RANKS)], _conformance))
-app.command("batch", help=_BATCH_HELP)(command(_batch_options(), _batch))
-app.add_typer(plot, name="plot")
+_SHARED = [one for one in declared(Options) if one.opt.batch]  # options of `generate` that `batch` has too
+app.command("batch", help=_BATCH_HELP)(command([*declared(BatchOptions), *_SHARED], _batch))
+app.add_typer(plots, name="plot")
 
 
-@plot.command("reuse")
-def plot_reuse(context: typer.Context, run_dir: _RunFolder, out: _PlotOut = None) -> None:
-    """Which steps of which chunk were computed, tick by tick, and which were reused."""
-    _plot(context, "reuse", run_dir, out)
+def _plot_command(kind: str) -> Callable[..., None]:
+    def draw(
+        context: typer.Context, run_dir: Annotated[Path, _RUN_DIR], out: Annotated[Path | None, _PICTURE] = None
+    ) -> None:
+        from launch.plots import plot
+
+        context.obj.imported()
+        typer.echo(plot(kind, run_dir, out or run_dir / f"{kind}.png"))
+
+    return draw
 
 
-@plot.command("distance")
-def plot_distance(context: typer.Context, run_dir: _RunFolder, out: _PlotOut = None) -> None:
-    """How much each chunk changed from step to step, over its denoising.
-
-    A run with [cyan]--cache none[/cyan] shows the model as it is; with reuse, what the run has seen.
-    """
-    _plot(context, "distance", run_dir, out)
-
-
-@plot.command("kv")
-def plot_kv(context: typer.Context, run_dir: _RunFolder, out: _PlotOut = None) -> None:
-    """What of each past chunk's keys and values was still held, over time, and how full the buffer was."""
-    _plot(context, "kv", run_dir, out)
-
-
-@plot.command("pipeline")
-def plot_pipeline(context: typer.Context, run_dir: _RunFolder, out: _PlotOut = None) -> None:
-    """What each rank did when, and where its idle time went; of a run on ranks ([cyan]--pp[/cyan], [cyan]--cp[/cyan]).
-
-    Prints a table as well: the share of the time that each rank was busy, and what it waited for otherwise.
-    """
-    from launch.plots import plot_pipeline as draw
-
-    context.obj.imported()
-    typer.echo(draw(run_dir, out or run_dir / "pipeline.png"))
-
-
-def _plot(context: typer.Context, kind: str, run_dir: Path, out: Path | None) -> None:
-    from launch.plots import plot_record
-
-    context.obj.imported()
-    typer.echo(plot_record(kind, run_dir, out or run_dir / f"{kind}.png"))
+for _kind, _help in _PLOT_HELP.items():
+    plots.command(_kind, help=_help)(_plot_command(_kind))
 
 
 def main() -> NoReturn:
@@ -228,11 +206,7 @@ def main() -> NoReturn:
 
 
 def run(arguments: Sequence[str], imported: Callable[[], None] = lambda: None) -> int:
-    """Run one command line; errors of the input are shown, not raised.
-
-    Args:
-        arguments: of the command line.
-        imported: called once all is imported that the command needs.
+    """Run one command line; errors of the input are shown, not raised. Calls `imported` before the command's work.
 
     Returns:
         The exit status: 0, 1 where a check or a rank failed, 2 for bad input, 130 after Ctrl-C.
@@ -240,7 +214,7 @@ def run(arguments: Sequence[str], imported: Callable[[], None] = lambda: None) -
     env = None
     try:
         env = RankEnv.from_environment()
-        call = _Call(arguments=tuple(arguments), imported=imported)
+        call = _Call(arguments=arguments, imported=imported)
         # Typer turns an interrupt into a status by itself.
         status = app(args=list(arguments), prog_name="flowcache", standalone_mode=False, obj=call) or 0
     except (InputError, typer.TyperException) as error:

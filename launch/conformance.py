@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,12 +17,11 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.engine import Engine
+from engine.engine import Engine, Submission
 from engine.kv.selection import Granularity, SelectionSettings, select
-from engine.noise import GivenNoise
 from engine.prepare import Encoded
 from engine.record import Recorder
-from engine.request import Request
+from engine.request import Request, given_noise
 from engine.reuse.settings import ReuseSettings
 from launch.backends import join_ranks, start_ranks
 from launch.generate import needs_ranks
@@ -43,6 +42,8 @@ from parallel.topology.split import stage_range
 
 TOLERANCE = 1e-4
 DECODED_TOLERANCE = 1e-2  # stored as fp16
+_KINDS = ("generation", "vae", "kv_selection")
+_MakeEngine = Callable[[Pipeline, ReuseSettings], AbstractContextManager[Engine]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,45 +51,24 @@ class Verdict:
     """What a golden file says of the engine."""
 
     name: str  # of the file, without its ending
-    kind: str  # of the case
+    kind: str  # of the case: generation, vae or kv_selection
     error: float  # the largest relative error (Frobenius) among the latents
     detail: str  # what was compared, in words
     passed: bool  # whether everything agrees
 
 
-@contextmanager
-def _local_engine(pipeline: Pipeline, reuse: ReuseSettings) -> Iterator[Engine]:
-    yield Engine(pipeline, reuse=reuse)
-
-
-def _all_layers(config: MagiConfig) -> range | None:
-    return None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Venue:
-    """Where cases of generation are run."""
-
-    engine: Callable[[Pipeline, ReuseSettings], AbstractContextManager[Engine]] = _local_engine
-    layers: Callable[[MagiConfig], range | None] = _all_layers  # which layers of a model are loaded; None for all
-    device: str = "cpu"
-
-
-_HERE = Venue()
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Golden:
+    """A golden file, its tensors on the device that computes."""
+
     path: Path
     metadata: dict[str, str]
     tensors: dict[str, Tensor]
-
-    def to(self, device: str) -> _Golden:
-        return replace(self, tensors={key: value.to(device) for key, value in self.tensors.items()})
+    device: str
 
     @property
-    def device(self) -> torch.device:
-        return next(iter(self.tensors.values())).device
+    def kind(self) -> str:
+        return self.metadata.get("kind", "")
 
     def tensor(self, name: str) -> Tensor:
         if name not in self.tensors:
@@ -106,42 +86,17 @@ class _Golden:
             raise InputError(f"{self.path}: the metadata {key} is not a JSON object")
         return value
 
+    def config(self) -> MagiConfig:
+        return MagiConfig.from_dict(self.json("config"), source=str(self.path))
+
     def named(self, prefix: str) -> dict[str, Tensor]:
         return {key[len(prefix) :]: value for key, value in sorted(self.tensors.items()) if key.startswith(prefix)}
 
 
-def check_file(path: Path, *, device: str = "cpu", venue: Venue | None = None) -> Verdict:
-    """Run a golden file's case and compare.
-
-    Args:
-        path: the file.
-        device: where to run it, without a venue.
-        venue: where to run a case of generation; by default in this process.
-
-    Raises:
-        InputError: the file cannot be read, or is no golden file.
-    """
-    venue = venue or replace(_HERE, device=device)
-    golden = _read(path)
-    kind = golden.metadata.get("kind", "")
-    checks = {"vae": _check_vae, "kv_selection": _check_selection}
-    if kind != "generation" and kind not in checks:
-        raise InputError(f"{path} has kind {kind!r}: known kinds are generation, {', '.join(checks)}")
-    golden = golden.to(venue.device)
-    with torch.no_grad():
-        return _check_generation(golden, venue) if kind == "generation" else checks[kind](golden)
-
-
-def load_stage(path: Path, venue: Venue) -> MagiModel | None:
-    """The layers of a golden file's model that are run here; None if its case has no model.
-
-    Raises:
-        InputError: the file or its weights cannot be read.
-    """
-    golden = _read(path)
-    if golden.metadata.get("kind") != "generation":
-        return None
-    return _load_model(golden, MagiConfig.from_dict(golden.json("config"), source=str(path)), venue)
+def check_file(path: Path, *, device: str = "cpu") -> Verdict:
+    """Run a golden file's case in this process and compare; an `InputError` if it cannot be read, or is none."""
+    golden = _read(path, device)
+    return _check(golden, _load_model(golden), _engine_here)
 
 
 def check_on_gang(
@@ -154,13 +109,9 @@ def check_on_gang(
 ) -> None:
     """Check golden files on all ranks: cases of generation run over the gang, the others on the leader.
 
-    Args:
-        gang: this rank's; every rank calls this with the same files.
-        files: golden files, their weights beside them.
-        split: layers of each stage, as in `stage_sizes`.
-        on_verdict: given each verdict, on the leader.
-        on_unreadable: given the error of each file that cannot be read, on the leader; the others are checked all the
-            same. Without it the first such file ends the gang.
+    Every rank calls this with the same files; `split` is as in `stage_sizes`. The leader is given each verdict, and the
+    error of each file that cannot be read; the others are checked all the same. Without `on_unreadable` the first such
+    file ends the gang.
 
     Raises:
         InputError: a file cannot be read, or the layout does not fit its model.
@@ -171,41 +122,20 @@ def check_on_gang(
         with gang.lead(pipeline, reuse) as (made, _):
             yield made
 
-    venue = Venue(engine=engine, layers=lambda config: stage_range(config, gang.mesh, split), device=str(gang.device))
     for path in files:
+        model = None
         try:
-            _check_over_ranks(gang, path, venue, on_verdict)
-        except _Unreadable as error:
-            if on_unreadable is None:
-                raise error.why from None
+            golden = _read(path, str(gang.device))
+            model = _load_model(golden, lambda config: stage_range(config, gang.mesh, split))
             if gang.mesh.leads:
-                on_unreadable(error.why)
-
-
-class _Unreadable(Exception):  # noqa: N818 - all ranks go on after it
-    """A file that no rank can read."""
-
-    def __init__(self, why: InputError) -> None:
-        super().__init__(str(why))
-        self.why = why
-
-
-def _check_over_ranks(gang: Gang, path: Path, venue: Venue, on_verdict: Callable[[Verdict], None]) -> None:
-    """Check one file as the leader, or serve its layers."""
-    try:
-        model = load_stage(path, venue)
-    except InputError as error:
-        raise _Unreadable(error) from None
-    if gang.mesh.leads:
-        try:
-            verdict = check_file(path, venue=venue)
+                on_verdict(_check(golden, model, engine))
+            elif model is not None:
+                gang.serve(StageModel(model=model, attention=model.dit.attention))
         except InputError as error:
-            if model is not None:  # the others serve it, and must be ended
+            if model is not None or on_unreadable is None:  # the others serve the model, and must be ended
                 raise
-            raise _Unreadable(error) from None
-        on_verdict(verdict)
-    elif model is not None:
-        gang.serve(StageModel(model=model, attention=model.dit.attention))
+            if gang.mesh.leads:
+                on_unreadable(error)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -217,14 +147,16 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def _read(path: Path) -> _Golden:
+def _read(path: Path, device: str) -> _Golden:
     try:
-        with safe_open(path, "pt") as file:
-            return _Golden(
-                path=path, metadata=file.metadata() or {}, tensors={key: file.get_tensor(key) for key in file.keys()}
-            )
+        with safe_open(path, "pt", device=device) as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            golden = _Golden(path=path, metadata=file.metadata() or {}, tensors=tensors, device=device)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot read the golden file {path}: {error}") from None
+    if golden.kind not in _KINDS:
+        raise InputError(f"{path} has kind {golden.kind!r}: known kinds are {', '.join(_KINDS)}")
+    return golden
 
 
 class _LatentPipeline:
@@ -248,16 +180,33 @@ class _LatentPipeline:
         raise ValueError("a golden case brings its own captions")
 
 
-def _load_model(golden: _Golden, config: MagiConfig, venue: Venue) -> MagiModel:
+def _load_model(golden: _Golden, layers: Callable[[MagiConfig], range | None] = lambda _: None) -> MagiModel | None:
+    """The case's model, with the layers that are run here (None: all); None if the case has no model."""
+    if golden.kind != "generation":
+        return None
     if "weights" not in golden.metadata:
         raise InputError(f"{golden.path} lacks the metadata weights")
-    weights = golden.path.parent / golden.metadata["weights"]
-    return MagiModel(Checkpoint(weights).dit(config, layers=venue.layers(config), device=venue.device))
+    config, weights = golden.config(), Checkpoint(golden.path.parent / golden.metadata["weights"])
+    return MagiModel(weights.dit(config, layers=layers(config), device=golden.device))
 
 
-def _check_generation(golden: _Golden, venue: Venue) -> Verdict:
-    config = MagiConfig.from_dict(golden.json("config"), source=str(golden.path))
-    model = _load_model(golden, config, venue)
+@contextmanager
+def _engine_here(pipeline: Pipeline, reuse: ReuseSettings) -> Iterator[Engine]:
+    yield Engine(pipeline, reuse=reuse)
+
+
+@torch.no_grad()
+def _check(golden: _Golden, model: MagiModel | None, engine: _MakeEngine) -> Verdict:
+    """Run the case; the model is given for a case of generation."""
+    if model is not None:
+        error, detail, passed = _check_generation(golden, model, engine)
+    else:
+        error, detail, passed = (_check_vae if golden.kind == "vae" else _check_selection)(golden)
+    return Verdict(name=golden.path.stem, kind=golden.kind, error=error, detail=detail, passed=passed)
+
+
+def _check_generation(golden: _Golden, model: MagiModel, engine: _MakeEngine) -> tuple[float, str, bool]:
+    config = golden.config()
     text = golden.tensor("input.caption_embs").float()[golden.tensor("input.caption_mask").bool()]
     captions = CaptionTable(text=text, null=model.dit.null_text())
     noise, prefix = golden.tensor("input.noise"), golden.tensors.get("input.prefix_latents")
@@ -272,20 +221,20 @@ def _check_generation(golden: _Golden, venue: Venue) -> Verdict:
     )
     given = None if prefix is None else prefix.to(config.model_config.dtype)
     recorder = Recorder()
-    encoded = Encoded(captions=captions, prefix=given, noise=GivenNoise(noise.cpu()))
-    with venue.engine(_LatentPipeline(config, model), _reuse_settings(golden)) as engine:
-        made = list(engine.generate_latents(request, encoded, recorder=recorder))
+    encoded = Encoded(captions=captions, prefix=given, noise=given_noise(noise.cpu()))
+    with engine(_LatentPipeline(config, model), _reuse_settings(golden)) as opened:
+        what = Submission(request=request, encoded=encoded)
+        made = [chunk.latents for chunk in opened.generate(what, recorder=recorder, decode=False)]
     expected = list(golden.named("output.chunk.").values())
     if len(made) != len(expected):
-        detail = f"{len(made)} chunks, {len(expected)} expected"
-        return _verdict(golden, error=float("inf"), detail=detail, passed=False)
+        return float("inf"), f"{len(made)} chunks, {len(expected)} expected", False
     error = max(relative_error(a, b) for a, b in zip(made, expected, strict=True))
     detail, equal = f"{len(made)} chunks", True
     if "output.reuse_flags" in golden.tensors:
         flags = torch.from_numpy(recorder.finish({}).flags)
         equal = torch.equal(flags, golden.tensor("output.reuse_flags").cpu())
         detail += f", flags {'equal' if equal else 'differ'}"
-    return _verdict(golden, error=error, detail=detail, passed=equal and error <= TOLERANCE)
+    return error, detail, equal and error <= TOLERANCE
 
 
 _PUBLISHED = {"clean_forward": "clean_pass", "nearly_clean_mix": "copy_pass"}
@@ -300,7 +249,7 @@ def _reuse_settings(golden: _Golden) -> ReuseSettings:
     return ReuseSettings(**given)
 
 
-def _check_vae(golden: _Golden) -> Verdict:
+def _check_vae(golden: _Golden) -> tuple[float, str, bool]:
     vae = ViTVAE(VaeConfig.from_dict(golden.json("config"), source=str(golden.path)))
     vae.load_state_dict({key: value.float() for key, value in golden.named("weights.").items()})
     vae.to(golden.device)
@@ -311,12 +260,10 @@ def _check_vae(golden: _Golden) -> Verdict:
         latent_error = max(latent_error, relative_error(vae.encode(video.float()), latent))
         decoded_error = max(decoded_error, relative_error(vae.decode(latent), golden.tensor(f"output.decoded.{case}")))
     passed = latent_error <= TOLERANCE and decoded_error <= DECODED_TOLERANCE
-    return _verdict(
-        golden, error=latent_error, detail=f"{len(cases)} videos, decoded {decoded_error:.1e}", passed=passed
-    )
+    return latent_error, f"{len(cases)} videos, decoded {decoded_error:.1e}", passed
 
 
-def _check_selection(golden: _Golden) -> Verdict:
+def _check_selection(golden: _Golden) -> tuple[float, str, bool]:
     config = golden.json("config")
     frames, height, width = config["grid_thw"]
     queries, keys = golden.tensor("input.query"), golden.tensor("input.key")
@@ -336,13 +283,7 @@ def _check_selection(golden: _Golden) -> Verdict:
         if not torch.equal(kept, expected.to(kept.dtype)):
             wrong.append(case)
     detail = f"positions differ: {', '.join(wrong)}" if wrong else f"positions equal in {len(cases)} combinations"
-    return _verdict(golden, error=0.0 if not wrong else float("inf"), detail=detail, passed=not wrong)
-
-
-def _verdict(golden: _Golden, *, error: float, detail: str, passed: bool) -> Verdict:
-    return Verdict(
-        name=golden.path.stem, kind=golden.metadata.get("kind", ""), error=error, detail=detail, passed=passed
-    )
+    return float("inf") if wrong else 0.0, detail, not wrong
 
 
 # ---- the command
@@ -361,42 +302,30 @@ def check_conformance(
         CommandFailed: on ranks, one has failed, or a file does not pass or cannot be read.
     """
     env = RankEnv.from_environment()
-    if env is not None:
-        return _command_as_rank(files, options, env)
-    if not needs_ranks(options):
-        return _command_here(files, report_error)
-    start_ranks(arguments, options)
-    return OK
-
-
-def _command_here(files: Sequence[Path], report_error: Callable[[Exception], None]) -> int:
-    console, status = Console(), OK
-    for path in files:
-        try:
-            verdict = check_file(path)
-        except InputError as error:
-            report_error(error)
-            status = BAD_INPUT
-            continue
-        _show(console, verdict)
-        if not verdict.passed:
-            status = max(status, FAILED)
-    return status
-
-
-def _command_as_rank(files: Sequence[Path], options: Options, env: RankEnv) -> int:
-    """Check golden files as one of the ranks; the leader prints. Anything but success ends all ranks."""
-    console, layout = Console(), f"pp {options.pp} x cp {options.cp}"
+    if env is None and needs_ranks(options):
+        start_ranks(arguments, options)
+        return OK
     failed: list[str] = []
     unreadable: list[InputError] = []
+    layout = "" if env is None else f", pp {options.pp} x cp {options.cp}"
 
     def show(verdict: Verdict) -> None:
-        _show(console, verdict, layout=layout)
+        word, style = ("PASS", "green") if verdict.passed else ("FAIL", "bold red")
+        line = f"{verdict.name:<24} relative error {verdict.error:.2e}  {verdict.detail}{layout}  {word}"
+        Console().print(line, style=style, highlight=False, markup=False, soft_wrap=True)
         if not verdict.passed:
             failed.append(verdict.name)
 
-    with join_ranks(env, options, trace=False) as gang:
-        check_on_gang(gang, files, split=options.split, on_verdict=show, on_unreadable=unreadable.append)
+    def note(error: InputError) -> None:
+        unreadable.append(error)
+        if env is None:
+            report_error(error)
+
+    if env is None:
+        _check_here(files, show, note)
+        return BAD_INPUT if unreadable else FAILED if failed else OK
+    with join_ranks(env, options, trace=False) as gang:  # anything but success ends all ranks
+        check_on_gang(gang, files, split=options.split, on_verdict=show, on_unreadable=note)
         if unreadable:
             raise InputError("; ".join(dict.fromkeys(map(str, unreadable))))
         if failed:
@@ -404,9 +333,11 @@ def _command_as_rank(files: Sequence[Path], options: Options, env: RankEnv) -> i
     return OK
 
 
-def _show(console: Console, verdict: Verdict, *, layout: str | None = None) -> None:
-    parts = [part for part in (verdict.detail, layout) if part]
-    detail = f"  {', '.join(parts)}" if parts else ""
-    word, style = ("PASS", "green") if verdict.passed else ("FAIL", "bold red")
-    line = f"{verdict.name:<24} relative error {verdict.error:.2e}{detail}  {word}"
-    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+def _check_here(
+    files: Sequence[Path], on_verdict: Callable[[Verdict], None], on_unreadable: Callable[[InputError], None]
+) -> None:
+    for path in files:
+        try:
+            on_verdict(check_file(path))
+        except InputError as error:
+            on_unreadable(error)

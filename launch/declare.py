@@ -67,11 +67,7 @@ class Declared:
         return Parameter(self.name, Parameter.KEYWORD_ONLY, default=self.default, annotation=Annotated[self.kind, info])
 
     def convert(self, value: Any) -> Any:
-        """A value of the option's type, of one that a script gives.
-
-        Raises:
-            InputError: it is of another kind.
-        """
+        """A value of the option's type, of one that a script gives; an `InputError` if it is of another kind."""
         kind = self.value_type
         if value is None or get_origin(kind) is not None:
             return value
@@ -84,11 +80,7 @@ class Declared:
             raise InputError(f"{self.name}={value!r} cannot be used{choices}") from None
 
     def check(self, value: Any) -> None:
-        """See that a value is within its bounds.
-
-        Raises:
-            InputError: it is not.
-        """
+        """Raise an `InputError` for a value out of bounds."""
         if value is None or self.opt.within is None:
             return
         low, high = self.opt.within
@@ -98,8 +90,8 @@ class Declared:
 
 
 def option(
+    panel: str | None,
     help: str,  # noqa: A002 - the name that typer uses
-    panel: str | None = None,
     *,
     default: Any = None,
     default_factory: Any = MISSING,
@@ -134,11 +126,7 @@ def declared(shape: type[Any]) -> tuple[Declared, ...]:
 
 
 def check_bounds(options: Any) -> None:
-    """See that all values of an instance are within the bounds of its class.
-
-    Raises:
-        InputError: one is not; the text names the option.
-    """
+    """Raise an `InputError` that names the option if a value of an instance is out of bounds."""
     for one in declared(type(options)):
         one.check(getattr(options, one.name))
 
@@ -175,8 +163,7 @@ def arguments(options: Any) -> list[str]:
 
     Paths are made absolute, so that a process that stands in another folder finds the same files.
     """
-    named: list[str] = []
-    placed: list[str] = []
+    named, placed = list[str](), list[str]()
     for one in declared(type(options)):
         value = getattr(options, one.name)
         if one.opt.argument:

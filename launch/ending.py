@@ -17,13 +17,7 @@ _SIGNAL_BASE = 128  # a shell's status of a process that a signal has ended
 
 
 class CommandFailed(Exception):  # noqa: N818 - it may be an interrupt
-    """The ranks have ended.
-
-    Args:
-        text: one line.
-        status: exit status.
-        shown_here: this process is the one that shows the line.
-    """
+    """The ranks have ended, with an exit status and a line, which is shown by the process that has `shown_here`."""
 
     def __init__(self, text: str, *, status: int, shown_here: bool) -> None:
         super().__init__(text)
@@ -51,10 +45,8 @@ class _Unwind:
 def unwind_on_signals(*, alone: bool) -> None:
     """From now on Ctrl-C, SIGTERM and SIGHUP (a closed terminal) unwind this process; nothing is left behind.
 
-    A signal that whoever started the process has had ignored, as nohup does, stays ignored.
-
-    Args:
-        alone: the process is no rank. A rank learns of SIGTERM and SIGHUP from its gang, which first finds out why.
+    A signal that whoever started the process has had ignored, as nohup does, stays ignored. A rank (not `alone`) learns
+    of SIGTERM and SIGHUP from its gang, which first finds out why.
     """
     handler = _Unwind()
     for number in (signal.SIGINT, *((signal.SIGTERM, signal.SIGHUP) if alone else ())):
@@ -80,9 +72,6 @@ def shows_bad_input(env: RankEnv | None) -> bool:
     All ranks were given the same, and rank 0 says so. The others must not end before it has: a launcher ends all ranks
     once the first has ended. A rank that is still there after some seconds has found what rank 0 has not, such as other
     options on one machine, and says it.
-
-    Args:
-        env: of this process; None if it is alone.
     """
     if env is None or speaks_for_all(env):
         return True

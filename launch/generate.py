@@ -1,6 +1,6 @@
 """`flowcache generate`: from options to video files, with records of the runs if they are wanted.
 
-It chooses where videos are made (`launch/backends.py`) and hands their events to the files and the display; how a video
+It chooses where videos are made (`launch/backends/`) and hands their events to the files and the display; how a video
 is denoised is the engine's business.
 """
 
@@ -9,8 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
@@ -29,34 +28,22 @@ from launch.backends import (
     this_process,
 )
 from launch.options import Launcher, Options
-from launch.output.progress import Display
-from launch.output.sinks import VideoSinks
-from launch.output.summary import RankSummary, Summary, summary_text
+from launch.output.display import Display
+from launch.output.sinks import VideoSinks, rank_line, summary_text
 from launch.plan import Plan, layout_of, plan_videos, together
 from models.errors import InputError
 from parallel.ranks.environment import RankEnv
-from parallel.trace.counters import RankCounters
+from parallel.ranks.gang import Gang
 from parallel.trace.tracer import Tracer
 
 TRACE_FILE = "trace.json"
 """In a record's folder."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Made:
-    """What a backend has made."""
-
-    summaries: list[Summary]
-    making: float  # seconds from the loaded model to the last file
-    counters: Sequence[RankCounters] = ()  # of the ranks, where ranks made them
-
-
 def generate(options: Options, arguments: Sequence[str]) -> str | None:
     """Make the videos, with progress on standard error: here, as a rank, with ranks that are started, or on Ray.
 
-    Args:
-        options: what was given.
-        arguments: the command line, for ranks that are started with it.
+    The `arguments` are those of the command line, for ranks that are started with it.
 
     Returns:
         What was made and what it cost; None if another process says so.
@@ -73,22 +60,14 @@ def generate(options: Options, arguments: Sequence[str]) -> str | None:
         if options.launcher is Launcher.RAY:
             if env is not None:
                 raise InputError("--launcher ray starts the ranks itself: leave torchrun out, or --launcher")
-            return _text(_make_on_ray(options))
+            return _make_on_ray(options)
         if env is not None:
             return _as_rank(options, env)
         if needs_ranks(options):
             plan_videos(options)  # what can be checked is said before ranks are started
             start_ranks(arguments, options)
             return None
-        return _text(_make_here(options))
-
-
-def generate_video(options: Options) -> Summary:
-    """Make the video of the first prompt in this process; as `generate`."""
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    with _memory_errors(options):
-        return _make_here(replace(options, prompts=options.prompts[:1])).summaries[0]
+        return _make_here(options)
 
 
 def needs_ranks(options: Options) -> bool:
@@ -96,26 +75,24 @@ def needs_ranks(options: Options) -> bool:
     return layout_of(options).world_size > 1 or options.trace is not None
 
 
-def _make_here(options: Options) -> Made:
+def _make_here(options: Options) -> str:
     """Make the videos in this process."""
     plans = plan_videos(options)
-    with Display() as display:
-        made = _make(this_process(plans[0].model, together(options)), plans, display)
+    text = _make(this_process(plans[0].model, together(options)), plans)
     if options.record is not None:
         with write_errors(options.record):
             (options.record / TRACE_FILE).unlink(missing_ok=True)  # of an earlier run, on ranks
-    return made
+    return text
 
 
-def _make_on_ray(options: Options) -> Made:
+def _make_on_ray(options: Options) -> str:
     """Make the videos on one gang of a Ray cluster."""
-    from launch.ray_backend import on_ray
+    from launch.backends.ray import on_ray
 
     if options.record is not None or options.trace is not None:
         raise InputError("--record and --trace do not work with --launcher ray: leave it out, or use torchrun")
     plans = plan_videos(options)
-    with Display() as display:
-        return _make(on_ray(plans), plans, display)
+    return _make(on_ray(plans), plans)
 
 
 def _as_rank(options: Options, env: RankEnv) -> str | None:
@@ -126,40 +103,50 @@ def _as_rank(options: Options, env: RankEnv) -> str | None:
             serve_stage(gang, options)
             return None
         plans = plan_videos(options)
-        with Display() as display:
-            made = _make(led_ranks(gang, plans[0].model, options, together(options)), plans, display)
-            if files := list(_trace_files(options)):
-                gang.write_trace(files[0])
-                for path in files[1:]:
-                    with atomic_write(path) as copy:
-                        copy.write(files[0].read_bytes())
-        return _text(made, _rank_summary(options, made.counters))
+        text = _make(led_ranks(gang, plans[0].model, options, together(options)), plans)
+        _write_trace(gang, options)
+        return text
 
 
-def _make(backend: AbstractContextManager[Backend], plans: Sequence[Plan], display: Display) -> Made:
-    """Open a backend and make the videos with it."""
+def _write_trace(gang: Gang, options: Options) -> None:
+    """Write the trace of all ranks to wherever it is wanted."""
+    files = [] if options.trace is None else [options.trace]
+    if options.record is not None:
+        with write_errors(options.record):
+            options.record.mkdir(parents=True, exist_ok=True)
+        files.insert(0, options.record / TRACE_FILE)
+    for path in files[:1]:
+        gang.write_trace(path)
+    for path in files[1:]:
+        with atomic_write(path) as copy:
+            copy.write(files[0].read_bytes())
+
+
+def _make(backend: AbstractContextManager[Backend], plans: Sequence[Plan]) -> str:
+    """Open a backend and make the videos with it; says what was made and what it cost."""
     began, options, ranks = time.monotonic(), plans[0].options, layout_of(plans[0].options).world_size
     on = f" on {ranks} ranks (pp {options.pp} x cp {options.cp})" if ranks > 1 else ""
-    display.phase(f"loading {plans[0].model.name}{on}")
-    with backend as opened:
-        made = make_with(opened, plans, display, began)
-    return replace(made, counters=opened.counters) if isinstance(opened, EngineBackend) else made
+    with Display() as display:
+        display.phase(f"loading {plans[0].model.name}{on}")
+        with backend as opened:
+            made = make_with(opened, plans, display, began)
+    counters = opened.counters if isinstance(opened, EngineBackend) else ()
+    line = rank_line(options, counters) if counters else None
+    return summary_text([replace(one, ranks=line) for one in made.summaries], making=made.making)
 
 
-def make_with(backend: Backend, plans: Sequence[Plan], display: Display, began: float) -> Made:
+def make_with(backend: Backend, plans: Sequence[Plan], display: Display, began: float) -> VideoSinks:
     """Make the videos with an open backend: their files, and records if they are wanted.
 
     Loading began at `began`, by the monotonic clock.
     """
     tracer = backend.tracer if isinstance(backend, EngineBackend) else None
     recorders = [_recorder(plan, index, tracer) for index, plan in enumerate(plans)]
-    jobs = [
-        Job(video=str(index), plan=plan, recorder=recorder)
-        for index, (plan, recorder) in enumerate(zip(plans, recorders, strict=True))
-    ]
+    numbered = enumerate(zip(plans, recorders, strict=True))
+    jobs = [Job(video=str(index), plan=plan, recorder=recorder) for index, (plan, recorder) in numbered]
     with VideoSinks(plans, recorders, display, began) as sinks:
         make_videos(backend, jobs, sinks.handle)
-    return Made(summaries=sinks.summaries, making=sinks.making)
+    return sinks
 
 
 def _recorder(plan: Plan, index: int, tracer: Tracer | None) -> Recorder | None:
@@ -179,32 +166,6 @@ class _MarkingRecorder(Recorder):
         super().decided(seen, decision)
         if decision is not Decision.COMPUTE:
             self._tracer.mark("reuse", request=self._video, tick=seen.tick, chunk=seen.chunk, step=seen.step)
-
-
-def _text(made: Made, ranks: RankSummary | None = None) -> str:
-    return summary_text([replace(one, ranks=ranks) for one in made.summaries], making=made.making)
-
-
-def _trace_files(options: Options) -> Iterator[Path]:
-    """Where the trace goes; the first is written, and the others are copies."""
-    if options.record is not None:
-        with write_errors(options.record):
-            options.record.mkdir(parents=True, exist_ok=True)
-        yield options.record / TRACE_FILE
-    if options.trace is not None:
-        yield options.trace
-
-
-def _rank_summary(options: Options, counters: Sequence[RankCounters]) -> RankSummary:
-    first = sorted((one for one in counters if one.cp_rank == 0), key=lambda one: one.stage)
-    return RankSummary(
-        pp=options.pp,
-        cp=options.cp,
-        layers=tuple(one.layers[1] - one.layers[0] for one in first),
-        weights=tuple(one.weight_bytes for one in counters),
-        loading=tuple(one.load_seconds for one in counters),
-        transfer=counters[0].transfer,
-    )
 
 
 @contextmanager

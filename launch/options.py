@@ -10,15 +10,18 @@ import os
 import re
 from dataclasses import MISSING, dataclass, field
 from enum import StrEnum
+from functools import partial
 from inspect import Parameter
 from pathlib import Path
 
 from launch.declare import Declared, Opt, check_bounds, option
 from models.errors import InputError
 
-_VIDEO, _START, _FILES, _COMPUTE = "The video", "Start from something", "Model files", "How to compute"
-_REUSE, _PASSES, _MEMORY, _RECORD, _RANKS = "Reuse", "Extra passes", "Memory", "Record", "Ranks"
-_GANGS, _SAFETY = "Gangs", "When something goes wrong"
+_video, _start = partial(option, "The video"), partial(option, "Start from something")
+_reuse, _passes, _memory = partial(option, "Reuse"), partial(option, "Extra passes"), partial(option, "Memory")
+_record, _ranks = partial(option, "Record"), partial(option, "Ranks")
+_files, _compute = partial(option, "Model files"), partial(option, "How to compute")
+_gangs, _safety = partial(option, "Gangs"), partial(option, "When something goes wrong")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -63,13 +66,10 @@ class Precision(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What was given to `flowcache generate`; None where nothing was.
-
-    Raises:
-        InputError: a figure is out of bounds.
-    """
+    """What was given to `flowcache generate`; None where nothing was. An `InputError` if a figure is out of bounds."""
 
     prompts: list[str] = option(
+        None,
         'What the video shows. magi-pocket knows a colour, a shape and a motion: "a red circle moving right". '
         "Several prompts make several videos.",
         default_factory=list,
@@ -78,190 +78,147 @@ class Options:
         batch=False,
     )
 
-    # ---- the video
-
-    model: str | None = option("A name from [cyan]flowcache models[/cyan].", _VIDEO, shown="magi-pocket")
-    seconds: float | None = option(
-        "Length, rounded up to whole chunks of one second.", _VIDEO, within=(0.001, 1e6), line=True
+    model: str | None = _video("A name from [cyan]flowcache models[/cyan].", shown="magi-pocket")
+    seconds: float | None = _video("Length, rounded up to whole chunks of one second.", within=(0.001, 1e6), line=True)
+    chunks: int | None = _video(
+        "Length in chunks of 24 frames, in place of --seconds.", within=(1, 1_000_000), line=True
     )
-    chunks: int | None = option(
-        "Length in chunks of 24 frames, in place of --seconds.", _VIDEO, within=(1, 1_000_000), line=True
-    )
-    seed: int = option(
+    seed: int = _video(
         "Seed of the noise; the same seed gives the same video. Several videos count on from it.",
-        _VIDEO,
         default=0,
         within=(0, 2**63 - 1),
         line=True,
     )
-    out: Path | None = option(
+    out: Path | None = _video(
         "The file to write; an older one is replaced. With several prompts, the folder that the videos go into.",
-        _VIDEO,
         shown="video.mp4, or the folder videos",
         batch=False,
     )
-    height: int | None = option(
-        "Pixels, a multiple of 16; the model's own by default.", _VIDEO, within=(16, 16_384), line=True
-    )
-    width: int | None = option(
-        "Pixels, a multiple of 16; the model's own by default.", _VIDEO, within=(16, 16_384), line=True
-    )
-    steps: int | None = option(
+    height: int | None = _video("Pixels, a multiple of 16; the model's own by default.", within=(16, 16_384), line=True)
+    width: int | None = _video("Pixels, a multiple of 16; the model's own by default.", within=(16, 16_384), line=True)
+    steps: int | None = _video(
         "Denoising steps of a chunk, a multiple of the window (4); the model's own by default.",
-        _VIDEO,
         within=(1, 10_000),
         line=True,
     )
 
-    # ---- what it starts from
+    image: Path | None = _start("A picture that the video begins with.", batch=False, line=True)
+    video: Path | None = _start("A clip that the video goes on from.", batch=False, line=True)
 
-    image: Path | None = option("A picture that the video begins with.", _START, batch=False, line=True)
-    video: Path | None = option("A clip that the video goes on from.", _START, batch=False, line=True)
-
-    # ---- reuse, and the passes that its presets leave out
-
-    cache: CacheName = option(
+    cache: CacheName = _reuse(
         "Which steps are left out. [bold]flowcache-slow[/bold] and [bold]flowcache-fast[/bold] leave out those "
         "before which a chunk has hardly changed, each chunk for itself: slow stays close to the full computation, "
         "fast saves more. [bold]teacache[/bold] decides once for all chunks of the window, for comparison. "
         "[bold]none[/bold] computes everything. The options below change single figures of the preset.",
-        _REUSE,
         default=CacheName.FLOWCACHE_SLOW,
         metavar="PRESET",
     )
-    cache_threshold: float | None = option(
+    cache_threshold: float | None = _reuse(
         "How much a chunk may change (relative L1, summed up) before it is computed again. Higher is faster, "
         "lower is closer to --cache none. [cyan]flowcache plot distance[/cyan] shows what a model's steps add to "
         "it.",
-        _REUSE,
         within=(0, 1e9),
         metavar="NUMBER",
     )
-    cache_warmup: int | None = option(
+    cache_warmup: int | None = _reuse(
         "First steps of a chunk that are always computed: they lay out the picture. With teacache, first steps "
         "of the video.",
-        _REUSE,
         within=(1, 10**9),
         metavar="STEPS",
     )
-    reuse: ReuseKind | None = option(
+    reuse: ReuseKind | None = _reuse(
         "What stands in for a step that is left out. [bold]residual[/bold]: the change of the last computed step "
         "once more, as published. [bold]velocity[/bold]: its velocity times the size of this step. "
         "[bold]extrapolate[/bold]: the last two velocities, continued to this step.",
-        _REUSE,
         metavar="KIND",
     )
-    extrapolate_from: float | None = option(
+    extrapolate_from: float | None = _reuse(
         "A middle way: once a chunk has changed by this share of the threshold, extrapolate, whatever --reuse "
         "says. 1 never does.",
-        _REUSE,
         within=(0, 1),
         metavar="SHARE",
     )
-    clean_pass: bool | None = option(
+    clean_pass: bool | None = _passes(
         "Run each finished chunk once more, without noise, before others look back at it. With --cache none it "
-        "is on; the presets of reuse leave it out, as published.",
-        _PASSES,
+        "is on; the presets of reuse leave it out, as published."
     )
-    copy_pass: bool | None = option(
+    copy_pass: bool | None = _passes(
         "Distilled models: run the cleanest chunk twice, once without its past, and blend the two. With --cache "
-        "none it is on; the presets of reuse leave it out, as published.",
-        _PASSES,
+        "none it is on; the presets of reuse leave it out, as published."
     )
 
-    # ---- memory
-
-    kv_budget: int | None = option(
+    kv_budget: int | None = _memory(
         "Look back at the whole video, its keys and values compressed to the room of so many chunks. By default a "
         "model looks back at the few last chunks that it was released with. Either way a long video needs no more "
         "memory than a short one.",
-        _MEMORY,
         within=(1, 1_000_000),
         metavar="CHUNKS",
     )
-    kv_retention: TokenUnit | None = option(
-        "What the compression keeps or drops as one: single tokens, frames, or chunks.", _MEMORY, shown="token"
+    kv_retention: TokenUnit | None = _memory(
+        "What the compression keeps or drops as one: single tokens, frames, or chunks.", shown="token"
     )
-    kv_queries: TokenUnit | None = option(
+    kv_queries: TokenUnit | None = _memory(
         "Who says what is worth keeping: the last 50 tokens of the chunk that was denoised last, its last frame, "
         "or all of it.",
-        _MEMORY,
         shown="token",
     )
 
-    # ---- record
-
-    record: Path | None = option(
+    record: Path | None = _record(
         "Write what happened to this folder: decisions, distances, times, what of the past was kept. "
         "[cyan]flowcache plot[/cyan] draws it. With several prompts, a sub-folder for each video.",
-        _RECORD,
         metavar="RUN_DIR",
         batch=False,
     )
 
-    # ---- ranks
-
-    pp: int = option(
+    pp: int = _ranks(
         "Pipeline: split the layers over so many stages. The chunks of the window flow through them; the result "
         "is the same, bit for bit. pp x cp ranks are started here, unless torchrun has started as many.",
-        _RANKS,
         default=1,
         within=(1, None),
         metavar="STAGES",
     )
-    cp: int = option(
+    cp: int = _ranks(
         "Context parallelism: share the tokens and heads of each stage among so many ranks; must divide the "
         "model's key heads.",
-        _RANKS,
         default=1,
         within=(1, None),
         metavar="RANKS",
     )
-    split: str | None = option(
-        "Layers of each stage, such as 9,9,8,8. By default the stages are made to cost the same.",
-        _RANKS,
-        metavar="LAYERS",
+    split: str | None = _ranks(
+        "Layers of each stage, such as 9,9,8,8. By default the stages are made to cost the same.", metavar="LAYERS"
     )
-    concurrency: int | None = option(
+    concurrency: int | None = _ranks(
         "How many videos are made at a time, of several; for a batch, by each gang. One video fills the stages "
         "only as far as its window of chunks goes.",
-        _RANKS,
         within=(1, 10_000),
         metavar="VIDEOS",
         shown="2 on ranks, more from 5 stages on; 1 without ranks",
     )
-    launcher: Launcher = option(
+    launcher: Launcher = _ranks(
         "Who starts the ranks. local: torchrun, or this command on this machine. ray: a Ray cluster, the one that "
         "RAY_ADDRESS names, or one that is started here.",
-        _RANKS,
         default=Launcher.LOCAL,
         batch=False,
     )
-    trace: Path | None = option(
+    trace: Path | None = _ranks(
         "Write what each rank did when, for ui.perfetto.dev or chrome://tracing. With --record it is in RUN_DIR "
         "as trace.json as well, and [cyan]flowcache plot pipeline RUN_DIR[/cyan] draws it.",
-        _RANKS,
         metavar="FILE.json",
         batch=False,
     )
 
-    # ---- model files, and how to compute
-
-    config: Path | None = option("A released MAGI-1 JSON, as it is, in place of --model.", _FILES)
-    weights: Path | None = option(
+    config: Path | None = _files("A released MAGI-1 JSON, as it is, in place of --model.")
+    weights: Path | None = _files(
         "Folder of the weights, in place of the configured one; an autoencoder in its sub-folder vae and "
-        "text encoders in t5 are taken first.",
-        _FILES,
+        "text encoders in t5 are taken first."
     )
-    attention: str = option("auto, sdpa, flash-attn or xformers.", _COMPUTE, default="sdpa")
-    precision: Precision = option(
+    attention: str = _compute("auto, sdpa, flash-attn or xformers.", default="sdpa")
+    precision: Precision = _compute(
         "reference computes what was released; fast leaves out its fp32 output projections.",
-        _COMPUTE,
         default=Precision.REFERENCE,
     )
-    threads: int | None = option(
+    threads: int | None = _compute(
         "CPU threads; by default all cores, shared evenly among ranks (torchrun: 1 each).",
-        _COMPUTE,
         within=(1, 1024),
         hint=f"; this machine has {os.cpu_count()} cores",
     )
@@ -272,45 +229,36 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchOptions:
-    """What was given to `flowcache batch` beside the options that `Options` has for it too.
+    """What was given to `flowcache batch` beside the options that `Options` has for it too; errors as there."""
 
-    Raises:
-        InputError: a figure is out of bounds.
-    """
-
-    file: Path = option("A JSON object in each line.", default=MISSING, metavar="FILE.jsonl", argument=True)
-    out: Path = option("Folder of the videos; made if it is missing.", default=Path("videos"), metavar="DIR")
+    file: Path = option(None, "A JSON object in each line.", default=MISSING, metavar="FILE.jsonl", argument=True)
+    out: Path = option(None, "Folder of the videos; made if it is missing.", default=Path("videos"), metavar="DIR")
     base: Options = field(default_factory=Options)  # holds where a line says nothing; its ranks are those of a gang
-    gangs: int = option(
+    gangs: int = _gangs(
         "Groups of pp x cp ranks. Each holds the whole model and makes videos of its own.",
-        _GANGS,
         default=1,
         within=(1, None),
         metavar="COUNT",
     )
-    kv_memory: str | None = option(
+    kv_memory: str | None = _gangs(
         "Memory of each rank for keys and values, such as 8GB; a gang takes in no more videos than fit.",
-        _GANGS,
         metavar="SIZE",
         shown="enough for --concurrency",
     )
-    checkpoint_every: int = option(
+    checkpoint_every: int = _safety(
         "Note how far a video is each time so many chunks have entered the window; 0 for never. After a loss it "
         "goes on from there.",
-        _SAFETY,
         default=4,
         within=(0, None),
         metavar="CHUNKS",
     )
-    checkpoints: Path | None = option(
+    checkpoints: Path | None = _safety(
         "Folder of checkpoints; every node must see it. They are deleted with the end of a video.",
-        _SAFETY,
         metavar="DIR",
         shown="in the folder of the videos",
     )
-    max_restarts: int = option(
+    max_restarts: int = _safety(
         "How often gangs may be started again, all together; after that the lost ones stay lost.",
-        _SAFETY,
         default=20,
         within=(0, None),
         metavar="COUNT",
@@ -319,31 +267,14 @@ class BatchOptions:
     def __post_init__(self) -> None:
         check_bounds(self)
 
-    @property
-    def kv_bytes(self) -> int | None:
-        """Bytes of each rank for keys and values; None is enough for as many videos as are made at a time.
 
-        Raises:
-            InputError: the text is no size.
-        """
-        return None if self.kv_memory is None else parse_size(self.kv_memory)
-
-
-GOLDEN_FILES = Declared(
-    name="files",
-    kind=list[Path],
-    default=Parameter.empty,
-    opt=Opt("Golden files; their weights file lies beside them.", argument=True),
-)
+_GOLDEN = Opt("Golden files; their weights file lies beside them.", argument=True)
+GOLDEN_FILES = Declared(name="files", kind=list[Path], default=Parameter.empty, opt=_GOLDEN)
 """What `flowcache conformance` is given."""
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a text such as `8GB`, `512 MB` or `1.5g`.
-
-    Raises:
-        InputError: it is none.
-    """
+    """Bytes of a text such as `8GB`, `512 MB` or `1.5g`; an `InputError` if it is none."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", text.lower())
     if found is None:
         raise InputError(f"{text!r} is no size: write one such as 8GB")

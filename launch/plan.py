@@ -1,6 +1,7 @@
 """From options to plans: everything that can be checked is checked here, before a weight is read.
 
-It knows options, presets and files; how a video is denoised is the engine's business.
+It knows options, files, and what `--cache` and `--kv-budget` stand for with each model; how a video is denoised is
+the engine's business. What cannot be used is an `InputError` with one line that says what to do.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from engine.files import check_folder, check_target
+from engine.kv.selection import SelectionSettings
 from engine.kv.size import KVSettings
 from engine.request import Prefix, Request
 from engine.reuse.settings import ReuseSettings
-from launch.memory import bytes_needed, check_memory
-from launch.options import Launcher, Options, Precision
-from launch.output.files import check_folder, check_target
+from launch.options import CacheName, Launcher, Options, Precision, ReuseKind
 from launch.output.media import read_image, read_video
-from launch.reuse_presets import DEFAULT_MODEL, kv_settings, reuse_settings
+from launch.sizes import bytes_needed, check_memory
 from models.attention import attention_backend
 from models.errors import InputError
 from models.magi.config import MagiConfig
@@ -72,33 +74,25 @@ def at_a_time(options: Options, videos: int) -> int:
 
 
 def plan_model(options: Options) -> ModelPlan:
-    """Which model to load, and how to use it; what was given of a video is not looked at.
-
-    Raises:
-        InputError: there is no such model, it has no weights, or it cannot be used as asked.
-    """
+    """Which model to load, and how to use it; what was given of a video is not looked at."""
     if options.config is not None and options.model is not None:
         raise InputError("--model and --config both name a model: give one of them")
-    config = _config(options)
-    _check_layout(config, options)
+    if options.config is not None:
+        config = MagiConfig.from_json(options.config)
+    else:
+        config = find_preset(options.model or DEFAULT_MODEL).config()
+    stage_sizes(config, options.pp, options.split)  # says whether the stages fit
+    if (heads := config.model_config.num_query_groups) % options.cp:
+        raise InputError(f"--cp {options.cp} does not divide the model's {heads} key heads")
     num_steps = config.runtime_config.num_steps if options.steps is None else options.steps
     sampling = MagiSampling(config=config, num_steps=num_steps)  # says whether the steps fit
     reuse = reuse_settings(options, num_steps=num_steps, guided=sampling.guided)
     attention_backend(options.attention)  # says whether it can run here
     _check_weights(options, config)
-    loading = Loading(
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        precise=options.precision is Precision.REFERENCE,
-        attention=options.attention,
-    )
-    return ModelPlan(
-        name=_name(options),
-        config=config,
-        weights=options.weights,
-        loading=loading,
-        reuse=reuse,
-        kv=kv_settings(options),
-    )
+    device, precise = "cuda" if torch.cuda.is_available() else "cpu", options.precision is Precision.REFERENCE
+    loading = Loading(device=device, precise=precise, attention=options.attention)
+    name, kv = _name(options), kv_settings(options)
+    return ModelPlan(name=name, config=config, weights=options.weights, loading=loading, reuse=reuse, kv=kv)
 
 
 def plan_videos(options: Options) -> list[Plan]:
@@ -106,9 +100,6 @@ def plan_videos(options: Options) -> list[Plan]:
 
     One prompt's video goes to the file `out`. Of several, the n-th has the seed plus n, a file in the folder `out`, and
     a record in a sub-folder of its own; what it starts from, if anything, is the same for all.
-
-    Raises:
-        InputError: something cannot be used.
     """
     prompts = options.prompts
     if options.record is not None:
@@ -123,11 +114,10 @@ def plan_videos(options: Options) -> list[Plan]:
     if folder.suffix.lower() == ".mp4":
         raise InputError(f"--out {folder} names one video, but there are {len(prompts)} prompts: give a folder")
     check_folder(folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"cannot write {folder}: it is not a folder")
     names = video_names(prompts)
     outs = [folder / f"{name}.mp4" for name in names]
-    check_target(_existing(folder) / outs[-1].name, suffix=".mp4", what="video")
+    standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    check_target(standing / outs[-1].name, suffix=".mp4", what="video")
     if taken := next((path for path in outs if path.exists() and not path.is_file()), None):
         raise InputError(f"cannot write {taken}: there is something of that name that is not a file")
     plans = plan_requests(options, outs)
@@ -137,11 +127,7 @@ def plan_videos(options: Options) -> list[Plan]:
 
 
 def plan_requests(options: Options, outs: Sequence[Path]) -> list[Plan]:
-    """A plan for each prompt, with the seeds of several; `outs` are their files, which are not looked at.
-
-    Raises:
-        InputError: something cannot be used.
-    """
+    """A plan for each prompt, with the seeds of several; `outs` are their files, which are not looked at."""
     if not options.prompts:
         raise InputError("there is no prompt: say what the video shows")
     first = plan_video(options, out=outs[0], at_a_time=together(options))
@@ -157,9 +143,6 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
     """Check the options of one video, of the first prompt, and read the picture or the clip that it starts from.
 
     There must be memory for `at_a_time` such videos. The file `out` is not looked at.
-
-    Raises:
-        InputError: something cannot be used.
     """
     if options.image is not None and options.video is not None:
         raise InputError("--image and --video both say what to start from: give one of them")
@@ -178,13 +161,8 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
         needed = bytes_needed(config, request, model.kv, layout_of(options), options.split)
         what = f"a video of {request.width}x{request.height} pixels and {request.chunks:,} chunks"
         check_memory(what if at_a_time == 1 else f"{what}, {at_a_time} at a time,", at_a_time * needed)
-    return Plan(
-        options=options,
-        model=model,
-        request=replace(request, prefix=_prefix(options, request, fps=runtime.fps)),
-        out=out,
-        record=options.record,
-    )
+    request = replace(request, prefix=_prefix(options, request, fps=runtime.fps))
+    return Plan(options=options, model=model, request=request, out=out, record=options.record)
 
 
 def video_names(prompts: Sequence[str]) -> list[str]:
@@ -203,27 +181,9 @@ def together(options: Options) -> int:
     return at_a_time(options, len(options.prompts)) if ranks else min(len(options.prompts), options.concurrency or 1)
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the one above it that is there already."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
-def _check_layout(config: MagiConfig, options: Options) -> None:
-    heads = config.model_config.num_query_groups
-    stage_sizes(config, options.pp, options.split)
-    if heads % options.cp:
-        raise InputError(f"--cp {options.cp} does not divide the model's {heads} key heads")
-
-
 def _check_prompt(config: MagiConfig, prompt: str) -> None:
     if config.runtime_config.t5_pretrained is None:  # it has a fixed vocabulary
         parse_prompt(prompt)
-
-
-def _config(options: Options) -> MagiConfig:
-    if options.config is not None:
-        return MagiConfig.from_json(options.config)
-    return find_preset(options.model or DEFAULT_MODEL).config()
 
 
 def _name(options: Options) -> str:
@@ -265,3 +225,91 @@ def _prefix(options: Options, request: Request, *, fps: int) -> Prefix | None:
     if options.video is not None:
         return Prefix(frames=read_video(options.video, fps=fps, **size))
     return None
+
+
+# ---- presets of reuse, and the KV buffer
+
+
+DEFAULT_MODEL = "magi-pocket"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReuseFigures:
+    """What the presets of one model are made of."""
+
+    warmup_steps: int  # m, a chunk's first steps, which are computed
+    slow: float  # threshold of `flowcache-slow`
+    fast: float  # threshold of `flowcache-fast`
+    teacache: float  # threshold of `teacache`
+    reuse: ReuseKind = ReuseKind.EXTRAPOLATE  # stands in for a step that is left out; docs/reuse.md has the figures
+    extrapolate_from: float = 1.0  # share of the threshold above which a step is extrapolated in place of that; 1 never
+
+
+_MAGI_1 = ReuseFigures(warmup_steps=5, slow=0.01, fast=0.015, teacache=0.01)  # FlowCache, below Eq. 8
+
+# Models with figures of their own, and not those of MAGI-1. magi-pocket's thresholds are for 16 steps;
+# benchmarks.quality measures what they mean.
+REUSE_FIGURES = {"magi-pocket": ReuseFigures(warmup_steps=3, slow=0.0629, fast=0.0994, teacache=0.0657)}
+
+
+def reuse_preset(name: CacheName, model: str | None) -> ReuseSettings:
+    """What a name of `--cache` stands for.
+
+    The published runs with reuse leave out the clean pass and the copy pass, and so do the presets; a run without
+    reuse has both. A configuration file (`model` None) is one of MAGI-1.
+    """
+    if name is CacheName.NONE:
+        return ReuseSettings()
+    figures = REUSE_FIGURES.get(model or "", _MAGI_1)
+    policy, threshold = {
+        CacheName.TEACACHE: ("teacache", figures.teacache),
+        CacheName.FLOWCACHE_SLOW: ("flowcache", figures.slow),
+        CacheName.FLOWCACHE_FAST: ("flowcache", figures.fast),
+    }[name]
+    return ReuseSettings(
+        policy=policy,
+        threshold=threshold,
+        warmup_steps=figures.warmup_steps,
+        reuse=figures.reuse.value,
+        extrapolate_from=figures.extrapolate_from,
+        clean_pass=False,
+        copy_pass=False,
+    )
+
+
+def reuse_settings(options: Options, *, num_steps: int, guided: bool) -> ReuseSettings:
+    """The preset that was asked for, with what was given on top of it; a model with guidance has no copy pass."""
+    names = [
+        "--" + name.replace("_", "-")
+        for name in ("cache_threshold", "cache_warmup", "reuse", "extrapolate_from")
+        if getattr(options, name) is not None
+    ]
+    if options.cache is CacheName.NONE and names:
+        raise InputError(f"--cache none reuses nothing: leave out {' and '.join(names)}, or choose another --cache")
+    if options.copy_pass and guided:
+        raise InputError("--copy-pass is for distilled models, this one has guidance: leave it out")
+    settings = reuse_preset(options.cache, None if options.config is not None else options.model or DEFAULT_MODEL)
+    if options.cache_threshold is not None:
+        settings = settings.with_threshold(options.cache_threshold)
+    warmup = options.cache_warmup
+    if warmup is not None and settings.policy == "flowcache" and warmup >= num_steps:  # teacache counts all ticks
+        raise InputError(f"--cache-warmup {warmup} computes all {num_steps} steps: give less, or --cache none")
+    given: dict[str, Any] = {
+        "warmup_steps": warmup,
+        "reuse": None if options.reuse is None else options.reuse.value,
+        "extrapolate_from": options.extrapolate_from,
+        "clean_pass": options.clean_pass,
+        "copy_pass": options.copy_pass,
+    }
+    return replace(settings, **{name: value for name, value in given.items() if value is not None})
+
+
+def kv_settings(options: Options) -> KVSettings:
+    """How much of the past is held, and how it is cut down. An `InputError` says which options do not fit."""
+    retention, queries = options.kv_retention, options.kv_queries
+    if options.kv_budget is None and (retention is not None or queries is not None):
+        name = "--kv-queries" if retention is None else "--kv-retention"
+        raise InputError(f"{name} says how the past is compressed: give --kv-budget CHUNKS with it, or leave it out")
+    given: dict[str, Any] = {"retention": retention, "queries": queries}
+    chosen = {name: unit.value for name, unit in given.items() if unit is not None}
+    return KVSettings(budget=options.kv_budget, selection=replace(SelectionSettings(), **chosen))

@@ -33,7 +33,7 @@ from benchmarks.quality.sweep import WORK, Grid, Setting, StandIn, make_plan
 from benchmarks.quality.trial import Case, Results, TrialRunner, image_metrics
 from engine.reuse.settings import ReuseSettings
 from launch.options import CacheName
-from launch.reuse_presets import REUSE_FIGURES, reuse_preset
+from launch.plan import REUSE_FIGURES, reuse_preset
 from models.errors import InputError
 from models.magi.pipeline import Loading, MagiPipeline, load_pipeline
 from models.pocket.preset import pocket_config

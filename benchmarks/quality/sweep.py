@@ -18,9 +18,8 @@ from typing import Any
 from benchmarks.common import nearest, rounded, search
 from engine.kv.size import KVSettings
 from engine.record import Recorder
-from engine.reuse.memory import KINDS
 from engine.reuse.policy import Decision, Observation, Policy
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.settings import KINDS, ReuseSettings
 
 METHODS = ("flowcache", "teacache")
 VANILLA, LEAN = "vanilla", "lean"

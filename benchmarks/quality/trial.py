@@ -26,7 +26,7 @@ from benchmarks.common import save_text
 from benchmarks.flops import CountingRunner
 from benchmarks.models import pocket_request
 from benchmarks.quality.sweep import LEAN, VANILLA, ObservationLog, Plan, Probe, Setting, Ticks
-from engine.engine import Engine
+from engine.engine import Engine, Submission
 from engine.prepare import encode
 from engine.progress import Progress
 from engine.record import Recorder
@@ -144,7 +144,8 @@ class TrialRunner:
             computed[:] = [progress.computed_fraction]
 
         began = time.perf_counter()
-        made = engine.generate_latents(request, encoded, watch, recorder)
+        what = Submission(request=request, encoded=encoded)
+        made = (chunk.latents for chunk in engine.generate(what, watch, recorder, decode=False))
         latents = torch.cat([part.cpu() for part in made], dim=2)  # the copy waits for the device
         seconds = time.perf_counter() - began
         return Video(latents=latents, seconds=seconds, computed=computed[0], items=runner.items, flops=runner.flops)

@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.common import search
 from engine.record import NOT_ACTIVE
-from engine.reuse.memory import ReuseMemory
-from engine.reuse.policy import ChunkPolicy, Decision, NoReuse, Observation
+from engine.reuse.policy import ChunkPolicy, Decision, Observation, Policy
+from engine.reuse.settings import ReuseMemory
 from engine.schedule import Schedule, Tick
 from engine.video import Reuse, VideoRun, VideoShape, Work
 from models.errors import InputError
@@ -80,7 +80,7 @@ class VideoPlan:
         return sum(sum(self.cost(one)) for one in self.work)
 
 
-class _FlagPolicy(NoReuse):
+class _FlagPolicy(Policy):
     """Decides as flags say.
 
     Args:
@@ -97,14 +97,6 @@ class _FlagPolicy(NoReuse):
         if self._flags is None:
             return [Decision.COMPUTE] * len(observations)
         return [Decision(int(self._flags[one.tick, one.chunk])) for one in observations]
-
-
-class _NoNoise:
-    """Latents of zeros to start from."""
-
-    def chunk(self, index: int, shape: Sequence[int]) -> torch.Tensor:
-        """Zeros."""
-        return torch.zeros(*shape)
 
 
 def plan_video(
@@ -164,7 +156,10 @@ def _run(schedule: Schedule, sampling: Sampling, policy: _FlagPolicy) -> VideoRu
     shape = VideoShape(channels=1, chunks=schedule.chunks, prefix_frames=given, height=1, width=1)
     reuse = Reuse(policy=policy, memory=ReuseMemory("residual"), patches=lambda x: x, observe=False)
     prefix = torch.zeros(1, 1, given, 1, 1) if given else None
-    return VideoRun(0, shape, sampling, _NoNoise(), reuse, prefix=prefix, compressed=False, device=torch.device("cpu"))
+    cpu = torch.device("cpu")
+    return VideoRun(
+        0, shape, sampling, lambda _, size: torch.zeros(size), reuse, prefix=prefix, compressed=False, device=cpu
+    )
 
 
 class PlannedRun:

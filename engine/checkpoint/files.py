@@ -17,7 +17,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.files import atomic_write, part_of, publish
+from engine.files import atomic_write, part_of, publish, write_errors
+from engine.schedule import Quantum
 from models.errors import InputError
 
 _MANIFEST = "manifest.json"
+_WHAT = "the checkpoint file"
+_ADVICE = "; make room there or choose another folder. The checkpoint before it, if there is one, is still whole"
 _FOLDER = re.compile(r"quantum-(\d{8})-[0-9a-f]{8}")
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 """What reading a manifest that is not whole can raise."""
@@ -37,11 +40,7 @@ _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """Where and how often.
-
-    Raises:
-        InputError: `every` is not positive.
-    """
+    """Where and how often to keep how far a video is."""
 
     folder: Path  # of this request alone; all ranks must reach it. Whoever asks for checkpoints deletes it in the end
     every: int  # a checkpoint each time so many chunks have entered the window (or would have, at the end)
@@ -79,20 +78,15 @@ class Checkpoint:
     shards: tuple[Shard, ...]
 
     def check_fits(self, fingerprint: Mapping[str, Any]) -> None:
-        """Compare what it was made with to what there is now.
-
-        Raises:
-            InputError: they differ; the text says in what.
-        """
+        """Raise an InputError that says in what it differs from what there is now, if it does."""
         for part in sorted({*self.fingerprint, *fingerprint}):
             then, now = self.fingerprint.get(part), fingerprint.get(part)
-            if then == now:
-                continue
             both = f": {json.dumps(then)}, now {json.dumps(now)}"
-            raise InputError(
-                f"the checkpoint {self.folder} was made with another {part}{both if len(both) < 200 else ''}; "
-                "go on as it was made, or delete it"
-            )
+            if then != now:
+                raise InputError(
+                    f"the checkpoint {self.folder} was made with another {part}{both if len(both) < 200 else ''}; "
+                    "go on as it was made, or delete it"
+                )
 
 
 def new_folder(folder: Path, quantum: int) -> Path:
@@ -101,35 +95,25 @@ def new_folder(folder: Path, quantum: int) -> Path:
 
 
 def write_async(
-    folder: Path,
-    files: Mapping[str, Contents],
-    on_written: Callable[[tuple[Shard, ...]], None],
-    on_error: Callable[[Exception], None],
+    folder: Path, files: Mapping[str, Contents], on_end: Callable[[tuple[Shard, ...] | Exception], None]
 ) -> None:
-    """Write files on a thread of their own.
+    """Write files, by name, on a thread of their own. The folder is made if need be.
 
-    Args:
-        folder: the checkpoint's, which is made if need be.
-        files: what to write, by name.
-        on_written: called in the thread once all are on the disk.
-        on_error: called in the thread with what has gone wrong: an InputError where one cannot be written.
+    `on_end` is called in the thread once all are on the disk, or with what has gone wrong: an InputError where one
+    cannot be written.
     """
 
     def run() -> None:
         try:
-            on_written(tuple(_write(folder / name, contents) for name, contents in files.items()))
+            on_end(tuple(_write(folder / name, contents) for name, contents in files.items()))
         except Exception as error:  # noqa: BLE001 - reported, whatever it is
-            on_error(error)
+            on_end(error)
 
     threading.Thread(target=run, name=f"writing {folder.name}", daemon=True).start()
 
 
 def read_contents(path: Path) -> Contents:
-    """Read a file of a checkpoint.
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
+    """Read a file of a checkpoint; an InputError if it is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             values = json.loads(file.metadata()["values"])
@@ -144,19 +128,12 @@ def commit(checkpoint: Checkpoint) -> None:
     Raises:
         InputError: it cannot be written; the others are still there.
     """
-    body = {
-        "quantum": checkpoint.quantum,
-        "counts": dict(checkpoint.counts),
-        "fingerprint": dict(checkpoint.fingerprint),
-        "shards": [asdict(shard) for shard in checkpoint.shards],
-    }
+    body = asdict(checkpoint)
+    del body["folder"]
     text = json.dumps({"digest": _digest_of(body), "manifest": body}, indent=1) + "\n"
     path = checkpoint.folder / _MANIFEST
-    try:
-        with atomic_write(path) as file:
-            file.write(text.encode())
-    except InputError as error:
-        raise _unwritable(path, error) from None
+    with atomic_write(path, _WHAT, _ADVICE) as file:
+        file.write(text.encode())
     older = sorted(other for other in _folders(checkpoint.folder.parent) if other.name < checkpoint.folder.name)
     spare = next((other for other in reversed(older) if _load_manifest(other) is not None), None)
     for other in older:
@@ -165,11 +142,7 @@ def commit(checkpoint: Checkpoint) -> None:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a request; all of its files are read once, to see that they are undamaged.
-
-    Returns:
-        It; None where there is none. Damaged ones are passed over.
-    """
+    """The newest whole checkpoint of a request, if any; damaged ones, of which all files are read, are passed over."""
     for place in sorted(_folders(folder), reverse=True):
         found = _load_manifest(place)
         if found is not None and all(_is_whole(place, shard) for shard in found.shards):
@@ -181,6 +154,62 @@ def discard(folder: Path) -> None:
     """Delete all checkpoints of a request, whole or not."""
     for place in _folders(folder):
         shutil.rmtree(place, ignore_errors=True)
+
+
+class Checkpointer:
+    """Keeps how far one video is, at its chunk boundaries: one checkpoint at a time, from its snapshot to its manifest.
+
+    A snapshot is taken when a quantum is about to begin. The checkpoint is whole once every rank has its file on the
+    disk and the chunks that were finished before it are in safe hands; only then is the manifest written. The next
+    snapshot waits until then, so a slow disk holds up this video and nothing else.
+
+    Args:
+        config: where and how often.
+        fingerprint: of all that must be the same when a checkpoint is taken up.
+        start: the quantum that the video has begun with.
+        save: takes the snapshot and begins to write it to a folder; gives the counts of the video so far.
+        saved: the files of the last snapshot, once all are on the disk; None before.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        fingerprint: Mapping[str, Any],
+        start: int,
+        save: Callable[[Path], Mapping[str, int]],
+        saved: Callable[[], tuple[Shard, ...] | None],
+    ) -> None:
+        self._config, self._fingerprint, self._start = config, fingerprint, start
+        self._save, self._saved = save, saved
+        self._pending: Checkpoint | None = None
+        self.writing = False
+        """Some rank has a file that is not on the disk yet."""
+
+    def due(self, quantum: Quantum) -> bool:
+        """Whether there is to be a checkpoint before a quantum."""
+        return quantum.index > self._start and quantum.index % self._config.every == 0
+
+    def reached(self, quantum: Quantum) -> bool:
+        """Take the snapshot; False while the one before is not whole, to be asked again."""
+        if self._pending is not None:
+            return False
+        folder = new_folder(self._config.folder, quantum.index)
+        counts, fingerprint, self.writing = self._save(folder), self._fingerprint, True
+        self._pending = Checkpoint(
+            folder=folder, quantum=quantum.index, counts=counts, fingerprint=fingerprint, shards=()
+        )
+        return True
+
+    def poll(self, stored: int) -> None:
+        """Look whether the files are written, and write the manifest if all is there that it stands for.
+
+        `stored` is the index of the next chunk that is not in safe hands. An InputError says what cannot be written.
+        """
+        if self._pending is not None and self.writing and (shards := self._saved()) is not None:
+            self._pending, self.writing = replace(self._pending, shards=shards), False
+        if self._pending is not None and not self.writing and stored >= self._pending.counts["chunks"]:
+            commit(self._pending)
+            self._pending = None
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -196,13 +225,8 @@ def _load_manifest(folder: Path) -> Checkpoint | None:
         body = loaded["manifest"]
         if loaded["digest"] != _digest_of(body):
             return None
-        return Checkpoint(
-            folder=folder,
-            quantum=int(body["quantum"]),
-            counts={str(name): int(count) for name, count in body["counts"].items()},
-            fingerprint=dict(body["fingerprint"]),
-            shards=tuple(Shard(**shard) for shard in body["shards"]),
-        )
+        shards = tuple(Shard(**shard) for shard in body.pop("shards"))
+        return Checkpoint(folder=folder, shards=shards, **body)
     except _DAMAGE:
         return None
 
@@ -217,26 +241,17 @@ def _is_whole(folder: Path, shard: Shard) -> bool:
 
 def _write(path: Path, contents: Contents) -> Shard:
     part = part_of(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with torch.no_grad():
-            save_file(dict(contents.tensors), part, metadata={"values": json.dumps(dict(contents.values))})
-        shard = Shard(file=path.name, nbytes=part.stat().st_size, digest=_digest(part))
-        publish(part, path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise _unwritable(path, error) from None
+    with write_errors(path, _WHAT, (SafetensorError,), _ADVICE):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with torch.no_grad():
+                save_file(dict(contents.tensors), part, metadata={"values": json.dumps(dict(contents.values))})
+            shard = Shard(file=path.name, nbytes=part.stat().st_size, digest=_digest(part))
+            publish(part, path)
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
     return shard
-
-
-def _unwritable(path: Path, error: Exception) -> InputError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    reason = reason.removeprefix(f"cannot write {path}: ")
-    return InputError(
-        f"cannot write the checkpoint file {path}: {reason}; make room there or choose another folder. "
-        "The checkpoint before it, if there is one, is still whole"
-    )
 
 
 def _digest(path: Path) -> str:

@@ -8,24 +8,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from torch import Tensor
 
 from engine.checkpoint.files import Contents
-from engine.host_copy import begin_host_copy, finish_host_copies
-from engine.kv.buffer import KVState, LayerState
-from engine.kv.layout import LayoutState
+from engine.host_memory import begin_host_copy, finish_host_copies
+from engine.kv.buffer import KVState, LayerKV
 from engine.kv.size import KVSettings
 from engine.request import Request
 from engine.reuse.flags import FlagState
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.settings import ComputedStep, ReuseSettings
 from engine.video import KVOp, VideoState
 from models.protocols import Pipeline
 
 RUN_FILE = "run.safetensors"
-_FORMAT = 2
+_FORMAT = 3
+_PARTS = ("kv", "queries", "origin")  # of a `LayerKV`
 
 
 def rank_file(rank: int) -> str:
@@ -38,24 +38,12 @@ def fingerprint(
 ) -> dict[str, Any]:
     """All that must be the same when a checkpoint is taken up, as plain JSON values.
 
-    Args:
-        request: the request.
-        pipeline: the model, or its first stage.
-        identity: names the model and its weights, and whatever else the caller wants to be the same.
-        layout: of the ranks.
-        reuse: which steps are reused.
-        kv: how much of the past is held.
+    `pipeline` may be the first stage; `identity` names the model and its weights, and whatever else the caller wants to
+    be the same.
     """
     model, prefix = pipeline.model, request.prefix
-    asked: dict[str, Any] = {
-        "prompt": request.prompt,
-        "chunks": request.chunks,
-        "height": request.height,
-        "width": request.width,
-        "num_steps": request.num_steps,
-        "seed": request.seed,
-        "prefix": None if prefix is None else _digest(prefix.frames),
-    }
+    asked = {field.name: getattr(request, field.name) for field in fields(request)}
+    asked["prefix"] = None if prefix is None else _digest(prefix.frames)
     held = {
         "identity": identity,
         "class": type(model).__name__,
@@ -63,38 +51,26 @@ def fingerprint(
         "first_stage_layers": [model.kv.layers.start, model.kv.layers.stop],
         "dtype": str(model.kv.dtype),
     }
-    parts = {
-        "format": _FORMAT,
-        "request": asked,
-        "model": held,
-        "layout": dict(layout),
-        "reuse": asdict(reuse),
-        "kv": asdict(kv),
-    }
+    settings = {"layout": dict(layout), "reuse": asdict(reuse), "kv": asdict(kv)}
+    parts = {"format": _FORMAT, "request": asked, "model": held, **settings}
     plain: dict[str, Any] = json.loads(json.dumps(parts))  # as it looks when it is read again
     return plain
 
 
 def pack_shard(kv: KVState, flags: FlagState, about: Mapping[str, Any]) -> Contents:
-    """One rank's shard of a video: its KV, and how far its log of flags is.
-
-    Args:
-        kv: of its layers and heads.
-        flags: of its log.
-        about: plain JSON values that tell this rank's shard from others.
-    """
-    tensors: dict[str, Tensor] = {}
-    for (branch, layer), state in kv.layers.items():
-        for name in ("kv", "queries", "origin"):
-            part = getattr(state, name)
-            if part is not None:
-                tensors[f"{branch}.{layer}.{name}"] = part
+    """One rank's shard of a video. `about`: plain JSON values that tell it from other ranks' shards."""
+    tensors = {
+        f"{branch}.{layer}.{name}": part
+        for (branch, layer), state in kv.layers.items()
+        for name in _PARTS
+        if (part := getattr(state, name)) is not None
+    }
     values = {
         "about": dict(about),
-        "clean": kv.layout.clean,
-        "window": kv.layout.window,
+        "clean": kv.clean,
+        "window": kv.window,
         "layers": list(kv.layers),
-        "flags": {"digest": flags.digest.hex(), "count": flags.count, "reused": flags.reused},
+        "flags": [flags.digest.hex(), flags.count],
     }
     return Contents(tensors=tensors, values=values)
 
@@ -103,17 +79,14 @@ def unpack_shard(contents: Contents) -> tuple[KVState, FlagState]:
     """From what `pack_shard` gave."""
     values, tensors = contents.values, contents.tensors
     layers = {
-        (branch, layer): LayerState(
-            kv=tensors[f"{branch}.{layer}.kv"],
-            queries=tensors.get(f"{branch}.{layer}.queries"),
-            origin=tensors.get(f"{branch}.{layer}.origin"),
+        (branch, layer): LayerKV(
+            tensors[f"{branch}.{layer}.kv"], *(tensors.get(f"{branch}.{layer}.{name}") for name in _PARTS[1:])
         )
         for branch, layer in values["layers"]
     }
-    layout = LayoutState(clean=tuple((chunk, rows) for chunk, rows in values["clean"]), window=tuple(values["window"]))
-    flags = values["flags"]
-    log = FlagState(digest=bytes.fromhex(flags["digest"]), count=flags["count"], reused=flags["reused"])
-    return KVState(layout=layout, layers=layers), log
+    clean, (digest, count) = [(chunk, rows) for chunk, rows in values["clean"]], values["flags"]
+    kv = KVState(clean=clean, window=values["window"], layers=layers)
+    return kv, FlagState(digest=bytes.fromhex(digest), count=count)
 
 
 def pack_run(state: VideoState) -> Contents:
@@ -122,9 +95,9 @@ def pack_run(state: VideoState) -> Contents:
     tensors |= {f"before.{chunk}": begin_host_copy(part) for chunk, part in state.before.items()}
     memory = []
     for chunk, held in state.memory.items():
-        for place, (time, size, velocity) in enumerate(held):
-            tensors[f"velocity.{chunk}.{place}"] = begin_host_copy(velocity)
-            memory.append([chunk, place, time, size])
+        for place, step in enumerate(held):
+            tensors[f"velocity.{chunk}.{place}"] = begin_host_copy(step.velocity)
+            memory.append([chunk, place, step.time, step.size])
     for device in {part.device for part in state.latents.values()}:
         finish_host_copies(device)
     values = {
@@ -141,9 +114,9 @@ def pack_run(state: VideoState) -> Contents:
 def unpack_run(contents: Contents) -> VideoState:
     """From what `pack_run` gave."""
     values, tensors = contents.values, contents.tensors
-    memory: dict[int, list[tuple[float, float, Tensor]]] = {}
+    memory: dict[int, list[ComputedStep]] = {}
     for chunk, place, time, size in values["memory"]:
-        memory.setdefault(chunk, []).append((time, size, tensors[f"velocity.{chunk}.{place}"]))
+        memory.setdefault(chunk, []).append(ComputedStep(time, size, tensors[f"velocity.{chunk}.{place}"]))
     return VideoState(
         latents={chunk: tensors[f"latents.{chunk}"] for chunk in values["latents"]},
         before={chunk: tensors[f"before.{chunk}"] for chunk in values["before"]},

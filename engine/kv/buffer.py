@@ -1,73 +1,185 @@
 """The KV buffers of one request: one tensor per layer and branch, written and read in place.
 
-When a chunk retires into a full clean region, the region is cut down: either its oldest chunk is dropped, or (with a
-budget) the region and the new chunk are compressed together. Both move rows within the buffer.
+The clean region comes first, the window's chunks after it in order; `KVLayout` says where, the same for every layer,
+branch and rank. When a chunk retires into a full clean region, the region is cut down: either its oldest chunk is
+dropped, or (with a budget) the region and the new chunk are compressed together. Both move rows within the buffer.
 
 Shapes: N rows of the buffer, S tokens of a chunk, Q queries, G key heads, d head size, H query heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.host_copy import begin_host_copy, finish_host_copies
-from engine.kv.layout import KVLayout, LayoutState
+from engine.host_memory import begin_host_copy, finish_host_copies
 from engine.kv.selection import SelectionSettings, select
 from engine.video import KVOp
 from models.attention import Attention
-from models.protocols import KVGeometry
+from models.protocols import KVGeometry, KVView
 
 _BLOCK = 4096  # rows that are moved at once; bounds the scratch memory
+_MIXED = -1
+"""Stands for the tokens of many chunks that a compression has left."""
+
+
+class KVLayout:
+    """Rows of the clean region and of the window.
+
+    Args:
+        chunk_tokens: tokens of a chunk.
+        clean_tokens: size of the clean region; what does not fit is cut down when a chunk retires.
+        window: chunks of the window.
+        chunks: of the whole video, which bounds what can be held at once.
+    """
+
+    def __init__(self, *, chunk_tokens: int, clean_tokens: int, window: int, chunks: int) -> None:
+        self.chunk_tokens, self.clean_tokens, self._slots = chunk_tokens, clean_tokens, window
+        self.capacity = min(clean_tokens + window * chunk_tokens, chunks * chunk_tokens)
+        """Rows in all (B_total)."""
+        self.clean: list[tuple[int, int]] = []
+        """(chunk, rows) of the clean region, oldest first; chunk -1 stands for tokens of many."""
+        self.window_chunks: list[int] = []  # oldest first
+
+    @property
+    def clean_rows(self) -> int:
+        """Rows of the clean region that are in use."""
+        return sum(rows for _, rows in self.clean)
+
+    @property
+    def used_rows(self) -> int:
+        """Rows in use in all."""
+        return self.clean_rows + len(self.window_chunks) * self.chunk_tokens
+
+    @property
+    def clean_chunks(self) -> tuple[int, ...]:
+        """Finished chunks that are held whole, oldest first."""
+        return tuple(chunk for chunk, _ in self.clean if chunk != _MIXED)
+
+    def enter(self, chunk: int) -> None:
+        """Give a chunk the next slot of the window."""
+        if len(self.window_chunks) == self._slots:
+            raise ValueError(f"chunk {chunk} cannot enter: the window holds {self.window_chunks} already")
+        if self.window_chunks and chunk != self.window_chunks[-1] + 1:
+            raise ValueError(f"chunk {chunk} cannot follow chunk {self.window_chunks[-1]} into the window")
+        self.window_chunks.append(chunk)
+
+    def retire(self, chunk: int) -> int:
+        """Move the oldest chunk of the window to the clean region, where it stands already.
+
+        Returns:
+            How many rows the clean region now has too many; `drop_oldest` or `mix` must follow if that is not 0.
+        """
+        if not self.window_chunks or self.window_chunks[0] != chunk:
+            raise ValueError(f"chunk {chunk} cannot retire: the window holds {self.window_chunks}")
+        self.window_chunks.pop(0)
+        self.clean.append((chunk, self.chunk_tokens))
+        return max(0, self.clean_rows - self.clean_tokens)
+
+    def drop_oldest(self, rows: int) -> None:
+        """Take rows away from the front of the clean region."""
+        kept = []
+        for chunk, held in self.clean:
+            gone = min(rows, held)
+            rows -= gone
+            if held > gone:
+                kept.append((chunk, held - gone))
+        self.clean = kept
+
+    def mix(self, rows: int) -> None:
+        """The clean region was compressed to so many rows, which belong to no single chunk any more."""
+        if rows > self.clean_rows:
+            raise ValueError(f"{self.clean_rows} rows cannot be compressed to {rows}")
+        self.clean = [(_MIXED, rows)]
+
+    def rows(self, chunk: int) -> slice:
+        """Rows of a chunk that is held, in the window or in the clean region; a KeyError if it is not."""
+        start = 0
+        for kept, rows in self.clean:
+            if kept == chunk:
+                return slice(start, start + rows)
+            start += rows
+        if chunk not in self.window_chunks:
+            raise KeyError(f"chunk {chunk} is not held")
+        start += self.window_chunks.index(chunk) * self.chunk_tokens
+        return slice(start, start + self.chunk_tokens)
+
+    def span(self, keys_from: int | None, chunk: int) -> slice:
+        """Rows that a chunk attends to: from chunk `keys_from` (None: from the first row) to its own last row."""
+        start = 0 if keys_from is None else self.rows(keys_from).start
+        return slice(start, self.rows(chunk).stop)
+
+    def restore(self, clean: Sequence[tuple[int, int]], window: Sequence[int]) -> None:
+        """Go on from what another of the same size has come to; a ValueError if it does not fit."""
+        rows = sum(rows for _, rows in clean)
+        within = rows <= self.clean_tokens and len(window) <= self._slots
+        if not within or rows + len(window) * self.chunk_tokens > self.capacity:
+            raise ValueError(f"{rows} clean rows and {len(window)} chunks do not fit into {self.capacity} rows")
+        self.clean, self.window_chunks = list(clean), list(window)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Compression:
-    """What a buffer must know to compress."""
+class KVPlan:
+    """What there is to allocate for a video."""
 
-    settings: SelectionSettings  # how tokens are scored
-    query_heads: int  # heads of the queries that ask
+    chunk_tokens: int
     frame_tokens: int  # tokens of a latent frame
+    clean_tokens: int  # size of the clean region
+    window: int  # chunks of the window
+    chunks: int  # of the whole video
+    branches: int  # of guidance, each with KV of its own
+    selection: SelectionSettings | None  # how the clean region is compressed; None drops its oldest rows
+
+    def layout(self) -> KVLayout:
+        """An empty layout."""
+        return KVLayout(
+            chunk_tokens=self.chunk_tokens, clean_tokens=self.clean_tokens, window=self.window, chunks=self.chunks
+        )
+
+    def query_rows(self) -> int:
+        """Queries that are kept to ask with."""
+        return 0 if self.selection is None else self.selection.query_rows(self.frame_tokens, self.chunk_tokens)
+
+    def nbytes(self, geometry: KVGeometry) -> int:
+        """Bytes of a `KVBuffer` of it: keys, values, and the bookkeeping of compression."""
+        rows, width = self.layout().capacity, geometry.head_size * geometry.dtype.itemsize
+        layer = 2 * rows * geometry.key_heads * width + self.query_rows() * geometry.query_heads * width
+        if self.selection is not None:
+            layer += 4 * rows * geometry.key_heads  # origins are int32
+        return layer * len(geometry.layers) * self.branches
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerState:
-    """One layer of one branch, rows in use only; on the CPU."""
+@dataclass(slots=True)
+class LayerKV:
+    """One layer of one branch; with compression also who asks and whence tokens came."""
 
-    kv: Tensor  # keys and values [2, n, G, d]
-    queries: Tensor | None  # who asks at the next compression [Q, H, d]; None without compression
-    origin: Tensor | None  # chunk of each row [n, G]; None without compression
+    kv: Tensor  # keys and values [2, N, G, d]
+    queries: Tensor | None = None  # of the chunk that was denoised last [Q, H, d]
+    origin: Tensor | None = None  # chunk of each row [N, G]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all three."""
+        return sum(part.nbytes for part in (self.kv, self.queries, self.origin) if part is not None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVState:
-    """The state of a `KVBuffer`: copies, which later writes do not touch."""
+    """The state of a `KVBuffer`: copies on the CPU of the rows in use, which later writes do not touch."""
 
-    layout: LayoutState  # where the tokens stand
-    layers: Mapping[tuple[int, int], LayerState]  # by branch and layer
-
-
-@dataclass(slots=True)
-class _LayerKV:
-    """One layer of one branch: keys and values [2, N, G, d]; with compression also who asks and whence tokens came."""
-
-    kv: Tensor
-    queries: Tensor | None = None  # [Q, H, d], of the chunk that was denoised last
-    origin: Tensor | None = None  # [N, G] chunk of each row
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.kv, self.queries, self.origin) if part is not None)
+    clean: Sequence[tuple[int, int]]  # as of a `KVLayout`
+    window: Sequence[int]  # likewise
+    layers: Mapping[tuple[int, int], LayerKV]  # by branch and layer
 
 
 class SliceView:
     """A chunk's view: it writes its own rows and attends to one slice of the buffer that ends with them."""
 
     def __init__(
-        self, layers: dict[int, _LayerKV], own: slice, span: slice, attention: Attention, *, asks: bool
+        self, layers: dict[int, LayerKV], own: slice, span: slice, attention: Attention, *, asks: bool
     ) -> None:
         self._layers, self._own, self._span, self._attention, self._asks = layers, own, span, attention, asks
 
@@ -105,32 +217,20 @@ class KVBuffer:
     """Keys and values of one request, in all layers that are held here.
 
     Args:
-        layout: bookkeeping of rows; it belongs to this buffer.
+        plan: what to allocate.
         geometry: shape of a token's KV.
-        branches: independent copies, for guidance.
         attention: what the views attend with.
-        compression: how to compress a clean region that is full; None drops its oldest rows.
     """
 
-    def __init__(
-        self,
-        layout: KVLayout,
-        geometry: KVGeometry,
-        *,
-        branches: int,
-        attention: Attention,
-        compression: Compression | None = None,
-    ) -> None:
-        self.layout = layout
-        self._attention, self._compression, self._device = attention, compression, geometry.device
-        self._branches = [{layer: self._allocate(geometry) for layer in geometry.layers} for _ in range(branches)]
+    def __init__(self, plan: KVPlan, geometry: KVGeometry, attention: Attention) -> None:
+        self.layout, self._plan, self._attention, self._device = plan.layout(), plan, attention, geometry.device
+        self._branches = [{layer: self._allocate(geometry) for layer in geometry.layers} for _ in range(plan.branches)]
 
-    def _allocate(self, geometry: KVGeometry) -> _LayerKV:
+    def _allocate(self, geometry: KVGeometry) -> LayerKV:
         rows, heads, size = self.layout.capacity, geometry.key_heads, geometry.head_size
-        layer = _LayerKV(kv=torch.zeros((2, rows, heads, size), dtype=geometry.dtype, device=geometry.device))
-        if self._compression is not None:
-            asking = self._compression.settings.query_rows(self._compression.frame_tokens, self.layout.chunk_tokens)
-            shape = (asking, self._compression.query_heads, size)
+        layer = LayerKV(torch.zeros((2, rows, heads, size), dtype=geometry.dtype, device=geometry.device))
+        if self._plan.selection is not None:
+            shape = (self._plan.query_rows(), geometry.query_heads, size)
             layer.queries = torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)
             layer.origin = torch.zeros((rows, heads), dtype=torch.int32, device=geometry.device)
         return layer
@@ -149,38 +249,30 @@ class KVBuffer:
         else:
             self._publish(op.chunk)
 
-    def view(self, branch: int, chunk: int, keys_from: int | None, *, asks: bool) -> SliceView:
-        """What a chunk sees from chunk `keys_from` on; None for everything.
+    def view(self, branch: int | None, chunk: int, keys_from: int | None, *, asks: bool) -> KVView:
+        """What a chunk sees.
 
         Args:
-            branch: of guidance.
+            branch: of guidance; None for a context-free pass, in which a chunk sees itself only.
             chunk: whose view.
-            keys_from: first chunk that is attended to.
+            keys_from: first chunk that is attended to; None for everything.
             asks: its queries are those that the next compression asks with.
         """
         layout = self.layout
+        if branch is None:
+            return IsolatedView(self._attention)
         own, span = layout.rows(chunk), layout.span(keys_from, chunk)
         return SliceView(self._branches[branch], own, span, self._attention, asks=asks)
 
-    def isolated_view(self) -> IsolatedView:
-        """What a chunk sees in a context-free pass."""
-        return IsolatedView(self._attention)
-
     def kept_shares(self, chunks: int) -> Tensor:
-        """Share of each past chunk's tokens that stands in the clean region, mean over layers, heads and branches.
+        """Share of the tokens of each of the first chunks that stands in the clean region, [chunks] fp32 on the CPU.
 
-        Args:
-            chunks: chunks of the past, 0 .. chunks - 1.
-
-        Returns:
-            [chunks] fp32 on the CPU.
+        It is the mean over layers, heads and branches.
         """
-        layout = self.layout
-        if self._compression is None:
-            shares = torch.zeros(chunks)
-            shares[list(layout.clean_chunks)] = 1.0
-            return shares
-        counts = torch.zeros(chunks)
+        layout, counts = self.layout, torch.zeros(chunks)
+        if self._plan.selection is None:
+            counts[list(layout.clean_chunks)] = 1.0
+            return counts
         layers = [layer for branch in self._branches for layer in branch.values()]
         for layer in layers:
             assert layer.origin is not None
@@ -192,27 +284,23 @@ class KVBuffer:
         """What it holds now, copied to the CPU."""
         used = self.layout.used_rows
         layers = {
-            (branch, number): LayerState(
-                kv=begin_host_copy(layer.kv[:, :used]),
-                queries=None if layer.queries is None else begin_host_copy(layer.queries),
-                origin=None if layer.origin is None else begin_host_copy(layer.origin[:used]),
+            (branch, number): LayerKV(
+                begin_host_copy(layer.kv[:, :used]),
+                None if layer.queries is None else begin_host_copy(layer.queries),
+                None if layer.origin is None else begin_host_copy(layer.origin[:used]),
             )
             for branch, held in enumerate(self._branches)
             for number, layer in held.items()
         }
         finish_host_copies(self._device)
-        return KVState(layout=self.layout.state(), layers=layers)
+        return KVState(clean=list(self.layout.clean), window=list(self.layout.window_chunks), layers=layers)
 
     def restore(self, state: KVState) -> None:
-        """Go on from the state of a buffer of the same size, layers and heads.
-
-        Raises:
-            ValueError: it does not fit.
-        """
+        """Go on from the state of a buffer of the same size, layers and heads; a ValueError if it does not fit."""
         own = {(branch, number) for branch, held in enumerate(self._branches) for number in held}
         if own != set(state.layers):
             raise ValueError(f"it has the layers {sorted(state.layers)} and not {sorted(own)}")
-        self.layout.restore(state.layout)
+        self.layout.restore(state.clean, state.window)
         used = self.layout.used_rows
         for (branch, number), saved in state.layers.items():
             layer = self._branches[branch][number]
@@ -230,7 +318,7 @@ class KVBuffer:
                 layer.origin[rows] = chunk
         if not excess:
             return
-        if self._compression is None:
+        if self._plan.selection is None:
             layout.drop_oldest(excess)
             for layer in layers:
                 _move_left(layer.kv, slice(excess, used), to=0)
@@ -238,19 +326,19 @@ class KVBuffer:
         length = layout.clean_rows
         layout.mix(layout.clean_tokens)
         for layer in layers:
-            self._compress(layer, self._compression, length)
+            self._compress(layer, self._plan.selection, length)
             _move_left(layer.kv, slice(length, used), to=layout.clean_tokens)
 
-    def _compress(self, layer: _LayerKV, compression: Compression, length: int) -> None:
+    def _compress(self, layer: LayerKV, selection: SelectionSettings, length: int) -> None:
         """Keep the best rows of the first `length`, in their order, at the front."""
         assert layer.queries is not None and layer.origin is not None
         positions = select(
             layer.queries,
             layer.kv[0, :length],
             keep=self.layout.clean_tokens,
-            frame_tokens=compression.frame_tokens,
+            frame_tokens=self._plan.frame_tokens,
             chunk_tokens=self.layout.chunk_tokens,
-            settings=compression.settings,
+            settings=selection,
         )
         # Positions ascend and are never before where they go, so a block never overwrites what a later one reads.
         for start in range(0, positions.shape[0], _BLOCK):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from torch import Tensor
 from models.errors import InputError
 
 Granularity = Literal["token", "frame", "chunk"]
-_GRANULARITIES = ("token", "frame", "chunk")
 _ROWS_AT_ONCE = 1 << 24
 """Scores held at once while importance is taken; bounds the scratch memory."""
 
@@ -37,8 +36,8 @@ class SelectionSettings:
 
     def __post_init__(self) -> None:
         for name, value in (("retention", self.retention), ("queries", self.queries)):
-            if value not in _GRANULARITIES:
-                raise InputError(f"unknown {name} granularity {value!r}: choose from {', '.join(_GRANULARITIES)}")
+            if value not in (known := get_args(Granularity)):
+                raise InputError(f"unknown {name} granularity {value!r}: choose from {', '.join(known)}")
         if not 0 <= self.importance_weight <= 1:
             raise InputError(f"the importance weight {self.importance_weight} is not between 0 and 1")
         if self.pool < 1 or self.pool % 2 == 0:
@@ -55,12 +54,7 @@ class SelectionSettings:
 def importance(queries: Tensor, keys: Tensor) -> Tensor:
     """How much the queries attend to each key (Eq. 9), query heads of a group pooled by maximum before the softmax.
 
-    Args:
-        queries: [Q, H, d].
-        keys: [L, G, d].
-
-    Returns:
-        [G, L] fp32, rows sum to one.
+    Queries [Q, H, d], keys [L, G, d]; gives [G, L] fp32, of which rows sum to one.
     """
     (count, _, size), (length, groups, _) = queries.shape, keys.shape
     k_GdL = keys.float().permute(1, 2, 0)
@@ -78,12 +72,7 @@ def redundancy(keys: Tensor) -> Tensor:
     """How alike each key is to the others: softmax of its mean cosine similarity (Eq. 11), in linear time (Eq. 20).
 
     The mean over all keys of k_i . k_j is (mean of k_i) . k_j. The diagonal, which Eq. 11 sets to zero, is taken off.
-
-    Args:
-        keys: [L, G, d].
-
-    Returns:
-        [G, L] fp32, rows sum to one.
+    Keys [L, G, d]; gives [G, L] fp32, of which rows sum to one.
     """
     unit = F.normalize(keys.float(), dim=-1)
     mean_similarity = torch.einsum("lgd,gd->gl", unit, unit.mean(0))
@@ -101,18 +90,10 @@ def scores(queries: Tensor, keys: Tensor, settings: SelectionSettings) -> Tensor
 def select(
     queries: Tensor, keys: Tensor, *, keep: int, frame_tokens: int, chunk_tokens: int, settings: SelectionSettings
 ) -> Tensor:
-    """Positions of the tokens that are kept, ascending, for each key head.
+    """Positions [keep, G] int64 of the tokens that are kept, ascending, for each key head.
 
-    Args:
-        queries: the last queries [Q, H, d] of the chunk that was denoised last, or more.
-        keys: [L, G, d].
-        keep: how many tokens to keep; a multiple of the unit of retention.
-        frame_tokens: tokens of a latent frame.
-        chunk_tokens: tokens of a chunk.
-        settings: how to score.
-
-    Returns:
-        [keep, G] int64.
+    Queries [Q, H, d] are the last of the chunk that was denoised last, or more; keys [L, G, d]. `keep` must be a
+    multiple of the unit of retention.
     """
     asking = queries[-settings.query_rows(frame_tokens, chunk_tokens) :]
     score = scores(asking, keys, settings)

@@ -1,20 +1,14 @@
-"""What a video's keys and values take: the settings, the plan that every process allocates from, and its bytes.
-
-This is the one place that says how much a video holds, also before a model is loaded. Plain figures: it knows neither
-which layers a process holds nor how many of the heads, and is handed their geometry.
-"""
+"""How much of the past a video holds: the settings, and the plan that follows from them before a model is loaded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.kv.buffer import Compression, KVBuffer
-from engine.kv.layout import KVLayout
+from engine.kv.buffer import KVPlan
 from engine.kv.selection import SelectionSettings
 from engine.schedule import Schedule
-from models.attention import Attention
 from models.errors import InputError
-from models.protocols import KVGeometry, Sampling
+from models.protocols import Sampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,51 +25,8 @@ class KVSettings:
             raise InputError(f"a KV budget of {self.budget} chunks keeps nothing: give 1 or more")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KVPlan:
-    """What there is to allocate for a video."""
-
-    chunk_tokens: int
-    frame_tokens: int  # tokens of a latent frame
-    clean_tokens: int  # size of the clean region
-    window: int  # chunks of the window
-    chunks: int  # of the whole video
-    branches: int  # of guidance, each with KV of its own
-    selection: SelectionSettings | None  # how the clean region is compressed; None drops its oldest rows
-
-    def allocate(self, geometry: KVGeometry, attention: Attention) -> KVBuffer:
-        """The buffers of the layers and heads of a geometry."""
-        compression = None
-        if self.selection is not None:
-            compression = Compression(
-                settings=self.selection, query_heads=geometry.query_heads, frame_tokens=self.frame_tokens
-            )
-        return KVBuffer(self._layout(), geometry, branches=self.branches, attention=attention, compression=compression)
-
-    def nbytes(self, geometry: KVGeometry) -> int:
-        """Bytes that `allocate` takes: keys, values, and the bookkeeping of compression."""
-        rows, width = self._layout().capacity, geometry.head_size * geometry.dtype.itemsize
-        layer = 2 * rows * geometry.key_heads * width
-        if self.selection is not None:
-            asking = self.selection.query_rows(self.frame_tokens, self.chunk_tokens)
-            layer += asking * geometry.query_heads * width + 4 * rows * geometry.key_heads  # origins are int32
-        return layer * len(geometry.layers) * self.branches
-
-    def _layout(self) -> KVLayout:
-        return KVLayout(
-            chunk_tokens=self.chunk_tokens, clean_tokens=self.clean_tokens, window=self.window, chunks=self.chunks
-        )
-
-
-def plan_kv(sampling: Sampling, schedule: Schedule, settings: KVSettings, *, chunk_tokens: int) -> KVPlan:
-    """What a video holds.
-
-    Args:
-        sampling: of the family; says how far back a chunk looks.
-        schedule: of the video.
-        settings: memory policy.
-        chunk_tokens: tokens of one of its chunks.
-    """
+def plan_kv(sampling: Sampling, schedule: Schedule, settings: KVSettings, chunk_tokens: int) -> KVPlan:
+    """What a video with chunks of so many tokens holds."""
     return KVPlan(
         chunk_tokens=chunk_tokens,
         frame_tokens=chunk_tokens // sampling.chunk_width,

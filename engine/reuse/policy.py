@@ -1,6 +1,6 @@
 """Reuse policies: what was seen of a chunk goes in, whether to compute it comes out.
 
-Plain Python: a policy sees figures, never tensors, and does not know what is reused (`reuse.py`) or where it is
+A policy sees figures, never tensors, and does not know what stands in for a step (`settings.py`) or where it is
 computed. Its state is a few numbers per chunk of the window, and can be saved and restored.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, Protocol
+from typing import Literal
 
 from models.errors import InputError
 
@@ -44,53 +44,33 @@ class Observation:
         return self.change / self.scale if self.scale else float("inf")
 
 
-class Policy(Protocol):
-    """Decides, for chunks of one request."""
+class Policy:
+    """Decides, for chunks of one request. This one computes everything."""
 
-    @property
-    def scope(self) -> Literal["chunk", "window"]:
-        """Whether it decides for one chunk at a time, or needs to see the whole window at once."""
-
-    @property
-    def observes(self) -> bool:
-        """Whether it looks at distances at all."""
+    scope: Literal["chunk", "window"] = "chunk"
+    """Whether it decides for one chunk at a time, or needs to see the whole window at once."""
+    observes = False
+    """Whether it looks at distances at all."""
 
     def decide(self, observations: Sequence[Observation]) -> list[Decision]:
         """Decide for the chunks that were observed, in order."""
+        return [Decision.COMPUTE] * len(observations)
 
     def forget(self, chunk: int) -> None:
         """A chunk has left the window."""
 
     def state(self) -> State:
         """All that the next decisions depend on."""
+        return {}
 
     def restore(self, state: Mapping[str, float]) -> None:
         """Go on from a saved state."""
 
 
-class NoReuse:
-    """Computes everything."""
-
-    scope: Literal["chunk", "window"] = "chunk"
-    observes = False
-
-    def decide(self, observations: Sequence[Observation]) -> list[Decision]:
-        """Compute."""
-        return [Decision.COMPUTE] * len(observations)
-
-    def forget(self, chunk: int) -> None:
-        """Nothing is held."""
-
-    def state(self) -> State:
-        """Nothing is held."""
-        return {}
-
-    def restore(self, state: Mapping[str, float]) -> None:
-        """Nothing is held."""
-
-
-class _Accumulator:
+class _Accumulator(Policy):
     """Sums of distances since the last computation, one for each key."""
+
+    observes = True
 
     def __init__(self, threshold: float, warmup_steps: int, extrapolate_from: float = 1.0) -> None:
         if not 0 <= extrapolate_from <= 1:
@@ -99,9 +79,7 @@ class _Accumulator:
             raise InputError(f"the reuse threshold {threshold} must be zero or more")
         if warmup_steps < 1:
             raise InputError(f"{warmup_steps} warm-up steps: a chunk's first step must be computed, so give 1 or more")
-        self.threshold = threshold
-        self.warmup_steps = warmup_steps
-        self._middle = extrapolate_from * threshold
+        self.threshold, self.warmup_steps, self._middle = threshold, warmup_steps, extrapolate_from * threshold
         self._sums: dict[str, float] = {}
 
     def add(self, key: str, distance: float | None, *, forced: bool) -> Decision:
@@ -113,7 +91,7 @@ class _Accumulator:
         return Decision.REUSE if total <= self._middle else Decision.EXTRAPOLATE
 
     def forget(self, chunk: int) -> None:
-        """A chunk has left the window."""
+        """Drop its sum."""
         self._sums.pop(str(chunk), None)
 
     def state(self) -> State:
@@ -134,9 +112,6 @@ class ChunkPolicy(_Accumulator):
         extrapolate_from: share of the threshold above which a step is extrapolated and not just reused.
     """
 
-    scope: Literal["chunk", "window"] = "chunk"
-    observes = True
-
     def decide(self, observations: Sequence[Observation]) -> list[Decision]:
         """Decide for each chunk on its own."""
         return [
@@ -154,8 +129,7 @@ class WindowPolicy(_Accumulator):
         extrapolate_from: as in `ChunkPolicy`.
     """
 
-    scope: Literal["chunk", "window"] = "window"
-    observes = True
+    scope = "window"
 
     def decide(self, observations: Sequence[Observation]) -> list[Decision]:
         """Decide once for the window."""

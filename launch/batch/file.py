@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from launch.declare import declared
 from launch.options import Options
-from launch.output.terminal import one_line
+from launch.output.display import one_line
 from launch.plan import Plan, plan_model, plan_video
 from models.errors import InputError
 
@@ -72,12 +72,9 @@ class Problem:
 
 
 def read_batch(path: Path, base: Options, out: Path) -> tuple[list[BatchItem], list[Problem]]:
-    """Read a batch file. Blank lines are skipped.
+    """Read a batch file. Blank lines are skipped, paths in it are relative to its folder.
 
-    Args:
-        path: of the file; paths in it are relative to its folder.
-        base: options that hold where a line says nothing.
-        out: folder of the videos; it is there.
+    The options `base` hold where a line says nothing; `out` is the folder of the videos, and is there.
 
     Returns:
         What can be made and what cannot be read, both in the order of the lines.
@@ -124,9 +121,8 @@ class _Reader:
         digest = self._digest(plan, self._seen[same]) if self._seen[same] else same
         self._seen[same] += 1
         name = f"{number:03}-{_slug(line.get('name') or line['prompt'])}-{digest}.mp4"
-        return BatchItem(
-            line=number, priority=line.get("priority", 0), digest=digest, plan=replace(plan, out=self._out / name)
-        )
+        plan, priority = replace(plan, out=self._out / name), line.get("priority", 0)
+        return BatchItem(line=number, priority=priority, digest=digest, plan=plan)
 
     def _options(self, line: dict[str, Any]) -> Options:
         """The line on top of the base. What it says of length or start takes the place of both ways to say it."""
@@ -140,11 +136,9 @@ class _Reader:
         return replace(self._base, prompts=[line["prompt"]], **given)
 
     def _digest(self, plan: Plan, repeat: int) -> str:
-        """Of all that the video depends on, as far as the command line can know it.
+        """Of all that the video depends on, as far as the command line can know it, and `repeat` equal lines before it.
 
-        Args:
-            plan: the video, with what the line left out filled in: a default that is written out changes nothing.
-            repeat: how many equal lines come before this one.
+        What the line left out is filled in: a default that is written out changes nothing.
         """
         request, model = plan.request, plan.model
         what = {

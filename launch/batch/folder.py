@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -15,17 +16,15 @@ import shutil
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.files import atomic_write, write_errors
+from engine.files import atomic_write, check_folder, write_errors
 from launch.batch.file import DIGEST_LENGTH
-from launch.output.files import check_folder
-from launch.output.table import Row, State
-from launch.output.video import VideoWriter
+from launch.output.display import Row, State
+from launch.output.media import VideoWriter
 from models.errors import InputError
 
 RESULTS = "results.jsonl"
@@ -33,33 +32,24 @@ _VIDEO = re.compile(rf"\d{{3,}}-[a-z0-9-]+-([0-9a-f]{{{DIGEST_LENGTH}}})\.mp4")
 
 
 class OutputFolder:
-    """The folder while a batch is made, as a context. Only one batch at a time can have it.
-
-    Args:
-        folder: made if it is missing.
-    """
+    """The folder while a batch is made, as a context; made if it is missing. Only one batch at a time can have it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._done: dict[str, Path] = {}
 
     def __enter__(self) -> Self:
-        """Take the folder: look what is there; what killed processes have left unfinished is removed.
-
-        Raises:
-            InputError: it cannot be written, or another batch has it.
-        """
+        """Take the folder, unless another batch has it; what killed processes have left unfinished is removed."""
         check_folder(self._folder)
         with write_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._results = _open_results(self._folder / RESULTS)
             for path in sorted(self._folder.iterdir()):
-                self._look_at(path)
+                if (video := _VIDEO.fullmatch(path.name)) and is_whole(path):
+                    self._done.setdefault(video[1], path)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._results.close()
 
     def done(self, digest: str) -> Path | None:
@@ -95,11 +85,6 @@ class OutputFolder:
                 with contextlib.suppress(OSError):
                     self._results.truncate(end)
                 raise
-
-    def _look_at(self, path: Path) -> None:
-        video = _VIDEO.fullmatch(path.name)
-        if video is not None and is_whole(path):
-            self._done.setdefault(video[1], path)
 
 
 def is_whole(path: Path) -> bool:
@@ -155,17 +140,10 @@ class ChunkFiles:
 
     def count(self) -> int:
         """Chunks that are there, from the first on without a gap."""
-        index = 0
-        while self._is_whole(self._file(index)):
-            index += 1
-        return index
+        return next(index for index in itertools.count() if not _has_frames(self._file(index)))
 
     def write(self, index: int, frames: NDArray[np.uint8]) -> None:
-        """Keep a chunk, uint8 [F, H, W, 3].
-
-        Raises:
-            InputError: the disk is full or cannot be written.
-        """
+        """Keep a chunk, uint8 [F, H, W, 3]; an `InputError` says that the disk is full or cannot be written."""
         path = self._file(index)
         with write_errors(path):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -173,11 +151,7 @@ class ChunkFiles:
             np.save(file, frames)
 
     def encode(self, path: Path, *, fps: int) -> None:
-        """Make the video file of all chunks. It appears when it is complete.
-
-        Raises:
-            InputError: as in `write`.
-        """
+        """Make the video file of all chunks. It appears when it is complete; errors as in `write`."""
         files = [self._file(index) for index in range(self.count())]
         _, height, width, _ = np.load(files[0], mmap_mode="r").shape
         with VideoWriter(path, fps=fps, height=height, width=width) as writer:
@@ -191,11 +165,10 @@ class ChunkFiles:
     def _file(self, index: int) -> Path:
         return self.folder / f"{index:06}.npy"
 
-    @staticmethod
-    def _is_whole(path: Path) -> bool:
-        """Whether all frames are there: a machine that went down may have cut the file off."""
-        try:
-            frames = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError):
-            return False
-        return bool(frames.size)
+
+def _has_frames(path: Path) -> bool:
+    """Whether all frames of a chunk are there: a machine that went down may have cut the file off."""
+    try:
+        return bool(np.load(path, mmap_mode="r").size)
+    except (OSError, ValueError, EOFError):
+        return False

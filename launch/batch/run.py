@@ -13,28 +13,20 @@ from dataclasses import dataclass, replace
 
 from engine.checkpoint.files import CheckpointConfig
 from launch.backends import Backend, Job, make_videos
+from launch.backends.ray import on_ray, size_of
 from launch.batch.file import BatchItem, read_batch
 from launch.batch.folder import ChunkFiles, OutputFolder
-from launch.options import BatchOptions
-from launch.output.table import BatchDisplay, Row, State, summary
-from launch.ray_backend import on_ray, size_of
+from launch.options import BatchOptions, parse_size
+from launch.output.display import BatchDisplay, Row, State, summary
 from models.errors import InputError
 from parallel.cluster.messages import Admitted, ChunkMade, Event, GangDown, GangLost, Progressed, VideoDone, VideoFailed
 from parallel.health.errors import BAD_INPUT, FAILED, OK
 
 
 def run_batch(options: BatchOptions, *, say: Callable[[str], None]) -> int:
-    """Make the videos of a batch file, with progress on standard error.
+    """Make the videos of a batch file, with progress on standard error and lines for people to `say`.
 
-    Args:
-        options: what was given.
-        say: shows a line to people.
-
-    Returns:
-        The exit status: 0 if all videos are there, 1 if some are not.
-
-    Raises:
-        InputError: nothing can be made with what was given.
+    The exit status is 0 if all videos are there, 1 if some are not. An `InputError` says why none can be made.
     """
     began = time.monotonic()
     with OutputFolder(options.out) as folder:
@@ -49,7 +41,8 @@ def run_batch(options: BatchOptions, *, say: Callable[[str], None]) -> int:
         with BatchDisplay() as display:
             batch.make(display)
         say(summary(batch.rows, seconds=time.monotonic() - began))
-    return FAILED if problems or batch.failed else OK
+    failed = any(row.state is State.FAILED for row in batch.rows)
+    return FAILED if problems or failed else OK
 
 
 @dataclass(slots=True)
@@ -89,11 +82,6 @@ class _Batch:
         rows = [*self._rows.values(), *(video.row for video in self._videos.values())]
         return sorted(rows, key=lambda row: row.line)
 
-    @property
-    def failed(self) -> bool:
-        """Some videos could not be made."""
-        return any(row.state is State.FAILED for row in self.rows)
-
     def make(self, display: BatchDisplay) -> None:
         """Make what is missing."""
         display.update(self.rows)
@@ -107,9 +95,8 @@ class _Batch:
 
     def _make(self, waiting: list[_Video], display: BatchDisplay) -> None:
         options, plans = self._options, [video.item.plan for video in waiting]
-        with on_ray(
-            plans, gangs=options.gangs, kv_bytes=options.kv_bytes, max_restarts=options.max_restarts
-        ) as backend:
+        kv_bytes = None if options.kv_memory is None else parse_size(options.kv_memory)
+        with on_ray(plans, gangs=options.gangs, kv_bytes=kv_bytes, max_restarts=options.max_restarts) as backend:
 
             def handle(event: Event) -> None:
                 self._handle(backend, event)
@@ -117,7 +104,17 @@ class _Batch:
                     self._settle(video, wait=False)
                 display.update(self.rows)
 
-            make_videos(backend, [self._job(video) for video in waiting], handle)
+            jobs = [
+                Job(
+                    video=video.item.digest,
+                    plan=video.item.plan,
+                    checkpoint=video.checkpoint,
+                    stored=video.row.chunks_done,
+                    priority=video.item.priority,
+                )
+                for video in waiting
+            ]
+            make_videos(backend, jobs, handle)
 
     def _video(self, item: BatchItem, row: Row) -> _Video:
         options, checkpoint = self._options, None
@@ -127,41 +124,32 @@ class _Batch:
         files = ChunkFiles(folder=options.out / f".{item.digest}.parts")
         return _Video(item=item, files=files, checkpoint=checkpoint, row=row)
 
-    def _job(self, video: _Video) -> Job:
-        return Job(
-            video=video.item.digest,
-            plan=video.item.plan,
-            checkpoint=video.checkpoint,
-            stored=video.row.chunks_done,
-            priority=video.item.priority,
-        )
-
     def _handle(self, backend: Backend, event: Event) -> None:
-        if isinstance(event, GangDown):
-            self._say(f"{event.gang} is given up: {event.message}")
-        elif isinstance(event, GangLost):
-            self._say(f"{event.gang} was lost: {event.message}")
-            for name in event.videos:
-                lost = self._videos[name]
-                lost.row = replace(lost.row, state=State.RESTARTING, gang=None, restarts=lost.row.restarts + 1)
-        elif isinstance(event, ChunkMade):
-            self._keep(backend, self._videos[event.video], event)
-        elif isinstance(event, Admitted | Progressed | VideoDone | VideoFailed):
-            self._handle_video(self._videos[event.video], event)
+        match event:
+            case GangDown():
+                self._say(f"{event.gang} is given up: {event.message}")
+            case GangLost():
+                self._say(f"{event.gang} was lost: {event.message}")
+                for name in event.videos:
+                    lost = self._videos[name]
+                    lost.row = replace(lost.row, state=State.RESTARTING, gang=None, restarts=lost.row.restarts + 1)
+            case ChunkMade():
+                self._keep(backend, event)
+            case Admitted():
+                video = self._videos[event.video]
+                video.began = video.began or time.monotonic()
+                video.row = replace(video.row, state=State.RUNNING, gang=event.gang)
+            case Progressed():
+                self._progress(self._videos[event.video], event)
+            case VideoFailed():
+                self._fail(self._videos[event.video], event.message)
+            case VideoDone():
+                video = self._videos[event.video]
+                video.row = replace(video.row, computed=event.computed)
+                self._end_if_complete(video)
 
-    def _handle_video(self, video: _Video, event: Admitted | Progressed | VideoDone | VideoFailed) -> None:
-        if isinstance(event, Admitted):
-            video.began = video.began or time.monotonic()
-            video.row = replace(video.row, state=State.RUNNING, gang=event.gang)
-        elif isinstance(event, Progressed):
-            self._progress(video, event)
-        elif isinstance(event, VideoFailed):
-            self._fail(video, event.message)
-        else:
-            video.row = replace(video.row, computed=event.computed)
-            self._end_if_complete(video)
-
-    def _keep(self, backend: Backend, video: _Video, chunk: ChunkMade) -> None:
+    def _keep(self, backend: Backend, chunk: ChunkMade) -> None:
+        video = self._videos[chunk.video]
         try:
             video.files.write(chunk.index, chunk.frames)
         except InputError as error:

@@ -1,7 +1,4 @@
-"""Pictures of a record: computed and reused steps, distances, the KV that is kept, and what each rank did when.
-
-They know records and traces only. Figures are drawn without a display and without matplotlib's global state.
-"""
+"""Pictures of what a run has written down: of a video's record, and of the trace of ranks."""
 
 from __future__ import annotations
 
@@ -10,58 +7,29 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from engine.files import atomic_write
+from engine.files import atomic_write, check_target
 from engine.record import RunRecord
-from launch.output.files import check_target
-from launch.plots.distance import distance_figure
-from launch.plots.kv import kv_figure
 from launch.plots.pipeline import PipelineTrace, pipeline_figure, pipeline_table
-from launch.plots.reuse import reuse_figure
-
-_DPI = 150
+from launch.plots.record import distance_figure, kv_figure, reuse_figure
 
 PLOTS: dict[str, Callable[[RunRecord], Figure]] = {"reuse": reuse_figure, "distance": distance_figure, "kv": kv_figure}
 
 
-def plot_record(kind: str, folder: Path, out: Path) -> Path:
-    """Draw a plot of a record to a PNG file, which appears when it is complete.
-
-    Args:
-        kind: one of `PLOTS`.
-        folder: of the record.
-        out: the file.
+def plot(kind: str, folder: Path, out: Path) -> str:
+    """Draw a plot of a run's record to the PNG file `out`; `kind` is one of `PLOTS`, or `pipeline`, drawn of a trace.
 
     Returns:
-        The file.
+        The file; for `pipeline`, also a table of where each rank's time went.
 
     Raises:
-        InputError: the record is missing or damaged, or the file cannot be written.
+        InputError: the record or the trace is missing or damaged, or the file cannot be written.
     """
-    record = RunRecord.load(folder)
+    if kind == "pipeline":
+        trace = PipelineTrace.load(folder)
+        figure, text = pipeline_figure(trace), f"{out}\n{pipeline_table(trace.use)}"
+    else:
+        figure, text = PLOTS[kind](RunRecord.load(folder)), str(out)
     check_target(out, suffix=".png", what="picture")
-    return _save(PLOTS[kind](record), out)
-
-
-def plot_pipeline(folder: Path, out: Path) -> str:
-    """Draw what each rank did when to a PNG file, as `plot_record` does.
-
-    Args:
-        folder: of the record of a run on ranks.
-        out: the file.
-
-    Returns:
-        The file, and a table of where each rank's time went.
-
-    Raises:
-        InputError: the trace is missing or damaged, or the file cannot be written.
-    """
-    trace = PipelineTrace.load(folder)
-    check_target(out, suffix=".png", what="picture")
-    _save(pipeline_figure(trace), out)
-    return f"{out}\n{pipeline_table(trace.use)}"
-
-
-def _save(figure: Figure, out: Path) -> Path:
     with atomic_write(out) as file:
-        figure.savefig(file, format="png", dpi=_DPI)
-    return out
+        figure.savefig(file, format="png", dpi=150)
+    return text

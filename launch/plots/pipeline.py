@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from engine.record import RunRecord
-from launch.plots.style import REUSED, settings_line
+from launch.plots.record import REUSED, settings_line
 from models.errors import InputError
 from parallel.trace.idle_time import Cause, RankUse, Run, Utilisation, analyse
 
@@ -41,11 +41,7 @@ class PipelineTrace:
 
     @classmethod
     def load(cls, folder: Path) -> PipelineTrace:
-        """Read `trace.json` of a record's folder.
-
-        Raises:
-            InputError: there is none, or it is damaged.
-        """
+        """Read `trace.json` of a record's folder. An `InputError` says that there is none, or that it is damaged."""
         path = folder / "trace.json"
         try:
             events = json.loads(path.read_text())["traceEvents"]
@@ -137,10 +133,8 @@ class _Colours:
         """The legend; a colour that several videos or chunks share is named once."""
         word, count = "video" if self._by_video else "chunk", len(_COLOURS)
         shared = ", {}, ..." if len(self._numbers) > count else ""
-        return [
-            Patch(facecolor=_COLOURS[number % count], label=f"{word} {number}" + shared.format(number + count))
-            for number in self._numbers[:count]
-        ]
+        names = {number: f"{word} {number}" + shared.format(number + count) for number in self._numbers[:count]}
+        return [Patch(facecolor=_COLOURS[number % count], label=name) for number, name in names.items()]
 
 
 def _rows(axes: Axes, trace: PipelineTrace, colours: _Colours, span: tuple[float, float]) -> None:

@@ -121,5 +121,5 @@ def video_size(
     chunks = math.ceil((request.chunks * width + given) / width)
     schedule = Schedule(first=given // width, chunks=chunks, num_steps=num_steps, window=sampling.window)
     geometry = model.kv_geometry(range(max(stage_sizes(config, layout.pp, split))), torch.device("cpu"))
-    plan = plan_kv(sampling, schedule, kv, chunk_tokens=config.chunk_tokens(request.height, request.width))
+    plan = plan_kv(sampling, schedule, kv, config.chunk_tokens(request.height, request.width))
     return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(local_heads(geometry, layout.cp)))

@@ -5,21 +5,13 @@ A header goes over gloo, sent and received by a thread of its own. A payload goe
 Messages of a direction are numbered and cannot overtake each other. A full inbox leaves messages with the sender, and
 nobody waits in order to send, so there is no circle in which all wait.
 
-What holds on a GPU, where a call only queues work on a stream:
+On a GPU a call only queues work on a stream, and the order of streams keeps memory safe. Why each rule holds is in
+`docs/architecture.md`; a change here must keep them:
 
-- NCCL's stream waits for the stream that is current when an operation is issued, and `Work.wait` makes the current
-  stream wait for NCCL's, not the host. So a payload is sent after the kernels that produce it and read after it has
-  arrived.
-- A received payload is allocated on the compute stream. The allocator hands out memory whose last use was queued on
-  that stream, and the receive is ordered after that use. Once nobody refers to the payload, its memory goes to kernels
-  that are queued later, so after the last read. That is why there are no pools of buffers, and why no other thread may
-  allocate or receive payloads: it would write to memory that queued kernels still read.
-- A header is sent when its payload is ready, by a thread that waits for an event of the compute stream. A receive that
-  is posted once its header is there finds its data, and does not occupy the GPU while another rank computes.
-- The receive of the next work item must not wait for the present one to be computed. Its memory is allocated before
-  the present item is handed to the caller (`_NextBuffer`), and the receive is ordered after what was queued by then.
-- Between ranks that share a GPU, which NCCL does not support, payloads go through host memory; the main thread makes
-  the copies, in order with what it computes.
+- Payloads are allocated, sent and received on the main thread alone. `_NextBuffer` lets the receive of the next payload
+  not wait for the present item.
+- A header is sent when its payload has been computed, by a thread that waits for an event of the compute stream.
+- Between ranks that share a GPU, payloads go through host memory; the main thread makes the copies.
 
 Between CPUs and through host memory, a payload that has the size of the one before, as nearly all have, travels in the
 same buffer as its header: one transfer whose receive is posted ahead, not two. Each header says how large the next
@@ -34,11 +26,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Work
 
 from engine.video import WorkItem
 from parallel.comm.messages import HEADER_BYTES, Header, Kind, Message
@@ -53,25 +45,11 @@ OnError = Callable[[int, BaseException], None]
 OnSent = Callable[[float, WorkItem | None], None]
 
 
-class Work(Protocol):
-    """A transfer that was begun."""
-
-    def wait(self) -> object:
-        """Make what the caller does next come after it: on gloo the host waits, on NCCL the current stream."""
-
-
-class Transport(Protocol):
-    """Moves tensors between this rank and a peer, in one direction."""
-
-    def send(self, tensor: Tensor, tag: int) -> Work:
-        """Begin to send; the tensor must stay as it is until that is done."""
-
-    def receive(self, tensor: Tensor, tag: int) -> Work:
-        """Begin to receive into a tensor."""
-
-
 class GroupTransport:
-    """Point-to-point operations of a process group.
+    """Moves tensors to or from a peer, by point-to-point operations of a process group.
+
+    `Work.wait` makes what the caller does next come after a transfer: on gloo the host waits, on NCCL the current
+    stream. Until then the tensor must stay as it is.
 
     Args:
         peer: rank among all.
@@ -83,15 +61,16 @@ class GroupTransport:
 
     def send(self, tensor: Tensor, tag: int) -> Work:
         """Begin to send. NCCL knows no tags: there, operations match in the order in which they are issued."""
-        work = dist.isend(tensor, self._peer, group=self._group, tag=tag)
-        assert work is not None
-        return work
+        return _begun(dist.isend(tensor, self._peer, group=self._group, tag=tag))
 
     def receive(self, tensor: Tensor, tag: int) -> Work:
         """Begin to receive."""
-        work = dist.irecv(tensor, self._peer, group=self._group, tag=tag)
-        assert work is not None
-        return work
+        return _begun(dist.irecv(tensor, self._peer, group=self._group, tag=tag))
+
+
+def _begun(work: Work | None) -> Work:
+    assert work is not None
+    return work
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,11 +78,11 @@ class Link:
     """How messages get from or to a peer."""
 
     peer: int  # rank
-    headers: Transport  # in host memory
-    payloads: Transport | None  # between devices; None if payloads go through host memory as headers do
+    headers: GroupTransport  # in host memory
+    payloads: GroupTransport | None  # between devices; None if payloads go through host memory as headers do
     device: torch.device  # of this rank
 
-    def transport(self, header: Header) -> Transport:
+    def transport(self, header: Header) -> GroupTransport:
         """What moves a message's payload."""
         return self.headers if self.payloads is None or header.kind not in _DEVICE_KINDS else self.payloads
 
@@ -202,21 +181,8 @@ class Outbox:
                 self._on_sent(began, message.item)
 
 
-@dataclass(frozen=True, slots=True)
-class _Incoming:
-    """A message whose header has arrived and whose payload is being received."""
-
-    header: Header
-    payload: Tensor | None
-    work: Work | None  # that receives it; None if it is in the buffer of its header
-
-
 class _NextBuffer:
-    """Memory for the next payload, allocated before the present one is used: its receive need not wait for that.
-
-    Args:
-        device: of the payloads.
-    """
+    """Memory for the next payload, allocated before the present one is used: its receive need not wait for that."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._tensor = device, torch.empty(0)
@@ -232,7 +198,7 @@ class _NextBuffer:
         if self._free is not None:
             self._free.record()
 
-    def receive(self, header: Header, transport: Transport, tag: int) -> tuple[Tensor, Work]:
+    def receive(self, header: Header, transport: GroupTransport, tag: int) -> tuple[Tensor, Work]:
         """Begin to receive a payload, into that memory if it fits."""
         if not self._fits(header.shape, header.dtype):
             tensor = torch.empty(header.shape, dtype=header.dtype, device=self._device)
@@ -262,7 +228,8 @@ class Inbox:
         self._link, self._check, self._limit = link, check, limit
         self._room = None if limit is None else threading.Semaphore(limit + 1)  # one is being received
         self._arrived: queue.SimpleQueue[tuple[Header, Tensor]] = queue.SimpleQueue()
-        self._begun: deque[_Incoming] = deque()
+        self._begun: deque[tuple[Header, Tensor | None, Work | None]] = deque()
+        """Headers that have arrived, their payloads, and what receives these unless they are in the header's buffer."""
         self._next = _NextBuffer(link.device)
         self._thread = start_thread(f"inbox from rank {link.peer}", self._run, link, on_error)
 
@@ -277,10 +244,9 @@ class Inbox:
         return self._finish(time.perf_counter()) if self._begun else None
 
     def receive(self) -> Message:
-        """The next message. Receives of payloads behind it are begun, as far as their headers have arrived.
+        """The next message; a GangError if a rank fails meanwhile.
 
-        Raises:
-            GangError: a rank has failed meanwhile.
+        Receives of payloads behind it are begun, as far as their headers have arrived.
         """
         began = time.perf_counter()
         self._check()
@@ -313,16 +279,15 @@ class Inbox:
         elif header.shape:
             payload = torch.empty(header.shape, dtype=header.dtype)
             work = self._link.headers.receive(payload, tag) if payload.numel() else None
-        self._begun.append(_Incoming(header, payload, work))
+        self._begun.append((header, payload, work))
 
     def _finish(self, began: float) -> Message:
         """The oldest message that was begun; waited for since a given time."""
-        one = self._begun.popleft()
+        header, payload, work = self._begun.popleft()
         if self._room is not None:
             self._room.release()
-        header, payload = one.header, one.payload
-        if one.work is not None:
-            one.work.wait()
+        if work is not None:
+            work.wait()
         if payload is not None and header.kind in _DEVICE_KINDS:
             payload = payload.to(self._link.device)
             if self._link.payloads is not None:

@@ -5,9 +5,11 @@ It knows the mesh and opens an inbox or an outbox for each edge; it does not kno
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
+from torch.distributed import Store
 
 from parallel.comm.channel import AHEAD, Inbox, Outbox
 from parallel.comm.groups import Groups
@@ -21,21 +23,30 @@ _FIRST_TRACK = 2
 """Of a trace, for what is sent; those before it are of the main thread and of decoding."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankServices:
+    """What a rank has besides its layers."""
+
+    mesh: Mesh
+    groups: Groups
+    store: Store  # where ranks leave small things for the leader
+    monitor: Monitor  # notified of what this rank does and of lost peers; checked while waiting
+    tracer: Tracer
+
+
 class Edges:
     """Inboxes and outboxes of one rank.
 
     Args:
-        mesh: this rank's place.
-        groups: open process groups.
-        monitor: notified of lost peers, checked while waiting.
-        tracer: notified when messages are sent.
+        services: of this rank.
     """
 
-    def __init__(self, mesh: Mesh, groups: Groups, monitor: Monitor, tracer: Tracer) -> None:
+    def __init__(self, services: RankServices) -> None:
+        mesh, monitor, tracer = services.mesh, services.monitor, services.tracer
         self._mesh, self._monitor = mesh, monitor
         self._outboxes: dict[int, Outbox] = {}
         self._inboxes: dict[int, Inbox] = {}
-        for edge, link in groups.links.items():
+        for edge, link in services.groups.links.items():
             if edge.source == mesh.rank:
                 track = _FIRST_TRACK + len(self._outboxes)
                 tracer.name_track(track, f"to rank {edge.target}")
@@ -60,15 +71,9 @@ class Edges:
         self._parts = [
             self._inboxes[mesh.rank_of(mesh.last_stage, cp_rank)] for cp_rank in others if self.reads_velocity
         ]
-        self._to_tail = self._outboxes[tail] if self.is_tail and mesh.cp_rank else None
-        self._to_leader = self._outboxes[0] if self.reads_velocity and not mesh.leads else None
+        self._tail, self._leader = self._outboxes.get(tail), self._outboxes.get(0)
         self._results = self._inboxes[tail] if mesh.leads and tail else None
         self._work = None if mesh.leads else self._inboxes[0 if mesh.stage == 0 else mesh.rank - cp]
-
-    @property
-    def sent_bytes(self) -> int:
-        """Bytes sent so far."""
-        return sum(outbox.sent_bytes for outbox in self._outboxes.values())
 
     def receive(self) -> Message:
         """The next message from the stage before, or from the leader; on every rank but the leader."""
@@ -92,16 +97,11 @@ class Edges:
 
     def send_part(self, header: Header, payload: Tensor) -> None:
         """Send from another rank of the last stage to its cp_rank 0."""
-        assert self._to_tail is not None
-        self._to_tail.send(header, payload)
+        assert self._tail is not None
+        self._tail.send(header, payload)
 
     def receive_parts(self, header: Header) -> list[Message]:
-        """The messages of the other ranks of the last stage about an item, by cp_rank.
-
-        Raises:
-            RuntimeError: one is about another item.
-            GangError: a rank has failed meanwhile.
-        """
+        """The messages of the other ranks of the last stage about an item, by cp_rank; an error if another comes."""
         parts = []
         for inbox in self._parts:
             part = inbox.receive()
@@ -112,16 +112,20 @@ class Edges:
 
     def send_result(self, header: Header, payload: Tensor) -> None:
         """Send from the last stage to the leader."""
-        assert self._to_leader is not None
-        self._to_leader.send(header, payload)
+        assert self._leader is not None
+        self._leader.send(header, payload)
 
     def receive_result(self, *, wait: bool) -> Message | None:
         """A result, on the leader; None if there is none yet and it should not wait."""
         assert self._results is not None
         return self._results.receive() if wait else self._results.poll()
 
-    def leave(self) -> None:
-        """Send the last message to all, receive the same from all, and close."""
+    def leave(self) -> int:
+        """Send the last message to all, receive the same from all, and close.
+
+        Returns:
+            Bytes that were sent in all.
+        """
         for outbox in self._outboxes.values():
             outbox.send(Header(kind=Kind.LEAVE))
         for inbox in self._inboxes.values():
@@ -132,3 +136,4 @@ class Edges:
             outbox.close(_CLOSING)
         for inbox in self._inboxes.values():
             inbox.close(_CLOSING)
+        return sum(outbox.sent_bytes for outbox in self._outboxes.values())

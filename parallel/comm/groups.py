@@ -11,7 +11,7 @@ import json
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from parallel.comm.channel import GroupTransport, Link, Transport
+from parallel.comm.channel import GroupTransport, Link
 from parallel.health.timeouts import Timeouts
 from parallel.ranks.environment import RankEnv
 from parallel.topology.mesh import Edge, Mesh
@@ -92,10 +92,9 @@ def exchange_devices(store: dist.Store, rank: int, world_size: int, device: torc
     gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
     own = RankDevice(host=_host(), gpu=gpu, nccl=dist.is_nccl_available())
     keys = [f"device/{other}" for other in range(world_size)]
-    store.set(keys[rank], json.dumps([own.host, own.gpu, own.nccl]))
+    store.set(keys[rank], json.dumps(asdict(own)))
     store.wait(keys)
-    read = [json.loads(raw) for raw in store.multi_get(keys)]
-    return [RankDevice(host=host, gpu=gpu, nccl=nccl) for host, gpu, nccl in read]
+    return [RankDevice(**json.loads(raw)) for raw in store.multi_get(keys)]
 
 
 @contextmanager
@@ -146,11 +145,10 @@ def _open_links(mesh: Mesh, transfer: Transfer, device: torch.device) -> dict[Ed
 def _new_group(ranks: list[int], transfer: Transfer, timeout: timedelta, device: torch.device) -> dist.ProcessGroup:
     """A group of some ranks. NCCL sets the communicator up at once, because the device is given."""
     backend, bound = ("nccl", device) if transfer == "nccl" else ("gloo", None)
-    group = dist.new_group(ranks, backend=backend, timeout=timeout, device_id=bound)
-    return group
+    return dist.new_group(ranks, backend=backend, timeout=timeout, device_id=bound)
 
 
-def _join(transport: Transport, device: torch.device, *, sends: bool) -> None:
+def _join(transport: GroupTransport, device: torch.device, *, sends: bool) -> None:
     """Connect both sides, which the first transfer does; it blocks the host, so both sides do it now."""
     one = torch.zeros(1, device=device)
     (transport.send(one, 0) if sends else transport.receive(one, 0)).wait()

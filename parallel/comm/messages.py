@@ -23,8 +23,8 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from engine.executor import Admission
-from engine.kv.size import KVPlan
+from engine.kv.buffer import KVPlan
+from engine.prepare import Admission
 from engine.schedule import Schedule
 from engine.video import WorkItem
 from models.protocols import CaptionTable
@@ -37,6 +37,7 @@ _FIXED = struct.Struct("<4sBBHQiHH8sI5I")
 _DIMENSIONS = 5
 _LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 16
+_PLAIN = ("video", "schedule", "kv", "grid", "checkpoint")  # fields of an admission without tensors
 
 T = TypeVar("T")
 
@@ -44,18 +45,12 @@ T = TypeVar("T")
 class Kind(IntEnum):
     """What a message is about."""
 
-    ADMIT = 1
-    """Allocate for a request. The payload is an `Admission`."""
-    ITEM = 2
-    """Run a work item. The payload is the hidden states of the receiver's tokens, [1, S, D]."""
-    VELOCITY = 3
-    """A work item's result. The payload is [1, C, T, h, w] fp32."""
-    RELEASE = 4
-    """A request has ended: free what is held for it."""
-    LEAVE = 5
-    """The last message."""
-    CHECKPOINT = 6
-    """Take a snapshot of a request and begin to write it. The payload is the folder, as JSON."""
+    ADMIT = 1  # allocate for a request; the payload is an `Admission`
+    ITEM = 2  # run a work item; the payload is the hidden states of the receiver's tokens, [1, S, D]
+    VELOCITY = 3  # a work item's result; the payload is [1, C, T, h, w] fp32
+    RELEASE = 4  # a request has ended: free what is held for it
+    LEAVE = 5  # the last message
+    CHECKPOINT = 6  # take a snapshot of a request and begin to write it; the payload is the folder, as JSON
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,20 +80,10 @@ class Header:
             ValueError: it does not fit.
         """
         item = b"" if self.item is None else to_plain(self.item)
-        fixed = _FIXED.pack(
-            _MAGIC,
-            self.kind,
-            _DTYPES.index(self.dtype),
-            len(self.shape),
-            number,
-            self.request,
-            len(self.flags),
-            len(item),
-            self.digest,
-            self.next_buffer,
-            *self.shape,
-            *(0,) * (_DIMENSIONS - len(self.shape)),
-        )
+        dtype, dimensions = _DTYPES.index(self.dtype), len(self.shape)
+        shape = (*self.shape, *(0,) * (_DIMENSIONS - dimensions))
+        counts = (number, self.request, len(self.flags), len(item))
+        fixed = _FIXED.pack(_MAGIC, self.kind, dtype, dimensions, *counts, self.digest, self.next_buffer, *shape)
         content = fixed + item + _pack_flags(self.flags)
         if len(content) > HEADER_BYTES:
             raise ValueError(f"a header of {len(content)} bytes does not fit into {HEADER_BYTES}")
@@ -106,11 +91,7 @@ class Header:
 
     @classmethod
     def read(cls, buffer: Tensor) -> Header:
-        """Read it from a buffer that begins with it.
-
-        Raises:
-            ValueError: it is no header.
-        """
+        """Read it from a buffer that begins with it; a ValueError if it is none."""
         content = buffer[:HEADER_BYTES].numpy().tobytes()
         magic, kind, dtype, dimensions, number, request, flags, length, digest, following, *shape = _FIXED.unpack_from(
             content
@@ -160,15 +141,9 @@ def pack_admit(admission: Admission) -> Tensor:
     captions = admission.captions
     tensors = {"text": captions.text, "null": captions.null, "counters": captions.counters}
     held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    form = _AdmissionForm(
-        video=admission.video,
-        schedule=admission.schedule,
-        kv=admission.kv,
-        grid=admission.grid,
-        checkpoint=admission.checkpoint,
-        max_length=captions.max_length,
-        tensors={name: (_DTYPES.index(one.dtype), tuple(one.shape)) for name, one in held.items()},  # type: ignore[misc]
-    )
+    shapes: Any = {name: (_DTYPES.index(one.dtype), tuple(one.shape)) for name, one in held.items()}
+    same = {name: getattr(admission, name) for name in _PLAIN}
+    form = _AdmissionForm(**same, max_length=captions.max_length, tensors=shapes)
     text = to_plain(form)
     parts = [_LENGTH.pack(len(text)) + text]
     parts += [one.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for one in held.values()]
@@ -176,11 +151,7 @@ def pack_admit(admission: Admission) -> Tensor:
 
 
 def unpack_admit(payload: Tensor) -> Admission:
-    """From a payload; tensors are on the CPU.
-
-    Raises:
-        ValueError: it is no `Admission`.
-    """
+    """From a payload, with tensors on the CPU; a ValueError if it is no `Admission`."""
     (length,) = _LENGTH.unpack(payload[: _LENGTH.size].numpy().tobytes())
     place = _LENGTH.size + length
     form = from_plain(_AdmissionForm, payload[_LENGTH.size : place].numpy().tobytes())
@@ -192,14 +163,7 @@ def unpack_admit(payload: Tensor) -> Admission:
     captions = CaptionTable(
         text=tensors["text"], null=tensors["null"], counters=tensors.get("counters"), max_length=form.max_length
     )
-    return Admission(
-        video=form.video,
-        schedule=form.schedule,
-        kv=form.kv,
-        captions=captions,
-        grid=form.grid,
-        checkpoint=form.checkpoint,
-    )
+    return Admission(**{name: getattr(form, name) for name in _PLAIN}, captions=captions)
 
 
 def pack_json(values: Any) -> Tensor:
@@ -221,11 +185,7 @@ def to_plain(value: Any) -> bytes:
 
 
 def from_plain(kind: type[T], content: bytes) -> T:
-    """The inverse of `to_plain`.
-
-    Raises:
-        ValueError: a field is unknown, missing or of another type.
-    """
+    """The inverse of `to_plain`; a ValueError if a field is unknown, missing or of another type."""
     wanted: Any = kind
     adapter = _adapter(wanted)
     made: T = adapter.validate_json(content, strict=True)

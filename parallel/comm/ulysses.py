@@ -9,8 +9,7 @@ Shapes: S tokens of a chunk, s of them on this rank, R ranks, H query heads, G k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -22,11 +21,7 @@ from models.protocols import KVGeometry, KVView
 
 
 def local_heads(geometry: KVGeometry, ranks: int) -> KVGeometry:
-    """The KV that one of the ranks of a stage holds: its part of the heads.
-
-    Raises:
-        InputError: the ranks do not divide the key heads.
-    """
+    """The KV that one of the ranks of a stage holds: its part of the heads; an InputError if there is none."""
     if geometry.key_heads % ranks:
         raise InputError(f"--cp {ranks} does not divide the model's {geometry.key_heads} key heads")
     return replace(geometry, key_heads=geometry.key_heads // ranks, query_heads=geometry.query_heads // ranks)
@@ -66,53 +61,44 @@ class UlyssesShard:
 
     def gather_tokens(self, x: Tensor) -> _Exchange:
         """Begin to swap: own tokens of all heads [1, s, R * n, d] for all tokens of own heads [1, S, n, d]."""
-        ranks, own = len(self._split.counts), self._split.counts[self._cp_rank]
-        heads, size = x.shape[2] // ranks, x.shape[3]
+        counts, own = self._split.counts, self._split.counts[self._cp_rank]
+        ranks, heads, size = len(counts), x.shape[2] // len(counts), x.shape[3]
         sent = x[0].unflatten(1, (ranks, heads)).transpose(0, 1).contiguous()
         row = heads * size
-        return self._begin(
-            sent, [own * row] * ranks, [count * row for count in self._split.counts], (1, -1, heads, size)
-        )
+        return self._begin(sent, [own * row] * ranks, [count * row for count in counts], (1, -1, heads, size))
 
     def gather_heads(self, x: Tensor) -> Tensor:
         """The inverse: all tokens of own heads [1, S, n, d] to own tokens of all heads [1, s, R * n, d]."""
-        ranks, own = len(self._split.counts), self._split.counts[self._cp_rank]
-        heads, size = x.shape[2:]
-        row = heads * size
-        exchange = self._begin(
-            x[0].contiguous(),
-            [count * row for count in self._split.counts],
-            [own * row] * ranks,
-            (ranks, own, heads, size),
-        )
+        counts, own = self._split.counts, self._split.counts[self._cp_rank]
+        ranks, (heads, size) = len(counts), x.shape[2:]
+        row, sent = heads * size, x[0].contiguous()
+        exchange = self._begin(sent, [count * row for count in counts], [own * row] * ranks, (ranks, own, heads, size))
         return exchange.result().transpose(0, 1).flatten(1, 2)[None]
 
-    def _begin(
-        self, sent: Tensor, sending: Sequence[int], receiving: Sequence[int], shape: tuple[int, ...]
-    ) -> _Exchange:
+    def _begin(self, sent: Tensor, sending: list[int], receiving: list[int], shape: tuple[int, ...]) -> _Exchange:
         device = sent.device
         if self._through_host:
             sent = sent.cpu()
         received = sent.new_empty(sum(receiving))
-        work = dist.all_to_all_single(
-            received, sent.flatten(), list(receiving), list(sending), group=self._group, async_op=True
-        )
+        work = dist.all_to_all_single(received, sent.flatten(), receiving, sending, group=self._group, async_op=True)
         assert work is not None
         return _Exchange(work, sent, received, shape, device)
 
 
+@dataclass(frozen=True, slots=True)
 class _Exchange:
     """An exchange that was begun. It refers to both tensors until it is done."""
 
-    def __init__(
-        self, work: dist.Work, sent: Tensor, received: Tensor, shape: tuple[int, ...], device: torch.device
-    ) -> None:
-        self._work, self._sent, self._received, self._shape, self._device = work, sent, received, shape, device
+    work: dist.Work
+    sent: Tensor
+    received: Tensor
+    shape: tuple[int, ...]
+    device: torch.device
 
     def result(self) -> Tensor:
         """The tensor received; on NCCL the current stream waits for it, on gloo the host."""
-        self._work.wait()
-        return self._received.view(self._shape).to(self._device)
+        self.work.wait()
+        return self.received.view(self.shape).to(self.device)
 
 
 class _UlyssesView:

@@ -35,11 +35,7 @@ class RankEnv:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> RankEnv | None:
-        """The rank that the variables describe; None if this process is alone.
-
-        Raises:
-            InputError: a variable is missing or no number.
-        """
+        """The rank that the variables describe, None if this process is alone; an InputError if one cannot be read."""
         found = os.environ if environment is None else environment
         if "RANK" not in found and "WORLD_SIZE" not in found:
             return None

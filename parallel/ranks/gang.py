@@ -7,60 +7,40 @@ on workers as a loop. An error on any rank ends all of them with one message.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from engine.engine import Engine
 from engine.kv.size import KVSettings
-from engine.reuse.flags import FlagLog
 from engine.reuse.settings import ReuseSettings
-from engine.schedule import Schedule
 from models.errors import InputError
 from models.protocols import Pipeline
-from parallel.comm.edges import Edges
-from parallel.comm.groups import Groups, connect, open_groups, pick_device, serve_store
+from parallel.comm.edges import Edges, RankServices
+from parallel.comm.groups import connect, open_groups, pick_device, serve_store
 from parallel.health.errors import BAD_INPUT, INTERRUPTED, GangError
 from parallel.health.monitor import Monitor, is_connection_error
 from parallel.health.timeouts import Timeouts
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.leader import Leader
-from parallel.ranks.worker import RankServices, StageModel, StageWorker, WorkerLoop
+from parallel.ranks.worker import StageModel, StageWorker, serve
 from parallel.topology.mesh import Layout, Mesh
 from parallel.trace.counters import RankCounters, collect_counters, publish_counters
 from parallel.trace.tracer import Tracer, merge_traces, shipped_events
 
-_DEFAULTS = Timeouts()
-
-
-@dataclass(slots=True)
-class GangCounters:
-    """What all ranks have counted; on the leader, once an engine is closed."""
-
-    ranks: list[RankCounters] = field(default_factory=list)
+_DEFAULTS, _NO_REUSE, _OWN_RANGE = Timeouts(), ReuseSettings(), KVSettings()
 
 
 class Gang:
-    """The gang that this rank belongs to. Opened by `open_gang`.
+    """The gang that this rank belongs to. Opened by `open_gang`."""
 
-    Args:
-        mesh: this rank's place.
-        groups: open process groups.
-        store: where ranks meet.
-        monitor: watches the others.
-        tracer: of this rank.
-        device: of this rank.
-    """
-
-    def __init__(self, mesh: Mesh, groups: Groups, store: dist.Store, monitor: Monitor, tracer: Tracer) -> None:
-        self.mesh, self.tracer, self.monitor = mesh, tracer, monitor
-        self.device, self.transfer = groups.device, groups.transfer
-        self._groups, self._store = groups, store
+    def __init__(self, services: RankServices) -> None:
+        self._services, self._store = services, services.store
+        self.mesh, self.tracer, self.monitor = services.mesh, services.tracer, services.monitor
+        self.device, self.transfer = services.groups.device, services.groups.transfer
         self._sessions, self._load_seconds = 0, 0.0
 
     @contextmanager
@@ -71,12 +51,8 @@ class Gang:
         yield
         self._load_seconds = time.perf_counter() - began
 
-    def serve(self, stage: StageModel, new_log: Callable[[Schedule], FlagLog] = FlagLog) -> RankCounters:
+    def serve(self, stage: StageModel) -> RankCounters:
         """Serve with these layers until the leader lets go; on every rank but the leader.
-
-        Args:
-            stage: this rank's layers.
-            new_log: makes the log of a video's flags.
 
         Returns:
             What this rank has counted.
@@ -84,80 +60,46 @@ class Gang:
         Raises:
             GangError: another rank has failed.
         """
-        worker = StageWorker(stage, self._services, new_log)
-        worker.counters.load_seconds = self._load_seconds
-        WorkerLoop(worker, self._edges(), self.tracer).run()
-        counters = worker.finish()
+        worker = StageWorker(stage, self._services, self._load_seconds)
+        serve(worker, Edges(self._services), self.tracer)
         self.tracer.ship(self._store, self._sessions)
-        publish_counters(self._store, self._sessions, counters)
+        publish_counters(self._store, self._sessions, worker.finish())
         self._sessions += 1
-        return counters
+        return worker.counters
 
     @contextmanager
     def lead(
         self,
         pipeline: Pipeline,
-        reuse: ReuseSettings | None = None,
-        kv: KVSettings | None = None,
+        reuse: ReuseSettings = _NO_REUSE,
+        kv: KVSettings = _OWN_RANGE,
         *,
         barrier: bool = False,
         identity: str = "",
-    ) -> Iterator[tuple[Engine, GangCounters]]:
-        """An engine whose work the gang does; on the leader.
-
-        Args:
-            pipeline: the model, with the first stage's layers.
-            reuse: which steps are reused.
-            kv: how much of the past is held.
-            barrier: wait for all chunks of a tick before the next; for comparison.
-            identity: names the model, its weights and their split; a checkpoint is taken up by the same only.
+    ) -> Iterator[tuple[Engine, list[RankCounters]]]:
+        """An engine whose work the gang does; on the leader. Arguments are those of `Engine`.
 
         Yields:
-            The engine, and the counters of all ranks, which are there after the end.
+            The engine, and a list that takes the counters of all ranks at the end.
 
         Raises:
             GangError: another rank has failed.
         """
         stage = StageModel(model=pipeline.model, attention=pipeline.attention)
-        leader = Leader(stage, self._services, self._edges())
-        leader.worker.counters.load_seconds = self._load_seconds
-        engine = Engine(
-            pipeline,
-            leader,
-            reuse=reuse or ReuseSettings(),
-            kv=kv or KVSettings(),
-            barrier=barrier,
-            identity=identity,
-            on_decoded=partial(self.tracer.add, "decode", track=1),
-        )
-        counters = GangCounters()
+        leader = Leader(StageWorker(stage, self._services, self._load_seconds), self._services)
+        decoded, counters = partial(self.tracer.add, "decode", track=1), list[RankCounters]()
+        engine = Engine(pipeline, leader, reuse=reuse, kv=kv, barrier=barrier, identity=identity, on_decoded=decoded)
         yield engine, counters
         engine.close()
         publish_counters(self._store, self._sessions, leader.worker.finish())
-        counters.ranks = collect_counters(self._store, self._sessions, self.mesh.layout.world_size)
+        counters += collect_counters(self._store, self._sessions, self.mesh.layout.world_size)
         self._sessions += 1
 
     def write_trace(self, path: Path) -> None:
-        """Write the traces of all ranks to one file; on the leader, once an engine is closed.
-
-        Args:
-            path: of the file; Chrome's and Perfetto's format.
-
-        Raises:
-            InputError: it cannot be written.
-        """
+        """Write the traces of all ranks in Chrome's and Perfetto's format; on the leader, once an engine is closed."""
         others = range(1, self.mesh.layout.world_size)
         shipped = [shipped_events(self._store, session, rank) for session in range(self._sessions) for rank in others]
         merge_traces([self.tracer.lines(), *shipped], path)
-
-    @property
-    def _services(self) -> RankServices:
-        return RankServices(
-            mesh=self.mesh, groups=self._groups, store=self._store, monitor=self.monitor, tracer=self.tracer
-        )
-
-    def _edges(self) -> Edges:
-        return Edges(self.mesh, self._groups, self.monitor, self.tracer)
 
 
 @contextmanager
@@ -178,9 +120,6 @@ def open_gang(
         trace: remember what is done when.
         device: in place of the env's own.
 
-    Yields:
-        The gang.
-
     Raises:
         InputError: the layout does not fit the number of ranks.
         GangError: a rank has failed; one line says which, and at what. Who catches it shows it if its own rank is
@@ -200,7 +139,7 @@ def open_gang(
         with open_groups(env, mesh, timeouts, device or pick_device(env)) as groups:
             place = {"stage": mesh.stage, "cp_rank": mesh.cp_rank}
             tracer = Tracer(env.rank, mesh.name(env.rank), wanted=trace, about=place)
-            yield Gang(mesh, groups, store, monitor, tracer)
+            yield Gang(RankServices(mesh=mesh, groups=groups, store=store, monitor=monitor, tracer=tracer))
     except BaseException as error:
         try:
             _fail(monitor, mesh, error)
@@ -215,11 +154,9 @@ def _fail(monitor: Monitor, mesh: Mesh, error: BaseException) -> None:
     """Report what has ended this rank, and raise what was reported first."""
     if isinstance(error, GangError):
         return
-    if isinstance(error, KeyboardInterrupt):
-        monitor.fail("stopped", status=INTERRUPTED)
-        return
-    if isinstance(error, SystemExit | GeneratorExit):
-        monitor.fail(f"{mesh.name(mesh.rank)} was told to stop", status=INTERRUPTED)
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+        text = "stopped" if isinstance(error, KeyboardInterrupt) else f"{mesh.name(mesh.rank)} was told to stop"
+        monitor.fail(text, status=INTERRUPTED)
         return
     if isinstance(error, InputError):
         failure = monitor.fail(str(error), status=BAD_INPUT)

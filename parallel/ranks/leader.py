@@ -8,71 +8,61 @@ at the same point of it.
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
-from torch.distributed import Store
 
 from engine.checkpoint.files import Contents, Shard
-from engine.checkpoint.snapshot import RUN_FILE
-from engine.executor import Admission
+from engine.executor import Runner
 from engine.kv.buffer import KVBuffer
-from engine.prepare import Prepared
+from engine.prepare import Admission
 from engine.reuse.flags import FlagLog
 from engine.reuse.policy import Decision
 from engine.video import Work, WorkItem
-from parallel.comm.edges import Edges
-from parallel.comm.messages import Header, Kind, Message, pack_admit, pack_json
-from parallel.ranks.worker import RankServices, StageModel, StageWorker, read_velocity, saved_key
+from parallel.comm.edges import Edges, RankServices
+from parallel.comm.messages import Header, Kind, pack_admit, pack_json
+from parallel.ranks.worker import StageWorker, read_velocity, saved_key
 
 _SAVED_INTERVAL = 0.05
 """Seconds between two looks at which ranks have written their files."""
 
 
-class Leader:
+class Leader(Runner):
     """Runs the items of videos on a gang.
 
     Args:
-        stage: the layers of the first stage.
+        worker: runs the first stage here.
         services: of this rank.
-        edges: its messages.
     """
 
-    def __init__(self, stage: StageModel, services: RankServices, edges: Edges) -> None:
-        self.worker = StageWorker(stage, services)
-        self._edges, self._monitor, self._tracer = edges, services.monitor, services.tracer
-        self._store: Store = services.store
-        self._ranks = services.mesh.layout.world_size
-        self.layout: Mapping[str, int] = {"pp": services.mesh.layout.pp, "cp": services.mesh.layout.cp}
-        self._one_stage = edges.reads_velocity  # results are there at once
+    def __init__(self, worker: StageWorker, services: RankServices) -> None:
+        self.worker, self._edges, self._store = worker, Edges(services), services.store
+        self._monitor, self._tracer = services.monitor, services.tracer
+        self.layout = asdict(services.mesh.layout)
+        self._one_stage = self._edges.reads_velocity  # results are there at once
         self._undelivered: list[tuple[WorkItem, Tensor]] = []
         self._decided: dict[int, tuple[FlagLog, list[int]]] = {}
         """Of each video: all of its flags, and those that were decided since the last header."""
         self._saving: dict[int, Path] = {}
-        self._looked = 0.0
-        self._outstanding = 0
-        self.worker.ready()
+        self._looked, self._outstanding = 0.0, 0
 
     @property
     def pending(self) -> int:
         """Velocities that are still to come."""
         return self._outstanding + len(self._undelivered)
 
-    def admit(self, video: int, prepared: Prepared, checkpoint: Path | None) -> None:
-        """Take a video in on all ranks.
-
-        Raises:
-            InputError: this layout cannot serve it, or the checkpoint does not fit it.
-        """
-        admission = Admission.of(video, prepared, checkpoint)
+    def admit(self, admission: Admission) -> None:
+        """Take a video in on all ranks; an InputError if this layout cannot serve it."""
         self.worker.admit(admission)
-        self._edges.announce(Header(kind=Kind.ADMIT, request=video), pack_admit(admission))
+        self._edges.announce(Header(kind=Kind.ADMIT, request=admission.video), pack_admit(admission))
         log = FlagLog(admission.schedule)
-        log.restore(self.worker.flags(video).state())
-        self._decided[video] = (log, [])
+        log.restore(self.worker.stage.flags(admission.video).state())
+        self._decided[admission.video] = (log, [])
 
     def decided(self, video: int, decision: Decision) -> None:
         """Keep a flag for the next header."""
@@ -97,34 +87,27 @@ class Leader:
             self._outstanding += 1
 
     def results(self, *, wait: bool) -> list[tuple[WorkItem, Tensor]]:
-        """Velocities that have come back.
-
-        Raises:
-            GangError: a rank has failed.
-        """
+        """Velocities that have come back."""
         results, self._undelivered = self._undelivered, []
         if not self._one_stage:
             wait = wait and not results
             while (message := self._edges.receive_result(wait=wait)) is not None:
+                assert message.header.item is not None and message.payload is not None
                 wait = False
-                results.append(self._result(message))
+                self._outstanding -= 1
+                self.worker.counters.velocity_bytes += message.nbytes
+                results.append((message.header.item, message.payload))
         return results
-
-    def _result(self, message: Message) -> tuple[WorkItem, Tensor]:
-        assert message.header.item is not None and message.payload is not None
-        self._outstanding -= 1
-        self.worker.counters.velocity_bytes += message.nbytes
-        return message.header.item, message.payload
 
     def kv(self, video: int) -> KVBuffer:
         """The first stage's KV buffers of a video."""
-        return self.worker.kv(video)
+        return self.worker.stage.kv(video)
 
     def save(self, video: int, folder: Path, run: Contents, on_done: Callable[[], None]) -> None:
         """Have all ranks take a snapshot and begin to write it."""
         header = self._header(Kind.CHECKPOINT, video)
         self._edges.announce(header, pack_json(str(folder)))
-        self.worker.save(header, folder, {RUN_FILE: run}, on_done)
+        self.worker.save(header, folder, run, on_done)
         self._saving[video] = folder
 
     def saved(self, video: int) -> tuple[Shard, ...] | None:
@@ -133,7 +116,7 @@ class Leader:
         if now - self._looked < _SAVED_INTERVAL:
             return None
         self._looked = now
-        keys = [saved_key(self._saving[video], rank) for rank in range(self._ranks)]
+        keys = [saved_key(self._saving[video], rank) for rank in range(math.prod(self.layout.values()))]
         if not self._store.check(keys):
             return None
         files = [file for raw in self._store.multi_get(keys) for file in json.loads(raw)]
@@ -152,11 +135,7 @@ class Leader:
         self._undelivered = [result for result in self._undelivered if result[0].request != video]
 
     def check(self) -> None:
-        """Raise if a rank has failed.
-
-        Raises:
-            GangError: the failure.
-        """
+        """Raise a GangError if a rank has failed."""
         self._monitor.check()
 
     @contextmanager
@@ -170,8 +149,7 @@ class Leader:
 
     def close(self) -> None:
         """Tell all ranks that nothing more will come, and wait until they have worked off what is under way."""
-        self._edges.leave()
-        self.worker.counters.sent_bytes = self._edges.sent_bytes
+        self.worker.counters.sent_bytes = self._edges.leave()
 
     def _header(self, kind: Kind, video: int, item: WorkItem | None = None) -> Header:
         """A header with the flags that were decided since the last one."""

@@ -38,14 +38,12 @@ def run_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = N
         GangError: a rank has failed; the text names it.
         KeyboardInterrupt: Ctrl-C; all ranks have ended.
     """
-    count = layout.world_size
-    share = max(1, (os.cpu_count() or 1) // count) if threads is None else threads
     store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
     board = ErrorStore(dist.PrefixStore("flowcache/0", store))
     ranks: list[subprocess.Popen[bytes]] = []
     try:
-        for rank in range(count):
-            ranks.append(_start(command, _env(rank, count, store.port), share))
+        for rank in range(layout.world_size):
+            ranks.append(_start(command, _env(rank, layout, store), threads))
         _wait(ranks, board, layout, grace)
     except (KeyboardInterrupt, SystemExit):
         board.report(Failure(message="stopped", status=INTERRUPTED, reporter=-1))
@@ -61,46 +59,33 @@ def worker_ranks(
 ) -> Iterator[RankEnv]:
     """Run a command once for each rank but rank 0, which this process is. They end with this process.
 
-    Args:
-        command: as in `run_ranks`.
-        layout: of the ranks.
-        threads: CPU threads of each; None shares the cores evenly.
-        grace: seconds that they have to end by themselves after the context.
+    Arguments are those of `run_ranks`; `grace` is for ending by themselves after the context.
 
     Yields:
         The environment of rank 0.
     """
-    count = layout.world_size
-    share = max(1, (os.cpu_count() or 1) // count) if threads is None else threads
     store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
     ranks: list[subprocess.Popen[bytes]] = []
     try:
-        for rank in range(1, count):
-            ranks.append(_start(command, _env(rank, count, store.port), share))
-        yield replace(_env(0, count, store.port), launcher_speaks=False, launched=False)
+        for rank in range(1, layout.world_size):
+            ranks.append(_start(command, _env(rank, layout, store), threads))
+        yield replace(_env(0, layout, store), launcher_speaks=False, launched=False)
         _wait_for_all(ranks, grace)
     finally:
         _kill(ranks)
 
 
-def _env(rank: int, count: int, port: int) -> RankEnv:
-    return RankEnv(
-        rank=rank,
-        world_size=count,
-        local_rank=rank,
-        local_world_size=count,
-        host=_HOST,
-        port=port,
-        launcher_serves=True,
-        launcher_speaks=True,
-        launched=True,
-    )
+def _env(rank: int, layout: Layout, store: dist.TCPStore) -> RankEnv:
+    count = layout.world_size
+    env = RankEnv(rank=rank, world_size=count, local_rank=rank, local_world_size=count, host=_HOST, port=store.port)
+    return replace(env, launcher_serves=True, launcher_speaks=True, launched=True)
 
 
-def _start(command: Sequence[str], env: RankEnv, threads: int) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], env: RankEnv, threads: int | None) -> subprocess.Popen[bytes]:
+    share = max(1, (os.cpu_count() or 1) // env.world_size) if threads is None else threads
     return subprocess.Popen(
         command,
-        env=child_environment(env, threads=threads),
+        env=child_environment(env, threads=share),
         stdin=subprocess.DEVNULL,
         stdout=None if env.rank == 0 else subprocess.DEVNULL,
         start_new_session=True,
@@ -116,11 +101,7 @@ def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], board: ErrorStore, layout: Layout, grace: float) -> None:
-    """Wait until all have ended well.
-
-    Raises:
-        GangError: one has not.
-    """
+    """Wait until all have ended well; a GangError if one has not."""
     while True:
         statuses = [process.poll() for process in ranks]
         bad = [(rank, status) for rank, status in enumerate(statuses) if status]
@@ -130,15 +111,12 @@ def _wait(ranks: list[subprocess.Popen[bytes]], board: ErrorStore, layout: Layou
             return
         time.sleep(_POLL)
     # A rank that fails in order reports it before it ends. If this one has not, it could not, or was not there yet.
-    failure = board.report(_ended(*bad[0], layout))
-    _wait_for_all(ranks, grace)
-    raise GangError(failure)
-
-
-def _ended(rank: int, status: int, layout: Layout) -> Failure:
+    rank, status = bad[0]
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     text = f"{Mesh(layout=layout, rank=rank).name(rank)} {how}"
-    return Failure(message=text, status=max(status, FAILED), reporter=rank)
+    failure = board.report(Failure(message=text, status=max(status, FAILED), reporter=rank))
+    _wait_for_all(ranks, grace)
+    raise GangError(failure)
 
 
 def _wait_for_all(ranks: list[subprocess.Popen[bytes]], grace: float) -> None:

@@ -17,7 +17,7 @@ from benchmarks.quality.report import (
 )
 from benchmarks.quality.sweep import LEAN, METHODS, WORK, Setting
 from benchmarks.quality.trial import Trial
-from engine.reuse.memory import KINDS
+from engine.reuse.settings import KINDS
 
 
 def trial(setting, seed=0, **changes):

@@ -3,7 +3,7 @@
 It shares the run and the stage with the engine, and nothing of how work is ordered, begun, waited for or handed out.
 """
 
-from engine.executor import Admission, Stage
+from engine.executor import Stage
 from engine.kv.size import KVSettings
 from engine.prepare import encode, prepare
 from engine.reuse.policy import Decision
@@ -18,9 +18,9 @@ def reference_latents(pipeline, request, reuse=None, kv=None):
     """
     reuse, kv = reuse or ReuseSettings(), kv or KVSettings()
     encoded = encode(pipeline, request)
-    prepared = prepare(pipeline, request, encoded, number=0, reuse=reuse, kv=kv, observe=True)
-    run, stage = prepared.run, Stage(pipeline.model, pipeline.attention)
-    stage.admit(Admission.of(0, prepared, None))
+    run, admission = prepare(pipeline, request, encoded, number=0, reuse=reuse, kv=kv, observe=True)
+    stage = Stage(pipeline.model, pipeline.attention)
+    stage.admit(admission)
     ran, made, decisions = [], [], {}
 
     def carry_out(work):

@@ -8,7 +8,7 @@ import torch
 
 from engine.checkpoint.files import Contents
 from engine.checkpoint.snapshot import pack_run, pack_shard, unpack_run, unpack_shard
-from engine.executor import Admission, Stage
+from engine.executor import Stage
 from engine.kv.size import KVSettings
 from engine.order import WorkOrder
 from engine.prepare import encode, prepare
@@ -34,11 +34,7 @@ CASES = {
     },
     "teacache": {"cache": {"policy": "teacache", "threshold": 0.1, "warmup_steps": 3}},
     "budget": {"budget": 1, "config": {"ranges": ()}},
-    "budget, guided, flowcache": {
-        "budget": 2,
-        "config": {"guided": True},
-        "cache": {**FLOWCACHE, "clean_pass": False},
-    },
+    "budget, guided, flowcache": {"budget": 2, "config": {"guided": True}, "cache": {**FLOWCACHE, "clean_pass": False}},
     "image": {"prefix": 1},
     "clip": {"prefix": 32, "config": {"guided": True}},
 }
@@ -67,14 +63,14 @@ def build(case):
 def start(case, saved=None):
     """A run, its KV and where its work is carried out; `saved` are the contents of a checkpoint."""
     pipeline, wanted, cache, kv = build(case)
-    prepared = prepare(pipeline, wanted, encode(pipeline, wanted), number=0, reuse=cache, kv=kv, observe=True)
+    run, admission = prepare(pipeline, wanted, encode(pipeline, wanted), number=0, reuse=cache, kv=kv, observe=True)
     executor = Recording(pipeline.model, pipeline.attention)
-    executor.admit(Admission.of(0, prepared, None))
+    executor.admit(admission)
     if saved is not None:
-        run, shard = saved
-        prepared.run.restore(unpack_run(run))
+        state, shard = saved
+        run.restore(unpack_run(state))
         executor.kv(0).restore(unpack_shard(shard)[0])
-    return prepared.run, executor.kv(0), executor
+    return run, executor.kv(0), executor
 
 
 def carry_out(order, executor, latency):
@@ -187,7 +183,7 @@ class Keeper:
         self.refusals += 1
         if self.refusals % 2:
             return False
-        share = pack_shard(self.held.state(), FlagState(digest=bytes(8), count=0, reused=0), {})
+        share = pack_shard(self.held.state(), FlagState(digest=bytes(8), count=0), {})
         contents = [pack_run(self.run.state()), share]
         plain = [Contents(tensors=one.tensors, values=json.loads(json.dumps(one.values))) for one in contents]
         self.saved[quantum.index] = (plain, len(self.order()))
@@ -201,7 +197,7 @@ def test_a_video_goes_on_from_a_snapshot_bit_for_bit(case):
     run, held, executor = start(case)
     keeper = Keeper(run, held, lambda: executor.items)
     made, *_ = carry_out(
-        WorkOrder(run, barrier=False, on_decision=lambda *_: None, boundary=keeper), executor, latency=3
+        WorkOrder(run, barrier=False, on_decision=lambda *_: None, checkpointer=keeper), executor, latency=3
     )
     assert executor.items == items
     assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
@@ -213,7 +209,7 @@ def test_a_video_goes_on_from_a_snapshot_bit_for_bit(case):
         order = WorkOrder(again, barrier=False, on_decision=lambda *_: None, start=quantum)
         rest, *_ = carry_out(order, other, latency=3)
         assert other.items == items[given_out:]
-        done = run.schedule.finished_before(quantum)
+        done = max(0, quantum - run.schedule.window + 1)
         assert len(rest) == len(expected) - done
         assert all(torch.equal(a, b) for a, b in zip(rest, expected[done:], strict=True))
 
@@ -223,7 +219,7 @@ def test_a_snapshot_does_not_grow_with_the_video():
         case = {**CASES["budget, guided, flowcache"], "request": {"chunks": chunks}}
         run, held, executor = start(case)
         keeper = Keeper(run, held, lambda: executor.items)
-        carry_out(WorkOrder(run, barrier=False, on_decision=lambda *_: None, boundary=keeper), executor, latency=3)
+        carry_out(WorkOrder(run, barrier=False, on_decision=lambda *_: None, checkpointer=keeper), executor, latency=3)
         return max(
             sum(part.nbytes for contents in saved for part in contents.tensors.values())
             for saved, _ in keeper.saved.values()

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kv.layout import KVLayout
+from engine.kv.buffer import KVLayout
 from engine.kv.size import clean_chunks
-from engine.noise import SeededNoise
-from engine.reuse.policy import NoReuse
+from engine.request import seeded_noise
+from engine.reuse.policy import Policy
 from engine.reuse.settings import ReuseSettings
 from engine.video import Reuse, VideoRun, VideoShape
 from models.magi.sampling import MagiSampling
@@ -22,9 +22,9 @@ def new_run(*, chunks, prefix_frames, window, num_steps, ranges, guided=False, c
     sampling = MagiSampling(config=config, num_steps=num_steps)
     shape = VideoShape(channels=1, chunks=chunks, prefix_frames=prefix_frames, height=1, width=1)
     prefix = torch.zeros(1, 1, prefix_frames, 1, 1) if prefix_frames else None
-    reuse = Reuse(policy=NoReuse(), memory=ReuseSettings().new_memory(), patches=lambda x: x, observe=False)
+    reuse = Reuse(policy=Policy(), memory=ReuseSettings().new_memory(), patches=lambda x: x, observe=False)
     run = VideoRun(
-        7, shape, sampling, SeededNoise(0), reuse, prefix=prefix, compressed=compressed, device=torch.device("cpu")
+        7, shape, sampling, seeded_noise(0), reuse, prefix=prefix, compressed=compressed, device=torch.device("cpu")
     )
     return run, sampling
 

@@ -13,10 +13,10 @@ import pytest
 
 from engine.record import RunRecord
 from launch.api import VideoEngine, load
-from launch.generate import generate_video
 from launch.options import CacheName, Options
 from models.errors import InputError
 from tests.launch.process import ROOT, environment
+from tests.launch.videos import generate_video
 
 PROMPT, OTHER = "a red circle moving right", "a blue cross moving up"
 SHORT = {"chunks": 2, "steps": 4}

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from launch.generate import generate_video
+from launch.generate import generate
 from launch.options import CacheName, Options, TokenUnit
-from launch.output.media import read_video
-from launch.output.video import VideoWriter
+from launch.output.media import VideoWriter, read_video
+from tests.launch.videos import generate_video
 
 PROMPT = "a red circle moving right"
 
@@ -33,7 +33,7 @@ def _make(options: Options, **changes: object) -> Path:
 def test_a_video_is_as_long_as_asked(options: Options) -> None:
     summary = generate_video(options)
     frames = read_video(options.out, fps=24, height=64, width=64)
-    assert (summary.frames, summary.chunks, summary.fps) == (96, 4, 24)
+    assert (summary.frames, summary.chunks) == (96, 4)
     assert len(frames) == 32 and frames.float().std() > 5  # noise, not a blank screen
     assert summary.making > 0 and summary.loading > 0 and summary.memory > 100_000_000
     text = summary.text()
@@ -79,7 +79,7 @@ def test_threads_are_set(options: Options) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        _make(options, chunks=1, threads=1)
+        generate(replace(options, chunks=1, threads=1), [])
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)

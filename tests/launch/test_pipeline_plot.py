@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from launch.plots import plot_pipeline
+from launch.plots import plot
 
 
 def trace(ranks, items, decoding):
@@ -29,6 +29,6 @@ def test_the_picture_is_drawn_without_a_complaint(tmp_path, ranks, items, decodi
     (tmp_path / "trace.json").write_text(json.dumps(trace(ranks, items, decoding)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        text = plot_pipeline(tmp_path, tmp_path / "pipeline.png")
+        text = plot("pipeline", tmp_path, tmp_path / "pipeline.png")
     assert (tmp_path / "pipeline.png").stat().st_size > 10_000
     assert f"{items} items in" in text

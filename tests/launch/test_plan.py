@@ -14,8 +14,7 @@ from engine.kv.size import KVSettings
 from engine.reuse.settings import ReuseSettings
 from launch.cli import run
 from launch.options import CacheName, Options, Precision
-from launch.plan import Plan, at_a_time, plan_videos, video_names
-from launch.reuse_presets import reuse_preset
+from launch.plan import Plan, at_a_time, plan_videos, reuse_preset, video_names
 from models.errors import InputError
 from models.pocket.preset import pocket_config
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from engine.record import NOT_ACTIVE, RunRecord
 from launch.cli import run
-from launch.plots import PLOTS, distance_figure, kv_figure, plot_record, reuse_figure
+from launch.plots import PLOTS, distance_figure, kv_figure, plot, reuse_figure
 from models.errors import InputError
 from tests.launch.process import environment, flowcache_process
 from tests.launch.records import SETTINGS, made_up_record
@@ -170,7 +170,7 @@ def test_no_record_makes_trouble(tmp_path: Path, kind: str, record: RunRecord) -
     record.save(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plot_record(kind, tmp_path, tmp_path / "plot.png")
+        plot(kind, tmp_path, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as image:
         image.load()
         assert image.format == "PNG" and image.width > 1000 and len(image.getcolors(1 << 24) or ()) > 10

@@ -17,9 +17,9 @@ from PIL import Image
 
 from engine.record import RunRecord
 from launch.cli import run
-from launch.generate import generate_video
 from launch.options import Options
 from tests.launch.process import ROOT, Result, environment, flowcache_process
+from tests.launch.videos import generate_video
 
 GOLDENS = ROOT / "tests" / "data" / "goldens"
 pytestmark = pytest.mark.slow

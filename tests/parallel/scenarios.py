@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from engine import executor
 from engine.checkpoint.files import CheckpointConfig
 from engine.kv.size import KVSettings
 from engine.record import Recorder
@@ -55,13 +56,13 @@ def wanted(values):
     return made
 
 
-def videos(gang, values, out, flag_log=FlagLog, wrap=lambda model: model):
+def videos(gang, values, out, wrap=lambda model: model):
     """Make videos; the lead saves latents, flags, counts and the items that its stage was given."""
     config = small_config(**values.get("config", {}))
     pipeline = stage_pipeline(config, gang.mesh, values.get("split"), device=gang.device)
     pipeline.model = wrap(pipeline.model)
     if not gang.mesh.leads:
-        gang.serve(pipeline.stage, flag_log)
+        gang.serve(pipeline.stage)
         return
     cache, kv = settings(values)
     requests = wanted(values)
@@ -85,7 +86,7 @@ def videos(gang, values, out, flag_log=FlagLog, wrap=lambda model: model):
             "flags": {video: torch.from_numpy(trace.finish({}).flags) for video, trace in traces.items()},
             "kept": {video: torch.from_numpy(trace.finish({}).kept) for video, trace in traces.items()},
             "items": {video: torch.from_numpy(trace.finish({}).tick_items) for video, trace in traces.items()},
-            "reports": reports.ranks,
+            "reports": reports,
         },
         out,
     )
@@ -152,7 +153,8 @@ def trouble(gang, values, out):
         videos(gang, values, out)
         return
     if values["action"] == "flip":
-        videos(gang, values, out, flag_log=_Flipping)
+        executor.FlagLog = _Flipping
+        videos(gang, values, out)
         return
     if values["action"] == "input":
         raise InputError("the weights have gone for a walk")
@@ -172,9 +174,9 @@ class _Flipping(FlagLog):
 
 def separate_payloads(gang):
     """Send payloads as they are sent between GPUs: by themselves, on the main thread."""
-    groups = gang._groups
+    groups = gang._services.groups
     links = {edge: replace(link, payloads=link.headers) for edge, link in groups.links.items()}
-    gang._groups = replace(groups, links=links)
+    gang._services = replace(gang._services, groups=replace(groups, links=links))
 
 
 def goldens(gang, values, out):
@@ -215,7 +217,7 @@ def abandoned(gang, values, out):
             whole += [made.chunk.latents for made in engine.step() if made.video == kept]
     with gang.lead(pipeline) as (engine, second):
         again = [chunk.latents for chunk in engine.generate(request(seed=2))]
-    reports = [first.ranks, second.ranks]
+    reports = [first, second]
     torch.save({"latents": [whole, again], "refused": refused, "reports": reports}, out)
 
 
@@ -318,7 +320,7 @@ def kept(gang, values, out):
                 cut -= 1
                 if not cut:
                     os.kill(os.getpid(), signal.SIGKILL)
-    torch.save({"resumed": resumed, "wholes": sorted(wholes), "reports": reports.ranks}, out)
+    torch.save({"resumed": resumed, "wholes": sorted(wholes), "reports": reports}, out)
 
 
 class _Held:

@@ -13,7 +13,7 @@ import ctypes, json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from engine.kv.size import KVPlan
+from engine.kv.buffer import KVBuffer, KVPlan
 from engine.kv.selection import SelectionSettings
 from engine.video import KVOp
 from models.attention import attention_backend
@@ -46,10 +46,10 @@ def run(buffer, chunks):
             buffer.apply(KVOp(kind="retire", chunk=chunk - WINDOW))
         fill(buffer, chunk)
 
-run(plan.allocate(geometry, attention_backend("sdpa")), 8)  # what a first run leaves behind counts for nobody
+run(KVBuffer(plan, geometry, attention_backend("sdpa")), 8)  # what a first run leaves behind counts for nobody
 ctypes.CDLL(None).malloc_trim(0)
 before = status("VmRSS")
-buffer = plan.allocate(geometry, attention_backend("sdpa"))
+buffer = KVBuffer(plan, geometry, attention_backend("sdpa"))
 run(buffer, 6)
 ctypes.CDLL(None).malloc_trim(0)
 grown = status("VmRSS") - before

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.kv.layout import KVLayout
+from engine.kv.buffer import KVLayout
 
 
 @given(
@@ -24,7 +24,7 @@ def test_slices_never_overlap_and_the_window_is_never_dropped(chunk_tokens, clea
             excess = layout.retire(retired)
             retired += 1
             layout.drop_oldest(excess)
-        assert layout.window_chunks == tuple(range(retired, entered))
+        assert layout.window_chunks == list(range(retired, entered))
         assert layout.used_rows <= layout.capacity
         assert layout.clean_rows <= layout.clean_tokens
         held = [layout.rows(chunk) for chunk in (*layout.clean_chunks, *layout.window_chunks)]

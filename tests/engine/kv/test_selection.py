@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kv.buffer import Compression, KVBuffer
-from engine.kv.layout import KVLayout
+from engine.kv.buffer import KVBuffer, KVPlan
 from engine.kv.selection import SelectionSettings, importance, redundancy, select
 from engine.video import KVOp
 from models.attention import attention_backend
@@ -65,11 +64,16 @@ def new_buffer(budget, window, chunks, retention, branches=1):
     geometry = KVGeometry(
         layers=range(2), query_heads=4, key_heads=HEADS, head_size=SIZE, dtype=torch.float32, device=torch.device("cpu")
     )
-    layout = KVLayout(chunk_tokens=CHUNK, clean_tokens=min(budget, chunks - 1) * CHUNK, window=window, chunks=chunks)
-    compression = Compression(
-        settings=SelectionSettings(retention=retention, query_tokens=3), query_heads=4, frame_tokens=FRAME
+    plan = KVPlan(
+        chunk_tokens=CHUNK,
+        frame_tokens=FRAME,
+        clean_tokens=min(budget, chunks - 1) * CHUNK,
+        window=window,
+        chunks=chunks,
+        branches=branches,
+        selection=SelectionSettings(retention=retention, query_tokens=3),
     )
-    return KVBuffer(layout, geometry, branches=branches, attention=attention_backend("sdpa"), compression=compression)
+    return KVBuffer(plan, geometry, attention_backend("sdpa"))
 
 
 def mark(chunk, layer):

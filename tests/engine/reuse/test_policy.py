@@ -5,9 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.reuse.memory import ReuseMemory
 from engine.reuse.policy import ChunkPolicy, Decision, Observation, WindowPolicy
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.settings import ReuseMemory, ReuseSettings
 from models.errors import InputError
 
 
@@ -99,7 +98,7 @@ def test_extrapolation_is_a_middle_answer():
     policy = ChunkPolicy(0.10, 1, extrapolate_from=0.5)
     decided = [policy.decide([seen(0, step, 0.04)])[0] for step in range(4)]
     assert decided == [Decision.COMPUTE, Decision.REUSE, Decision.EXTRAPOLATE, Decision.COMPUTE]
-    memory = ReuseMemory("velocity", both=True, damping=1.0)
+    memory = ReuseMemory("velocity", both=True)
     memory.computed(0, time=0.0, size=0.1, velocity=torch.tensor([1.0]))
     memory.computed(0, time=0.1, size=0.1, velocity=torch.tensor([2.0]))
     assert memory.increment(0, Decision.REUSE, time=0.2, size=1.0).item() == pytest.approx(2)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from launch.batch.folder import ChunkFiles
-from launch.generate import generate_video
+from launch.generate import generate
 from launch.options import Options
 from tests.launch.process import flowcache_process
 
@@ -104,7 +104,7 @@ def test_a_video_on_ray_is_that_of_one_process(tmp_path, monkeypatch):
     text, errors = made.communicate(timeout=120)
     assert made.returncode == 0, errors
     assert "b.mp4: 48 frames of 64x64" in text
-    generate_video(options)
+    generate(options, [])
     assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
 
 

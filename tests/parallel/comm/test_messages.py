@@ -7,21 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.executor import Admission
+from engine.kv.buffer import KVPlan
 from engine.kv.selection import SelectionSettings
-from engine.kv.size import KVPlan
+from engine.prepare import Admission
 from engine.schedule import Schedule
 from engine.video import KVOp, WorkItem
 from models.protocols import CaptionTable, Pass, PassCondition
-from parallel.comm.messages import (
-    HEADER_BYTES,
-    Header,
-    Kind,
-    from_plain,
-    pack_admit,
-    to_plain,
-    unpack_admit,
-)
+from parallel.comm.messages import HEADER_BYTES, Header, Kind, from_plain, pack_admit, to_plain, unpack_admit
 
 items = st.builds(
     WorkItem,

@@ -38,7 +38,7 @@ def contents(value=1.0):
 def write(folder, quantum, *, value=1.0, files=("rank-0.safetensors", "run.safetensors")):
     """A checkpoint that is complete but for its manifest."""
     place, done = new_folder(folder, quantum), queue.SimpleQueue()
-    write_async(place, {name: contents(value) for name in files}, done.put, done.put)
+    write_async(place, {name: contents(value) for name in files}, done.put)
     shards = done.get(timeout=10)
     if isinstance(shards, Exception):
         raise shards

@@ -44,10 +44,10 @@ class Record:
     """What the plain loop did of one video, in the form of a record."""
 
     def __init__(self, one, pipeline, items, decisions):
-        prepared = prepare(
+        made, _ = prepare(
             pipeline, one, encode(pipeline, one), number=0, reuse=ReuseSettings(), kv=KVSettings(), observe=False
         )
-        schedule = prepared.run.schedule
+        schedule = made.schedule
         counts = Counter(item.tick for item in items)
         self.tick_items = np.array([counts[tick] for tick in range(schedule.ticks)])
         self.flags = np.full((schedule.ticks, schedule.chunks), NOT_ACTIVE, dtype=np.uint8)
@@ -121,9 +121,9 @@ def test_a_reused_chunk_costs_no_stage_anything(tmp_path):
     for video, record in enumerate(records):
         one = wanted(values)[video]
         cache, kv = settings(values)
-        prepared = prepare(pipeline, one, encode(pipeline, one), number=0, reuse=cache, kv=kv, observe=False)
-        log = FlagLog(prepared.run.schedule)
-        log.add(int(record.flags[tick.index, chunk]) for tick in prepared.run.schedule for chunk, _ in tick.active)
+        made, _ = prepare(pipeline, one, encode(pipeline, one), number=0, reuse=cache, kv=kv, observe=False)
+        log = FlagLog(made.schedule)
+        log.add(int(record.flags[tick.index, chunk]) for tick in made.schedule for chunk, _ in tick.active)
         assert {report.digests[str(video)] for report in got["reports"]} == {log.digest.hex()}
 
 

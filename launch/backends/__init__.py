@@ -1,7 +1,7 @@
 """Where videos are made: one interface for this process, for the ranks that it leads, and for a Ray cluster.
 
-Each backend is given jobs and tells of events, which are those of the cluster's controller; so there is one loop. This
-file has the first two, `launch/ray_backend.py` the third.
+Each backend is given jobs and yields events, which are those of the cluster's controller; so there is one loop. This
+file has the first two, and how ranks are started; `ray.py` has the third, since importing Ray takes a second.
 """
 
 from __future__ import annotations
@@ -51,33 +51,21 @@ class Backend(Protocol):
     """Makes videos."""
 
     def submit(self, job: Job) -> None:
-        """Queue a video.
-
-        Raises:
-            InputError: it can never be made here.
-        """
+        """Queue a video; `InputError` if it can never be made here."""
 
     def cancel(self, video: str) -> None:
         """Make no more of a video; there are no more events of it."""
 
     def run(self) -> Iterator[Event]:
-        """Make what was submitted.
+        """Make what was submitted, and yield what happens; `InputError` if the model cannot make it.
 
-        Yields:
-            What happens; the first event of a backend that is ready is `GangReady`. A chunk counts as stored when the
-            next event is asked for.
-
-        Raises:
-            InputError: a model cannot make what is asked for.
+        The first event of a backend that is ready is `GangReady`. A chunk counts as stored when the next event is asked
+        for.
         """
 
 
 def make_videos(backend: Backend, jobs: Iterable[Job], handle: Callable[[Event], None]) -> None:
-    """The loop of every command: submit the jobs, and handle what happens until all have ended.
-
-    Raises:
-        InputError: as in `Backend.run`.
-    """
+    """The loop of every command: submit the jobs, and handle what happens until all have ended; errors as in `run`."""
     for job in jobs:
         try:
             backend.submit(job)
@@ -91,10 +79,7 @@ def make_videos(backend: Backend, jobs: Iterable[Job], handle: Callable[[Event],
 class EngineBackend:
     """An engine's videos, `concurrency` of them at a time; the engine computes here or leads the ranks of a gang.
 
-    Args:
-        engine: that makes them.
-        concurrency: how many at a time.
-        tracer: takes marks of steps that are reused; None on a process without a trace.
+    The `tracer` takes marks of steps that are reused; it is None on a process without a trace.
     """
 
     def __init__(self, engine: Engine, concurrency: int, tracer: Tracer | None = None) -> None:
@@ -132,9 +117,8 @@ class EngineBackend:
             raise
 
     def _begin(self, job: Job) -> Admitted:
-        number = self._engine.submit(
-            job.plan.request, on_progress=partial(self._progressed, job.video), recorder=job.recorder
-        )
+        on_progress = partial(self._progressed, job.video)
+        number = self._engine.submit(job.plan.request, on_progress=on_progress, recorder=job.recorder)
         self._running[number] = job
         return Admitted(video=job.video, number=number, first=0)
 
@@ -144,12 +128,9 @@ class EngineBackend:
             yield self._news.popleft()
         for result in made:
             if result.video in self._running and result.chunk.frames is not None:  # else it was cancelled just now
-                yield ChunkMade(
-                    video=self._running[result.video].video,
-                    index=result.chunk.index,
-                    frames=result.chunk.frames.cpu().numpy(),
-                    latents=result.chunk.latents.cpu().numpy(),
-                )
+                chunk, video = result.chunk, self._running[result.video].video
+                frames, latents = result.chunk.frames.numpy(), chunk.latents.numpy()
+                yield ChunkMade(video=video, index=chunk.index, frames=frames, latents=latents)
         for number in [number for number in self._running if not self._engine.running(number)]:
             job = self._running.pop(number)
             last = self._last.pop(job.video)
@@ -162,11 +143,7 @@ class EngineBackend:
 
 @contextmanager
 def this_process(model: ModelPlan, concurrency: int) -> Iterator[EngineBackend]:
-    """Load a model and make videos with it here.
-
-    Raises:
-        InputError: something is missing or damaged.
-    """
+    """Load a model and make videos with it here; an `InputError` says what is missing or damaged."""
     engine = Engine(load_pipeline(model.config, model.weights, model.loading), reuse=model.reuse, kv=model.kv)
     try:
         yield EngineBackend(engine, concurrency)
@@ -189,16 +166,11 @@ def led_ranks(gang: Gang, model: ModelPlan, options: Options, concurrency: int) 
     with gang.lead(pipeline, model.reuse, model.kv) as (engine, counters):
         backend = EngineBackend(engine, concurrency, gang.tracer)
         yield backend
-    backend.counters = counters.ranks
+    backend.counters = counters
 
 
 def serve_stage(gang: Gang, options: Options) -> None:
-    """Hold a stage's layers for the leader; on every other rank.
-
-    Raises:
-        InputError: something is missing or damaged.
-        GangError: another rank has failed.
-    """
+    """Hold a stage's layers for the leader, on every other rank; errors as in `led_ranks`."""
     plan = plan_model(options)
     layers = stage_range(plan.config, gang.mesh, options.split)
     with gang.loading():
@@ -207,11 +179,7 @@ def serve_stage(gang: Gang, options: Options) -> None:
 
 
 def start_ranks(given: Sequence[str], options: Options) -> None:
-    """Run this command line once for each rank, on this machine, and wait for all of them.
-
-    Raises:
-        CommandFailed: a rank has failed.
-    """
+    """Run this command line once for each rank, on this machine, and wait for all; `CommandFailed` if one fails."""
     command = [sys.executable, "-m", "launch", *given]
     try:
         run_ranks(command, layout_of(options), threads=options.threads)
@@ -221,11 +189,7 @@ def start_ranks(given: Sequence[str], options: Options) -> None:
 
 @contextmanager
 def started_ranks(options: Options) -> Iterator[Gang]:
-    """Start all ranks but the leader on this machine, and join them as the leader.
-
-    Raises:
-        CommandFailed: a rank has failed.
-    """
+    """Start all ranks but the leader on this machine, and join them as the leader; `CommandFailed` if one fails."""
     # A rank that does not lead serves whatever is asked for; it needs a prompt on its command line all the same.
     served = replace(options, prompts=["-"], out=None, record=None, trace=None)
     command = [sys.executable, "-m", "launch", "generate", *arguments(served)]

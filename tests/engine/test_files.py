@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.output.files import check_folder, check_target
+from engine.files import check_folder, check_target
 from models.errors import InputError
 
 

@@ -9,10 +9,9 @@ import pytest
 
 from engine.kv.selection import Granularity, SelectionSettings
 from engine.kv.size import KVSettings
-from engine.reuse.memory import KINDS
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.settings import KINDS, ReuseSettings
 from launch.options import CacheName, Options, ReuseKind, TokenUnit
-from launch.reuse_presets import REUSE_FIGURES, kv_settings, reuse_preset, reuse_settings
+from launch.plan import kv_settings, reuse_preset, reuse_settings
 from models.errors import InputError
 from models.magi.presets import PRESETS
 
@@ -21,10 +20,6 @@ MAGI_1 = [None, *(name for name in PRESETS if name != "magi-pocket")]
 
 def _settings(options: Options, *, num_steps: int = 16, guided: bool = False) -> ReuseSettings:
     return reuse_settings(replace(options, model="magi-4.5b-distill"), num_steps=num_steps, guided=guided)
-
-
-def test_every_model_has_figures() -> None:
-    assert REUSE_FIGURES.keys() == PRESETS.keys()
 
 
 def test_names_are_those_of_the_engine() -> None:

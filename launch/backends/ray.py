@@ -1,0 +1,198 @@
+"""Videos on a Ray cluster: one gang for `generate --launcher ray`, several for `batch`.
+
+The cluster is the one that this process belongs to, or one that is started on this machine and ends with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import ray
+import torch
+
+from launch.backends import Job
+from launch.plan import Plan, at_a_time, layout_of
+from models.errors import InputError
+from parallel.cluster.config import ClusterSettings, MagiSource, RankTask, video_size
+from parallel.cluster.controller import Controller
+from parallel.cluster.messages import Event, VideoOrder
+from parallel.cluster.placement import GangShape, cluster_has_gpus
+from parallel.cluster.queue import GangSize, VideoSize
+from parallel.health.timeouts import Timeouts
+
+_OBJECT_STORE = 512 * 2**20  # bytes for what Ray itself passes around; chunks do not go through it
+_ANSWER = 6.0  # seconds for a cluster to take a connection, and again to answer on it
+# How a client begins to speak HTTP/2, as gRPC does: the preface, and empty settings.
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+# By default Ray's workers give way to everything else, also to its own processes; here ranks come first.
+_SYSTEM = {"worker_niceness": 0}
+
+
+def size_of(plan: Plan) -> VideoSize:
+    """What a video takes of a gang; an `InputError` says why the model cannot make it."""
+    model, layout = plan.model, layout_of(plan.options)
+    return video_size(
+        model.config, plan.request, reuse=model.reuse, kv=model.kv, layout=layout, split=plan.options.split
+    )
+
+
+class RayBackend:
+    """The controller of a cluster as a backend."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+
+    def submit(self, job: Job) -> None:
+        """Queue a video; `InputError` if no gang can ever hold it, or there is one of that name."""
+        order = VideoOrder(
+            video=job.video,
+            request=job.plan.request,
+            size=size_of(job.plan),
+            checkpoint=job.checkpoint,
+            stored=job.stored,
+            priority=job.priority,
+        )
+        self._controller.submit(order)
+
+    def cancel(self, video: str) -> None:
+        """Make no more of a video."""
+        self._controller.cancel(video)
+
+    def run(self) -> Iterator[Event]:
+        """Make what was submitted."""
+        return self._controller.run()
+
+
+@contextmanager
+def on_ray(
+    plans: Sequence[Plan], *, gangs: int = 1, kv_bytes: int | None = None, max_restarts: int = 20
+) -> Iterator[RayBackend]:
+    """Join or start a cluster, and start gangs on it, no more than there are videos. All plans have one model.
+
+    A rank has `kv_bytes` for keys and values; None is enough for as many of the largest video as are made at a time.
+
+    Raises:
+        InputError: there is no cluster, it is too small, or the memory is too small for a video.
+    """
+    options = plans[0].options
+    gangs = min(gangs, len(plans))
+    world = layout_of(options).world_size
+    cpus = options.threads or 1  # that a rank reserves; without --threads ranks share the cores of their node
+    with ray_cluster(cpus=gangs * world * cpus):
+        settings = ClusterSettings(
+            gangs=gangs,
+            shape=GangShape(layout=layout_of(options), gpus=cluster_has_gpus(), cpus=cpus),
+            task=_task(plans[0]),
+            size=_gang_size(plans, kv_bytes),
+            max_restarts=max_restarts,
+        )
+        with Controller(settings) as controller:
+            yield RayBackend(controller)
+
+
+def _task(plan: Plan) -> RankTask:
+    model, options, loading = plan.model, plan.options, plan.model.loading
+    source = MagiSource(
+        config=model.config,
+        weights=None if model.weights is None else model.weights.absolute(),
+        split=options.split,
+        precise=loading.precise,
+        attention=loading.attention,
+    )
+    layout, timeouts = layout_of(options), Timeouts()
+    return RankTask(
+        layout=layout, source=source, reuse=model.reuse, kv=model.kv, timeouts=timeouts, threads=options.threads
+    )
+
+
+def _gang_size(plans: Sequence[Plan], kv_bytes: int | None) -> GangSize:
+    sizes = [size_of(plan) for plan in plans]
+    videos = at_a_time(plans[0].options, len(plans))
+    largest = max(size.kv_bytes for size in sizes)
+    memory = videos * largest if kv_bytes is None else kv_bytes
+    if memory < largest:
+        raise InputError(
+            f"--kv-memory {memory} is too small: a video of this batch needs {largest} bytes on a rank; "
+            "give more, or make it smaller with --kv-budget"
+        )
+    return GangSize(slots=videos * sizes[0].schedule.window, kv_bytes=memory)
+
+
+# ---- the cluster
+
+
+@contextmanager
+def ray_cluster(*, cpus: int, address: str | None = None) -> Iterator[None]:
+    """Join the cluster at the address, or at `RAY_ADDRESS`, which is set within a Ray job; without either start one.
+
+    A cluster that is started here ends with this process, and has `cpus` to give, whatever the machine has.
+
+    Raises:
+        InputError: there is no cluster at the address, which is known within 15 seconds.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    with nullcontext() if address else _batch_policy():
+        if address:
+            _join(address)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=max(cpus, os.cpu_count() or 1),
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _system_config=_SYSTEM,
+            )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _join(address: str) -> None:
+    try:
+        _knock(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError) as error:  # a ConnectionError of Ray's is an OSError
+        reason = (getattr(error, "strerror", None) or str(error)).partition("\n")[0]
+        raise InputError(f"cannot join the Ray cluster at {address}: {reason}") from None
+
+
+def _knock(address: str) -> None:
+    """Raise if nobody answers at a cluster's address, for which Ray would wait for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or os.environ.get("RAY_USE_TLS", "0") not in ("0", ""):
+        return  # a name that Ray resolves, such as `auto`; or an encrypted connection
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER) as probe:
+        probe.settimeout(_ANSWER)
+        try:
+            probe.sendall(_PREFACE)
+            answer = probe.recv(9)
+        except TimeoutError:
+            raise TimeoutError(f"it takes connections, but has not answered within {_ANSWER:.0f} s") from None
+        if answer[3:4] != b"\x04":  # every HTTP/2 server begins with its settings
+            raise ConnectionError("what answers there is no Ray cluster")
+
+
+@contextmanager
+def _batch_policy() -> Iterator[None]:
+    """Threads and processes that are started within do not interrupt one that computes.
+
+    Ray's processes wake hundreds of times a second for next to nothing, and a rank that is interrupted on a CPU finds
+    its caches emptied. Linux' policy for batch work makes a process that wakes wait for some milliseconds; children
+    inherit it. Ranks on GPUs use little of the CPU, but have to answer at once.
+    """
+    if sys.platform != "linux" or torch.cuda.is_available() or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        yield
+        return
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))

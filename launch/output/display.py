@@ -1,0 +1,286 @@
+"""Showing how far videos are: live bars or a live table in a terminal, plain lines now and then elsewhere.
+
+It knows the engine's progress and plain rows of a batch, and nothing of models or files. All of it goes to standard
+error.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
+from rich.progress_bar import ProgressBar
+from rich.table import Column, Table
+from rich.text import Text
+
+from engine.progress import Progress
+
+_PLAIN_EVERY, _BATCH_EVERY = 5.0, 10.0  # seconds between plain lines: of a video, of a batch
+_PROMPT = 60  # letters, in plain lines
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 0:00 or 0:00:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def one_line(text: str) -> str:
+    """A text on one line, and without what would move the cursor."""
+    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+
+
+class _Screen:
+    """A console, and what is redrawn in place on it where it is a terminal; as a context."""
+
+    def __init__(self, console: Console, live: Bars | Live) -> None:
+        self._console = console
+        self._redrawn = live if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._redrawn is not None:
+            self._redrawn.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._redrawn is not None:
+            self._redrawn.stop()
+
+    def _say(self, text: str) -> None:
+        """Print a line as it is: neither wrapped nor read as markup."""
+        self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+# ---- the videos of one command
+
+
+def steps_done(progress: Progress) -> int:
+    """Steps that all chunks together have done; of `chunks * num_steps` in all.
+
+    Ticks are no measure of time, since the window is not full at the start and at the end. A chunk enters every
+    `num_steps / window` ticks and takes a step with every tick (specification 7.3).
+    """
+    tick, steps, chunks = progress.tick, progress.num_steps, progress.chunks
+    if chunks == 1:
+        return min(steps, tick)
+    between = (progress.ticks - steps) // (chunks - 1)  # ticks from one chunk's entry to the next's
+    whole = max(0, min(chunks, (tick - steps) // between + 1))
+    entered = min(chunks, (tick - 1) // between + 1)
+    return whole * steps + sum(tick - chunk * between for chunk in range(whole, entered))
+
+
+class Display(_Screen):
+    """Where progress is shown, as a context: a bar for each video in flight in a terminal, else lines."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        console = console or Console(stderr=True)
+        note = TextColumn("{task.percentage:>3.0f}%  {task.fields[note]}")
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), note)
+        bars = Bars(*columns, console=console, transient=True)
+        super().__init__(console, bars)
+        self._bars = bars if console.is_terminal else None
+        self._phase: TaskID | None = None
+        self._tasks: dict[int, TaskID] = {}
+        self._names: dict[int, str] = {}
+        self._began: dict[int, float] = {}
+        self._shown: dict[int, float] = {}
+
+    def phase(self, text: str) -> None:
+        """Say what is done now, before the first video begins; later it is a line among the bars."""
+        if self._bars is None or self._tasks:
+            self._say(text)
+        elif self._phase is None:
+            self._phase = self._bars.add_task(text, total=None, note="")
+        else:
+            self._bars.update(self._phase, description=text)
+
+    def begin(self, video: int, name: str = "") -> None:
+        """A video begins; of several, each has a name."""
+        self._names[video], self._began[video] = name, time.monotonic()
+        if self._bars is not None:
+            if self._phase is not None:
+                self._bars.remove_task(self._phase)
+                self._phase = None
+            self._tasks[video] = self._bars.add_task(name, total=None, note="")
+
+    def update(self, progress: Progress, video: int = 0) -> None:
+        """Show how far a video is; plain lines come some seconds apart."""
+        done, total = steps_done(progress), progress.chunks * progress.num_steps
+        if video not in self._names:
+            self.begin(video)
+        now, name = time.monotonic(), self._names[video]
+        left = clock((now - self._began[video]) * (total - done) / done)
+        chunks, step = f"chunks {progress.chunks_done}/{progress.chunks}", f"step {progress.step}/{progress.num_steps}"
+        costs = f"{progress.computed_fraction:.0%} computed, KV {progress.kv_fill:.0%} full"
+        if self._bars is not None:
+            text = f"{name}  {chunks}  {step}" if name else f"{chunks}  {step}"
+            note = f"{costs}  {left} left"
+            self._bars.update(self._tasks[video], total=total, completed=done, description=text, note=note)
+        elif now - self._shown.get(video, float("-inf")) >= _PLAIN_EVERY or progress.tick == progress.ticks:
+            self._shown[video] = now
+            start = f"{name}: " if name else ""
+            self._say(f"{start}{chunks}, {step}, {done / total:.0%}, {costs}, {left} left")
+
+    def end(self, video: int, text: str = "") -> None:
+        """A video is complete: its bar goes, and a line stays."""
+        self._names.pop(video, None)
+        if self._bars is not None and (task := self._tasks.pop(video, None)) is not None:
+            self._bars.remove_task(task)
+        if text:
+            self._say(text)
+
+
+# ---- the videos of a batch
+
+
+class State(StrEnum):
+    """Where a video is; the order is that of the table."""
+
+    RUNNING = "running"
+    RESTARTING = "restarting"
+    FAILED = "failed"
+    QUEUED = "queued"
+    DONE = "done"
+    KEPT = "there already"
+
+
+_STYLES = {
+    State.RUNNING: "cyan",
+    State.RESTARTING: "yellow",
+    State.FAILED: "red",
+    State.QUEUED: "dim",
+    State.DONE: "green",
+    State.KEPT: "green dim",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A video of the batch at one moment; at its end also a line of the results."""
+
+    line: int  # of the batch file
+    title: str  # prompt or name
+    state: State  # where it is
+    chunks: int  # of the whole video
+    chunks_done: int = 0  # finished and handed out
+    gang: str | None = None  # that has it; None where none has
+    computed: float | None = None  # computed chunk-steps as a share of all so far; None before the first
+    seconds_left: float | None = None  # None where nobody can say
+    restarts: int = 0  # so far
+    error: str | None = None  # why it failed; None if it did not
+
+
+class BatchDisplay(_Screen):
+    """Where a batch is shown, as a context; `now` is a clock in seconds.
+
+    A terminal gets a table that is redrawn in place and is gone at the end; anything else gets a line whenever a video
+    begins, restarts or ends, and one for all of them now and then.
+    """
+
+    def __init__(self, console: Console | None = None, now: Callable[[], float] = time.monotonic) -> None:
+        console = console or Console(stderr=True)
+        live = Live(console=console, transient=True, refresh_per_second=4)
+        super().__init__(console, live)
+        self._live, self._now = live if console.is_terminal else None, now
+        self._states: dict[int, State] = {}
+        self._said = now()
+
+    def update(self, rows: Sequence[Row]) -> None:
+        """Show all videos of the batch as they are now; to be called as often as one likes."""
+        if self._live is not None:
+            self._live.update(render(rows, height=self._console.size.height))
+            return
+        for row in rows:
+            before = self._states.get(row.line, State.QUEUED)
+            self._states[row.line] = row.state
+            if row.state is not before:
+                self._say(_news(row))
+        if self._now() - self._said >= _BATCH_EVERY:
+            done, total = sum(row.chunks_done for row in rows), sum(row.chunks for row in rows)
+            self._say(f"{_counts(rows)}; {done} of {total} chunks")
+
+    def _say(self, text: str) -> None:
+        self._said = self._now()
+        super()._say(text)
+
+
+def render(rows: Sequence[Row], *, height: int) -> RenderableType:
+    """The rows as a table of at most `height - 1` lines: those that run come first, the last line counts all."""
+    order = list(State)
+    room = max(0, height - 3)  # the head, the count, and the line that the cursor stands in
+    shown = sorted(rows, key=lambda row: (order.index(row.state), row.line))[:room]
+    columns = [
+        Column("Line", justify="right", no_wrap=True),
+        Column("Video", no_wrap=True, overflow="ellipsis", ratio=3, min_width=8),
+        Column("State", no_wrap=True, overflow="ellipsis"),
+        Column("", no_wrap=True, ratio=1),
+        Column("Chunks", justify="right", no_wrap=True),
+        Column("Gang", no_wrap=True, overflow="ellipsis", max_width=12),
+        *(Column(name, justify="right", no_wrap=True) for name in ("Computed", "Left")),
+    ]
+    table = Table(*columns, box=None, pad_edge=False, expand=True)
+    for row in shown:
+        table.add_row(*_cells(row))
+    rest = len(rows) - len(shown)
+    count = f"{_counts(rows)}; {rest} not shown" if rest else _counts(rows)
+    return Group(table, Text(count, style="bold", no_wrap=True, overflow="ellipsis"))
+
+
+def summary(rows: Sequence[Row], *, seconds: float) -> str:
+    """What became of a batch in so many seconds, for people: a line for all, and one for each video that failed."""
+    made = [row for row in rows if row.state is not State.KEPT]
+    chunks, restarts = sum(row.chunks_done for row in made), sum(row.restarts for row in made)
+    text = f"{_counts(rows)}; {chunks} chunks in {clock(seconds)}"
+    if chunks:
+        text += f", {seconds / chunks:.2f} s per chunk"
+    shares = [(row.computed, row.chunks_done) for row in made if row.computed is not None and row.chunks_done]
+    if shares:
+        mean = sum(share * count for share, count in shares) / sum(count for _, count in shares)
+        text += f", {mean:.0%} of the steps computed"
+    if restarts:
+        text += f", {restarts} restart{'s' if restarts > 1 else ''}"
+    failed = [row for row in rows if row.state is State.FAILED]
+    return "\n".join([text, *(_news(row) for row in sorted(failed, key=lambda row: row.line))])
+
+
+def _cells(row: Row) -> list[RenderableType]:
+    left = "" if row.seconds_left is None or row.state is not State.RUNNING else clock(row.seconds_left)
+    note = row.state.value + (f" (restart {row.restarts})" if row.restarts and row.state is State.RUNNING else "")
+    return [
+        str(row.line),
+        Text(one_line(row.title if row.error is None else f"{row.title}: {row.error}")),
+        Text(note, style=_STYLES[row.state]),
+        ProgressBar(total=row.chunks, completed=row.chunks_done),
+        f"{row.chunks_done}/{row.chunks}",
+        Text("" if row.gang is None else one_line(row.gang)),
+        "" if row.computed is None else f"{row.computed:.0%}",
+        left,
+    ]
+
+
+def _news(row: Row) -> str:
+    title = one_line(row.title)
+    title = title if len(title) <= _PROMPT else f"{title[: _PROMPT - 3]}..."
+    text = f"line {row.line} ({title}): {row.state.value}"
+    if row.state is State.RUNNING and row.gang is not None:
+        text += f" on {one_line(row.gang)}"
+    if row.state is State.RESTARTING:
+        text += f" from chunk {row.chunks_done}"
+    if row.state is State.DONE:
+        text += f", {row.chunks} chunks" + ("" if row.computed is None else f", {row.computed:.0%} computed")
+    return text if row.error is None else f"{text}: {one_line(row.error)}"
+
+
+def _counts(rows: Sequence[Row]) -> str:
+    found = Counter(row.state for row in rows)
+    parts = [f"{found[state]} {state.value}" for state in State if found[state]]
+    return f"{len(rows)} video{'' if len(rows) == 1 else 's'}" + (f": {', '.join(parts)}" if parts else "")
