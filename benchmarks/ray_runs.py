@@ -81,7 +81,7 @@ class GangSetup:
             threads=1,
         )
         size = self._size(own.requests[0])
-        room = GangSize(slots=self.concurrency * size.window, kv_bytes=self.concurrency * size.kv_bytes)
+        room = GangSize(slots=self.concurrency * size.schedule.window, kv_bytes=self.concurrency * size.kv_bytes)
         shape = GangShape(layout=self.layout, gpus=False)
         return ClusterSettings(gangs=self.gangs, shape=shape, task=task, size=room, max_restarts=self.max_restarts)
 

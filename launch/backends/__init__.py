@@ -138,7 +138,7 @@ class EngineBackend:
 
     def _progressed(self, video: str, progress: Progress) -> None:
         self._last[video] = progress
-        self._news.append(Progressed.of(video, progress))
+        self._news.append(Progressed(video=video, progress=progress))
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from models.errors import InputError
 from parallel.cluster.config import ClusterSettings, MagiSource, RankTask, video_size
 from parallel.cluster.controller import Controller
 from parallel.cluster.messages import Event, VideoOrder
-from parallel.cluster.metrics import RayMetrics
 from parallel.cluster.placement import GangShape, cluster_has_gpus
 from parallel.cluster.queue import GangSize, VideoSize
 from parallel.health.timeouts import Timeouts
@@ -92,7 +91,7 @@ def on_ray(
             size=_gang_size(plans, kv_bytes),
             max_restarts=max_restarts,
         )
-        with Controller(settings, metrics=RayMetrics()) as controller:
+        with Controller(settings) as controller:
             yield RayBackend(controller)
 
 
@@ -121,7 +120,7 @@ def _gang_size(plans: Sequence[Plan], kv_bytes: int | None) -> GangSize:
             f"--kv-memory {memory} is too small: a video of this batch needs {largest} bytes on a rank; "
             "give more, or make it smaller with --kv-budget"
         )
-    return GangSize(slots=videos * sizes[0].window, kv_bytes=memory)
+    return GangSize(slots=videos * sizes[0].schedule.window, kv_bytes=memory)
 
 
 # ---- the cluster

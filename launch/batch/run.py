@@ -159,12 +159,12 @@ class _Batch:
         video.row = replace(video.row, chunks_done=chunk.index + 1)
 
     def _progress(self, video: _Video, event: Progressed) -> None:
-        now = time.monotonic()
+        now, share = time.monotonic(), event.progress.tick / event.progress.ticks
         if not video.share:
-            video.began, video.share = now, event.share
-        done = event.share - video.share
-        left = None if done <= 0 or video.began is None else (now - video.began) * (1 - event.share) / done
-        video.row = replace(video.row, computed=event.computed, seconds_left=left)
+            video.began, video.share = now, share
+        done = share - video.share
+        left = None if done <= 0 or video.began is None else (now - video.began) * (1 - share) / done
+        video.row = replace(video.row, computed=event.progress.computed_fraction, seconds_left=left)
 
     def _end_if_complete(self, video: _Video) -> bool:
         """Begin to encode a video all of whose chunks are there."""

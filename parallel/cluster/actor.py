@@ -1,7 +1,8 @@
-"""The Ray actor of one rank. It gets its environment as a process of torchrun does, and runs the same loop.
+"""The Ray actor of one rank, and the leader's loop in it, which handles the controller's commands and sends events.
 
-The work is one long call on the actor's main thread. Commands of the controller arrive meanwhile on a connection of its
-own, and on another thread.
+A rank gets its environment as a process of torchrun does, and runs the same code. The work is one long call on the
+actor's main thread, which runs the engine on the leader. Commands of the controller arrive meanwhile on a connection's
+thread and are queued.
 """
 
 from __future__ import annotations
@@ -9,50 +10,56 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
 
 import ray
 import torch
 
+from engine.engine import ChunkResult, Engine, Submission
 from engine.host_memory import settle_heap
+from engine.progress import Progress
+from engine.schedule import Quantum
 from models.errors import InputError
-from parallel.cluster.command_loop import CommandLoop
 from parallel.cluster.config import RankTask
 from parallel.cluster.connection import Address, connect
-from parallel.cluster.messages import GangEvent, RankStarted
-from parallel.health.errors import BAD_INPUT, FAILED, GangError
+from parallel.cluster.messages import (
+    Admitted,
+    CancelVideo,
+    ChunkMade,
+    ChunkTaken,
+    Command,
+    Finish,
+    GangReady,
+    PermitQuantum,
+    Progressed,
+    QuantumDone,
+    QuantumReady,
+    RankStarted,
+    SentByGang,
+    VideoDone,
+    VideoFailed,
+    VideoOrder,
+)
+from parallel.health.errors import BAD_INPUT, Failure, GangError
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
+from parallel.ranks.worker import StageModel
 
-_FLUSH = 5.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RankEnd:
-    """How a rank has ended."""
-
-    status: int  # exit code
-    message: str  # why, if it was not well
+_FLUSH = 5.0  # seconds for the last messages to leave
+_MOST_WAITING = 8  # chunks that were handed out and are not stored yet, before no more are made
 
 
 class RankActor:
-    """One rank of a gang."""
+    """One rank of a gang. Ray never restarts it alone: a lone rank cannot join the others again."""
 
     def __init__(self) -> None:
         self._gang: Gang | None = None
 
-    def run(self, env: RankEnv, task: RankTask, address: Address) -> RankEnd:
-        """Work as one rank until the leader ends the session.
-
-        Args:
-            env: of this rank.
-            task: of its gang.
-            address: where the controller listens.
-
-        Returns:
-            How it has ended; a failure is returned, not raised.
-        """
+    def run(self, env: RankEnv, task: RankTask, address: Address) -> Failure | None:
+        """Work as one rank until the leader ends the session; a failure is returned, not raised."""
         os.environ.update(env.variables())
         settle_heap()
         if task.threads is not None:
@@ -61,23 +68,23 @@ class RankActor:
         try:
             connection = connect(address, loop.handle, self._on_end)
         except OSError as error:
-            where = f"{address.host}:{address.port}"
-            message = f"rank {env.rank} cannot reach the controller at {where}: {error.strerror or error}"
-            return RankEnd(status=FAILED, message=message)
+            where = f"the controller at {address.host}:{address.port}"
+            text = f"rank {env.rank} cannot reach {where}: {error.strerror or error}"
+            return Failure(message=text, reporter=env.rank)
         connection.send(RankStarted(pid=os.getpid()))
         try:
             with open_gang(env, task.layout, timeouts=task.timeouts, device=_own_device()) as gang:
                 self._gang = gang
                 _work(gang, task, loop, connection.send)
         except GangError as error:
-            return RankEnd(status=error.failure.status, message=str(error))
+            return error.failure
         except InputError as error:
-            return RankEnd(status=BAD_INPUT, message=str(error))
+            return Failure(message=str(error), status=BAD_INPUT, reporter=env.rank)
         except Exception as error:  # noqa: BLE001 - the controller shows it
-            return RankEnd(status=FAILED, message=f"rank {env.rank}: {type(error).__name__}: {error}")
+            return Failure(message=f"rank {env.rank}: {type(error).__name__}: {error}", reporter=env.rank)
         finally:
             connection.close(flush=_FLUSH)
-        return RankEnd(status=0, message="")
+        return None
 
     def _on_end(self, error: Exception | None) -> None:
         """The connection has ended. Without a controller Ray ends this process; any other reason fails the gang."""
@@ -85,35 +92,22 @@ class RankActor:
             self._gang.monitor.fail(f"messages of the controller: {type(error).__name__}: {error}")
 
 
-def _work(gang: Gang, task: RankTask, loop: CommandLoop, send: Callable[[list[GangEvent]], None]) -> None:
+def _work(gang: Gang, task: RankTask, loop: CommandLoop, send: Callable[[list[SentByGang]], None]) -> None:
     # Objects that exist when the work begins, and they are many with Ray, stay: the garbage collector, which would go
     # through them over and over, takes 1% of a rank's time.
-    device = str(gang.device)
-    if not gang.mesh.leads:
-        with gang.loading():
-            stage = task.source.stage(gang.mesh, device)
-        gc.freeze()
-        gang.serve(stage)
-        return
+    load = task.source.lead if gang.mesh.leads else task.source.stage
     with gang.loading():
-        pipeline = task.source.lead(gang.mesh, device)
+        loaded = load(gang.mesh, str(gang.device))
     gc.freeze()
-    with gang.lead(pipeline, task.reuse, task.kv, identity=task.source.identity) as (engine, _):
+    if isinstance(loaded, StageModel):
+        gang.serve(loaded)
+        return
+    with gang.lead(loaded, task.reuse, task.kv, identity=task.source.identity) as (engine, _):
         loop.run(engine, gang.device, send)
 
 
-def actor_class() -> Any:
-    """The actor as Ray starts it. Ray never restarts it alone: a lone rank cannot join the others again."""
-    return ray.remote(max_restarts=0, max_task_retries=0)(RankActor)
-
-
 def device_index(ids: list[str], visible: str | None) -> int | None:
-    """The device that Ray has given, as torch counts them.
-
-    Args:
-        ids: of the actor's accelerators.
-        visible: CUDA_VISIBLE_DEVICES of the node, which is what torch counts within.
-    """
+    """The first of an actor's accelerators as torch counts them, within CUDA_VISIBLE_DEVICES of the node."""
     if not ids:
         return None
     shown = visible.split(",") if visible else []
@@ -123,6 +117,158 @@ def device_index(ids: list[str], visible: str | None) -> int | None:
 def _own_device() -> torch.device:
     ids = [str(one) for one in ray.get_runtime_context().get_accelerator_ids().get("GPU", [])]
     index = device_index(ids, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if index is None or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", index)
+    return torch.device("cuda", index) if index is not None and torch.cuda.is_available() else torch.device("cpu")
+
+
+# ---- the leader's loop
+
+
+@dataclass(slots=True)
+class _Video:
+    """A video that the engine is making, or is about to. It is the engine's admission gate: the controller permits each
+    quantum."""
+
+    order: VideoOrder
+    send: Callable[[SentByGang], None]
+    stored: int  # chunks that the caller has, from the video's first on
+    number: int = -1  # the engine's
+    handed_out: int = 0  # chunks, from the video's first on
+    progress: Progress | None = None  # the latest
+    permitted: set[int] = field(default_factory=set)  # quanta
+
+    def announce(self, quantum: Quantum) -> None:
+        """Ask for a quantum."""
+        self.send(QuantumReady(video=self.order.video, quantum=quantum.index))
+
+    def open(self, quantum: Quantum) -> bool:
+        """Whether a quantum is permitted."""
+        return quantum.index in self.permitted
+
+
+class CommandLoop:
+    """Takes commands on any thread and carries them out on the leader's main thread, between steps of the engine."""
+
+    def __init__(self) -> None:
+        self._inbox: SimpleQueue[Command | tuple[_Video, Future[Submission]]] = SimpleQueue()
+        self._events: list[SentByGang] = []
+        self._videos: dict[str, _Video] = {}
+        self._finishing = False
+        self._engine: Engine | None = None
+
+    def handle(self, command: Command) -> None:
+        """Take a command of the controller, on any thread.
+
+        Raises:
+            TypeError: it is no command.
+        """
+        if not isinstance(command, Command):
+            raise TypeError(f"a {type(command).__name__} is no command")
+        if isinstance(command, PermitQuantum):  # at once: the engine may be waiting for it within a step
+            if (video := self._videos.get(command.video)) is not None:
+                video.permitted.add(command.quantum)
+        else:
+            self._inbox.put(command)
+        self._wake()
+
+    # ---- the leader's main thread
+
+    def run(self, engine: Engine, device: torch.device, send: Callable[[list[SentByGang]], None]) -> None:
+        """Make the videos that come until there will be no more.
+
+        Events go to the controller by `send`, which waits for nobody.
+
+        Raises:
+            GangError: a rank has failed.
+        """
+        self._engine, self._send = engine, send
+        own_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read", initializer=own_device)
+        self._post(GangReady())
+        while not (self._finishing and not engine.in_flight):
+            waiting = sum(max(0, video.handed_out - video.stored) for video in self._videos.values())
+            stalled = not engine.in_flight or waiting >= _MOST_WAITING
+            if (stalled and not self._finishing) or not self._inbox.empty():
+                self._carry_out(self._inbox.get(), engine)
+                continue
+            for made in engine.step():
+                self._hand_out(made)
+            for video in list(self._videos.values()):
+                if video.number >= 0 and not engine.running(video.number):
+                    self._done(video)
+
+    def _carry_out(self, command: Command | tuple[_Video, Future[Submission]], engine: Engine) -> None:
+        match command:
+            case VideoOrder():
+                self._order(command, engine)
+            case (video, read):
+                self._admit(video, read, engine)
+            case CancelVideo():
+                if (cancelled := self._videos.pop(command.video, None)) is not None:
+                    engine.cancel(cancelled.number)
+            case ChunkTaken():
+                if (taken := self._videos.get(command.video)) is not None:
+                    taken.stored = max(taken.stored, command.index + 1)
+            case Finish():
+                self._finishing = True
+
+    def _order(self, order: VideoOrder, engine: Engine) -> None:
+        """Encode an order and verify its checkpoint on another thread, for it takes long."""
+        video = self._videos[order.video] = _Video(order=order, send=self._post, stored=order.stored)
+
+        def read_is_done(read: Future[Submission]) -> None:
+            self._inbox.put((video, read))
+            self._wake()
+
+        read = self._reader.submit(engine.read, order.request, order.checkpoint, stored=order.stored)
+        read.add_done_callback(read_is_done)
+
+    def _admit(self, video: _Video, read: Future[Submission], engine: Engine) -> None:
+        name = video.order.video
+        if self._videos.get(name) is not video:
+            return  # cancelled meanwhile
+        try:
+            progressed = partial(self._progressed, video)
+            video.number = engine.submit(read.result(), on_progress=progressed, gate=video, stored=lambda: video.stored)
+        except InputError as error:
+            del self._videos[name]
+            self._post(VideoFailed(video=name, message=str(error)))
+            return
+        self._post(Admitted(video=name, number=video.number, first=engine.resumed(video.number)))
+
+    def _hand_out(self, made: ChunkResult) -> None:
+        chunk = made.chunk
+        assert chunk.frames is not None
+        for video in self._videos.values():
+            if video.number == made.video:
+                video.handed_out = chunk.index + 1
+                frames, latents = chunk.frames.numpy(), chunk.latents.numpy()
+                self._post(ChunkMade(video=video.order.video, index=chunk.index, frames=frames, latents=latents))
+
+    def _progressed(self, video: _Video, progress: Progress) -> None:
+        name, ticks = video.order.video, video.order.size.schedule.quantum_ticks
+        video.progress = progress
+        if progress.tick % ticks:
+            return
+        self._post(
+            QuantumDone(video=name, quantum=progress.tick // ticks - 1),
+            Progressed(video=name, progress=progress),
+            urgent=len(self._videos) > 1,  # else nobody waits for the quantum's slots
+        )
+
+    def _done(self, video: _Video) -> None:
+        del self._videos[video.order.video]
+        computed, kv_bytes = 1.0, 0
+        if video.progress is not None:
+            computed, kv_bytes = video.progress.computed_fraction, video.progress.kv_bytes
+        self._post(VideoDone(video=video.order.video, computed=computed, kv_bytes=kv_bytes))
+
+    def _wake(self) -> None:
+        if self._engine is not None:
+            self._engine.wake()
+
+    def _post(self, *events: SentByGang, urgent: bool = True) -> None:
+        """Send events; those that nobody waits for go with the next ones, as every message has its cost."""
+        self._events += events
+        if urgent:
+            sent, self._events = self._events, []
+            self._send(sent)

@@ -21,7 +21,7 @@ from engine.schedule import Schedule
 from models.magi.config import MagiConfig
 from models.magi.pipeline import Loading, load_pipeline, load_stage
 from models.magi.sampling import MagiSampling
-from models.protocols import CELL_FRAMES, KVGeometry, Pipeline
+from models.protocols import CELL_FRAMES, Pipeline
 from parallel.cluster.placement import GangShape
 from parallel.cluster.queue import GangSize, VideoSize
 from parallel.comm.ulysses import local_heads
@@ -62,19 +62,11 @@ class MagiSource:
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def lead(self, mesh: Mesh, device: str) -> Pipeline:
-        """The first stage's layers, the text encoder and the autoencoder.
-
-        Raises:
-            InputError: something is missing or damaged.
-        """
+        """The first stage's layers, the text encoder and the autoencoder; an `InputError` says what is missing."""
         return load_pipeline(self.config, self.weights, self._loading(mesh, device))
 
     def stage(self, mesh: Mesh, device: str) -> StageModel:
-        """A rank's layers.
-
-        Raises:
-            InputError: something is missing or damaged.
-        """
+        """A rank's layers; errors as in `lead`."""
         model = load_stage(self.config, self.weights, self._loading(mesh, device))
         return StageModel(model=model, attention=model.dit.attention)
 
@@ -116,38 +108,18 @@ def video_size(
     layout: Layout,
     split: str | None = None,
 ) -> VideoSize:
-    """What a video of a MAGI-1 model takes.
-
-    Args:
-        config: of the model.
-        request: the video.
-        reuse: which steps are reused.
-        kv: how much of the past is held.
-        layout: of the gang.
-        split: layers of each stage; None balances them.
+    """What a video of a MAGI-1 model takes on a gang.
 
     Raises:
         InputError: the model cannot make it, or does not fit the layout.
     """
-    model = config.model_config
-    sampling = MagiSampling(
-        config=config,
-        num_steps=request.num_steps,
-        clean_pass=reuse.clean_pass,
-        copy_pass=reuse.copy_pass,
-    )
+    model, num_steps = config.model_config, request.num_steps
+    sampling = MagiSampling(config=config, num_steps=num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
     width = sampling.chunk_width
     frames = 0 if request.prefix is None else len(request.prefix.frames)
     given = 1 if frames == 1 else frames // CELL_FRAMES
     chunks = math.ceil((request.chunks * width + given) / width)
-    schedule = Schedule(first=given // width, chunks=chunks, num_steps=request.num_steps, window=sampling.window)
-    geometry = KVGeometry(
-        layers=range(max(stage_sizes(config, layout.pp, split))),
-        query_heads=model.num_attention_heads,
-        key_heads=model.num_query_groups,
-        head_size=model.kv_channels,
-        dtype=model.dtype,
-        device=torch.device("cpu"),
-    )
+    schedule = Schedule(first=given // width, chunks=chunks, num_steps=num_steps, window=sampling.window)
+    geometry = model.kv_geometry(range(max(stage_sizes(config, layout.pp, split))), torch.device("cpu"))
     plan = plan_kv(sampling, schedule, kv, config.chunk_tokens(request.height, request.width))
     return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(local_heads(geometry, layout.cp)))

@@ -44,12 +44,7 @@ class Address:
 
 
 def connect(address: Address, on_message: OnMessage, on_end: OnEnd) -> Connection:
-    """Connect to the controller.
-
-    Args:
-        address: of the controller.
-        on_message: as `Connection` takes it.
-        on_end: the same.
+    """Connect to the controller; the functions are those of `Connection`.
 
     Raises:
         OSError: it cannot be reached, or it is another one.
@@ -79,11 +74,11 @@ class Connection:
 
     def __init__(self, on_message: OnMessage, on_end: OnEnd) -> None:
         self._on_message, self._on_end = on_message, on_end
+        self.closed = False
+        self._error: Exception | None = None
         self._outbox: SimpleQueue[tuple[Any] | None] = SimpleQueue()
         self._socket: socket.socket | None = None
         self._sender: threading.Thread | None = None
-        self.closed = False
-        self._error: Exception | None = None
 
     def open(self, own: socket.socket, stream: mp.Connection) -> None:
         """Send and receive from now on, through an authenticated stream of a socket."""
@@ -99,16 +94,12 @@ class Connection:
         self._outbox.put((message,))
 
     def close(self, *, flush: float = 0.0) -> None:
-        """End the connection, also one that is not open yet.
-
-        Args:
-            flush: seconds to wait until all messages are on their way.
-        """
+        """End the connection, also one that is not open yet; waits `flush` seconds for messages to be on their way."""
         self.closed = True
         self._outbox.put(None)
         if self._sender is not None:
             self._sender.join(flush)
-        self._hang_up()
+        _shut_down(self._socket)
 
     def _send(self, stream: mp.Connection) -> None:
         try:
@@ -121,7 +112,7 @@ class Connection:
             pass  # the other end is gone, which the other thread finds, too
         except Exception as error:  # noqa: BLE001 - `on_end` reports it
             self._error = self._error or error
-            self._hang_up()
+            _shut_down(self._socket)
 
     def _receive(self, stream: mp.Connection) -> None:
         try:
@@ -133,20 +124,14 @@ class Connection:
             self._error = self._error or error
         finally:
             self._outbox.put(None)
-            self._hang_up()
-            self._on_end(self._error)
-
-    def _hang_up(self) -> None:
-        if self._socket is not None:
             _shut_down(self._socket)
+            self._on_end(self._error)
 
 
 class Listener:
-    """Takes the connections of ranks. A caller that says nothing is dropped after a while, and holds up no other one.
+    """Takes the connections of ranks, at an address of this machine that they can reach.
 
-    Args:
-        host: address of this machine that ranks can reach.
-        patience: seconds that a caller has to authenticate.
+    A caller that has not authenticated after `patience` seconds is dropped, and holds up no other one.
     """
 
     def __init__(self, host: str, *, patience: float = _AUTHENTICATE) -> None:
@@ -162,24 +147,19 @@ class Listener:
         self._thread.start()
 
     def expect(self, on_message: OnMessage, on_end: OnEnd) -> tuple[Connection, Address]:
-        """A connection that is not open yet, and how the rank opens it.
+        """A connection that is not open yet, and how the rank opens it; the functions are those of `Connection`."""
 
-        Args:
-            on_message: as `Connection` takes it.
-            on_end: the same.
-        """
+        def with_news(function: Callable[[Any], None]) -> Callable[[Any], None]:
+            def call(value: Any) -> None:
+                function(value)
+                self.news.set()
 
-        def receive(message: Any) -> None:
-            on_message(message)
-            self.news.set()
+            return call
 
-        def end(error: Exception | None) -> None:
-            on_end(error)
-            self.news.set()
-
-        connection, key = Connection(receive, end), secrets.token_bytes(_KEY_BYTES)
-        for number in [number for number, (_, other) in list(self._expected.items()) if other.closed]:
-            self._expected.pop(number, None)
+        connection, key = Connection(with_news(on_message), with_news(on_end)), secrets.token_bytes(_KEY_BYTES)
+        for number, (_, other) in list(self._expected.items()):
+            if other.closed:
+                self._expected.pop(number, None)
         self._numbers += 1
         self._expected[self._numbers] = key, connection
         return connection, Address(host=self._host, port=self._port, number=self._numbers, key=key)
@@ -205,14 +185,12 @@ class Listener:
         stream = _stream(caller)
         with suppress(EOFError, OSError, AuthenticationError, AssertionError), _time_limit(caller, self._patience):
             (number,) = _NUMBER.unpack(stream.recv_bytes(_NUMBER.size).ljust(_NUMBER.size))
-            key, connection = self._expected[number] if number in self._expected else (b"", None)
-            if connection is None:
-                raise AuthenticationError("no such connection is expected")
-            mp.deliver_challenge(stream, key)
-            mp.answer_challenge(stream, key)
-            if self._expected.pop(number, None) is not None:
-                connection.open(caller, stream)
-                return
+            if (expected := self._expected.get(number)) is not None:
+                key, connection = expected
+                mp.deliver_challenge(stream, key)
+                mp.answer_challenge(stream, key)
+                if self._expected.pop(number, None) is not None:
+                    return connection.open(caller, stream)
         _shut_down(caller)
 
 
@@ -223,10 +201,11 @@ def _stream(own: socket.socket) -> mp.Connection:
     return mp.Connection(os.dup(own.fileno()))
 
 
-def _shut_down(own: socket.socket) -> None:
+def _shut_down(own: socket.socket | None) -> None:
     """End a socket: all threads that wait for it, on both ends, go on."""
-    with suppress(OSError):
-        own.shutdown(socket.SHUT_RDWR)
+    if own is not None:
+        with suppress(OSError):
+            own.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager

@@ -15,11 +15,11 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from types import TracebackType
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import ray
+from ray.util.metrics import Counter, Gauge
 
 from parallel.cluster.config import ClusterSettings
 from parallel.cluster.connection import Listener
@@ -32,60 +32,56 @@ from parallel.cluster.messages import (
     Event,
     Finish,
     GangDown,
-    GangEvent,
     GangLost,
     GangReady,
     PermitQuantum,
     Progressed,
     QuantumDone,
     QuantumReady,
-    Refused,
     Restarted,
+    SentByGang,
     VideoDone,
     VideoFailed,
     VideoOrder,
     log_entry,
 )
-from parallel.cluster.metrics import RayMetrics
 from parallel.cluster.placement import alive_nodes, plan_strategies
 from parallel.cluster.queue import Figures, Permit, RequestState
 from parallel.cluster.scheduler import Scheduler
 
-_POLL, _QUIET_POLL, _FIGURES_EVERY, _CLOSING = 0.2, 1.0, 1.0, 10.0
-_FAILED_STARTS = 4
-"""Attempts in a row to start a gang, none of which gets it ready, before it is given up."""
+_POLL, _FIGURES_EVERY, _CLOSING = 0.2, 1.0, 10.0
+_FAILED_STARTS = 4  # attempts in a row to start a gang, none of which gets it ready, before it is given up
 _BLAMED = re.compile(r": request (\d+), tick \d+, chunk \d+ \(\w+\): (\w+: .*)$")
 """What a rank says of an error within an item: the number of the video, and the error."""
+
+
+@dataclass(slots=True)
+class _Video:
+    """A video that is not made yet."""
+
+    order: VideoOrder
+    delivered: int  # the next chunk
+    number: int = -1  # that its gang has given it, which failures name
 
 
 class Controller:
     """Makes videos on a cluster that this process has joined with `ray.init`. A context: gangs live as long.
 
-    Args:
-        settings: how to use the cluster.
-        metrics: takes figures.
-        log: called with everything that happens, as plain values; without frames.
+    `log` is called with everything that happens, as plain values, without frames.
     """
 
     def __init__(
-        self,
-        settings: ClusterSettings,
-        *,
-        metrics: RayMetrics | None = None,
-        log: Callable[[dict[str, Any]], None] | None = None,
+        self, settings: ClusterSettings, *, log: Callable[[dict[str, Any]], None] = lambda entry: None
     ) -> None:
-        self._settings, self._metrics, self._log = settings, metrics, log
+        self._settings, self._metrics, self._log = settings, _Metrics(), log
         self._scheduler = Scheduler([settings.size])
         self._listener: Listener | None = None
         self._gangs: dict[str, Gang] = {}
-        self._orders: dict[str, VideoOrder] = {}
-        """Videos that are not made yet."""
-        self._delivered: dict[str, int] = {}
-        """The next chunk of each of them."""
-        self._numbers: dict[tuple[str, int], str] = {}
-        """Those of them that gangs are making, by gang and the gang's number."""
-        self._out: deque[tuple[Event, Gang | None]] = deque()
-        self._restarts, self._began = 0, time.monotonic()
+        self._videos: dict[str, _Video] = {}
+        self._out: deque[Event] = deque()
+        self._began = time.monotonic()
+        self.restarts = 0
+        """How often a gang was started again."""
         self._counted = self._roomless = 0.0
 
     def __enter__(self) -> Self:
@@ -102,9 +98,7 @@ class Controller:
             self._gangs[name] = Gang(name, settings, strategy, self._listener)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *about: object) -> None:
         up = [gang for gang in self._gangs.values() if gang.state is GangState.UP]
         if kind is None and self._scheduler.idle:
             for gang in up:
@@ -125,20 +119,19 @@ class Controller:
         Raises:
             InputError: no gang can ever hold it, or there is one of that name that is not made yet.
         """
-        self._scheduler.submit(order.video, order.size, time.monotonic(), priority=order.priority)
-        self._orders[order.video] = order
-        self._delivered[order.video] = order.stored
+        self._scheduler.submit(order.video, order.size, priority=order.priority)
+        self._videos[order.video] = _Video(order, order.stored)
 
     def cancel(self, video: str) -> None:
         """Make no more of a video; no event of it follows."""
-        if self._orders.get(video) is None:
+        if video not in self._videos:
             return
         holder = self._scheduler.entry(video).gang
         if holder is not None:
             self._gangs[holder].send(CancelVideo(video=video))
-        self._scheduler.cancel(video, time.monotonic())
-        self._forget(video)
-        self._out = deque(entry for entry in self._out if getattr(entry[0], "video", None) != video)
+        self._scheduler.cancel(video)
+        del self._videos[video]
+        self._out = deque(event for event in self._out if getattr(event, "video", None) != video)
 
     def run(self) -> Iterator[Event]:
         """Make the videos that were submitted; more may be submitted meanwhile.
@@ -153,10 +146,10 @@ class Controller:
         while not self._scheduler.idle or self._out:
             self._round()
             while self._out:
-                event, gang = self._out.popleft()
+                event = self._out.popleft()
                 yield event
-                if isinstance(event, ChunkMade) and gang is not None:
-                    gang.send(ChunkTaken(video=event.video, index=event.index))
+                if isinstance(event, ChunkMade):
+                    self._gangs[event.gang].send(ChunkTaken(video=event.video, index=event.index))
 
     def gangs(self) -> list[GangView]:
         """All gangs, with the processes of their ranks."""
@@ -164,12 +157,7 @@ class Controller:
 
     def figures(self) -> Figures:
         """The state of the queue and the gangs."""
-        return self._scheduler.figures(time.monotonic())
-
-    @property
-    def restarts(self) -> int:
-        """How often a gang was started again."""
-        return self._restarts
+        return self._scheduler.figures()
 
     # ---- the loop
 
@@ -177,8 +165,7 @@ class Controller:
         """Wait for news, handle it, and carry out the decisions that follow."""
         self._carry_out()  # what was submitted since the last round does not wait for an event
         assert self._listener is not None
-        quiet = all(gang.quiet for gang in self._gangs.values())
-        self._listener.news.wait(_QUIET_POLL if quiet else _POLL)
+        self._listener.news.wait(_POLL)
         self._listener.news.clear()
         for gang in self._gangs.values():
             if gang.state is GangState.DOWN:
@@ -186,54 +173,55 @@ class Controller:
             try:
                 for event in gang.poll():
                     self._handle(gang, event)
+                gang.check()
             except GangBroken as error:
                 self._lose(gang, str(error))
         self._give_up_if_roomless()
         self._carry_out()
         now = time.monotonic()
-        if self._metrics is not None and now - self._counted >= _FIGURES_EVERY:
+        if now - self._counted >= _FIGURES_EVERY:
             self._counted = now
-            self._metrics.figures(self._scheduler.figures(now))
+            self._metrics.show(self._scheduler.figures())
 
     def _carry_out(self) -> None:
-        for decision in self._scheduler.decide(time.monotonic()):
+        for decision in self._scheduler.decide():
             gang, video = self._gangs[decision.gang], decision.request
             if isinstance(decision, Permit):
                 gang.send(PermitQuantum(video=video, quantum=decision.quantum))
             else:
-                gang.send(replace(self._orders[video], stored=self._delivered[video]))
+                gang.send(replace(self._videos[video].order, stored=self._videos[video].delivered))
 
-    def _handle(self, gang: Gang, event: GangEvent) -> None:
+    def _handle(self, gang: Gang, event: SentByGang) -> None:
         """An event of a leader, which may be of a video that has ended."""
-        now = time.monotonic()
-        self._note(event, gang=gang.name)
+        event = replace(event, gang=gang.name)
+        self._log(log_entry(event, time.monotonic() - self._began))
         if isinstance(event, GangReady):
-            self._scheduler.gang_up(gang.name, self._settings.size, now)
-            self._out.append((replace(event, gang=gang.name), None))
-        elif event.video not in self._orders:
+            self._scheduler.gang_up(gang.name, self._settings.size)
+            self._out.append(event)
+        elif event.video not in self._videos:
             return
         elif isinstance(event, QuantumReady):
-            self._scheduler.quantum_ready(event.video, gang.name, event.quantum, now)
+            self._scheduler.quantum_ready(event.video, gang.name, event.quantum)
         elif isinstance(event, QuantumDone):
-            self._scheduler.quantum_done(event.video, gang.name, event.quantum, now)
+            self._scheduler.quantum_done(event.video, gang.name, event.quantum)
         elif isinstance(event, ChunkMade):
             self._take(gang, event)
-        elif isinstance(event, Refused):
-            self._scheduler.cancel(event.video, now)
-            self._fail(event.video, event.message)
         else:
-            self._forward(gang, event)
+            self._forward(event)
 
-    def _forward(self, gang: Gang, event: Admitted | Progressed | VideoDone) -> None:
-        """An event that goes on to the caller."""
+    def _forward(self, event: Admitted | Progressed | VideoDone | VideoFailed) -> None:
+        """An event that goes on to the caller as it is."""
         if isinstance(event, Admitted):
-            self._numbers[gang.name, event.number] = event.video
+            self._videos[event.video].number = event.number
         elif isinstance(event, VideoDone):
-            self._scheduler.request_done(event.video, gang.name, time.monotonic())
-            self._forget(event.video)
-            if self._metrics is not None:
-                self._metrics.video(computed=event.computed)
-        self._out.append((replace(event, gang=gang.name), None))
+            self._scheduler.request_done(event.video, event.gang)
+            self._metrics.videos.inc(1)
+            self._metrics.computed.set(event.computed)
+            del self._videos[event.video]
+        elif isinstance(event, VideoFailed):
+            self._scheduler.cancel(event.video)
+            del self._videos[event.video]
+        self._out.append(event)
 
     def _take(self, gang: Gang, chunk: ChunkMade) -> None:
         """Hand a chunk out, unless it was handed out before a gang was lost.
@@ -241,41 +229,38 @@ class Controller:
         Raises:
             GangBroken: chunks before it are missing.
         """
-        expected = self._delivered[chunk.video]
-        if self._metrics is not None:
-            self._metrics.chunk(again=chunk.index < expected)
-        if chunk.index < expected:
+        video = self._videos[chunk.video]
+        self._metrics.chunks.inc(1, tags={"again": str(chunk.index < video.delivered).lower()})
+        if chunk.index < video.delivered:
             gang.send(ChunkTaken(video=chunk.video, index=chunk.index))
-        elif chunk.index > expected:
-            raise GangBroken(f"{gang.name} has left out chunk {expected} of {chunk.video}")
+        elif chunk.index > video.delivered:
+            raise GangBroken(f"{gang.name} has left out chunk {video.delivered} of {chunk.video}")
         else:
-            self._delivered[chunk.video] += 1
-            self._out.append((chunk, gang))
+            video.delivered += 1
+            self._out.append(chunk)
 
     def _lose(self, gang: Gang, message: str) -> None:
         """A gang has failed: its videos go back to the queue, and it is started again."""
         gang.stop()
         blamed: dict[str, str] = {}
         if found := _BLAMED.search(message):
-            video = self._numbers.get((gang.name, int(found[1])))
-            blamed = {} if video is None else {video: found[2]}
-        lost = self._scheduler.gang_down(gang.name, time.monotonic(), blamed=blamed)
-        self._numbers = {key: video for key, video in self._numbers.items() if key[0] != gang.name}
+            for name, video in self._videos.items():
+                if video.number == int(found[1]) and self._scheduler.entry(name).gang == gang.name:
+                    blamed[name] = found[2]
+        lost = self._scheduler.gang_down(gang.name, blamed=blamed)
         self._say(GangLost(gang=gang.name, message=message, videos=tuple(entry.request for entry in lost)))
         for entry in lost:
+            self._videos[entry.request].number = -1
             if entry.state is RequestState.QUARANTINED:
                 self._fail(entry.request, blamed.get(entry.request, message))
-        if self._restarts >= self._settings.max_restarts:
-            self._drop(gang, f"{message} ({self._restarts} restarts, and no more are allowed)")
-            return
+        if self.restarts >= self._settings.max_restarts:
+            return self._drop(gang, f"{message} ({self.restarts} restarts, and no more are allowed)")
         if gang.failed_starts >= _FAILED_STARTS:
-            self._drop(gang, f"{message} (it has not once got ready in {gang.failed_starts} attempts)")
-            return
-        self._restarts += 1
+            return self._drop(gang, f"{message} (it has not once got ready in {gang.failed_starts} attempts)")
+        self.restarts += 1
         gang.restart()
         self._say(Restarted(gang=gang.name, attempt=gang.attempt))
-        if self._metrics is not None:
-            self._metrics.restart(gang.name)
+        self._metrics.restarts.inc(1, tags={"gang": gang.name})
 
     def _give_up_if_roomless(self) -> None:
         """Wait for nodes for so long, and no longer."""
@@ -294,23 +279,37 @@ class Controller:
         self._say(GangDown(gang=gang.name, message=message))
         if any(other.state is not GangState.DOWN for other in self._gangs.values()):
             return
-        for video in list(self._orders):
-            self._scheduler.cancel(video, time.monotonic())
+        for video in list(self._videos):
+            self._scheduler.cancel(video)
             self._fail(video, f"no gang is left: {message}")
 
     def _fail(self, video: str, message: str) -> None:
-        self._forget(video)
+        del self._videos[video]
         self._say(VideoFailed(video=video, message=message))
 
-    def _forget(self, video: str) -> None:
-        del self._orders[video], self._delivered[video]
-        self._numbers = {key: name for key, name in self._numbers.items() if name != video}
-
     def _say(self, event: GangLost | GangDown | Restarted | VideoFailed) -> None:
-        self._note(event)
-        self._out.append((event, None))
+        self._log(log_entry(event, time.monotonic() - self._began))
+        self._out.append(event)
 
-    def _note(self, event: GangEvent | Event, *, gang: str = "") -> None:
-        if self._log is not None:
-            entry = log_entry(event, time.monotonic() - self._began)
-            self._log({**entry, "gang": gang or entry.get("gang", "")})
+
+class _Metrics:
+    """Metrics for Prometheus. Ray exports them where `ray[default]` is installed; else they go nowhere, at no cost."""
+
+    def __init__(self) -> None:
+        self.chunks = Counter("flowcache_chunks_total", "Chunks made", tag_keys=("again",))
+        self.videos = Counter("flowcache_videos_total", "Videos done")
+        self.computed = Gauge("flowcache_computed_fraction", "Chunk-steps computed, as a share, of the last video")
+        self.restarts = Counter("flowcache_gang_restarts_total", "Gangs started again", tag_keys=("gang",))
+        self._queued = Gauge("flowcache_queue_length", "Videos that no gang has taken in")
+        self._states = Gauge("flowcache_videos", "Videos by state", tag_keys=("standing",))
+        self._used = Gauge("flowcache_gang_utilisation", "Window slots in use, as a share", tag_keys=("gang",))
+        self._up = Gauge("flowcache_gang_up", "1 while a gang can be given work", tag_keys=("gang",))
+
+    def show(self, figures: Figures) -> None:
+        """The state of the queue and the gangs."""
+        self._queued.set(figures.queued)
+        for state, count in figures.states.items():
+            self._states.set(count, tags={"standing": state.value})
+        for gang in figures.gangs:
+            self._used.set(gang.utilisation, tags={"gang": gang.gang})
+            self._up.set(float(gang.up), tags={"gang": gang.gang})

@@ -20,27 +20,23 @@ import torch.distributed as dist
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
 from models.errors import InputError
-from parallel.cluster.actor import RankEnd, actor_class
+from parallel.cluster.actor import RankActor
 from parallel.cluster.config import ClusterSettings
 from parallel.cluster.connection import Connection, Listener
-from parallel.cluster.messages import ChunkMade, ChunksReceived, Command, GangEvent, GangReady, RankStarted
+from parallel.cluster.messages import Command, GangReady, RankStarted, SentByGang
 from parallel.cluster.placement import Place, Placement, alive_nodes, kill_process, plan_strategies, threads_per_rank
 from parallel.comm.groups import connect
 from parallel.health.errors import BAD_INPUT, Failure
-from parallel.health.reader import HeartbeatReader
+from parallel.health.heartbeats import Heartbeats
 from parallel.ranks.environment import RankEnv
 from parallel.topology.mesh import Mesh
 
 _NODES_EVERY, _PLACES_EVERY, _ENDS_EVERY = 1.0, 0.2, 0.5
 _GET = 30.0
-_UNEXPLAINED = 10.0
-"""Seconds until Ray says why a rank whose connection has ended is gone."""
-_UNSURE = 20.0
-"""Seconds until Ray has decided about a node that does not answer."""
-_QUIET = 2
-"""Attempts on a node that is gone before they count as losses."""
-_LOST = (RayActorError, RayTaskError, GetTimeoutError)
-"""What Ray raises for a rank that is gone. The first is the parent of several, and the others do not belong to it."""
+_UNEXPLAINED = 10.0  # seconds until Ray says why a rank whose connection has ended is gone
+_UNSURE = 20.0  # seconds until Ray has decided about a node that does not answer
+_QUIET = 2  # attempts on a node that is gone before they count as losses
+_LOST = (RayActorError, RayTaskError, GetTimeoutError)  # what Ray raises for a rank that is gone
 
 
 class GangBroken(Exception):  # noqa: N818 - reads as what it says
@@ -100,35 +96,19 @@ class _Rank:
 
 
 class Gang:
-    """A gang.
-
-    Args:
-        name: of the gang.
-        settings: what it needs, and what its ranks are given.
-        strategy: Ray's strategy to place it.
-        listener: where its ranks connect.
-    """
+    """A gang. `strategy` is Ray's name for how to place it; its ranks connect to `listener`."""
 
     def __init__(self, name: str, settings: ClusterSettings, strategy: str, listener: Listener) -> None:
         self.name, self.attempt, self.state = name, 0, GangState.PLACING
-        self.failed_starts = 0
-        """Attempts in a row that ended before the gang was ready for work."""
+        self.failed_starts = 0  # attempts in a row that ended before the gang was ready for work
         self._settings, self._listener = settings, listener
         self._mesh = Mesh(layout=settings.shape.layout, rank=0)
         self._placement: Placement | None = Placement(settings.shape, strategy)
         self._ranks: list[_Rank] = []
         self._store: dist.TCPStore | None = None
-        self._heartbeats: HeartbeatReader | None = None
-        self._error: GangBroken | InputError | None = None
-        """Found by a poll that had events to return; raised by the next one."""
+        self._heartbeats: Heartbeats | None = None
         self._wait_until = self._looked = self._began = self._ends_at = 0.0
         self._failed_at: float | None = None
-
-    @property
-    def quiet(self) -> bool:
-        """Nothing can happen to it without news on the listener, but what heartbeats tell."""
-        gone = any(rank.gone_at is not None for rank in self._ranks)
-        return self.state is GangState.DOWN or (self.state is GangState.UP and not gone and self._error is None)
 
     @property
     def ended(self) -> bool:
@@ -139,7 +119,7 @@ class Gang:
     def view(self) -> GangView:
         """The gang at this moment. May be asked by any thread."""
         reader, ranks = self._heartbeats, tuple(self._ranks)
-        heartbeats = {} if reader is None else reader.heartbeats
+        heartbeats = {} if reader is None else reader.latest
         views = []
         for number, rank in enumerate(ranks):
             heartbeat = heartbeats.get(number)
@@ -152,37 +132,30 @@ class Gang:
         if self._ranks:
             self._ranks[0].connection.send(command)
 
-    def poll(self) -> list[GangEvent]:
-        """Go on with starting, and receive.
-
-        Returns:
-            What the leader has sent. If the gang has failed as well, the next poll raises.
-
-        Raises:
-            GangBroken: the gang has failed; call `stop`.
-            InputError: its ranks cannot start with what they were given.
-        """
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+    def poll(self) -> list[SentByGang]:
+        """Go on with starting; returns what the leader has sent."""
         if self.state is GangState.WAITING:
             self._look_for_nodes()
         if self.state is GangState.PLACING:
             self._place()
-        if not self._ranks:
-            return []
         events = self._receive()
         if any(isinstance(event, GangReady) for event in events):
             self.state, self.failed_starts = GangState.UP, 0
-        try:
-            self._check()
-        except (GangBroken, InputError) as error:
-            if isinstance(error, GangBroken) and self._retries_quietly(error):
-                return events
-            if not events:
-                raise
-            self._error = error
         return events
+
+    def check(self) -> None:
+        """Find out whether the gang has failed; to be asked when all that was received is handled.
+
+        Raises:
+            GangBroken: a rank is gone, hangs, or has reported a failure; call `stop`.
+            InputError: the ranks cannot start with what they were given.
+        """
+        try:
+            if self._ranks:
+                self._check()
+        except GangBroken as error:
+            if not self._retries_quietly(error):
+                raise
 
     def stop(self) -> None:
         """Kill all ranks at once, also those that hang or are stopped."""
@@ -193,14 +166,13 @@ class Gang:
                 kill_process(rank.pid, rank.place.node)
             ray.kill(rank.actor, no_restart=True)
         if self._heartbeats is not None:
-            self._heartbeats.close()
-        self._heartbeats = self._store = self._error = self._failed_at = None
+            self._heartbeats.close(1.0)
+        self._heartbeats = self._store = self._failed_at = None
 
     def restart(self) -> None:
         """Start again after `stop`: in the same place, or elsewhere if a node is gone."""
         self.attempt += 1
-        self.state = GangState.WAITING
-        self._looked = 0.0
+        self.state, self._looked = GangState.WAITING, 0.0
 
     def give_up(self) -> None:
         """Do not start again; what it has reserved is free."""
@@ -241,10 +213,11 @@ class Gang:
         self._began, self.state = now, GangState.STARTING
         envs = [self._env(rank, place, host, self._store.port) for rank, place in enumerate(places)]
         timeouts = self._settings.task.timeouts
-        self._heartbeats = HeartbeatReader(connect(envs[0], timeouts.silent), self._mesh, timeouts)
+        self._heartbeats = Heartbeats(connect(envs[0], timeouts.silent), self._mesh, timeouts)
+        self._heartbeats.start()
         nodes = alive_nodes()
         for env, place in zip(envs, places, strict=True):
-            self._ranks.append(self._start(env, place, self._threads(place, nodes.get(place.node, {}))))
+            self._ranks.append(self._start(env, place, nodes.get(place.node, {})))
 
     def _env(self, rank: int, place: Place, host: str, port: int) -> RankEnv:
         return RankEnv(
@@ -259,31 +232,22 @@ class Gang:
             attempt=self.attempt,
         )
 
-    def _threads(self, place: Place, resources: dict[str, float]) -> int:
-        if self._settings.task.threads is not None:
-            return self._settings.task.threads
-        cores = int(resources.get("CPU", 1))
-        devices = int(resources.get("GPU", 0)) if self._settings.shape.gpus else cores
-        return threads_per_rank(cores, devices, self._settings.gangs * place.local_world_size)
-
-    def _start(self, env: RankEnv, place: Place, threads: int) -> _Rank:
+    def _start(self, env: RankEnv, place: Place, node: dict[str, float]) -> _Rank:
         assert self._placement is not None
-        shape, task = self._settings.shape, replace(self._settings.task, threads=threads)
+        shape, task, ranks = self._settings.shape, self._settings.task, self._settings.gangs * place.local_world_size
+        threads = task.threads or threads_per_rank(node, ranks, gpus=shape.gpus)
         # Ray sets one thread for ranks that reserve one CPU, and hides the other GPUs; torchrun does neither.
         variables = {"OMP_NUM_THREADS": str(threads), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
         rank = _Rank(place=place)
         rank.connection, address = self._listener.expect(rank.inbox.append, rank.end)
-        rank.actor = (
-            actor_class()
-            .options(
-                num_cpus=shape.cpus,
-                num_gpus=1 if shape.gpus else 0,
-                scheduling_strategy=self._placement.at(place),
-                runtime_env={"env_vars": variables},
-            )
-            .remote()
-        )
-        rank.run = rank.actor.run.remote(env, task, address)
+        remote: Any = ray.remote(max_restarts=0, max_task_retries=0)(RankActor)
+        rank.actor = remote.options(
+            num_cpus=shape.cpus,
+            num_gpus=1 if shape.gpus else 0,
+            scheduling_strategy=self._placement.at(place),
+            runtime_env={"env_vars": variables},
+        ).remote()
+        rank.run = rank.actor.run.remote(env, replace(task, threads=threads), address)
         return rank
 
     def _release(self) -> None:
@@ -293,16 +257,14 @@ class Gang:
 
     # ---- polling
 
-    def _receive(self) -> list[GangEvent]:
-        events: list[GangEvent] = []
+    def _receive(self) -> list[SentByGang]:
+        events: list[SentByGang] = []
         for rank in self._ranks:
             for message in [rank.inbox.popleft() for _ in range(len(rank.inbox))]:
                 if isinstance(message, RankStarted):
                     rank.pid = message.pid
                 else:
                     events += message
-        if chunks := sum(isinstance(event, ChunkMade) for event in events):
-            self.send(ChunksReceived(count=chunks))
         return events
 
     def _retries_quietly(self, error: GangBroken) -> bool:
@@ -310,37 +272,32 @@ class Gang:
         self._wait_until = time.monotonic() + _UNSURE if error.unsure else 0.0
         starting = self.state is GangState.STARTING
         self.failed_starts += starting
-        if not (starting and error.unsure and self.failed_starts <= _QUIET):
-            return False
-        self.stop()
-        self.state = GangState.WAITING
-        return True
+        quietly = starting and error.unsure and self.failed_starts <= _QUIET
+        if quietly:
+            self.stop()
+            self.state = GangState.WAITING
+        return quietly
 
     def _check(self) -> None:
-        """Find out whether the gang has failed.
-
-        Raises:
-            GangBroken: a rank is gone, hangs, or has reported a failure.
-            InputError: the ranks cannot start with what they were given.
-        """
         now, timeouts = time.monotonic(), self._settings.task.timeouts
         if self.state is GangState.STARTING and now - self._began > timeouts.first:
             raise GangBroken(f"its ranks have not met within {timeouts.first:.0f} s")
-        if not self.quiet or now - self._ends_at >= _ENDS_EVERY:
+        if now - self._ends_at >= _ENDS_EVERY:
             self._ends_at = now
             self._check_ends()
         for number, rank in enumerate(self._ranks):
             if rank.error is not None:
                 raise GangBroken(f"{self._mesh.name(number)}: its connection: {rank.error}")
         assert self._heartbeats is not None
-        found = self._heartbeats.poll()
-        if isinstance(found, Failure):
+        if (failure := self._heartbeats.failure) is not None:
             # The ranks end by themselves and say so: messages that they sent before are received first.
             self._failed_at = self._failed_at or now
             if now - self._failed_at > 2 * timeouts.grace:
-                raise self._failure(found.status, found.message)
-        elif found is not None:
+                raise self._error(failure)
+        elif (found := self._heartbeats.diagnosis) is not None:
             raise GangBroken(found.message)
+        elif self._heartbeats.lost:
+            raise GangBroken("the ranks' store has closed its connections")
 
     def _check_ends(self) -> None:
         """No rank ends before the leader ends the session."""
@@ -350,22 +307,21 @@ class Gang:
         dead: list[GangBroken] = []
         for run in ready:
             try:
-                end: RankEnd = ray.get(run, timeout=_GET)
+                failure: Failure | None = ray.get(run, timeout=_GET)
             except _LOST as error:
                 dead.append(self._died(runs[run], error))
                 continue
-            if end.status:
-                raise self._failure(end.status, end.message)
+            if failure is not None:
+                raise self._error(failure)
         if dead:
             raise dead[0]
         for number, rank in enumerate(self._ranks):
             if rank.gone_at is not None and rank.run not in ready and now - rank.gone_at > _UNEXPLAINED:
                 raise GangBroken(f"{self._mesh.name(number)} has closed its connection")
 
-    def _failure(self, status: int, message: str) -> GangBroken | InputError:
-        if status == BAD_INPUT and self.state is GangState.STARTING:
-            return InputError(message)
-        return GangBroken(message)
+    def _error(self, failure: Failure) -> GangBroken | InputError:
+        bad_input = failure.status == BAD_INPUT and self.state is GangState.STARTING
+        return InputError(failure.message) if bad_input else GangBroken(failure.message)
 
     def _died(self, number: int, error: Exception) -> GangBroken:
         """Why a rank has died: what the ranks have reported, if anything."""
@@ -373,7 +329,7 @@ class Gang:
         if isinstance(error, RayTaskError):
             return GangBroken(f"{name}: {error.cause}")
         assert self._heartbeats is not None
-        if isinstance(found := self._heartbeats.poll(), Failure):
-            return GangBroken(found.message)
+        if self._heartbeats.failure is not None:
+            return GangBroken(self._heartbeats.failure.message)
         never_seen = isinstance(error, RayActorError) and rank.pid is None
         return GangBroken(f"{name} has died", unsure=isinstance(error, ActorUnavailableError) or never_seen)

@@ -31,10 +31,9 @@ class VideoOrder:
     """A video to make: what a caller submits to the controller, and what the controller submits to a gang."""
 
     video: str  # its name
-    request: Request  # what to make
+    request: Request
     size: VideoSize  # what it takes
-    checkpoint: CheckpointConfig | None = None
-    """Where and how often to keep how far it is; None begins from the start after a loss."""
+    checkpoint: CheckpointConfig | None = None  # None begins from the start after a loss
     stored: int = 0  # chunks that the caller has already, from the first on; they are not handed out again
     priority: int = 0  # higher goes first
 
@@ -63,18 +62,11 @@ class ChunkTaken:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ChunksReceived:
-    """So many chunks, of whatever videos, have reached the controller; there is room for others."""
-
-    count: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Finish:
     """Nothing more will come."""
 
 
-Command = VideoOrder | PermitQuantum | CancelVideo | ChunkTaken | ChunksReceived | Finish
+Command = VideoOrder | PermitQuantum | CancelVideo | ChunkTaken | Finish
 
 # ---- events, from the ranks to the controller, and from there to the caller
 
@@ -87,143 +79,115 @@ class RankStarted:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Admitted:
-    """A gang has begun a video."""
+class GangEvent:
+    """An event of a gang."""
 
-    video: str
-    number: int  # the gang's number of the video, which its failures name
-    first: int  # chunk that will be handed out first; more than 0 after a checkpoint
     gang: str = ""  # its name; the controller fills it in
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Refused:
-    """A gang cannot make a video; the gang is well."""
-
-    video: str
-    message: str
+class GangReady(GangEvent):
+    """A gang has loaded its weights and waits for work."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QuantumReady:
-    """A video asks for its next quantum."""
+class VideoEvent(GangEvent):
+    """An event of a video on a gang."""
 
     video: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admitted(VideoEvent):
+    """A gang has begun a video."""
+
+    number: int  # the gang's number of the video, which its failures name
+    first: int  # chunk that will be handed out first; more than 0 after a checkpoint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantumReady(VideoEvent):
+    """A video asks for its next quantum."""
+
     quantum: int  # index
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QuantumDone:
+class QuantumDone(VideoEvent):
     """All chunks in the window have taken all steps of a quantum."""
 
-    video: str
     quantum: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Progressed:
+class Progressed(VideoEvent):
     """How far a video is."""
 
-    video: str
-    done: int  # finished chunks
-    chunks: int  # of the whole video
-    share: float  # of all its steps that are done
-    computed: float  # chunk-steps so far that were computed, as a share
-    kv_bytes: int  # size of its KV buffers on the leader
-    progress: Progress  # the same, as the engine reports it
-    gang: str = ""  # its name; the controller fills it in
-
-    @classmethod
-    def of(cls, video: str, progress: Progress) -> Progressed:
-        """What the engine reports of a video."""
-        return cls(
-            video=video,
-            done=progress.chunks_done,
-            chunks=progress.chunks,
-            share=progress.tick / progress.ticks,
-            computed=progress.computed_fraction,
-            kv_bytes=progress.kv_bytes,
-            progress=progress,
-        )
+    progress: Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ChunkMade:
+class ChunkMade(VideoEvent):
     """A finished chunk."""
 
-    video: str
     index: int  # 0 for the first
     frames: NDArray[np.uint8]  # uint8 [F, H, W, 3]
     latents: NDArray[np.float32]  # fp32 [1, C, t, h, w]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VideoDone:
+class VideoDone(VideoEvent):
     """All chunks of a video were handed out."""
 
-    video: str
     computed: float  # chunk-steps that were computed, as a share of all
     kv_bytes: int  # size of its KV buffers on the leader
-    gang: str = ""  # its name; the controller fills it in
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VideoFailed:
-    """A video cannot be made, or is set aside."""
+class VideoFailed(VideoEvent):
+    """A video cannot be made, or is set aside. A gang that refuses one is well."""
 
-    video: str
     message: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GangReady:
-    """A gang has loaded its weights and waits for work."""
-
-    gang: str = ""  # its name; the controller fills it in
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GangLost:
+class GangLost(GangEvent):
     """A gang has failed; its videos go on elsewhere."""
 
-    gang: str
     message: str  # why, in one line
     videos: tuple[str, ...]  # that it was making
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Restarted:
+class Restarted(GangEvent):
     """A gang is started again."""
 
-    gang: str
     attempt: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GangDown:
+class GangDown(GangEvent):
     """A gang is not started again."""
 
-    gang: str
     message: str
 
 
-GangEvent = GangReady | Admitted | Refused | QuantumReady | QuantumDone | Progressed | ChunkMade | VideoDone
+SentByGang = GangReady | Admitted | QuantumReady | QuantumDone | Progressed | ChunkMade | VideoDone | VideoFailed
 Event = Admitted | ChunkMade | VideoDone | VideoFailed | Progressed | GangReady | GangLost | Restarted | GangDown
 
 
-def log_entry(event: GangEvent | Event, seconds: float) -> dict[str, Any]:
+def log_entry(event: GangEvent, seconds: float) -> dict[str, Any]:
     """An event as plain values, without frames and latents."""
-    left_out = ("frames", "latents", "progress")
-    values = {field.name: getattr(event, field.name) for field in fields(event) if field.name not in left_out}
+    names = [one.name for one in fields(event) if one.name not in ("frames", "latents", "progress")]
+    values = {name: getattr(event, name) for name in names}
     return {"seconds": seconds, "event": type(event).__name__, **values}
 
 
 # ---- bytes
 
 _PARTS = (Request, Prefix, VideoSize, Schedule, CheckpointConfig, Progress)
-_KINDS: dict[str, Any] = {
-    kind.__name__: kind for kind in (*get_args(Command), *get_args(GangEvent), RankStarted, *_PARTS)
-}
+_SENT = (*get_args(Command), *get_args(SentByGang), RankStarted, *_PARTS)
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in _SENT}
 
 
 class MessageError(Exception):
@@ -244,9 +208,7 @@ def encode(message: object) -> tuple[bytes, list[NDArray[Any]]]:
 def decode(text: bytes, receive: Callable[[], bytes]) -> Any:
     """The message of which `encode` has made this; a list comes back as a tuple, arrays cannot be written to.
 
-    Args:
-        text: of the message.
-        receive: receives the bytes of its next array.
+    `receive` receives the bytes of its next array.
 
     Raises:
         MessageError: it is no message: an unknown kind, unknown or missing fields, or something else.
@@ -273,10 +235,7 @@ def _plain(value: Any, arrays: list[NDArray[Any]]) -> Any:
         return {"kind": "array", "number": len(arrays) - 1, "dtype": value.dtype.str, "shape": shape}
     if _KINDS.get(name := type(value).__name__) is not type(value):
         raise MessageError(f"a {name} cannot be sent")
-    return {
-        "kind": name,
-        "fields": {field.name: _plain(getattr(value, field.name), arrays) for field in fields(value)},
-    }
+    return {"kind": name, "fields": {one.name: _plain(getattr(value, one.name), arrays) for one in fields(value)}}
 
 
 def _value(plain: Any, arrays: Sequence[bytes]) -> Any:

@@ -14,12 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from models.errors import InputError
@@ -35,14 +30,10 @@ class GangShape:
     cpus: int = 1  # of each rank
 
     @property
-    def rank(self) -> dict[str, float]:
-        """Resources of a rank."""
-        return {"CPU": float(self.cpus), **({"GPU": 1.0} if self.gpus else {})}
-
-    @property
     def bundle(self) -> dict[str, float]:
         """Resources of a stage."""
-        return {name: count * self.layout.cp for name, count in self.rank.items()}
+        cp = float(self.layout.cp)
+        return {"CPU": self.cpus * cp} | ({"GPU": cp} if self.gpus else {})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,14 +51,10 @@ def alive_nodes() -> dict[str, dict[str, float]]:
     return {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
 
 
-def threads_per_rank(cores: int, devices: int, ranks: int) -> int:
-    """CPU threads of each rank of a node, so that its ranks share the cores.
-
-    Args:
-        cores: of the node.
-        devices: ranks that the node can hold: its GPUs, or its cores without any.
-        ranks: that may be there.
-    """
+def threads_per_rank(resources: Mapping[str, float], ranks: int, *, gpus: bool) -> int:
+    """CPU threads of each rank of a node, so that those that may be there share its cores."""
+    cores = int(resources.get("CPU", 1))
+    devices = int(resources.get("GPU", 0)) if gpus else cores
     return max(1, cores // max(1, min(ranks, devices)))
 
 
@@ -94,15 +81,7 @@ def cluster_has_gpus() -> bool:
 
 
 def plan_strategies(nodes: Mapping[str, Mapping[str, float]], shape: GangShape, gangs: int) -> list[str]:
-    """How to place gangs, one after another: on one node that has the resources, over several otherwise.
-
-    Args:
-        nodes: resources by node.
-        shape: of a gang.
-        gangs: how many.
-
-    Returns:
-        A Ray strategy for each gang.
+    """A Ray strategy for each gang, one after another: on one node that has the resources, over several otherwise.
 
     Raises:
         InputError: they do not fit.
@@ -127,33 +106,18 @@ def plan_strategies(nodes: Mapping[str, Mapping[str, float]], shape: GangShape, 
 
 
 def assign_places(bundle_nodes: Mapping[int, str], layout: Layout, *, first_node: str) -> list[Place]:
-    """Ranks in order, so that neighbouring stages share a node.
-
-    Args:
-        bundle_nodes: the node of each bundle.
-        layout: of the ranks.
-        first_node: the node whose bundles come first, if it has any.
-    """
+    """Places of the ranks in order, so that neighbouring stages share a node; those on `first_node` come first."""
     order = sorted(bundle_nodes, key=lambda bundle: (bundle_nodes[bundle] != first_node, bundle_nodes[bundle], bundle))
     nodes = [bundle_nodes[bundle] for bundle in order for _ in range(layout.cp)]
-    return [
-        Place(
-            bundle=order[rank // layout.cp],
-            node=node,
-            local_rank=nodes[:rank].count(node),
-            local_world_size=nodes.count(node),
-        )
-        for rank, node in enumerate(nodes)
-    ]
+    places = []
+    for rank, node in enumerate(nodes):
+        before, there = nodes[:rank].count(node), nodes.count(node)
+        places.append(Place(bundle=order[rank // layout.cp], node=node, local_rank=before, local_world_size=there))
+    return places
 
 
 class Placement:
-    """A placement group for a gang.
-
-    Args:
-        shape: of the gang.
-        strategy: Ray's name for how to place it.
-    """
+    """A placement group for a gang, by one of Ray's strategies."""
 
     def __init__(self, shape: GangShape, strategy: str) -> None:
         self._shape = shape

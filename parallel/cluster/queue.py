@@ -13,6 +13,8 @@ from enum import StrEnum
 from engine.schedule import Schedule
 from models.errors import InputError
 
+_PROMISED = 2  # how often a gang promises its slots
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoSize:
@@ -30,11 +32,6 @@ class VideoSize:
             raise InputError(f"a video cannot hold {self.kv_bytes} bytes of keys and values")
 
     @property
-    def window(self) -> int:
-        """Chunks that are denoised at once."""
-        return self.schedule.window
-
-    @property
     def chunks(self) -> int:
         """Chunks that are generated and handed out."""
         return self.schedule.chunks - self.schedule.first
@@ -42,7 +39,7 @@ class VideoSize:
     @property
     def slots(self) -> int:
         """Window slots of its widest quantum."""
-        return min(self.window, self.chunks)
+        return min(self.schedule.window, self.chunks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,11 +92,11 @@ class RequestState(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GangFigures:
-    """A gang at this moment, and so far."""
+    """A gang at this moment."""
 
     gang: str
     up: bool  # it can be given work
-    utilisation: float  # busy slots as a share of all, averaged over the time it was up; 0 if it never was
+    utilisation: float  # busy slots as a share of all
     residents: int  # requests on it
 
 
@@ -109,7 +106,6 @@ class Figures:
 
     queued: int  # length of the queue
     states: Mapping[RequestState, int]  # requests by where they are, those that have ended among them
-    restarts: int  # how often a request went back to the queue, of all requests together
     gangs: tuple[GangFigures, ...]  # each gang that ever was up, by name
 
 
@@ -128,7 +124,6 @@ class QueueEntry:
     announcement: int = 0  # announcements are numbered in their order; that of `ready`
     done: int | None = None  # quanta done, counted from the video's start; None until this gang has announced one
     furthest: int = 0  # the most quanta that were ever done
-    restarts: int = 0  # how often it went back to the queue
     failures: Counter[str] = field(default_factory=Counter)  # how often it was blamed, by reason
     losses: int = 0  # how often it was blamed or suspected since it last got further than ever
     isolated: bool = False  # it is suspected of breaking gangs, and runs alone
@@ -148,12 +143,6 @@ class QueueEntry:
         return max((self.size.schedule.quantum(quantum).slots for quantum in self.permitted), default=0)
 
     @property
-    def more_slots(self) -> int:
-        """Slots that its announced quantum needs on top of those that it occupies."""
-        assert self.ready is not None
-        return max(0, self.size.schedule.quantum(self.ready).slots - self.slots)
-
-    @property
     def expected(self) -> int | None:
         """The quantum that its gang announces next; None where any may come."""
         if self.ready is not None:
@@ -166,21 +155,16 @@ class QueueEntry:
         self.permitted.clear()
 
 
+@dataclass(slots=True, eq=False)
 class GangEntry:
-    """A gang, over all of its lives.
+    """A gang, over all of its lives. The scheduler alone changes it."""
 
-    Args:
-        name: its id.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.size = GangSize(slots=1, kv_bytes=0)
-        self.up = False
-        self.residents: dict[str, QueueEntry] = {}
-        self.passed_quanta = self.passed_requests = 0
-        """How many were preferred to the one that has waited longest, since the last time that none was."""
-        self._slot_seconds = self._busy_seconds = self._seen = 0.0
+    name: str
+    size: GangSize
+    up: bool = False
+    residents: dict[str, QueueEntry] = field(default_factory=dict)
+    passed_quanta: int = 0  # preferred to the one that has waited longest, since the last time that none was
+    passed_requests: int = 0  # the same
 
     @property
     def slots_busy(self) -> int:
@@ -199,19 +183,13 @@ class GangEntry:
         memory = self.kv_used / self.size.kv_bytes if self.size.kv_bytes else 0.0
         return promised / self.size.slots, memory, self.name
 
-    def advance(self, now: float) -> None:
-        """Count the time since the last call; to be called before anything changes."""
-        if self.up:
-            seconds = now - self._seen
-            self._slot_seconds += seconds * self.size.slots
-            self._busy_seconds += seconds * self.slots_busy
-        self._seen = now
+    def has_room(self, new: QueueEntry) -> bool:
+        """Whether it has the memory for a request, and slots that it has not promised too often."""
+        equals = [entry.size.slots for entry in self.residents.values() if entry.priority >= new.priority]
+        fits = new.size.kv_bytes <= self.size.kv_bytes - self.kv_used
+        return fits and sum(equals) + new.size.slots <= _PROMISED * self.size.slots
 
     def figures(self) -> GangFigures:
-        """Figures at the time of the last `advance`."""
-        return GangFigures(
-            gang=self.name,
-            up=self.up,
-            utilisation=self._busy_seconds / self._slot_seconds if self._slot_seconds else 0.0,
-            residents=len(self.residents),
-        )
+        """Figures of this moment."""
+        used = self.slots_busy / self.size.slots
+        return GangFigures(gang=self.name, up=self.up, utilisation=used, residents=len(self.residents))

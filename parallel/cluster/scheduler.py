@@ -1,7 +1,7 @@
 """Decides which request runs on which gang, and which chunk enters a gang's window next.
 
-A pure object: events go in, with their times, and decisions come out. The same events give the same
-decisions. It knows no Ray, no torch, no threads and no clock.
+A pure object: events go in and decisions come out. The same events give the same decisions. It knows no Ray, no torch,
+no threads and no clock.
 
 Rules
     Quanta. A gang announces the next quantum of each of its requests, and the scheduler permits them one after another
@@ -18,8 +18,8 @@ Rules
     waited longest: with r quanta waiting before it, a quantum is at the latest the `share * (r + 1)`-th after its
     announcement. Of every `share` requests in a row that a gang admits, at least one is the oldest that it can hold.
 
-    Loss. When a gang goes down its requests go back to the queue and keep their age. One that is blamed for it `same`
-    times with the same reason is set aside. When nobody is blamed, every request is suspected that was in a quantum or
+    Loss. When a gang goes down its requests go back to the queue and keep their age. One that is blamed for it
+    twice with the same reason is set aside. When nobody is blamed, every request is suspected that was in a quantum or
     not yet at its first chunk boundary. A request that is blamed or suspected `losses` times without getting further
     than ever before is set aside; from half as many times it is isolated: the gang that has the fewest requests is
     emptied for it, and it runs there alone, so that it harms no other request and no other one harms it.
@@ -28,13 +28,12 @@ Rules
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from models.errors import InputError
 from parallel.cluster.queue import Admit, Figures, GangEntry, GangSize, Permit, QueueEntry, RequestState, VideoSize
 
-_PROMISED = 2
-"""How often a gang promises its slots."""
+_SAME = 2  # how often a request may be blamed for the same reason until it is set aside
 
 
 class Scheduler:
@@ -43,68 +42,53 @@ class Scheduler:
     Events may come late: an event of a gang that does not hold the request any more is ignored. A gang that comes
     back may have its old name, if none of the events before it went down is passed on after that.
 
-    Times are in seconds on any clock that does not go backwards. A request that has ended leaves nothing but its count.
+    A request that has ended leaves nothing but its count.
 
     Args:
         sizes: sizes that a gang may ever have; a request that fits none of them is refused.
         share: one in so many decisions of a gang goes to what has waited longest.
-        same: how often a request may be blamed for the same reason until it is set aside.
         losses: how often a request may be blamed or suspected without getting further until it is set aside.
     """
 
-    def __init__(self, sizes: Iterable[GangSize], *, share: int = 8, same: int = 2, losses: int = 4) -> None:
-        if share < 1 or same < 1 or losses < 1:
-            raise InputError(f"share {share}, same {same} and losses {losses} must be 1 or more")
-        self._sizes = set(sizes)
-        self._share, self._same, self._losses = share, same, losses
+    def __init__(self, sizes: Iterable[GangSize], *, share: int = 8, losses: int = 4) -> None:
+        self._sizes, self._share, self._losses = set(sizes), share, losses
         self._entries: dict[str, QueueEntry] = {}
-        self._queue: dict[str, QueueEntry] = {}
         self._gangs: dict[str, GangEntry] = {}
         self._ended: Counter[RequestState] = Counter()
-        self._now = float("-inf")
-        self._submitted = self._announcements = self._restarts = 0
+        self._submitted = self._announcements = 0
         self._admissions_due = False
         """Something has changed that admission depends on, so that a long queue is not read for nothing."""
 
     # ---- requests
 
-    def submit(self, request: str, size: VideoSize, now: float, *, priority: int = 0) -> None:
-        """Queue a request.
-
-        Args:
-            request: its id, which no other request has that has not ended.
-            size: what it takes.
-            now: the time.
-            priority: higher goes first.
+    def submit(self, request: str, size: VideoSize, *, priority: int = 0) -> None:
+        """Queue a request; the highest priority goes first.
 
         Raises:
             InputError: no gang can ever hold it, or there is one of that id.
         """
-        self._advance(now)
         if request in self._entries:
             raise InputError(f"there is a request {request} already: give every request its own id")
         self._check_fit(request, size)
         entry = QueueEntry(request=request, size=size, priority=priority, number=self._submitted)
         self._submitted += 1
-        self._entries[request] = self._queue[request] = entry
+        self._entries[request] = entry
         self._admissions_due = True
 
-    def cancel(self, request: str, now: float) -> None:
+    def cancel(self, request: str) -> None:
         """Forget a request; its slots and memory are free at once. Nothing happens if it has ended.
 
         The caller cancels it on its gang before it carries out another decision.
         """
-        self._advance(now)
         if (entry := self._entries.get(request)) is not None:
             self._end(entry, RequestState.CANCELLED)
 
-    def quantum_ready(self, request: str, gang: str, quantum: int, now: float) -> None:
+    def quantum_ready(self, request: str, gang: str, quantum: int) -> None:
         """The gang has announced a quantum. The first one after admission is where the request goes on.
 
         Raises:
             ValueError: it is not the quantum that comes next.
         """
-        self._advance(now)
         entry = self._resident(request, gang)
         if entry is None:
             return
@@ -119,60 +103,48 @@ class Scheduler:
         self._announcements += 1
         entry.ready, entry.announcement = quantum, self._announcements
 
-    def quantum_done(self, request: str, gang: str, quantum: int, now: float) -> None:
+    def quantum_done(self, request: str, gang: str, quantum: int) -> None:
         """All ticks of a quantum are done; its slots are free.
 
         Raises:
             ValueError: a quantum before it is not done, or it was not permitted.
         """
-        self._advance(now)
         entry = self._resident(request, gang)
         if entry is None or (entry.done is not None and quantum < entry.done):
             return
         if not entry.permitted or entry.permitted[0] != quantum:
-            raise ValueError(
-                f"request {request}: quantum {quantum} is reported as done, permitted are {entry.permitted}"
-            )
+            raise ValueError(f"request {request}: quantum {quantum} is reported as done, not of {entry.permitted}")
         entry.permitted.pop(0)
         entry.done = quantum + 1
         if entry.done > entry.furthest:
             entry.furthest, entry.losses = entry.done, 0
 
-    def request_done(self, request: str, gang: str, now: float) -> None:
+    def request_done(self, request: str, gang: str) -> None:
         """The video is complete and handed out."""
-        self._advance(now)
         if (entry := self._resident(request, gang)) is not None:
             self._end(entry, RequestState.DONE)
 
     # ---- gangs
 
-    def gang_up(self, gang: str, size: GangSize, now: float) -> None:
+    def gang_up(self, gang: str, size: GangSize) -> None:
         """A gang can be given work.
 
         Raises:
             ValueError: it is up already.
         """
-        self._advance(now)
-        entry = self._gangs.setdefault(gang, GangEntry(gang))
+        entry = self._gangs.setdefault(gang, GangEntry(gang, size))
         if entry.up:
             raise ValueError(f"gang {gang} is up already")
-        entry.advance(now)
         entry.up, entry.size = True, size
         self._sizes.add(size)
         self._admissions_due = True
 
-    def gang_down(self, gang: str, now: float, *, blamed: Mapping[str, str] | None = None) -> list[QueueEntry]:
+    def gang_down(self, gang: str, *, blamed: Mapping[str, str] | None = None) -> list[QueueEntry]:
         """A gang is lost. Nothing happens if it is down already.
 
-        Args:
-            gang: its name.
-            now: the time.
-            blamed: requests that are known to have caused it, with the reason.
-
-        Returns:
-            The requests that it held, the oldest first; each is queued again or set aside.
+        Requests that are known to have caused it are `blamed`, each for a reason. Returns the requests that it held,
+        the oldest first; each is queued again or set aside.
         """
-        self._advance(now)
         lost = self._gangs.get(gang)
         if lost is None or not lost.up:
             return []
@@ -188,9 +160,8 @@ class Scheduler:
 
     # ---- decisions and figures
 
-    def decide(self, now: float) -> list[Admit | Permit]:
+    def decide(self) -> list[Admit | Permit]:
         """What to do now, in order. Each decision is given out once: a second call without an event gives none."""
-        self._advance(now)
         decisions: list[Admit | Permit] = []
         if self._admissions_due:
             while (admit := self._admit()) is not None:
@@ -212,15 +183,12 @@ class Scheduler:
         """
         return self._entries[request]
 
-    def figures(self, now: float) -> Figures:
+    def figures(self) -> Figures:
         """Figures of this moment."""
-        self._advance(now)
         states = self._ended + Counter(entry.state for entry in self._entries.values())
+        gangs = tuple(gang.figures() for _, gang in sorted(self._gangs.items()))
         return Figures(
-            queued=len(self._queue),
-            states={state: states[state] for state in RequestState},
-            restarts=self._restarts,
-            gangs=tuple(gang.figures() for _, gang in sorted(self._gangs.items())),
+            queued=states[RequestState.QUEUED], states={one: states[one] for one in RequestState}, gangs=gangs
         )
 
     @property
@@ -230,15 +198,11 @@ class Scheduler:
 
     # ---- inside
 
-    def _advance(self, now: float) -> None:
-        if now < self._now:
-            raise ValueError(f"the time goes backwards, from {self._now} to {now}")
-        self._now = now
-        for gang in self._gangs.values():
-            gang.advance(now)
-
     def _up(self) -> list[GangEntry]:
         return [gang for gang in self._gangs.values() if gang.up]
+
+    def _queue(self) -> list[QueueEntry]:
+        return [entry for entry in self._entries.values() if entry.gang is None]
 
     def _resident(self, request: str, gang: str) -> QueueEntry | None:
         """The request, if that gang holds it."""
@@ -250,14 +214,21 @@ class Scheduler:
         waiting = [entry for entry in gang.residents.values() if entry.ready is not None]
         if not waiting:
             return None
-        longest = min(waiting, key=lambda entry: entry.announcement)
-        chosen = min(waiting, key=lambda entry: (-entry.priority, entry.announcement))
-        if gang.passed_quanta >= self._share - 1:
-            chosen = longest
-        if chosen.more_slots > gang.size.slots - gang.slots_busy:
+        chosen, passed = self._preferred(waiting, gang.passed_quanta, lambda entry: entry.announcement)
+        assert chosen.ready is not None
+        if chosen.size.schedule.quantum(chosen.ready).slots - chosen.slots > gang.size.slots - gang.slots_busy:
             return None
-        gang.passed_quanta = 0 if chosen is longest else gang.passed_quanta + 1
+        gang.passed_quanta = passed
         return chosen
+
+    def _preferred(
+        self, waiting: list[QueueEntry], passed: int, age: Callable[[QueueEntry], int]
+    ) -> tuple[QueueEntry, int]:
+        """Who goes next: the highest priority, but once in `share` times who has waited longest; and how often it had
+        to wait since."""
+        longest = min(waiting, key=age)
+        chosen = longest if passed >= self._share - 1 else min(waiting, key=lambda entry: (-entry.priority, age(entry)))
+        return chosen, 0 if chosen is longest else passed + 1
 
     def _admit(self) -> Admit | None:
         emptied = self._emptied()
@@ -267,7 +238,6 @@ class Scheduler:
             else:
                 entry = self._next_admission(gang)
             if entry is not None:
-                del self._queue[entry.request]
                 entry.gang = gang.name
                 gang.residents[entry.request] = entry
                 return Admit(request=entry.request, gang=gang.name)
@@ -276,7 +246,7 @@ class Scheduler:
     def _emptied(self) -> dict[str, QueueEntry]:
         """The isolated requests of the queue, by the gang that is emptied for each."""
         found: dict[str, QueueEntry] = {}
-        isolated = (entry for entry in self._queue.values() if entry.isolated)
+        isolated = (entry for entry in self._queue() if entry.isolated)
         for entry in sorted(isolated, key=lambda entry: entry.number):
             free = [gang for gang in self._up() if gang.name not in found and gang.size.holds(entry.size)]
             if free:
@@ -287,16 +257,13 @@ class Scheduler:
         """The queued request that is to be admitted on a gang, if it fits now."""
         if any(entry.isolated for entry in gang.residents.values()):
             return None
-        eligible = [entry for entry in self._queue.values() if not entry.isolated and gang.size.holds(entry.size)]
+        eligible = [entry for entry in self._queue() if not entry.isolated and gang.size.holds(entry.size)]
         if not eligible:
             return None
-        oldest = min(eligible, key=lambda entry: entry.number)
-        chosen = min(eligible, key=lambda entry: (-entry.priority, entry.number))
-        if gang.passed_requests >= self._share - 1:
-            chosen = oldest
-        if not _has_room(gang, chosen):
+        chosen, passed = self._preferred(eligible, gang.passed_requests, lambda entry: entry.number)
+        if not gang.has_room(chosen):
             return None
-        gang.passed_requests = 0 if chosen is oldest else gang.passed_requests + 1
+        gang.passed_requests = passed
         return chosen
 
     def _lose(self, entry: QueueEntry, blame: str | None, *, suspected: bool) -> None:
@@ -304,18 +271,14 @@ class Scheduler:
         if blame is not None:
             entry.failures[blame] += 1
         entry.losses += suspected or blame is not None
-        if entry.losses >= self._losses or (blame is not None and entry.failures[blame] >= self._same):
+        if entry.losses >= self._losses or (blame is not None and entry.failures[blame] >= _SAME):
             self._end(entry, RequestState.QUARANTINED)
             return
         entry.isolated = entry.losses >= max(1, self._losses // 2)
-        entry.restarts += 1
-        self._restarts += 1
         entry.leave()
-        self._queue[entry.request] = entry
 
     def _end(self, entry: QueueEntry, state: RequestState) -> None:
         del self._entries[entry.request]
-        self._queue.pop(entry.request, None)
         for gang in self._gangs.values():
             gang.residents.pop(entry.request, None)
         entry.leave()
@@ -332,10 +295,3 @@ class Scheduler:
             f"request {request} needs {size.slots} window slots and {size.kv_bytes / 1e6:.1f} MB for keys and values, "
             f"a gang has {slots} and {memory / 1e6:.1f} MB at most: ask for a smaller video or a smaller KV budget"
         )
-
-
-def _has_room(gang: GangEntry, entry: QueueEntry) -> bool:
-    """Whether a gang has the memory for a request, and slots that it has not promised too often."""
-    equals = [other.size.slots for other in gang.residents.values() if other.priority >= entry.priority]
-    fits = entry.size.kv_bytes <= gang.size.kv_bytes - gang.kv_used
-    return fits and sum(equals) + entry.size.slots <= _PROMISED * gang.size.slots

@@ -118,10 +118,7 @@ class Edges:
     def receive_result(self, *, wait: bool) -> Message | None:
         """A result, on the leader; None if there is none yet and it should not wait."""
         assert self._results is not None
-        if not wait:
-            return self._results.poll()
-        with self._monitor.expecting():
-            return self._results.receive()
+        return self._results.receive() if wait else self._results.poll()
 
     def leave(self) -> int:
         """Send the last message to all, receive the same from all, and close.

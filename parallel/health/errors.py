@@ -22,8 +22,8 @@ class Failure:
     """Why a gang has stopped."""
 
     message: str  # one line that names the culprit
-    status: int  # exit code of all ranks
     reporter: int  # the rank that shows the message
+    status: int = FAILED  # exit code of all ranks
     hung: tuple[int, ...] = ()  # ranks that cannot read this; a rank on the same machine ends their processes
 
 
@@ -39,11 +39,7 @@ class GangError(Exception):
 
 
 class ErrorStore:
-    """The gang's failure in the rendezvous store.
-
-    Args:
-        store: a connection under the attempt's prefix.
-    """
+    """The gang's failure in the rendezvous store. The connection is under the attempt's prefix."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

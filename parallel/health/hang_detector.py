@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from parallel.health.heartbeats import Heartbeat
+from parallel.health.errors import Failure
 from parallel.health.timeouts import Timeouts
 from parallel.topology.mesh import Mesh
 
@@ -18,11 +18,21 @@ _ALSO = 3 / 4  # of `silent`: a rank is named along with one that exceeds it, fo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Diagnosis:
-    """What is wrong."""
+class Heartbeat:
+    """What a rank says of itself."""
 
-    message: str  # one line
-    hung: tuple[int, ...] = ()  # ranks that cannot read a failure
+    count: int  # heartbeats so far
+    items: int  # tasks begun so far
+    doing: str  # the present task, in words; empty while the rank waits
+    last: str  # the task begun last
+    limit: float  # seconds that the present task may take
+    pid: int  # of the rank's process
+    machine: str  # of the rank's process, as `this_machine` names it
+
+    @property
+    def at(self) -> str:
+        """What the rank does, or has done last."""
+        return f"at {self.doing}" if self.doing else f"after {self.last}"
 
 
 @dataclass(slots=True)
@@ -38,24 +48,21 @@ class _Observed:
 class HangDetector:
     """Looks at all ranks again and again."""
 
-    mesh: Mesh  # for the names of ranks
+    mesh: Mesh  # for the names of ranks; its rank is named as the reporter
     timeouts: Timeouts
-    slack: float = 0.0  # seconds more than each limit: the ranks watch each other and know more, so they go first
+    slack: float = 0.0  # seconds more than each limit
     _ranks: dict[int, _Observed] = field(default_factory=dict)
     _absent: float = 0.0
     _idle: float = 0.0
     _items: int = 0
 
-    def look(self, heartbeats: Mapping[int, Heartbeat | None], passed: float, expected: int = 0) -> Diagnosis | None:
-        """Look at all ranks.
+    def look(self, heartbeats: Mapping[int, Heartbeat | None], passed: float, expected: int = 0) -> Failure | None:
+        """What is wrong, if anything is.
 
         Args:
             heartbeats: of the ranks that have joined; None for one that has left.
             passed: seconds since the last look.
             expected: results for which the caller does nothing but wait.
-
-        Returns:
-            What is wrong, if anything is.
         """
         self._observe(heartbeats, passed)
         limit = self.timeouts.silent + self.slack
@@ -67,12 +74,10 @@ class HangDetector:
             return self._stuck(passed) or self._asleep(passed, expected)
         if self._absent <= self.timeouts.first + self.slack:
             return None
-        return Diagnosis(message=f"{self._names(absent)} not come within {self.timeouts.first:.0f} s")
+        return self._failure(f"{self._names(absent)} not come within {self.timeouts.first:.0f} s")
 
-    def busy(self, rank: int) -> float:
-        """Seconds for which a rank has been at its present task."""
-        one = self._ranks.get(rank)
-        return 0.0 if one is None else one.busy
+    def _failure(self, message: str, hung: tuple[int, ...] = ()) -> Failure:
+        return Failure(message=message, reporter=self.mesh.rank, hung=hung)
 
     def _observe(self, heartbeats: Mapping[int, Heartbeat | None], passed: float) -> None:
         for rank, heartbeat in heartbeats.items():
@@ -85,15 +90,15 @@ class HangDetector:
             if not heartbeat.doing or (heartbeat.items, heartbeat.doing) != (before.items, before.doing):
                 one.busy = 0.0
 
-    def _silent(self, suspects: list[int], limit: float) -> Diagnosis | None:
+    def _silent(self, suspects: list[int], limit: float) -> Failure | None:
         worst = max((self._ranks[rank] for rank in suspects), key=lambda one: one.silent)
         if worst.silent <= limit:
             return None
         hung = [rank for rank in suspects if self._ranks[rank].silent > limit * _ALSO]
         message = f"{self._names(hung)} given no sign of life for {worst.silent:.0f} s {worst.heartbeat.at}"
-        return Diagnosis(message=message, hung=tuple(hung))
+        return self._failure(message, tuple(hung))
 
-    def _stuck(self, passed: float) -> Diagnosis | None:
+    def _stuck(self, passed: float) -> Failure | None:
         working = {rank: one for rank, one in self._ranks.items() if one.heartbeat.doing}
         for one in working.values():
             one.busy += passed
@@ -102,16 +107,16 @@ class HangDetector:
             return None
         # The ranks of a stage wait for each other within an item, so all that are at it are named.
         ranks = [rank for rank, one in working.items() if one.heartbeat.doing == late[0].heartbeat.doing]
-        return Diagnosis(message=f"{self._names(ranks)} not come on for {late[0].busy:.0f} s {late[0].heartbeat.at}")
+        return self._failure(f"{self._names(ranks)} not come on for {late[0].busy:.0f} s {late[0].heartbeat.at}")
 
-    def _asleep(self, passed: float, expected: int) -> Diagnosis | None:
+    def _asleep(self, passed: float, expected: int) -> Failure | None:
         items = sum(one.heartbeat.items for one in self._ranks.values())
         working = any(one.heartbeat.doing for one in self._ranks.values())
         self._idle = self._idle + passed if expected and not working and items == self._items else 0.0
         self._items = items
         if self._idle <= self.timeouts.step + self.slack:
             return None
-        return Diagnosis(message=f"no rank works, though {expected} items are under way")
+        return self._failure(f"no rank works, though {expected} items are under way")
 
     def _names(self, ranks: list[int]) -> str:
         names = [self.mesh.name(rank) for rank in sorted(ranks)]

@@ -1,4 +1,4 @@
-"""The heartbeats of all ranks in the rendezvous store: a thread writes this rank's and reads everybody's.
+"""The heartbeats of all ranks in the rendezvous store: a thread writes this rank's, reads everybody's and judges them.
 
 Only this thread talks to the store, for a call may never return: a store whose process is stopped does not answer.
 Other threads look at what this thread has read last, and at how many rounds it has done.
@@ -8,30 +8,16 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from torch.distributed import Store
 
-from parallel.health.errors import FAILED, ErrorStore, Failure
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Heartbeat:
-    """What a rank says of itself."""
-
-    count: int  # heartbeats so far
-    items: int  # tasks begun so far
-    doing: str  # the present task, in words; empty while the rank waits
-    last: str  # the task begun last
-    limit: float  # seconds that the present task may take
-    pid: int  # of the rank's process
-    machine: str  # of the rank's process, as `this_machine` names it
-
-    @property
-    def at(self) -> str:
-        """What the rank does, or has done last."""
-        return f"at {self.doing}" if self.doing else f"after {self.last}"
+from parallel.health.errors import ErrorStore, Failure
+from parallel.health.hang_detector import HangDetector, Heartbeat
+from parallel.health.timeouts import Timeouts
+from parallel.topology.mesh import Mesh
 
 
 class Heartbeats:
@@ -39,31 +25,34 @@ class Heartbeats:
 
     Args:
         store: a connection of its own, under the attempt's prefix.
-        world_size: number of ranks.
-        interval: seconds between two rounds.
+        mesh: for the names of ranks; its rank is this process's if there is `beat`.
+        timeouts: of the ranks.
+        beat: makes this rank's heartbeat; None for a process that only reads, such as the controller. Its limits are
+            longer by twice `grace`: the ranks find a fault first and name it better.
         on_round: called by the thread after each round, and once more when the thread ends.
-        rank: this process's; None if it is not a rank and only reads.
-        beat: makes this rank's heartbeat.
     """
 
     def __init__(
         self,
         store: Store,
-        world_size: int,
+        mesh: Mesh,
+        timeouts: Timeouts,
         *,
-        interval: float,
-        on_round: Callable[[], None],
-        rank: int | None = None,
         beat: Callable[[], Heartbeat] | None = None,
+        on_round: Callable[[], None] = lambda: None,
     ) -> None:
         self.latest: dict[int, Heartbeat | None] = {}  # of the ranks that have joined; None for one that has left
         self.rounds = 0  # how often all heartbeats were read
         self.failure: Failure | None = None  # the one that was reported first
         self.reported: Failure | None = None  # the one that this process reports
+        self.diagnosis: Failure | None = None  # what this process has found wrong with the heartbeats
         self.lost = False  # the store has closed the connection
+        self.expected = 0  # results for which this process does nothing but wait
         self._store, self._errors = store, ErrorStore(store)
-        self._rank, self._beat, self._interval, self._on_round = rank, beat, interval, on_round
-        self._world_size, self._absent = world_size, set(range(world_size))
+        self._mesh, self._beat, self._on_round, self._interval = mesh, beat, on_round, timeouts.interval
+        self._detector = HangDetector(mesh, timeouts, slack=0.0 if beat is not None else 2 * timeouts.grace)
+        self._looked = time.monotonic()
+        self._absent = set(range(mesh.layout.world_size))
         self._wake, self._left = threading.Event(), threading.Event()
         self._leaves = self._closed = False
         self._lock = threading.Lock()
@@ -99,6 +88,7 @@ class Heartbeats:
         try:
             while not self._closed:
                 self._round()
+                self._look()
                 self.rounds += 1
                 self._on_round()
                 self._wake.wait(self._interval)
@@ -115,9 +105,9 @@ class Heartbeats:
         if self.failure is None:
             self.failure = self._errors.read() if self.reported is None else self._errors.report(self.reported)
         if self._beat is not None:
-            self._store.set(f"heartbeat/{self._rank}", "" if leaves else json.dumps(asdict(self._beat())))
+            self._store.set(f"heartbeat/{self._mesh.rank}", "" if leaves else json.dumps(asdict(self._beat())))
         self._absent = {rank for rank in self._absent if not self._store.check([f"heartbeat/{rank}"])}
-        joined = [rank for rank in range(self._world_size) if rank not in self._absent]
+        joined = [rank for rank in range(self._mesh.layout.world_size) if rank not in self._absent]
         texts = self._store.multi_get([f"heartbeat/{rank}" for rank in joined])
         self.latest = {
             rank: Heartbeat(**json.loads(text)) if text else None for rank, text in zip(joined, texts, strict=True)
@@ -125,10 +115,17 @@ class Heartbeats:
         if leaves:
             self._left.set()  # the store has answered, so it holds this rank's last heartbeat
 
+    def _look(self) -> None:
+        """Look for a rank that hangs. Time in which nobody looked is lost."""
+        now = time.monotonic()
+        passed, self._looked = min(now - self._looked, 2 * self._interval), now
+        if self.diagnosis is None and not self._leaves:
+            self.diagnosis = self._detector.look(self.latest, passed, self.expected)
+
     def _die(self, error: Exception) -> None:
-        who = "the reader" if self._rank is None else f"rank {self._rank}"
+        who = "the reader" if self._beat is None else f"rank {self._mesh.rank}"
         text = f"{who}: heartbeats: {type(error).__name__}: {error}".partition("\n")[0]
-        failure = Failure(message=text, status=FAILED, reporter=self._rank or 0)
+        failure = Failure(message=text, reporter=self._mesh.rank)
         try:
             self.failure = self._errors.report(failure)
         except RuntimeError:

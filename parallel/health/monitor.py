@@ -22,15 +22,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 from torch.distributed import Store
 
 from parallel.health.errors import FAILED, INTERRUPTED, Failure, GangError
-from parallel.health.hang_detector import HangDetector
-from parallel.health.heartbeats import Heartbeat, Heartbeats
+from parallel.health.hang_detector import Heartbeat
+from parallel.health.heartbeats import Heartbeats
 from parallel.health.processes import LocalProcess, WakeupPipe, this_machine
 from parallel.health.timeouts import Timeouts
 from parallel.ranks.environment import RankEnv
@@ -49,11 +49,7 @@ _DISCONNECTED = (  # parts of the messages of gloo and NCCL
 class Monitor:
     """Watches in a thread of its own, which waits for no other rank.
 
-    Args:
-        store: a connection of its own to the rendezvous store, under the attempt's prefix.
-        mesh: for the names of ranks.
-        timeouts: how long to wait.
-        env: of this rank.
+    The store's connection is its own, under the attempt's prefix.
     """
 
     def __init__(self, store: Store, mesh: Mesh, timeouts: Timeouts, env: RankEnv) -> None:
@@ -64,9 +60,8 @@ class Monitor:
         self._parent = os.getppid() if env.launched else None
         self._failure: Failure | None = None
         self._failed_at = 0.0
-        self._doing, self._last, self._items, self._beats = "starting", "starting", 0, 0
-        self._outstanding: Callable[[], int] = lambda: 0
-        self._expects = False
+        self.doing = self._last = "starting"  # this rank's present task, in words, or empty; and its last one
+        self._items = self._beats = 0
         self._machine = this_machine()
         self._processes: dict[int, LocalProcess] = {}  # of the other ranks on this machine
         self._gone: dict[int, int] = {}  # ranks whose process has ended, and the round in which that was seen
@@ -75,21 +70,8 @@ class Monitor:
         self._terminating: float | None = None  # seconds since SIGTERM
         self._failed, self._stopped = threading.Event(), threading.Event()
         self._pipe = WakeupPipe()
-        self._detector = HangDetector(mesh, timeouts)
-        self._heartbeats = Heartbeats(
-            store,
-            mesh.layout.world_size,
-            interval=timeouts.interval,
-            on_round=self._pipe.notify,
-            rank=mesh.rank,
-            beat=self._beat,
-        )
+        self._heartbeats = Heartbeats(store, mesh, timeouts, beat=self._beat, on_round=self._pipe.notify)
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
-
-    @property
-    def doing(self) -> str:
-        """This rank's present task, in words; empty while it waits."""
-        return self._doing
 
     def start(self) -> None:
         """Start to watch."""
@@ -117,41 +99,32 @@ class Monitor:
             self._pipe.notify()
             self._close()
 
-    def watch(self, outstanding: Callable[[], int]) -> None:
-        """Ask this for the number of items under way, to distinguish a hanging gang from an idle one."""
-        self._outstanding = outstanding
-
     @contextmanager
-    def expecting(self) -> Iterator[None]:
-        """While this rank does nothing but wait for results."""
-        self._expects = True
+    def expecting(self, results: int) -> Iterator[None]:
+        """While this rank does nothing but wait for so many results: a gang that hangs is told from an idle one."""
+        self._heartbeats.expected = results
         try:
             yield
         finally:
-            self._expects = False
+            self._heartbeats.expected = 0
 
     def working(self, what: str) -> None:
         """This rank begins a task."""
         self._items += 1
-        self._doing = self._last = what
+        self.doing = self._last = what
 
     def waiting(self) -> None:
         """This rank has finished its task."""
-        self._doing = ""
+        self.doing = ""
 
     def check(self) -> None:
-        """Raise if a rank has failed.
-
-        Raises:
-            GangError: the failure.
-        """
+        """Raise a `GangError` if a rank has failed."""
         if self._failure is not None:
             raise GangError(self._failure)
 
     def fail(self, message: str, *, status: int = FAILED) -> Failure:
         """Report a failure of this rank, in one line; returns the one that was reported first."""
-        failure = Failure(message=message.partition("\n")[0], status=status, reporter=self._mesh.rank)
-        self._heartbeats.report(failure)
+        failure = self._report(message, status)
         return self.await_failure() or failure
 
     def await_failure(self) -> Failure | None:
@@ -166,14 +139,14 @@ class Monitor:
         if is_connection_error(error):
             self.fail(self._describe_gone(rank, "it has closed its connections"))
         else:
-            self.fail(f"{self._name}: messages from or to rank {rank}: {_first_line(error)}")
+            self.fail(f"{self._name}: messages from or to rank {rank}: {type(error).__name__}: {error}")
 
     def _beat(self) -> Heartbeat:
         self._beats += 1
         return Heartbeat(
             count=self._beats,
             items=self._items,
-            doing=self._doing,
+            doing=self.doing,
             last=self._last,
             limit=self._timeouts.first if self._items <= _FIRST_ITEMS else self._timeouts.step,
             pid=os.getpid(),
@@ -184,7 +157,7 @@ class Monitor:
         try:
             self._watch()
         except Exception as error:  # noqa: BLE001 - without this thread the rank would run unwatched
-            self._report(f"{self._name}: monitor: {_first_line(error)}")
+            self._report(f"{self._name}: monitor: {type(error).__name__}: {error}")
             self._failed_at, self._failure = time.monotonic(), self._heartbeats.reported
             self._failed.set()
         grace = self._timeouts.grace * (2 if self._server == self._mesh.rank else 1)
@@ -207,22 +180,19 @@ class Monitor:
     def _look(self, passed: float) -> None:
         """Look for a failure, `passed` seconds after the last look."""
         found = self._heartbeats
-        unread = self._unread + passed
-        fresh = found.rounds != self._rounds
-        self._rounds, self._unread = found.rounds, 0.0 if fresh else unread
+        self._unread = self._unread + passed if found.rounds == self._rounds else 0.0
+        self._rounds = found.rounds
         self._open_processes()
         if found.failure is not None:
             self._set_failure(found.failure)
         elif found.lost:
             self._lose_store("it has closed its connections")
         elif self._unread > self._timeouts.silent:
-            self._lose_store(f"it has given no sign of life for {unread:.0f} s")
+            self._lose_store(f"it has given no sign of life for {self._unread:.0f} s")
         elif found.reported is None:
             self._check_processes(passed)
-            if fresh:
-                expected = self._outstanding() if self._expects else 0
-                if diagnosis := self._detector.look(found.latest, unread, expected):
-                    self._report(diagnosis.message, hung=diagnosis.hung)
+            if found.diagnosis is not None:
+                found.report(found.diagnosis)
 
     def _open_processes(self) -> None:
         for rank, heartbeat in self._heartbeats.latest.items():
@@ -244,24 +214,25 @@ class Monitor:
         if self._terminating is not None:
             self._terminating += passed
             if self._terminating > self._timeouts.grace:
-                self._report(f"{self._name} was told to stop", status=INTERRUPTED)
+                self._report(f"{self._name} was told to stop", INTERRUPTED)
 
     def _describe_gone(self, rank: int, how: str) -> str:
         heartbeat = self._heartbeats.latest.get(rank)
         return f"{self._mesh.name(rank)} has gone: {how}" + (f", last seen {heartbeat.at}" if heartbeat else "")
 
-    def _report(self, message: str, *, status: int = FAILED, hung: tuple[int, ...] = ()) -> None:
-        self._heartbeats.report(Failure(message=message, status=status, reporter=self._mesh.rank, hung=hung))
+    def _report(self, message: str, status: int = FAILED) -> Failure:
+        failure = Failure(message=message.partition("\n")[0], status=status, reporter=self._mesh.rank)
+        self._heartbeats.report(failure)
+        return failure
 
     def _lose_store(self, how: str) -> None:
         """The process that serves the store is gone, or hangs: each rank finds that out alone."""
         self._store_lost = True
         if self._server is None:
             text = f"the launcher, which holds the ranks together, has gone: {how}"
-            self._set_failure(Failure(message=text, status=FAILED, reporter=0))
+            self._set_failure(Failure(message=text, reporter=0))
         else:
-            text = self._describe_gone(self._server, how)
-            self._set_failure(Failure(message=text, status=FAILED, reporter=1, hung=(self._server,)))
+            self._set_failure(Failure(message=self._describe_gone(0, how), reporter=1, hung=(0,)))
 
     def _set_failure(self, failure: Failure) -> None:
         # Ranks that cannot read the failure are ended first: later there might be nobody left to do it.
@@ -312,7 +283,3 @@ def leave(status: int) -> NoReturn:
 def is_connection_error(error: BaseException) -> bool:
     """Whether a transfer has failed because the peer is gone."""
     return isinstance(error, RuntimeError) and any(part in str(error) for part in _DISCONNECTED)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -13,7 +13,6 @@ import socket
 import threading
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 
 def this_machine() -> str:
@@ -27,11 +26,7 @@ def this_machine() -> str:
 
 
 class LocalProcess:
-    """A process of this machine.
-
-    Args:
-        pid: of a process that lives, or has ended a moment ago.
-    """
+    """A process of this machine, which lives or has ended a moment ago."""
 
     def __init__(self, pid: int) -> None:
         self._pid, self._gone = pid, False
@@ -87,15 +82,14 @@ class WakeupPipe:
         self._reader.setblocking(False)
         self._writer.setblocking(False)
         self._handles = False
-        if threading.current_thread() is not threading.main_thread():
-            return
-        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        in_main = threading.current_thread() is threading.main_thread()
+        if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
             return
         other = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         if other != -1:
             signal.set_wakeup_fd(other)
             return
-        signal.signal(signal.SIGTERM, _ignore)
+        signal.signal(signal.SIGTERM, lambda number, frame: None)  # the pipe has been written already
         self._handles = True
 
     def notify(self) -> None:
@@ -116,7 +110,3 @@ class WakeupPipe:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self._reader.close()
         self._writer.close()
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    """The wake-up file descriptor has been written already."""

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -50,7 +50,6 @@ class Leader(Runner):
         """Of each video: all of its flags, and those that were decided since the last header."""
         self._saving: dict[int, Path] = {}
         self._looked, self._outstanding = 0.0, 0
-        self._monitor.watch(lambda: self._outstanding)
 
     @property
     def pending(self) -> int:
@@ -143,7 +142,7 @@ class Leader(Runner):
     def waiting(self) -> Iterator[None]:
         """Around a wait: counted, traced, and known to the hang detector."""
         began = time.perf_counter()
-        with self._monitor.expecting() if self._outstanding else nullcontext():
+        with self._monitor.expecting(self._outstanding):
             yield
         self.worker.counters.waiting += time.perf_counter() - began
         self._tracer.add("wait", began)

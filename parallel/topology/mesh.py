@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from models.errors import InputError
 
@@ -33,11 +34,7 @@ class Layout:
         return self.pp * self.cp
 
     def check_world(self, world_size: int) -> None:
-        """Say so if another number of ranks was started.
-
-        Raises:
-            InputError: the layout needs more or fewer.
-        """
+        """Raise an `InputError` if another number of ranks was started."""
         if world_size != self.world_size:
             raise InputError(
                 f"--pp {self.pp} x --cp {self.cp} needs {self.world_size} ranks, but {world_size} were started: "
@@ -45,8 +42,7 @@ class Layout:
             )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Edge:
+class Edge(NamedTuple):
     """One direction between two ranks in which messages go."""
 
     source: int
@@ -80,11 +76,6 @@ class Mesh:
         """The tail."""
         return self.layout.pp - 1
 
-    @property
-    def stage_ranks(self) -> list[int]:
-        """Ranks of this rank's stage, by cp_rank."""
-        return self.ranks_of(self.stage)
-
     def ranks_of(self, stage: int) -> list[int]:
         """Ranks of a stage, by cp_rank."""
         return [self.rank_of(stage, cp_rank) for cp_rank in range(self.layout.cp)]
@@ -107,20 +98,12 @@ class Mesh:
         """
         layout = self.layout
         for cp_rank in range(1, layout.cp):
-            yield Edge(source=0, target=self.rank_of(0, cp_rank))
+            yield Edge(0, self.rank_of(0, cp_rank))
         for stage in range(layout.pp - 1):
             for cp_rank in range(layout.cp):
-                yield Edge(source=self.rank_of(stage, cp_rank), target=self.rank_of(stage + 1, cp_rank))
+                yield Edge(self.rank_of(stage, cp_rank), self.rank_of(stage + 1, cp_rank))
         tail = self.rank_of(self.last_stage, 0)
         for cp_rank in range(1, layout.cp):
-            yield Edge(source=self.rank_of(self.last_stage, cp_rank), target=tail)
+            yield Edge(self.rank_of(self.last_stage, cp_rank), tail)
         if tail:
-            yield Edge(source=tail, target=0)
-
-    def sources(self) -> list[int]:
-        """Ranks that send to this one, in the order of `edges`."""
-        return [edge.source for edge in self.edges() if edge.target == self.rank]
-
-    def targets(self) -> list[int]:
-        """Ranks that this one sends to, in the order of `edges`."""
-        return [edge.target for edge in self.edges() if edge.source == self.rank]
+            yield Edge(tail, 0)

@@ -1,12 +1,8 @@
-"""Layers to stages: contiguous ranges, any number over any number, none lost.
-
-Plain Python. What a layer, the embedding and the output cost is handed in, measured or modelled, in any unit.
-"""
+"""Layers to stages: contiguous ranges, any number over any number, none lost. Plain Python."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -17,69 +13,34 @@ if TYPE_CHECKING:  # the configuration pulls in torch, which a check of figures 
     from models.magi.config import MagiConfig
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Costs:
-    """What a pass costs, part by part, in any unit."""
-
-    layers: tuple[float, ...]  # each layer
-    first: float = 0.0  # what the first stage does besides its layers (embedding)
-    last: float = 0.0  # what the last stage does besides its layers (output)
-
-    @classmethod
-    def even(cls, count: int) -> Costs:
-        """Layers that cost the same, and nothing else."""
-        return cls(layers=(1.0,) * count)
-
-
-def modelled_costs(
-    count: int, *, hidden: int, feed_forward: int, keys: int, patch_values: int, gated: bool, attended: float
-) -> Costs:
-    """Multiplications for one token, from shapes.
-
-    Args:
-        count: layers.
-        hidden: width.
-        feed_forward: width of the MLP.
-        keys: width of all keys of a token.
-        patch_values: values of a patch that is embedded and of one that is read out.
-        gated: the MLP has a gate.
-        attended: keys that a token attends to.
-    """
-    projections = hidden * (2 * hidden + 2 * keys) + 2 * hidden * hidden  # queries twice, keys, values; output
-    mlp = hidden * feed_forward * (3 if gated else 2)
-    layer = projections + mlp + 2 * hidden * attended
-    return Costs(layers=(float(layer),) * count, first=float(hidden * patch_values), last=float(hidden * patch_values))
-
-
-def stage_cost(costs: Costs, sizes: Sequence[int], stage: int) -> float:
-    """What a stage of a split costs."""
-    start = sum(sizes[:stage])
-    total = sum(costs.layers[start : start + sizes[stage]])
-    return total + (costs.first if stage == 0 else 0.0) + (costs.last if stage == len(sizes) - 1 else 0.0)
-
-
-def balanced_split(costs: Costs, stages: int) -> tuple[int, ...]:
+def balanced_split(layers: Sequence[float], stages: int, *, first: float = 0.0, last: float = 0.0) -> tuple[int, ...]:
     """How many layers each stage gets, so that the costliest stage is as cheap as can be.
 
     Among equals the one with the smallest sum of squares is taken, so that no stage is burdened without need.
 
+    Args:
+        layers: what each costs, in any unit.
+        stages: how many.
+        first: what the first stage does besides its layers (embedding), in the same unit.
+        last: what the last one does besides them (output).
+
     Raises:
         InputError: there are more stages than layers.
     """
-    count = len(costs.layers)
+    count = len(layers)
     if not 1 <= stages <= count:
         raise InputError(f"{count} layers cannot be split over {stages} stages: give --pp 1 to {count}")
     sums = [0.0]
-    for layer in costs.layers:
+    for layer in layers:
         sums.append(sums[-1] + layer)
 
     @cache
     def best(stage: int, start: int) -> tuple[float, float, tuple[int, ...]]:
         """(costliest stage, sum of squares, sizes) of stages `stage` and after over the layers from `start` on."""
         left = stages - stage
-        extra = costs.first if stage == 0 else 0.0
+        extra = first if stage == 0 else 0.0
         if left == 1:
-            cost = sums[count] - sums[start] + extra + costs.last
+            cost = sums[count] - sums[start] + extra + last
             return cost, cost * cost, (count - start,)
         found = []
         for end in range(start + 1, count - left + 2):
@@ -117,12 +78,7 @@ def stage_layers(sizes: Sequence[int], stage: int) -> range:
 
 
 def stage_sizes(config: MagiConfig, stages: int, split: str | None = None) -> tuple[int, ...]:
-    """Layers of each stage.
-
-    Args:
-        config: of the model.
-        stages: how many.
-        split: what is wanted, as in `9,9,8,8`; None balances modelled costs.
+    """Layers of each stage: as asked for, as in `9,9,8,8`, or balanced by the multiplications for one token.
 
     Raises:
         InputError: the split does not fit, or there are more stages than layers.
@@ -132,16 +88,12 @@ def stage_sizes(config: MagiConfig, stages: int, split: str | None = None) -> tu
         return parse_split(split, layers=model.num_layers, stages=stages)
     tokens = config.chunk_tokens(runtime.video_size_h, runtime.video_size_w)
     ranges = runtime.noise2clean_kvrange or (runtime.window_size,)
-    costs = modelled_costs(
-        model.num_layers,
-        hidden=model.hidden_size,
-        feed_forward=model.ffn_hidden_size,
-        keys=model.num_query_groups * model.kv_channels,
-        patch_values=model.patch_size**2 * model.t_patch_size * model.in_channels,
-        gated=model.gated_linear_unit,
-        attended=tokens * sum(ranges) / len(ranges),
-    )
-    return balanced_split(costs, stages)
+    hidden, keys = model.hidden_size, model.num_query_groups * model.kv_channels
+    projections = hidden * (2 * hidden + 2 * keys) + 2 * hidden * hidden  # queries twice, keys, values; output
+    mlp = hidden * model.ffn_hidden_size * (3 if model.gated_linear_unit else 2)
+    layer = projections + mlp + 2 * hidden * tokens * sum(ranges) / len(ranges)
+    patch = float(hidden * model.patch_size**2 * model.t_patch_size * model.in_channels)  # embedded, or read out
+    return balanced_split([layer] * model.num_layers, stages, first=patch, last=patch)
 
 
 def stage_range(config: MagiConfig, mesh: Mesh, split: str | None = None) -> range:

@@ -52,15 +52,11 @@ def collect_counters(store: Store, session: int, ranks: int) -> list[RankCounter
 
 
 class DeviceTimer:
-    """Measures when the device computes, without waiting for it.
+    """Measures when the device computes, without waiting for it. `new_event` makes an event of the device.
 
     On a GPU each measurement is a pair of events on the compute stream. It is resolved later, in order, once the device
     has passed its end. Durations are chained from an event whose moment on the host's clock is known, so that spans of
     the device and of the host fit together.
-
-    Args:
-        device: that computes.
-        new_event: makes an event of the device.
     """
 
     def __init__(self, device: torch.device, new_event: Callable[[], torch.cuda.Event] | None = None) -> None:
@@ -74,8 +70,7 @@ class DeviceTimer:
     def measure(self, on_measured: OnMeasured | None = None) -> Iterator[None]:
         """Around work that is launched on the current stream.
 
-        Args:
-            on_measured: given start and end on the clock of `time.perf_counter()`, once they are known.
+        `on_measured` is given start and end on the clock of `time.perf_counter()`, once they are known.
         """
         if not self._gpu:
             began = time.perf_counter()

@@ -15,6 +15,7 @@ did. An item that has not begun anywhere waits for such a velocity, and is follo
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -61,6 +62,7 @@ class RankUse:
     stage: int
     cp_rank: int  # among the ranks of its stage
     runs: list[Run] = field(default_factory=list)  # its items in order
+    waits: list[tuple[float, float]] = field(default_factory=list)  # when it waited, in order
     idle: list[Idle] = field(default_factory=list)  # its idle time in order
     busy: float = 0.0  # seconds with items
     other: float = 0.0  # seconds with anything else: reading messages, embedding, deciding, reading velocities out
@@ -80,20 +82,13 @@ class Utilisation:
 
 
 def analyse(events: Iterable[Event]) -> Utilisation | None:
-    """Explain a trace.
-
-    Args:
-        events: of all ranks, in any order.
-
-    Returns:
-        What each rank did; None if nothing was computed.
-    """
-    ranks, waits = _read(events)
+    """Explain a trace: what each rank did; None if nothing was computed. Events may be in any order."""
+    ranks = _read(events)
     runs = [run for rank in ranks.values() for run in rank.runs]
     if not runs:
         return None
     began, ended = min(run.began for run in runs), max(run.ended for run in runs)
-    history = _History(ranks, waits)
+    history = _History(ranks)
     for rank in ranks.values():
         rank.busy = sum(run.ended - run.began for run in rank.runs)
         rank.idle = _joined(history.idle(rank, began, ended))
@@ -102,9 +97,9 @@ def analyse(events: Iterable[Event]) -> Utilisation | None:
     return Utilisation(began=began, ended=ended, ranks=tuple(ordered))
 
 
-def _read(events: Iterable[Event]) -> tuple[dict[int, RankUse], dict[int, list[tuple[float, float]]]]:
+def _read(events: Iterable[Event]) -> dict[int, RankUse]:
     ranks: dict[int, RankUse] = {}
-    waits: dict[int, list[tuple[float, float]]] = {}
+    waits: dict[int, list[tuple[float, float]]] = defaultdict(list)
     changed: dict[tuple[int, tuple[int, int, int, str]], float] = {}
     computed: list[tuple[int, Event]] = []
     for event in events:
@@ -114,7 +109,7 @@ def _read(events: Iterable[Event]) -> tuple[dict[int, RankUse], dict[int, list[t
             ranks[rank] = RankUse(rank=rank, stage=int(about.get("stage", rank)), cp_rank=int(about.get("cp_rank", 0)))
         elif kind == "wait":
             began = event["ts"] / 1e6
-            waits.setdefault(rank, []).append((began, began + event["dur"] / 1e6))
+            waits[rank].append((began, began + event["dur"] / 1e6))
         elif kind == "compress":
             changed[rank, _key(event)] = event["ts"] / 1e6
         elif kind == "compute":
@@ -132,8 +127,8 @@ def _read(events: Iterable[Event]) -> tuple[dict[int, RankUse], dict[int, list[t
         ranks.setdefault(rank, RankUse(rank=rank, stage=rank, cp_rank=0)).runs.append(run)
     for use in ranks.values():
         use.runs.sort(key=lambda run: run.began)
-        waits.setdefault(use.rank, []).sort()
-    return ranks, waits
+        use.waits = sorted(waits[use.rank])
+    return ranks
 
 
 def _key(event: Event) -> tuple[int, int, int, str]:
@@ -144,8 +139,7 @@ def _key(event: Event) -> tuple[int, int, int, str]:
 class _History:
     """Follows items back through the pipeline."""
 
-    def __init__(self, ranks: Mapping[int, RankUse], waits: Mapping[int, list[tuple[float, float]]]) -> None:
-        self._waits = waits
+    def __init__(self, ranks: Mapping[int, RankUse]) -> None:
         self._at = {(rank.stage, rank.cp_rank): rank for rank in ranks.values()}
         self._last = max(stage for stage, _ in self._at)
         self._index = {place: {run.key: n for n, run in enumerate(rank.runs)} for place, rank in self._at.items()}
@@ -155,7 +149,7 @@ class _History:
 
     def idle(self, rank: RankUse, began: float, ended: float) -> Iterator[Idle]:
         """A rank's idle time from the trace's start to its end."""
-        before, waits = began, self._waits[rank.rank]
+        before, waits = began, rank.waits
         for run in rank.runs:
             pieces: list[Idle] | None = None
             for wait in waits[self._first(waits, before) :]:
@@ -231,7 +225,7 @@ class _History:
         if place[0] > 0:
             upstream = self._find(run, (place[0] - 1, place[1]))
             return upstream is not None and upstream.ended < previous.ended
-        waits, waited = self._waits[rank.rank], 0.0
+        waits, waited = rank.waits, 0.0
         for wait in waits[self._first(waits, previous.ended) :]:
             if wait[0] >= run.began:
                 break

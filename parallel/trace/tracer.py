@@ -24,18 +24,13 @@ from torch.distributed import Store
 from engine.files import atomic_write
 from engine.video import WorkItem
 
-_HELD = 512  # lines in memory before they go to the file
 _BLOCK = 1 << 20  # bytes of lines that are shipped at once
 
 
 class Tracer:
-    """The spans of one rank, from any of its threads.
+    """The spans of one rank, from any of its threads. Nothing is recorded that is not wanted.
 
-    Args:
-        rank: shown as the trace's process.
-        name: of the rank.
-        wanted: without it nothing is recorded.
-        about: more about the rank, for readers of the trace.
+    `about` says more about the rank, for readers of the trace.
     """
 
     def __init__(self, rank: int, name: str, *, wanted: bool, about: Mapping[str, Any] | None = None) -> None:
@@ -43,9 +38,8 @@ class Tracer:
         self._rank = rank
         self._offset = time.time() - time.perf_counter()
         self._lock = threading.Lock()
-        self._held: list[str] = []
-        self._spool: IO[bytes] | None = None
-        self._read = 0
+        self._spool: IO[bytes] | None = tempfile.TemporaryFile(prefix="flowcache-trace-") if wanted else None
+        self._read = 0  # bytes
         self._put("process_name", "M", args={"name": name, **(about or {})})
         self._put("process_sort_index", "M", args={"sort_index": rank})
         self.name_track(0, "layers")
@@ -74,7 +68,8 @@ class Tracer:
         name, about = kind, {}
         if item is not None:
             name = kind if kind in ("send", "compress") else f"{item.what.name} {item.chunk}"
-            about = {"args": _about(item)}
+            args = {"request": item.request, "tick": item.tick, "chunk": item.chunk, "step": item.step}
+            about = {"args": {**args, "what": item.what.name, "returns": bool(item.what.weight)}}
         self._put(name, "X", cat=kind, tid=track, ts=self._microseconds(began), dur=round(took * 1e6, 1), **about)
 
     def mark(self, kind: str, *, request: int, tick: int, chunk: int, step: int) -> None:
@@ -85,52 +80,43 @@ class Tracer:
 
     def lines(self) -> Iterator[str]:
         """The events that were not read yet, each as JSON."""
-        with self._lock:
-            self._flush()
-            spool, end = self._spool, 0 if self._spool is None else self._spool.tell()
-        while spool is not None and self._read < end:
-            with self._lock:
-                spool.seek(self._read)
-                block = spool.read(min(_BLOCK, end - self._read))
-                spool.seek(0, os.SEEK_END)
-            block = block[: block.rindex(b"\n") + 1]
-            self._read += len(block)
+        for block in self._blocks():
             yield from block.decode().splitlines()
 
     def ship(self, store: Store, session: int) -> None:
         """Leave the events that were not read yet in the store, in compressed blocks, for `shipped_events`."""
         if not self.wanted:
             return
-        count, size, held = 0, 0, []
-        for line in self.lines():
-            held.append(line)
-            size += len(line)
-            if size > _BLOCK:
-                store.set(_key(session, self._rank, count), _packed(held))
-                count, size, held = count + 1, 0, []
-        store.set(_key(session, self._rank, count), _packed(held))
-        store.set(_key(session, self._rank), str(count + 1))
+        count = 0
+        for block in self._blocks():
+            store.set(_key(session, self._rank, count), b64encode(zlib.compress(block)).decode())
+            count += 1
+        store.set(_key(session, self._rank), str(count))
+
+    def _blocks(self) -> Iterator[bytes]:
+        """Whole lines that were not read yet; other threads may go on to write."""
+        if self._spool is None:
+            return
+        with self._lock:
+            end = self._spool.tell()
+        while self._read < end:
+            with self._lock:
+                self._spool.seek(self._read)
+                block = self._spool.read(min(_BLOCK, end - self._read))
+                self._spool.seek(0, os.SEEK_END)
+            block = block[: block.rindex(b"\n") + 1]
+            self._read += len(block)
+            yield block
 
     def _microseconds(self, moment: float) -> float:
         return round((moment + self._offset) * 1e6, 1)
 
     def _put(self, name: str, phase: str, **values: Any) -> None:
-        if not self.wanted:
+        if self._spool is None:
             return
         line = json.dumps({"name": name, "ph": phase, "pid": self._rank, **values}, separators=(",", ":"))
         with self._lock:
-            self._held.append(line)
-            if len(self._held) >= _HELD:
-                self._flush()
-
-    def _flush(self) -> None:
-        if not self._held:
-            return
-        if self._spool is None:
-            self._spool = tempfile.TemporaryFile(prefix="flowcache-trace-")
-        self._spool.write(("\n".join(self._held) + "\n").encode())
-        self._spool.flush()
-        self._held.clear()
+            self._spool.write(line.encode() + b"\n")
 
 
 def shipped_events(store: Store, session: int, rank: int) -> Iterator[str]:
@@ -146,11 +132,7 @@ def shipped_events(store: Store, session: int, rank: int) -> Iterator[str]:
 
 
 def merge_traces(parts: Iterable[Iterable[str]], path: Path) -> None:
-    """Write one trace file of all ranks, line by line; it appears when it is complete.
-
-    Args:
-        parts: events as JSON, of one rank after another.
-        path: of the file.
+    """Write one trace file of the events of one rank after another; it appears when it is complete.
 
     Raises:
         InputError: it cannot be written.
@@ -163,21 +145,6 @@ def merge_traces(parts: Iterable[Iterable[str]], path: Path) -> None:
                 file.write(separator + line.encode())
                 separator = b",\n"
         file.write(b"\n]}\n")
-
-
-def _packed(lines: list[str]) -> str:
-    return b64encode(zlib.compress("\n".join(lines).encode())).decode()
-
-
-def _about(item: WorkItem) -> dict[str, Any]:
-    return {
-        "request": item.request,
-        "tick": item.tick,
-        "chunk": item.chunk,
-        "step": item.step,
-        "what": item.what.name,
-        "returns": bool(item.what.weight),
-    }
 
 
 def _key(session: int, rank: int, block: int | None = None) -> str:

@@ -16,7 +16,7 @@ from engine.reuse.settings import ReuseSettings
 from models.errors import InputError
 from parallel.comm.messages import HEADER_BYTES
 from parallel.topology.mesh import Layout
-from parallel.topology.split import Costs, balanced_split, stage_layers
+from parallel.topology.split import balanced_split, stage_layers
 from parallel.trace.counters import RankCounters
 
 SPEC = ModelSpec(layers=3, width=192, side=32)
@@ -37,7 +37,7 @@ def test_a_stage_has_the_weights_of_the_whole():
     whole = build(SPEC).model.dit.state_dict()
     seen = set()
     for stage in range(2):
-        part = build(SPEC, stage_layers(balanced_split(Costs.even(3), 2), stage)).model.dit.state_dict()
+        part = build(SPEC, stage_layers(balanced_split([1.0] * 3, 2), stage)).model.dit.state_dict()
         assert all(torch.equal(part[name], whole[name]) for name in part)
         seen |= set(part)
     assert seen == set(whole)

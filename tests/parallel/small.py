@@ -8,7 +8,7 @@ from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.model import MagiModel
 from parallel.ranks.worker import StageModel
-from parallel.topology.split import Costs, balanced_split, stage_layers
+from parallel.topology.split import balanced_split, stage_layers
 from tests.engine.tiny import TinyPipeline, tiny_config
 
 
@@ -36,7 +36,7 @@ class SmallPipeline(TinyPipeline):
 
 
 def stage_pipeline(config, mesh, split=None, seed=0, device="cpu"):
-    sizes = split or balanced_split(Costs.even(config.model_config.num_layers), mesh.layout.pp)
+    sizes = split or balanced_split([1.0] * config.model_config.num_layers, mesh.layout.pp)
     return SmallPipeline(config, stage_layers(sizes, mesh.stage), seed=seed, device=device)
 
 

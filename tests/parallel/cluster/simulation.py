@@ -53,7 +53,6 @@ class World:
         self.checkpoints: dict[str, int] = {}
         self.ended: dict[str, RequestState] = {}
         self.plan: list[Admit | Permit] = []
-        self.now = 0.0
         self._due: dict[str, int] = {}
         """The last permit of its gang that an announced quantum can be."""
         self._older: dict[tuple[str, str], int] = defaultdict(int)
@@ -63,16 +62,16 @@ class World:
 
     def submit(self, name: str, *, priority: int = 0, **what: int) -> None:
         video = size(**what)
-        self.scheduler.submit(name, video, self.now, priority=priority)
+        self.scheduler.submit(name, video, priority=priority)
         self.age[name], self.requests[name], self.checkpoints[name] = len(self.age), video, 0
 
     def up(self, name: str) -> None:
         self.gangs[name].up = True
-        self.scheduler.gang_up(name, self.gangs[name].size, self.now)
+        self.scheduler.gang_up(name, self.gangs[name].size)
 
     def down(self, name: str, blamed: dict[str, str] | None = None) -> None:
         gang = self.gangs[name]
-        lost = self.scheduler.gang_down(name, self.now, blamed=blamed)
+        lost = self.scheduler.gang_down(name, blamed=blamed)
         assert [entry.request for entry in lost] == sorted(gang.held, key=self.age.__getitem__)
         gang.up = False
         gang.held.clear()
@@ -89,14 +88,14 @@ class World:
         quanta = held.size.schedule.quanta
         if not held.announced and held.next_quantum < quanta:
             waiting = sum(other.announced for other in gang.held.values())
-            self.scheduler.quantum_ready(request, name, held.next_quantum, self.now)
+            self.scheduler.quantum_ready(request, name, held.next_quantum)
             self._due[request] = gang.permits + self.share * (waiting + 1)
             held.announced = True
         elif held.granted:
             quantum = held.granted.pop(0)
-            self.scheduler.quantum_done(request, name, quantum, self.now)
+            self.scheduler.quantum_done(request, name, quantum)
             if quantum + 1 == quanta:
-                self.scheduler.request_done(request, name, self.now)
+                self.scheduler.request_done(request, name)
                 self._let_go(request)
                 self._end(request, RequestState.DONE)
 
@@ -107,7 +106,7 @@ class World:
             self.checkpoints[request] = max(self.checkpoints[request], held.next_quantum)
 
     def cancel(self, request: str) -> None:
-        self.scheduler.cancel(request, self.now)
+        self.scheduler.cancel(request)
         if request in self.resident():
             self._let_go(request)
         if request not in self.ended:
@@ -117,15 +116,15 @@ class World:
 
     def decide(self) -> list[Admit | Permit]:
         """Carry out the scheduler's decisions, and check each of them."""
-        made = self.scheduler.decide(self.now)
+        made = self.scheduler.decide()
         for one in made:
             self._admitted(one) if isinstance(one, Admit) else self._permitted(one)
-        assert self.scheduler.decide(self.now) == []
+        assert self.scheduler.decide() == []
         self.plan += made
         for gang in self.gangs.values():
             assert sum(held.slots for held in gang.held.values()) <= gang.size.slots
             assert sum(held.size.kv_bytes for held in gang.held.values()) <= gang.size.kv_bytes
-        figures = self.scheduler.figures(self.now)
+        figures = self.scheduler.figures()
         for one in figures.gangs:
             assert one.residents == len(self.gangs[one.gang].held)
             assert 0 <= one.utilisation <= 1
@@ -191,7 +190,6 @@ class World:
             if self.scheduler.idle:
                 return
             self.decide()
-            self.now += 1.0
             for request in self.resident():
                 self.step(request)
-        raise AssertionError(f"still at it after {rounds} rounds: {self.scheduler.figures(self.now)}")
+        raise AssertionError(f"still at it after {rounds} rounds: {self.scheduler.figures()}")

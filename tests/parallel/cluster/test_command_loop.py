@@ -7,12 +7,11 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from parallel.cluster.command_loop import CommandLoop
+from parallel.cluster.actor import CommandLoop
 from parallel.cluster.messages import (
     Admitted,
     CancelVideo,
     ChunkMade,
-    ChunksReceived,
     ChunkTaken,
     Finish,
     GangReady,
@@ -80,7 +79,6 @@ def running():
         until(lambda: controller.all(GangReady), "the gang is not ready")
         yield controller
     finally:
-        controller.loop.handle(ChunksReceived(count=1000))
         controller.loop.handle(Finish())
         thread.join(20)
     assert not thread.is_alive() and not failures
@@ -94,16 +92,16 @@ def until(condition, what, seconds=20.0):
 
 
 def test_no_more_is_made_than_the_controller_can_take():
-    """A controller that is busy writing files is not buried in chunks; the leader waits until it has received them."""
+    """A controller that is busy writing files is not buried in chunks; the leader waits until it has stored them."""
     with running() as controller:
         controller.loop.handle(order("long", chunks=20))
         until(lambda: len(controller.all(ChunkMade)) >= MOST_WAITING, "it makes nothing")
         time.sleep(1.0)
         waiting = len(controller.all(ChunkMade))
         assert MOST_WAITING <= waiting <= MOST_WAITING + 4  # those that the same step has finished
-        controller.loop.handle(ChunksReceived(count=waiting))
+        controller.loop.handle(ChunkTaken(video="long", index=waiting - 1))
         until(lambda: len(controller.all(ChunkMade)) > waiting, "it does not go on")
-        controller.loop.handle(ChunksReceived(count=20))
+        controller.loop.handle(ChunkTaken(video="long", index=19))
         until(lambda: controller.all(VideoDone), "it does not end")
         assert [chunk.index for chunk in controller.all(ChunkMade)] == list(range(20))
 
@@ -125,7 +123,6 @@ def test_a_cancelled_video_ends_and_the_next_is_made():
         until(lambda: controller.all(ChunkMade), "it makes nothing")
         controller.loop.handle(ChunkTaken(video="unwanted", index=0))
         controller.loop.handle(CancelVideo(video="unwanted"))
-        controller.loop.handle(ChunksReceived(count=100))
         controller.loop.handle(order("wanted", chunks=2))
         until(lambda: controller.all(VideoDone), "it does not end")
         assert [done.video for done in controller.all(VideoDone)] == ["wanted"]

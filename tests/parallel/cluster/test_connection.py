@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from parallel.cluster.connection import Listener, connect
-from parallel.cluster.messages import ChunkMade, ChunksReceived, MessageError, PermitQuantum
+from parallel.cluster.messages import ChunkMade, Finish, MessageError, PermitQuantum
 
 HOST = "127.0.0.1"
 
@@ -114,9 +114,9 @@ def test_messages_come_whole_and_in_order_both_ways(listener):
         assert one.frames.dtype == np.uint8 and np.array_equal(one.frames, other.frames)
     assert peer.connected and not peer.gone and peer.take() == []
     for number in range(100):
-        peer.connection.send(ChunksReceived(count=number))
+        peer.connection.send(PermitQuantum(video="a", quantum=number))
     until(lambda: len(end.received) == 100, "not all came")
-    assert [one.count for one in end.received] == list(range(100))
+    assert [one.quantum for one in end.received] == list(range(100))
     end.connection.close()
 
 
@@ -172,9 +172,9 @@ def test_a_caller_that_says_nothing_is_dropped_and_holds_up_nobody(listener):
     slow.sendall(b"\0\0")
     peer, address = expect(listener)
     end = rank(address)
-    end.connection.send(ChunksReceived(count=1))
+    end.connection.send(Finish())
     began = time.monotonic()
-    assert taken(listener, peer, 1) == [ChunksReceived(count=1)]
+    assert taken(listener, peer, 1) == [Finish()]
     assert time.monotonic() - began < 1.0, "it waited for the silent one"
     for one in (silent, slow):
         one.settimeout(5.0)
@@ -279,8 +279,8 @@ def test_a_closed_listener_leaves_connections_alone_and_takes_no_others():
     assert not made._thread.is_alive()
     with pytest.raises(OSError):
         connect(late, print, print)
-    end.connection.send(ChunksReceived(count=1))
-    until(lambda: peer.take() == [ChunksReceived(count=1)], "it did not come")
+    end.connection.send(Finish())
+    until(lambda: peer.take() == [Finish()], "it did not come")
     end.connection.close()
 
 
@@ -291,7 +291,7 @@ def test_ipv6():
         pytest.skip("this machine has no IPv6")
     peer, address = expect(made)
     end = rank(address)
-    end.connection.send(ChunksReceived(count=1))
-    assert taken(made, peer, 1) == [ChunksReceived(count=1)]
+    end.connection.send(Finish())
+    assert taken(made, peer, 1) == [Finish()]
     end.connection.close()
     made.close()

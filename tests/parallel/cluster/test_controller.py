@@ -17,7 +17,6 @@ from parallel.cluster.messages import (
     GangDown,
     GangLost,
     GangReady,
-    Refused,
     Restarted,
     VideoDone,
     VideoFailed,
@@ -30,7 +29,7 @@ from tests.parallel.small import request
 class FakeGang:
     """A gang that answers with what a test has put down."""
 
-    quiet, name, attempt, failed_starts, state = False, "gang-0", 0, 0, GangState.UP
+    name, attempt, failed_starts, state = "gang-0", 0, 0, GangState.UP
 
     def __init__(self):
         self.rounds, self.sent, self.stops = deque([[GangReady()]]), [], 0
@@ -40,6 +39,9 @@ class FakeGang:
         if isinstance(events, Exception):
             raise events
         return events
+
+    def check(self):
+        pass
 
     def send(self, command):
         self.sent.append(command)
@@ -104,13 +106,13 @@ def test_a_lost_gang_begins_again_where_the_caller_is_and_no_chunk_comes_twice(c
 
 
 def test_a_video_that_has_ended_leaves_nothing_behind(controller, gang):
-    for last in (DONE, Refused(video="a", message="too wide"), None):
+    for last in (DONE, VideoFailed(video="a", message="too wide"), None):
         controller.submit(order("a", request(chunks=1)))
         gang.rounds += [[], [ADMITTED]] + ([] if last is None else [[last]])
         for event in controller.run():
             if last is None and isinstance(event, Admitted):
                 controller.cancel("a")
-        assert not controller._orders and not controller._delivered and not controller._numbers and not controller._out
+        assert not controller._videos and not controller._out
     assert gang.sent[-1] == CancelVideo(video="a")
 
 

@@ -7,27 +7,23 @@ import pytest
 
 from models.errors import InputError
 from parallel.cluster import gang as gang_module
-from parallel.cluster.actor import RankEnd
 from parallel.cluster.gang import Gang, GangBroken, GangState
-from parallel.cluster.messages import ChunkMade, ChunksReceived, GangReady, RankStarted
+from parallel.cluster.messages import ChunkMade, GangReady, RankStarted
 from parallel.cluster.placement import threads_per_rank
-from parallel.health.errors import BAD_INPUT, FAILED, Failure
-from parallel.health.hang_detector import Diagnosis
+from parallel.health.errors import BAD_INPUT, Failure
 from tests.parallel.cluster.making import settings
 
 CHUNK = ChunkMade(video="a", index=0, frames=np.zeros(1, np.uint8), latents=np.zeros(1, np.float32))
 
 
 class Ranks:
-    """Two ranks: how they have ended, what they were sent, and what their heartbeats tell."""
+    """Two ranks: how they have ended, and what their heartbeats tell."""
 
     def __init__(self):
-        self.ends, self.found, self.sent, self.heartbeats, self.killed = {}, None, [], {}, []
+        self.ends, self.killed, self.latest = {}, [], {}
+        self.failure, self.diagnosis, self.lost = None, None, False
 
-    def poll(self):
-        return self.found
-
-    def close(self):
+    def close(self, seconds):
         pass
 
 
@@ -53,7 +49,7 @@ def gang(monkeypatch, ranks):
     place = SimpleNamespace(node="here")
     made._ranks = [gang_module._Rank(place=place, run=number) for number in range(2)]
     for rank in made._ranks:
-        rank.connection = SimpleNamespace(send=ranks.sent.append, close=lambda: None)
+        rank.connection = SimpleNamespace(close=lambda: None)
     made._heartbeats, made.state, made._began = ranks, GangState.STARTING, float("inf")
     yield made
     made.stop()
@@ -63,62 +59,67 @@ def gang(monkeypatch, ranks):
 def test_events_that_come_with_a_failure_are_not_lost(gang, ranks, how):
     gang._ranks[0].inbox += [RankStarted(pid=11), [GangReady()], [CHUNK]]
     if how == "heartbeats":
-        ranks.found = Diagnosis(message="rank 1 has given no heartbeat")
+        ranks.diagnosis = Failure(message="rank 1 has given no heartbeat", reporter=0)
     else:
-        ranks.ends[1] = RankEnd(status=FAILED, message="rank 1 has given no heartbeat")
+        ranks.ends[1] = Failure(message="rank 1 has given no heartbeat", reporter=1)
     assert gang.poll() == [GangReady(), CHUNK]
-    assert not gang.quiet, "the failure would wait"
-    assert ranks.sent == [ChunksReceived(count=1)]
     with pytest.raises(GangBroken, match="rank 1 has given no heartbeat"):
-        gang.poll()
+        gang.check()
     gang.stop()
     assert ranks.killed == [11]
 
 
-def test_a_failure_without_events_is_raised_at_once(gang, ranks):
+def test_a_failure_is_raised_at_once(gang, ranks):
     assert gang.poll() == []
-    ranks.found = Diagnosis(message="rank 1 hangs")
+    gang.check()
+    ranks.diagnosis = Failure(message="rank 1 hangs", reporter=0)
     with pytest.raises(GangBroken, match="rank 1 hangs"):
-        gang.poll()
+        gang.check()
+    ranks.diagnosis, ranks.lost = None, True
+    with pytest.raises(GangBroken, match="the ranks' store has closed its connections"):
+        gang.check()
 
 
 def test_a_reported_failure_waits_for_what_the_ranks_still_send(gang, ranks, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(gang_module.time, "monotonic", lambda: now[0])
-    ranks.found = Failure(message="rank 1: it broke", status=FAILED, reporter=1)
-    assert gang.poll() == []
+    ranks.failure = Failure(message="rank 1: it broke", reporter=1)
+    gang.check()
     now[0] += 1.0
     gang._ranks[0].inbox.append([CHUNK])
     assert gang.poll() == [CHUNK]
+    gang.check()
     now[0] += 2.0
     with pytest.raises(GangBroken, match="it broke"):
-        gang.poll()
+        gang.check()
 
 
 @pytest.mark.parametrize("ready", [False, True])
 def test_bad_input_ends_everything_while_the_gang_starts_and_the_gang_alone_later(gang, ranks, ready):
     gang._ranks[0].inbox += [[GangReady()]] * ready
     gang.poll()
-    ranks.ends[0] = RankEnd(status=BAD_INPUT, message="no such weights")
+    gang.check()
+    ranks.ends[0] = Failure(message="no such weights", status=BAD_INPUT, reporter=0)
     gang._ends_at = 0.0  # it looks at them twice a second
     with pytest.raises(GangBroken if ready else InputError, match="no such weights"):
-        gang.poll()
+        gang.check()
 
 
 def test_a_connection_that_ends_with_an_error_breaks_the_gang(gang, ranks):
     gang._ranks[1].end(ValueError("this is no message"))
     with pytest.raises(GangBroken, match="rank 1.*its connection: this is no message"):
-        gang.poll()
+        gang.check()
 
 
 def test_a_gang_that_does_not_come_up_is_broken(gang):
     gang._began = -1000.0
     with pytest.raises(GangBroken, match="have not met within 60 s"):
-        gang.poll()
+        gang.check()
 
 
 def test_ranks_share_the_cores_of_their_node():
-    assert threads_per_rank(cores=64, devices=8, ranks=4) == 16
-    assert threads_per_rank(cores=64, devices=8, ranks=32) == 8
-    assert threads_per_rank(cores=2, devices=2, ranks=8) == 1
-    assert threads_per_rank(cores=1, devices=0, ranks=1) == 1
+    node = {"CPU": 64.0, "GPU": 8.0}
+    assert threads_per_rank(node, 4, gpus=True) == 16
+    assert threads_per_rank(node, 32, gpus=True) == 8
+    assert threads_per_rank({"CPU": 2.0}, 8, gpus=False) == 1
+    assert threads_per_rank({"CPU": 1.0}, 1, gpus=True) == 1

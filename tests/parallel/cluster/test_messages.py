@@ -57,7 +57,7 @@ def test_events_come_back_the_same():
         GangReady(),
         Admitted(video="a", number=3, first=1),
         QuantumReady(video="a", quantum=2),
-        Progressed(video="a", done=1, chunks=2, share=0.1, computed=1 / 3, kv_bytes=2**40, progress=Progress(**values)),
+        Progressed(video="a", progress=Progress(**{**values, "computed_fraction": 1 / 3, "kv_bytes": 2**40})),
     ]
     assert back(events) == tuple(events)
 
@@ -123,4 +123,4 @@ def test_what_is_no_message_cannot_be_sent():
 def test_the_log_has_neither_frames_nor_latents():
     array = np.zeros(3)
     entry = log_entry(ChunkMade(video="a", index=2, frames=array, latents=array), 1.5)
-    assert entry == {"seconds": 1.5, "event": "ChunkMade", "video": "a", "index": 2}
+    assert entry == {"seconds": 1.5, "event": "ChunkMade", "gang": "", "video": "a", "index": 2}

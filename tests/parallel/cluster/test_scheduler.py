@@ -37,7 +37,6 @@ def places(plan: list[Admit | Permit]) -> dict[str, str]:
 def rounds(made: World, count: int) -> None:
     for _ in range(count):
         made.decide()
-        made.now += 1.0
         for request in made.resident():
             made.step(request)
 
@@ -100,7 +99,6 @@ def test_a_request_of_low_priority_is_admitted_in_the_end():
         made.submit(f"high {number}", chunks=1)
         while len(order) < number:
             order += [one.request for one in made.decide() if isinstance(one, Admit)]
-            made.now += 1.0
             for request in made.resident():
                 made.step(request)
     assert order.index("low") == 2
@@ -118,7 +116,6 @@ def test_the_emptier_memory_is_taken_where_slots_are_equal():
     made = world(ONE, GangSize(slots=WINDOW, kv_bytes=200))
     for name in ("a", "b", "c"):
         made.submit(name, kv_bytes=50)
-        made.now += 1
     made.decide()
     assert places(made.plan) == {"a": "gang 0", "b": "gang 1", "c": "gang 1"}
 
@@ -127,7 +124,6 @@ def test_memory_limits_who_is_admitted_and_none_slips_past():
     made = world(GangSize(slots=4 * WINDOW, kv_bytes=100))
     for name, kv_bytes in (("a", 60), ("b", 60), ("small", 10)):
         made.submit(name, kv_bytes=kv_bytes)
-        made.now += 1
     made.decide()
     assert places(made.plan) == {"a": "gang 0"}
     made.run()
@@ -170,7 +166,7 @@ def test_a_quantum_is_granted_ahead_of_its_time_when_nobody_else_is_next():
         assert [one.quantum for one in made.decide()] == [quantum]
         if quantum:
             made.gangs["gang 0"].held["a"].granted.pop(0)
-            made.scheduler.quantum_done("a", "gang 0", quantum - 1, made.now)
+            made.scheduler.quantum_done("a", "gang 0", quantum - 1)
     assert made.scheduler._gangs["gang 0"].slots_busy == WINDOW
 
 
@@ -182,15 +178,13 @@ def test_a_lost_gangs_requests_go_on_elsewhere_and_keep_their_age():
     made.gangs["gang 0"].held["a"].granted.clear()
     made.checkpoint("a")
     for number in range(3):
-        made.now += 1
         made.submit(f"later {number}", chunks=1)
     made.down("gang 0")
     entry = made.scheduler.entry("a")
-    assert (entry.state, entry.gang, entry.restarts) == (RequestState.QUEUED, None, 1)
+    assert (entry.state, entry.gang) == (RequestState.QUEUED, None)
     assert made.decide()[0] == Admit(request="a", gang="gang 1")
     made.run()
     assert made.ended["a"] is RequestState.DONE
-    assert made.scheduler.figures(made.now).restarts == 1
 
 
 def test_events_that_come_too_late_are_ignored():
@@ -199,15 +193,15 @@ def test_events_that_come_too_late_are_ignored():
     rounds(made, 4)
     made.down("gang 0")
     scheduler = made.scheduler
-    scheduler.quantum_ready("a", "gang 0", 2, made.now)
-    scheduler.quantum_done("a", "gang 0", 1, made.now)
-    scheduler.request_done("a", "gang 0", made.now)
+    scheduler.quantum_ready("a", "gang 0", 2)
+    scheduler.quantum_done("a", "gang 0", 1)
+    scheduler.request_done("a", "gang 0")
     entry = scheduler.entry("a")
     assert (entry.state, entry.ready, entry.done) == (RequestState.QUEUED, None, None)
-    assert scheduler.gang_down("gang 0", made.now) == []
-    scheduler.cancel("a", made.now)
-    scheduler.quantum_ready("a", "gang 0", 2, made.now)
-    scheduler.cancel("a", made.now)
+    assert scheduler.gang_down("gang 0") == []
+    scheduler.cancel("a")
+    scheduler.quantum_ready("a", "gang 0", 2)
+    scheduler.cancel("a")
 
 
 def test_a_request_that_has_ended_leaves_nothing_but_its_count():
@@ -216,8 +210,8 @@ def test_a_request_that_has_ended_leaves_nothing_but_its_count():
         made.submit(f"video {number}", chunks=1)
     made.cancel("video 2")
     made.run()
-    assert not made.scheduler._entries and not made.scheduler._queue and not made.scheduler._gangs["gang 0"].residents
-    standings = made.scheduler.figures(made.now).states
+    assert not made.scheduler._entries and not made.scheduler._gangs["gang 0"].residents
+    standings = made.scheduler.figures().states
     assert standings[RequestState.DONE] == 2 and standings[RequestState.CANCELLED] == 1
     with pytest.raises(KeyError):
         made.scheduler.entry("video 0")
@@ -225,10 +219,10 @@ def test_a_request_that_has_ended_leaves_nothing_but_its_count():
 
 def test_a_request_goes_on_where_its_gang_says():
     made = world(ONE)
-    made.scheduler.submit("a", size(chunks=5), 0.0)
-    made.scheduler.decide(0.0)
-    made.scheduler.quantum_ready("a", "gang 0", 3, made.now)
-    assert [one.quantum for one in permits(made.scheduler.decide(made.now))] == [3]
+    made.scheduler.submit("a", size(chunks=5))
+    made.scheduler.decide()
+    made.scheduler.quantum_ready("a", "gang 0", 3)
+    assert [one.quantum for one in permits(made.scheduler.decide())] == [3]
     assert made.scheduler.entry("a").done == 3
 
 
@@ -271,7 +265,6 @@ def test_a_request_that_kills_every_gang_is_found_and_harms_no_other_for_long():
         if made.scheduler.idle:
             break
         made.decide()
-        made.now += 1.0
         for request in made.resident():
             if request in made.resident():
                 made.step(request)
@@ -288,23 +281,23 @@ def waits_for_an_empty_gang() -> Scheduler:
     """A suspect is queued; gang 0, where it was, is down, and gang 1 has two videos."""
     scheduler = Scheduler([ONE])
     for name in ("gang 0", "gang 1"):
-        scheduler.gang_up(name, ONE, 0.0)
-    scheduler.submit("suspect", size(), 0.0)
+        scheduler.gang_up(name, ONE)
+    scheduler.submit("suspect", size())
     for _ in range(2):
-        assert places(scheduler.decide(0.0)) == {"suspect": "gang 0"}
-        scheduler.quantum_ready("suspect", "gang 0", 0, 0.0)
-        assert len(scheduler.decide(0.0)) == 1
-        if not scheduler.entry("suspect").restarts:
-            scheduler.gang_down("gang 0", 0.0)
-            scheduler.gang_up("gang 0", ONE, 0.0)
+        assert places(scheduler.decide()) == {"suspect": "gang 0"}
+        scheduler.quantum_ready("suspect", "gang 0", 0)
+        assert len(scheduler.decide()) == 1
+        if not scheduler.entry("suspect").losses:
+            scheduler.gang_down("gang 0")
+            scheduler.gang_up("gang 0", ONE)
     for name in ("a", "b", "c"):
-        scheduler.submit(name, size(), 0.0)
-    where = places(scheduler.decide(0.0))
+        scheduler.submit(name, size())
+    where = places(scheduler.decide())
     assert Counter(where.values()) == {"gang 0": 1, "gang 1": 2}
-    scheduler.cancel(next(name for name, gang in where.items() if gang == "gang 0"), 0.0)
-    scheduler.gang_down("gang 0", 0.0)
+    scheduler.cancel(next(name for name, gang in where.items() if gang == "gang 0"))
+    scheduler.gang_down("gang 0")
     assert scheduler.entry("suspect").isolated
-    scheduler.submit("urgent", size(), 0.0, priority=5)
+    scheduler.submit("urgent", size(), priority=5)
     return scheduler
 
 
@@ -313,49 +306,49 @@ def test_a_gang_is_emptied_for_a_suspect():
     there = list(scheduler._gangs["gang 1"].residents)
     assert len(there) == 2
     for name in there:
-        assert scheduler.decide(0.0) == []
-        scheduler.request_done(name, "gang 1", 0.0)
-    assert places(scheduler.decide(0.0)) == {"suspect": "gang 1"}
-    assert scheduler.decide(0.0) == []  # it is alone
-    scheduler.request_done("suspect", "gang 1", 0.0)
-    assert places(scheduler.decide(0.0)) == {"urgent": "gang 1"}
+        assert scheduler.decide() == []
+        scheduler.request_done(name, "gang 1")
+    assert places(scheduler.decide()) == {"suspect": "gang 1"}
+    assert scheduler.decide() == []  # it is alone
+    scheduler.request_done("suspect", "gang 1")
+    assert places(scheduler.decide()) == {"urgent": "gang 1"}
 
 
 def test_a_suspect_takes_an_emptier_gang_that_comes_up_and_frees_the_other():
     scheduler = waits_for_an_empty_gang()
-    assert scheduler.decide(0.0) == []
-    scheduler.gang_up("gang 0", ONE, 0.0)
-    assert places(scheduler.decide(0.0)) == {"suspect": "gang 0", "urgent": "gang 1"}
+    assert scheduler.decide() == []
+    scheduler.gang_up("gang 0", ONE)
+    assert places(scheduler.decide()) == {"suspect": "gang 0", "urgent": "gang 1"}
 
 
 def test_a_suspect_that_is_cancelled_or_whose_gang_dies_holds_up_nobody():
     scheduler = waits_for_an_empty_gang()
-    assert scheduler.decide(0.0) == []
-    scheduler.cancel("suspect", 0.0)
-    assert places(scheduler.decide(0.0)) == {"urgent": "gang 1"}
+    assert scheduler.decide() == []
+    scheduler.cancel("suspect")
+    assert places(scheduler.decide()) == {"urgent": "gang 1"}
     scheduler = waits_for_an_empty_gang()
-    assert scheduler.decide(0.0) == []
-    scheduler.gang_down("gang 1", 0.0)
-    scheduler.gang_up("gang 0", ONE, 0.0)
-    assert places(scheduler.decide(0.0)) == {"suspect": "gang 0"}
-    scheduler.gang_up("gang 1", ONE, 0.0)
-    assert places(scheduler.decide(0.0))["urgent"] == "gang 1"
+    assert scheduler.decide() == []
+    scheduler.gang_down("gang 1")
+    scheduler.gang_up("gang 0", ONE)
+    assert places(scheduler.decide()) == {"suspect": "gang 0"}
+    scheduler.gang_up("gang 1", ONE)
+    assert places(scheduler.decide())["urgent"] == "gang 1"
 
 
 @pytest.mark.parametrize("running", [True, False])
 def test_only_a_request_that_runs_and_gets_no_further_is_suspected(running):
     scheduler = Scheduler([ONE])
-    scheduler.submit("a", size(chunks=9), 0.0)
+    scheduler.submit("a", size(chunks=9))
     for life in range(11):
-        scheduler.gang_up("gang 0", ONE, 0.0)
+        scheduler.gang_up("gang 0", ONE)
         for quantum in range(life + 1 if running else 2):  # one further in every life, or waiting at a boundary
-            scheduler.decide(0.0)
-            scheduler.quantum_ready("a", "gang 0", quantum, 0.0)
-            scheduler.decide(0.0)
+            scheduler.decide()
+            scheduler.quantum_ready("a", "gang 0", quantum)
+            scheduler.decide()
             if quantum < life or not running:
-                scheduler.quantum_done("a", "gang 0", quantum, 0.0)
-        [entry] = scheduler.gang_down("gang 0", 0.0)
-        assert (entry.state, entry.isolated, entry.restarts) == (RequestState.QUEUED, False, life + 1)
+                scheduler.quantum_done("a", "gang 0", quantum)
+        [entry] = scheduler.gang_down("gang 0")
+        assert (entry.state, entry.isolated) == (RequestState.QUEUED, False)
 
 
 def test_refused_at_once():
@@ -367,8 +360,6 @@ def test_refused_at_once():
         made.submit("fits")
     with pytest.raises(InputError, match="cannot hold -1 bytes"):
         size(kv_bytes=-1)
-    with pytest.raises(InputError, match="must be 1 or more"):
-        Scheduler([ONE], share=0)
 
 
 def test_what_cannot_be_is_an_error():
@@ -376,32 +367,23 @@ def test_what_cannot_be_is_an_error():
     made.submit("a")
     made.decide()
     with pytest.raises(ValueError, match="quantum 0 is reported as done"):
-        made.scheduler.quantum_done("a", "gang 0", 0, 0.0)
-    made.scheduler.quantum_ready("a", "gang 0", 0, 0.0)
+        made.scheduler.quantum_done("a", "gang 0", 0)
+    made.scheduler.quantum_ready("a", "gang 0", 0)
     with pytest.raises(ValueError, match="quantum 2 was announced, 1 comes next"):
-        made.scheduler.quantum_ready("a", "gang 0", 2, 0.0)
+        made.scheduler.quantum_ready("a", "gang 0", 2)
     with pytest.raises(ValueError, match="gang 0 is up already"):
-        made.scheduler.gang_up("gang 0", ONE, 0.0)
-    made.scheduler.decide(5.0)
-    with pytest.raises(ValueError, match="time goes backwards"):
-        made.scheduler.decide(4.0)
+        made.scheduler.gang_up("gang 0", ONE)
 
 
-def test_utilisation_is_the_busy_share_of_the_time_that_a_gang_is_up():
-    made = World({"gang 0": TWO})
-    made.now = 100.0
-    made.up("gang 0")
+def test_utilisation_is_the_busy_share_of_the_slots():
+    made = world(TWO)
     made.submit("a", chunks=8)
     made.decide()
-    made.scheduler.quantum_ready("a", "gang 0", 4, made.now)
-    made.scheduler.decide(made.now)  # four slots of eight
-    made.now += 30
-    made.scheduler.quantum_done("a", "gang 0", 4, made.now)
-    made.now += 10
-    assert made.scheduler.figures(made.now).gangs[0].utilisation == pytest.approx(30 * 4 / (40 * 8))
-    made.scheduler.gang_down("gang 0", made.now)
-    made.now += 1000
-    assert made.scheduler.figures(made.now).gangs[0].utilisation == pytest.approx(30 * 4 / (40 * 8))
+    made.scheduler.quantum_ready("a", "gang 0", 4)
+    made.scheduler.decide()  # four slots of eight
+    assert [(one.up, one.utilisation, one.residents) for one in made.scheduler.figures().gangs] == [(True, 0.5, 1)]
+    made.scheduler.gang_down("gang 0")
+    assert [(one.up, one.utilisation, one.residents) for one in made.scheduler.figures().gangs] == [(False, 0.0, 0)]
 
 
 def test_it_imports_neither_torch_nor_ray():

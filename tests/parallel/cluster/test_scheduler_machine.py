@@ -85,10 +85,6 @@ class Cluster(RuleBasedStateMachine):
     def cancel(self, data):
         self.world.cancel(data.draw(st.sampled_from(sorted(self.world.requests))))
 
-    @rule(seconds=st.sampled_from([0.0, 0.5, 30.0]))
-    def wait(self, seconds):
-        self.world.now += seconds
-
     @invariant()
     def decisions_hold(self):
         if hasattr(self, "world"):

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from parallel.health.hang_detector import HangDetector
-from parallel.health.heartbeats import Heartbeat
+from parallel.health.hang_detector import HangDetector, Heartbeat
 from parallel.health.timeouts import Timeouts
 from parallel.topology.mesh import Layout, Mesh
 

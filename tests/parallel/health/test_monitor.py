@@ -50,10 +50,17 @@ def test_a_rank_that_is_stuck_fails_the_gang(monitor):
         failed(monitor)
 
 
-def test_a_watch_that_dies_of_anything_fails_the_gang(monitor):
+@pytest.mark.parametrize(("thread", "method"), [("monitor", "_open_processes"), ("heartbeats", "_beat")])
+def test_a_thread_that_dies_of_anything_fails_the_gang(monitor, thread, method):
+    watched = monitor if thread == "monitor" else monitor._heartbeats
+    setattr(watched, method, lambda: 1 // 0)
+    with pytest.raises(GangError, match=f"{thread}: ZeroDivisionError: "):
+        failed(monitor)
+
+
+def test_a_rank_that_waits_for_what_nobody_works_on_fails_the_gang(monitor):
     monitor.waiting()
-    monitor.watch(lambda: 1 // 0)
-    with monitor.expecting(), pytest.raises(GangError, match="monitor: ZeroDivisionError: "):
+    with monitor.expecting(2), pytest.raises(GangError, match="no rank works, though 2 items are under way"):
         failed(monitor)
 
 

@@ -7,25 +7,14 @@ from hypothesis import strategies as st
 from models.errors import InputError
 from models.pocket.preset import pocket_config
 from parallel.topology.mesh import Layout, Mesh
-from parallel.topology.split import (
-    Costs,
-    balanced_split,
-    parse_split,
-    stage_cost,
-    stage_layers,
-    stage_range,
-    stage_sizes,
-)
+from parallel.topology.split import balanced_split, parse_split, stage_layers, stage_range, stage_sizes
 
 
 @st.composite
 def cases(draw):
-    costs = Costs(
-        layers=tuple(draw(st.lists(st.floats(0.1, 10), min_size=1, max_size=9))),
-        first=draw(st.floats(0, 5)),
-        last=draw(st.floats(0, 5)),
-    )
-    return costs, draw(st.integers(1, len(costs.layers)))
+    layers = draw(st.lists(st.floats(0.1, 10), min_size=1, max_size=9))
+    ends = {"first": draw(st.floats(0, 5)), "last": draw(st.floats(0, 5))}
+    return layers, draw(st.integers(1, len(layers))), ends
 
 
 def all_splits(count, stages):
@@ -39,31 +28,34 @@ def all_splits(count, stages):
 
 @given(case=cases())
 def test_the_split_is_the_best_of_all_and_loses_no_layer(case):
-    costs, stages = case
-    sizes = balanced_split(costs, stages)
+    layers, stages, ends = case
+    sizes = balanced_split(layers, stages, **ends)
     assert len(sizes) == stages
     placed = [layer for stage in range(stages) for layer in stage_layers(sizes, stage)]
-    assert placed == list(range(len(costs.layers)))
+    assert placed == list(range(len(layers)))
 
     def worst(split):
-        return max(stage_cost(costs, split, stage) for stage in range(stages))
+        costs = [sum(layers[layer] for layer in stage_layers(split, stage)) for stage in range(stages)]
+        costs[0] += ends["first"]
+        costs[-1] += ends["last"]
+        return max(costs)
 
-    assert worst(sizes) <= min(worst(split) for split in all_splits(len(costs.layers), stages)) + 1e-9
+    assert worst(sizes) <= min(worst(split) for split in all_splits(len(layers), stages)) + 1e-9
 
 
 def test_34_layers_over_4_and_8_are_uneven_and_whole():
-    assert sorted(balanced_split(Costs.even(34), 4)) == [8, 8, 9, 9]
-    assert sum(balanced_split(Costs.even(34), 8)) == 34
+    assert sorted(balanced_split([1.0] * 34, 4)) == [8, 8, 9, 9]
+    assert sum(balanced_split([1.0] * 34, 8)) == 34
 
 
 def test_a_costly_head_and_tail_get_fewer_layers():
-    sizes = balanced_split(Costs(layers=(1.0,) * 12, first=2.0, last=1.0), 3)
+    sizes = balanced_split([1.0] * 12, 3, first=2.0, last=1.0)
     assert sizes == (3, 5, 4)
 
 
 def test_more_stages_than_layers_are_refused():
     with pytest.raises(InputError, match="3 layers cannot be split over 4 stages"):
-        balanced_split(Costs.even(3), 4)
+        balanced_split([1.0] * 3, 4)
 
 
 def test_a_split_by_hand_is_taken():
