@@ -37,7 +37,7 @@ from benchmarks.common import (
 from benchmarks.flops import CountingRunner
 from benchmarks.models import PROMPT, pocket_request
 from engine.engine import Engine
-from engine.host_memory import settle_heap
+from engine.heap import settle_heap
 from engine.kv.size import KVSettings
 from models.errors import InputError
 from models.magi.pipeline import Loading, load_pipeline

@@ -33,7 +33,7 @@ from benchmarks.workload import Made, TimedCall, Timing, Workload, digest
 from engine.engine import Engine
 from engine.executor import LocalRunner
 from engine.files import atomic_write
-from engine.host_memory import settle_heap
+from engine.heap import settle_heap
 from engine.record import Recorder, RunRecord
 from engine.request import Request
 from engine.reuse.policy import ChunkPolicy, Decision, Observation

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.host_memory import begin_host_copy, finish_host_copies
+from engine.host_copy import begin_host_copy, finish_host_copies
 from models.protocols import Autoencoder
 
 _AHEAD = 4

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from engine.host_memory import settle_heap
+from engine.heap import settle_heap
 from launch import __version__
 from launch.declare import command, declared
 from launch.ending import CommandFailed, shows_bad_input, speaks_for_all, unwind_on_signals

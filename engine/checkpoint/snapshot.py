@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from engine.checkpoint.files import Contents
-from engine.host_memory import begin_host_copy, finish_host_copies
+from engine.host_copy import begin_host_copy, finish_host_copies
 from engine.kv.buffer import KVState, LayerKV
 from engine.kv.size import KVSettings
 from engine.request import Request

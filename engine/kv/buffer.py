@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.host_memory import begin_host_copy, finish_host_copies
+from engine.host_copy import begin_host_copy, finish_host_copies
 from engine.kv.layout import KVLayout
 from engine.kv.selection import SelectionSettings, select
 from engine.video import KVOp

@@ -34,7 +34,7 @@ COMPUTED, REUSED, EXTRAPOLATED = "#27548a", "#f3b23f", "#6fae8f"
 GREY, GRID = "#666666", "#e4e4e4"
 FEW = 12  # chunks that can be told apart by colour, and whose cells have room for a number
 
-_SHOWN = {"model": "", "reuse_preset": "cache "}  # settings in titles, and the word before each
+_SHOWN = {"model": "", "cache_preset": "cache "}  # settings in titles, and the word before each
 _STATES = {"computed": COMPUTED, "reused": REUSED, "extrapolated": EXTRAPOLATED, "not in the window": "#f1f1f1"}
 _OUTSIDE = 3  # state of a cell outside the window; smaller ones are the record's flags
 _MANY = 100  # chunks whose window is too thin a line to be read

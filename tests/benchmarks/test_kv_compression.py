@@ -32,6 +32,7 @@ def test_the_keys_score_differently_enough_to_tell_forms_apart():
     assert (scores.amax(-1) / scores.amin(-1)).min() > 1.2
 
 
+@pytest.mark.slow
 def test_the_forms_agree_and_the_naive_one_takes_its_matrix():
     problem = replace(PROBLEM, keys=5000)
     naive, linear = in_fresh_process(measure, "naive", problem, 1), measure("linear", problem, torch.get_num_threads())
@@ -53,6 +54,7 @@ def test_the_status_says_whether_the_linear_form_is_fast_and_exact(tmp_path, cap
     assert capsys.readouterr().out.count("FAIL") == status
 
 
+@pytest.mark.slow
 def test_the_command_writes_everything(tmp_path, capsys):
     options = ["--keys", "300", "--dim", "8", "--heads", "2", "--query-heads", "4", "--out", str(tmp_path)]
     assert run_app(app, "kv", options) in (0, 1)  # at this size both take no time

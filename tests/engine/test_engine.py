@@ -257,6 +257,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0, 2])
 def test_memory_does_not_grow_with_length(budget):
     def peak(chunks):

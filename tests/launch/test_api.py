@@ -33,6 +33,7 @@ def _example(path: Path) -> str:
     return next((block for block in blocks if "launch.api" in block), "")
 
 
+@pytest.mark.slow
 def test_the_documented_example_runs(tmp_path: Path) -> None:
     text = _example(ROOT / "docs" / "library.md")
     assert _example(ROOT / "README.md") in ("", text)

@@ -201,6 +201,7 @@ def test_a_bad_prompt_of_a_real_process(flowcache: Flowcache, tmp_path: Path) ->
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_no_space_left_is_one_line_and_leaves_nothing(tmp_path: Path, random_weights: Path) -> None:
     """The kernel refuses to let files grow beyond 30 kB, in the middle of the video."""
     arguments = ["--weights", random_weights, "--steps", 4]
@@ -214,6 +215,7 @@ def test_no_space_left_is_one_line_and_leaves_nothing(tmp_path: Path, random_wei
 # ---- videos
 
 
+@pytest.mark.slow
 def test_generate_as_a_real_process(flowcache: Flowcache, tmp_path: Path, random_weights: Path) -> None:
     result = flowcache(
         "generate", PROMPT, "--seconds", 2, "--steps", 4, "--weights", random_weights, "--out", "noise.mp4"

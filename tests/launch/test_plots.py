@@ -162,7 +162,7 @@ def test_a_single_chunk_keeps_nothing() -> None:
         made_up_record(60, num_steps=64),
         made_up_record(settings={}),
         made_up_record(settings={"prompt": "$x^2 a\ncat \N{CJK UNIFIED IDEOGRAPH-732B} \udc80 " * 9, "kv_bytes": "?"}),
-        made_up_record(settings=SETTINGS | {"cache": 3, "kv": [], "reuse_preset": None}),
+        made_up_record(settings=SETTINGS | {"cache": 3, "kv": [], "cache_preset": None}),
     ],
     ids=["one chunk", "four steps", "prefix", "60 chunks", "no settings", "odd prompt", "odd settings"],
 )

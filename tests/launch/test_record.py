@@ -23,6 +23,7 @@ from tests.launch.process import Result
 PROMPT = "a red circle moving right"
 
 
+@pytest.mark.slow
 def test_record_then_plot(flowcache: Callable[..., Result], tmp_path: Path, random_weights: Path) -> None:
     options = ["--chunks", 3, "--steps", 8, "--seed", 5, "--weights", random_weights, "--record", "run"]
     result = flowcache("generate", PROMPT, *options, "--cache-threshold", 0.2, "--reuse", "velocity", "--kv-budget", 1)
@@ -59,7 +60,7 @@ def test_record_then_plot(flowcache: Callable[..., Result], tmp_path: Path, rand
         "pp": 1,
         "cp": 1,
         "layers": [6],
-        "reuse_preset": "flowcache-slow",
+        "cache_preset": "flowcache-slow",
     }
 
 
@@ -75,7 +76,7 @@ def test_a_run_without_reuse_records_distances_too(
     first_steps = [record.distances[active[:, chunk], chunk][0] for chunk in range(2)]
     assert np.isnan(first_steps).all() and np.isfinite(record.distances).sum() == 6
     assert record.tick_items.sum() > 8  # at least the clean pass of chunk 0 on top
-    assert json.loads(Path("deep/run/record.json").read_text())["reuse_preset"] == "none"
+    assert json.loads(Path("deep/run/record.json").read_text())["cache_preset"] == "none"
 
 
 def test_a_clip_that_is_gone_on_from_is_in_the_record(

@@ -44,6 +44,7 @@ def test_an_address_that_refuses_is_one_line():
     _refuse(f"ray://127.0.0.1:{port}", "refused")
 
 
+@pytest.mark.slow
 def test_an_address_that_takes_connections_and_never_answers_is_one_line():
     with socket.create_server(("127.0.0.1", 0)) as server:
         _refuse(f"127.0.0.1:{server.getsockname()[1]}", "has not answered within 6 s")

@@ -220,6 +220,7 @@ def together(tmp_path, layout, values):
     return folder, values, found, expected
 
 
+@pytest.mark.slow
 def test_two_videos_one_of_them_kept_over_two_stages(tmp_path):
     """Compressed KV, reuse, a clip; the lead is killed. Another layout is refused, a damaged newest passed over."""
     values = {
@@ -246,6 +247,7 @@ def test_two_videos_one_of_them_kept_over_two_stages(tmp_path):
     assert not list(folder.glob("video-1"))
 
 
+@pytest.mark.slow
 def test_a_video_goes_on_over_two_stages_of_two(tmp_path):
     """A rolling KV whose chunks are renewed, after an image; the lead is killed at some point after a checkpoint."""
     values = {
@@ -264,6 +266,7 @@ def test_a_video_goes_on_over_two_stages_of_two(tmp_path):
     same([files(folder, 0)], undisturbed["latents"])
 
 
+@pytest.mark.slow
 def test_checkpoints_are_made_as_often_as_asked_and_counted_apart(tmp_path):
     """With two slots of one stage. Bytes and calls of items are those of a run without checkpoints."""
     folder = tmp_path / "kept"
@@ -289,6 +292,7 @@ def test_checkpoints_are_made_as_often_as_asked_and_counted_apart(tmp_path):
     assert lead.checkpoint_bytes == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_ends_the_gang_with_one_line(tmp_path):
     (tmp_path / "video-0").write_text("in the way")
     values = {"requests": [{"chunks": 6}], "every": [1], "folder": str(tmp_path)}
@@ -300,6 +304,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_gang_with_one_line(tmp_pat
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_gate_holds_one_video_and_no_other(tmp_path):
     values = {"requests": [{"chunks": 5}, {"chunks": 4, "seed": 4}], "cache": FLOWCACHE}
     got = run(tmp_path, "gated", pp=2, **values)

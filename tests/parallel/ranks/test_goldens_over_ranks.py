@@ -9,6 +9,8 @@ from parallel.ranks.spawn import run_ranks
 from parallel.topology.mesh import Layout
 from tests.parallel.on_ranks import command
 
+pytestmark = pytest.mark.slow
+
 GOLDENS = Path(__file__).parents[2] / "data" / "goldens"
 CASES = sorted(path for path in GOLDENS.glob("*.safetensors") if not path.stem.startswith("weights"))
 

@@ -21,6 +21,8 @@ from tests.parallel.on_ranks import command, run
 from tests.parallel.scenarios import settings, wanted
 from tests.parallel.small import SmallPipeline, one_thread, small_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 FLOWCACHE = {"policy": "flowcache", "threshold": 0.1, "warmup_steps": 2, "clean_pass": False}
 TOKENS, HIDDEN, FLOATS = 36, 32, 4

@@ -15,6 +15,8 @@ from parallel.topology.split import stage_range
 from tests.parallel.on_ranks import command, run
 from tests.parallel.small import SmallPipeline, small_config
 
+pytestmark = pytest.mark.slow
+
 
 def written(folder, config):
     """A checkpoint of two shards, one for the odd layers."""

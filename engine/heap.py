@@ -1,12 +1,9 @@
-"""Memory of the host: the C library's heap, and copies from a device into pinned memory."""
+"""The C library's heap in processes that make videos. No torch in here: the command line imports it at once."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-
-import torch
-from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _APART = 4 << 20
@@ -34,20 +31,3 @@ def settle_heap() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _APART)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEPT))
-
-
-def begin_host_copy(part: Tensor) -> Tensor:
-    """A contiguous copy on the CPU; from a GPU it is whole only after `finish_host_copies`.
-
-    Kernels that are launched later on the current stream may change `part` and do not change the copy.
-    """
-    if part.device.type != "cuda":
-        return part.detach().to("cpu", copy=True).contiguous()
-    host = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
-    return host.copy_(part.detach(), non_blocking=True)
-
-
-def finish_host_copies(device: torch.device) -> None:
-    """Wait for the copies that were begun on a device's current stream."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
