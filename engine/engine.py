@@ -16,8 +16,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from engine.checkpoint.contents import RUN_FILE, fingerprint, pack_run, unpack_run
 from engine.checkpoint.files import Checkpoint, CheckpointConfig, Checkpointer, discard, newest, read_contents
-from engine.checkpoint.snapshot import RUN_FILE, fingerprint, pack_run, unpack_run
 from engine.decoder import Chunk, Decoder
 from engine.executor import LocalRunner, Runner
 from engine.kv.size import KVSettings

@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.checkpoint.files import Contents, Shard, read_contents, write_async
-from engine.checkpoint.snapshot import RUN_FILE, pack_shard, rank_file, unpack_shard
+from engine.checkpoint.contents import RUN_FILE, Contents, pack_shard, rank_file, unpack_shard
+from engine.checkpoint.files import Shard, read_contents, write_async
 from engine.kv.buffer import KVBuffer
 from engine.prepare import Admission
 from engine.reuse.flags import FlagLog

@@ -27,7 +27,7 @@ from rich.console import Console
 from launch.backends import Backend, Job, join_ranks, led_ranks, serve_stage, started_ranks, this_process
 from launch.declare import from_values
 from launch.generate import make_with
-from launch.options import Options
+from launch.options import Options, together
 from launch.output.display import Display
 from launch.output.sinks import Summary
 from launch.plan import layout_of, plan_model, plan_requests, plan_videos
@@ -140,7 +140,7 @@ class VideoEngine:
 
 def _open(options: Options, stack: ExitStack) -> Backend:
     """The backend that the options ask for; on a rank that does not lead, serve and end the process."""
-    model, concurrency = plan_model(options), options.concurrency or 1
+    model, concurrency = plan_model(options), together(options, sys.maxsize)
     if layout_of(options).world_size == 1:
         return stack.enter_context(this_process(model, concurrency))
     env = RankEnv.from_environment()
@@ -149,7 +149,6 @@ def _open(options: Options, stack: ExitStack) -> Backend:
         serve_stage(gang, options)
         stack.close()
         sys.exit(0)
-    concurrency = options.concurrency or max(2, (options.pp + 1) // 2)
     return stack.enter_context(led_ranks(gang, model, options, concurrency))
 
 

@@ -27,10 +27,10 @@ from launch.backends import (
     start_ranks,
     this_process,
 )
-from launch.options import Launcher, Options
+from launch.options import Launcher, Options, together
 from launch.output.display import Display
 from launch.output.sinks import VideoSinks, rank_line, summary_text
-from launch.plan import Plan, layout_of, plan_videos, together
+from launch.plan import Plan, layout_of, plan_videos
 from models.errors import InputError
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang
@@ -78,7 +78,7 @@ def needs_ranks(options: Options) -> bool:
 def _make_here(options: Options) -> str:
     """Make the videos in this process."""
     plans = plan_videos(options)
-    text = _make(this_process(plans[0].model, together(options)), plans)
+    text = _make(this_process(plans[0].model, together(options, len(plans))), plans)
     if options.record is not None:
         with write_errors(options.record):
             (options.record / TRACE_FILE).unlink(missing_ok=True)  # of an earlier run, on ranks
@@ -103,7 +103,7 @@ def _as_rank(options: Options, env: RankEnv) -> str | None:
             serve_stage(gang, options)
             return None
         plans = plan_videos(options)
-        text = _make(led_ranks(gang, plans[0].model, options, together(options)), plans)
+        text = _make(led_ranks(gang, plans[0].model, options, together(options, len(plans))), plans)
         _write_trace(gang, options)
         return text
 

@@ -273,6 +273,21 @@ GOLDEN_FILES = Declared(name="files", kind=list[Path], default=Parameter.empty, 
 """What `flowcache conformance` is given."""
 
 
+def together(options: Options, videos: int, *, ranks: bool | None = None) -> int:
+    """How many of several videos are made at a time: `--concurrency`, or its default.
+
+    Without ranks that is one. On ranks one video has as many chunks in flight as its window holds, 4, less what is
+    reused. So two fill up to four or five stages, and every two stages more want another one.
+
+    Args:
+        options: what was given.
+        videos: how many there are.
+        ranks: whether ranks make them; None for what the options say.
+    """
+    on_ranks = options.pp * options.cp > 1 if ranks is None else ranks
+    return min(videos, options.concurrency or (max(2, (options.pp + 1) // 2) if on_ranks else 1))
+
+
 def parse_size(text: str) -> int:
     """Bytes of a text such as `8GB`, `512 MB` or `1.5g`; an `InputError` if it is none."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", text.lower())

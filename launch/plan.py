@@ -20,7 +20,7 @@ from engine.kv.selection import SelectionSettings
 from engine.kv.size import KVSettings
 from engine.request import Prefix, Request
 from engine.reuse.settings import ReuseSettings
-from launch.options import CacheName, Launcher, Options, Precision, ReuseKind
+from launch.options import CacheName, Launcher, Options, Precision, ReuseKind, together
 from launch.output.media import read_image, read_video
 from launch.sizes import bytes_needed, check_memory
 from models.attention import attention_backend
@@ -62,15 +62,6 @@ class Plan:
 def layout_of(options: Options) -> Layout:
     """The ranks that are asked for."""
     return Layout(pp=options.pp, cp=options.cp)
-
-
-def at_a_time(options: Options, videos: int) -> int:
-    """How many of several videos the ranks make at a time.
-
-    One video has as many chunks in flight as its window holds, 4, less what is reused. So two fill up to four or five
-    stages, and every two stages more want another one.
-    """
-    return min(videos, options.concurrency or max(2, (options.pp + 1) // 2))
 
 
 def plan_model(options: Options) -> ModelPlan:
@@ -130,7 +121,7 @@ def plan_requests(options: Options, outs: Sequence[Path]) -> list[Plan]:
     """A plan for each prompt, with the seeds of several; `outs` are their files, which are not looked at."""
     if not options.prompts:
         raise InputError("there is no prompt: say what the video shows")
-    first = plan_video(options, out=outs[0], at_a_time=together(options))
+    first = plan_video(options, out=outs[0], at_a_time=together(options, len(options.prompts)))
     plans = []
     for place, (prompt, out) in enumerate(zip(options.prompts, outs, strict=True)):
         _check_prompt(first.model.config, prompt)
@@ -173,12 +164,6 @@ def video_names(prompts: Sequence[str]) -> list[str]:
         words = re.sub(r"[\W_]+", "-", prompt.lower())[:_LETTERS].strip("-")
         names.append(f"{place:0{digits}}-{words}" if words else f"{place:0{digits}}")
     return names
-
-
-def together(options: Options) -> int:
-    """How many videos of one command are made at a time: one without ranks, unless something else was asked for."""
-    ranks = layout_of(options).world_size > 1
-    return at_a_time(options, len(options.prompts)) if ranks else min(len(options.prompts), options.concurrency or 1)
 
 
 def _check_prompt(config: MagiConfig, prompt: str) -> None:

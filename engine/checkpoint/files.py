@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
+from engine.checkpoint.contents import Contents
 from engine.files import atomic_write, part_of, publish, write_errors
 from engine.schedule import Quantum
 from models.errors import InputError
@@ -48,14 +48,6 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise InputError(f"a checkpoint every {self.every} chunks cannot be: give 1 or more")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Contents:
-    """What a file holds."""
-
-    tensors: Mapping[str, Tensor]  # on the CPU
-    values: Mapping[str, Any]  # plain JSON
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

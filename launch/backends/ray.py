@@ -16,7 +16,8 @@ import ray
 import torch
 
 from launch.backends import Job
-from launch.plan import Plan, at_a_time, layout_of
+from launch.options import together
+from launch.plan import Plan, layout_of
 from models.errors import InputError
 from parallel.cluster.config import ClusterSettings, MagiSource, RankTask, video_size
 from parallel.cluster.controller import Controller
@@ -112,7 +113,7 @@ def _task(plan: Plan) -> RankTask:
 
 def _gang_size(plans: Sequence[Plan], kv_bytes: int | None) -> GangSize:
     sizes = [size_of(plan) for plan in plans]
-    videos = at_a_time(plans[0].options, len(plans))
+    videos = together(plans[0].options, len(plans), ranks=True)
     largest = max(size.kv_bytes for size in sizes)
     memory = videos * largest if kv_bytes is None else kv_bytes
     if memory < largest:

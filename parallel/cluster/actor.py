@@ -43,7 +43,8 @@ from parallel.cluster.messages import (
     VideoFailed,
     VideoOrder,
 )
-from parallel.health.errors import BAD_INPUT, Failure, GangError
+from parallel.health.errors import Failure, GangError
+from parallel.health.exit_codes import BAD_INPUT
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
 from parallel.ranks.worker import StageModel

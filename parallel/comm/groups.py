@@ -7,19 +7,16 @@ published in the store, so that no two ranks differ.
 
 from __future__ import annotations
 
-import json
-import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from parallel.comm.channel import GroupTransport, Link
+from parallel.comm.transfer import Transfer, choose_transfer, exchange_devices
 from parallel.health.timeouts import Timeouts
 from parallel.ranks.environment import RankEnv
 from parallel.topology.mesh import Edge, Mesh
@@ -27,18 +24,6 @@ from parallel.topology.mesh import Edge, Mesh
 _SERVED = 20.0  # seconds
 _IDLE = timedelta(days=365)
 """Receives are posted ahead and may wait for long; whether peers are alive is the monitor's business."""
-
-Transfer = Literal["nccl", "host", "gloo"]
-"""How tensors move: between GPUs, between GPUs through host memory, or between CPUs."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RankDevice:
-    """What a rank publishes of its device."""
-
-    host: str  # boot identifier of its machine, the same in all containers of it
-    gpu: str | None  # UUID of its GPU; None on a CPU
-    nccl: bool  # its PyTorch has NCCL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,24 +34,6 @@ class Groups:
     cp: dist.ProcessGroup | None  # of the ranks of this stage; None if it has one rank
     links: dict[Edge, Link]  # how messages move on each edge of this rank, in the mesh's order
     device: torch.device  # of this rank
-
-
-def choose_transfer(devices: Sequence[RankDevice]) -> Transfer:
-    """How tensors move, from the devices of all ranks: over NCCL if every rank has a GPU of its own.
-
-    How many GPUs a process can see, and how many ranks a machine has, does not matter.
-    """
-    gpus = {(device.host, device.gpu) for device in devices if device.gpu is not None}
-    if not gpus:
-        return "gloo"
-    own = len(gpus) == len(devices)
-    return "nccl" if own and all(device.nccl for device in devices) else "host"
-
-
-def pick_device(env: RankEnv) -> torch.device:
-    """The GPU of an env, or the CPU where there is none; ranks share GPUs if there are more of them."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return torch.device("cuda", env.local_rank % count) if count else torch.device("cpu")
 
 
 def connect(env: RankEnv, timeout: float) -> dist.Store:
@@ -87,16 +54,6 @@ def serve_store(env: RankEnv, timeout: float) -> dist.Store | None:
     return dist.TCPStore(env.host, env.port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
 
 
-def exchange_devices(store: dist.Store, rank: int, world_size: int, device: torch.device) -> list[RankDevice]:
-    """Publish this rank's device, and read those of all ranks once they are there."""
-    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-    own = RankDevice(host=_host(), gpu=gpu, nccl=dist.is_nccl_available())
-    keys = [f"device/{other}" for other in range(world_size)]
-    store.set(keys[rank], json.dumps(asdict(own)))
-    store.wait(keys)
-    return [RankDevice(**json.loads(raw)) for raw in store.multi_get(keys)]
-
-
 @contextmanager
 def open_groups(env: RankEnv, mesh: Mesh, timeouts: Timeouts, device: torch.device) -> Iterator[Groups]:
     """Open all process groups; every rank must do so at the same time."""
@@ -110,13 +67,6 @@ def open_groups(env: RankEnv, mesh: Mesh, timeouts: Timeouts, device: torch.devi
     # Only after a clean end: tearing down while a peer hangs can hang as well.
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _host() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return socket.gethostname()
 
 
 def _open_cp(mesh: Mesh, transfer: Transfer, limit: float, device: torch.device) -> dist.ProcessGroup | None:

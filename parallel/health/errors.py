@@ -1,7 +1,6 @@
-"""Exit codes, and how the ranks of a gang learn that one of them has failed: the first report wins and ends all ranks.
+"""How the ranks of a gang learn that one of them has failed: the first report wins and ends all ranks.
 
-Reports live in the rendezvous store, so they outlive the rank that wrote them. No torch is imported here: the command
-line reads the exit codes before it loads anything heavy.
+Reports live in the rendezvous store, so they outlive the rank that wrote them.
 """
 
 from __future__ import annotations
@@ -10,10 +9,11 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from parallel.health.exit_codes import FAILED
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # 128 + SIGINT, as shells count
 _KEY = "failure"
 
 

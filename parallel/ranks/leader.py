@@ -17,7 +17,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from engine.checkpoint.files import Contents, Shard
+from engine.checkpoint.contents import Contents
+from engine.checkpoint.files import Shard
 from engine.executor import Runner
 from engine.kv.buffer import KVBuffer
 from engine.prepare import Admission

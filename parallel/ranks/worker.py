@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.checkpoint.files import Contents, Shard, write_async
-from engine.checkpoint.snapshot import RUN_FILE
+from engine.checkpoint.contents import RUN_FILE, Contents
+from engine.checkpoint.files import Shard, write_async
 from engine.executor import Stage, TokenShard
 from engine.prepare import Admission
 from engine.video import WorkItem
@@ -28,7 +28,7 @@ from models.protocols import VideoModel
 from parallel.comm.edges import Edges, RankServices
 from parallel.comm.messages import Header, Kind, Message, unpack_admit, unpack_json
 from parallel.comm.ulysses import TokenSplit, UlyssesShard, local_heads
-from parallel.health.errors import BAD_INPUT
+from parallel.health.exit_codes import BAD_INPUT
 from parallel.trace.counters import DeviceTimer, OnMeasured, RankCounters
 from parallel.trace.tracer import Tracer
 

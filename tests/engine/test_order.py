@@ -6,8 +6,7 @@ from collections import Counter, deque
 import pytest
 import torch
 
-from engine.checkpoint.files import Contents
-from engine.checkpoint.snapshot import pack_run, pack_shard, unpack_run, unpack_shard
+from engine.checkpoint.contents import Contents, pack_run, pack_shard, unpack_run, unpack_shard
 from engine.executor import Stage
 from engine.kv.size import KVSettings
 from engine.order import WorkOrder

@@ -13,8 +13,8 @@ from PIL import Image
 from engine.kv.size import KVSettings
 from engine.reuse.settings import ReuseSettings
 from launch.cli import run
-from launch.options import CacheName, Options, Precision
-from launch.plan import Plan, at_a_time, plan_videos, reuse_preset, video_names
+from launch.options import CacheName, Options, Precision, together
+from launch.plan import Plan, plan_videos, reuse_preset, video_names
 from models.errors import InputError
 from models.pocket.preset import pocket_config
 
@@ -133,8 +133,9 @@ def test_several_videos_have_seeds_and_records_of_their_own(random_weights: Path
 
 
 def test_more_stages_want_more_videos() -> None:
-    assert [at_a_time(Options(pp=pp), 9) for pp in (1, 2, 4, 5, 8)] == [2, 2, 2, 3, 4]
-    assert at_a_time(Options(pp=8), 3) == 3 and at_a_time(Options(concurrency=5), 9) == 5
+    assert [together(Options(pp=pp), 9, ranks=True) for pp in (1, 2, 4, 5, 8)] == [2, 2, 2, 3, 4]
+    assert together(Options(pp=8), 3) == 3 and together(Options(concurrency=5), 9) == 5
+    assert together(Options(), 9) == 1
 
 
 # ---- ranks

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.checkpoint.contents import Contents
 from engine.checkpoint.files import (
     Checkpoint,
     CheckpointConfig,
-    Contents,
     Shard,
     commit,
     discard,

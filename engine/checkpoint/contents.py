@@ -8,12 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torch import Tensor
 
-from engine.checkpoint.files import Contents
 from engine.host_copy import begin_host_copy, finish_host_copies
 from engine.kv.buffer import KVState, LayerKV
 from engine.kv.size import KVSettings
@@ -26,6 +25,14 @@ from models.protocols import Pipeline
 RUN_FILE = "run.safetensors"
 _FORMAT = 3
 _PARTS = ("kv", "queries", "origin")  # of a `LayerKV`
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contents:
+    """What a file holds."""
+
+    tensors: Mapping[str, Tensor]  # on the CPU
+    values: Mapping[str, Any]  # plain JSON
 
 
 def rank_file(rank: int) -> str:
