@@ -40,14 +40,14 @@ def run_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = N
         KeyboardInterrupt: Ctrl-C; all ranks have ended.
     """
     store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
-    board = ErrorStore(dist.PrefixStore("flowcache/0", store))
+    errors = ErrorStore(dist.PrefixStore("flowcache/0", store))
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(layout.world_size):
             ranks.append(_start(command, _env(rank, layout, store), threads))
-        _wait(ranks, board, layout, grace)
+        _wait(ranks, errors, layout, grace)
     except (KeyboardInterrupt, SystemExit):
-        board.report(Failure(message="stopped", status=INTERRUPTED, reporter=-1))
+        errors.report(Failure(message="stopped", status=INTERRUPTED, reporter=-1))
         _wait_for_all(ranks, grace)
         raise
     finally:
@@ -101,7 +101,7 @@ def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], board: ErrorStore, layout: Layout, grace: float) -> None:
+def _wait(ranks: list[subprocess.Popen[bytes]], errors: ErrorStore, layout: Layout, grace: float) -> None:
     """Wait until all have ended well; a GangError if one has not."""
     while True:
         statuses = [process.poll() for process in ranks]
@@ -115,7 +115,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]], board: ErrorStore, layout: Layou
     rank, status = bad[0]
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     text = f"{Mesh(layout=layout, rank=rank).name(rank)} {how}"
-    failure = board.report(Failure(message=text, status=max(status, FAILED), reporter=rank))
+    failure = errors.report(Failure(message=text, status=max(status, FAILED), reporter=rank))
     _wait_for_all(ranks, grace)
     raise GangError(failure)
 
