@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.kv.buffer import KVPlan
-from engine.kv.size import KVSettings, plan_kv
+from engine.kv.size import KVPlan, KVSettings, plan_kv
 from engine.request import Noise, Prefix, Request, seeded_noise
 from engine.reuse.settings import ReuseSettings
 from engine.schedule import Schedule

@@ -15,44 +15,13 @@ import torch
 from torch import Tensor
 
 from engine.host_copy import begin_host_copy, finish_host_copies
-from engine.kv.layout import KVLayout
 from engine.kv.selection import SelectionSettings, select
+from engine.kv.size import KVPlan
 from engine.video import KVOp
 from models.attention import Attention
 from models.protocols import KVGeometry, KVView
 
 _BLOCK = 4096  # rows that are moved at once; bounds the scratch memory
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KVPlan:
-    """What there is to allocate for a video."""
-
-    chunk_tokens: int
-    frame_tokens: int  # tokens of a latent frame
-    clean_tokens: int  # size of the clean region
-    window: int  # chunks of the window
-    chunks: int  # of the whole video
-    branches: int  # of guidance, each with KV of its own
-    selection: SelectionSettings | None  # how the clean region is compressed; None drops its oldest rows
-
-    def layout(self) -> KVLayout:
-        """An empty layout."""
-        return KVLayout(
-            chunk_tokens=self.chunk_tokens, clean_tokens=self.clean_tokens, window=self.window, chunks=self.chunks
-        )
-
-    def query_rows(self) -> int:
-        """Queries that are kept to ask with."""
-        return 0 if self.selection is None else self.selection.query_rows(self.frame_tokens, self.chunk_tokens)
-
-    def nbytes(self, geometry: KVGeometry) -> int:
-        """Bytes of a `KVBuffer` of it: keys, values, and the bookkeeping of compression."""
-        rows, width = self.layout().capacity, geometry.head_size * geometry.dtype.itemsize
-        layer = 2 * rows * geometry.key_heads * width + self.query_rows() * geometry.query_heads * width
-        if self.selection is not None:
-            layer += 4 * rows * geometry.key_heads  # origins are int32
-        return layer * len(geometry.layers) * self.branches
 
 
 @dataclass(slots=True)

@@ -1,14 +1,17 @@
-"""How much of the past a video holds: the settings, and the plan that follows from them before a model is loaded."""
+"""What a video's keys and values take: settings, the plan that every process allocates from, and its bytes.
+
+Plain figures, there before a model is loaded: which layers and heads a process holds comes in as a geometry.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.kv.buffer import KVPlan
+from engine.kv.layout import KVLayout
 from engine.kv.selection import SelectionSettings
 from engine.schedule import Schedule
 from models.errors import InputError
-from models.protocols import Sampling
+from models.protocols import KVGeometry, Sampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +26,37 @@ class KVSettings:
     def __post_init__(self) -> None:
         if self.budget is not None and self.budget < 1:
             raise InputError(f"a KV budget of {self.budget} chunks keeps nothing: give 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVPlan:
+    """What there is to allocate for a video."""
+
+    chunk_tokens: int
+    frame_tokens: int  # tokens of a latent frame
+    clean_tokens: int  # size of the clean region
+    window: int  # chunks of the window
+    chunks: int  # of the whole video
+    branches: int  # of guidance, each with KV of its own
+    selection: SelectionSettings | None  # how the clean region is compressed; None drops its oldest rows
+
+    def layout(self) -> KVLayout:
+        """An empty layout."""
+        return KVLayout(
+            chunk_tokens=self.chunk_tokens, clean_tokens=self.clean_tokens, window=self.window, chunks=self.chunks
+        )
+
+    def query_rows(self) -> int:
+        """Queries that are kept to ask with."""
+        return 0 if self.selection is None else self.selection.query_rows(self.frame_tokens, self.chunk_tokens)
+
+    def nbytes(self, geometry: KVGeometry) -> int:
+        """Bytes of a `KVBuffer` of it: keys, values, and the bookkeeping of compression."""
+        rows, width = self.layout().capacity, geometry.head_size * geometry.dtype.itemsize
+        layer = 2 * rows * geometry.key_heads * width + self.query_rows() * geometry.query_heads * width
+        if self.selection is not None:
+            layer += 4 * rows * geometry.key_heads  # origins are int32
+        return layer * len(geometry.layers) * self.branches
 
 
 def plan_kv(sampling: Sampling, schedule: Schedule, settings: KVSettings, chunk_tokens: int) -> KVPlan:

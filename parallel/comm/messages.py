@@ -23,7 +23,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from engine.kv.buffer import KVPlan
+from engine.kv.size import KVPlan
 from engine.prepare import Admission
 from engine.schedule import Schedule
 from engine.video import WorkItem

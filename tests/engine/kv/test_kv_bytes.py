@@ -15,7 +15,8 @@ import ctypes, json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from engine.kv.buffer import KVBuffer, KVPlan
+from engine.kv.buffer import KVBuffer
+from engine.kv.size import KVPlan
 from engine.kv.selection import SelectionSettings
 from engine.video import KVOp
 from models.attention import attention_backend

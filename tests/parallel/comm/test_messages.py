@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.kv.buffer import KVPlan
 from engine.kv.selection import SelectionSettings
+from engine.kv.size import KVPlan
 from engine.prepare import Admission
 from engine.schedule import Schedule
 from engine.video import KVOp, WorkItem
