@@ -13,6 +13,7 @@ from benchmarks.quality.trial import Case, Results
 from models.errors import InputError
 from models.pocket.words import Scene
 from tests.benchmarks.test_quality_report import trial
+from tests.parallel.small import one_thread
 
 RUN = {"model": "magi-pocket", "seed": 3}
 SETTINGS = (Setting(), Setting(method="flowcache", threshold=0.125, warmup=3, passes=LEAN, budget=2))
@@ -72,6 +73,7 @@ def test_a_new_plan_forgets_old_results(tmp_path):
 
 @pytest.mark.slow
 def test_a_small_sweep_runs_and_goes_on_after_it_was_stopped(tmp_path, untrained_weights, capsys):
+    one_thread()  # two are slower at this size
     sizes = ["--quick", "--prompts", "1", "--chunks", "2", "--steps", "4", "--warmup", "1"]
     options = [*sizes, "--weights", str(untrained_weights), "--out", str(tmp_path)]
     status = run_app(app, "quality", options)
