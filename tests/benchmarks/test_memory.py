@@ -22,6 +22,7 @@ SHORT = LongVideo(
 LONG = replace(SHORT, chunks=600, end_rss=405 * MIB, peak_rss=425 * MIB, late=0.205)
 
 
+@pytest.mark.slow
 def test_a_video_of_any_length_holds_the_bytes_of_its_budget(untrained_weights):
     made = [
         make_long_video(chunks, 1, steps=4, weights=untrained_weights, threads=torch.get_num_threads())

@@ -38,6 +38,7 @@ def trials(runner):
     return {one.setting: one for one in runner.trials(CASE, SETTINGS)}
 
 
+@pytest.mark.slow
 def test_every_setting_is_run_once(runner, trials):
     assert set(trials) == set(SETTINGS)
     many = [Setting(method="flowcache", threshold=0.01 * i, passes=LEAN) for i in range(7)]

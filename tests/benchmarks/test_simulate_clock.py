@@ -123,6 +123,7 @@ def test_a_barrier_in_closed_form():
     assert simulate([plan], Machine(stages=4, barrier=True)).seconds == pytest.approx(seconds)
 
 
+@pytest.mark.slow
 def test_the_designs_figures_of_a_barrier():
     """34 layers over 4 stages, 64 steps, a clean pass for each chunk, a long video: 2.24x against 3.75x."""
     plan = video(400, tuple(Fraction(n, 34) for n in (9, 9, 8, 8)), steps=64, clean=True)

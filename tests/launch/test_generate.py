@@ -48,6 +48,7 @@ def test_reuse_leaves_steps_out(options: Options) -> None:
     assert summary.computed == (4 + 1) / 32  # each first step, and the last tick
 
 
+@pytest.mark.slow
 def test_a_budget_bounds_the_memory_of_a_long_video(options: Options) -> None:
     kv = {"kv_budget": 1, "kv_retention": TokenUnit.FRAME, "kv_queries": TokenUnit.CHUNK}
     sizes = [generate_video(replace(options, chunks=chunks, **kv)).kv_bytes for chunks in (5, 9)]

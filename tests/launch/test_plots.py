@@ -192,6 +192,7 @@ def test_plots_go_into_the_record_or_where_they_are_asked_for(
     assert sorted(os.listdir(folder)) == ["other.PNG", "run"]
 
 
+@pytest.mark.slow
 def test_a_plot_leaves_matplotlib_as_it_was(folder: Path) -> None:
     code = (
         "import sys, launch.cli; status = launch.cli.run(['plot', 'kv', 'run']); "
@@ -200,6 +201,7 @@ def test_a_plot_leaves_matplotlib_as_it_was(folder: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(folder: Path) -> None:
     """The kernel refuses to let files grow beyond 10 kB; the older picture stays."""
     Path("run/reuse.png").write_bytes(b"old")
