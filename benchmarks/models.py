@@ -18,7 +18,6 @@ from engine.request import Request
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
-from models.magi.model import MagiModel
 from models.magi.pipeline import Loading, MagiPipeline, load_pipeline, load_stage
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
@@ -109,7 +108,7 @@ def build(spec: ModelSpec, layers: range | None = None, *, decode: bool = False)
     return MagiPipeline(config, model, _NoFrames(), PocketEncoder())
 
 
-def _random_model(config: MagiConfig, layers: range | None) -> MagiModel:
+def _random_model(config: MagiConfig, layers: range | None) -> MagiDiT:
     dit = MagiDiT(config.model_config, layers=layers)
     for name, parameter in dit.named_parameters():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -121,7 +120,7 @@ def _random_model(config: MagiConfig, layers: range | None) -> MagiModel:
             nn.init.zeros_(parameter)
         elif name.endswith("post_norm.weight"):
             nn.init.constant_(parameter, _GAIN)
-    return MagiModel(dit.requires_grad_(False).eval())
+    return dit.requires_grad_(False).eval()
 
 
 def pocket_request(prompt: str, *, chunks: int, num_steps: int, seed: int) -> Request:

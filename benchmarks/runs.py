@@ -42,7 +42,7 @@ from engine.video import Work, WorkItem
 from launch.plan import CacheName, reuse_preset
 from models.attention import Attention
 from models.errors import InputError
-from models.magi.model import MagiModel
+from models.magi.dit import MagiDiT
 from models.magi.pipeline import MagiPipeline
 from models.protocols import CELL_PIXELS
 from parallel.comm.messages import HEADER_BYTES
@@ -253,14 +253,14 @@ class TimedRunner(LocalRunner):
         split: how many of them each stage will have.
     """
 
-    def __init__(self, model: MagiModel, attention: Attention, split: Sequence[int]) -> None:
+    def __init__(self, model: MagiDiT, attention: Attention, split: Sequence[int]) -> None:
         super().__init__(model, attention)
         self._marks: list[float] = []
         self._sums: dict[tuple[str, int | None], list[float]] = {}
         self._counts: dict[tuple[str, int | None], int] = {}
         self._embed = self._total = 0.0
         self._hooks = [
-            model.dit.videodit_blocks.layers[str(start)].register_forward_pre_hook(self._mark)
+            model.videodit_blocks.layers[str(start)].register_forward_pre_hook(self._mark)
             for start in (0, *accumulate(split[:-1]))
         ]
 

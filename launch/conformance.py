@@ -29,7 +29,7 @@ from launch.options import Options
 from models.attention import Attention
 from models.errors import InputError
 from models.magi.config import MagiConfig, VaeConfig
-from models.magi.model import MagiModel
+from models.magi.dit import MagiDiT
 from models.magi.sampling import MagiSampling
 from models.magi.vae import ViTVAE
 from models.magi.weights import Checkpoint
@@ -131,7 +131,7 @@ def check_on_gang(
             if gang.mesh.leads:
                 on_verdict(_check(golden, model, engine))
             elif model is not None:
-                gang.serve(StageModel(model=model, attention=model.dit.attention))
+                gang.serve(StageModel(model=model, attention=model.attention))
         except InputError as error:
             if model is not None or on_unreadable is None:  # the others serve the model, and must be ended
                 raise
@@ -163,12 +163,12 @@ def _read(path: Path, device: str) -> _Golden:
 class _LatentPipeline:
     """A model without text encoder and autoencoder: a case brings captions and ends with latents."""
 
-    def __init__(self, config: MagiConfig, model: MagiModel) -> None:
+    def __init__(self, config: MagiConfig, model: MagiDiT) -> None:
         self._config, self.model = config, model
 
     @property
     def attention(self) -> Attention:
-        return self.model.dit.attention
+        return self.model.attention
 
     def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> MagiSampling:
         return MagiSampling(config=self._config, num_steps=num_steps, clean_pass=clean_pass, copy_pass=copy_pass)
@@ -181,14 +181,14 @@ class _LatentPipeline:
         raise ValueError("a golden case brings its own captions")
 
 
-def _load_model(golden: _Golden, layers: Callable[[MagiConfig], range | None] = lambda _: None) -> MagiModel | None:
+def _load_model(golden: _Golden, layers: Callable[[MagiConfig], range | None] = lambda _: None) -> MagiDiT | None:
     """The case's model, with the layers that are run here (None: all); None if the case has no model."""
     if golden.kind != "generation":
         return None
     if "weights" not in golden.metadata:
         raise InputError(f"{golden.path} lacks the metadata weights")
     config, weights = golden.config(), Checkpoint(golden.path.parent / golden.metadata["weights"])
-    return MagiModel(weights.dit(config, layers=layers(config), device=golden.device))
+    return weights.dit(config, layers=layers(config), device=golden.device)
 
 
 @contextmanager
@@ -197,7 +197,7 @@ def _engine_here(pipeline: Pipeline, reuse: ReuseSettings) -> Iterator[Engine]:
 
 
 @torch.no_grad()
-def _check(golden: _Golden, model: MagiModel | None, engine: _MakeEngine) -> Verdict:
+def _check(golden: _Golden, model: MagiDiT | None, engine: _MakeEngine) -> Verdict:
     """Run the case; the model is given for a case of generation."""
     if model is not None:
         error, detail, passed = _check_generation(golden, model, engine)
@@ -206,10 +206,10 @@ def _check(golden: _Golden, model: MagiModel | None, engine: _MakeEngine) -> Ver
     return Verdict(name=golden.path.stem, kind=golden.kind, error=error, detail=detail, passed=passed)
 
 
-def _check_generation(golden: _Golden, model: MagiModel, engine: _MakeEngine) -> tuple[float, str, bool]:
+def _check_generation(golden: _Golden, model: MagiDiT, engine: _MakeEngine) -> tuple[float, str, bool]:
     config = golden.config()
     text = golden.tensor("input.caption_embs").float()[golden.tensor("input.caption_mask").bool()]
-    captions = CaptionTable(text=text, null=model.dit.null_text())
+    captions = CaptionTable(text=text, null=model.null_text())
     noise, prefix = golden.tensor("input.noise"), golden.tensors.get("input.prefix_latents")
     runtime = config.runtime_config
     request = Request(

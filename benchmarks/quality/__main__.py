@@ -171,7 +171,7 @@ def _write(out: Path, results: Results, grid: Grid) -> int:
 def _digest(pipeline: MagiPipeline) -> str:
     """A short name of the weights."""
     digest = hashlib.sha256()
-    for name, value in sorted(pipeline.model.dit.state_dict().items()):
+    for name, value in sorted(pipeline.model.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
 

@@ -175,7 +175,7 @@ def serve_stage(gang: Gang, options: Options) -> None:
     layers = stage_range(plan.config, gang.mesh, options.split)
     with gang.loading():
         model = load_stage(plan.config, plan.weights, replace(plan.loading, layers=layers, device=str(gang.device)))
-    gang.serve(StageModel(model=model, attention=model.dit.attention))
+    gang.serve(StageModel(model=model, attention=model.attention))
 
 
 def start_ranks(given: Sequence[str], options: Options) -> None:

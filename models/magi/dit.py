@@ -1,4 +1,4 @@
-"""The DiT of MAGI-1: embeddings, a range of layers, and the output (specification part 6).
+"""The DiT of MAGI-1, a `VideoModel`: embeddings, a range of layers, and the output (specification part 6).
 
 The parts are called one by one, since a stage of a pipeline runs only some of them. Nothing here knows ranks, requests
 or caches; what a chunk attends to is a `KVView`.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.attention import Attention, attention_backend
 from models.magi.config import ModelConfig
 from models.magi.layers import LayerNorm1p, RotaryBands, TransformerLayer
-from models.protocols import KVView
+from models.protocols import KVGeometry, KVView, PassCondition
 
 NULL_TEXT_ROWS = 50
 """How many rows of the learned null caption stand for "no text" (specification 2.4)."""
@@ -91,8 +91,8 @@ class MagiDiT(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.layers = range(config.num_layers) if layers is None else layers
-        embeds, reads_out = 0 in self.layers, config.num_layers - 1 in self.layers
+        self.held = range(config.num_layers) if layers is None else layers
+        embeds, reads_out = 0 in self.held, config.num_layers - 1 in self.held
         self.attention: Attention = attention_backend(attention)
         if embeds:
             size = (config.t_patch_size, config.patch_size, config.patch_size)
@@ -100,7 +100,7 @@ class MagiDiT(nn.Module):
         self.t_embedder = _TimestepEmbedder(config)
         self.y_embedder = _CaptionEmbedder(config)
         self.rope = RotaryBands(config.kv_channels)
-        self.videodit_blocks = _Blocks(config, self.layers, final=reads_out, fp8=fp8, precise=precise)
+        self.videodit_blocks = _Blocks(config, self.held, final=reads_out, fp8=fp8, precise=precise)
         if reads_out:
             self.final_linear = _FinalLinear(config)
 
@@ -108,6 +108,25 @@ class MagiDiT(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.rope.bands.device
+
+    @property
+    def kv(self) -> KVGeometry:
+        """Shape of the KV of the layers that are held."""
+        return self.config.kv_geometry(self.held, self.device)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the parameters that are held."""
+        return sum(parameter.nbytes for parameter in self.parameters())
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return self.config.latent_channels
+
+    def token_count(self, frames: int, height: int, width: int) -> int:
+        """Tokens of a latent of that size."""
+        return math.prod(self.token_grid((frames, height, width)))
 
     def null_text(self) -> Tensor:
         """The rows that stand for no text, [50, caption channels] or fewer (2.4)."""
@@ -118,7 +137,7 @@ class MagiDiT(nn.Module):
         frames, height, width = latent
         return frames, height // self.config.patch_size, width // self.config.patch_size
 
-    def embed_patches(self, x: Tensor) -> Tensor:
+    def patches(self, x: Tensor) -> Tensor:
         """Patch embedding of latents [B, channels, T, h, w] -> tokens [B, S, D] (6.1, steps 1 and 2).
 
         The released code runs a convolution here, which GPUs may round to TF32; a matrix product they do not.
@@ -154,6 +173,23 @@ class MagiDiT(nn.Module):
         """Caption tokens that count, [B, N, caption channels] -> [B, N, D] (6.1, step 6)."""
         return F.silu(_linear_fp32(self.y_embedder.y_proj_xattn[0], y)).to(self.config.dtype)
 
+    def layers(
+        self,
+        hidden: Tensor,
+        condition: PassCondition,
+        caption: Tensor,
+        first_frame: int,
+        grid: tuple[int, int, int],
+        view: KVView,
+        tokens: slice = slice(None),
+    ) -> Tensor:
+        """Run the layers that are held over one chunk's tokens; as `VideoModel.layers`."""
+        t = torch.full((1, 1), condition.t, dtype=torch.float32, device=self.device)
+        embedded = self.embed_condition(t, distill=condition.distill, null=condition.drop)
+        text = self.embed_text(caption[None])
+        rope = self.rope.table(first_frame, self.token_grid(grid))[:, tokens]
+        return self.run_layers(hidden, embedded, text, rope, view)
+
     def run_layers(
         self,
         h_BSD: Tensor,
@@ -169,11 +205,11 @@ class MagiDiT(nn.Module):
             h_BSD = layer(h_BSD, cond_BRC, text_BND, rope, view, int(name), cross or self.attention)
         return h_BSD
 
-    def read_velocity(self, h_BSD: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """Velocity [B, channels, T, h, w] fp32 of the last hidden states (6.4). `grid` is the token grid (T, H, W)."""
+    def velocity(self, h_BSD: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Velocity [B, channels, T, h, w] fp32 of the last hidden states (6.4). `grid` is of the latent, (T, h, w)."""
         normed = self.videodit_blocks.final_layernorm(h_BSD.float())
         x = F.linear(normed.float(), self.final_linear.linear.weight.float())
-        (frames, height, width), p = grid, self.config.patch_size
+        (frames, height, width), p = self.token_grid(grid), self.config.patch_size
         x = x.reshape(-1, frames, height, width, p, p, self.config.out_channels)
         x = x.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, self.config.out_channels, frames, height * p, width * p)
         return x[:, : self.config.latent_channels] / self.config.x_rescale_factor

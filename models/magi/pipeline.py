@@ -13,7 +13,7 @@ import torch
 from models.attention import Attention
 from models.errors import InputError
 from models.magi.config import MagiConfig
-from models.magi.model import MagiModel
+from models.magi.dit import MagiDiT
 from models.magi.sampling import MagiSampling
 from models.magi.text import SpecialTokens, T5Encoder, TextEncoder
 from models.magi.vae import TiledVAE
@@ -46,7 +46,7 @@ class MagiPipeline:
     def __init__(
         self,
         config: MagiConfig,
-        model: MagiModel,
+        model: MagiDiT,
         autoencoder: Autoencoder,
         encoder: TextEncoder,
         *,
@@ -58,7 +58,7 @@ class MagiPipeline:
     @property
     def attention(self) -> Attention:
         """What KV views attend with."""
-        return self.model.dit.attention
+        return self.model.attention
 
     def sampling(self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True) -> MagiSampling:
         """How to denoise with that many steps, with or without the passes that reuse may leave out."""
@@ -70,14 +70,14 @@ class MagiPipeline:
         Raises:
             InputError: the encoder cannot take it.
         """
-        text, dit = self._encoder.encode(prompt), self.model.dit
+        text = self._encoder.encode(prompt)
         self._encoder.release()
         counters, length = None, None
         if self._tokens is not None:
             counters = self._tokens.counters().to(text)
             length = self.config.model_config.caption_max_length
-        table = CaptionTable(text=text, null=dit.null_text(), counters=counters, max_length=length)
-        return table.to(dit.device)
+        table = CaptionTable(text=text, null=self.model.null_text(), counters=counters, max_length=length)
+        return table.to(self.model.device)
 
 
 def load_pipeline(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiPipeline:
@@ -106,7 +106,7 @@ def load_pipeline(config: MagiConfig, weights: Path | None, loading: Loading) ->
     return MagiPipeline(config, load_stage(config, weights, loading), autoencoder, encoder, tokens=tokens)
 
 
-def load_stage(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiModel:
+def load_stage(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiDiT:
     """Load the DiT alone, all of it or the layers that are asked for, from exactly their tensors.
 
     Raises:
@@ -115,14 +115,13 @@ def load_stage(config: MagiConfig, weights: Path | None, loading: Loading) -> Ma
     root = weights or _folder(config.runtime_config.load, "load")
     inner = weights_folder(config, root)
     checkpoint = Checkpoint(inner if inner.is_dir() or weights is None else root)
-    dit = checkpoint.dit(
+    return checkpoint.dit(
         config,
         layers=loading.layers,
         precise=loading.precise,
         attention=loading.attention,
         device=loading.device,
     )
-    return MagiModel(dit)
 
 
 def load_autoencoder(config: MagiConfig, weights: Path | None, loading: Loading) -> TiledVAE:

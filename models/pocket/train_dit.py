@@ -133,11 +133,11 @@ def window_velocity(
     """
     b, r = t.shape
     video = x.transpose(1, 2).flatten(2, 3)
-    hidden = dit.embed_patches(video)
+    hidden = dit.patches(video)
     condition = dit.embed_condition(t, distill=None, null=drop) + dit.t_embedder(distill)[:, None]
     null = dit.null_text().expand(b, -1, -1)
     text = dit.embed_text(torch.cat([null, captions], dim=1) if clean else captions)
-    grid = dit.token_grid((CHUNK_FRAMES * r, x.shape[-2], x.shape[-1]))
+    grid = (CHUNK_FRAMES * r, x.shape[-2], x.shape[-1])
     boundary = clean * (hidden.shape[1] // r)
 
     def cross(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -148,8 +148,8 @@ def window_velocity(
         seen_null = _explicit(q[:, :boundary], k[:, :rows], v[:, :rows])
         return torch.cat([seen_null, _explicit(q[:, boundary:], k[:, rows:], v[:, rows:])], dim=1)
 
-    out = dit.run_layers(hidden, condition, text, dit.rope.table(0, grid), _WindowView(r), cross=cross)
-    velocity = dit.read_velocity(out, grid)
+    out = dit.run_layers(hidden, condition, text, dit.rope.table(0, dit.token_grid(grid)), _WindowView(r), cross=cross)
+    velocity = dit.velocity(out, grid)
     return velocity.unflatten(2, (r, CHUNK_FRAMES)).transpose(1, 2)
 
 

@@ -68,7 +68,7 @@ class MagiSource:
     def stage(self, mesh: Mesh, device: str) -> StageModel:
         """A rank's layers; errors as in `lead`."""
         model = load_stage(self.config, self.weights, self._loading(mesh, device))
-        return StageModel(model=model, attention=model.dit.attention)
+        return StageModel(model=model, attention=model.attention)
 
     def _loading(self, mesh: Mesh, device: str) -> Loading:
         layers = stage_range(self.config, mesh, self.split)

@@ -34,10 +34,10 @@ def one_thread():
 
 
 def test_a_stage_has_the_weights_of_the_whole():
-    whole = build(SPEC).model.dit.state_dict()
+    whole = build(SPEC).model.state_dict()
     seen = set()
     for stage in range(2):
-        part = build(SPEC, stage_layers(balanced_split([1.0] * 3, 2), stage)).model.dit.state_dict()
+        part = build(SPEC, stage_layers(balanced_split([1.0] * 3, 2), stage)).model.state_dict()
         assert all(torch.equal(part[name], whole[name]) for name in part)
         seen |= set(part)
     assert seen == set(whole)

@@ -5,7 +5,6 @@ import torch
 from models.attention import attention_backend
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
-from models.magi.model import MagiModel
 from models.magi.sampling import MagiSampling
 from models.pocket.preset import pocket_config
 from models.protocols import CaptionTable
@@ -37,11 +36,10 @@ class TinyPipeline:
 
     def __init__(self, config, *, seed=0):
         self.config = config
-        dit = MagiDiT(config.model_config)
+        self.model = MagiDiT(config.model_config).requires_grad_(False)
         generator = torch.Generator().manual_seed(seed)
-        for parameter in dit.parameters():
+        for parameter in self.model.parameters():
             torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-        self.model = MagiModel(dit.requires_grad_(False))
         self.attention = attention_backend("sdpa")
         self.autoencoder = self
 
@@ -51,7 +49,7 @@ class TinyPipeline:
     def captions(self, prompt):
         generator = torch.Generator().manual_seed(len(prompt))
         text = torch.randn(3, self.config.model_config.caption_channels, generator=generator)
-        return CaptionTable(text=text, null=self.model.dit.null_text()).to(self.model.dit.device)
+        return CaptionTable(text=text, null=self.model.null_text()).to(self.model.device)
 
     def decode(self, latents):
         frames, height, width = latents.shape[2] * 4, latents.shape[3] * 8, latents.shape[4] * 8

@@ -235,7 +235,7 @@ def load_only(gang, values, out):
     (torch.ones(64, 64) @ torch.ones(64, 64)).sum().item()
     before = peak_memory()
     model = load_stage(config, Path(values["weights"]), Loading(layers=stage_range(config, gang.mesh)))
-    total = sum(parameter.sum().item() for parameter in model.dit.parameters())  # touches every page
+    total = sum(parameter.sum().item() for parameter in model.parameters())  # touches every page
     figures = {"grown": peak_memory() - before, "held": model.weight_bytes, "total": total}
     Path(f"{out}.{gang.mesh.rank}").write_text(json.dumps(figures))
 

@@ -6,7 +6,6 @@ from engine.request import Request
 from models.attention import attention_backend
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
-from models.magi.model import MagiModel
 from parallel.ranks.worker import StageModel
 from parallel.topology.split import balanced_split, stage_layers
 from tests.engine.tiny import TinyPipeline, tiny_config
@@ -24,11 +23,11 @@ class SmallPipeline(TinyPipeline):
     def __init__(self, config, layers=None, seed=0, device="cpu"):
         super().__init__(config, seed=seed)
         if layers is not None:
-            whole = self.model.dit.state_dict()
+            whole = self.model.state_dict()
             dit = MagiDiT(config.model_config, layers=layers)
             dit.load_state_dict({name: whole[name] for name in dit.state_dict()})
-            self.model = MagiModel(dit.requires_grad_(False))
-        self.model.dit.to(device)
+            self.model = dit.requires_grad_(False)
+        self.model.to(device)
 
     @property
     def stage(self):

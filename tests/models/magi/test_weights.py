@@ -204,7 +204,7 @@ def test_a_left_over_tensor_is_named_for_a_whole_model_only(
 ) -> None:
     write_shards(tmp_path, weights | {LAYER + "3.mlp.linear_fc1.weight": torch.zeros(2)})
     assert f"{LAYER}3.mlp.linear_fc1.weight that the model does not" in message(config, tmp_path)
-    assert Checkpoint(tmp_path).dit(config, layers=range(1)).layers == range(1)
+    assert Checkpoint(tmp_path).dit(config, layers=range(1)).held == range(1)
 
 
 def test_a_wrong_shape_is_named(config: MagiConfig, weights: dict[str, Tensor], tmp_path: Path) -> None:

@@ -113,8 +113,8 @@ def test_training_sees_windows_as_inference_does():
             text = dit.embed_text(dit.null_text()[None] if chunk == 0 else caption)
             condition = dit.embed_condition(t[:, chunk : chunk + 1], distill=8.0, null=False)
             rope = dit.rope.table(6 * chunk, (6, 4, 4))
-            hidden = dit.run_layers(dit.embed_patches(x[:, chunk]), condition, text, rope, OneChunkView(past))
-            alone = dit.read_velocity(hidden, (6, 4, 4))
+            hidden = dit.run_layers(dit.patches(x[:, chunk]), condition, text, rope, OneChunkView(past))
+            alone = dit.velocity(hidden, (6, 8, 8))
             assert torch.allclose(whole[:, chunk], alone, atol=1e-4)
 
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 def written(folder, config):
     """A checkpoint of two shards, one for the odd layers."""
-    state = SmallPipeline(config).model.dit.state_dict()
+    state = SmallPipeline(config).model.state_dict()
     shards = {name: f"model-{'.layers.1.' in name or '.layers.3.' in name:d}.safetensors" for name in state}
     folder.mkdir()
     for shard in set(shards.values()):
@@ -36,7 +36,7 @@ def test_the_stages_of_a_checkpoint_are_the_whole_of_it(tmp_path):
     for rank in range(4):
         layers = stage_range(config, Mesh(layout=Layout(pp=4), rank=rank), "2,1,1,1")
         model = load_stage(config, tmp_path, Loading(layers=layers))
-        held = model.dit.state_dict()
+        held = model.state_dict()
         assert {int(name.split(".")[2]) for name in held if ".layers." in name} == set(layers)
         assert ("x_embedder.weight" in held) == (rank == 0)
         assert ("final_linear.linear.weight" in held) == (rank == 3)
