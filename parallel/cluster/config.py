@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -22,13 +22,15 @@ from models.magi.config import MagiConfig
 from models.magi.pipeline import Loading, load_pipeline, load_stage
 from models.magi.sampling import MagiSampling
 from models.protocols import CELL_FRAMES, Pipeline
-from parallel.cluster.placement import GangShape
 from parallel.cluster.queue import GangSize, VideoSize
 from parallel.comm.ulysses import local_heads
 from parallel.health.timeouts import Timeouts
 from parallel.ranks.worker import StageModel
 from parallel.topology.mesh import Layout, Mesh
 from parallel.topology.split import stage_range, stage_sizes
+
+if TYPE_CHECKING:  # it imports Ray, which takes a second and which a model that is loaded here does not need
+    from parallel.cluster.placement import GangShape
 
 
 class ModelSource(Protocol):
@@ -71,7 +73,7 @@ class MagiSource:
         return StageModel(model=model, attention=model.attention)
 
     def _loading(self, mesh: Mesh, device: str) -> Loading:
-        layers = stage_range(self.config, mesh, self.split)
+        layers = stage_range(self.config, mesh, self.split) if mesh.layout.pp > 1 else None
         return Loading(device=device, precise=self.precise, attention=self.attention, layers=layers)
 
 
