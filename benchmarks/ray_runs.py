@@ -14,7 +14,7 @@ from benchmarks.models import ModelSpec, build, model_config
 from benchmarks.workload import Made, Workload, digest
 from engine.checkpoint.files import CheckpointConfig
 from engine.request import Request
-from launch.backends.ray import ray_cluster
+from launch.cluster import ray_cluster
 from models.magi.pipeline import MagiPipeline
 from parallel.cluster.config import ClusterSettings, RankTask, VideoSize, video_size
 from parallel.cluster.controller import Controller

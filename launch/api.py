@@ -24,12 +24,10 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from launch.backends import Backend, Job, join_ranks, led_ranks, serve_stage, started_ranks, this_process
 from launch.declare import from_values
-from launch.generate import make_with
+from launch.generate import Backend, Job, join_ranks, led_ranks, make_with, serve_stage, started_ranks, this_process
 from launch.options import Options, together
-from launch.output.display import Display
-from launch.output.sinks import Summary
+from launch.output.display import Display, Summary
 from launch.plan import layout_of, plan_model, plan_requests, plan_videos
 from models.errors import InputError
 from parallel.cluster.messages import ChunkMade
@@ -144,12 +142,12 @@ def _open(options: Options, stack: ExitStack) -> Backend:
     if layout_of(options).world_size == 1:
         return stack.enter_context(this_process(model, concurrency))
     env = RankEnv.from_environment()
-    gang = stack.enter_context(started_ranks(options) if env is None else join_ranks(env, options, trace=False))
+    gang = stack.enter_context(started_ranks(options) if env is None else join_ranks(env, options))
     if not gang.mesh.leads:
-        serve_stage(gang, options)
+        serve_stage(gang, model)
         stack.close()
         sys.exit(0)
-    return stack.enter_context(led_ranks(gang, model, options, concurrency))
+    return stack.enter_context(led_ranks(gang, model, concurrency))
 
 
 def _check_names(given: dict[str, Any], others: Sequence[str], whose: str) -> None:

@@ -23,8 +23,7 @@ from engine.prepare import Encoded
 from engine.record import Recorder
 from engine.request import Request, given_noise
 from engine.reuse.settings import ReuseSettings
-from launch.backends import join_ranks, start_ranks
-from launch.generate import needs_ranks
+from launch.generate import join_ranks, needs_ranks, start_ranks
 from launch.options import Options
 from models.attention import Attention
 from models.errors import InputError
@@ -325,7 +324,7 @@ def check_conformance(
     if env is None:
         _check_here(files, show, note)
         return BAD_INPUT if unreadable else FAILED if failed else OK
-    with join_ranks(env, options, trace=False) as gang:  # anything but success ends all ranks
+    with join_ranks(env, options) as gang:  # anything but success ends all ranks
         check_on_gang(gang, files, split=options.split, on_verdict=show, on_unreadable=note)
         if unreadable:
             raise InputError("; ".join(dict.fromkeys(map(str, unreadable))))

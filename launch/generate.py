@@ -1,43 +1,234 @@
-"""`flowcache generate`: from options to video files, with records of the runs if they are wanted.
+"""Where videos are made, in this process, on the ranks that it leads or on a Ray cluster; and `flowcache generate`.
 
-It chooses where videos are made (`launch/backends/`) and hands their events to the files and the display; how a video
-is denoised is the engine's business.
+Each backend is given jobs and yields events, which are those of the cluster's controller; so there is one loop. The Ray
+backend is in `launch/cluster.py`, since importing Ray takes a second. How a video is denoised is the engine's business.
 """
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 import torch
 
+from engine.checkpoint.files import CheckpointConfig
+from engine.engine import Engine
 from engine.files import atomic_write, write_errors
+from engine.progress import Progress
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
-from launch.backends import (
-    Backend,
-    EngineBackend,
-    Job,
-    join_ranks,
-    led_ranks,
-    make_videos,
-    serve_stage,
-    start_ranks,
-    this_process,
-)
+from launch.declare import arguments
+from launch.ending import CommandFailed, check_signals
 from launch.options import Launcher, Options, together
-from launch.output.display import Display
-from launch.output.sinks import VideoSinks, rank_line, summary_text
-from launch.plan import Plan, layout_of, plan_videos
+from launch.output.display import Display, rank_line, summary_text
+from launch.output.video import VideoSinks
+from launch.plan import ModelPlan, Plan, layout_of, plan_model, plan_videos
 from models.errors import InputError
+from parallel.cluster.messages import Admitted, ChunkMade, Event, GangReady, Progressed, VideoDone, VideoFailed
+from parallel.health.errors import GangError
 from parallel.ranks.environment import RankEnv
-from parallel.ranks.gang import Gang
+from parallel.ranks.gang import Gang, open_gang
+from parallel.ranks.spawn import run_ranks, worker_ranks
+from parallel.topology.mesh import Layout, Mesh
+from parallel.trace.counters import RankCounters
 from parallel.trace.tracer import Tracer
 
 TRACE_FILE = "trace.json"
 """In a record's folder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A video to make."""
+
+    video: str  # its name in events
+    plan: Plan
+    recorder: Recorder | None = None  # of its run; not on a Ray cluster
+    checkpoint: CheckpointConfig | None = None  # where and how often to note how far it is; on a Ray cluster
+    stored: int = 0  # chunks that the caller has already; on a Ray cluster
+    priority: int = 0  # higher goes first; on a Ray cluster
+
+
+class Backend(Protocol):
+    """Makes videos."""
+
+    def submit(self, job: Job) -> None:
+        """Queue a video; `InputError` if it can never be made here."""
+
+    def cancel(self, video: str) -> None:
+        """Make no more of a video; there are no more events of it."""
+
+    def run(self) -> Iterator[Event]:
+        """Make what was submitted, and yield what happens; `InputError` if the model cannot make it.
+
+        The first event of a backend that is ready is `GangReady`. A chunk counts as stored when the next event is asked
+        for.
+        """
+
+
+def make_videos(backend: Backend, jobs: Iterable[Job], handle: Callable[[Event], None]) -> None:
+    """The loop of every command: submit the jobs, and handle what happens until all have ended; errors as in `run`."""
+    for job in jobs:
+        try:
+            backend.submit(job)
+        except InputError as error:
+            handle(VideoFailed(video=job.video, message=str(error)))
+    for event in backend.run():
+        check_signals()
+        handle(event)
+
+
+class EngineBackend:
+    """An engine's videos, `concurrency` of them at a time; the engine computes here or leads the ranks of a gang.
+
+    The `tracer` takes marks of steps that are reused; it is None on a process without a trace.
+    """
+
+    def __init__(self, engine: Engine, concurrency: int, tracer: Tracer | None = None) -> None:
+        self._engine, self._concurrency, self.tracer = engine, concurrency, tracer
+        self.counters: Sequence[RankCounters] = ()  # of all ranks, once they are done
+        self._waiting: deque[Job] = deque()
+        self._running: dict[int, Job] = {}
+        self._news: deque[Progressed] = deque()
+        self._last: dict[str, Progress] = {}
+
+    def submit(self, job: Job) -> None:
+        """Queue a video."""
+        self._waiting.append(job)
+
+    def cancel(self, video: str) -> None:
+        """Make no more of a video."""
+        self._waiting = deque(job for job in self._waiting if job.video != video)
+        for number in [number for number, job in self._running.items() if job.video == video]:
+            del self._running[number]
+            self._engine.cancel(number)
+
+    def run(self) -> Iterator[Event]:
+        """Make what was submitted; as `Backend.run`. Videos whose events nobody reads any more are cancelled."""
+        yield GangReady()
+        try:
+            while self._waiting or self._running:
+                while self._waiting and len(self._running) < self._concurrency:
+                    yield self._begin(self._waiting.popleft())
+                yield from self._step()
+        except (GeneratorExit, InputError):
+            self._waiting.clear()
+            for job in list(self._running.values()):
+                self.cancel(job.video)
+            raise
+
+    def _begin(self, job: Job) -> Admitted:
+        on_progress = partial(self._progressed, job.video)
+        number = self._engine.submit(job.plan.request, on_progress=on_progress, recorder=job.recorder)
+        self._running[number] = job
+        return Admitted(video=job.video, number=number, first=0)
+
+    def _step(self) -> Iterator[Event]:
+        made = self._engine.step()
+        while self._news:
+            yield self._news.popleft()
+        for result in made:
+            if result.video in self._running and result.chunk.frames is not None:  # else it was cancelled just now
+                chunk, video = result.chunk, self._running[result.video].video
+                frames, latents = result.chunk.frames.numpy(), chunk.latents.numpy()
+                yield ChunkMade(video=video, index=chunk.index, frames=frames, latents=latents)
+        for number in [number for number in self._running if not self._engine.running(number)]:
+            job = self._running.pop(number)
+            last = self._last.pop(job.video)
+            yield VideoDone(video=job.video, computed=last.computed_fraction, kv_bytes=last.kv_bytes)
+
+    def _progressed(self, video: str, progress: Progress) -> None:
+        self._last[video] = progress
+        self._news.append(Progressed(video=video, progress=progress))
+
+
+# ---- this process, and ranks
+
+
+@contextmanager
+def this_process(model: ModelPlan, concurrency: int) -> Iterator[EngineBackend]:
+    """Load a model and make videos with it here; an `InputError` says what is missing or damaged."""
+    pipeline = model.source.lead(Mesh(layout=Layout(), rank=0), model.device)
+    engine = Engine(pipeline, reuse=model.reuse, kv=model.kv)
+    try:
+        yield EngineBackend(engine, concurrency)
+    finally:
+        engine.close()
+
+
+@contextmanager
+def led_ranks(gang: Gang, model: ModelPlan, concurrency: int) -> Iterator[EngineBackend]:
+    """Load the first stage's layers and make videos with the ranks of a gang; on the leader.
+
+    Raises:
+        InputError: something is missing or damaged.
+        GangError: a rank has failed.
+    """
+    with gang.loading():
+        pipeline = model.source.lead(gang.mesh, str(gang.device))
+    with gang.lead(pipeline, model.reuse, model.kv) as (engine, counters):
+        backend = EngineBackend(engine, concurrency, gang.tracer)
+        yield backend
+    backend.counters = counters
+
+
+def serve_stage(gang: Gang, model: ModelPlan) -> None:
+    """Hold a stage's layers for the leader, on every other rank; errors as in `led_ranks`."""
+    with gang.loading():
+        stage = model.source.stage(gang.mesh, str(gang.device))
+    gang.serve(stage)
+
+
+def needs_ranks(options: Options) -> bool:
+    """Whether only ranks can do what is asked for: a trace is of ranks, if of one."""
+    return layout_of(options).world_size > 1 or options.trace is not None
+
+
+def start_ranks(given: Sequence[str], options: Options) -> None:
+    """Run this command line once for each rank, on this machine, and wait for all; `CommandFailed` if one fails."""
+    command = [sys.executable, "-m", "launch", *given]
+    try:
+        run_ranks(command, layout_of(options), threads=options.threads)
+    except GangError as error:
+        raise CommandFailed(str(error), status=error.failure.status, shown_here=True) from None
+
+
+@contextmanager
+def started_ranks(options: Options) -> Iterator[Gang]:
+    """Start all ranks but the leader on this machine, and join them as the leader; `CommandFailed` if one fails."""
+    # A rank that does not lead serves whatever is asked for; it needs a prompt on its command line all the same.
+    served = replace(options, prompts=["-"], out=None, record=None, trace=None)
+    command = [sys.executable, "-m", "launch", "generate", *arguments(served)]
+    with (
+        worker_ranks(command, layout_of(options), threads=options.threads) as env,
+        join_ranks(env, options) as gang,
+    ):
+        yield gang
+
+
+@contextmanager
+def join_ranks(env: RankEnv, options: Options, *, trace: bool = False) -> Iterator[Gang]:
+    """Join the other ranks; with `trace`, remember what each does when.
+
+    Raises:
+        InputError: another number of ranks was started.
+        CommandFailed: a rank has failed.
+    """
+    try:
+        with open_gang(env, layout_of(options), trace=trace) as gang:
+            yield gang
+    except GangError as error:
+        mine = not env.launcher_speaks and error.failure.reporter == env.rank
+        raise CommandFailed(str(error), status=error.failure.status, shown_here=mine) from None
+
+
+# ---- the command
 
 
 def generate(options: Options, arguments: Sequence[str]) -> str | None:
@@ -56,7 +247,7 @@ def generate(options: Options, arguments: Sequence[str]) -> str | None:
     env = RankEnv.from_environment()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    with _memory_errors(options):
+    try:
         if options.launcher is Launcher.RAY:
             if env is not None:
                 raise InputError("--launcher ray starts the ranks itself: leave torchrun out, or --launcher")
@@ -68,15 +259,15 @@ def generate(options: Options, arguments: Sequence[str]) -> str | None:
             start_ranks(arguments, options)
             return None
         return _make_here(options)
-
-
-def needs_ranks(options: Options) -> bool:
-    """Whether only ranks can do what is asked for: a trace is of ranks, if of one."""
-    return layout_of(options).world_size > 1 or options.trace is not None
+    except torch.OutOfMemoryError:
+        name = options.config or options.model or "the model"
+        raise InputError(
+            f"{name} does not fit into the GPU's memory: ask for a smaller --height and --width, for a quantised "
+            "model, or for more ranks"
+        ) from None
 
 
 def _make_here(options: Options) -> str:
-    """Make the videos in this process."""
     plans = plan_videos(options)
     text = _make(this_process(plans[0].model, together(options, len(plans))), plans)
     if options.record is not None:
@@ -86,8 +277,7 @@ def _make_here(options: Options) -> str:
 
 
 def _make_on_ray(options: Options) -> str:
-    """Make the videos on one gang of a Ray cluster."""
-    from launch.backends.ray import on_ray
+    from launch.cluster import on_ray
 
     if options.record is not None or options.trace is not None:
         raise InputError("--record and --trace do not work with --launcher ray: leave it out, or use torchrun")
@@ -97,13 +287,12 @@ def _make_on_ray(options: Options) -> str:
 
 def _as_rank(options: Options, env: RankEnv) -> str | None:
     """Make the videos as one of the ranks; the leader returns the text."""
-    traced = options.trace is not None or options.record is not None
-    with join_ranks(env, options, trace=traced) as gang:
+    with join_ranks(env, options, trace=options.trace is not None or options.record is not None) as gang:
         if not gang.mesh.leads:
-            serve_stage(gang, options)
+            serve_stage(gang, plan_model(options))
             return None
         plans = plan_videos(options)
-        text = _make(led_ranks(gang, plans[0].model, options, together(options, len(plans))), plans)
+        text = _make(led_ranks(gang, plans[0].model, together(options, len(plans))), plans)
         _write_trace(gang, options)
         return text
 
@@ -131,8 +320,7 @@ def _make(backend: AbstractContextManager[Backend], plans: Sequence[Plan]) -> st
         with backend as opened:
             made = make_with(opened, plans, display, began)
     counters = opened.counters if isinstance(opened, EngineBackend) else ()
-    line = rank_line(options, counters) if counters else None
-    return summary_text([replace(one, ranks=line) for one in made.summaries], making=made.making)
+    return summary_text(made.summaries, making=made.making, ranks=rank_line(options, counters) if counters else None)
 
 
 def make_with(backend: Backend, plans: Sequence[Plan], display: Display, began: float) -> VideoSinks:
@@ -166,16 +354,3 @@ class _MarkingRecorder(Recorder):
         super().decided(seen, decision)
         if decision is not Decision.COMPUTE:
             self._tracer.mark("reuse", request=self._video, tick=seen.tick, chunk=seen.chunk, step=seen.step)
-
-
-@contextmanager
-def _memory_errors(options: Options) -> Iterator[None]:
-    """Say in a line that a GPU is too small."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        name = options.config or options.model or "the model"
-        raise InputError(
-            f"{name} does not fit into the GPU's memory: ask for a smaller --height and --width, for a quantised "
-            "model, or for more ranks"
-        ) from None

@@ -20,20 +20,22 @@ from engine.kv.selection import SelectionSettings
 from engine.kv.size import KVSettings
 from engine.request import Prefix, Request
 from engine.reuse.settings import ReuseSettings
+from launch.media import read_image, read_video
 from launch.options import CacheName, Launcher, Options, Precision, ReuseKind, together
-from launch.output.media import read_image, read_video
-from launch.sizes import bytes_needed, check_memory
+from launch.sizes import check_memory
 from models.attention import attention_backend
 from models.errors import InputError
 from models.magi.config import MagiConfig
-from models.magi.pipeline import Loading
 from models.magi.presets import find_preset
 from models.magi.sampling import MagiSampling
 from models.pocket.words import parse_prompt
+from parallel.cluster.config import MagiSource, video_size
+from parallel.cluster.queue import VideoSize
 from parallel.topology.mesh import Layout
 from parallel.topology.split import stage_sizes
 
 _LETTERS = 40  # of a prompt in a name; file systems take 255 bytes
+_STREAMS = 4  # copies of the hidden states that a layer holds at once: input, normed, attention's, output
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,11 +43,15 @@ class ModelPlan:
     """Which model to load, and how the engine uses it: what every rank must know."""
 
     name: str  # for people
-    config: MagiConfig
-    weights: Path | None  # folder in place of the configured one
-    loading: Loading  # device, precision, attention
+    source: MagiSource  # what each rank loads its part of
+    device: str  # where to, without ranks
     reuse: ReuseSettings  # which steps are reused
     kv: KVSettings  # how much of the past is held
+
+    @property
+    def config(self) -> MagiConfig:
+        """The model's configuration."""
+        return self.source.config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +63,15 @@ class Plan:
     request: Request
     out: Path  # file to write
     record: Path | None  # folder for a record of the run; None for none
+
+    @property
+    def size(self) -> VideoSize:
+        """What it takes of its ranks; an `InputError` says why the model cannot make it."""
+        model, options = self.model, self.options
+        layout = layout_of(options)
+        return video_size(
+            model.config, self.request, reuse=model.reuse, kv=model.kv, layout=layout, split=options.split
+        )
 
 
 def layout_of(options: Options) -> Layout:
@@ -80,10 +95,12 @@ def plan_model(options: Options) -> ModelPlan:
     reuse = reuse_settings(options, num_steps=num_steps, guided=sampling.guided)
     attention_backend(options.attention)  # says whether it can run here
     _check_weights(options, config)
-    device, precise = "cuda" if torch.cuda.is_available() else "cpu", options.precision is Precision.REFERENCE
-    loading = Loading(device=device, precise=precise, attention=options.attention)
-    name, kv = _name(options), kv_settings(options)
-    return ModelPlan(name=name, config=config, weights=options.weights, loading=loading, reuse=reuse, kv=kv)
+    precise = options.precision is Precision.REFERENCE
+    source = MagiSource(
+        config=config, weights=options.weights, split=options.split, precise=precise, attention=options.attention
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return ModelPlan(name=_name(options), source=source, device=device, reuse=reuse, kv=kv_settings(options))
 
 
 def plan_videos(options: Options) -> list[Plan]:
@@ -148,12 +165,23 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
         seed=options.seed,
     )
     _check_prompt(config, request.prompt)
-    if model.loading.device == "cpu" and options.launcher is not Launcher.RAY:  # whose ranks may be anywhere
-        needed = bytes_needed(config, request, model.kv, layout_of(options), options.split)
+    plan = Plan(options=options, model=model, request=request, out=out, record=options.record)
+    if model.device == "cpu" and options.launcher is not Launcher.RAY:  # whose ranks may be anywhere
         what = f"a video of {request.width}x{request.height} pixels and {request.chunks:,} chunks"
-        check_memory(what if at_a_time == 1 else f"{what}, {at_a_time} at a time,", at_a_time * needed)
-    request = replace(request, prefix=_prefix(options, request, fps=runtime.fps))
-    return Plan(options=options, model=model, request=request, out=out, record=options.record)
+        check_memory(what if at_a_time == 1 else f"{what}, {at_a_time} at a time,", at_a_time * bytes_needed(plan))
+    return replace(plan, request=replace(request, prefix=_prefix(options, request, fps=runtime.fps)))
+
+
+def bytes_needed(plan: Plan) -> int:
+    """Bytes that a video takes on the rank that holds most layers: its KV, and what a pass through a layer works with.
+
+    A rough lower bound, since weights and the autoencoder come on top.
+    """
+    request, config = plan.request, plan.model.config
+    model = config.model_config
+    width = _STREAMS * model.hidden_size + model.ffn_hidden_size
+    working = config.chunk_tokens(request.height, request.width) * width * model.dtype.itemsize
+    return plan.size.kv_bytes + math.ceil(working / plan.options.cp)
 
 
 def video_names(prompts: Sequence[str]) -> list[str]:

@@ -1,30 +1,21 @@
-"""What models and videos take: the list of the command `models`, and whether this machine has the memory.
-
-A video's memory is a rough lower bound: keys and values, and what one pass through a layer works with; weights and the
-autoencoder come on top.
-"""
+"""What models take: the list of the command `models`, and whether this machine has so much memory."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from engine.kv.size import KVSettings, plan_kv
+from engine.kv.size import KVSettings
 from engine.request import Request
-from engine.schedule import Schedule
+from engine.reuse.settings import ReuseSettings
 from models.errors import InputError
-from models.magi.config import MagiConfig
 from models.magi.presets import PRESETS, Preset
-from models.magi.sampling import MagiSampling
+from parallel.cluster.config import video_size
 from parallel.topology.mesh import Layout
-from parallel.topology.split import stage_sizes
 
-_STREAMS = 4  # copies of the hidden states that a layer holds at once: input, normed, attention's, output
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 _NOTES = """\
 Disk: the DiT and the autoencoder as stored; of a released model also T5 (19 GB). Those share autoencoder and T5.
@@ -35,22 +26,6 @@ Weights of released models: huggingface.co/sand-ai/MAGI-1. Put the folder above 
 ckpt/vae at downloads/vae and ckpt/t5 at downloads/t5_pretrained, as the released configurations say, or name a folder \
 with --weights. special_tokens.npz, from the MAGI-1 code's example/assets, goes into the DiT's folder; T5 needs \
 pip install 'flowcache-engine[t5]'."""
-
-
-def bytes_needed(config: MagiConfig, request: Request, kv: KVSettings, layout: Layout, split: str | None) -> int:
-    """Bytes that a video takes on the rank that holds most layers, at least; what it starts from is not counted."""
-    model, layers = config.model_config, max(stage_sizes(config, layout.pp, split))
-    width = _STREAMS * model.hidden_size + model.ffn_hidden_size
-    working = config.chunk_tokens(request.height, request.width) * width * model.dtype.itemsize
-    return _kv_bytes(config, request, kv, layers) // layout.cp + math.ceil(working / layout.cp)
-
-
-def _kv_bytes(config: MagiConfig, request: Request, kv: KVSettings, layers: int) -> int:
-    """Bytes of keys and values of a video, of so many layers with all their heads."""
-    sampling = MagiSampling(config=config, num_steps=request.num_steps)
-    schedule = Schedule(first=0, chunks=request.chunks, num_steps=request.num_steps, window=sampling.window)
-    plan = plan_kv(sampling, schedule, kv, chunk_tokens=config.chunk_tokens(request.height, request.width))
-    return plan.nbytes(config.model_config.kv_geometry(range(layers), torch.device("cpu")))
 
 
 def free_bytes() -> int | None:
@@ -78,7 +53,7 @@ def check_memory(what: str, needed: int) -> None:
 
 
 def show_models() -> None:
-    """Print the presets: their sizes, and where their weights are."""
+    """Print the presets."""
     console = Console()
     sizes = Table("Model", "Parameters", "Video", "Steps", "Disk", "Memory")
     kinds = Table("Model", "What it is", "Weights")
@@ -99,7 +74,8 @@ def _memory(preset: Preset) -> int:
     run = config.runtime_config
     size: dict[str, Any] = {"height": run.video_size_h, "width": run.video_size_w}
     request = Request(prompt="-", chunks=2 * run.window_size, num_steps=run.num_steps, seed=0, **size)
-    return preset.weight_bytes + _kv_bytes(config, request, KVSettings(), config.model_config.num_layers)
+    video = video_size(config, request, reuse=ReuseSettings(), kv=KVSettings(), layout=Layout())
+    return preset.weight_bytes + video.kv_bytes
 
 
 def _count(parameters: int) -> str:

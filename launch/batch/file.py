@@ -140,7 +140,7 @@ class _Reader:
 
         What the line left out is filled in: a default that is written out changes nothing.
         """
-        request, model = plan.request, plan.model
+        request, model, source = plan.request, plan.model, plan.model.source
         what = {
             "form": _DIGEST_FORM,
             "repeat": repeat,
@@ -152,9 +152,9 @@ class _Reader:
             "image": self._content(plan.options.image),
             "video": self._content(plan.options.video),
             "model": asdict(model.config),
-            "weights": None if model.weights is None else str(model.weights.resolve()),
-            "attention": model.loading.attention,
-            "precise": model.loading.precise,
+            "weights": None if source.weights is None else str(source.weights.resolve()),
+            "attention": source.attention,
+            "precise": source.precise,
             "cache": asdict(model.reuse),
             "kv": asdict(model.kv),
         }

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from engine.files import atomic_write, check_folder, write_errors
 from launch.batch.file import DIGEST_LENGTH
 from launch.output.display import Row, State
-from launch.output.media import VideoWriter
+from launch.output.video import VideoWriter
 from models.errors import InputError
 
 RESULTS = "results.jsonl"

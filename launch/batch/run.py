@@ -12,10 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from engine.checkpoint.files import CheckpointConfig
-from launch.backends import Backend, Job, make_videos
-from launch.backends.ray import on_ray, size_of
 from launch.batch.file import BatchItem, read_batch
 from launch.batch.folder import ChunkFiles, OutputFolder
+from launch.cluster import on_ray
+from launch.generate import Backend, Job, make_videos
 from launch.options import BatchOptions, parse_size
 from launch.output.display import BatchDisplay, Row, State, summary
 from models.errors import InputError
@@ -69,7 +69,7 @@ class _Batch:
         self._videos: dict[str, _Video] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="encode")
         for item in items:
-            chunks = size_of(item.plan).chunks
+            chunks = item.plan.size.chunks
             row = Row(line=item.line, title=item.plan.request.prompt, state=State.QUEUED, chunks=chunks)
             if folder.done(item.digest) is not None:
                 self._rows[item.digest] = replace(row, state=State.KEPT, chunks_done=chunks)

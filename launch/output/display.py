@@ -1,7 +1,6 @@
-"""Showing how far videos are: live bars or a live table in a terminal, plain lines now and then elsewhere.
+"""What is shown of videos: how far they are, in a terminal live bars or a table and elsewhere plain lines; summaries.
 
-It knows the engine's progress and plain rows of a batch, and nothing of models or files. All of it goes to standard
-error.
+It writes to standard error alone, and makes no files.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -22,7 +21,17 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from engine.progress import Progress
+from launch.options import Options
+from launch.plan import Plan
+from parallel.trace.counters import RankCounters
 
+_Live = TypeVar("_Live", Bars, Live)
+
+_TRANSFERS = {
+    "nccl": "over NCCL",
+    "host": "through host memory, as not every rank has a GPU of its own",
+    "gloo": "over gloo",
+}
 _PLAIN_EVERY, _BATCH_EVERY = 5.0, 10.0  # seconds between plain lines: of a video, of a batch
 _PROMPT = 60  # letters, in plain lines
 
@@ -39,21 +48,21 @@ def one_line(text: str) -> str:
     return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
 
 
-class _Screen:
+class _Screen(Generic[_Live]):
     """A console, and what is redrawn in place on it where it is a terminal; as a context."""
 
-    def __init__(self, console: Console, live: Bars | Live) -> None:
+    def __init__(self, console: Console, live: _Live) -> None:
         self._console = console
-        self._redrawn = live if console.is_terminal else None
+        self._live: _Live | None = live if console.is_terminal else None
 
     def __enter__(self) -> Self:
-        if self._redrawn is not None:
-            self._redrawn.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._redrawn is not None:
-            self._redrawn.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def _say(self, text: str) -> None:
         """Print a line as it is: neither wrapped nor read as markup."""
@@ -78,16 +87,14 @@ def steps_done(progress: Progress) -> int:
     return whole * steps + sum(tick - chunk * between for chunk in range(whole, entered))
 
 
-class Display(_Screen):
+class Display(_Screen[Bars]):
     """Where progress is shown, as a context: a bar for each video in flight in a terminal, else lines."""
 
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console(stderr=True)
         note = TextColumn("{task.percentage:>3.0f}%  {task.fields[note]}")
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), note)
-        bars = Bars(*columns, console=console, transient=True)
-        super().__init__(console, bars)
-        self._bars = bars if console.is_terminal else None
+        super().__init__(console, Bars(*columns, console=console, transient=True))
         self._phase: TaskID | None = None
         self._tasks: dict[int, TaskID] = {}
         self._names: dict[int, str] = {}
@@ -96,21 +103,21 @@ class Display(_Screen):
 
     def phase(self, text: str) -> None:
         """Say what is done now, before the first video begins; later it is a line among the bars."""
-        if self._bars is None or self._tasks:
+        if self._live is None or self._tasks:
             self._say(text)
         elif self._phase is None:
-            self._phase = self._bars.add_task(text, total=None, note="")
+            self._phase = self._live.add_task(text, total=None, note="")
         else:
-            self._bars.update(self._phase, description=text)
+            self._live.update(self._phase, description=text)
 
     def begin(self, video: int, name: str = "") -> None:
         """A video begins; of several, each has a name."""
         self._names[video], self._began[video] = name, time.monotonic()
-        if self._bars is not None:
+        if self._live is not None:
             if self._phase is not None:
-                self._bars.remove_task(self._phase)
+                self._live.remove_task(self._phase)
                 self._phase = None
-            self._tasks[video] = self._bars.add_task(name, total=None, note="")
+            self._tasks[video] = self._live.add_task(name, total=None, note="")
 
     def update(self, progress: Progress, video: int = 0) -> None:
         """Show how far a video is; plain lines come some seconds apart."""
@@ -121,10 +128,10 @@ class Display(_Screen):
         left = clock((now - self._began[video]) * (total - done) / done)
         chunks, step = f"chunks {progress.chunks_done}/{progress.chunks}", f"step {progress.step}/{progress.num_steps}"
         costs = f"{progress.computed_fraction:.0%} computed, KV {progress.kv_fill:.0%} full"
-        if self._bars is not None:
+        if self._live is not None:
             text = f"{name}  {chunks}  {step}" if name else f"{chunks}  {step}"
             note = f"{costs}  {left} left"
-            self._bars.update(self._tasks[video], total=total, completed=done, description=text, note=note)
+            self._live.update(self._tasks[video], total=total, completed=done, description=text, note=note)
         elif now - self._shown.get(video, float("-inf")) >= _PLAIN_EVERY or progress.tick == progress.ticks:
             self._shown[video] = now
             start = f"{name}: " if name else ""
@@ -133,10 +140,59 @@ class Display(_Screen):
     def end(self, video: int, text: str = "") -> None:
         """A video is complete: its bar goes, and a line stays."""
         self._names.pop(video, None)
-        if self._bars is not None and (task := self._tasks.pop(video, None)) is not None:
-            self._bars.remove_task(task)
+        if self._live is not None and (task := self._tasks.pop(video, None)) is not None:
+            self._live.remove_task(task)
         if text:
             self._say(text)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """What was made and what it cost."""
+
+    plan: Plan  # that it was made of; its `out` is the file
+    frames: int  # frames in it
+    chunks: int  # chunks made
+    loading: float  # seconds to load the model
+    making: float  # seconds from the loaded model, or from the video's own start, to the finished file
+    computed: float  # computed chunk-steps as a share of all
+    kv_bytes: int  # size of the KV buffers; on ranks, of the leader's part
+    memory: int  # peak of the process, bytes; on ranks, of the leader
+    gpu_memory: int | None  # peak of tensors on the GPU, bytes; None without one
+
+
+def summary_text(summaries: Sequence[Summary], *, making: float, ranks: str | None = None) -> str:
+    """A line for each video, and what they cost together, in `making` seconds; `ranks` is a line on those, if any."""
+    last, chunks = summaries[-1], sum(one.chunks for one in summaries)
+    lines = []
+    for one in summaries:
+        request, fps = one.plan.request, one.plan.model.config.runtime_config.fps
+        size = f"{one.frames} frames of {request.width}x{request.height}, {one.frames / fps:.1f} s of video"
+        lines.append(f"{one.plan.out}: {size}")
+    made, making = ("made", last.making) if len(summaries) == 1 else (f"{len(summaries)} videos made", making)
+    lines.append(f"{made} in {making:.1f} s, {making / chunks:.2f} s per chunk, after {last.loading:.1f} s of loading")
+    computed = sum(one.computed * one.chunks for one in summaries) / chunks
+    on = "" if ranks is None else "on the leader "
+    gpu = "" if last.gpu_memory is None else f", on the GPU {_size(last.gpu_memory)}"
+    memory = f"{on}keys and values {_size(last.kv_bytes)}, peak memory {_size(last.memory)}{gpu}"
+    lines.append(f"{computed:.0%} of the steps computed ({last.plan.options.cache}); {memory}")
+    return "\n".join([*lines, *([] if ranks is None else [ranks])])
+
+
+def rank_line(options: Options, counters: Sequence[RankCounters]) -> str:
+    """A line on the ranks that made videos."""
+    first = sorted((one for one in counters if one.cp_rank == 0), key=lambda one: one.stage)
+    layers = ",".join(str(one.layers[1] - one.layers[0]) for one in first)
+    loading = [one.load_seconds for one in counters]
+    return (
+        f"{len(counters)} rank{'s' if len(counters) > 1 else ''}, pp {options.pp} x cp {options.cp}, layers {layers}; "
+        f"weights {', '.join(_size(one.weight_bytes) for one in counters)}, "
+        f"loaded in {min(loading):.1f} to {max(loading):.1f} s; tensors moved {_TRANSFERS[counters[0].transfer]}"
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 # ---- the videos of a batch
@@ -179,7 +235,7 @@ class Row:
     error: str | None = None  # why it failed; None if it did not
 
 
-class BatchDisplay(_Screen):
+class BatchDisplay(_Screen[Live]):
     """Where a batch is shown, as a context; `now` is a clock in seconds.
 
     A terminal gets a table that is redrawn in place and is gone at the end; anything else gets a line whenever a video
@@ -188,11 +244,9 @@ class BatchDisplay(_Screen):
 
     def __init__(self, console: Console | None = None, now: Callable[[], float] = time.monotonic) -> None:
         console = console or Console(stderr=True)
-        live = Live(console=console, transient=True, refresh_per_second=4)
-        super().__init__(console, live)
-        self._live, self._now = live if console.is_terminal else None, now
+        super().__init__(console, Live(console=console, transient=True, refresh_per_second=4))
         self._states: dict[int, State] = {}
-        self._said = now()
+        self._now, self._said = now, now()
 
     def update(self, rows: Sequence[Row]) -> None:
         """Show all videos of the batch as they are now; to be called as often as one likes."""

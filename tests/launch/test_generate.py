@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from launch.generate import generate
+from launch.media import read_video
 from launch.options import CacheName, Options, TokenUnit
-from launch.output.media import VideoWriter, read_video
+from launch.output.display import summary_text
+from launch.output.video import VideoWriter
 from tests.launch.videos import generate_video
 
 PROMPT = "a red circle moving right"
@@ -36,7 +38,7 @@ def test_a_video_is_as_long_as_asked(options: Options) -> None:
     assert (summary.frames, summary.chunks) == (96, 4)
     assert len(frames) == 32 and frames.float().std() > 5  # noise, not a blank screen
     assert summary.making > 0 and summary.loading > 0 and summary.memory > 100_000_000
-    text = summary.text()
+    text = summary_text([summary], making=summary.making)
     assert "96 frames of 64x64, 4.0 s of video" in text and "s per chunk" in text and "peak memory" in text
     assert f"{summary.computed:.0%} of the steps computed (flowcache-slow); keys and values " in text
     assert os.listdir(options.out.parent) == ["video.mp4"]

@@ -55,8 +55,8 @@ def test_seconds_of_another_frame_rate(options: Options, tmp_path: Path) -> None
 
 
 def test_precision_and_attention_reach_the_model(options: Options) -> None:
-    loading = _plan(options, precision=Precision.FAST, attention="auto").model.loading
-    assert (loading.precise, loading.attention) == (False, "auto")
+    source = _plan(options, precision=Precision.FAST, attention="auto").model.source
+    assert (source.precise, source.attention) == (False, "auto")
 
 
 def test_reuse_is_on_unless_it_is_turned_off(options: Options) -> None:

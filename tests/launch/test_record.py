@@ -17,7 +17,7 @@ from engine.record import NOT_ACTIVE, RunRecord
 from engine.reuse.settings import ReuseSettings
 from launch import __version__
 from launch.cli import run
-from launch.output.media import VideoWriter
+from launch.output.video import VideoWriter
 from tests.launch.process import Result
 
 PROMPT = "a red circle moving right"

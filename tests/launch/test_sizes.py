@@ -8,14 +8,14 @@ import pytest
 
 from launch import sizes
 from launch.options import Options
-from launch.plan import layout_of, plan_requests
-from launch.sizes import bytes_needed, check_memory, free_bytes
+from launch.plan import bytes_needed, plan_requests
+from launch.sizes import check_memory, free_bytes
 from models.errors import InputError
 
 
 def _needed(weights: Path, **given: object) -> int:
     plan = plan_requests(Options(prompts=["a red circle moving right"], weights=weights, **given), [Path("x.mp4")])[0]
-    return bytes_needed(plan.model.config, plan.request, plan.model.kv, layout_of(plan.options), plan.options.split)
+    return bytes_needed(plan)
 
 
 def test_it_follows_the_size_of_the_video(random_weights: Path) -> None:

@@ -7,11 +7,9 @@ import time
 import torch
 from rich.console import Console
 
-from launch.backends import this_process
-from launch.generate import make_with
+from launch.generate import make_with, this_process
 from launch.options import Options
-from launch.output.display import Display
-from launch.output.sinks import Summary
+from launch.output.display import Display, Summary
 from launch.plan import plan_videos
 
 

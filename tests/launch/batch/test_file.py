@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from launch.batch.file import BatchItem, Problem, read_batch
 from launch.options import CacheName, Options, Precision
-from launch.output.media import VideoWriter
+from launch.output.video import VideoWriter
 from models.errors import InputError
-from tests.launch.output.test_media import _noise
+from tests.launch.output.test_video import _noise
 
 CIRCLE = "a red circle moving right"
 

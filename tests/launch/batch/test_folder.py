@@ -18,9 +18,9 @@ import pytest
 
 from launch.batch.folder import RESULTS, ChunkFiles, OutputFolder, is_whole
 from launch.output.display import Row, State
-from launch.output.media import VideoWriter
+from launch.output.video import VideoWriter
 from models.errors import InputError
-from tests.launch.output.test_media import _noise
+from tests.launch.output.test_video import _noise
 
 NAME = "001-a-red-circle-0123456789ab.mp4"
 DIGEST = "0123456789ab"

@@ -11,19 +11,20 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import ray
 import torch
 
-from launch.backends import Job
+from launch.generate import Job
 from launch.options import together
 from launch.plan import Plan, layout_of
 from models.errors import InputError
-from parallel.cluster.config import ClusterSettings, MagiSource, RankTask, video_size
+from parallel.cluster.config import ClusterSettings, RankTask
 from parallel.cluster.controller import Controller
 from parallel.cluster.messages import Event, VideoOrder
 from parallel.cluster.placement import GangShape, cluster_has_gpus
-from parallel.cluster.queue import GangSize, VideoSize
+from parallel.cluster.queue import GangSize
 from parallel.health.timeouts import Timeouts
 
 _OBJECT_STORE = 512 * 2**20  # bytes for what Ray itself passes around; chunks do not go through it
@@ -32,14 +33,6 @@ _ANSWER = 6.0  # seconds for a cluster to take a connection, and again to answer
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 # By default Ray's workers give way to everything else, also to its own processes; here ranks come first.
 _SYSTEM = {"worker_niceness": 0}
-
-
-def size_of(plan: Plan) -> VideoSize:
-    """What a video takes of a gang; an `InputError` says why the model cannot make it."""
-    model, layout = plan.model, layout_of(plan.options)
-    return video_size(
-        model.config, plan.request, reuse=model.reuse, kv=model.kv, layout=layout, split=plan.options.split
-    )
 
 
 class RayBackend:
@@ -53,7 +46,7 @@ class RayBackend:
         order = VideoOrder(
             video=job.video,
             request=job.plan.request,
-            size=size_of(job.plan),
+            size=job.plan.size,
             checkpoint=job.checkpoint,
             stored=job.stored,
             priority=job.priority,
@@ -80,15 +73,18 @@ def on_ray(
     Raises:
         InputError: there is no cluster, it is too small, or the memory is too small for a video.
     """
-    options = plans[0].options
-    gangs = min(gangs, len(plans))
-    world = layout_of(options).world_size
-    cpus = options.threads or 1  # that a rank reserves; without --threads ranks share the cores of their node
-    with ray_cluster(cpus=gangs * world * cpus):
+    model, options, gangs = plans[0].model, plans[0].options, min(gangs, len(plans))
+    layout, source, weights = layout_of(options), model.source, model.source.weights
+    source = replace(source, weights=None if weights is None else weights.absolute())
+    timeouts, threads = Timeouts(), options.threads
+    cpus = threads or 1  # that a rank reserves; without --threads ranks share the cores of their node
+    with ray_cluster(cpus=gangs * layout.world_size * cpus):
         settings = ClusterSettings(
             gangs=gangs,
-            shape=GangShape(layout=layout_of(options), gpus=cluster_has_gpus(), cpus=cpus),
-            task=_task(plans[0]),
+            shape=GangShape(layout=layout, gpus=cluster_has_gpus(), cpus=cpus),
+            task=RankTask(
+                layout=layout, source=source, reuse=model.reuse, kv=model.kv, timeouts=timeouts, threads=threads
+            ),
             size=_gang_size(plans, kv_bytes),
             max_restarts=max_restarts,
         )
@@ -96,23 +92,8 @@ def on_ray(
             yield RayBackend(controller)
 
 
-def _task(plan: Plan) -> RankTask:
-    model, options, loading = plan.model, plan.options, plan.model.loading
-    source = MagiSource(
-        config=model.config,
-        weights=None if model.weights is None else model.weights.absolute(),
-        split=options.split,
-        precise=loading.precise,
-        attention=loading.attention,
-    )
-    layout, timeouts = layout_of(options), Timeouts()
-    return RankTask(
-        layout=layout, source=source, reuse=model.reuse, kv=model.kv, timeouts=timeouts, threads=options.threads
-    )
-
-
 def _gang_size(plans: Sequence[Plan], kv_bytes: int | None) -> GangSize:
-    sizes = [size_of(plan) for plan in plans]
+    sizes = [plan.size for plan in plans]
     videos = together(plans[0].options, len(plans), ranks=True)
     largest = max(size.kv_bytes for size in sizes)
     memory = videos * largest if kv_bytes is None else kv_bytes

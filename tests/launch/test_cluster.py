@@ -10,7 +10,7 @@ import pytest
 import ray
 import torch
 
-from launch.backends.ray import ray_cluster
+from launch.cluster import ray_cluster
 from models.errors import InputError
 
 

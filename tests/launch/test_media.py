@@ -1,19 +1,17 @@
-"""Real pictures and clips, read and written; nothing is left of a file that was not finished."""
+"""Real pictures and clips that a video starts from."""
 
 from __future__ import annotations
 
-import os
-import threading
 import wave
 from pathlib import Path
 
-import av
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from launch.output.media import PREFIX_FRAMES, BackgroundWriter, VideoWriter, read_image, read_video
+from launch.media import PREFIX_FRAMES, read_image, read_video
+from launch.output.video import VideoWriter
 from models.errors import InputError
 
 RED, BLUE = torch.tensor([224, 0, 0]), torch.tensor([0, 0, 235])
@@ -114,108 +112,3 @@ def test_files_without_a_picture_are_refused(tmp_path: Path) -> None:
     for path in (sound, text):
         with pytest.raises(InputError, match=rf"{path.name}: there is no picture in it"):
             read_video(path, fps=24, height=64, width=64)
-
-
-# ---- writing
-
-
-COLOURS = torch.tensor([[224, 33, 33], [31, 189, 51], [38, 64, 235], [237, 219, 36], [31, 209, 219], [128, 128, 128]])
-
-
-def _writer(path: Path) -> VideoWriter:
-    return VideoWriter(path, fps=24, height=64, width=96)
-
-
-def _bars(count: int) -> Tensor:
-    """Six bars of colour, 16 pixels wide."""
-    row = COLOURS.to(torch.uint8).repeat_interleave(16, dim=0)
-    return row.expand(count, 64, 96, 3)
-
-
-def _noise(count: int) -> Tensor:
-    return torch.randint(256, (count, 64, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-def _link_to_full_disk(path: Path) -> None:
-    """Make the hidden file one that every write to fails with "no space left on device"."""
-    (path.parent / f".{path.name}.{os.getpid()}.part").symlink_to("/dev/full")
-
-
-def test_a_video_reads_back_with_its_colours(tmp_path: Path) -> None:
-    path = tmp_path / "bars.mp4"
-    with _writer(path) as writer:
-        writer.write(_bars(10))
-        writer.write(_bars(14))
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        codec = stream.codec_context
-        assert (codec.name, codec.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 24)
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-    assert len(frames) == 24
-    for frame in (frames[0], frames[-1]):
-        assert frame.shape == (64, 96, 3)
-        assert abs(frame[32, 8::16].astype(int) - COLOURS.numpy()).max() <= 6
-    assert os.listdir(tmp_path) == ["bars.mp4"]
-
-
-def test_the_same_frames_give_the_same_file(tmp_path: Path) -> None:
-    wave = torch.arange(24 * 64 * 96 * 3).reshape(24, 64, 96, 3) / 997
-    frames = (128 + 100 * wave.sin()).to(torch.uint8)
-    files = set()
-    for number in range(5):
-        path = tmp_path / f"{number}.mp4"
-        with _writer(path) as writer:
-            writer.write(frames)
-        files.add(path.read_bytes())
-    assert len(files) == 1
-
-
-def test_a_video_appears_only_when_it_is_finished(tmp_path: Path) -> None:
-    path = tmp_path / "late.mp4"
-    path.write_bytes(b"the older one")
-    with _writer(path) as writer:
-        writer.write(_noise(60))
-        assert path.read_bytes() == b"the older one"
-        hidden = [name for name in os.listdir(tmp_path) if name != "late.mp4"]
-        assert len(hidden) == 1 and hidden[0].startswith(".")
-    assert path.read_bytes() != b"the older one"
-
-
-@pytest.mark.parametrize("background", [False, True])
-def test_an_error_leaves_nothing_behind(tmp_path: Path, background: bool) -> None:
-    writer = _writer(tmp_path / "broken.mp4")
-    with pytest.raises(KeyboardInterrupt), BackgroundWriter(writer) if background else writer as sink:
-        sink.write(_noise(10))
-        raise KeyboardInterrupt
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("background", [False, True])
-def test_a_full_disk_is_one_clear_error(tmp_path: Path, background: bool) -> None:
-    path = tmp_path / "full.mp4"
-    _link_to_full_disk(path)
-    writer = _writer(path)
-    with (
-        pytest.raises(InputError, match=r"cannot write .*full.mp4: no space left there"),
-        BackgroundWriter(writer) if background else writer as sink,
-    ):
-        for _ in range(20):
-            sink.write(_noise(10))
-    assert os.listdir(tmp_path) == []
-
-
-def test_background_frames_are_all_there_in_order(tmp_path: Path) -> None:
-    path = tmp_path / "grey.mp4"
-    with BackgroundWriter(_writer(path), depth=1) as writer:
-        for level in range(0, 240, 10):
-            writer.write(torch.full((2, 64, 96, 3), level, dtype=torch.uint8))
-    with av.open(str(path)) as container:
-        levels = [frame.to_ndarray(format="rgb24").mean() for frame in container.decode(video=0)]
-    assert levels == pytest.approx([level for level in range(0, 240, 10) for _ in range(2)], abs=3)
-
-
-def test_no_thread_outlives_the_writer(tmp_path: Path) -> None:
-    with BackgroundWriter(_writer(tmp_path / "short.mp4")) as writer:
-        writer.write(_bars(1))
-        assert any(thread.name.startswith("video") for thread in threading.enumerate())
-    assert not any(thread.name.startswith("video") for thread in threading.enumerate())

@@ -1,0 +1,106 @@
+"""Pictures and clips that a video starts from. That frames become a prefix is the engine's business."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import torch
+from av.filter import Graph
+from av.video.frame import VideoFrame
+from torch import Tensor
+
+from models.errors import InputError
+
+PREFIX_FRAMES = 32
+"""How many frames of a clip are continued: the first ones after resampling (specification part 3)."""
+_LATENT_FRAMES = 4  # one latent frame stands for four frames
+_TEXT = "tty"  # FFmpeg would draw the letters
+_TURNS = {90: ("transpose", "cclock"), 180: ("rotate", "PI"), 270: ("transpose", "clock")}  # to undo a rotation tag
+
+
+def read_image(path: Path, *, height: int, width: int) -> Tensor:
+    """Read an image (or the first frame of a video), stretched to the size, bicubic (specification part 3).
+
+    Returns uint8 [1, height, width, 3]; an `InputError` says why the file cannot be read or decoded.
+    """
+    return _read(path, "image", fps=None, height=height, width=width, limit=1)
+
+
+def read_video(path: Path, *, fps: int, height: int, width: int) -> Tensor:
+    """Read the start of a video at a frame rate, stretched to the size, bicubic (specification part 3).
+
+    A clip shorter than 32 frames is cut to a multiple of 4, since four frames make one latent frame.
+
+    Returns:
+        uint8 [F, height, width, 3], F is 32 or less.
+
+    Raises:
+        InputError: the file cannot be read or decoded, or has fewer than 4 frames.
+    """
+    frames = _read(path, "video", fps=fps, height=height, width=width, limit=PREFIX_FRAMES)
+    usable = len(frames) // _LATENT_FRAMES * _LATENT_FRAMES
+    if not usable:
+        found = f"{len(frames)} frame" + ("s" if len(frames) > 1 else "")
+        raise InputError(
+            f"the video {path} has only {found} at {fps} per second: at least {_LATENT_FRAMES} are needed, "
+            "or give a still picture with --image"
+        )
+    return frames[:usable]
+
+
+def _read(path: Path, kind: str, *, fps: int | None, height: int, width: int, limit: int) -> Tensor:
+    frames: list[Tensor] = []
+    try:
+        for frame in _decode(path, fps=fps, height=height, width=width):
+            frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+            if len(frames) == limit:
+                break
+    except (OSError, ValueError, av.FFmpegError) as error:
+        raise InputError(f"cannot read the {kind} {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not frames:
+        raise InputError(f"cannot read the {kind} {path}: no frame in it can be decoded")
+    return torch.stack(frames)
+
+
+def _decode(path: Path, *, fps: int | None, height: int, width: int) -> Iterator[VideoFrame]:
+    with av.open(str(path)) as container:
+        if not container.streams.video or container.format.name == _TEXT:
+            raise ValueError("there is no picture in it")
+        stream, graph = container.streams.video[0], None
+        for frame in container.decode(stream):
+            if graph is None:
+                graph = _graph(frame, stream, fps=fps, height=height, width=width)
+            graph.push(frame)
+            yield from _pull(graph)
+        if graph is not None:
+            graph.push(None)
+            yield from _pull(graph)
+
+
+def _graph(first: VideoFrame, stream: av.VideoStream, *, fps: int | None, height: int, width: int) -> Graph:
+    """What the released code asks of ffmpeg: upright, at the frame rate, stretched with the bicubic scaler."""
+    steps = [_TURNS[first.rotation % 360]] if first.rotation % 360 in _TURNS else []
+    if fps is not None:
+        steps.append(("fps", str(fps)))
+    steps += [("scale", f"{width}:{height}:flags=bicubic"), ("format", "rgb24")]
+    graph = Graph()
+    last = graph.add_buffer(template=stream, width=first.width, height=first.height, format=first.format)
+    for name, settings in steps:
+        step = graph.add(name, settings)
+        last.link_to(step)
+        last = step
+    last.link_to(graph.add("buffersink"))
+    graph.configure()
+    return graph
+
+
+def _pull(graph: Graph) -> Iterator[VideoFrame]:
+    while True:
+        try:
+            frame = graph.pull()
+        except (av.BlockingIOError, av.EOFError):
+            return
+        if isinstance(frame, VideoFrame):
+            yield frame
