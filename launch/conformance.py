@@ -6,8 +6,8 @@ It knows the files' format and how far figures may differ. The weights file of a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
@@ -25,14 +25,12 @@ from engine.request import Request, given_noise
 from engine.reuse.settings import ReuseSettings
 from launch.generate import join_ranks, needs_ranks, start_ranks
 from launch.options import Options
-from models.attention import Attention
 from models.errors import InputError
 from models.magi.config import MagiConfig, VaeConfig
 from models.magi.dit import MagiDiT
-from models.magi.sampling import MagiSampling
+from models.magi.pipeline import Checkpoint, Loading, MagiPipeline
 from models.magi.vae import ViTVAE
-from models.magi.weights import Checkpoint
-from models.protocols import CELL_PIXELS, Autoencoder, CaptionTable, Pipeline
+from models.protocols import CELL_PIXELS, CaptionTable
 from parallel.health.errors import GangError
 from parallel.health.exit_codes import BAD_INPUT, FAILED, OK
 from parallel.ranks.environment import RankEnv
@@ -43,7 +41,6 @@ from parallel.topology.split import stage_range
 TOLERANCE = 1e-4
 DECODED_TOLERANCE = 1e-2  # stored as fp16
 _KINDS = ("generation", "vae", "kv_selection")
-_MakeEngine = Callable[[Pipeline, ReuseSettings], AbstractContextManager[Engine]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +93,7 @@ class _Golden:
 def check_file(path: Path, *, device: str = "cpu") -> Verdict:
     """Run a golden file's case in this process and compare; an `InputError` if it cannot be read, or is none."""
     golden = _read(path, device)
-    return _check(golden, _load_model(golden), _engine_here)
+    return _check(golden, _load_model(golden, None), None)
 
 
 def check_on_gang(
@@ -116,19 +113,13 @@ def check_on_gang(
     Raises:
         InputError: a file cannot be read, or the layout does not fit its model.
     """
-
-    @contextmanager
-    def engine(pipeline: Pipeline, reuse: ReuseSettings) -> Iterator[Engine]:
-        with gang.lead(pipeline, reuse) as (made, _):
-            yield made
-
     for path in files:
         model = None
         try:
             golden = _read(path, str(gang.device))
             model = _load_model(golden, lambda config: stage_range(config, gang.mesh, split))
             if gang.mesh.leads:
-                on_verdict(_check(golden, model, engine))
+                on_verdict(_check(golden, model, gang))
             elif model is not None:
                 gang.serve(StageModel(model=model, attention=model.attention))
         except InputError as error:
@@ -159,53 +150,27 @@ def _read(path: Path, device: str) -> _Golden:
     return golden
 
 
-class _LatentPipeline:
-    """A model without text encoder and autoencoder: a case brings captions and ends with latents."""
-
-    def __init__(self, config: MagiConfig, model: MagiDiT) -> None:
-        self._config, self.model = config, model
-
-    @property
-    def attention(self) -> Attention:
-        return self.model.attention
-
-    def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> MagiSampling:
-        return MagiSampling(config=self._config, num_steps=num_steps, clean_pass=clean_pass, copy_pass=copy_pass)
-
-    @property
-    def autoencoder(self) -> Autoencoder:
-        raise ValueError("a golden case ends with latents")
-
-    def captions(self, prompt: str) -> CaptionTable:
-        raise ValueError("a golden case brings its own captions")
-
-
-def _load_model(golden: _Golden, layers: Callable[[MagiConfig], range | None] = lambda _: None) -> MagiDiT | None:
+def _load_model(golden: _Golden, layers: Callable[[MagiConfig], range] | None) -> MagiDiT | None:
     """The case's model, with the layers that are run here (None: all); None if the case has no model."""
     if golden.kind != "generation":
         return None
     if "weights" not in golden.metadata:
         raise InputError(f"{golden.path} lacks the metadata weights")
     config, weights = golden.config(), Checkpoint(golden.path.parent / golden.metadata["weights"])
-    return weights.dit(config, layers=layers(config), device=golden.device)
-
-
-@contextmanager
-def _engine_here(pipeline: Pipeline, reuse: ReuseSettings) -> Iterator[Engine]:
-    yield Engine(pipeline, reuse=reuse)
+    return weights.dit(config, Loading(layers=None if layers is None else layers(config), device=golden.device))
 
 
 @torch.no_grad()
-def _check(golden: _Golden, model: MagiDiT | None, engine: _MakeEngine) -> Verdict:
-    """Run the case; the model is given for a case of generation."""
+def _check(golden: _Golden, model: MagiDiT | None, gang: Gang | None) -> Verdict:
+    """Run the case, with its model if it has one; a case of generation on all ranks of a gang."""
     if model is not None:
-        error, detail, passed = _check_generation(golden, model, engine)
+        error, detail, passed = _check_generation(golden, model, gang)
     else:
         error, detail, passed = (_check_vae if golden.kind == "vae" else _check_selection)(golden)
     return Verdict(name=golden.path.stem, kind=golden.kind, error=error, detail=detail, passed=passed)
 
 
-def _check_generation(golden: _Golden, model: MagiDiT, engine: _MakeEngine) -> tuple[float, str, bool]:
+def _check_generation(golden: _Golden, model: MagiDiT, gang: Gang | None) -> tuple[float, str, bool]:
     config = golden.config()
     text = golden.tensor("input.caption_embs").float()[golden.tensor("input.caption_mask").bool()]
     captions = CaptionTable(text=text, null=model.null_text())
@@ -222,9 +187,11 @@ def _check_generation(golden: _Golden, model: MagiDiT, engine: _MakeEngine) -> t
     given = None if prefix is None else prefix.to(config.model_config.dtype)
     recorder = Recorder()
     encoded = Encoded(captions=captions, prefix=given, noise=given_noise(noise.cpu()))
-    with engine(_LatentPipeline(config, model), _reuse_settings(golden)) as opened:
+    pipeline, reuse = MagiPipeline(config, model), _reuse_settings(golden)
+    led = nullcontext((Engine(pipeline, reuse=reuse), None)) if gang is None else gang.lead(pipeline, reuse)
+    with led as (engine, _):
         what = Submission(request=request, encoded=encoded)
-        made = [chunk.latents for chunk in opened.generate(what, recorder=recorder, decode=False)]
+        made = [chunk.latents for chunk in engine.generate(what, recorder=recorder, decode=False)]
     expected = list(golden.named("output.chunk.").values())
     if len(made) != len(expected):
         return float("inf"), f"{len(made)} chunks, {len(expected)} expected", False
@@ -316,28 +283,18 @@ def check_conformance(
         if not verdict.passed:
             failed.append(verdict.name)
 
-    def note(error: InputError) -> None:
-        unreadable.append(error)
-        if env is None:
-            report_error(error)
-
     if env is None:
-        _check_here(files, show, note)
+        for path in files:
+            try:
+                show(check_file(path))
+            except InputError as error:
+                unreadable.append(error)
+                report_error(error)
         return BAD_INPUT if unreadable else FAILED if failed else OK
     with join_ranks(env, options) as gang:  # anything but success ends all ranks
-        check_on_gang(gang, files, split=options.split, on_verdict=show, on_unreadable=note)
+        check_on_gang(gang, files, split=options.split, on_verdict=show, on_unreadable=unreadable.append)
         if unreadable:
             raise InputError("; ".join(dict.fromkeys(map(str, unreadable))))
         if failed:
             raise GangError(gang.monitor.fail(f"these do not pass: {', '.join(failed)}", status=FAILED))
     return OK
-
-
-def _check_here(
-    files: Sequence[Path], on_verdict: Callable[[Verdict], None], on_unreadable: Callable[[InputError], None]
-) -> None:
-    for path in files:
-        try:
-            on_verdict(check_file(path))
-        except InputError as error:
-            on_unreadable(error)

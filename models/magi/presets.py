@@ -5,7 +5,7 @@ Presets are plain data and functions; nothing is read or loaded here. Configurat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -28,10 +28,8 @@ class Preset:
     config: Callable[[], MagiConfig]  # makes its configuration
     parameters: int  # of the DiT, the scales of a quantised model counted
     stored: int  # bytes of the DiT's weights on disk; the embedders are fp32, the layers bf16 or fp8
-    folder: str | None
-    """Where the weights are published, under sand-ai/MAGI-1; None when they ship with the project, in fp16."""
-    vae_parameters: int = 613_755_239  # specification 1.1
-    """Of the autoencoder."""
+    folder: str | None  # under sand-ai/MAGI-1, where the weights are; None when they ship with the project, in fp16
+    vae_parameters: int = 613_755_239  # of the autoencoder (specification 1.1)
 
     @property
     def disk(self) -> int:
@@ -48,24 +46,14 @@ class Preset:
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of a name.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The preset of a name; an `InputError` if there is none."""
     if name not in PRESETS:
         raise InputError(f"unknown model {name!r}: choose from {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
 def released_config(*, large: bool, distill: bool = False, quant: bool = False) -> MagiConfig:
-    """The configuration file of a released model, as values.
-
-    Args:
-        large: 24B, otherwise 4.5B.
-        distill: the distilled model.
-        quant: with fp8 weights.
-    """
+    """The configuration file of a released model: 24B (`large`) or 4.5B, distilled or not, with fp8 weights or not."""
     from models.magi.config import MagiConfig
 
     name = _released_name(large=large, distill=distill, quant=quant)
@@ -159,70 +147,37 @@ def _pocket() -> MagiConfig:
     return pocket_config()
 
 
-def _released(
-    summary: str, *, parameters: int, stored: int, large: bool = False, distill: bool = False, quant: bool = False
-) -> Preset:
-    released = _released_name(large=large, distill=distill, quant=quant)
-    return Preset(
-        name="magi-" + released.lower().removesuffix("_base").replace("_", "-"),
-        summary=summary,
-        config=partial(released_config, large=large, distill=distill, quant=quant),
-        parameters=parameters,
-        stored=stored,
-        folder=f"ckpt/magi/{released}",
-    )
+# What it is good for, parameters, bytes on disk, 24B, distilled, fp8
+_RELEASED = (
+    ("guidance in three branches, 64 steps", 4_459_898_128, 8_960_177_216, False, False, False),
+    ("one pass a step; give --steps 16 or 12 or 8", 4_459_898_128, 8_960_177_216, False, True, False),
+    ("distilled, fp8 weights; give --steps 16 or 12 or 8", 4_460_979_760, 5_139_298_496, False, True, True),
+    ("the large model: guidance in three branches, 32 steps", 23_899_281_936, 47_876_704_320, True, False, False),
+    ("the large model, one pass a step, 16 steps", 23_899_281_936, 47_876_704_320, True, True, False),
+    ("the large model, distilled, fp8 weights", 23_902_014_382, 26_471_517_880, True, True, True),
+)
 
 
-PRESETS: dict[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        Preset(
-            name="magi-pocket",
-            summary="small and trained here: coloured shapes that move, on a laptop's CPU",
-            config=_pocket,
-            parameters=3_401_702,
-            stored=2 * 3_401_702,
-            folder=None,
-            vae_parameters=5_310_823,
-        ),
-        _released(
-            "guidance in three branches, 64 steps",
-            parameters=4_459_898_128,
-            stored=8_960_177_216,
-        ),
-        _released(
-            "one pass a step; give --steps 16 or 12 or 8",
-            parameters=4_459_898_128,
-            stored=8_960_177_216,
-            distill=True,
-        ),
-        _released(
-            "distilled, fp8 weights; give --steps 16 or 12 or 8",
-            parameters=4_460_979_760,
-            stored=5_139_298_496,
-            distill=True,
-            quant=True,
-        ),
-        _released(
-            "the large model: guidance in three branches, 32 steps",
-            parameters=23_899_281_936,
-            stored=47_876_704_320,
-            large=True,
-        ),
-        _released(
-            "the large model, one pass a step, 16 steps",
-            parameters=23_899_281_936,
-            stored=47_876_704_320,
-            large=True,
-            distill=True,
-        ),
-        _released(
-            "the large model, distilled, fp8 weights",
-            parameters=23_902_014_382,
-            stored=26_471_517_880,
-            large=True,
-            distill=True,
-            quant=True,
-        ),
+def _presets() -> Iterator[Preset]:
+    yield Preset(
+        name="magi-pocket",
+        summary="small and trained here: coloured shapes that move, on a laptop's CPU",
+        config=_pocket,
+        parameters=3_401_702,
+        stored=2 * 3_401_702,
+        folder=None,
+        vae_parameters=5_310_823,
     )
-}
+    for summary, parameters, stored, large, distill, quant in _RELEASED:
+        released = _released_name(large=large, distill=distill, quant=quant)
+        yield Preset(
+            name="magi-" + released.lower().removesuffix("_base").replace("_", "-"),
+            summary=summary,
+            config=partial(released_config, large=large, distill=distill, quant=quant),
+            parameters=parameters,
+            stored=stored,
+            folder=f"ckpt/magi/{released}",
+        )
+
+
+PRESETS = {preset.name: preset for preset in _presets()}

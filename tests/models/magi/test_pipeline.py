@@ -14,8 +14,8 @@ from torch import Tensor
 from models.errors import InputError
 from models.magi.config import MagiConfig, VaeConfig
 from models.magi.dit import MagiDiT
+from models.magi.pipeline import Checkpoint, Loading, weights_folder
 from models.magi.vae import ViTVAE
-from models.magi.weights import Checkpoint, weights_folder
 from tests.models.released import GOLDENS, random_weights, released_config, tiny_config
 
 LAYER = "videodit_blocks.layers."
@@ -52,7 +52,7 @@ def folder(tmp_path: Path, weights: dict[str, Tensor]) -> Path:
 
 def message(config: MagiConfig, folder: Path, layers: range | None = None) -> str:
     with pytest.raises(InputError) as caught:
-        Checkpoint(folder).dit(config, layers=layers)
+        Checkpoint(folder).dit(config, Loading(layers=layers))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -88,15 +88,6 @@ def test_the_model_is_ready_to_infer(config: MagiConfig, folder: Path) -> None:
     model = Checkpoint(folder).dit(config)
     assert not model.training
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in model.parameters())
-
-
-def test_load_tensors_gives_what_is_stored(folder: Path, weights: dict[str, Tensor]) -> None:
-    names = ["rope.bands", LAYER + "1.mlp.linear_fc2.weight"]
-    read = Checkpoint(folder).tensors(names)
-    assert read.keys() == set(names)
-    for name in names:
-        assert read[name].dtype == weights[name].dtype
-        assert torch.equal(read[name], weights[name])
 
 
 def test_promotion_follows_the_released_list(config: MagiConfig, folder: Path) -> None:
@@ -135,7 +126,7 @@ def test_a_stage_reads_only_the_shards_of_its_layers(
 ) -> None:
     (folder / "model-1.safetensors").unlink()
     (folder / "model-2.safetensors").write_bytes(b"damaged")
-    stage = Checkpoint(folder).dit(config, layers=range(1)).state_dict()
+    stage = Checkpoint(folder).dit(config, Loading(layers=range(1))).state_dict()
     assert {name for name in stage if name.startswith(LAYER)} == {n for n in weights if n.startswith(LAYER + "0.")}
     assert "x_embedder.weight" in stage
     assert "final_linear.linear.weight" not in stage
@@ -146,7 +137,7 @@ def test_a_stage_reads_only_the_shards_of_its_layers(
 def test_stages_together_hold_every_tensor_and_keep_absolute_names(
     config: MagiConfig, weights: dict[str, Tensor], folder: Path
 ) -> None:
-    stages = [Checkpoint(folder).dit(config, layers=part).state_dict() for part in (range(2), range(2, 3))]
+    stages = [Checkpoint(folder).dit(config, Loading(layers=part)).state_dict() for part in (range(2), range(2, 3))]
     assert stages[0].keys() | stages[1].keys() == weights.keys()
     name = LAYER + "2.mlp.linear_fc2.weight"
     assert torch.equal(stages[1][name], weights[name])
@@ -204,7 +195,7 @@ def test_a_left_over_tensor_is_named_for_a_whole_model_only(
 ) -> None:
     write_shards(tmp_path, weights | {LAYER + "3.mlp.linear_fc1.weight": torch.zeros(2)})
     assert f"{LAYER}3.mlp.linear_fc1.weight that the model does not" in message(config, tmp_path)
-    assert Checkpoint(tmp_path).dit(config, layers=range(1)).held == range(1)
+    assert Checkpoint(tmp_path).dit(config, Loading(layers=range(1))).held == range(1)
 
 
 def test_a_wrong_shape_is_named(config: MagiConfig, weights: dict[str, Tensor], tmp_path: Path) -> None:
