@@ -97,8 +97,7 @@ class VideoEngine:
         `out` is the .mp4 file of one prompt, or the folder of several; `record` is a folder for records of the runs.
         """
         options = self._video_options([prompts] if isinstance(prompts, str) else prompts, video)
-        files: dict[str, Any] = {"out": Path(out), "record": None if record is None else Path(record)}
-        plans = plan_videos(replace(options, **files))
+        plans = plan_videos(replace(options, out=Path(out), record=None if record is None else Path(record)))
         with self._taken():
             return make_with(self._backend, plans, Display(Console(quiet=True)), self._began).summaries
 

@@ -127,31 +127,31 @@ def _root(
     pass
 
 
-def _generate(context: typer.Context, given: dict[str, Any]) -> None:
+def _generate(call: _Call, given: dict[str, Any]) -> None:
     options = Options(**given)
     from launch.generate import generate
 
-    context.obj.imported()
-    if (text := generate(options, context.obj.arguments)) is not None:
+    call.imported()
+    if (text := generate(options, call.arguments)) is not None:
         typer.echo(text)
 
 
-def _batch(context: typer.Context, given: dict[str, Any]) -> None:
+def _batch(call: _Call, given: dict[str, Any]) -> None:
     own = {one.name: given.pop(one.name) for one in declared(BatchOptions)}
     options = BatchOptions(**own, base=Options(**given, launcher=Launcher.RAY))
     from launch.batch.run import run_batch
 
-    context.obj.imported()
+    call.imported()
     raise typer.Exit(run_batch(options, say=lambda text: typer.echo(text, err=True)))
 
 
-def _conformance(context: typer.Context, given: dict[str, Any]) -> None:
+def _conformance(call: _Call, given: dict[str, Any]) -> None:
     files = given.pop("files")
     options = Options(**given)
     from launch.conformance import check_conformance
 
-    context.obj.imported()
-    raise typer.Exit(check_conformance(files, options, context.obj.arguments, report_error=_show_error))
+    call.imported()
+    raise typer.Exit(check_conformance(files, options, call.arguments, report_error=_show_error))
 
 
 app.command("generate", help=_GENERATE_HELP)(command(declared(Options), _generate))
@@ -195,7 +195,7 @@ def main() -> NoReturn:
     """Run the command line of this process and exit."""
     settle_heap()
     try:
-        status: int | str | None = run(sys.argv[1:], imported=_unwind)
+        status: int | str | None = run(sys.argv[1:], imported=unwind_on_signals)
     except SystemExit as stopped:
         status = stopped.code
     if status and "torch.distributed" in sys.modules and RankEnv.from_environment() is not None:
@@ -228,10 +228,6 @@ def run(arguments: Sequence[str], imported: Callable[[], None] = lambda: None) -
     if status == INTERRUPTED and speaks_for_all(env):
         typer.echo("flowcache: stopped", err=True)
     return int(status)
-
-
-def _unwind() -> None:
-    unwind_on_signals(alone=RankEnv.from_environment() is None)
 
 
 def _show_error(error: Exception) -> None:

@@ -131,11 +131,11 @@ def check_bounds(options: Any) -> None:
         one.check(getattr(options, one.name))
 
 
-def command(options: Sequence[Declared], run: Callable[[typer.Context, dict[str, Any]], None]) -> Callable[..., None]:
-    """A function that typer reads as a command with these options; it calls `run` with their values by name."""
+def command(options: Sequence[Declared], run: Callable[[Any, dict[str, Any]], None]) -> Callable[..., None]:
+    """A function that typer reads as a command with these options; it calls `run` with typer's `obj` and the values."""
 
     def call(context: typer.Context, **given: Any) -> None:
-        run(context, given)
+        run(context.obj, given)
 
     first = Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     call.__dict__["__signature__"] = Signature([first, *(one.parameter() for one in options)])

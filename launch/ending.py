@@ -42,13 +42,13 @@ class _Unwind:
             sys.exit(_SIGNAL_BASE + self._received)
 
 
-def unwind_on_signals(*, alone: bool) -> None:
+def unwind_on_signals() -> None:
     """From now on Ctrl-C, SIGTERM and SIGHUP (a closed terminal) unwind this process; nothing is left behind.
 
-    A signal that whoever started the process has had ignored, as nohup does, stays ignored. A rank (not `alone`) learns
-    of SIGTERM and SIGHUP from its gang, which first finds out why.
+    A signal that whoever started the process has had ignored, as nohup does, stays ignored. A rank learns of SIGTERM
+    and SIGHUP from its gang, which first finds out why.
     """
-    handler = _Unwind()
+    handler, alone = _Unwind(), RankEnv.from_environment() is None
     for number in (signal.SIGINT, *((signal.SIGTERM, signal.SIGHUP) if alone else ())):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)

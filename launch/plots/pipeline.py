@@ -77,8 +77,9 @@ def pipeline_figure(trace: PipelineTrace) -> Figure:
     near.set_xlim(began - use.began, ended - use.began)
     whole.axvspan(began - use.began, ended - use.began, facecolor="none", edgecolor="black", linewidth=1.2)
     whole.set_title("the whole run", loc="left", fontsize=10)
-    shown = f"ticks {ticks.start} to {ticks.stop - 1} (the box above); numbers are chunks"
-    near.set_title(shown, loc="left", fontsize=10)
+    near.set_title(
+        f"ticks {ticks.start} to {ticks.stop - 1} (the box above); numbers are chunks", loc="left", fontsize=10
+    )
     near.set_xlabel("seconds")
     handles: list[Any] = colours.patches()
     if trace.decoding:
@@ -88,8 +89,7 @@ def pipeline_figure(trace: PipelineTrace) -> Figure:
     if len(trace.reused):
         handles.append(whole.plot([], [], "v", color=REUSED, markersize=6, label="step reused: no work")[0])
     figure.legend(handles=handles, loc="lower left", ncols=min(8, len(handles)), frameon=False, fontsize=9)
-    line = settings_line(trace.settings)
-    title = "What each rank did when" + (f"\n{line}" if line else "")
+    title = f"What each rank did when\n{settings_line(trace.settings)}".rstrip()
     figure.suptitle(title, x=0.01, y=0.99, ha="left", va="top", fontsize=12)
     return figure
 

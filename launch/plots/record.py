@@ -39,6 +39,7 @@ _STATES = {"computed": COMPUTED, "reused": REUSED, "extrapolated": EXTRAPOLATED,
 _OUTSIDE = 3  # state of a cell outside the window; smaller ones are the record's flags
 _MANY = 100  # chunks whose window is too thin a line to be read
 _GONE = "#dcdcdc"
+_CELLS: Any = {"aspect": "auto", "interpolation": "nearest"}  # of a map
 
 
 # ---- computed and reused steps
@@ -58,14 +59,9 @@ def reuse_figure(record: RunRecord) -> Figure:
     else:
         states = record.flags.T
     states = np.where(states == NOT_ACTIVE, _OUTSIDE, states)
-    axes.imshow(
-        states,
-        cmap=ListedColormap(list(_STATES.values())),
-        norm=BoundaryNorm(np.arange(len(_STATES) + 1) - 0.5, len(_STATES)),
-        extent=(0, states.shape[1], schedule.chunks - 0.5, -0.5),
-        aspect="auto",
-        interpolation="nearest",
-    )
+    norm = BoundaryNorm(np.arange(len(_STATES) + 1) - 0.5, len(_STATES))
+    extent = (0, states.shape[1], schedule.chunks - 0.5, -0.5)
+    axes.imshow(states, cmap=ListedColormap(list(_STATES.values())), norm=norm, extent=extent, **_CELLS)
     if states.shape[1] <= 100 and schedule.chunks <= _MANY:
         _cell_lines(axes, np.arange(schedule.ticks + 1), np.arange(schedule.chunks + 1) - 0.5)
     if schedule.first:
@@ -132,13 +128,18 @@ def distance_figure(record: RunRecord) -> Figure:
     known = np.array(lines)
     positive = known[known > 0]
     if positive.size and positive.max() > 5 * positive.min():
-        _log_scale(axes)
+        axes.set_yscale("log", nonpositive="mask")  # zeros are left out
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_locator(NullLocator())
     if not np.isfinite(known).any():
         axes.text(0.5, 0.5, "no distance was taken", transform=axes.transAxes, ha="center", color=GREY)
     axes.set(xlim=(0, 100), xlabel="denoising progress (%)", ylabel="relative L1 distance to the step before")
     axes.grid(which="both", color=GRID, linewidth=0.6)
     if not few:
-        axes.plot(progress, _medians(known), color="black", linewidth=2.2, label="median of the chunks")
+        columns = (column[np.isfinite(column)] for column in known.T)
+        medians = [np.median(column) if len(column) else np.nan for column in columns]
+        axes.plot(progress, medians, color="black", linewidth=2.2, label="median of the chunks")
     _name_lines(figure, axes, made, reused=bool(np.isin(record.decisions, (1, 2)).any()))
     _add_title(figure, "How far each chunk changes from step to step", record)
     return figure
@@ -148,20 +149,6 @@ def _mark_decisions(axes: Axes, at: np.ndarray, values: np.ndarray, flags: np.nd
     """Filled dots where the step was computed, hollow ones where it was reused, extrapolated or not."""
     for here, face in ((flags == 0, colour), (flags != 0, "white")):
         axes.plot(at[here], values[here], linestyle="", marker="o", markersize=4.5, color=colour, markerfacecolor=face)
-
-
-def _log_scale(axes: Axes) -> None:
-    """A logarithmic scale with plain numbers; zeros are left out."""
-    axes.set_yscale("log", nonpositive="mask")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axes.yaxis.set_minor_locator(NullLocator())
-
-
-def _medians(lines: np.ndarray) -> np.ndarray:
-    """Of each column what is known of it; NaN where nothing is."""
-    columns = (column[np.isfinite(column)] for column in lines.T)
-    return np.array([np.median(column) if len(column) else np.nan for column in columns])
 
 
 def _name_lines(figure: Figure, axes: Axes, made: range, *, reused: bool) -> None:
@@ -217,14 +204,8 @@ def _draw_shares(figure: Figure, axes: Axes, record: RunRecord) -> None:
     shown = np.ma.masked_where(chunk > when + retired.start, shares)[: retired.stop]
     colours = colormaps["viridis"].with_extremes(bad="white", under=_GONE)
     start = float(record.schedule.window)
-    image = axes.imshow(
-        shown,
-        cmap=colours,
-        norm=PowerNorm(0.5, vmin=1e-4, vmax=1),
-        extent=(start, start + len(retired), retired.stop - 0.5, -0.5),
-        aspect="auto",
-        interpolation="nearest",
-    )
+    extent = (start, start + len(retired), retired.stop - 0.5, -0.5)
+    image = axes.imshow(shown, cmap=colours, norm=PowerNorm(0.5, vmin=1e-4, vmax=1), extent=extent, **_CELLS)
     if len(retired) <= FEW:
         _cell_lines(axes, start + np.arange(len(retired) + 1), np.arange(retired.stop + 1) - 0.5)
         _write_shares(axes, shown, start)

@@ -13,7 +13,7 @@ SWALLOWED = """
 import os, signal, sys
 from launch.ending import check_signals, unwind_on_signals
 signal.signal(signal.SIGINT, signal.default_int_handler)
-unwind_on_signals(alone=True)
+unwind_on_signals()
 check_signals()
 try:
     os.kill(os.getpid(), int(sys.argv[1]))
@@ -26,7 +26,7 @@ IGNORED = """
 import os, signal
 from launch.ending import check_signals, unwind_on_signals
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
-unwind_on_signals(alone=True)
+unwind_on_signals()
 os.kill(os.getpid(), signal.SIGHUP)
 check_signals()
 print("went on")
