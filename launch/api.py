@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from launch.declare import from_values
-from launch.generate import Backend, Job, join_ranks, led_ranks, make_with, serve_stage, started_ranks, this_process
+from launch.generate import Backend, join_ranks, led_ranks, make_with, serve_stage, started_ranks, this_process
 from launch.options import Options, together
 from launch.output.display import Display, Summary
 from launch.plan import layout_of, plan_model, plan_requests, plan_videos
 from models.errors import InputError
-from parallel.cluster.messages import ChunkMade
+from parallel.cluster.messages import ChunkMade, VideoOrder
 from parallel.ranks.environment import RankEnv
 
 _OF_VIDEO = ("seconds", "chunks", "seed", "height", "width", "steps", "image", "video")
@@ -87,7 +87,7 @@ class VideoEngine:
         Yields chunks as they are finished, those of one video in order.
         """
         plans = plan_requests(self._video_options(prompts, video), [Path()] * len(prompts))
-        return self._chunks([Job(video=str(index), plan=plan) for index, plan in enumerate(plans)])
+        return self._chunks([plan.order(str(index)) for index, plan in enumerate(plans)])
 
     def save(
         self, prompts: str | Sequence[str], out: Path | str, *, record: Path | str | None = None, **video: Any
@@ -116,10 +116,10 @@ class VideoEngine:
         _check_names(video, known, "a video")
         return from_values(Options, self._options, prompts=list(prompts), **video)
 
-    def _chunks(self, jobs: Sequence[Job]) -> Iterator[Chunk]:
+    def _chunks(self, orders: Sequence[VideoOrder]) -> Iterator[Chunk]:
         with self._taken():
-            for job in jobs:
-                self._backend.submit(job)
+            for order in orders:
+                self._backend.submit(order)
             for event in self._backend.run():
                 if isinstance(event, ChunkMade):
                     yield Chunk(video=int(event.video), index=event.index, frames=event.frames, latents=event.latents)

@@ -16,13 +16,11 @@ from dataclasses import replace
 import ray
 import torch
 
-from launch.generate import Job
 from launch.options import together
 from launch.plan import Plan, layout_of
 from models.errors import InputError
 from parallel.cluster.config import ClusterSettings, RankTask
 from parallel.cluster.controller import Controller
-from parallel.cluster.messages import Event, VideoOrder
 from parallel.cluster.placement import GangShape, cluster_has_gpus
 from parallel.cluster.queue import GangSize
 from parallel.health.timeouts import Timeouts
@@ -35,37 +33,10 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 
 _SYSTEM = {"worker_niceness": 0}
 
 
-class RayBackend:
-    """The controller of a cluster as a backend."""
-
-    def __init__(self, controller: Controller) -> None:
-        self._controller = controller
-
-    def submit(self, job: Job) -> None:
-        """Queue a video; `InputError` if no gang can ever hold it, or there is one of that name."""
-        order = VideoOrder(
-            video=job.video,
-            request=job.plan.request,
-            size=job.plan.size,
-            checkpoint=job.checkpoint,
-            stored=job.stored,
-            priority=job.priority,
-        )
-        self._controller.submit(order)
-
-    def cancel(self, video: str) -> None:
-        """Make no more of a video."""
-        self._controller.cancel(video)
-
-    def run(self) -> Iterator[Event]:
-        """Make what was submitted."""
-        return self._controller.run()
-
-
 @contextmanager
 def on_ray(
     plans: Sequence[Plan], *, gangs: int = 1, kv_bytes: int | None = None, max_restarts: int = 20
-) -> Iterator[RayBackend]:
+) -> Iterator[Controller]:
     """Join or start a cluster, and start gangs on it, no more than there are videos. All plans have one model.
 
     A rank has `kv_bytes` for keys and values; None is enough for as many of the largest video as are made at a time.
@@ -89,7 +60,7 @@ def on_ray(
             max_restarts=max_restarts,
         )
         with Controller(settings) as controller:
-            yield RayBackend(controller)
+            yield controller
 
 
 def _gang_size(plans: Sequence[Plan], kv_bytes: int | None) -> GangSize:

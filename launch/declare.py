@@ -94,7 +94,6 @@ def option(
     help: str,  # noqa: A002 - the name that typer uses
     *,
     default: Any = None,
-    default_factory: Any = MISSING,
     within: tuple[float, float | None] | None = None,
     metavar: str | None = None,
     shown: str | None = None,
@@ -103,11 +102,9 @@ def option(
     batch: bool = True,
     line: bool = False,
 ) -> Any:
-    """A field that is an option; arguments as in `Opt`, and a default as in `dataclasses.field`."""
-    metadata = {"option": Opt(help, panel, metavar, shown, within, hint, argument, batch, line)}
-    if default_factory is not MISSING:
-        return field(default_factory=default_factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    """A field that is an option; arguments as in `Opt`, and its default."""
+    opt = Opt(help, panel, metavar, shown, within, hint, argument, batch, line)
+    return field(default=default, metadata={"option": opt})
 
 
 def declared(shape: type[Any]) -> tuple[Declared, ...]:
@@ -145,10 +142,8 @@ def command(options: Sequence[Declared], run: Callable[[Any, dict[str, Any]], No
 def from_values(shape: type[T], base: T | None = None, /, **values: Any) -> T:
     """An instance of a dataclass of options, of values as a script has them: names of enums and paths may be text.
 
-    Where none is given, that of `base` holds, or the default.
-
-    Raises:
-        InputError: there is no such option, or a value is not of its kind.
+    Where none is given, that of `base` holds, or the default. An `InputError` names an option that there is not, or a
+    value that is not of its kind.
     """
     known = {one.name: one for one in declared(shape)}
     for name in values:

@@ -1,7 +1,8 @@
 """Where videos are made, in this process, on the ranks that it leads or on a Ray cluster; and `flowcache generate`.
 
-Each backend is given jobs and yields events, which are those of the cluster's controller; so there is one loop. The Ray
-backend is in `launch/cluster.py`, since importing Ray takes a second. How a video is denoised is the engine's business.
+Each backend is given orders and yields events, which are those of the cluster's controller; so there is one loop. That
+controller is opened in `launch/cluster.py`, since importing Ray takes a second. How a video is denoised is the engine's
+business.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
 import torch
 
-from engine.checkpoint.files import CheckpointConfig
 from engine.engine import Engine
 from engine.files import atomic_write, write_errors
 from engine.progress import Progress
@@ -30,7 +30,16 @@ from launch.output.display import Display, rank_line, summary_text
 from launch.output.video import VideoSinks
 from launch.plan import ModelPlan, Plan, layout_of, plan_model, plan_videos
 from models.errors import InputError
-from parallel.cluster.messages import Admitted, ChunkMade, Event, GangReady, Progressed, VideoDone, VideoFailed
+from parallel.cluster.messages import (
+    Admitted,
+    ChunkMade,
+    Event,
+    GangReady,
+    Progressed,
+    VideoDone,
+    VideoFailed,
+    VideoOrder,
+)
 from parallel.health.errors import GangError
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
@@ -43,42 +52,29 @@ TRACE_FILE = "trace.json"
 """In a record's folder."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """A video to make."""
-
-    video: str  # its name in events
-    plan: Plan
-    recorder: Recorder | None = None  # of its run; not on a Ray cluster
-    checkpoint: CheckpointConfig | None = None  # where and how often to note how far it is; on a Ray cluster
-    stored: int = 0  # chunks that the caller has already; on a Ray cluster
-    priority: int = 0  # higher goes first; on a Ray cluster
-
-
 class Backend(Protocol):
     """Makes videos."""
 
-    def submit(self, job: Job) -> None:
+    def submit(self, order: VideoOrder) -> None:
         """Queue a video; `InputError` if it can never be made here."""
 
     def cancel(self, video: str) -> None:
         """Make no more of a video; there are no more events of it."""
 
     def run(self) -> Iterator[Event]:
-        """Make what was submitted, and yield what happens; `InputError` if the model cannot make it.
+        """Make what was submitted, and yield what happens, `GangReady` first; `InputError` if the model cannot make it.
 
-        The first event of a backend that is ready is `GangReady`. A chunk counts as stored when the next event is asked
-        for.
+        A chunk counts as stored when the next event is asked for.
         """
 
 
-def make_videos(backend: Backend, jobs: Iterable[Job], handle: Callable[[Event], None]) -> None:
-    """The loop of every command: submit the jobs, and handle what happens until all have ended; errors as in `run`."""
-    for job in jobs:
+def make_videos(backend: Backend, orders: Iterable[VideoOrder], handle: Callable[[Event], None]) -> None:
+    """The loop of every command: submit videos, and handle what happens until all have ended; errors as in `run`."""
+    for order in orders:
         try:
-            backend.submit(job)
+            backend.submit(order)
         except InputError as error:
-            handle(VideoFailed(video=job.video, message=str(error)))
+            handle(VideoFailed(video=order.video, message=str(error)))
     for event in backend.run():
         check_signals()
         handle(event)
@@ -87,25 +83,27 @@ def make_videos(backend: Backend, jobs: Iterable[Job], handle: Callable[[Event],
 class EngineBackend:
     """An engine's videos, `concurrency` of them at a time; the engine computes here or leads the ranks of a gang.
 
-    The `tracer` takes marks of steps that are reused; it is None on a process without a trace.
+    Of an order it reads the request; places and checkpoints are the cluster's. The `tracer` takes marks of steps that
+    are reused; it is None on a process without a trace.
     """
 
     def __init__(self, engine: Engine, concurrency: int, tracer: Tracer | None = None) -> None:
         self._engine, self._concurrency, self.tracer = engine, concurrency, tracer
         self.counters: Sequence[RankCounters] = ()  # of all ranks, once they are done
-        self._waiting: deque[Job] = deque()
-        self._running: dict[int, Job] = {}
+        self.recorders: dict[str, Recorder | None] = {}  # for videos that are submitted and recorded
+        self._waiting: deque[VideoOrder] = deque()
+        self._running: dict[int, str] = {}
         self._news: deque[Progressed] = deque()
         self._last: dict[str, Progress] = {}
 
-    def submit(self, job: Job) -> None:
+    def submit(self, order: VideoOrder) -> None:
         """Queue a video."""
-        self._waiting.append(job)
+        self._waiting.append(order)
 
     def cancel(self, video: str) -> None:
         """Make no more of a video."""
-        self._waiting = deque(job for job in self._waiting if job.video != video)
-        for number in [number for number, job in self._running.items() if job.video == video]:
+        self._waiting = deque(order for order in self._waiting if order.video != video)
+        for number in [number for number, running in self._running.items() if running == video]:
             del self._running[number]
             self._engine.cancel(number)
 
@@ -119,15 +117,16 @@ class EngineBackend:
                 yield from self._step()
         except (GeneratorExit, InputError):
             self._waiting.clear()
-            for job in list(self._running.values()):
-                self.cancel(job.video)
+            self.recorders.clear()
+            for video in list(self._running.values()):
+                self.cancel(video)
             raise
 
-    def _begin(self, job: Job) -> Admitted:
-        on_progress = partial(self._progressed, job.video)
-        number = self._engine.submit(job.plan.request, on_progress=on_progress, recorder=job.recorder)
-        self._running[number] = job
-        return Admitted(video=job.video, number=number, first=0)
+    def _begin(self, order: VideoOrder) -> Admitted:
+        video, on_progress = order.video, partial(self._progressed, order.video)
+        number = self._engine.submit(order.request, on_progress=on_progress, recorder=self.recorders.pop(video, None))
+        self._running[number] = video
+        return Admitted(video=video, number=number, first=0)
 
     def _step(self) -> Iterator[Event]:
         made = self._engine.step()
@@ -135,13 +134,13 @@ class EngineBackend:
             yield self._news.popleft()
         for result in made:
             if result.video in self._running and result.chunk.frames is not None:  # else it was cancelled just now
-                chunk, video = result.chunk, self._running[result.video].video
+                chunk, video = result.chunk, self._running[result.video]
                 frames, latents = result.chunk.frames.numpy(), chunk.latents.numpy()
                 yield ChunkMade(video=video, index=chunk.index, frames=frames, latents=latents)
         for number in [number for number in self._running if not self._engine.running(number)]:
-            job = self._running.pop(number)
-            last = self._last.pop(job.video)
-            yield VideoDone(video=job.video, computed=last.computed_fraction, kv_bytes=last.kv_bytes)
+            video = self._running.pop(number)
+            last = self._last.pop(video)
+            yield VideoDone(video=video, computed=last.computed_fraction, kv_bytes=last.kv_bytes)
 
     def _progressed(self, video: str, progress: Progress) -> None:
         self._last[video] = progress
@@ -164,12 +163,7 @@ def this_process(model: ModelPlan, concurrency: int) -> Iterator[EngineBackend]:
 
 @contextmanager
 def led_ranks(gang: Gang, model: ModelPlan, concurrency: int) -> Iterator[EngineBackend]:
-    """Load the first stage's layers and make videos with the ranks of a gang; on the leader.
-
-    Raises:
-        InputError: something is missing or damaged.
-        GangError: a rank has failed.
-    """
+    """Load the first stage's layers and make videos with the ranks of a gang; on the leader. Errors as in `Gang`."""
     with gang.loading():
         pipeline = model.source.lead(gang.mesh, str(gang.device))
     with gang.lead(pipeline, model.reuse, model.kv) as (engine, counters):
@@ -214,12 +208,7 @@ def started_ranks(options: Options) -> Iterator[Gang]:
 
 @contextmanager
 def join_ranks(env: RankEnv, options: Options, *, trace: bool = False) -> Iterator[Gang]:
-    """Join the other ranks; with `trace`, remember what each does when.
-
-    Raises:
-        InputError: another number of ranks was started.
-        CommandFailed: a rank has failed.
-    """
+    """Join the other ranks, with a `trace` of what each does when; `CommandFailed` if one fails."""
     try:
         with open_gang(env, layout_of(options), trace=trace) as gang:
             yield gang
@@ -330,10 +319,10 @@ def make_with(backend: Backend, plans: Sequence[Plan], display: Display, began: 
     """
     tracer = backend.tracer if isinstance(backend, EngineBackend) else None
     recorders = [_recorder(plan, index, tracer) for index, plan in enumerate(plans)]
-    numbered = enumerate(zip(plans, recorders, strict=True))
-    jobs = [Job(video=str(index), plan=plan, recorder=recorder) for index, (plan, recorder) in numbered]
+    if isinstance(backend, EngineBackend):
+        backend.recorders = {str(index): recorder for index, recorder in enumerate(recorders)}
     with VideoSinks(plans, recorders, display, began) as sinks:
-        make_videos(backend, jobs, sinks.handle)
+        make_videos(backend, [plan.order(str(index)) for index, plan in enumerate(plans)], sinks.handle)
     return sinks
 
 

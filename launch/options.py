@@ -64,19 +64,20 @@ class Precision(StrEnum):
     FAST = "fast"
 
 
+_PROMPTS = Opt(
+    'What the video shows. magi-pocket knows a colour, a shape and a motion: "a red circle moving right". '
+    "Several prompts make several videos.",
+    metavar="PROMPT...",
+    argument=True,
+    batch=False,
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """What was given to `flowcache generate`; None where nothing was. An `InputError` if a figure is out of bounds."""
 
-    prompts: list[str] = option(
-        None,
-        'What the video shows. magi-pocket knows a colour, a shape and a motion: "a red circle moving right". '
-        "Several prompts make several videos.",
-        default_factory=list,
-        metavar="PROMPT...",
-        argument=True,
-        batch=False,
-    )
+    prompts: list[str] = field(default_factory=list, metadata={"option": _PROMPTS})
 
     model: str | None = _video("A name from [cyan]flowcache models[/cyan].", shown="magi-pocket")
     seconds: float | None = _video("Length, rounded up to whole chunks of one second.", within=(0.001, 1e6), line=True)
@@ -277,12 +278,8 @@ def together(options: Options, videos: int, *, ranks: bool | None = None) -> int
     """How many of several videos are made at a time: `--concurrency`, or its default.
 
     Without ranks that is one. On ranks one video has as many chunks in flight as its window holds, 4, less what is
-    reused. So two fill up to four or five stages, and every two stages more want another one.
-
-    Args:
-        options: what was given.
-        videos: how many there are.
-        ranks: whether ranks make them; None for what the options say.
+    reused. So two fill up to four or five stages, and every two stages more want another one. `ranks` says whether
+    ranks make them; None is for what the options say.
     """
     on_ranks = options.pp * options.cp > 1 if ranks is None else ranks
     return min(videos, options.concurrency or (max(2, (options.pp + 1) // 2) if on_ranks else 1))

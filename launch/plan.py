@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from engine.checkpoint.files import CheckpointConfig
 from engine.files import check_folder, check_target
 from engine.kv.selection import SelectionSettings
 from engine.kv.size import KVSettings
@@ -30,6 +31,7 @@ from models.magi.presets import find_preset
 from models.magi.sampling import MagiSampling
 from models.pocket.words import parse_prompt
 from parallel.cluster.config import MagiSource, video_size
+from parallel.cluster.messages import VideoOrder
 from parallel.cluster.queue import VideoSize
 from parallel.topology.mesh import Layout
 from parallel.topology.split import stage_sizes
@@ -71,6 +73,19 @@ class Plan:
         layout = layout_of(options)
         return video_size(
             model.config, self.request, reuse=model.reuse, kv=model.kv, layout=layout, split=options.split
+        )
+
+    def order(
+        self, video: str, *, checkpoint: CheckpointConfig | None = None, stored: int = 0, priority: int = 0
+    ) -> VideoOrder:
+        """The order to make it, under a name; arguments as in `VideoOrder`."""
+        return VideoOrder(
+            video=video,
+            request=self.request,
+            size=self.size,
+            checkpoint=checkpoint,
+            stored=stored,
+            priority=priority,
         )
 
 

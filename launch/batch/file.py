@@ -63,35 +63,28 @@ class BatchItem:
         return self.plan.out.name
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """A line that cannot be used."""
-
-    line: int  # of the file, counted from 1
-    message: str  # one line that says what is wrong, where, and what to do
-
-
-def read_batch(path: Path, base: Options, out: Path) -> tuple[list[BatchItem], list[Problem]]:
+def read_batch(path: Path, base: Options, out: Path) -> tuple[list[BatchItem], dict[int, str]]:
     """Read a batch file. Blank lines are skipped, paths in it are relative to its folder.
 
     The options `base` hold where a line says nothing; `out` is the folder of the videos, and is there.
 
     Returns:
-        What can be made and what cannot be read, both in the order of the lines.
+        What can be made, in the order of the lines; and by the number of each line that cannot be used, one line that
+        says what is wrong, where, and what to do.
 
     Raises:
         InputError: the file itself cannot be read, or there is no such model.
     """
     plan_model(base)  # what is wrong for all lines is said once
     items: list[BatchItem] = []
-    problems: list[Problem] = []
+    problems: dict[int, str] = {}
     reader = _Reader(path.parent, base, out)
     for number, raw in enumerate(_lines(path), start=1):
         try:
             if raw.strip():
                 items.append(reader.item(number, raw))
         except InputError as error:
-            problems.append(Problem(line=number, message=f"{path} line {number}: {one_line(str(error))}"))
+            problems[number] = f"{path} line {number}: {one_line(str(error))}"
     return items, problems
 
 
@@ -121,8 +114,8 @@ class _Reader:
         digest = self._digest(plan, self._seen[same]) if self._seen[same] else same
         self._seen[same] += 1
         name = f"{number:03}-{_slug(line.get('name') or line['prompt'])}-{digest}.mp4"
-        plan, priority = replace(plan, out=self._out / name), line.get("priority", 0)
-        return BatchItem(line=number, priority=priority, digest=digest, plan=plan)
+        plan = replace(plan, out=self._out / name)
+        return BatchItem(line=number, priority=line.get("priority", 0), digest=digest, plan=plan)
 
     def _options(self, line: dict[str, Any]) -> Options:
         """The line on top of the base. What it says of length or start takes the place of both ways to say it."""

@@ -15,7 +15,7 @@ from engine.checkpoint.files import CheckpointConfig
 from launch.batch.file import BatchItem, read_batch
 from launch.batch.folder import ChunkFiles, OutputFolder
 from launch.cluster import on_ray
-from launch.generate import Backend, Job, make_videos
+from launch.generate import Backend, make_videos
 from launch.options import BatchOptions, parse_size
 from launch.output.display import BatchDisplay, Row, State, summary
 from models.errors import InputError
@@ -31,8 +31,8 @@ def run_batch(options: BatchOptions, *, say: Callable[[str], None]) -> int:
     began = time.monotonic()
     with OutputFolder(options.out) as folder:
         items, problems = read_batch(options.file, options.base, options.out)
-        for problem in problems:
-            say(problem.message)
+        for message in problems.values():
+            say(message)
         if not items:
             if problems:
                 return BAD_INPUT
@@ -104,17 +104,12 @@ class _Batch:
                     self._settle(video, wait=False)
                 display.update(self.rows)
 
-            jobs = [
-                Job(
-                    video=video.item.digest,
-                    plan=video.item.plan,
-                    checkpoint=video.checkpoint,
-                    stored=video.row.chunks_done,
-                    priority=video.item.priority,
-                )
-                for video in waiting
-            ]
-            make_videos(backend, jobs, handle)
+            orders = []
+            for video in waiting:
+                item, stored = video.item, video.row.chunks_done
+                order = item.plan.order(item.digest, checkpoint=video.checkpoint, stored=stored, priority=item.priority)
+                orders.append(order)
+            make_videos(backend, orders, handle)
 
     def _video(self, item: BatchItem, row: Row) -> _Video:
         options, checkpoint = self._options, None

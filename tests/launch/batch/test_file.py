@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launch.batch.file import BatchItem, Problem, read_batch
+from launch.batch.file import BatchItem, read_batch
 from launch.options import CacheName, Options, Precision
 from launch.output.video import VideoWriter
 from models.errors import InputError
@@ -30,7 +30,7 @@ def base(**changes: object) -> Options:
     return replace(Options(), **changes)
 
 
-def read(folder: Path, *lines: object, options: Options | None = None) -> tuple[list[BatchItem], list[Problem]]:
+def read(folder: Path, *lines: object, options: Options | None = None) -> tuple[list[BatchItem], dict[int, str]]:
     path = folder / "prompts.jsonl"
     path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
     return read_batch(path, options or base(), folder / "videos")
@@ -69,7 +69,7 @@ def test_what_a_line_leaves_out_is_as_on_the_command_line(folder: Path) -> None:
 
 def test_blank_lines_are_skipped_and_broken_ones_do_not_stop_the_others(folder: Path) -> None:
     (folder / "words.png").write_text("no picture")
-    items, problems = read(
+    items, said = read(
         folder,
         {"prompt": CIRCLE},
         "",
@@ -94,7 +94,6 @@ def test_blank_lines_are_skipped_and_broken_ones_do_not_stop_the_others(folder: 
         {"prompt": CIRCLE, "image": "words.png", "video": "words.png"},
     )
     assert [item.line for item in items] == [1, 19]
-    said = {problem.line: problem.message for problem in problems}
     assert sorted(said) == [*range(3, 19), 20, 21]
     start = f"{folder / 'prompts.jsonl'} line"
     assert all(message.startswith(f"{start} {line}: ") and "\n" not in message for line, message in said.items())
@@ -125,9 +124,7 @@ def test_not_utf8_is_said_of_the_line_alone(folder: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + good + b"\r\n\xff\xfe\n" + good)
     items, problems = read_batch(path, base(), folder / "videos")
     assert [item.line for item in items] == [1, 3]
-    assert [problem.message for problem in problems] == [
-        f"{path} line 2: this is not UTF-8 text: save the file as UTF-8"
-    ]
+    assert list(problems.values()) == [f"{path} line 2: this is not UTF-8 text: save the file as UTF-8"]
 
 
 def test_a_file_that_cannot_be_read_is_an_error(folder: Path) -> None:
@@ -193,9 +190,9 @@ def test_nonsense_never_stops_the_others(folder: Path, nonsense: list[bytes]) ->
     path.write_bytes(b"\n".join([good, *nonsense, good]))
     items, problems = read_batch(path, base(), folder / "videos")
     assert items[0].line == 1 and items[-1].line == len(nonsense) + 2
-    lines = [item.line for item in items] + [problem.line for problem in problems]
+    lines = [item.line for item in items] + [*problems]
     assert len(lines) == len(set(lines))
     assert len({item.name for item in items}) == len(items)
-    assert all("\n" not in problem.message for problem in problems)
+    assert all("\n" not in message for message in problems.values())
     assert all(re.fullmatch(r"\d{3}-[a-z0-9-]+-[0-9a-f]{12}\.mp4", item.name) for item in items)
     assert not list((folder / "videos").iterdir())
