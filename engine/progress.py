@@ -25,7 +25,7 @@ class Progress:
     chunks: int  # of the whole video
     step: int  # steps done of the oldest chunk
     num_steps: int  # steps of a chunk
-    items_done: int  # passes through the layers so far
+    steps_done: int  # of all chunks together, of `chunks * num_steps`; ticks are no measure of time
     computed_fraction: float  # computed chunk-steps as a share of all so far
     kv_fill: float  # share of the KV buffer's rows in use
     kv_bytes: int  # size of the KV buffers; on ranks, of the leader's
@@ -89,7 +89,7 @@ class ProgressReporter:
                 chunks=schedule.chunks - schedule.first,
                 step=done.tick.active[0][1] + 1,
                 num_steps=schedule.num_steps,
-                items_done=counts["items"],
+                steps_done=counts["steps"],
                 computed_fraction=counts["computed"] / max(1, counts["steps"]),
                 kv_fill=fill,
                 kv_bytes=kv.nbytes,

@@ -72,21 +72,6 @@ class _Screen(Generic[_Live]):
 # ---- the videos of one command
 
 
-def steps_done(progress: Progress) -> int:
-    """Steps that all chunks together have done; of `chunks * num_steps` in all.
-
-    Ticks are no measure of time, since the window is not full at the start and at the end. A chunk enters every
-    `num_steps / window` ticks and takes a step with every tick (specification 7.3).
-    """
-    tick, steps, chunks = progress.tick, progress.num_steps, progress.chunks
-    if chunks == 1:
-        return min(steps, tick)
-    between = (progress.ticks - steps) // (chunks - 1)  # ticks from one chunk's entry to the next's
-    whole = max(0, min(chunks, (tick - steps) // between + 1))
-    entered = min(chunks, (tick - 1) // between + 1)
-    return whole * steps + sum(tick - chunk * between for chunk in range(whole, entered))
-
-
 class Display(_Screen[Bars]):
     """Where progress is shown, as a context: a bar for each video in flight in a terminal, else lines."""
 
@@ -121,7 +106,7 @@ class Display(_Screen[Bars]):
 
     def update(self, progress: Progress, video: int = 0) -> None:
         """Show how far a video is; plain lines come some seconds apart."""
-        done, total = steps_done(progress), progress.chunks * progress.num_steps
+        done, total = progress.steps_done, progress.chunks * progress.num_steps
         if video not in self._names:
             self.begin(video)
         now, name = time.monotonic(), self._names[video]

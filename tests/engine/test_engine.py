@@ -198,6 +198,7 @@ def test_a_record_is_what_happened_and_survives_the_disk(tmp_path):
     assert progress[-1].computed_fraction == pytest.approx(record.computed_fraction)
     assert progress[-1].tick == progress[-1].ticks == len(record.flags)
     assert progress[-1].chunks_done == 6
+    assert [one.steps_done for one in progress] == active.sum(axis=1).cumsum().tolist()
     assert sorted(p.chunks_done for p in progress) == [p.chunks_done for p in progress]
     # After chunk 4 retired, two chunks' worth of tokens live on, whole as long as nothing had to go.
     assert record.kept[0].tolist() == [1, 0, 0, 0, 0, 0]
