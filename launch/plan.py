@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.files import CheckpointConfig
 from engine.files import check_folder, check_target
 from engine.kv.selection import SelectionSettings
 from engine.kv.size import KVSettings
@@ -69,24 +68,12 @@ class Plan:
     @property
     def size(self) -> VideoSize:
         """What it takes of its ranks; an `InputError` says why the model cannot make it."""
-        model, options = self.model, self.options
-        layout = layout_of(options)
-        return video_size(
-            model.config, self.request, reuse=model.reuse, kv=model.kv, layout=layout, split=options.split
-        )
+        model, layout, split = self.model, layout_of(self.options), self.options.split
+        return video_size(model.config, self.request, reuse=model.reuse, kv=model.kv, layout=layout, split=split)
 
-    def order(
-        self, video: str, *, checkpoint: CheckpointConfig | None = None, stored: int = 0, priority: int = 0
-    ) -> VideoOrder:
-        """The order to make it, under a name; arguments as in `VideoOrder`."""
-        return VideoOrder(
-            video=video,
-            request=self.request,
-            size=self.size,
-            checkpoint=checkpoint,
-            stored=stored,
-            priority=priority,
-        )
+    def order(self, video: str) -> VideoOrder:
+        """The order to make it, under a name."""
+        return VideoOrder(video=video, request=self.request, size=self.size)
 
 
 def layout_of(options: Options) -> Layout:

@@ -19,7 +19,17 @@ from launch.generate import Backend, make_videos
 from launch.options import BatchOptions, parse_size
 from launch.output.display import BatchDisplay, Row, State, summary
 from models.errors import InputError
-from parallel.cluster.messages import Admitted, ChunkMade, Event, GangDown, GangLost, Progressed, VideoDone, VideoFailed
+from parallel.cluster.messages import (
+    Admitted,
+    ChunkMade,
+    Event,
+    GangDown,
+    GangLost,
+    Progressed,
+    VideoDone,
+    VideoFailed,
+    VideoOrder,
+)
 from parallel.health.exit_codes import BAD_INPUT, FAILED, OK
 
 
@@ -56,6 +66,11 @@ class _Video:
     began: float | None = None
     share: float = 0.0
     ending: Future[None] | None = None
+
+    @property
+    def order(self) -> VideoOrder:
+        order, stored = self.item.plan.order(self.item.digest), self.row.chunks_done
+        return replace(order, checkpoint=self.checkpoint, stored=stored, priority=self.item.priority)
 
 
 class _Batch:
@@ -104,12 +119,7 @@ class _Batch:
                     self._settle(video, wait=False)
                 display.update(self.rows)
 
-            orders = []
-            for video in waiting:
-                item, stored = video.item, video.row.chunks_done
-                order = item.plan.order(item.digest, checkpoint=video.checkpoint, stored=stored, priority=item.priority)
-                orders.append(order)
-            make_videos(backend, orders, handle)
+            make_videos(backend, [video.order for video in waiting], handle)
 
     def _video(self, item: BatchItem, row: Row) -> _Video:
         options, checkpoint = self._options, None
