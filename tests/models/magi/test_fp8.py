@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.magi.layers import Fp8ChannelLinear, Fp8TensorLinear
+from models.magi.fp8 import Fp8ChannelLinear, Fp8TensorLinear
 
 INPUTS, OUTPUTS = 48, 20
 
