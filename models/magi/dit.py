@@ -383,7 +383,7 @@ class MagiDiT(nn.Module):
         return tokens.to(self.config.dtype)
 
     def embed_condition(self, t: Tensor, *, distill: float | None, null: bool) -> Tensor:
-        """Condition [B, R, C] of chunks at times t [B, R], 0 noise and 1 clean, in the model's dtype (6.1, steps 3 to 5).
+        """Condition [B, R, C] of chunks at times t [B, R], 0 noise and 1 clean, in its dtype (6.1, steps 3 to 5).
 
         `distill` is the step-size constant of a distilled model, None for a base model; `null` takes the null row that
         was trained with dropped captions. The caption itself is not used here.
