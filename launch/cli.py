@@ -170,7 +170,7 @@ app.command(
     help="Recompute golden files of the published code and compare.\n\n"
     "One line for each file. Exit status 0 if all pass, 1 if one fails, 2 if one cannot be read.",
 )(command([GOLDEN_FILES, *(one for one in declared(Options) if one.name in _OF_RANKS)], _conformance))
-_SHARED = [one for one in declared(Options) if one.opt.batch]  # options of `generate` that `batch` has too
+_SHARED = [one for one in declared(Options) if one.batch]  # options of `generate` that `batch` has too
 app.command("batch", help=_BATCH_HELP)(command([*declared(BatchOptions), *_SHARED], _batch))
 app.add_typer(plots, name="plot")
 

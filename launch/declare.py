@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Opt:
-    """What is said of an option beside its type and its default."""
+    """An option, as its field in a dataclass declares it."""
 
     help: str
     panel: str | None = None  # heading in the help
@@ -33,16 +33,9 @@ class Opt:
     argument: bool = False  # given by its place, not by a name
     batch: bool = True  # `flowcache batch` has it too
     line: bool = False  # and so has a line of its file
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Declared:
-    """An option as its dataclass declares it."""
-
-    name: str  # of the field
-    kind: Any  # type of the value
-    default: Any  # Parameter.empty where it must be given
-    opt: Opt
+    name: str = ""  # of the field; like the next two not part of the declaration, but known of the field itself
+    kind: Any = None  # type of the value
+    default: Any = Parameter.empty  # the same where it must be given
 
     @property
     def flag(self) -> str:
@@ -57,13 +50,13 @@ class Declared:
 
     def parameter(self) -> Parameter:
         """The parameter of a typer command."""
-        opt, info = self.opt, None
-        if opt.argument:
-            info = typer.Argument(metavar=opt.metavar, help=opt.help)
+        words: dict[str, Any] = {"metavar": self.metavar, "help": self.help}
+        if self.argument:
+            info = typer.Argument(**words)
         else:
             name = f"{self.flag}/--no-{self.flag[2:]}" if self.value_type is bool else self.flag
-            shown: bool | str = True if opt.shown is None else opt.shown
-            info = typer.Option(name, metavar=opt.metavar, help=opt.help, show_default=shown, rich_help_panel=opt.panel)
+            shown = True if self.shown is None else self.shown
+            info = typer.Option(name, **words, show_default=shown, rich_help_panel=self.panel)
         return Parameter(self.name, Parameter.KEYWORD_ONLY, default=self.default, annotation=Annotated[self.kind, info])
 
     def convert(self, value: Any) -> Any:
@@ -81,12 +74,12 @@ class Declared:
 
     def check(self, value: Any) -> None:
         """Raise an `InputError` for a value out of bounds."""
-        if value is None or self.opt.within is None:
+        if value is None or self.within is None:
             return
-        low, high = self.opt.within
+        low, high = self.within
         if not value >= low or not (high is None or value <= high):  # so that nan is neither
             most = " or more" if high is None else f" to {_figure(high)}"
-            raise InputError(f"{self.flag} {value} cannot be used: give {_figure(low)}{most}{self.opt.hint}")
+            raise InputError(f"{self.flag} {value} cannot be used: give {_figure(low)}{most}{self.hint}")
 
 
 def option(
@@ -107,19 +100,14 @@ def option(
     return field(default=default, metadata={"option": opt})
 
 
-def declared(shape: type[Any]) -> tuple[Declared, ...]:
+def declared(shape: type[Any]) -> tuple[Opt, ...]:
     """The options that a dataclass declares, in order; its other fields are left out."""
-    kinds = get_type_hints(shape)
-    return tuple(
-        Declared(
-            name=field.name,
-            kind=kinds[field.name],
-            default=Parameter.empty if field.default is MISSING else field.default,
-            opt=field.metadata["option"],
-        )
-        for field in fields(shape)
-        if "option" in field.metadata
-    )
+    kinds, found = get_type_hints(shape), []
+    for one in fields(shape):
+        if "option" in one.metadata:
+            default = Parameter.empty if one.default is MISSING else one.default
+            found.append(replace(one.metadata["option"], name=one.name, kind=kinds[one.name], default=default))
+    return tuple(found)
 
 
 def check_bounds(options: Any) -> None:
@@ -128,7 +116,7 @@ def check_bounds(options: Any) -> None:
         one.check(getattr(options, one.name))
 
 
-def command(options: Sequence[Declared], run: Callable[[Any, dict[str, Any]], None]) -> Callable[..., None]:
+def command(options: Sequence[Opt], run: Callable[[Any, dict[str, Any]], None]) -> Callable[..., None]:
     """A function that typer reads as a command with these options; it calls `run` with typer's `obj` and the values."""
 
     def call(context: typer.Context, **given: Any) -> None:
@@ -161,7 +149,7 @@ def arguments(options: Any) -> list[str]:
     named, placed = list[str](), list[str]()
     for one in declared(type(options)):
         value = getattr(options, one.name)
-        if one.opt.argument:
+        if one.argument:
             placed += [_text(item) for item in (value if isinstance(value, list | tuple) else [value])]
         elif isinstance(value, bool):
             named.append(one.flag if value else f"--no-{one.flag[2:]}")

@@ -11,10 +11,9 @@ import re
 from dataclasses import MISSING, dataclass, field
 from enum import StrEnum
 from functools import partial
-from inspect import Parameter
 from pathlib import Path
 
-from launch.declare import Declared, Opt, check_bounds, option
+from launch.declare import Opt, check_bounds, option
 from models.errors import InputError
 
 _video, _start = partial(option, "The video"), partial(option, "Start from something")
@@ -269,8 +268,7 @@ class BatchOptions:
         check_bounds(self)
 
 
-_GOLDEN = Opt("Golden files; their weights file lies beside them.", argument=True)
-GOLDEN_FILES = Declared(name="files", kind=list[Path], default=Parameter.empty, opt=_GOLDEN)
+GOLDEN_FILES = Opt("Golden files; their weights file lies beside them.", argument=True, name="files", kind=list[Path])
 """What `flowcache conformance` is given."""
 
 

@@ -34,9 +34,9 @@ def _line_model() -> type[BaseModel]:
     """What a line may say: the options that `Options` declares for lines, a priority and a name."""
     declared_fields: dict[str, Any] = {"prompt": (str, Field(min_length=1, max_length=10_000))}
     for one in declared(Options):
-        if one.opt.line:
-            path, opt = one.value_type is Path, one.opt
-            low, high = opt.within or (None, None)
+        if one.line:
+            path = one.value_type is Path
+            low, high = one.within or (None, None)
             limits = Field(default=None, ge=low, le=high, min_length=1 if path else None)
             declared_fields[one.name] = ((str if path else one.value_type) | None, limits)
     declared_fields["priority"] = (int, Field(default=0, ge=-1_000_000, le=1_000_000))
@@ -119,7 +119,7 @@ class _Reader:
 
     def _options(self, line: dict[str, Any]) -> Options:
         """The line on top of the base. What it says of length or start takes the place of both ways to say it."""
-        given = {one.name: line[one.name] for one in declared(Options) if one.opt.line and one.name in line}
+        given = {one.name: line[one.name] for one in declared(Options) if one.line and one.name in line}
         for one, other in _EITHER:
             if one in given or other in given:
                 given = {one: None, other: None, **given}

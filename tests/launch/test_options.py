@@ -14,7 +14,7 @@ from launch.declare import arguments, declared, from_values
 from launch.options import BatchOptions, CacheName, Options, parse_size
 from models.errors import InputError
 
-BOUNDED = [one for one in declared(Options) if one.opt.within is not None]
+BOUNDED = [one for one in declared(Options) if one.within is not None]
 
 
 def test_every_option_is_in_the_help_of_its_commands(
@@ -23,18 +23,18 @@ def test_every_option_is_in_the_help_of_its_commands(
     monkeypatch.setenv("COLUMNS", "200")
     assert run(["generate", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(one.flag in shown for one in declared(Options) if not one.opt.argument)
+    assert all(one.flag in shown for one in declared(Options) if not one.argument)
     assert run(["batch", "--help"]) == 0
     shown = capsys.readouterr().out
     own = {one.name for one in declared(BatchOptions)}
     for one in (*declared(Options), *declared(BatchOptions)):
-        here = (one.opt.batch or one.name in own) and not one.opt.argument
+        here = (one.batch or one.name in own) and not one.argument
         assert (f" {one.flag} " in shown) == here, one.name
 
 
 @pytest.mark.parametrize("one", BOUNDED, ids=lambda one: one.name)
 def test_every_figure_has_its_bounds(one) -> None:
-    low, high = one.opt.within
+    low, high = one.within
     replace(Options(), **{one.name: one.value_type(low)})
     with pytest.raises(InputError, match=rf"{one.flag} .* cannot be used: give "):
         replace(Options(), **{one.name: low - 1})
