@@ -56,21 +56,20 @@ def run_batch(options: BatchOptions, *, say: Callable[[str], None]) -> int:
 
 
 @dataclass(slots=True)
-class _Video:
-    """A video of the batch."""
+class _Video(Row):
+    """A video of the batch, and what it is made with."""
 
     item: BatchItem
     files: ChunkFiles
     checkpoint: CheckpointConfig | None
-    row: Row
     began: float | None = None
     share: float = 0.0
     ending: Future[None] | None = None
 
     @property
     def order(self) -> VideoOrder:
-        order, stored = self.item.plan.order(self.item.digest), self.row.chunks_done
-        return replace(order, checkpoint=self.checkpoint, stored=stored, priority=self.item.priority)
+        order, priority = self.item.plan.order(self.item.digest), self.item.priority
+        return replace(order, checkpoint=self.checkpoint, stored=self.chunks_done, priority=priority)
 
 
 class _Batch:
@@ -80,22 +79,16 @@ class _Batch:
         self, options: BatchOptions, folder: OutputFolder, items: list[BatchItem], say: Callable[[str], None]
     ) -> None:
         self._options, self._folder, self._say = options, folder, say
-        self._rows: dict[str, Row] = {}
-        self._videos: dict[str, _Video] = {}
+        self.rows: list[Row] = []  # all videos, by line
+        self._videos: dict[str, _Video] = {}  # those to make
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="encode")
         for item in items:
-            chunks = item.plan.size.chunks
-            row = Row(line=item.line, title=item.plan.request.prompt, state=State.QUEUED, chunks=chunks)
+            video = self._video(item)
+            self.rows.append(video)
             if folder.done(item.digest) is not None:
-                self._rows[item.digest] = replace(row, state=State.KEPT, chunks_done=chunks)
+                video.state, video.chunks_done = State.KEPT, video.chunks
             else:
-                self._videos[item.digest] = self._video(item, row)
-
-    @property
-    def rows(self) -> list[Row]:
-        """All videos, by line."""
-        rows = [*self._rows.values(), *(video.row for video in self._videos.values())]
-        return sorted(rows, key=lambda row: row.line)
+                self._videos[item.digest] = video
 
     def make(self, display: BatchDisplay) -> None:
         """Make what is missing."""
@@ -121,13 +114,16 @@ class _Batch:
 
             make_videos(backend, [video.order for video in waiting], handle)
 
-    def _video(self, item: BatchItem, row: Row) -> _Video:
-        options, checkpoint = self._options, None
+    def _video(self, item: BatchItem) -> _Video:
+        options, plan, checkpoint = self._options, item.plan, None
         if options.checkpoint_every:
             folder = (options.checkpoints or options.out / ".checkpoints") / item.digest
             checkpoint = CheckpointConfig(folder=folder.absolute(), every=options.checkpoint_every)
         files = ChunkFiles(folder=options.out / f".{item.digest}.parts")
-        return _Video(item=item, files=files, checkpoint=checkpoint, row=row)
+        state, title, chunks = State.QUEUED, plan.request.prompt, plan.size.chunks
+        return _Video(
+            line=item.line, title=title, state=state, chunks=chunks, item=item, files=files, checkpoint=checkpoint
+        )
 
     def _handle(self, backend: Backend, event: Event) -> None:
         match event:
@@ -137,20 +133,20 @@ class _Batch:
                 self._say(f"{event.gang} was lost: {event.message}")
                 for name in event.videos:
                     lost = self._videos[name]
-                    lost.row = replace(lost.row, state=State.RESTARTING, gang=None, restarts=lost.row.restarts + 1)
+                    lost.state, lost.gang, lost.restarts = State.RESTARTING, None, lost.restarts + 1
             case ChunkMade():
                 self._keep(backend, event)
             case Admitted():
                 video = self._videos[event.video]
                 video.began = video.began or time.monotonic()
-                video.row = replace(video.row, state=State.RUNNING, gang=event.gang)
+                video.state, video.gang = State.RUNNING, event.gang
             case Progressed():
                 self._progress(self._videos[event.video], event)
             case VideoFailed():
                 self._fail(self._videos[event.video], event.message)
             case VideoDone():
                 video = self._videos[event.video]
-                video.row = replace(video.row, computed=event.computed)
+                video.computed = event.computed
                 self._end_if_complete(video)
 
     def _keep(self, backend: Backend, chunk: ChunkMade) -> None:
@@ -161,21 +157,20 @@ class _Batch:
             backend.cancel(chunk.video)
             self._fail(video, str(error))
             return
-        video.row = replace(video.row, chunks_done=chunk.index + 1)
+        video.chunks_done = chunk.index + 1
 
     def _progress(self, video: _Video, event: Progressed) -> None:
         now, share = time.monotonic(), event.progress.tick / event.progress.ticks
         if not video.share:
             video.began, video.share = now, share
         done = share - video.share
-        left = None if done <= 0 or video.began is None else (now - video.began) * (1 - share) / done
-        video.row = replace(video.row, computed=event.progress.computed_fraction, seconds_left=left)
+        video.computed = event.progress.computed_fraction
+        video.seconds_left = None if done <= 0 or video.began is None else (now - video.began) * (1 - share) / done
 
     def _end_if_complete(self, video: _Video) -> bool:
         """Begin to encode a video all of whose chunks are there."""
-        done = video.files.count()
-        video.row = replace(video.row, chunks_done=done)
-        if done < video.row.chunks:
+        video.chunks_done = video.files.count()
+        if video.chunks_done < video.chunks:
             return False
         plan = video.item.plan
         video.ending = self._pool.submit(video.files.encode, plan.out, fps=plan.model.config.runtime_config.fps)
@@ -195,13 +190,13 @@ class _Batch:
         video.files.remove()
         if video.checkpoint is not None:
             shutil.rmtree(video.checkpoint.folder, ignore_errors=True)
-        video.row = replace(video.row, state=State.DONE, seconds_left=None)
+        video.state, video.seconds_left = State.DONE, None
         self._record(video)
 
     def _fail(self, video: _Video, message: str) -> None:
-        video.row = replace(video.row, state=State.FAILED, error=message)
+        video.state, video.error = State.FAILED, message
         self._record(video)
 
     def _record(self, video: _Video) -> None:
         seconds = 0.0 if video.began is None else time.monotonic() - video.began
-        self._folder.record(video.row, name=video.item.name, seconds=seconds)
+        self._folder.record(video, name=video.item.name, seconds=seconds)

@@ -204,9 +204,9 @@ _STYLES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Row:
-    """A video of the batch at one moment; at its end also a line of the results."""
+    """A video of the batch as it stands; at its end also a line of the results."""
 
     line: int  # of the batch file
     title: str  # prompt or name
