@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from launch.declare import from_values
+from launch.declare import declared, from_values
 from launch.generate import Backend, join_ranks, led_ranks, make_with, serve_stage, started_ranks, this_process
 from launch.options import Options, together
 from launch.output.display import Display, Summary
@@ -33,8 +33,8 @@ from models.errors import InputError
 from parallel.cluster.messages import ChunkMade, VideoOrder
 from parallel.ranks.environment import RankEnv
 
-_OF_VIDEO = ("seconds", "chunks", "seed", "height", "width", "steps", "image", "video")
-_OF_COMMAND = ("prompts", "out", "record", "trace", "launcher")
+_OF_VIDEO = {one.name for one in declared(Options) if one.line}
+_OF_MODEL = {one.name for one in declared(Options) if one.batch and not one.line}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -56,7 +56,7 @@ def load(model: str | None = None, **options: Any) -> VideoEngine:
     `model` names a preset; None is magi-pocket, or for `config`. The options are those of reuse, memory, ranks, model
     files and computing; see `VideoEngine` for those of a video. An `InputError` says what cannot be used.
     """
-    _check_names(options, (*_OF_VIDEO, *_OF_COMMAND), "load")
+    _check_names(options, _OF_MODEL, "load")
     base = from_values(Options, model=model, **options)
     if base.threads is not None:
         torch.set_num_threads(base.threads)
@@ -112,8 +112,7 @@ class VideoEngine:
         self.close()
 
     def _video_options(self, prompts: Sequence[str], video: dict[str, Any]) -> Options:
-        known = [name for name in Options.__slots__ if name not in _OF_VIDEO]
-        _check_names(video, known, "a video")
+        _check_names(video, _OF_VIDEO, "a video")
         return from_values(Options, self._options, prompts=list(prompts), **video)
 
     def _chunks(self, orders: Sequence[VideoOrder]) -> Iterator[Chunk]:
@@ -149,7 +148,7 @@ def _open(options: Options, stack: ExitStack) -> Backend:
     return stack.enter_context(led_ranks(gang, model, concurrency))
 
 
-def _check_names(given: dict[str, Any], others: Sequence[str], whose: str) -> None:
+def _check_names(given: dict[str, Any], own: set[str], whose: str) -> None:
     for name in given:
-        if name in others:
+        if name in Options.__slots__ and name not in own:
             raise InputError(f"{name} is no option of {whose}: give it elsewhere (docs/library.md)")

@@ -32,7 +32,7 @@ class Opt:
     hint: str = ""  # follows the error of a value out of bounds
     argument: bool = False  # given by its place, not by a name
     batch: bool = True  # `flowcache batch` has it too
-    line: bool = False  # and so has a line of its file
+    line: bool = False  # it is of one video, so a line of a batch file has it
     name: str = ""  # of the field; like the next two not part of the declaration, but known of the field itself
     kind: Any = None  # type of the value
     default: Any = Parameter.empty  # the same where it must be given
