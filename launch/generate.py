@@ -83,8 +83,8 @@ def make_videos(backend: Backend, orders: Iterable[VideoOrder], handle: Callable
 class EngineBackend:
     """An engine's videos, `concurrency` of them at a time; the engine computes here or leads the ranks of a gang.
 
-    Of an order it reads the request; places and checkpoints are the cluster's. The `tracer` takes marks of steps that
-    are reused; it is None on a process without a trace.
+    Of an order it reads the request; the rest is for a cluster. The `tracer` takes marks of steps that are reused; it
+    is None on a process without a trace.
     """
 
     def __init__(self, engine: Engine, concurrency: int, tracer: Tracer | None = None) -> None:
