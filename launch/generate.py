@@ -25,7 +25,7 @@ from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
 from launch.declare import arguments
 from launch.ending import CommandFailed, check_signals
-from launch.options import Launcher, Options, together
+from launch.options import TRACE_FILE, Launcher, Options, together
 from launch.output.display import Display, rank_line, summary_text
 from launch.output.video import VideoSinks
 from launch.plan import ModelPlan, Plan, layout_of, plan_model, plan_videos
@@ -47,9 +47,6 @@ from parallel.ranks.spawn import run_ranks, worker_ranks
 from parallel.topology.mesh import Layout, Mesh
 from parallel.trace.counters import RankCounters
 from parallel.trace.tracer import Tracer
-
-TRACE_FILE = "trace.json"
-"""In a record's folder."""
 
 
 class Backend(Protocol):

@@ -21,6 +21,7 @@ _reuse, _passes, _memory = partial(option, "Reuse"), partial(option, "Extra pass
 _record, _ranks = partial(option, "Record"), partial(option, "Ranks")
 _files, _compute = partial(option, "Model files"), partial(option, "How to compute")
 _gangs, _safety = partial(option, "Gangs"), partial(option, "When something goes wrong")
+TRACE_FILE = "trace.json"  # in the folder of a record
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 

@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from engine.record import RunRecord
+from launch.options import TRACE_FILE
 from launch.plots.record import REUSED, settings_line
 from models.errors import InputError
 from parallel.trace.idle_time import Cause, RankUse, Run, Utilisation, analyse
@@ -41,8 +42,8 @@ class PipelineTrace:
 
     @classmethod
     def load(cls, folder: Path) -> PipelineTrace:
-        """Read `trace.json` of a record's folder. An `InputError` says that there is none, or that it is damaged."""
-        path = folder / "trace.json"
+        """Read the trace in a record's folder. An `InputError` says that there is none, or that it is damaged."""
+        path = folder / TRACE_FILE
         try:
             events = json.loads(path.read_text())["traceEvents"]
             use = analyse(events)
