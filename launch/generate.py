@@ -30,16 +30,8 @@ from launch.output.display import Display, rank_line, summary_text
 from launch.output.video import VideoSinks
 from launch.plan import ModelPlan, Plan, layout_of, plan_model, plan_videos
 from models.errors import InputError
-from parallel.cluster.messages import (
-    Admitted,
-    ChunkMade,
-    Event,
-    GangReady,
-    Progressed,
-    VideoDone,
-    VideoFailed,
-    VideoOrder,
-)
+from parallel.cluster import messages
+from parallel.cluster.messages import Event, VideoOrder
 from parallel.health.errors import GangError
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
@@ -71,7 +63,7 @@ def make_videos(backend: Backend, orders: Iterable[VideoOrder], handle: Callable
         try:
             backend.submit(order)
         except InputError as error:
-            handle(VideoFailed(video=order.video, message=str(error)))
+            handle(messages.VideoFailed(video=order.video, message=str(error)))
     for event in backend.run():
         check_signals()
         handle(event)
@@ -90,7 +82,7 @@ class EngineBackend:
         self.recorders: dict[str, Recorder | None] = {}  # for videos that are submitted and recorded
         self._waiting: deque[VideoOrder] = deque()
         self._running: dict[int, str] = {}
-        self._news: deque[Progressed] = deque()
+        self._news: deque[messages.Progressed] = deque()
         self._last: dict[str, Progress] = {}
 
     def submit(self, order: VideoOrder) -> None:
@@ -106,7 +98,7 @@ class EngineBackend:
 
     def run(self) -> Iterator[Event]:
         """Make what was submitted; as `Backend.run`. Videos whose events nobody reads any more are cancelled."""
-        yield GangReady()
+        yield messages.GangReady()
         try:
             while self._waiting or self._running:
                 while self._waiting and len(self._running) < self._concurrency:
@@ -119,11 +111,11 @@ class EngineBackend:
                 self.cancel(video)
             raise
 
-    def _begin(self, order: VideoOrder) -> Admitted:
+    def _begin(self, order: VideoOrder) -> messages.Admitted:
         video, on_progress = order.video, partial(self._progressed, order.video)
         number = self._engine.submit(order.request, on_progress=on_progress, recorder=self.recorders.pop(video, None))
         self._running[number] = video
-        return Admitted(video=video, number=number, first=0)
+        return messages.Admitted(video=video, number=number, first=0)
 
     def _step(self) -> Iterator[Event]:
         made = self._engine.step()
@@ -133,15 +125,15 @@ class EngineBackend:
             if result.video in self._running and result.chunk.frames is not None:  # else it was cancelled just now
                 chunk, video = result.chunk, self._running[result.video]
                 frames, latents = result.chunk.frames.numpy(), chunk.latents.numpy()
-                yield ChunkMade(video=video, index=chunk.index, frames=frames, latents=latents)
+                yield messages.ChunkMade(video=video, index=chunk.index, frames=frames, latents=latents)
         for number in [number for number in self._running if not self._engine.running(number)]:
             video = self._running.pop(number)
             last = self._last.pop(video)
-            yield VideoDone(video=video, computed=last.computed_fraction, kv_bytes=last.kv_bytes)
+            yield messages.VideoDone(video=video, computed=last.computed_fraction, kv_bytes=last.kv_bytes)
 
     def _progressed(self, video: str, progress: Progress) -> None:
         self._last[video] = progress
-        self._news.append(Progressed(video=video, progress=progress))
+        self._news.append(messages.Progressed(video=video, progress=progress))
 
 
 # ---- this process, and ranks

@@ -19,17 +19,8 @@ from launch.generate import Backend, make_videos
 from launch.options import BatchOptions, parse_size
 from launch.output.display import BatchDisplay, Row, State, summary
 from models.errors import InputError
-from parallel.cluster.messages import (
-    Admitted,
-    ChunkMade,
-    Event,
-    GangDown,
-    GangLost,
-    Progressed,
-    VideoDone,
-    VideoFailed,
-    VideoOrder,
-)
+from parallel.cluster import messages
+from parallel.cluster.messages import Event, VideoOrder
 from parallel.health.exit_codes import BAD_INPUT, FAILED, OK
 
 
@@ -127,29 +118,29 @@ class _Batch:
 
     def _handle(self, backend: Backend, event: Event) -> None:
         match event:
-            case GangDown():
+            case messages.GangDown():
                 self._say(f"{event.gang} is given up: {event.message}")
-            case GangLost():
+            case messages.GangLost():
                 self._say(f"{event.gang} was lost: {event.message}")
                 for name in event.videos:
                     lost = self._videos[name]
                     lost.state, lost.gang, lost.restarts = State.RESTARTING, None, lost.restarts + 1
-            case ChunkMade():
+            case messages.ChunkMade():
                 self._keep(backend, event)
-            case Admitted():
+            case messages.Admitted():
                 video = self._videos[event.video]
                 video.began = video.began or time.monotonic()
                 video.state, video.gang = State.RUNNING, event.gang
-            case Progressed():
+            case messages.Progressed():
                 self._progress(self._videos[event.video], event)
-            case VideoFailed():
+            case messages.VideoFailed():
                 self._fail(self._videos[event.video], event.message)
-            case VideoDone():
+            case messages.VideoDone():
                 video = self._videos[event.video]
                 video.computed = event.computed
                 self._end_if_complete(video)
 
-    def _keep(self, backend: Backend, chunk: ChunkMade) -> None:
+    def _keep(self, backend: Backend, chunk: messages.ChunkMade) -> None:
         video = self._videos[chunk.video]
         try:
             video.files.write(chunk.index, chunk.frames)
@@ -159,7 +150,7 @@ class _Batch:
             return
         video.chunks_done = chunk.index + 1
 
-    def _progress(self, video: _Video, event: Progressed) -> None:
+    def _progress(self, video: _Video, event: messages.Progressed) -> None:
         now, share = time.monotonic(), event.progress.tick / event.progress.ticks
         if not video.share:
             video.began, video.share = now, share
