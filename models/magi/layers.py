@@ -60,7 +60,7 @@ class RotaryBands(nn.Module):
         count = head_size // 8
         self.bands = nn.Parameter(10000.0 ** -(torch.arange(count, dtype=torch.float32) / count))
 
-    def table(self, first_frame: int, grid: tuple[int, int, int]) -> Tensor:
+    def table(self, first_frame: int | Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Sines and cosines of the tokens of latent frames first_frame .. first_frame + T - 1.
 
         Returns:

@@ -11,22 +11,23 @@ from torch import Tensor
 from models.pocket.words import VOCABULARY, parse_prompt
 
 CAPTION_CHANNELS = 32
-_LENGTH = 5  # "a red circle moving right"
+_LENGTH = 7  # "a red circle moving right with rests"
 _SCALE = 4.0
 
 
 def encode_prompt(prompt: str) -> Tensor:
-    """Embed a prompt, in its canonical wording.
+    """Embed a prompt, in its canonical wording and padded to the longest one.
 
     Returns:
-        [5, 32] fp32.
+        [7, 32] fp32.
 
     Raises:
         InputError: the prompt has an unknown word, or no or two colours, shapes or motions.
     """
     words = parse_prompt(prompt).prompt.split()
+    words += ["<pad>"] * (_LENGTH - len(words))
     indices = torch.tensor([VOCABULARY.index(word) for word in words])
-    return _SCALE * torch.nn.functional.one_hot(indices, CAPTION_CHANNELS).float().reshape(_LENGTH, CAPTION_CHANNELS)
+    return _SCALE * torch.nn.functional.one_hot(indices, CAPTION_CHANNELS).float()
 
 
 class PocketEncoder:

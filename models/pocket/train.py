@@ -1,6 +1,6 @@
 """Train magi-pocket from nothing: autoencoder, normalised latents, DiT, and a last polish of the decoder.
 
-    python -m models.pocket.train --out runs/pocket             everything, about two hours on 2 cores
+    python -m models.pocket.train --out runs/pocket             everything: minutes on a GPU, hours on 2 cores
     python -m models.pocket.train --out runs/pocket --export    write models/pocket/weights from what is there
 
 It can be stopped at any time; the same command goes on from the last checkpoint. A run is set by its seed.
@@ -33,7 +33,7 @@ WHITENING = 0.5
 @torch.no_grad()
 def latent_statistics(vae: ViTVAE, seed: int, *, batches: int = 6, batch: int = 50) -> tuple[Tensor, Tensor]:
     """Mean [z] and covariance [z, z] of the latents' channels over random tiles."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(vae.encoder.cls_token.device).manual_seed(seed)
     z = torch.cat([vae.encode(tiles(batch, generator)) for _ in range(batches)]).transpose(0, 1).flatten(1)
     return z.mean(1), torch.cov(z)
 
@@ -60,9 +60,9 @@ def normalise_latents(vae: ViTVAE, mean: Tensor, covariance: Tensor) -> None:
 def prepare_vae(run: Run, args: argparse.Namespace) -> ViTVAE:
     """The trained autoencoder with normalised latents; from the disk if it is there."""
     path = run.out / "vae.safetensors"
-    vae = ViTVAE(POCKET_VAE)
+    vae = ViTVAE(POCKET_VAE).to(run.device)
     if not path.exists():
-        trained = train_vae(run, steps=args.vae_steps, batch=args.vae_batch)
+        trained = train_vae(run, steps=args.vae_steps, batch=args.vae_batch, pool=args.tiles)
         vae.load_state_dict(trained.state_dict())
         mean, covariance = latent_statistics(vae, run.seed + 1)
         run.report(f"latent deviations {covariance.diagonal().sqrt().tolist()}")
@@ -83,7 +83,7 @@ def prepare_latents(run: Run, vae: ViTVAE, args: argparse.Namespace) -> Latents:
     if not path.exists():
         latents = encode_clips(vae, run, count=args.clips, chunks=args.clip_chunks)
         save_file({"chunks": latents.chunks, "captions": latents.captions}, path)
-    stored = load_file(path)
+    stored = load_file(path, device=str(run.device))
     return Latents(chunks=stored["chunks"], captions=stored["captions"])
 
 
@@ -101,8 +101,10 @@ def export(run: Run, target: Path, args: argparse.Namespace) -> None:
     shutil.copyfile(weights, target / "vae" / "diffusion_pytorch_model.safetensors")
     record = {
         "command": f"python -m models.pocket.train --seed {args.seed} --vae-steps {args.vae_steps} "
-        f"--dit-steps {args.dit_steps} --clips {args.clips} --polish-steps {args.polish_steps}",
+        f"--vae-batch {args.vae_batch} --tiles {args.tiles} "
+        f"--dit-steps {args.dit_steps} --clips {args.clips} --polish-steps {args.polish_steps} --device {args.device}",
         "torch": torch.__version__,
+        "hardware": torch.cuda.get_device_name() if run.device.type == "cuda" else "CPU",
         "seed": args.seed,
         "autoencoder": vae["history"][-1],
         "dit": dit["history"][-1],
@@ -124,17 +126,19 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/pocket"), help="checkpoints and latents")
     for name, default, what in (
         ("seed", 1, "of everything that is drawn"),
-        ("vae-steps", 1100, "of the autoencoder"),
-        ("vae-batch", 20, "tiles"),
-        ("clips", 4000, "to encode for the DiT"),
-        ("clip-chunks", 5, "length of a clip"),
-        ("dit-steps", 4300, "of the DiT"),
-        ("polish-steps", 700, "of the decoder, after the DiT"),
+        ("vae-steps", 15000, "of the autoencoder"),
+        ("vae-batch", 48, "tiles"),
+        ("tiles", 60000, "to train the autoencoder on"),
+        ("clips", 2000, "of each pace to encode for the DiT"),
+        ("clip-chunks", 20, "length of a clip"),
+        ("dit-steps", 15000, "of the DiT"),
+        ("polish-steps", 2000, "of the decoder, after the DiT"),
         ("threads", 0, "CPU threads; 0 leaves PyTorch's choice"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=what)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile; needs gcc"
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile on a CPU; needs gcc"
     )
     parser.add_argument("--export", action="store_true", help=f"only write {WEIGHTS} from the newest checkpoints")
     return parser.parse_args()
@@ -146,7 +150,10 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    run = Run(out=args.out, seed=args.seed, compiled=args.compile, report=report)
+    device = torch.device(args.device)
+    torch.backends.cudnn.benchmark = True  # shapes never change
+    compiled = args.compile and device.type == "cpu"
+    run = Run(out=args.out, seed=args.seed, compiled=compiled, device=device, report=report)
     if not args.export:
         vae = prepare_vae(run, args)
         train_dit(run, prepare_latents(run, vae, args), steps=args.dit_steps)

@@ -1,6 +1,8 @@
 """One training loop for both networks: schedule, clipping, averaging, progress, and checkpoints to resume from.
 
-It does not know what is trained; a step function draws its batch from the generator that it is given.
+It does not know what is trained: one function draws a batch from the generator that it is given, another computes the
+loss of a batch. On a GPU forward and backward of each kind of batch are captured once as a CUDA graph and replayed,
+since these networks are so small that starting the kernels takes longer than running them.
 """
 
 from __future__ import annotations
@@ -17,8 +19,21 @@ import torch
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
-Step = Callable[[torch.Generator], tuple[Tensor, dict[str, float]]]
+Figures = dict[str, Tensor]
 _SAVE_EVERY = 120.0  # seconds
+_WARM_UP = 3  # steps of a kind of batch before it is captured, in which libraries choose their kernels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """What a loss is computed of. Batches of one kind have tensors of the same shapes and take the same branches."""
+
+    kind: object  # hashable
+    tensors: tuple[Tensor, ...]
+
+
+Draw = Callable[[torch.Generator], Batch]
+Loss = Callable[[Batch], tuple[Tensor, Figures]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +42,8 @@ class Run:
 
     out: Path  # folder of checkpoints
     seed: int
-    compiled: bool  # with torch.compile, which needs gcc
+    compiled: bool  # with torch.compile, which needs gcc; not on GPUs
+    device: torch.device
     report: Callable[[str], None]  # shows one line of progress
 
 
@@ -59,6 +75,49 @@ class Ema(Generic[Module]):
         torch._foreach_lerp_(averages, values, 1 - decay)
 
 
+class _Graphs:
+    """Forward and backward of a loss on a GPU, a CUDA graph for each kind of batch; all add to the same gradients."""
+
+    def __init__(self, loss: Loss, parameters: list[nn.Parameter]) -> None:
+        self._loss, self._parameters = loss, parameters
+        self._seen: dict[object, int] = {}
+        self._captured: dict[object, tuple[torch.cuda.CUDAGraph, Batch, Figures]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def backward(self, batch: Batch) -> Figures:
+        """Gradients of a batch, in place of those before."""
+        if batch.kind in self._captured:
+            graph, held, figures = self._captured[batch.kind]
+            for place, given in zip(held.tensors, batch.tensors, strict=True):
+                place.copy_(given)
+            graph.replay()
+            return figures
+        self._seen[batch.kind] = self._seen.get(batch.kind, 0) + 1
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            figures = self._run(batch)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        if self._seen[batch.kind] == _WARM_UP:
+            self._capture(batch)
+        return figures
+
+    def _capture(self, batch: Batch) -> None:
+        held = Batch(kind=batch.kind, tensors=tuple(tensor.clone() for tensor in batch.tensors))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            figures = self._run(held)
+        self._captured[batch.kind] = graph, held, figures
+
+    def _run(self, batch: Batch) -> Figures:
+        torch._foreach_zero_([parameter.grad for parameter in self._parameters])
+        loss, figures = self._loss(batch)
+        loss.backward()
+        return figures
+
+
 class Trainer(Generic[Module]):
     """Runs steps and can be stopped and started at any time: a checkpoint holds all that a step depends on.
 
@@ -87,50 +146,51 @@ class Trainer(Generic[Module]):
         self._optimizers, self._schedule = optimizers, schedule
         self._base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self._seed, self._report = run.seed if seed is None else seed, run.report
+        self._device = run.device
         self._step = 0
         self.history: list[dict[str, float]] = []
         if self._checkpoint.exists():
             self._load()
 
-    def train(self, steps: int, step: Step) -> Module:
-        """Train up to `steps` steps in all; reports every 25 and saves every few minutes.
+    def train(self, steps: int, draw: Draw, loss: Loss) -> Module:
+        """Train up to `steps` steps in all; reports every hundredth of them and saves every few minutes.
 
         Returns:
             The averaged weights.
         """
         parameters = [p for p in self._module.parameters() if p.requires_grad]
+        backward = _Graphs(loss, parameters).backward if self._device.type == "cuda" else _eager(loss, parameters)
         began, since, last_save = time.monotonic(), self._step, time.monotonic()
-        sums: dict[str, float] = {}
-        counted = 0
+        sums: Figures = {}
+        counted, every = 0, max(25, steps // 100)
         while self._step < steps:
-            figures = self._take(step, parameters)
+            figures = self._take(draw, backward, parameters)
             counted += 1
             for key, value in figures.items():
-                sums[key] = sums.get(key, 0.0) + value
-            if self._step % 25 == 0 or self._step == steps:
-                means = {key: value / counted for key, value in sums.items()}
+                sums[key] = sums[key] + value if key in sums else value.clone()
+            if self._step % every == 0 or self._step == steps:
+                means = {key: value.item() / counted for key, value in sums.items()}
                 self.history.append({"step": self._step, **means})
                 pace = (time.monotonic() - began) / (self._step - since)
                 left = (steps - self._step) * pace / 60
                 shown = "  ".join(f"{key} {value:.4f}" for key, value in means.items())
-                self._report(f"step {self._step}/{steps}  {shown}  {pace:.2f} s/step  {left:.0f} min left")
+                self._report(f"step {self._step}/{steps}  {shown}  {1000 * pace:.1f} ms/step  {left:.1f} min left")
                 sums, counted = {}, 0
             if time.monotonic() - last_save > _SAVE_EVERY or self._step == steps:
                 self._save()
                 last_save = time.monotonic()
         return self._ema.module
 
-    def _take(self, step: Step, parameters: list[nn.Parameter]) -> dict[str, float]:
+    def _take(self, draw: Draw, backward: Callable[[Batch], Figures], parameters: list[nn.Parameter]) -> Figures:
         for optimizer, base in zip(self._optimizers, self._base, strict=True):
             for group, rate in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = rate * self._schedule(self._step)
         # Each step has its own stream, so that a resumed run draws what an unbroken one would have drawn.
-        loss, figures = step(torch.Generator().manual_seed(self._seed * 1_000_003 + self._step))
-        loss.backward()
+        generator = torch.Generator(self._device).manual_seed(self._seed * 1_000_003 + self._step)
+        figures = backward(draw(generator))
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in self._optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
         self._step += 1
         self._ema.update(self._module, self._step)
         return figures
@@ -149,7 +209,7 @@ class Trainer(Generic[Module]):
         os.replace(part, self._checkpoint)
 
     def _load(self) -> None:
-        state = torch.load(self._checkpoint, weights_only=True)
+        state = torch.load(self._checkpoint, weights_only=True, map_location=self._device)
         if state["seed"] != self._seed:
             raise ValueError(f"{self._checkpoint} was trained with seed {state['seed']}, not {self._seed}")
         self._step, self.history = state["step"], state["history"]
@@ -158,3 +218,14 @@ class Trainer(Generic[Module]):
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self._report(f"going on from step {self._step} of {self._checkpoint}")
+
+
+def _eager(loss: Loss, parameters: list[nn.Parameter]) -> Callable[[Batch], Figures]:
+    def backward(batch: Batch) -> Figures:
+        for parameter in parameters:
+            parameter.grad = None
+        value, figures = loss(batch)
+        value.backward()
+        return figures
+
+    return backward
