@@ -11,6 +11,7 @@ H query heads, G key heads, d head size, N text tokens, n rotary bands.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -225,16 +226,10 @@ class TransformerLayer(nn.Module):
         layer: int,
         cross: Attention,
     ) -> Tensor:
-        """Run the layer.
+        """Run the layer on hidden states, with one condition per chunk; S must be R equal chunks.
 
-        Args:
-            h_BSD: hidden states.
-            cond_BRC: one condition per chunk; S must be R equal chunks.
-            text_BND: embedded caption tokens, only those that count.
-            rope: table of `RotaryBands.table` for the S tokens.
-            view: what to attend to.
-            layer: the layer's absolute number, which the view is asked with.
-            cross: attention function for the text.
+        `text_BND` are embedded caption tokens, only those that count; `rope` is `RotaryBands.table` for the S tokens;
+        `view` is what to attend to, asked with the layer's absolute number; `cross` is the attention for the text.
         """
         gate_attention, gate_mlp = self.ada_modulate_layer(cond_BRC)
         attended = self.self_attention(h_BSD, text_BND, rope, view, layer, cross)
@@ -255,6 +250,13 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
 # ---- the model
 
 
+@cache
+def _frequencies(device: torch.device) -> Tensor:
+    """Of the sinusoid of times. A GPU's exp differs from a CPU's, so they are taken on the CPU, and copied once."""
+    steps = torch.arange(_FREQUENCIES, dtype=torch.float32, device="cpu")
+    return torch.exp(-math.log(10000) * steps / _FREQUENCIES).to(device)
+
+
 class _TimestepEmbedder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -264,9 +266,7 @@ class _TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """[..] -> [.., C] fp32. The sinusoid is rounded to the model's dtype before the fp32 MLP (6.1, step 3)."""
-        steps = torch.arange(_FREQUENCIES, dtype=torch.float32)
-        freqs = torch.exp(-math.log(10000) * steps / _FREQUENCIES).to(t.device)  # on the CPU: its exp differs
-        angles = t.float()[..., None] * freqs * 1000
+        angles = t.float()[..., None] * _frequencies(t.device) * 1000
         wave = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype)
         return _linear_fp32(self.mlp[2], F.silu(_linear_fp32(self.mlp[0], wave)))
 
