@@ -28,11 +28,12 @@ from typing import NoReturn
 
 from torch.distributed import Store
 
+from engine.machine import this_machine
 from parallel.health.errors import Failure, GangError
 from parallel.health.exit_codes import FAILED, INTERRUPTED
 from parallel.health.hang_detector import Heartbeat
 from parallel.health.heartbeats import Heartbeats
-from parallel.health.processes import LocalProcess, WakeupPipe, this_machine
+from parallel.health.processes import LocalProcess, WakeupPipe
 from parallel.health.timeouts import Timeouts
 from parallel.ranks.environment import RankEnv
 from parallel.topology.mesh import Mesh

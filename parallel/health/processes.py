@@ -15,16 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def this_machine() -> str:
-    """A name that all processes share which can see each other: of the machine, or of a container on it."""
-    name = socket.gethostname()
-    with suppress(OSError):
-        name += "/" + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    with suppress(OSError):
-        name += "/" + os.readlink("/proc/self/ns/pid")
-    return name
-
-
 class LocalProcess:
     """A process of this machine, which lives or has ended a moment ago."""
 

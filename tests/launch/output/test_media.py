@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from engine.files import part_of
 from launch.output.media import PREFIX_FRAMES, BackgroundWriter, VideoWriter, read_image, read_video
 from models.errors import InputError
 
@@ -138,7 +139,7 @@ def _noise(count: int) -> Tensor:
 
 def _link_to_full_disk(path: Path) -> None:
     """Make the hidden file one that every write to fails with "no space left on device"."""
-    (path.parent / f".{path.name}.{os.getpid()}.part").symlink_to("/dev/full")
+    part_of(path).symlink_to("/dev/full")
 
 
 def test_a_video_reads_back_with_its_colours(tmp_path: Path) -> None:
