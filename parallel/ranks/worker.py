@@ -8,6 +8,7 @@ no other synchronisation.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,6 +63,8 @@ class StageWorker:
         place = {"stage": mesh.stage, "cp_rank": mesh.cp_rank}
         self.stage = Stage(model, stage.attention, rank=mesh.rank, place=place)
         self._splits: dict[int, TokenSplit] = {}
+        self._saving: dict[int, str] = {}  # key of each video's last checkpoint in the store
+        self._saving_lock = threading.Lock()
         self._timer = DeviceTimer(model.kv.device)
         layers = model.kv.layers
         self.counters = RankCounters(
@@ -99,6 +102,9 @@ class StageWorker:
         self.counters.digests[str(header.request)] = self.stage.flags(header.request).digest.hex()
         self.stage.release(header.request)
         self._splits.pop(header.request)
+        with self._saving_lock:
+            if (key := self._saving.pop(header.request, None)) is not None:
+                self._store.delete_key(key)  # nobody has read it if the video was cancelled
 
     def run(self, header: Header, hidden: Tensor) -> Tensor:
         """Run an item on hidden states [1, s, D] of this rank's tokens; a FlagMismatch as in `release`."""
@@ -132,8 +138,8 @@ class StageWorker:
     ) -> None:
         """Take a snapshot of a video's KV and begin to write it; later items do not touch it.
 
-        The writer's thread leaves the names of the files in the store, so a slow disk holds up no rank's loop. A file
-        that cannot be written ends the gang, and so do flags that are not the leader's.
+        The writer's thread leaves the names of the files in the store, so a slow disk holds up no rank's loop; they go
+        with the video. A file that cannot be written ends the gang, and so do flags that are not the leader's.
 
         Args:
             header: of the message that asks for it.
@@ -141,6 +147,7 @@ class StageWorker:
             run: the state of the run, which the leader writes too.
             on_done: called in the thread once all is written.
         """
+        video, key = header.request, saved_key(folder, self._mesh.rank)
 
         def ended(written: tuple[Shard, ...] | Exception) -> None:
             if isinstance(written, InputError):
@@ -148,13 +155,16 @@ class StageWorker:
             elif isinstance(written, Exception):
                 self._monitor.fail(f"{self._mesh.name(self._mesh.rank)}: {type(written).__name__}: {written}")
             else:
-                self._store.set(saved_key(folder, self._mesh.rank), json.dumps([asdict(shard) for shard in written]))
+                with self._saving_lock:
+                    if self._saving.get(video) == key:
+                        self._store.set(key, json.dumps([asdict(shard) for shard in written]))
                 on_done()
 
-        with self._working(f"request {header.request}, snapshot"):
+        with self._working(f"request {video}, snapshot"):
             began = time.perf_counter()
             self._follow(header)
-            files = self.stage.snapshot(header.request) | ({} if run is None else {RUN_FILE: run})
+            self._saving[video] = key
+            files = self.stage.snapshot(video) | ({} if run is None else {RUN_FILE: run})
             write_async(folder, files, ended)
             self.counters.checkpoints += 1
             self._tracer.add("snapshot", began)
