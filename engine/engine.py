@@ -33,8 +33,8 @@ from models.errors import InputError
 from models.protocols import Pipeline
 
 _NO_REUSE, _OWN_RANGE = ReuseSettings(), KVSettings()
-_GATE_TIMEOUT, _POLL_INTERVAL = 0.01, 0.002
-"""Seconds to sleep at most while a gate is closed or a disk is waited for, and between looks at results meanwhile."""
+_GATE_SECONDS = 0.01  # to sleep at most while a gate is closed or a disk is waited for
+_RESULTS_SECONDS = 0.002  # between two looks at results meanwhile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -322,8 +322,8 @@ class Engine:
 
     def _poll_results(self) -> Iterable[tuple[WorkItem, Tensor]]:
         """Results, if some come before something wakes this thread."""
-        until = time.perf_counter() + _GATE_TIMEOUT
-        interval = _POLL_INTERVAL if self._runner.pending else _GATE_TIMEOUT
+        until = time.perf_counter() + _GATE_SECONDS
+        interval = _RESULTS_SECONDS if self._runner.pending else _GATE_SECONDS
         while not self._wake.wait(interval) and time.perf_counter() < until:
             if self._runner.pending and (results := list(self._runner.results(wait=False))):
                 return results

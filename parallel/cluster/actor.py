@@ -45,11 +45,11 @@ from parallel.cluster.messages import (
 )
 from parallel.health.errors import Failure, GangError
 from parallel.health.exit_codes import BAD_INPUT
+from parallel.health.timeouts import LAST_MESSAGES_SECONDS
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
 from parallel.ranks.worker import StageModel
 
-_FLUSH = 5.0  # seconds for the last messages to leave
 _MOST_WAITING = 8  # chunks that were handed out and are not stored yet, before no more are made
 
 
@@ -84,7 +84,7 @@ class RankActor:
         except Exception as error:  # noqa: BLE001 - the controller shows it
             return Failure(message=f"rank {env.rank}: {type(error).__name__}: {error}", reporter=env.rank)
         finally:
-            connection.close(flush=_FLUSH)
+            connection.close(flush=LAST_MESSAGES_SECONDS)
         return None
 
     def _on_end(self, error: Exception | None) -> None:

@@ -48,8 +48,8 @@ from parallel.cluster.messages import (
 from parallel.cluster.placement import alive_nodes, plan_strategies
 from parallel.cluster.queue import Figures, Permit, RequestState
 from parallel.cluster.scheduler import Scheduler
+from parallel.health.timeouts import GANGS_END_SECONDS, METRICS_SECONDS, NEWS_SECONDS, POLL_SECONDS
 
-_POLL, _FIGURES_EVERY, _CLOSING = 0.2, 1.0, 10.0
 _FAILED_STARTS = 4  # attempts in a row to start a gang, none of which gets it ready, before it is given up
 _BLAMED = re.compile(r": request (\d+), tick \d+, chunk \d+ \(\w+\): (\w+: .*)$")
 """What a rank says of an error within an item: the number of the video, and the error."""
@@ -103,9 +103,9 @@ class Controller:
         if kind is None and self._scheduler.idle:
             for gang in up:
                 gang.send(Finish())
-            deadline = time.monotonic() + _CLOSING
+            deadline = time.monotonic() + GANGS_END_SECONDS
             while not all(gang.ended for gang in up) and time.monotonic() < deadline:
-                time.sleep(0.05)
+                time.sleep(POLL_SECONDS)
         for gang in self._gangs.values():
             gang.give_up()
         if self._listener is not None:
@@ -165,7 +165,7 @@ class Controller:
         """Wait for news, handle it, and carry out the decisions that follow."""
         self._carry_out()  # what was submitted since the last round does not wait for an event
         assert self._listener is not None
-        self._listener.news.wait(_POLL)
+        self._listener.news.wait(NEWS_SECONDS)
         self._listener.news.clear()
         for gang in self._gangs.values():
             if gang.state is GangState.DOWN:
@@ -179,7 +179,7 @@ class Controller:
         self._give_up_if_roomless()
         self._carry_out()
         now = time.monotonic()
-        if now - self._counted >= _FIGURES_EVERY:
+        if now - self._counted >= METRICS_SECONDS:
             self._counted = now
             self._metrics.show(self._scheduler.figures())
 

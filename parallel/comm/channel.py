@@ -34,8 +34,8 @@ from torch.distributed import Work
 
 from engine.video import WorkItem
 from parallel.comm.messages import HEADER_BYTES, Header, Kind, Message
+from parallel.health.timeouts import CHECK_SECONDS
 
-_POLL = 0.25  # seconds between two checks whether a rank has failed
 _TAGS = 1 << 28
 _DEVICE_KINDS = (Kind.ITEM, Kind.VELOCITY)
 """Messages whose payload is on the device, and nearly always of the same size."""
@@ -253,7 +253,7 @@ class Inbox:
         self._begin_all()
         while not self._begun:
             try:
-                self._begin(*self._arrived.get(timeout=_POLL))
+                self._begin(*self._arrived.get(timeout=CHECK_SECONDS))
             except queue.Empty:
                 self._check()
         return self._finish(began)

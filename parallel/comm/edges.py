@@ -15,10 +15,10 @@ from parallel.comm.channel import AHEAD, Inbox, Outbox
 from parallel.comm.groups import Groups
 from parallel.comm.messages import Header, Kind, Message
 from parallel.health.monitor import Monitor
+from parallel.health.timeouts import LAST_TRANSFERS_SECONDS
 from parallel.topology.mesh import Mesh
 from parallel.trace.tracer import Tracer
 
-_CLOSING = 10.0  # seconds
 _FIRST_TRACK = 2
 """Of a trace, for what is sent; those before it are of the main thread and of decoding."""
 
@@ -133,7 +133,7 @@ class Edges:
                 while inbox.receive().header.kind is not Kind.LEAVE:
                     pass  # a result of a request that was cancelled
         for outbox in self._outboxes.values():
-            outbox.close(_CLOSING)
+            outbox.close(LAST_TRANSFERS_SECONDS)
         for inbox in self._inboxes.values():
-            inbox.close(_CLOSING)
+            inbox.close(LAST_TRANSFERS_SECONDS)
         return sum(outbox.sent_bytes for outbox in self._outboxes.values())

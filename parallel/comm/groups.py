@@ -17,11 +17,10 @@ import torch.distributed as dist
 
 from parallel.comm.channel import GroupTransport, Link
 from parallel.comm.transfer import Transfer, choose_transfer, exchange_devices
-from parallel.health.timeouts import Timeouts
+from parallel.health.timeouts import STORE_SECONDS, Timeouts
 from parallel.ranks.environment import RankEnv
 from parallel.topology.mesh import Edge, Mesh
 
-_SERVED = 20.0  # seconds
 _IDLE = timedelta(days=365)
 """Receives are posted ahead and may wait for long; whether peers are alive is the monitor's business."""
 
@@ -38,8 +37,7 @@ class Groups:
 
 def connect(env: RankEnv, timeout: float) -> dist.Store:
     """A connection of its own to the rendezvous store, under a name of this attempt."""
-    # A launcher's store is there before its ranks are; where it is not, the launcher has gone.
-    patience = min(timeout, _SERVED) if env.launcher_serves else timeout
+    patience = min(timeout, STORE_SECONDS) if env.launcher_serves else timeout
     store = dist.TCPStore(
         env.host, env.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=patience)
     )

@@ -34,7 +34,7 @@ from parallel.health.exit_codes import FAILED, INTERRUPTED
 from parallel.health.hang_detector import Heartbeat
 from parallel.health.heartbeats import Heartbeats
 from parallel.health.processes import LocalProcess, WakeupPipe
-from parallel.health.timeouts import Timeouts
+from parallel.health.timeouts import POLL_SECONDS, Timeouts
 from parallel.ranks.environment import RankEnv
 from parallel.topology.mesh import Mesh
 
@@ -252,7 +252,7 @@ class Monitor:
         deadline = time.monotonic() + self._timeouts.grace
         while self._server == self._mesh.rank and time.monotonic() < deadline and self._others_read():
             self._heartbeats.refresh()
-            time.sleep(0.02)
+            time.sleep(POLL_SECONDS)
 
     def _others_read(self) -> bool:
         """Whether another rank may still read the store."""

@@ -27,10 +27,8 @@ from engine.reuse.policy import Decision
 from engine.video import Work, WorkItem
 from parallel.comm.edges import Edges, RankServices
 from parallel.comm.messages import Header, Kind, pack_admit, pack_json
+from parallel.health.timeouts import POLL_SECONDS
 from parallel.ranks.worker import StageWorker, read_velocity, saved_key
-
-_SAVED_INTERVAL = 0.05
-"""Seconds between two looks at which ranks have written their files."""
 
 
 class Leader(Runner):
@@ -114,7 +112,7 @@ class Leader(Runner):
     def saved(self, video: int) -> tuple[Shard, ...] | None:
         """The files of a video's last snapshot, once all ranks have written."""
         now = time.monotonic()
-        if now - self._looked < _SAVED_INTERVAL:
+        if now - self._looked < POLL_SECONDS:
             return None
         self._looked = now
         keys = [saved_key(self._saving[video], rank) for rank in range(math.prod(self.layout.values()))]
