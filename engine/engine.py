@@ -26,7 +26,6 @@ from engine.prepare import Encoded, encode, prepare
 from engine.progress import OnProgress, ProgressReporter
 from engine.record import Recorder
 from engine.request import Request
-from engine.reuse.policy import Decision, Observation
 from engine.reuse.settings import ReuseSettings
 from engine.video import VideoRun, VideoState, WorkItem
 from models.errors import InputError
@@ -207,7 +206,7 @@ class Engine:
         if what.checkpoint is not None:
             save, saved = partial(self._save, number), partial(runner.saved, number)
             keeper = Checkpointer(what.checkpoint, what.fingerprint, start, save, saved)
-        decided, barrier = partial(self._decided, number), self._barrier
+        decided, barrier = reporter.decided, self._barrier
         order = WorkOrder(run, barrier=barrier, on_decision=decided, gate=gate, checkpointer=keeper, start=start)
         first = reporter.counts["chunks"]
         self._videos[number] = _Video(run, order, reporter, keeper, decode, stored, handed_out=first)
@@ -334,10 +333,6 @@ class Engine:
             video = self._videos.get(item.request)
             if video is not None:
                 video.order.returned(item, velocity)
-
-    def _decided(self, number: int, seen: Observation, decision: Decision) -> None:
-        self._runner.decided(number, decision)
-        self._videos[number].reporter.decided(seen, decision)
 
     def _collect(self, number: int, video: _Video) -> None:
         """Report what has happened to a video since the last look, and let go of it if all of its work is done."""

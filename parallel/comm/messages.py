@@ -62,7 +62,7 @@ class Header:
     request: int = -1  # whose it is; -1 for none
     item: WorkItem | None = None  # what to run, or what was run
     flags: tuple[int, ...] = ()
-    """Reuse flags since the last header of the request, in the order (tick, chunk): the values of `Decision`."""
+    """Reuse flags since the last header of the request, as in `Work`."""
     digest: bytes = bytes(8)  # of all flags of the request so far
     shape: tuple[int, ...] = ()  # of the payload; empty for none
     dtype: torch.dtype = torch.uint8  # of the payload
