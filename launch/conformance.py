@@ -34,8 +34,7 @@ from models.magi.sampling import MagiSampling
 from models.magi.vae import ViTVAE
 from models.magi.weights import Checkpoint
 from models.protocols import CELL_PIXELS, Autoencoder, CaptionTable, Pipeline
-from parallel.health.errors import GangError
-from parallel.health.exit_codes import BAD_INPUT, FAILED, OK
+from parallel.health.errors import BAD_INPUT, FAILED, OK, GangError
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang
 from parallel.ranks.worker import StageModel

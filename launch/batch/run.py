@@ -20,7 +20,7 @@ from launch.options import BatchOptions, parse_size
 from launch.output.display import BatchDisplay, Row, State, summary
 from models.errors import InputError
 from parallel.cluster.messages import Admitted, ChunkMade, Event, GangDown, GangLost, Progressed, VideoDone, VideoFailed
-from parallel.health.exit_codes import BAD_INPUT, FAILED, OK
+from parallel.health.errors import BAD_INPUT, FAILED, OK
 
 
 def run_batch(options: BatchOptions, *, say: Callable[[str], None]) -> int:

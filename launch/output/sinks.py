@@ -34,7 +34,7 @@ from parallel.cluster.messages import (
     VideoDone,
     VideoFailed,
 )
-from parallel.health.exit_codes import FAILED
+from parallel.health.errors import FAILED
 from parallel.topology.split import stage_sizes
 from parallel.trace.counters import RankCounters
 

@@ -43,8 +43,7 @@ from parallel.cluster.messages import (
     VideoFailed,
     VideoOrder,
 )
-from parallel.health.errors import Failure, GangError
-from parallel.health.exit_codes import BAD_INPUT
+from parallel.health.errors import BAD_INPUT, Failure, GangError
 from parallel.health.timeouts import LAST_MESSAGES_SECONDS
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
