@@ -46,24 +46,16 @@ class _Video:
 
 
 class Decoder:
-    """A thread with an autoencoder.
-
-    Args:
-        autoencoder: latents to frames.
-        device: of the latents.
-        on_decoded: called in the thread after each chunk, with `time.perf_counter()` at its start.
-        check: called while the caller waits; raises if the run has failed elsewhere.
-        limits: seconds that the first chunk, and any other, may take.
-    """
+    """A thread with an autoencoder."""
 
     def __init__(
         self,
-        autoencoder: Autoencoder,
-        device: torch.device,
+        autoencoder: Autoencoder,  # latents to frames
+        device: torch.device,  # of the latents
         *,
-        on_decoded: Callable[[float], None],
-        check: Callable[[], None],
-        limits: tuple[float, float] = (FIRST_CHUNK_SECONDS, CHUNK_SECONDS),
+        on_decoded: Callable[[float], None],  # in the thread after each chunk, with `perf_counter()` at its start
+        check: Callable[[], None],  # called while the caller waits; raises if the run has failed elsewhere
+        limits: tuple[float, float] = (FIRST_CHUNK_SECONDS, CHUNK_SECONDS),  # seconds of the first chunk and of others
     ) -> None:
         self._autoencoder, self._device, self._on_decoded, self._check = autoencoder, device, on_decoded, check
         self._waiting: queue.Queue[tuple[int, int, Tensor, torch.cuda.Event | None] | None] = queue.Queue(_AHEAD)

@@ -80,28 +80,18 @@ class _Video:
 
 
 class Engine:
-    """Makes videos with one loaded model: one by `generate`, several at once by `submit` and `step`.
-
-    Args:
-        pipeline: the model; on ranks only the first stage's layers need to be there.
-        runner: runs the items; None for this process.
-        reuse: which steps are reused.
-        kv: how much of the past is held.
-        identity: names the model and its weights; a checkpoint is taken up by the same only.
-        barrier: wait for all chunks of a tick before the next; for comparison.
-        on_decoded: called by the decoder's thread after each chunk, with `time.perf_counter()` at its start.
-    """
+    """Makes videos with one loaded model: one by `generate`, several at once by `submit` and `step`."""
 
     def __init__(
         self,
-        pipeline: Pipeline,
-        runner: Runner | None = None,
+        pipeline: Pipeline,  # the model; on ranks only the first stage's layers need to be there
+        runner: Runner | None = None,  # runs the items; None for this process
         *,
-        reuse: ReuseSettings = _NO_REUSE,
-        kv: KVSettings = _OWN_RANGE,
-        identity: str = "",
-        barrier: bool = False,
-        on_decoded: Callable[[float], None] = lambda began: None,
+        reuse: ReuseSettings = _NO_REUSE,  # which steps are reused
+        kv: KVSettings = _OWN_RANGE,  # how much of the past is held
+        identity: str = "",  # names the model and its weights; a checkpoint is taken up by the same only
+        barrier: bool = False,  # wait for all chunks of a tick before the next; for comparison
+        on_decoded: Callable[[float], None] = lambda began: None,  # as of `Decoder`
     ) -> None:
         self._pipeline, self._reuse, self._kv, self._identity = pipeline, reuse, kv, identity
         self._runner: Runner = runner or LocalRunner(pipeline.model, pipeline.attention)
@@ -154,28 +144,19 @@ class Engine:
 
     def submit(
         self,
-        what: Request | Submission,
+        what: Request | Submission,  # to make; a request is read first, see `read`
         *,
-        on_progress: OnProgress | None = None,
-        recorder: Recorder | None = None,
-        checkpoint: CheckpointConfig | None = None,
-        stored: Callable[[], int] | None = None,
-        gate: AdmissionGate | None = None,
-        decode: bool = True,
+        on_progress: OnProgress | None = None,  # called after every tick
+        recorder: Recorder | None = None,  # takes what happens, for a record
+        checkpoint: CheckpointConfig | None = None,  # of a request, where and how often to keep how far it is
+        stored: Callable[[], int] | None = None,  # the next chunk not in safe hands; None for the next one to hand out
+        gate: AdmissionGate | None = None,  # lets its quanta begin, see `wake`; None lets all
+        decode: bool = True,  # whether frames are wanted
     ) -> int:
         """Begin a video besides those in flight, or go on with it if there is a checkpoint of it.
 
-        A record of a video that goes on from a checkpoint has the rest only.
-
-        Args:
-            what: to make; a request is read first, see `read`.
-            on_progress: called after every tick.
-            recorder: takes what happens, for a record.
-            checkpoint: of a request, where and how often to keep how far it is.
-            stored: index of the next chunk that is not in safe hands, where handing it out is not enough. A checkpoint
-                is only made whole when all chunks before it are.
-            gate: lets its quanta begin; None lets all. See `wake`.
-            decode: whether frames are wanted.
+        A record of a video that goes on from a checkpoint has the rest only. A checkpoint is only made whole when all
+        chunks before it are in safe hands.
 
         Returns:
             The video's number, which `step` hands its chunks out with.

@@ -91,11 +91,7 @@ def check_target(path: Path, *, suffix: str, what: str) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """See that a folder can be filled, or made where it is missing. Nothing is left behind.
-
-    Raises:
-        InputError: it cannot, or a part of its path is a file.
-    """
+    """See that a folder can be filled, or made if missing, and leave nothing behind; an InputError if it cannot."""
     with write_errors(folder):
         standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not standing.is_dir():

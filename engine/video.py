@@ -93,30 +93,19 @@ class Reuse:
 
 
 class VideoRun:
-    """One video in the making.
-
-    Args:
-        request: number of the request, carried by its work items.
-        shape: size of the video.
-        sampling: how the family denoises.
-        noise: where the chunks start.
-        reuse: which steps are not computed.
-        prefix: latents [1, C, P, h, w] to go on from, in the dtype that the prefix pass reads.
-        compressed: the past is compressed, so a chunk attends to all of it and not to a range of chunks.
-        device: where latents are kept.
-    """
+    """One video in the making."""
 
     def __init__(
         self,
-        request: int,
-        shape: VideoShape,
-        sampling: Sampling,
-        noise: Noise,
-        reuse: Reuse,
+        request: int,  # number of the request, carried by its work items
+        shape: VideoShape,  # size of the video
+        sampling: Sampling,  # how the family denoises
+        noise: Noise,  # where the chunks start
+        reuse: Reuse,  # which steps are not computed
         *,
-        prefix: Tensor | None,
-        compressed: bool,
-        device: torch.device,
+        prefix: Tensor | None,  # latents [1, C, P, h, w] to go on from, in the dtype that the prefix pass reads
+        compressed: bool,  # the past is compressed, so a chunk attends to all of it and not to a range of chunks
+        device: torch.device,  # where latents are kept
     ) -> None:
         self._request, self._shape, self._sampling, self._noise = request, shape, sampling, noise
         self._reuse, self._prefix, self._compressed, self._device = reuse, prefix, compressed, device

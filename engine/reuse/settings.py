@@ -36,12 +36,7 @@ class ComputedStep:
 
 
 class ReuseMemory:
-    """The last computed velocities of every chunk of the window.
-
-    Args:
-        kind: one of `KINDS`; `extrapolate` extrapolates every step that is not computed.
-        both: a policy may ask for extrapolation where `kind` is another.
-    """
+    """The last computed velocities of every chunk of the window; two each if a policy may extrapolate (`both`)."""
 
     def __init__(self, kind: str, *, both: bool = False) -> None:
         if kind not in KINDS:

@@ -156,11 +156,7 @@ class CommandLoop:
         self._engine: Engine | None = None
 
     def handle(self, command: Command) -> None:
-        """Take a command of the controller, on any thread.
-
-        Raises:
-            TypeError: it is no command.
-        """
+        """Take a command of the controller, on any thread; a TypeError if it is no command."""
         if not isinstance(command, Command):
             raise TypeError(f"a {type(command).__name__} is no command")
         if isinstance(command, PermitQuantum):  # at once: the engine may be waiting for it within a step
@@ -173,12 +169,9 @@ class CommandLoop:
     # ---- the leader's main thread
 
     def run(self, engine: Engine, device: torch.device, send: Callable[[list[SentByGang]], None]) -> None:
-        """Make the videos that come until there will be no more.
+        """Make the videos that come until there will be no more; a GangError if a rank has failed.
 
         Events go to the controller by `send`, which waits for nobody.
-
-        Raises:
-            GangError: a rank has failed.
         """
         self._engine, self._send = engine, send
         own_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None

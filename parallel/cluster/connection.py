@@ -44,11 +44,7 @@ class Address:
 
 
 def connect(address: Address, on_message: OnMessage, on_end: OnEnd) -> Connection:
-    """Connect to the controller; the functions are those of `Connection`.
-
-    Raises:
-        OSError: it cannot be reached, or it is another one.
-    """
+    """Connect to the controller, with functions for `Connection`; an OSError if it cannot be reached or is another."""
     own = socket.create_connection((address.host, address.port), timeout=CONNECT_SECONDS)
     stream = _stream(own)
     try:

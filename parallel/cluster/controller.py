@@ -85,11 +85,7 @@ class Controller:
         self._counted = self._roomless = 0.0
 
     def __enter__(self) -> Self:
-        """Reserve resources, and begin to start the gangs.
-
-        Raises:
-            InputError: the cluster has not so much.
-        """
+        """Reserve resources, and begin to start the gangs; an InputError if the cluster has not so much."""
         settings = self._settings
         strategies = plan_strategies(alive_nodes(), settings.shape, settings.gangs)
         self._listener = Listener(ray.util.get_node_ip_address())
@@ -114,11 +110,7 @@ class Controller:
     # ---- for the caller
 
     def submit(self, order: VideoOrder) -> None:
-        """Queue a video.
-
-        Raises:
-            InputError: no gang can ever hold it, or there is one of that name that is not made yet.
-        """
+        """Queue a video; an InputError if no gang can ever hold it, or one of that name is not made yet."""
         self._scheduler.submit(order.video, order.size, priority=order.priority)
         self._videos[order.video] = _Video(order, order.stored)
 
@@ -224,11 +216,7 @@ class Controller:
         self._out.append(event)
 
     def _take(self, gang: Gang, chunk: ChunkMade) -> None:
-        """Hand a chunk out, unless it was handed out before a gang was lost.
-
-        Raises:
-            GangBroken: chunks before it are missing.
-        """
+        """Hand a chunk out, unless it was before a gang was lost; a GangBroken if chunks before it are missing."""
         video = self._videos[chunk.video]
         self._metrics.chunks.inc(1, tags={"again": str(chunk.index < video.delivered).lower()})
         if chunk.index < video.delivered:
@@ -307,7 +295,7 @@ class _Metrics:
 
     def show(self, figures: Figures) -> None:
         """The state of the queue and the gangs."""
-        self._queued.set(figures.queued)
+        self._queued.set(figures.states[RequestState.QUEUED])
         for state, count in figures.states.items():
             self._states.set(count, tags={"standing": state.value})
         for gang in figures.gangs:

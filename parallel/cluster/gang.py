@@ -221,7 +221,6 @@ class Gang:
             rank=rank,
             world_size=self._mesh.layout.world_size,
             local_rank=place.local_rank,
-            local_world_size=place.local_world_size,
             host=host,
             port=port,
             launcher_serves=True,

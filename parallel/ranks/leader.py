@@ -30,12 +30,7 @@ from parallel.ranks.worker import StageWorker, read_velocity, saved_key
 
 
 class Leader(Runner):
-    """Runs the items of videos on a gang.
-
-    Args:
-        worker: runs the first stage here.
-        services: of this rank.
-    """
+    """Runs the items of videos on a gang; `worker` runs the first stage here."""
 
     def __init__(self, worker: StageWorker, services: RankServices) -> None:
         self.worker, self._edges, self._store = worker, Edges(services), services.store

@@ -28,10 +28,7 @@ _HOST = "127.0.0.1"
 def run_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = None) -> None:
     """Run a command once for each rank, and wait for all of them.
 
-    Args:
-        command: program and arguments; each process finds its env in its environment.
-        layout: of the ranks.
-        threads: CPU threads of each; None shares the cores evenly.
+    Each process finds its env in its environment. `threads` are the CPU threads of each; None shares the cores evenly.
 
     Raises:
         GangError: a rank has failed; the text names it.
@@ -54,12 +51,10 @@ def run_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = N
 
 @contextmanager
 def worker_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = None) -> Iterator[RankEnv]:
-    """Run a command once for each rank but rank 0, which this process is. They end with this process.
-
-    Arguments are those of `run_ranks`.
+    """Run a command as `run_ranks` does, but for rank 0, which this process is. The others end with it.
 
     Yields:
-        The environment of rank 0.
+        The env of rank 0.
     """
     store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
     ranks: list[subprocess.Popen[bytes]] = []
@@ -73,8 +68,7 @@ def worker_ranks(command: Sequence[str], layout: Layout, *, threads: int | None 
 
 
 def _env(rank: int, layout: Layout, store: dist.TCPStore) -> RankEnv:
-    count = layout.world_size
-    env = RankEnv(rank=rank, world_size=count, local_rank=rank, local_world_size=count, host=_HOST, port=store.port)
+    env = RankEnv(rank=rank, world_size=layout.world_size, local_rank=rank, host=_HOST, port=store.port)
     return replace(env, launcher_serves=True, launcher_speaks=True, launched=True)
 
 

@@ -48,13 +48,7 @@ def describe(item: WorkItem) -> str:
 
 
 class StageWorker:
-    """Runs work items on this rank's layers, and counts.
-
-    Args:
-        stage: the layers.
-        services: of this rank.
-        load_seconds: that loading the layers took.
-    """
+    """Runs work items on this rank's layers, whose loading took `load_seconds`, and counts."""
 
     def __init__(self, stage: StageModel, services: RankServices, load_seconds: float) -> None:
         mesh, model = services.mesh, stage.model
@@ -66,16 +60,10 @@ class StageWorker:
         self._saving: dict[int, str] = {}  # key of each video's last checkpoint in the store
         self._saving_lock = threading.Lock()
         self._timer = DeviceTimer(model.kv.device)
-        layers = model.kv.layers
-        self.counters = RankCounters(
-            rank=mesh.rank,
-            stage=mesh.stage,
-            cp_rank=mesh.cp_rank,
-            layers=(layers.start, layers.stop),
-            transfer=services.groups.transfer,
-            weight_bytes=model.weight_bytes,
-            load_seconds=load_seconds,
-        )
+        layers = model.kv.layers.start, model.kv.layers.stop
+        self.counters = RankCounters(rank=mesh.rank, stage=mesh.stage, cp_rank=mesh.cp_rank, layers=layers)
+        self.counters.transfer, self.counters.load_seconds = services.groups.transfer, load_seconds
+        self.counters.weight_bytes = model.weight_bytes
         self._monitor.waiting()
 
     def finish(self) -> RankCounters:
@@ -139,13 +127,8 @@ class StageWorker:
         """Take a snapshot of a video's KV and begin to write it; later items do not touch it.
 
         The writer's thread leaves the names of the files in the store, so a slow disk holds up no rank's loop; they go
-        with the video. A file that cannot be written ends the gang, and so do flags that are not the leader's.
-
-        Args:
-            header: of the message that asks for it.
-            folder: of the checkpoint.
-            run: the state of the run, which the leader writes too.
-            on_done: called in the thread once all is written.
+        with the video. A file that cannot be written ends the gang, and so do flags that are not the leader's. The
+        leader writes the `run` too. `on_done` is called in the thread once all is written.
         """
         video, key = header.request, saved_key(folder, self._mesh.rank)
 
@@ -190,9 +173,7 @@ def saved_key(folder: Path, rank: int) -> str:
 def serve(worker: StageWorker, edges: Edges, tracer: Tracer) -> None:
     """Work off the stream of messages until the leader says that nothing more will come.
 
-    Raises:
-        GangError: another rank has failed.
-        FlagMismatch: the flags that this rank was sent do not add up.
+    A GangError if another rank has failed; a FlagMismatch if the flags that this rank was sent do not add up.
     """
     counters = worker.counters
     while True:
@@ -229,9 +210,9 @@ def _run(worker: StageWorker, edges: Edges, message: Message) -> None:
         return  # run for its KV alone: nobody waits for its velocity
     if edges.reads_velocity:
         velocity = read_velocity(worker, edges, header, hidden)
-        edges.send_result(Header(kind=Kind.VELOCITY, request=header.request, item=header.item), velocity)
+        edges.send_back(Header(kind=Kind.VELOCITY, request=header.request, item=header.item), velocity)
     elif edges.is_tail:
-        edges.send_part(header, hidden)
+        edges.send_back(header, hidden)
 
 
 def read_velocity(worker: StageWorker, edges: Edges, header: Header, hidden: Tensor) -> Tensor:
