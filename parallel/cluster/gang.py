@@ -217,16 +217,9 @@ class Gang:
             self._ranks.append(self._start(env, place, nodes.get(place.node, {})))
 
     def _env(self, rank: int, place: Place, host: str, port: int) -> RankEnv:
-        return RankEnv(
-            rank=rank,
-            world_size=self._mesh.layout.world_size,
-            local_rank=place.local_rank,
-            host=host,
-            port=port,
-            launcher_serves=True,
-            launcher_speaks=True,
-            attempt=self.attempt,
-        )
+        world, local = self._mesh.layout.world_size, place.local_rank
+        env = RankEnv(rank=rank, world_size=world, local_rank=local, host=host, port=port, attempt=self.attempt)
+        return replace(env, launcher_serves=True, launcher_speaks=True)
 
     def _start(self, env: RankEnv, place: Place, node: dict[str, float]) -> _Rank:
         assert self._placement is not None
