@@ -249,8 +249,7 @@ class VideoRun:
         self._flags.restore(state.flags)
         self._unsent = list(state.unsent)
         self._reuse.policy.restore(state.policy)
-        memory = state.memory.items()
-        self._reuse.memory.restore({chunk: [one.to(device) for one in held] for chunk, held in memory})
+        self._reuse.memory.restore(state.memory, device)
 
     def _observe(self, chunks: Sequence[int]) -> dict[int, tuple[float, float]]:
         """L1 norms (of the change, of what was before) of the chunks' patch embeddings; one copy from the device."""
