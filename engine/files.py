@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from engine.machine import this_machine
+from engine.machine import runs, this_machine
 from models.errors import InputError
 
 _PART = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)\.part")
@@ -116,22 +116,12 @@ def remove_stale_parts(folder: Path) -> None:
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             found = _PART.fullmatch(path.name)
-            if found is not None and found[1] == machine and not _runs(int(found[2])):
+            if found is not None and found[1] == machine and not runs(int(found[2])):
                 path.unlink(missing_ok=True)
 
 
 def _machine() -> str:
     return hashlib.blake2b(this_machine().encode(), digest_size=4).hexdigest()
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        pass
-    except (ProcessLookupError, OverflowError):
-        return False
-    return True
 
 
 def _flush(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Names of the machine that this process runs on, to tell it from others. No torch in here."""
+"""The machine that this process runs on: its name, and whether other processes of it run. No torch in here."""
 
 from __future__ import annotations
 
@@ -21,3 +21,14 @@ def this_machine() -> str:
     with suppress(OSError):
         namespace = os.readlink("/proc/self/ns/pid")
     return f"{socket.gethostname()}/{boot_id()}/{namespace}"
+
+
+def runs(pid: int) -> bool:
+    """Whether a process of that number runs here, be it another one that was given the number since."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        pass
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True

@@ -14,6 +14,8 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from engine.machine import runs
+
 
 class LocalProcess:
     """A process of this machine, which lives or has ended a moment ago."""
@@ -36,10 +38,7 @@ class LocalProcess:
             poll.register(self._descriptor, select.POLLIN)
             self._gone = bool(poll.poll(0))
         elif not self._gone:
-            try:
-                os.kill(self._pid, 0)
-            except ProcessLookupError:
-                self._gone = True
+            self._gone = not runs(self._pid)
         return self._gone
 
     @property
