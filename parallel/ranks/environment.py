@@ -67,10 +67,9 @@ class RankEnv:
         }
 
 
-def child_environment(env: RankEnv, *, threads: int | None) -> dict[str, str]:
+def child_environment(env: RankEnv, *, threads: int) -> dict[str, str]:
     """The environment of a process that is started for an env: this one's, with the env and a number of threads."""
-    chosen = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    return {**os.environ, **env.variables(), **chosen}
+    return {**os.environ, **env.variables(), "OMP_NUM_THREADS": str(threads)}
 
 
 def _number(found: Mapping[str, str], name: str) -> int:
