@@ -21,9 +21,9 @@ from models.protocols import Autoencoder
 
 _AHEAD = 4
 """Chunks that wait to be decoded before denoising is held up."""
-_POLL_INTERVAL = 0.25
-FIRST_LIMIT, LIMIT = 900.0, 180.0
-"""Seconds for the first chunk, whose kernels may be compiled, and for any other."""
+_CHECK_SECONDS = 0.25  # between two looks whether decoding has failed or hangs
+FIRST_CHUNK_SECONDS = 900.0  # to decode the first chunk, whose kernels may be compiled
+CHUNK_SECONDS = 180.0  # to decode any other
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,24 +46,16 @@ class _Video:
 
 
 class Decoder:
-    """A thread with an autoencoder.
-
-    Args:
-        autoencoder: latents to frames.
-        device: of the latents.
-        on_decoded: called in the thread after each chunk, with `time.perf_counter()` at its start.
-        check: called while the caller waits; raises if the run has failed elsewhere.
-        limits: seconds that the first chunk, and any other, may take.
-    """
+    """A thread with an autoencoder."""
 
     def __init__(
         self,
-        autoencoder: Autoencoder,
-        device: torch.device,
+        autoencoder: Autoencoder,  # latents to frames
+        device: torch.device,  # of the latents
         *,
-        on_decoded: Callable[[float], None],
-        check: Callable[[], None],
-        limits: tuple[float, float] = (FIRST_LIMIT, LIMIT),
+        on_decoded: Callable[[float], None],  # in the thread after each chunk, with `perf_counter()` at its start
+        check: Callable[[], None],  # called while the caller waits; raises if the run has failed elsewhere
+        limits: tuple[float, float] = (FIRST_CHUNK_SECONDS, CHUNK_SECONDS),  # seconds of the first chunk and of others
     ) -> None:
         self._autoencoder, self._device, self._on_decoded, self._check = autoencoder, device, on_decoded, check
         self._waiting: queue.Queue[tuple[int, int, Tensor, torch.cuda.Event | None] | None] = queue.Queue(_AHEAD)
@@ -85,7 +77,7 @@ class Decoder:
             ready.record(torch.cuda.current_stream(self._device))
         while True:
             try:
-                self._waiting.put((video, index, latents, ready), timeout=_POLL_INTERVAL)
+                self._waiting.put((video, index, latents, ready), timeout=_CHECK_SECONDS)
                 return
             except queue.Full:
                 self._check_alive()
@@ -105,7 +97,7 @@ class Decoder:
                     chunk = held.ready.popleft() if held.ready else None
                     self._forget_if_done(video)
                     return chunk
-                self._changed.wait(_POLL_INTERVAL)
+                self._changed.wait(_CHECK_SECONDS)
 
     def pending(self, video: int) -> bool:
         """Whether chunks of a video are still to be decoded or taken."""

@@ -26,15 +26,14 @@ from engine.prepare import Encoded, encode, prepare
 from engine.progress import OnProgress, ProgressReporter
 from engine.record import Recorder
 from engine.request import Request
-from engine.reuse.policy import Decision, Observation
 from engine.reuse.settings import ReuseSettings
 from engine.video import VideoRun, VideoState, WorkItem
 from models.errors import InputError
 from models.protocols import Pipeline
 
 _NO_REUSE, _OWN_RANGE = ReuseSettings(), KVSettings()
-_GATE_TIMEOUT, _POLL_INTERVAL = 0.01, 0.002
-"""Seconds to sleep at most while a gate is closed or a disk is waited for, and between looks at results meanwhile."""
+_GATE_SECONDS = 0.01  # to sleep at most while a gate is closed or a disk is waited for
+_RESULTS_SECONDS = 0.002  # between two looks at results meanwhile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,28 +80,18 @@ class _Video:
 
 
 class Engine:
-    """Makes videos with one loaded model: one by `generate`, several at once by `submit` and `step`.
-
-    Args:
-        pipeline: the model; on ranks only the first stage's layers need to be there.
-        runner: runs the items; None for this process.
-        reuse: which steps are reused.
-        kv: how much of the past is held.
-        identity: names the model and its weights; a checkpoint is taken up by the same only.
-        barrier: wait for all chunks of a tick before the next; for comparison.
-        on_decoded: called by the decoder's thread after each chunk, with `time.perf_counter()` at its start.
-    """
+    """Makes videos with one loaded model: one by `generate`, several at once by `submit` and `step`."""
 
     def __init__(
         self,
-        pipeline: Pipeline,
-        runner: Runner | None = None,
+        pipeline: Pipeline,  # the model; on ranks only the first stage's layers need to be there
+        runner: Runner | None = None,  # runs the items; None for this process
         *,
-        reuse: ReuseSettings = _NO_REUSE,
-        kv: KVSettings = _OWN_RANGE,
-        identity: str = "",
-        barrier: bool = False,
-        on_decoded: Callable[[float], None] = lambda began: None,
+        reuse: ReuseSettings = _NO_REUSE,  # which steps are reused
+        kv: KVSettings = _OWN_RANGE,  # how much of the past is held
+        identity: str = "",  # names the model and its weights; a checkpoint is taken up by the same only
+        barrier: bool = False,  # wait for all chunks of a tick before the next; for comparison
+        on_decoded: Callable[[float], None] = lambda began: None,  # as of `Decoder`
     ) -> None:
         self._pipeline, self._reuse, self._kv, self._identity = pipeline, reuse, kv, identity
         self._runner: Runner = runner or LocalRunner(pipeline.model, pipeline.attention)
@@ -155,28 +144,19 @@ class Engine:
 
     def submit(
         self,
-        what: Request | Submission,
+        what: Request | Submission,  # to make; a request is read first, see `read`
         *,
-        on_progress: OnProgress | None = None,
-        recorder: Recorder | None = None,
-        checkpoint: CheckpointConfig | None = None,
-        stored: Callable[[], int] | None = None,
-        gate: AdmissionGate | None = None,
-        decode: bool = True,
+        on_progress: OnProgress | None = None,  # called after every tick
+        recorder: Recorder | None = None,  # takes what happens, for a record
+        checkpoint: CheckpointConfig | None = None,  # of a request, where and how often to keep how far it is
+        stored: Callable[[], int] | None = None,  # the next chunk not in safe hands; None for the next one to hand out
+        gate: AdmissionGate | None = None,  # lets its quanta begin, see `wake`; None lets all
+        decode: bool = True,  # whether frames are wanted
     ) -> int:
         """Begin a video besides those in flight, or go on with it if there is a checkpoint of it.
 
-        A record of a video that goes on from a checkpoint has the rest only.
-
-        Args:
-            what: to make; a request is read first, see `read`.
-            on_progress: called after every tick.
-            recorder: takes what happens, for a record.
-            checkpoint: of a request, where and how often to keep how far it is.
-            stored: index of the next chunk that is not in safe hands, where handing it out is not enough. A checkpoint
-                is only made whole when all chunks before it are.
-            gate: lets its quanta begin; None lets all. See `wake`.
-            decode: whether frames are wanted.
+        A record of a video that goes on from a checkpoint has the rest only. A checkpoint is only made whole when all
+        chunks before it are in safe hands.
 
         Returns:
             The video's number, which `step` hands its chunks out with.
@@ -207,7 +187,7 @@ class Engine:
         if what.checkpoint is not None:
             save, saved = partial(self._save, number), partial(runner.saved, number)
             keeper = Checkpointer(what.checkpoint, what.fingerprint, start, save, saved)
-        decided, barrier = partial(self._decided, number), self._barrier
+        decided, barrier = reporter.decided, self._barrier
         order = WorkOrder(run, barrier=barrier, on_decision=decided, gate=gate, checkpointer=keeper, start=start)
         first = reporter.counts["chunks"]
         self._videos[number] = _Video(run, order, reporter, keeper, decode, stored, handed_out=first)
@@ -322,8 +302,8 @@ class Engine:
 
     def _poll_results(self) -> Iterable[tuple[WorkItem, Tensor]]:
         """Results, if some come before something wakes this thread."""
-        until = time.perf_counter() + _GATE_TIMEOUT
-        interval = _POLL_INTERVAL if self._runner.pending else _GATE_TIMEOUT
+        until = time.perf_counter() + _GATE_SECONDS
+        interval = _RESULTS_SECONDS if self._runner.pending else _GATE_SECONDS
         while not self._wake.wait(interval) and time.perf_counter() < until:
             if self._runner.pending and (results := list(self._runner.results(wait=False))):
                 return results
@@ -334,10 +314,6 @@ class Engine:
             video = self._videos.get(item.request)
             if video is not None:
                 video.order.returned(item, velocity)
-
-    def _decided(self, number: int, seen: Observation, decision: Decision) -> None:
-        self._runner.decided(number, decision)
-        self._videos[number].reporter.decided(seen, decision)
 
     def _collect(self, number: int, video: _Video) -> None:
         """Report what has happened to a video since the last look, and let go of it if all of its work is done."""

@@ -21,7 +21,6 @@ from engine.checkpoint.files import Shard, read_contents, write_async
 from engine.kv.buffer import KVBuffer
 from engine.prepare import Admission
 from engine.reuse.flags import FlagLog
-from engine.reuse.policy import Decision
 from engine.video import Work, WorkItem
 from models.attention import Attention
 from models.errors import InputError
@@ -152,9 +151,6 @@ class Runner(Protocol):
     def admit(self, admission: Admission) -> None:
         """Take a video in; an InputError if it cannot be held, or its checkpoint does not fit."""
 
-    def decided(self, video: int, decision: Decision) -> None:
-        """A chunk-step was decided; called in the order (tick, chunk)."""
-
     def begin(self, work: Work) -> None:
         """Begin an item. Its velocity comes from `results`, if the item has a weight."""
 
@@ -209,13 +205,10 @@ class LocalRunner(Runner):
         """Take a video in."""
         self._stage.admit(admission)
 
-    def decided(self, video: int, decision: Decision) -> None:
-        """Note a flag."""
-        self._stage.flags(video).add([decision.value])
-
     def begin(self, work: Work) -> None:
         """Run an item."""
         item, stage = work.item, self._stage
+        stage.flags(item.request).add(work.flags)
         stage.change(item)
         hidden = stage.forward(item, stage.embed(work.x))
         if item.what.weight:

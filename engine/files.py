@@ -1,28 +1,30 @@
 """Files that appear whole: written under a hidden name beside their place, flushed to the disk, and renamed.
 
-The hidden name carries the number of the process, which tells the remains of a killed process from a file that another
-one is writing.
+The hidden name carries the machine and the number of the process, which tell the remains of a killed process from a
+file that another one is writing, here or on another machine that shares the folder.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from engine.machine import runs, this_machine
 from models.errors import InputError
 
-_PART = re.compile(r"\..+\.(\d+)\.part")
+_PART = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)\.part")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def part_of(path: Path) -> Path:
-    """The hidden name that a file is written under; different for every process."""
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+    """The hidden name that a file is written under; different for every process of every machine."""
+    return path.with_name(f".{path.name}.{_machine()}-{os.getpid()}.part")
 
 
 def publish(part: Path, path: Path) -> None:
@@ -68,8 +70,8 @@ def write_errors(
 def check_target(path: Path, *, suffix: str, what: str) -> None:
     """See that a file can be written there, by making and removing one in the same folder.
 
-    What processes that were killed have left unfinished in that folder is removed. The name must end in `suffix`;
-    `what` says what it is, for people.
+    What processes of this machine that were killed have left unfinished in that folder is removed. The name must end in
+    `suffix`; `what` says what it is, for people.
 
     Raises:
         InputError: the name ends otherwise, the folder is missing or not writable, or the name is taken by something
@@ -89,11 +91,7 @@ def check_target(path: Path, *, suffix: str, what: str) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """See that a folder can be filled, or made where it is missing. Nothing is left behind.
-
-    Raises:
-        InputError: it cannot, or a part of its path is a file.
-    """
+    """See that a folder can be filled, or made if missing, and leave nothing behind; an InputError if it cannot."""
     with write_errors(folder):
         standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not standing.is_dir():
@@ -113,22 +111,17 @@ def _try_part(path: Path) -> None:
 
 
 def remove_stale_parts(folder: Path) -> None:
-    """Remove the unfinished files of processes that are gone."""
+    """Remove the unfinished files of processes of this machine that are gone. Of others nothing is known."""
+    machine = _machine()
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             found = _PART.fullmatch(path.name)
-            if found is not None and not _runs(int(found[1])):
+            if found is not None and found[1] == machine and not runs(int(found[2])):
                 path.unlink(missing_ok=True)
 
 
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        pass
-    except (ProcessLookupError, OverflowError):
-        return False
-    return True
+def _machine() -> str:
+    return hashlib.blake2b(this_machine().encode(), digest_size=4).hexdigest()
 
 
 def _flush(path: Path) -> None:

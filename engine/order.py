@@ -58,26 +58,17 @@ class _OpenStep:
 
 
 class WorkOrder:
-    """Walks through one video.
-
-    Args:
-        run: the video.
-        barrier: begin a tick only when all chunks of the one before have taken their step; for comparison.
-        on_decision: called with every decision, in order.
-        gate: lets quanta begin; None lets all.
-        checkpointer: keeps how far the video is between quanta, while no work of it is under way.
-        start: the first quantum. If it is not 0, the run was restored to the state before it.
-    """
+    """Walks through one video."""
 
     def __init__(
         self,
-        run: VideoRun,
+        run: VideoRun,  # the video
         *,
-        barrier: bool,
-        on_decision: OnDecision,
-        gate: AdmissionGate | None = None,
-        checkpointer: Checkpointer | None = None,
-        start: int = 0,
+        barrier: bool,  # begin a tick only when all chunks of the one before have taken their step; for comparison
+        on_decision: OnDecision,  # called with every decision, in order
+        gate: AdmissionGate | None = None,  # lets quanta begin; None lets all
+        checkpointer: Checkpointer | None = None,  # keeps how far the video is between quanta
+        start: int = 0,  # the first quantum, to which the run was restored if it is not 0
     ) -> None:
         self._run, self._barrier, self._on_decision = run, barrier, on_decision
         self._gate, self._checkpointer, self._start = gate, checkpointer, start

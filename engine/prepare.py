@@ -49,29 +49,19 @@ def encode(pipeline: Pipeline, request: Request) -> Encoded:
 
 
 def prepare(
-    pipeline: Pipeline,
-    request: Request,
-    encoded: Encoded,
+    pipeline: Pipeline,  # the model
+    request: Request,  # what to make
+    encoded: Encoded,  # the same as the model reads it
     *,
-    number: int,
-    reuse: ReuseSettings,
-    kv: KVSettings,
-    observe: bool,
-    checkpoint: Path | None = None,
+    number: int,  # of the video, carried by its work items
+    reuse: ReuseSettings,  # which steps are reused
+    kv: KVSettings,  # how much of the past is held
+    observe: bool,  # take distances even if the policy does not look at them, for a record
+    checkpoint: Path | None = None,  # folder of the checkpoint to go on from
 ) -> tuple[VideoRun, Admission]:
     """A run of a request that has not begun, and what those who compute it are given.
 
     An InputError says if the model cannot make what is asked for.
-
-    Args:
-        pipeline: the model.
-        request: what to make.
-        encoded: the same as the model reads it.
-        number: of the video, carried by its work items.
-        reuse: which steps are reused.
-        kv: how much of the past is held.
-        observe: take distances even if the policy does not look at them, for a record.
-        checkpoint: folder of the checkpoint to go on from.
     """
     sampling = pipeline.sampling(request.num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
     model = pipeline.model

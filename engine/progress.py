@@ -32,23 +32,15 @@ class Progress:
 
 
 class ProgressReporter:
-    """Counts, and passes on what happens to one video.
-
-    Args:
-        schedule: of the video.
-        kv: its buffers in this process.
-        on_progress: called after every tick; None for nobody.
-        recorder: takes what happens, for a record; None for none.
-        counts: of an earlier run that this one goes on from.
-    """
+    """Counts, and passes on what happens to one video."""
 
     def __init__(
         self,
-        schedule: Schedule,
-        kv: Callable[[], KVBuffer],
-        on_progress: OnProgress | None,
-        recorder: Recorder | None,
-        counts: Mapping[str, int],
+        schedule: Schedule,  # of the video
+        kv: Callable[[], KVBuffer],  # its buffers in this process
+        on_progress: OnProgress | None,  # called after every tick; None for nobody
+        recorder: Recorder | None,  # takes what happens, for a record; None for none
+        counts: Mapping[str, int],  # of an earlier run that this one goes on from
     ) -> None:
         self._schedule, self._kv, self._on_progress, self._recorder = schedule, kv, on_progress, recorder
         self.counts = Counter({**dict.fromkeys(("items", "computed", "steps", "done", "chunks"), 0), **counts})

@@ -86,10 +86,8 @@ class RunRecord:
     def save(self, folder: Path) -> None:
         """Write the folder, which is made if need be; a record that it holds already is replaced.
 
-        The settings are taken away first and come last, so that there is never a record of two runs.
-
-        Raises:
-            InputError: it cannot be written.
+        The settings are taken away first and come last, so that there is never a record of two runs. An InputError if
+        it cannot be written.
         """
         arrays = io.BytesIO()
         np.savez_compressed(arrays, **{name: getattr(self, name) for name in _ARRAYS})

@@ -36,11 +36,7 @@ class Prefix:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One video to make.
-
-    Raises:
-        InputError: a value cannot be used.
-    """
+    """One video to make; an InputError if a value cannot be used."""
 
     prompt: str  # what it shows
     chunks: int  # length in chunks of 24 frames, the prefix not counted

@@ -6,7 +6,7 @@ before it wrote at the same tick. Items are plain data, so they can be printed, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.request import Noise
+from engine.reuse.flags import FlagLog, FlagState
 from engine.reuse.policy import Decision, Observation, Policy
 from engine.reuse.settings import ComputedStep, ReuseMemory
 from engine.schedule import Schedule, Tick
@@ -56,6 +57,8 @@ class VideoState:
     leaving: frozenset[int]  # chunks that were either retired or finished, and still have to be the other
     policy: Mapping[str, float]
     memory: Mapping[int, Sequence[ComputedStep]]  # of reuse: the last computed steps of each chunk
+    flags: FlagState  # of all steps that were decided
+    unsent: tuple[int, ...]  # the last of them, which no work has carried yet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,10 +74,12 @@ class VideoShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """A work item and the latent it is run on."""
+    """A work item, the latent it is run on, and the reuse flags that every rank must have seen by then."""
 
     item: WorkItem
     x: Tensor
+    flags: tuple[int, ...] = ()  # decided since the work before, in the order (tick, chunk): the values of `Decision`
+    digest: bytes = bytes(8)  # of all flags so far
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,30 +93,19 @@ class Reuse:
 
 
 class VideoRun:
-    """One video in the making.
-
-    Args:
-        request: number of the request, carried by its work items.
-        shape: size of the video.
-        sampling: how the family denoises.
-        noise: where the chunks start.
-        reuse: which steps are not computed.
-        prefix: latents [1, C, P, h, w] to go on from, in the dtype that the prefix pass reads.
-        compressed: the past is compressed, so a chunk attends to all of it and not to a range of chunks.
-        device: where latents are kept.
-    """
+    """One video in the making."""
 
     def __init__(
         self,
-        request: int,
-        shape: VideoShape,
-        sampling: Sampling,
-        noise: Noise,
-        reuse: Reuse,
+        request: int,  # number of the request, carried by its work items
+        shape: VideoShape,  # size of the video
+        sampling: Sampling,  # how the family denoises
+        noise: Noise,  # where the chunks start
+        reuse: Reuse,  # which steps are not computed
         *,
-        prefix: Tensor | None,
-        compressed: bool,
-        device: torch.device,
+        prefix: Tensor | None,  # latents [1, C, P, h, w] to go on from, in the dtype that the prefix pass reads
+        compressed: bool,  # the past is compressed, so a chunk attends to all of it and not to a range of chunks
+        device: torch.device,  # where latents are kept
     ) -> None:
         self._request, self._shape, self._sampling, self._noise = request, shape, sampling, noise
         self._reuse, self._prefix, self._compressed, self._device = reuse, prefix, compressed, device
@@ -121,6 +115,7 @@ class VideoRun:
         self._before: dict[int, Tensor] = {}  # as in `VideoState`
         self._ops: list[KVOp] = []
         self._leaving: set[int] = set()  # as in `VideoState`
+        self._flags, self._unsent = FlagLog(self.schedule), list[int]()
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -171,14 +166,15 @@ class VideoRun:
             self._latents[tick.entering] = self._noise(tick.entering, shape).to(self._device)
         return work
 
-    def decide(self, tick: Tick, chunks: Sequence[int] | None = None) -> list[tuple[Observation, Decision]]:
-        """Decide which chunks are computed, and take the steps of those that are not.
+    def decide(self, tick: Tick, chunks: Sequence[int] | None = None) -> Iterator[tuple[Observation, Decision]]:
+        """Decide which chunks are computed, and take the steps of those that are not: no work comes of them.
 
         The distances of all the chunks are read back from the device at once. `chunks` are those whose latents are
         known; a policy that looks at the whole window must be given all, which is the default.
 
-        Returns:
-            What was seen and what was decided, in the order of the chunks.
+        Yields:
+            What was seen and what was decided, in the order of the chunks. A chunk that is to be computed must be
+            opened before the next one is asked for: its work carries the flags up to it.
         """
         active = [(chunk, step) for chunk, step in tick.active if chunks is None or chunk in chunks]
         last = tick.index == self.schedule.ticks - 1
@@ -190,13 +186,14 @@ class VideoRun:
             seen.append(
                 Observation(chunk=chunk, step=step, tick=tick.index, last_tick=last, change=change, scale=scale)
             )
-        decided = list(zip(seen, self._reuse.policy.decide(seen), strict=True))
-        for one, decision in decided:
+        for one, decision in zip(seen, self._reuse.policy.decide(seen), strict=True):
+            self._flags.add([decision.value])
+            self._unsent.append(decision.value)
             if decision is not Decision.COMPUTE:
                 time, size = self._sampling.time(one.step), self._sampling.step_size(one.step)
                 increment = self._reuse.memory.increment(one.chunk, decision, time=time, size=size)
                 self._latents[one.chunk] = self._model_input(one.chunk) + increment
-        return decided
+            yield one, decision
 
     def open(self, tick: Tick, chunk: int, step: int) -> list[Work]:
         """The passes of one chunk's step, if it is computed."""
@@ -239,6 +236,8 @@ class VideoRun:
             leaving=frozenset(self._leaving),
             policy=self._reuse.policy.state(),
             memory=self._reuse.memory.state(),
+            flags=self._flags.state(),
+            unsent=tuple(self._unsent),
         )
 
     def restore(self, state: VideoState) -> None:
@@ -247,9 +246,10 @@ class VideoRun:
         self._latents = {chunk: part.to(device) for chunk, part in state.latents.items()}
         self._before = {chunk: part.to(device) for chunk, part in state.before.items()}
         self._ops, self._leaving = list(state.ops), set(state.leaving)
+        self._flags.restore(state.flags)
+        self._unsent = list(state.unsent)
         self._reuse.policy.restore(state.policy)
-        memory = state.memory.items()
-        self._reuse.memory.restore({chunk: [one.to(device) for one in held] for chunk, held in memory})
+        self._reuse.memory.restore(state.memory, device)
 
     def _observe(self, chunks: Sequence[int]) -> dict[int, tuple[float, float]]:
         """L1 norms (of the change, of what was before) of the chunks' patch embeddings; one copy from the device."""
@@ -313,4 +313,5 @@ class VideoRun:
             keys_from=None if limit is None else max(0, chunk + 1 - limit),
             before=before,
         )
-        return Work(item=item, x=x)
+        flags, self._unsent = tuple(self._unsent), []
+        return Work(item=item, x=x, flags=flags, digest=self._flags.digest)

@@ -31,8 +31,7 @@ from models.magi.dit import MagiDiT
 from models.magi.pipeline import Checkpoint, Loading, MagiPipeline
 from models.magi.vae import ViTVAE
 from models.protocols import CELL_PIXELS, CaptionTable
-from parallel.health.errors import GangError
-from parallel.health.exit_codes import BAD_INPUT, FAILED, OK
+from parallel.health.errors import BAD_INPUT, FAILED, OK, GangError
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang
 from parallel.ranks.worker import StageModel

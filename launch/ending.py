@@ -1,6 +1,6 @@
 """How a command ends before its work is done: signals, failures of ranks, and which process says so, once.
 
-Nothing heavy is imported here. Exit codes are in `parallel/health/exit_codes.py`.
+Nothing heavy is imported here. Exit codes are in `parallel/health/errors.py`.
 """
 
 from __future__ import annotations

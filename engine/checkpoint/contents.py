@@ -23,7 +23,7 @@ from engine.video import KVOp, VideoState
 from models.protocols import Pipeline
 
 RUN_FILE = "run.safetensors"
-_FORMAT = 3
+_FORMAT = 4
 _PARTS = ("kv", "queries", "origin")  # of a `LayerKV`
 
 
@@ -91,9 +91,8 @@ def unpack_shard(contents: Contents) -> tuple[KVState, FlagState]:
         )
         for branch, layer in values["layers"]
     }
-    clean, (digest, count) = [(chunk, rows) for chunk, rows in values["clean"]], values["flags"]
-    kv = KVState(clean=clean, window=values["window"], layers=layers)
-    return kv, FlagState(digest=bytes.fromhex(digest), count=count)
+    clean = [(chunk, rows) for chunk, rows in values["clean"]]
+    return KVState(clean=clean, window=values["window"], layers=layers), _flag_state(values)
 
 
 def pack_run(state: VideoState) -> Contents:
@@ -114,6 +113,8 @@ def pack_run(state: VideoState) -> Contents:
         "leaving": sorted(state.leaving),
         "policy": dict(state.policy),
         "memory": memory,
+        "flags": [state.flags.digest.hex(), state.flags.count],
+        "unsent": list(state.unsent),
     }
     return Contents(tensors=tensors, values=values)
 
@@ -131,7 +132,14 @@ def unpack_run(contents: Contents) -> VideoState:
         leaving=frozenset(values["leaving"]),
         policy=values["policy"],
         memory=memory,
+        flags=_flag_state(values),
+        unsent=tuple(values["unsent"]),
     )
+
+
+def _flag_state(values: Mapping[str, Any]) -> FlagState:
+    digest, count = values["flags"]
+    return FlagState(digest=bytes.fromhex(digest), count=count)
 
 
 def _digest(frames: Tensor) -> str:

@@ -117,8 +117,7 @@ def read_contents(path: Path) -> Contents:
 def commit(checkpoint: Checkpoint) -> None:
     """Write the manifest, which makes it whole, and delete those before it but for the last whole one.
 
-    Raises:
-        InputError: it cannot be written; the others are still there.
+    An InputError if it cannot be written; the others are still there.
     """
     body = asdict(checkpoint)
     del body["folder"]
@@ -154,22 +153,15 @@ class Checkpointer:
     A snapshot is taken when a quantum is about to begin. The checkpoint is whole once every rank has its file on the
     disk and the chunks that were finished before it are in safe hands; only then is the manifest written. The next
     snapshot waits until then, so a slow disk holds up this video and nothing else.
-
-    Args:
-        config: where and how often.
-        fingerprint: of all that must be the same when a checkpoint is taken up.
-        start: the quantum that the video has begun with.
-        save: takes the snapshot and begins to write it to a folder; gives the counts of the video so far.
-        saved: the files of the last snapshot, once all are on the disk; None before.
     """
 
     def __init__(
         self,
-        config: CheckpointConfig,
-        fingerprint: Mapping[str, Any],
-        start: int,
-        save: Callable[[Path], Mapping[str, int]],
-        saved: Callable[[], tuple[Shard, ...] | None],
+        config: CheckpointConfig,  # where and how often
+        fingerprint: Mapping[str, Any],  # of all that must be the same when a checkpoint is taken up
+        start: int,  # the quantum that the video has begun with
+        save: Callable[[Path], Mapping[str, int]],  # takes a snapshot, begins to write it, gives counts so far
+        saved: Callable[[], tuple[Shard, ...] | None],  # the last one's files, once on the disk
     ) -> None:
         self._config, self._fingerprint, self._start = config, fingerprint, start
         self._save, self._saved = save, saved

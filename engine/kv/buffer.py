@@ -86,13 +86,7 @@ class IsolatedView:
 
 
 class KVBuffer:
-    """Keys and values of one request, in all layers that are held here.
-
-    Args:
-        plan: what to allocate.
-        geometry: shape of a token's KV.
-        attention: what the views attend with.
-    """
+    """Keys and values of one request, in all layers that are held here. The views attend with `attention`."""
 
     def __init__(self, plan: KVPlan, geometry: KVGeometry, attention: Attention) -> None:
         self.layout, self._plan, self._attention, self._device = plan.layout(), plan, attention, geometry.device
@@ -122,13 +116,10 @@ class KVBuffer:
             self._publish(op.chunk)
 
     def view(self, branch: int | None, chunk: int, keys_from: int | None, *, asks: bool) -> KVView:
-        """What a chunk sees.
+        """What a chunk sees from chunk `keys_from` on, None for everything, in a branch of guidance.
 
-        Args:
-            branch: of guidance; None for a context-free pass, in which a chunk sees itself only.
-            chunk: whose view.
-            keys_from: first chunk that is attended to; None for everything.
-            asks: its queries are those that the next compression asks with.
+        In a context-free pass, for which the branch is None, it sees itself only. The next compression asks with the
+        queries of the view that was the last one with `asks`.
         """
         layout = self.layout
         if branch is None:

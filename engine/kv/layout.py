@@ -14,11 +14,8 @@ _MIXED = -1
 class KVLayout:
     """Rows of the clean region and of the window.
 
-    Args:
-        chunk_tokens: tokens of a chunk.
-        clean_tokens: size of the clean region; what does not fit is cut down when a chunk retires.
-        window: chunks of the window.
-        chunks: of the whole video, which bounds what can be held at once.
+    What does not fit into `clean_tokens` is cut down when a chunk retires. The chunks of the whole video bound what can
+    be held at once.
     """
 
     def __init__(self, *, chunk_tokens: int, clean_tokens: int, window: int, chunks: int) -> None:
@@ -55,8 +52,7 @@ class KVLayout:
     def retire(self, chunk: int) -> int:
         """Move the oldest chunk of the window to the clean region, where it stands already.
 
-        Returns:
-            How many rows the clean region now has too many; `drop_oldest` or `mix` must follow if that is not 0.
+        Gives the rows that the clean region now has too many; `drop_oldest` or `mix` must follow if that is not 0.
         """
         if not self.window_chunks or self.window_chunks[0] != chunk:
             raise ValueError(f"chunk {chunk} cannot retire: the window holds {self.window_chunks}")

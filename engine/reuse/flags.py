@@ -1,8 +1,8 @@
-"""The reuse flags of one request as one rank has seen them, with a running digest.
+"""The reuse flags of one request as they were decided, or as one rank has seen them, with a running digest.
 
-The leader decides and writes; every other rank reads the flags from headers, follows them along the schedule on its
-own, and compares. Two ranks with the same digest have seen the same flags for the same chunks at the same ticks. The
-digest is a chain, digest = H(digest before, tick, chunk, flag), so it can be saved and resumed.
+The video's run decides and writes; every rank reads the flags that come with its work, follows them along the schedule
+on its own, and compares. Two ranks with the same digest have seen the same flags for the same chunks at the same ticks.
+The digest is a chain, digest = H(digest before, tick, chunk, flag), so it can be saved and resumed.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from engine.schedule import Schedule
-from engine.video import WorkItem
+
+if TYPE_CHECKING:
+    from engine.video import WorkItem
 
 _ONE = struct.Struct("<iiB")
 
 
 class FlagMismatch(Exception):
-    """A rank's flags are not those of the leader."""
+    """A rank's flags are not those that were decided."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +67,7 @@ class FlagLog:
             self.count += 1
 
     def check(self, item: WorkItem | None, digest: bytes) -> None:
-        """Compare with the leader's digest when it sent an item, or with its final digest.
+        """Compare with the leader's digest of the flags up to an item, or of all that it has sent.
 
         Raises:
             FlagMismatch: the flags differ, or the item is not the chunk-step that was decided last.

@@ -30,18 +30,9 @@ class ComputedStep:
     size: float  # what its velocity is multiplied with
     velocity: Tensor  # [1, C, T, h, w]
 
-    def to(self, device: torch.device) -> ComputedStep:
-        """The same on a device."""
-        return replace(self, velocity=self.velocity.to(device))
-
 
 class ReuseMemory:
-    """The last computed velocities of every chunk of the window.
-
-    Args:
-        kind: one of `KINDS`; `extrapolate` extrapolates every step that is not computed.
-        both: a policy may ask for extrapolation where `kind` is another.
-    """
+    """The last computed velocities of every chunk of the window; two each if a policy may extrapolate (`both`)."""
 
     def __init__(self, kind: str, *, both: bool = False) -> None:
         if kind not in KINDS:
@@ -75,9 +66,10 @@ class ReuseMemory:
         """Everything that is held, by chunk."""
         return dict(self._held)
 
-    def restore(self, state: Mapping[int, Sequence[ComputedStep]]) -> None:
-        """Go on from a saved state."""
-        self._held = {chunk: tuple(held) for chunk, held in state.items()}
+    def restore(self, state: Mapping[int, Sequence[ComputedStep]], device: torch.device) -> None:
+        """Go on from a saved state, on a device."""
+        for chunk, held in state.items():
+            self._held[chunk] = tuple(replace(one, velocity=one.velocity.to(device)) for one in held)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

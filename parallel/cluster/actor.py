@@ -23,33 +23,15 @@ from engine.heap import settle_heap
 from engine.progress import Progress
 from engine.schedule import Quantum
 from models.errors import InputError
+from parallel.cluster import messages
 from parallel.cluster.config import RankTask
 from parallel.cluster.connection import Address, connect
-from parallel.cluster.messages import (
-    Admitted,
-    CancelVideo,
-    ChunkMade,
-    ChunkTaken,
-    Command,
-    Finish,
-    GangReady,
-    PermitQuantum,
-    Progressed,
-    QuantumDone,
-    QuantumReady,
-    RankStarted,
-    SentByGang,
-    VideoDone,
-    VideoFailed,
-    VideoOrder,
-)
-from parallel.health.errors import Failure, GangError
-from parallel.health.exit_codes import BAD_INPUT
+from parallel.health.errors import BAD_INPUT, Failure, GangError
+from parallel.health.timeouts import LAST_MESSAGES_SECONDS
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
 from parallel.ranks.worker import StageModel
 
-_FLUSH = 5.0  # seconds for the last messages to leave
 _MOST_WAITING = 8  # chunks that were handed out and are not stored yet, before no more are made
 
 
@@ -72,7 +54,7 @@ class RankActor:
             where = f"the controller at {address.host}:{address.port}"
             text = f"rank {env.rank} cannot reach {where}: {error.strerror or error}"
             return Failure(message=text, reporter=env.rank)
-        connection.send(RankStarted(pid=os.getpid()))
+        connection.send(messages.RankStarted(pid=os.getpid()))
         try:
             with open_gang(env, task.layout, timeouts=task.timeouts, device=_own_device()) as gang:
                 self._gang = gang
@@ -84,7 +66,7 @@ class RankActor:
         except Exception as error:  # noqa: BLE001 - the controller shows it
             return Failure(message=f"rank {env.rank}: {type(error).__name__}: {error}", reporter=env.rank)
         finally:
-            connection.close(flush=_FLUSH)
+            connection.close(flush=LAST_MESSAGES_SECONDS)
         return None
 
     def _on_end(self, error: Exception | None) -> None:
@@ -93,7 +75,7 @@ class RankActor:
             self._gang.monitor.fail(f"messages of the controller: {type(error).__name__}: {error}")
 
 
-def _work(gang: Gang, task: RankTask, loop: CommandLoop, send: Callable[[list[SentByGang]], None]) -> None:
+def _work(gang: Gang, task: RankTask, loop: CommandLoop, send: Callable[[list[messages.SentByGang]], None]) -> None:
     # Objects that exist when the work begins, and they are many with Ray, stay: the garbage collector, which would go
     # through them over and over, takes 1% of a rank's time.
     load = task.source.lead if gang.mesh.leads else task.source.stage
@@ -129,8 +111,8 @@ class _Video:
     """A video that the engine is making, or is about to. It is the engine's admission gate: the controller permits each
     quantum."""
 
-    order: VideoOrder
-    send: Callable[[SentByGang], None]
+    order: messages.VideoOrder
+    send: Callable[[messages.SentByGang], None]
     stored: int  # chunks that the caller has, from the video's first on
     number: int = -1  # the engine's
     handed_out: int = 0  # chunks, from the video's first on
@@ -139,7 +121,7 @@ class _Video:
 
     def announce(self, quantum: Quantum) -> None:
         """Ask for a quantum."""
-        self.send(QuantumReady(video=self.order.video, quantum=quantum.index))
+        self.send(messages.QuantumReady(video=self.order.video, quantum=quantum.index))
 
     def open(self, quantum: Quantum) -> bool:
         """Whether a quantum is permitted."""
@@ -150,21 +132,17 @@ class CommandLoop:
     """Takes commands on any thread and carries them out on the leader's main thread, between steps of the engine."""
 
     def __init__(self) -> None:
-        self._inbox: SimpleQueue[Command | tuple[_Video, Future[Submission]]] = SimpleQueue()
-        self._events: list[SentByGang] = []
+        self._inbox: SimpleQueue[messages.Command | tuple[_Video, Future[Submission]]] = SimpleQueue()
+        self._events: list[messages.SentByGang] = []
         self._videos: dict[str, _Video] = {}
         self._finishing = False
         self._engine: Engine | None = None
 
-    def handle(self, command: Command) -> None:
-        """Take a command of the controller, on any thread.
-
-        Raises:
-            TypeError: it is no command.
-        """
-        if not isinstance(command, Command):
+    def handle(self, command: messages.Command) -> None:
+        """Take a command of the controller, on any thread; a TypeError if it is no command."""
+        if not isinstance(command, messages.Command):
             raise TypeError(f"a {type(command).__name__} is no command")
-        if isinstance(command, PermitQuantum):  # at once: the engine may be waiting for it within a step
+        if isinstance(command, messages.PermitQuantum):  # at once: the engine may be waiting for it within a step
             if (video := self._videos.get(command.video)) is not None:
                 video.permitted.add(command.quantum)
         else:
@@ -173,18 +151,15 @@ class CommandLoop:
 
     # ---- the leader's main thread
 
-    def run(self, engine: Engine, device: torch.device, send: Callable[[list[SentByGang]], None]) -> None:
-        """Make the videos that come until there will be no more.
+    def run(self, engine: Engine, device: torch.device, send: Callable[[list[messages.SentByGang]], None]) -> None:
+        """Make the videos that come until there will be no more; a GangError if a rank has failed.
 
         Events go to the controller by `send`, which waits for nobody.
-
-        Raises:
-            GangError: a rank has failed.
         """
         self._engine, self._send = engine, send
         own_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read", initializer=own_device)
-        self._post(GangReady())
+        self._post(messages.GangReady())
         while not (self._finishing and not engine.in_flight):
             waiting = sum(max(0, video.handed_out - video.stored) for video in self._videos.values())
             stalled = not engine.in_flight or waiting >= _MOST_WAITING
@@ -197,22 +172,22 @@ class CommandLoop:
                 if video.number >= 0 and not engine.running(video.number):
                     self._done(video)
 
-    def _carry_out(self, command: Command | tuple[_Video, Future[Submission]], engine: Engine) -> None:
+    def _carry_out(self, command: messages.Command | tuple[_Video, Future[Submission]], engine: Engine) -> None:
         match command:
-            case VideoOrder():
+            case messages.VideoOrder():
                 self._order(command, engine)
             case (video, read):
                 self._admit(video, read, engine)
-            case CancelVideo():
+            case messages.CancelVideo():
                 if (cancelled := self._videos.pop(command.video, None)) is not None:
                     engine.cancel(cancelled.number)
-            case ChunkTaken():
+            case messages.ChunkTaken():
                 if (taken := self._videos.get(command.video)) is not None:
                     taken.stored = max(taken.stored, command.index + 1)
-            case Finish():
+            case messages.Finish():
                 self._finishing = True
 
-    def _order(self, order: VideoOrder, engine: Engine) -> None:
+    def _order(self, order: messages.VideoOrder, engine: Engine) -> None:
         """Encode an order and verify its checkpoint on another thread, for it takes long."""
         video = self._videos[order.video] = _Video(order=order, send=self._post, stored=order.stored)
 
@@ -232,9 +207,9 @@ class CommandLoop:
             video.number = engine.submit(read.result(), on_progress=progressed, gate=video, stored=lambda: video.stored)
         except InputError as error:
             del self._videos[name]
-            self._post(VideoFailed(video=name, message=str(error)))
+            self._post(messages.VideoFailed(video=name, message=str(error)))
             return
-        self._post(Admitted(video=name, number=video.number, first=engine.resumed(video.number)))
+        self._post(messages.Admitted(video=name, number=video.number, first=engine.resumed(video.number)))
 
     def _hand_out(self, made: ChunkResult) -> None:
         chunk = made.chunk
@@ -242,8 +217,8 @@ class CommandLoop:
         for video in self._videos.values():
             if video.number == made.video:
                 video.handed_out = chunk.index + 1
-                frames, latents = chunk.frames.numpy(), chunk.latents.numpy()
-                self._post(ChunkMade(video=video.order.video, index=chunk.index, frames=frames, latents=latents))
+                name, frames, latents = video.order.video, chunk.frames.numpy(), chunk.latents.numpy()
+                self._post(messages.ChunkMade(video=name, index=chunk.index, frames=frames, latents=latents))
 
     def _progressed(self, video: _Video, progress: Progress) -> None:
         name, ticks = video.order.video, video.order.size.schedule.quantum_ticks
@@ -251,8 +226,8 @@ class CommandLoop:
         if progress.tick % ticks:
             return
         self._post(
-            QuantumDone(video=name, quantum=progress.tick // ticks - 1),
-            Progressed(video=name, progress=progress),
+            messages.QuantumDone(video=name, quantum=progress.tick // ticks - 1),
+            messages.Progressed(video=name, progress=progress),
             urgent=len(self._videos) > 1,  # else nobody waits for the quantum's slots
         )
 
@@ -261,13 +236,13 @@ class CommandLoop:
         computed, kv_bytes = 1.0, 0
         if video.progress is not None:
             computed, kv_bytes = video.progress.computed_fraction, video.progress.kv_bytes
-        self._post(VideoDone(video=video.order.video, computed=computed, kv_bytes=kv_bytes))
+        self._post(messages.VideoDone(video=video.order.video, computed=computed, kv_bytes=kv_bytes))
 
     def _wake(self) -> None:
         if self._engine is not None:
             self._engine.wake()
 
-    def _post(self, *events: SentByGang, urgent: bool = True) -> None:
+    def _post(self, *events: messages.SentByGang, urgent: bool = True) -> None:
         """Send events; those that nobody waits for go with the next ones, as every message has its cost."""
         self._events += events
         if urgent:

@@ -110,11 +110,7 @@ def video_size(
     layout: Layout,
     split: str | None = None,
 ) -> VideoSize:
-    """What a video of a MAGI-1 model takes on a gang.
-
-    Raises:
-        InputError: the model cannot make it, or does not fit the layout.
-    """
+    """What a video of a MAGI-1 model takes; an InputError if the model cannot make it, or does not fit the layout."""
     model, num_steps = config.model_config, request.num_steps
     sampling = MagiSampling(config=config, num_steps=num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
     width = sampling.chunk_width

@@ -25,8 +25,8 @@ from queue import SimpleQueue
 from typing import Any
 
 from parallel.cluster.messages import decode, encode
+from parallel.health.timeouts import ACCEPT_AGAIN_SECONDS, AUTHENTICATE_SECONDS, CONNECT_SECONDS
 
-_CONNECT, _AUTHENTICATE, _PAUSE = 30.0, 10.0, 0.1
 _NUMBER = struct.Struct("<Q")
 _KEY_BYTES = 32
 OnMessage = Callable[[Any], None]
@@ -44,15 +44,11 @@ class Address:
 
 
 def connect(address: Address, on_message: OnMessage, on_end: OnEnd) -> Connection:
-    """Connect to the controller; the functions are those of `Connection`.
-
-    Raises:
-        OSError: it cannot be reached, or it is another one.
-    """
-    own = socket.create_connection((address.host, address.port), timeout=_CONNECT)
+    """Connect to the controller, with functions for `Connection`; an OSError if it cannot be reached or is another."""
+    own = socket.create_connection((address.host, address.port), timeout=CONNECT_SECONDS)
     stream = _stream(own)
     try:
-        with _time_limit(own, _AUTHENTICATE):
+        with _time_limit(own, AUTHENTICATE_SECONDS):
             stream.send_bytes(_NUMBER.pack(address.number))
             mp.answer_challenge(stream, address.key)
             mp.deliver_challenge(stream, address.key)
@@ -134,7 +130,7 @@ class Listener:
     A caller that has not authenticated after `patience` seconds is dropped, and holds up no other one.
     """
 
-    def __init__(self, host: str, *, patience: float = _AUTHENTICATE) -> None:
+    def __init__(self, host: str, *, patience: float = AUTHENTICATE_SECONDS) -> None:
         self.news = threading.Event()
         """Set after every message and every end of a connection; the thread that waits for it clears it."""
         self._host, self._patience, self._closed = host, patience, False
@@ -178,7 +174,7 @@ class Listener:
                 caller, _ = self._socket.accept()
                 threading.Thread(target=self._admit, args=(caller,), name="caller", daemon=True).start()
             except (OSError, RuntimeError):  # too many open files, or threads, which may pass
-                time.sleep(_PAUSE)
+                time.sleep(ACCEPT_AGAIN_SECONDS)
 
     def _admit(self, caller: socket.socket) -> None:
         """Authenticate a caller, and open its connection."""

@@ -21,35 +21,15 @@ from typing import Any, Self
 import ray
 from ray.util.metrics import Counter, Gauge
 
+from parallel.cluster import messages
 from parallel.cluster.config import ClusterSettings
 from parallel.cluster.connection import Listener
 from parallel.cluster.gang import Gang, GangBroken, GangState, GangView
-from parallel.cluster.messages import (
-    Admitted,
-    CancelVideo,
-    ChunkMade,
-    ChunkTaken,
-    Event,
-    Finish,
-    GangDown,
-    GangLost,
-    GangReady,
-    PermitQuantum,
-    Progressed,
-    QuantumDone,
-    QuantumReady,
-    Restarted,
-    SentByGang,
-    VideoDone,
-    VideoFailed,
-    VideoOrder,
-    log_entry,
-)
 from parallel.cluster.placement import alive_nodes, plan_strategies
 from parallel.cluster.queue import Figures, Permit, RequestState
 from parallel.cluster.scheduler import Scheduler
+from parallel.health.timeouts import GANGS_END_SECONDS, METRICS_SECONDS, NEWS_SECONDS, POLL_SECONDS
 
-_POLL, _FIGURES_EVERY, _CLOSING = 0.2, 1.0, 10.0
 _FAILED_STARTS = 4  # attempts in a row to start a gang, none of which gets it ready, before it is given up
 _BLAMED = re.compile(r": request (\d+), tick \d+, chunk \d+ \(\w+\): (\w+: .*)$")
 """What a rank says of an error within an item: the number of the video, and the error."""
@@ -59,7 +39,7 @@ _BLAMED = re.compile(r": request (\d+), tick \d+, chunk \d+ \(\w+\): (\w+: .*)$"
 class _Video:
     """A video that is not made yet."""
 
-    order: VideoOrder
+    order: messages.VideoOrder
     delivered: int  # the next chunk
     number: int = -1  # that its gang has given it, which failures name
 
@@ -78,18 +58,14 @@ class Controller:
         self._listener: Listener | None = None
         self._gangs: dict[str, Gang] = {}
         self._videos: dict[str, _Video] = {}
-        self._out: deque[Event] = deque()
+        self._out: deque[messages.Event] = deque()
         self._began = time.monotonic()
         self.restarts = 0
         """How often a gang was started again."""
         self._counted = self._roomless = 0.0
 
     def __enter__(self) -> Self:
-        """Reserve resources, and begin to start the gangs.
-
-        Raises:
-            InputError: the cluster has not so much.
-        """
+        """Reserve resources, and begin to start the gangs; an InputError if the cluster has not so much."""
         settings = self._settings
         strategies = plan_strategies(alive_nodes(), settings.shape, settings.gangs)
         self._listener = Listener(ray.util.get_node_ip_address())
@@ -102,10 +78,10 @@ class Controller:
         up = [gang for gang in self._gangs.values() if gang.state is GangState.UP]
         if kind is None and self._scheduler.idle:
             for gang in up:
-                gang.send(Finish())
-            deadline = time.monotonic() + _CLOSING
+                gang.send(messages.Finish())
+            deadline = time.monotonic() + GANGS_END_SECONDS
             while not all(gang.ended for gang in up) and time.monotonic() < deadline:
-                time.sleep(0.05)
+                time.sleep(POLL_SECONDS)
         for gang in self._gangs.values():
             gang.give_up()
         if self._listener is not None:
@@ -113,12 +89,8 @@ class Controller:
 
     # ---- for the caller
 
-    def submit(self, order: VideoOrder) -> None:
-        """Queue a video.
-
-        Raises:
-            InputError: no gang can ever hold it, or there is one of that name that is not made yet.
-        """
+    def submit(self, order: messages.VideoOrder) -> None:
+        """Queue a video; an InputError if no gang can ever hold it, or one of that name is not made yet."""
         self._scheduler.submit(order.video, order.size, priority=order.priority)
         self._videos[order.video] = _Video(order, order.stored)
 
@@ -128,12 +100,12 @@ class Controller:
             return
         holder = self._scheduler.entry(video).gang
         if holder is not None:
-            self._gangs[holder].send(CancelVideo(video=video))
+            self._gangs[holder].send(messages.CancelVideo(video=video))
         self._scheduler.cancel(video)
         del self._videos[video]
         self._out = deque(event for event in self._out if getattr(event, "video", None) != video)
 
-    def run(self) -> Iterator[Event]:
+    def run(self) -> Iterator[messages.Event]:
         """Make the videos that were submitted; more may be submitted meanwhile.
 
         Yields:
@@ -148,8 +120,8 @@ class Controller:
             while self._out:
                 event = self._out.popleft()
                 yield event
-                if isinstance(event, ChunkMade):
-                    self._gangs[event.gang].send(ChunkTaken(video=event.video, index=event.index))
+                if isinstance(event, messages.ChunkMade):
+                    self._gangs[event.gang].send(messages.ChunkTaken(video=event.video, index=event.index))
 
     def gangs(self) -> list[GangView]:
         """All gangs, with the processes of their ranks."""
@@ -165,7 +137,7 @@ class Controller:
         """Wait for news, handle it, and carry out the decisions that follow."""
         self._carry_out()  # what was submitted since the last round does not wait for an event
         assert self._listener is not None
-        self._listener.news.wait(_POLL)
+        self._listener.news.wait(NEWS_SECONDS)
         self._listener.news.clear()
         for gang in self._gangs.values():
             if gang.state is GangState.DOWN:
@@ -179,7 +151,7 @@ class Controller:
         self._give_up_if_roomless()
         self._carry_out()
         now = time.monotonic()
-        if now - self._counted >= _FIGURES_EVERY:
+        if now - self._counted >= METRICS_SECONDS:
             self._counted = now
             self._metrics.show(self._scheduler.figures())
 
@@ -187,52 +159,50 @@ class Controller:
         for decision in self._scheduler.decide():
             gang, video = self._gangs[decision.gang], decision.request
             if isinstance(decision, Permit):
-                gang.send(PermitQuantum(video=video, quantum=decision.quantum))
+                gang.send(messages.PermitQuantum(video=video, quantum=decision.quantum))
             else:
                 gang.send(replace(self._videos[video].order, stored=self._videos[video].delivered))
 
-    def _handle(self, gang: Gang, event: SentByGang) -> None:
+    def _handle(self, gang: Gang, event: messages.SentByGang) -> None:
         """An event of a leader, which may be of a video that has ended."""
         event = replace(event, gang=gang.name)
-        self._log(log_entry(event, time.monotonic() - self._began))
-        if isinstance(event, GangReady):
+        self._log(messages.log_entry(event, time.monotonic() - self._began))
+        if isinstance(event, messages.GangReady):
             self._scheduler.gang_up(gang.name, self._settings.size)
             self._out.append(event)
         elif event.video not in self._videos:
             return
-        elif isinstance(event, QuantumReady):
+        elif isinstance(event, messages.QuantumReady):
             self._scheduler.quantum_ready(event.video, gang.name, event.quantum)
-        elif isinstance(event, QuantumDone):
+        elif isinstance(event, messages.QuantumDone):
             self._scheduler.quantum_done(event.video, gang.name, event.quantum)
-        elif isinstance(event, ChunkMade):
+        elif isinstance(event, messages.ChunkMade):
             self._take(gang, event)
         else:
             self._forward(event)
 
-    def _forward(self, event: Admitted | Progressed | VideoDone | VideoFailed) -> None:
+    def _forward(
+        self, event: messages.Admitted | messages.Progressed | messages.VideoDone | messages.VideoFailed
+    ) -> None:
         """An event that goes on to the caller as it is."""
-        if isinstance(event, Admitted):
+        if isinstance(event, messages.Admitted):
             self._videos[event.video].number = event.number
-        elif isinstance(event, VideoDone):
+        elif isinstance(event, messages.VideoDone):
             self._scheduler.request_done(event.video, event.gang)
             self._metrics.videos.inc(1)
             self._metrics.computed.set(event.computed)
             del self._videos[event.video]
-        elif isinstance(event, VideoFailed):
+        elif isinstance(event, messages.VideoFailed):
             self._scheduler.cancel(event.video)
             del self._videos[event.video]
         self._out.append(event)
 
-    def _take(self, gang: Gang, chunk: ChunkMade) -> None:
-        """Hand a chunk out, unless it was handed out before a gang was lost.
-
-        Raises:
-            GangBroken: chunks before it are missing.
-        """
+    def _take(self, gang: Gang, chunk: messages.ChunkMade) -> None:
+        """Hand a chunk out, unless it was before a gang was lost; a GangBroken if chunks before it are missing."""
         video = self._videos[chunk.video]
         self._metrics.chunks.inc(1, tags={"again": str(chunk.index < video.delivered).lower()})
         if chunk.index < video.delivered:
-            gang.send(ChunkTaken(video=chunk.video, index=chunk.index))
+            gang.send(messages.ChunkTaken(video=chunk.video, index=chunk.index))
         elif chunk.index > video.delivered:
             raise GangBroken(f"{gang.name} has left out chunk {video.delivered} of {chunk.video}")
         else:
@@ -248,7 +218,7 @@ class Controller:
                 if video.number == int(found[1]) and self._scheduler.entry(name).gang == gang.name:
                     blamed[name] = found[2]
         lost = self._scheduler.gang_down(gang.name, blamed=blamed)
-        self._say(GangLost(gang=gang.name, message=message, videos=tuple(entry.request for entry in lost)))
+        self._say(messages.GangLost(gang=gang.name, message=message, videos=tuple(entry.request for entry in lost)))
         for entry in lost:
             self._videos[entry.request].number = -1
             if entry.state is RequestState.QUARANTINED:
@@ -259,7 +229,7 @@ class Controller:
             return self._drop(gang, f"{message} (it has not once got ready in {gang.failed_starts} attempts)")
         self.restarts += 1
         gang.restart()
-        self._say(Restarted(gang=gang.name, attempt=gang.attempt))
+        self._say(messages.Restarted(gang=gang.name, attempt=gang.attempt))
         self._metrics.restarts.inc(1, tags={"gang": gang.name})
 
     def _give_up_if_roomless(self) -> None:
@@ -276,7 +246,7 @@ class Controller:
     def _drop(self, gang: Gang, message: str) -> None:
         """Do without a gang; without any, nothing more can be made."""
         gang.give_up()
-        self._say(GangDown(gang=gang.name, message=message))
+        self._say(messages.GangDown(gang=gang.name, message=message))
         if any(other.state is not GangState.DOWN for other in self._gangs.values()):
             return
         for video in list(self._videos):
@@ -285,10 +255,10 @@ class Controller:
 
     def _fail(self, video: str, message: str) -> None:
         del self._videos[video]
-        self._say(VideoFailed(video=video, message=message))
+        self._say(messages.VideoFailed(video=video, message=message))
 
-    def _say(self, event: GangLost | GangDown | Restarted | VideoFailed) -> None:
-        self._log(log_entry(event, time.monotonic() - self._began))
+    def _say(self, event: messages.GangLost | messages.GangDown | messages.Restarted | messages.VideoFailed) -> None:
+        self._log(messages.log_entry(event, time.monotonic() - self._began))
         self._out.append(event)
 
 
@@ -307,7 +277,7 @@ class _Metrics:
 
     def show(self, figures: Figures) -> None:
         """The state of the queue and the gangs."""
-        self._queued.set(figures.queued)
+        self._queued.set(figures.states[RequestState.QUEUED])
         for state, count in figures.states.items():
             self._states.set(count, tags={"standing": state.value})
         for gang in figures.gangs:

@@ -26,16 +26,12 @@ from parallel.cluster.connection import Connection, Listener
 from parallel.cluster.messages import Command, GangReady, RankStarted, SentByGang
 from parallel.cluster.placement import Place, Placement, alive_nodes, kill_process, plan_strategies, threads_per_rank
 from parallel.comm.groups import connect
-from parallel.health.errors import Failure
-from parallel.health.exit_codes import BAD_INPUT
+from parallel.health import timeouts
+from parallel.health.errors import BAD_INPUT, Failure
 from parallel.health.heartbeats import Heartbeats
 from parallel.ranks.environment import RankEnv
 from parallel.topology.mesh import Mesh
 
-_NODES_EVERY, _PLACES_EVERY, _ENDS_EVERY = 1.0, 0.2, 0.5
-_GET = 30.0
-_UNEXPLAINED = 10.0  # seconds until Ray says why a rank whose connection has ended is gone
-_UNSURE = 20.0  # seconds until Ray has decided about a node that does not answer
 _QUIET = 2  # attempts on a node that is gone before they count as losses
 _LOST = (RayActorError, RayTaskError, GetTimeoutError)  # what Ray raises for a rank that is gone
 
@@ -167,7 +163,7 @@ class Gang:
                 kill_process(rank.pid, rank.place.node)
             ray.kill(rank.actor, no_restart=True)
         if self._heartbeats is not None:
-            self._heartbeats.close(1.0)
+            self._heartbeats.close(timeouts.READER_ENDS_SECONDS)
         self._heartbeats = self._store = self._failed_at = None
 
     def restart(self) -> None:
@@ -186,7 +182,7 @@ class Gang:
     def _look_for_nodes(self) -> None:
         """Go on in the old place if its nodes are up, else look for a new one."""
         now = time.monotonic()
-        if now - self._looked < _NODES_EVERY:
+        if now - self._looked < timeouts.NODES_SECONDS:
             return
         self._looked = now
         nodes = alive_nodes()
@@ -203,7 +199,7 @@ class Gang:
     def _place(self) -> None:
         """Start the ranks as soon as their places are reserved."""
         now = time.monotonic()
-        if self._placement is None or now - self._looked < _PLACES_EVERY:
+        if self._placement is None or now - self._looked < timeouts.PLACES_SECONDS:
             return
         self._looked = now
         places = self._placement.places()
@@ -213,25 +209,17 @@ class Gang:
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self._began, self.state = now, GangState.STARTING
         envs = [self._env(rank, place, host, self._store.port) for rank, place in enumerate(places)]
-        timeouts = self._settings.task.timeouts
-        self._heartbeats = Heartbeats(connect(envs[0], timeouts.silent), self._mesh, timeouts)
+        limits = self._settings.task.timeouts
+        self._heartbeats = Heartbeats(connect(envs[0], limits.silent), self._mesh, limits)
         self._heartbeats.start()
         nodes = alive_nodes()
         for env, place in zip(envs, places, strict=True):
             self._ranks.append(self._start(env, place, nodes.get(place.node, {})))
 
     def _env(self, rank: int, place: Place, host: str, port: int) -> RankEnv:
-        return RankEnv(
-            rank=rank,
-            world_size=self._mesh.layout.world_size,
-            local_rank=place.local_rank,
-            local_world_size=place.local_world_size,
-            host=host,
-            port=port,
-            launcher_serves=True,
-            launcher_speaks=True,
-            attempt=self.attempt,
-        )
+        world, local = self._mesh.layout.world_size, place.local_rank
+        env = RankEnv(rank=rank, world_size=world, local_rank=local, host=host, port=port, attempt=self.attempt)
+        return replace(env, launcher_serves=True, launcher_speaks=True)
 
     def _start(self, env: RankEnv, place: Place, node: dict[str, float]) -> _Rank:
         assert self._placement is not None
@@ -270,7 +258,7 @@ class Gang:
 
     def _retries_quietly(self, error: GangBroken) -> bool:
         """Whether an attempt to start has failed on a node that is gone already, so that nothing is lost but it."""
-        self._wait_until = time.monotonic() + _UNSURE if error.unsure else 0.0
+        self._wait_until = time.monotonic() + timeouts.RAY_DECIDES_SECONDS if error.unsure else 0.0
         starting = self.state is GangState.STARTING
         self.failed_starts += starting
         quietly = starting and error.unsure and self.failed_starts <= _QUIET
@@ -280,10 +268,10 @@ class Gang:
         return quietly
 
     def _check(self) -> None:
-        now, timeouts = time.monotonic(), self._settings.task.timeouts
-        if self.state is GangState.STARTING and now - self._began > timeouts.first:
-            raise GangBroken(f"its ranks have not met within {timeouts.first:.0f} s")
-        if now - self._ends_at >= _ENDS_EVERY:
+        now, limits = time.monotonic(), self._settings.task.timeouts
+        if self.state is GangState.STARTING and now - self._began > limits.first:
+            raise GangBroken(f"its ranks have not met within {limits.first:.0f} s")
+        if now - self._ends_at >= timeouts.ENDS_SECONDS:
             self._ends_at = now
             self._check_ends()
         for number, rank in enumerate(self._ranks):
@@ -293,7 +281,7 @@ class Gang:
         if (failure := self._heartbeats.failure) is not None:
             # The ranks end by themselves and say so: messages that they sent before are received first.
             self._failed_at = self._failed_at or now
-            if now - self._failed_at > 2 * timeouts.grace:
+            if now - self._failed_at > 2 * limits.grace:
                 raise self._error(failure)
         elif (found := self._heartbeats.diagnosis) is not None:
             raise GangBroken(found.message)
@@ -308,7 +296,7 @@ class Gang:
         dead: list[GangBroken] = []
         for run in ready:
             try:
-                failure: Failure | None = ray.get(run, timeout=_GET)
+                failure: Failure | None = ray.get(run, timeout=timeouts.RAY_ANSWER_SECONDS)
             except _LOST as error:
                 dead.append(self._died(runs[run], error))
                 continue
@@ -317,7 +305,11 @@ class Gang:
         if dead:
             raise dead[0]
         for number, rank in enumerate(self._ranks):
-            if rank.gone_at is not None and rank.run not in ready and now - rank.gone_at > _UNEXPLAINED:
+            if (
+                rank.gone_at is not None
+                and rank.run not in ready
+                and now - rank.gone_at > timeouts.RAY_EXPLAINS_SECONDS
+            ):
                 raise GangBroken(f"{self._mesh.name(number)} has closed its connection")
 
     def _error(self, failure: Failure) -> GangBroken | InputError:

@@ -195,10 +195,9 @@ class MessageError(Exception):
 
 
 def encode(message: object) -> tuple[bytes, list[NDArray[Any]]]:
-    """A message as JSON and the arrays in it, which are not copied if they are contiguous.
+    """A message as JSON, and the arrays in it, which are not copied if they are contiguous.
 
-    Raises:
-        MessageError: something in it is neither a kind of message nor a plain value.
+    A MessageError if something in it is neither a kind of message nor a plain value.
     """
     arrays: list[NDArray[Any]] = []
     plain = _plain(message, arrays)
@@ -208,10 +207,8 @@ def encode(message: object) -> tuple[bytes, list[NDArray[Any]]]:
 def decode(text: bytes, receive: Callable[[], bytes]) -> Any:
     """The message of which `encode` has made this; a list comes back as a tuple, arrays cannot be written to.
 
-    `receive` receives the bytes of its next array.
-
-    Raises:
-        MessageError: it is no message: an unknown kind, unknown or missing fields, or something else.
+    `receive` receives the bytes of its next array. A MessageError if it is no message: an unknown kind, unknown or
+    missing fields, or something else.
     """
     try:
         plain = json.loads(text)

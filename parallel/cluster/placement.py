@@ -83,8 +83,7 @@ def cluster_has_gpus() -> bool:
 def plan_strategies(nodes: Mapping[str, Mapping[str, float]], shape: GangShape, gangs: int) -> list[str]:
     """A Ray strategy for each gang, one after another: on one node that has the resources, over several otherwise.
 
-    Raises:
-        InputError: they do not fit.
+    An InputError if they do not fit.
     """
     free = sorted((_bundles(resources, shape.bundle) for resources in nodes.values()), reverse=True)
     strategies = []

@@ -18,11 +18,7 @@ _PROMISED = 2  # how often a gang promises its slots
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoSize:
-    """What a video takes.
-
-    Raises:
-        InputError: the bytes are negative.
-    """
+    """What a video takes; an InputError if the bytes are negative."""
 
     schedule: Schedule  # when each chunk takes each step
     kv_bytes: int  # of keys and values, on the rank that holds most of them; held from admission to the end
@@ -44,11 +40,7 @@ class VideoSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GangSize:
-    """What a gang has to give.
-
-    Raises:
-        InputError: it could hold no video.
-    """
+    """What a gang has to give; an InputError if it could hold no video."""
 
     slots: int  # window slots: the gang's concurrency times the window
     kv_bytes: int  # memory for keys and values in bytes, counted as `VideoSize.kv_bytes` is
@@ -104,7 +96,6 @@ class GangFigures:
 class Figures:
     """The queue and the gangs at this moment."""
 
-    queued: int  # length of the queue
     states: Mapping[RequestState, int]  # requests by where they are, those that have ended among them
     gangs: tuple[GangFigures, ...]  # each gang that ever was up, by name
 

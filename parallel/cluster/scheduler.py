@@ -62,11 +62,7 @@ class Scheduler:
     # ---- requests
 
     def submit(self, request: str, size: VideoSize, *, priority: int = 0) -> None:
-        """Queue a request; the highest priority goes first.
-
-        Raises:
-            InputError: no gang can ever hold it, or there is one of that id.
-        """
+        """Queue a request, the highest priority first; an InputError if no gang can hold it, or the id is taken."""
         if request in self._entries:
             raise InputError(f"there is a request {request} already: give every request its own id")
         self._check_fit(request, size)
@@ -84,11 +80,7 @@ class Scheduler:
             self._end(entry, RequestState.CANCELLED)
 
     def quantum_ready(self, request: str, gang: str, quantum: int) -> None:
-        """The gang has announced a quantum. The first one after admission is where the request goes on.
-
-        Raises:
-            ValueError: it is not the quantum that comes next.
-        """
+        """The gang has announced a quantum, at first the one where it goes on; a ValueError if that is not next."""
         entry = self._resident(request, gang)
         if entry is None:
             return
@@ -104,11 +96,7 @@ class Scheduler:
         entry.ready, entry.announcement = quantum, self._announcements
 
     def quantum_done(self, request: str, gang: str, quantum: int) -> None:
-        """All ticks of a quantum are done; its slots are free.
-
-        Raises:
-            ValueError: a quantum before it is not done, or it was not permitted.
-        """
+        """All ticks of a quantum are done: its slots are free; a ValueError if another one was permitted before it."""
         entry = self._resident(request, gang)
         if entry is None or (entry.done is not None and quantum < entry.done):
             return
@@ -127,11 +115,7 @@ class Scheduler:
     # ---- gangs
 
     def gang_up(self, gang: str, size: GangSize) -> None:
-        """A gang can be given work.
-
-        Raises:
-            ValueError: it is up already.
-        """
+        """A gang can be given work; a ValueError if it is up already."""
         entry = self._gangs.setdefault(gang, GangEntry(gang, size))
         if entry.up:
             raise ValueError(f"gang {gang} is up already")
@@ -176,20 +160,14 @@ class Scheduler:
         return decisions
 
     def entry(self, request: str) -> QueueEntry:
-        """A request, to be read only.
-
-        Raises:
-            KeyError: there is none of that id, or it has ended.
-        """
+        """A request, to be read only; a KeyError if there is none of that id, or it has ended."""
         return self._entries[request]
 
     def figures(self) -> Figures:
         """Figures of this moment."""
         states = self._ended + Counter(entry.state for entry in self._entries.values())
         gangs = tuple(gang.figures() for _, gang in sorted(self._gangs.items()))
-        return Figures(
-            queued=states[RequestState.QUEUED], states={one: states[one] for one in RequestState}, gangs=gangs
-        )
+        return Figures(states={one: states[one] for one in RequestState}, gangs=gangs)
 
     @property
     def idle(self) -> bool:

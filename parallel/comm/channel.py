@@ -34,8 +34,8 @@ from torch.distributed import Work
 
 from engine.video import WorkItem
 from parallel.comm.messages import HEADER_BYTES, Header, Kind, Message
+from parallel.health.timeouts import CHECK_SECONDS
 
-_POLL = 0.25  # seconds between two checks whether a rank has failed
 _TAGS = 1 << 28
 _DEVICE_KINDS = (Kind.ITEM, Kind.VELOCITY)
 """Messages whose payload is on the device, and nearly always of the same size."""
@@ -49,11 +49,8 @@ class GroupTransport:
     """Moves tensors to or from a peer, by point-to-point operations of a process group.
 
     `Work.wait` makes what the caller does next come after a transfer: on gloo the host waits, on NCCL the current
-    stream. Until then the tensor must stay as it is.
-
-    Args:
-        peer: rank among all.
-        group: of this rank and the peer; None for the default group, which is gloo's.
+    stream. Until then the tensor must stay as it is. `peer` is its rank among all; `group` is of this rank and the
+    peer, None for the default group, which is gloo's.
     """
 
     def __init__(self, peer: int, group: dist.ProcessGroup | None = None) -> None:
@@ -124,10 +121,8 @@ class _Outgoing:
 class Outbox:
     """Sends to one peer. `send` returns at once; a thread sends headers and waits until messages have gone.
 
-    Args:
-        link: to the peer.
-        on_error: called by the thread if it ends otherwise than by `close`.
-        on_sent: called by the thread with the time at which the sending of a work item began, once it has gone.
+    The thread calls `on_error` if it ends otherwise than by `close`, and `on_sent` with the time at which the sending
+    of a work item began, once it has gone.
     """
 
     def __init__(self, link: Link, on_error: OnError, on_sent: OnSent | None = None) -> None:
@@ -217,11 +212,8 @@ class _NextBuffer:
 class Inbox:
     """Receives from one peer. A thread receives headers; `receive` and `poll` belong to the main thread.
 
-    Args:
-        link: from the peer.
-        on_error: called by the thread if it ends otherwise than by the last message.
-        check: raises if a rank has failed; called while waiting.
-        limit: how many messages are held before the sender has to keep the rest; None for no limit.
+    The thread calls `on_error` if it ends otherwise than by the last message. `check` raises if a rank has failed, and
+    is called while waiting. The sender has to keep what is more than `limit` messages; None for no limit.
     """
 
     def __init__(self, link: Link, on_error: OnError, check: Callable[[], None], *, limit: int | None) -> None:
@@ -253,7 +245,7 @@ class Inbox:
         self._begin_all()
         while not self._begun:
             try:
-                self._begin(*self._arrived.get(timeout=_POLL))
+                self._begin(*self._arrived.get(timeout=CHECK_SECONDS))
             except queue.Empty:
                 self._check()
         return self._finish(began)

@@ -15,10 +15,10 @@ from parallel.comm.channel import AHEAD, Inbox, Outbox
 from parallel.comm.groups import Groups
 from parallel.comm.messages import Header, Kind, Message
 from parallel.health.monitor import Monitor
+from parallel.health.timeouts import LAST_TRANSFERS_SECONDS
 from parallel.topology.mesh import Mesh
 from parallel.trace.tracer import Tracer
 
-_CLOSING = 10.0  # seconds
 _FIRST_TRACK = 2
 """Of a trace, for what is sent; those before it are of the main thread and of decoding."""
 
@@ -35,11 +35,7 @@ class RankServices:
 
 
 class Edges:
-    """Inboxes and outboxes of one rank.
-
-    Args:
-        services: of this rank.
-    """
+    """Inboxes and outboxes of one rank."""
 
     def __init__(self, services: RankServices) -> None:
         mesh, monitor, tracer = services.mesh, services.monitor, services.tracer
@@ -57,10 +53,9 @@ class Edges:
                 result = edge.target == 0 and edge.source >= mesh.layout.cp
                 limit = None if result else AHEAD
                 self._inboxes[edge.source] = Inbox(link, monitor.lost, monitor.check, limit=limit)
-        self._connect()
+        self._name_by_purpose()
 
-    def _connect(self) -> None:
-        """Name the inboxes and outboxes by their purpose."""
+    def _name_by_purpose(self) -> None:
         mesh, cp = self._mesh, self._mesh.layout.cp
         self.is_tail = mesh.stage == mesh.last_stage  # this rank is of the last stage
         self.reads_velocity = self.is_tail and mesh.cp_rank == 0  # this rank computes velocities from hidden states
@@ -71,7 +66,7 @@ class Edges:
         self._parts = [
             self._inboxes[mesh.rank_of(mesh.last_stage, cp_rank)] for cp_rank in others if self.reads_velocity
         ]
-        self._tail, self._leader = self._outboxes.get(tail), self._outboxes.get(0)
+        self._back = self._outboxes.get(0 if self.reads_velocity else tail) if self.is_tail else None
         self._results = self._inboxes[tail] if mesh.leads and tail else None
         self._work = None if mesh.leads else self._inboxes[0 if mesh.stage == 0 else mesh.rank - cp]
 
@@ -95,10 +90,10 @@ class Edges:
             outbox.send(header, payload)
         self.send_on(header, payload)
 
-    def send_part(self, header: Header, payload: Tensor) -> None:
-        """Send from another rank of the last stage to its cp_rank 0."""
-        assert self._tail is not None
-        self._tail.send(header, payload)
+    def send_back(self, header: Header, payload: Tensor) -> None:
+        """Send from the last stage: from its cp_rank 0 to the leader, from the others to that one."""
+        assert self._back is not None
+        self._back.send(header, payload)
 
     def receive_parts(self, header: Header) -> list[Message]:
         """The messages of the other ranks of the last stage about an item, by cp_rank; an error if another comes."""
@@ -110,22 +105,13 @@ class Edges:
             parts.append(part)
         return parts
 
-    def send_result(self, header: Header, payload: Tensor) -> None:
-        """Send from the last stage to the leader."""
-        assert self._leader is not None
-        self._leader.send(header, payload)
-
     def receive_result(self, *, wait: bool) -> Message | None:
         """A result, on the leader; None if there is none yet and it should not wait."""
         assert self._results is not None
         return self._results.receive() if wait else self._results.poll()
 
     def leave(self) -> int:
-        """Send the last message to all, receive the same from all, and close.
-
-        Returns:
-            Bytes that were sent in all.
-        """
+        """Send the last message to all, receive the same from all, and close; gives the bytes that were sent in all."""
         for outbox in self._outboxes.values():
             outbox.send(Header(kind=Kind.LEAVE))
         for inbox in self._inboxes.values():
@@ -133,7 +119,7 @@ class Edges:
                 while inbox.receive().header.kind is not Kind.LEAVE:
                     pass  # a result of a request that was cancelled
         for outbox in self._outboxes.values():
-            outbox.close(_CLOSING)
+            outbox.close(LAST_TRANSFERS_SECONDS)
         for inbox in self._inboxes.values():
-            inbox.close(_CLOSING)
+            inbox.close(LAST_TRANSFERS_SECONDS)
         return sum(outbox.sent_bytes for outbox in self._outboxes.values())

@@ -7,21 +7,25 @@ published in the store, so that no two ranks differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import socket
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
+from engine.machine import boot_id
 from parallel.comm.channel import GroupTransport, Link
-from parallel.comm.transfer import Transfer, choose_transfer, exchange_devices
-from parallel.health.timeouts import Timeouts
+from parallel.health.timeouts import STORE_SECONDS, Timeouts
 from parallel.ranks.environment import RankEnv
 from parallel.topology.mesh import Edge, Mesh
 
-_SERVED = 20.0  # seconds
+Transfer = Literal["nccl", "host", "gloo"]
+"""How tensors move: between GPUs, between GPUs through host memory, or between CPUs."""
 _IDLE = timedelta(days=365)
 """Receives are posted ahead and may wait for long; whether peers are alive is the monitor's business."""
 
@@ -38,8 +42,7 @@ class Groups:
 
 def connect(env: RankEnv, timeout: float) -> dist.Store:
     """A connection of its own to the rendezvous store, under a name of this attempt."""
-    # A launcher's store is there before its ranks are; where it is not, the launcher has gone.
-    patience = min(timeout, _SERVED) if env.launcher_serves else timeout
+    patience = min(timeout, STORE_SECONDS) if env.launcher_serves else timeout
     store = dist.TCPStore(
         env.host, env.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=patience)
     )
@@ -103,3 +106,40 @@ def _join(transport: GroupTransport, device: torch.device, *, sends: bool) -> No
     one = torch.zeros(1, device=device)
     (transport.send(one, 0) if sends else transport.receive(one, 0)).wait()
     torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankDevice:
+    """What a rank publishes of its device."""
+
+    host: str  # boot identifier of its machine, the same in all containers of it
+    gpu: str | None  # UUID of its GPU; None on a CPU
+    nccl: bool  # its PyTorch has NCCL
+
+
+def choose_transfer(devices: Sequence[RankDevice]) -> Transfer:
+    """How tensors move, from the devices of all ranks: over NCCL if every rank has a GPU of its own.
+
+    How many GPUs a process can see, and how many ranks a machine has, does not matter.
+    """
+    gpus = {(device.host, device.gpu) for device in devices if device.gpu is not None}
+    if not gpus:
+        return "gloo"
+    own = len(gpus) == len(devices)
+    return "nccl" if own and all(device.nccl for device in devices) else "host"
+
+
+def pick_device(env: RankEnv) -> torch.device:
+    """The GPU of an env, or the CPU where there is none; ranks share GPUs if there are more of them."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.device("cuda", env.local_rank % count) if count else torch.device("cpu")
+
+
+def exchange_devices(store: dist.Store, rank: int, world_size: int, device: torch.device) -> list[RankDevice]:
+    """Publish this rank's device, and read those of all ranks once they are there."""
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+    own = RankDevice(host=boot_id() or socket.gethostname(), gpu=gpu, nccl=dist.is_nccl_available())
+    keys = [f"device/{other}" for other in range(world_size)]
+    store.set(keys[rank], json.dumps(asdict(own)))
+    store.wait(keys)
+    return [RankDevice(**json.loads(raw)) for raw in store.multi_get(keys)]

@@ -17,10 +17,12 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from engine.kv.size import KVPlan
@@ -35,8 +37,6 @@ _MAGIC = b"FLC2"
 _FIXED = struct.Struct("<4sBBHQiHH8sI5I")
 """Magic, kind, dtype, dimensions, number, request, flags, item's bytes, digest, bytes of the next buffer, shape."""
 _DIMENSIONS = 5
-_LENGTH = struct.Struct("<Q")
-_ALIGNMENT = 16
 _PLAIN = ("video", "schedule", "kv", "grid", "checkpoint")  # fields of an admission without tensors
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ class Header:
     request: int = -1  # whose it is; -1 for none
     item: WorkItem | None = None  # what to run, or what was run
     flags: tuple[int, ...] = ()
-    """Reuse flags since the last header of the request, in the order (tick, chunk): the values of `Decision`."""
+    """Reuse flags since the last header of the request, as in `Work`."""
     digest: bytes = bytes(8)  # of all flags of the request so far
     shape: tuple[int, ...] = ()  # of the payload; empty for none
     dtype: torch.dtype = torch.uint8  # of the payload
@@ -74,10 +74,9 @@ class Header:
         return math.prod(self.shape) * self.dtype.itemsize if self.shape else 0
 
     def write(self, buffer: Tensor, number: int) -> None:
-        """Write it into the first HEADER_BYTES of a uint8 buffer on the CPU, as message `number` of its edge.
+        """Write it into the start of a uint8 buffer on the CPU, as message `number` of its edge.
 
-        Raises:
-            ValueError: it does not fit.
+        A ValueError if it does not fit.
         """
         item = b"" if self.item is None else to_plain(self.item)
         dtype, dimensions = _DTYPES.index(self.dtype), len(self.shape)
@@ -125,7 +124,7 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _AdmissionForm:
-    """An admission without the numbers in its tensors."""
+    """An admission without its tensors."""
 
     video: int
     schedule: Schedule
@@ -133,36 +132,26 @@ class _AdmissionForm:
     grid: tuple[int, int, int]
     checkpoint: str | None
     max_length: int | None
-    tensors: dict[Literal["text", "null", "counters"], tuple[int, tuple[int, ...]]]  # dtype and shape, in order
 
 
 def pack_admit(admission: Admission) -> Tensor:
-    """As a payload, uint8 [bytes]: the length of a JSON text, the text, and tensors at multiples of 16 bytes."""
+    """As a payload, uint8 [bytes]: safetensors of the captions, and of a JSON text."""
     captions = admission.captions
-    tensors = {"text": captions.text, "null": captions.null, "counters": captions.counters}
-    held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    shapes: Any = {name: (_DTYPES.index(one.dtype), tuple(one.shape)) for name, one in held.items()}
-    same = {name: getattr(admission, name) for name in _PLAIN}
-    form = _AdmissionForm(**same, max_length=captions.max_length, tensors=shapes)
-    text = to_plain(form)
-    parts = [_LENGTH.pack(len(text)) + text]
-    parts += [one.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for one in held.values()]
-    return _as_payload(b"".join(part.ljust(_aligned(len(part)), b"\0") for part in parts))
+    form = _AdmissionForm(**{name: getattr(admission, name) for name in _PLAIN}, max_length=captions.max_length)
+    tensors = {"form": _as_payload(to_plain(form)), "text": captions.text, "null": captions.null}
+    if captions.counters is not None:
+        tensors["counters"] = captions.counters
+    return _as_payload(save({name: part.cpu().contiguous() for name, part in tensors.items()}))
 
 
 def unpack_admit(payload: Tensor) -> Admission:
     """From a payload, with tensors on the CPU; a ValueError if it is no `Admission`."""
-    (length,) = _LENGTH.unpack(payload[: _LENGTH.size].numpy().tobytes())
-    place = _LENGTH.size + length
-    form = from_plain(_AdmissionForm, payload[_LENGTH.size : place].numpy().tobytes())
-    tensors: dict[str, Tensor] = {}
-    for name, (dtype, shape) in form.tensors.items():
-        start = _aligned(place)
-        place = start + math.prod(shape) * _DTYPES[dtype].itemsize
-        tensors[name] = payload[start:place].view(_DTYPES[dtype]).view(shape).clone()
-    captions = CaptionTable(
-        text=tensors["text"], null=tensors["null"], counters=tensors.get("counters"), max_length=form.max_length
-    )
+    try:
+        tensors = load(payload.numpy().tobytes())
+        form = from_plain(_AdmissionForm, tensors.pop("form").numpy().tobytes())
+        captions = CaptionTable(**tensors, max_length=form.max_length)
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"the bytes received are no admission: {error}") from None
     return Admission(**{name: getattr(form, name) for name in _PLAIN}, captions=captions)
 
 
@@ -201,10 +190,6 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 def _as_payload(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _pack_flags(flags: tuple[int, ...]) -> bytes:

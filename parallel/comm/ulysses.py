@@ -38,14 +38,7 @@ class TokenSplit:
 
 
 class UlyssesShard:
-    """One rank's tokens of a request's chunks.
-
-    Args:
-        split: tokens of all ranks.
-        cp_rank: this rank.
-        group: process group of the ranks.
-        through_host: exchange by way of host memory.
-    """
+    """One rank's tokens of a request's chunks. The ranks of `group` exchange, through host memory if asked for."""
 
     def __init__(self, split: TokenSplit, cp_rank: int, group: dist.ProcessGroup, *, through_host: bool) -> None:
         self._split, self._cp_rank, self._group, self._through_host = split, cp_rank, group, through_host

@@ -57,12 +57,10 @@ class HangDetector:
     _items: int = 0
 
     def look(self, heartbeats: Mapping[int, Heartbeat | None], passed: float, expected: int = 0) -> Failure | None:
-        """What is wrong, if anything is.
+        """What is wrong, if anything is, `passed` seconds after the last look.
 
-        Args:
-            heartbeats: of the ranks that have joined; None for one that has left.
-            passed: seconds since the last look.
-            expected: results for which the caller does nothing but wait.
+        Heartbeats are of the ranks that have joined, None for one that has left. `expected` are results for which the
+        caller does nothing but wait.
         """
         self._observe(heartbeats, passed)
         limit = self.timeouts.silent + self.slack

@@ -23,23 +23,18 @@ from parallel.topology.mesh import Mesh
 class Heartbeats:
     """The thread that exchanges heartbeats and failures with the store, round after round.
 
-    Args:
-        store: a connection of its own, under the attempt's prefix.
-        mesh: for the names of ranks; its rank is this process's if there is `beat`.
-        timeouts: of the ranks.
-        beat: makes this rank's heartbeat; None for a process that only reads, such as the controller. Its limits are
-            longer by twice `grace`: the ranks find a fault first and name it better.
-        on_round: called by the thread after each round, and once more when the thread ends.
+    For a process that only reads, such as the controller, limits are longer by twice `grace`: the ranks find a fault
+    first and name it better.
     """
 
     def __init__(
         self,
-        store: Store,
-        mesh: Mesh,
-        timeouts: Timeouts,
+        store: Store,  # a connection of its own, under the attempt's prefix
+        mesh: Mesh,  # for the names of ranks; its rank is this process's if there is `beat`
+        timeouts: Timeouts,  # of the ranks
         *,
-        beat: Callable[[], Heartbeat] | None = None,
-        on_round: Callable[[], None] = lambda: None,
+        beat: Callable[[], Heartbeat] | None = None,  # makes this rank's heartbeat; None only reads
+        on_round: Callable[[], None] = lambda: None,  # in the thread, after each round and at its end
     ) -> None:
         self.latest: dict[int, Heartbeat | None] = {}  # of the ranks that have joined; None for one that has left
         self.rounds = 0  # how often all heartbeats were read

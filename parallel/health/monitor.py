@@ -28,12 +28,12 @@ from typing import NoReturn
 
 from torch.distributed import Store
 
-from parallel.health.errors import Failure, GangError
-from parallel.health.exit_codes import FAILED, INTERRUPTED
+from engine.machine import this_machine
+from parallel.health.errors import FAILED, INTERRUPTED, Failure, GangError
 from parallel.health.hang_detector import Heartbeat
 from parallel.health.heartbeats import Heartbeats
-from parallel.health.processes import LocalProcess, WakeupPipe, this_machine
-from parallel.health.timeouts import Timeouts
+from parallel.health.processes import LocalProcess, WakeupPipe
+from parallel.health.timeouts import POLL_SECONDS, Timeouts
 from parallel.ranks.environment import RankEnv
 from parallel.topology.mesh import Mesh
 
@@ -251,7 +251,7 @@ class Monitor:
         deadline = time.monotonic() + self._timeouts.grace
         while self._server == self._mesh.rank and time.monotonic() < deadline and self._others_read():
             self._heartbeats.refresh()
-            time.sleep(0.02)
+            time.sleep(POLL_SECONDS)
 
     def _others_read(self) -> bool:
         """Whether another rank may still read the store."""

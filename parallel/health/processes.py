@@ -14,15 +14,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-
-def this_machine() -> str:
-    """A name that all processes share which can see each other: of the machine, or of a container on it."""
-    name = socket.gethostname()
-    with suppress(OSError):
-        name += "/" + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    with suppress(OSError):
-        name += "/" + os.readlink("/proc/self/ns/pid")
-    return name
+from engine.machine import runs
 
 
 class LocalProcess:
@@ -46,10 +38,7 @@ class LocalProcess:
             poll.register(self._descriptor, select.POLLIN)
             self._gone = bool(poll.poll(0))
         elif not self._gone:
-            try:
-                os.kill(self._pid, 0)
-            except ProcessLookupError:
-                self._gone = True
+            self._gone = not runs(self._pid)
         return self._gone
 
     @property

@@ -24,7 +24,6 @@ class RankEnv:
     rank: int  # among all
     world_size: int  # how many there are
     local_rank: int  # among those of this machine
-    local_world_size: int  # how many this machine has
     host: str  # of the store where ranks meet
     port: int  # of that store
     launcher_serves: bool = False  # the launcher serves the store; otherwise rank 0 does
@@ -41,12 +40,10 @@ class RankEnv:
             return None
         if missing := [name for name in _NEEDED if name not in found]:
             raise InputError(f"the environment lacks {', '.join(missing)}: start ranks with torchrun")
-        world = _number(found, "WORLD_SIZE")
         return cls(
             rank=_number(found, "RANK"),
-            world_size=world,
+            world_size=_number(found, "WORLD_SIZE"),
             local_rank=_number(found, "LOCAL_RANK"),
-            local_world_size=_number(found, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in found else world,
             host=found["MASTER_ADDR"],
             port=_number(found, "MASTER_PORT"),
             launcher_serves=found.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
@@ -61,7 +58,6 @@ class RankEnv:
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
             "LOCAL_RANK": str(self.local_rank),
-            "LOCAL_WORLD_SIZE": str(self.local_world_size),
             "MASTER_ADDR": self.host,
             "MASTER_PORT": str(self.port),
             "TORCHELASTIC_USE_AGENT_STORE": str(self.launcher_serves),
@@ -71,10 +67,9 @@ class RankEnv:
         }
 
 
-def child_environment(env: RankEnv, *, threads: int | None) -> dict[str, str]:
+def child_environment(env: RankEnv, *, threads: int) -> dict[str, str]:
     """The environment of a process that is started for an env: this one's, with the env and a number of threads."""
-    chosen = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    return {**os.environ, **env.variables(), **chosen}
+    return {**os.environ, **env.variables(), "OMP_NUM_THREADS": str(threads)}
 
 
 def _number(found: Mapping[str, str], name: str) -> int:

@@ -20,10 +20,8 @@ from engine.reuse.settings import ReuseSettings
 from models.errors import InputError
 from models.protocols import Pipeline
 from parallel.comm.edges import Edges, RankServices
-from parallel.comm.groups import connect, open_groups, serve_store
-from parallel.comm.transfer import pick_device
-from parallel.health.errors import GangError
-from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED
+from parallel.comm.groups import connect, open_groups, pick_device, serve_store
+from parallel.health.errors import BAD_INPUT, INTERRUPTED, GangError
 from parallel.health.monitor import Monitor, is_connection_error
 from parallel.health.timeouts import Timeouts
 from parallel.ranks.environment import RankEnv
@@ -54,13 +52,9 @@ class Gang:
         self._load_seconds = time.perf_counter() - began
 
     def serve(self, stage: StageModel) -> RankCounters:
-        """Serve with these layers until the leader lets go; on every rank but the leader.
+        """Serve with these layers until the leader lets go, on every rank but the leader; gives this rank's counters.
 
-        Returns:
-            What this rank has counted.
-
-        Raises:
-            GangError: another rank has failed.
+        A GangError if another rank has failed.
         """
         worker = StageWorker(stage, self._services, self._load_seconds)
         serve(worker, Edges(self._services), self.tracer)
@@ -82,10 +76,7 @@ class Gang:
         """An engine whose work the gang does; on the leader. Arguments are those of `Engine`.
 
         Yields:
-            The engine, and a list that takes the counters of all ranks at the end.
-
-        Raises:
-            GangError: another rank has failed.
+            The engine, and a list that takes the counters of all ranks at the end. A GangError if a rank has failed.
         """
         stage = StageModel(model=pipeline.model, attention=pipeline.attention)
         leader = Leader(StageWorker(stage, self._services, self._load_seconds), self._services)
@@ -106,21 +97,14 @@ class Gang:
 
 @contextmanager
 def open_gang(
-    env: RankEnv,
-    layout: Layout,
+    env: RankEnv,  # this rank's
+    layout: Layout,  # of all ranks
     *,
-    timeouts: Timeouts = _DEFAULTS,
-    trace: bool = False,
-    device: torch.device | None = None,
+    timeouts: Timeouts = _DEFAULTS,  # how long to wait for others
+    trace: bool = False,  # remember what is done when
+    device: torch.device | None = None,  # in place of the env's own
 ) -> Iterator[Gang]:
     """Join the other ranks.
-
-    Args:
-        env: this rank's.
-        layout: of all ranks.
-        timeouts: how long to wait for others.
-        trace: remember what is done when.
-        device: in place of the env's own.
 
     Raises:
         InputError: the layout does not fit the number of ranks.

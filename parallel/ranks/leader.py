@@ -1,7 +1,7 @@
 """Rank 0 as the engine's runner: it runs the first stage, sends items on, and takes velocities in.
 
-The engine orders the work and decides reuse; the leader sends with each item the flags that were decided since the last
-header, so a reused chunk costs no message. A checkpoint goes down the stream of items, so every rank takes its snapshot
+The engine orders the work and decides reuse; the leader sends with each item the flags that come with its work, so a
+reused chunk costs no message. A checkpoint goes down the stream of items, so every rank takes its snapshot
 at the same point of it.
 """
 
@@ -22,24 +22,15 @@ from engine.checkpoint.files import Shard
 from engine.executor import Runner
 from engine.kv.buffer import KVBuffer
 from engine.prepare import Admission
-from engine.reuse.flags import FlagLog
-from engine.reuse.policy import Decision
 from engine.video import Work, WorkItem
 from parallel.comm.edges import Edges, RankServices
 from parallel.comm.messages import Header, Kind, pack_admit, pack_json
+from parallel.health.timeouts import POLL_SECONDS
 from parallel.ranks.worker import StageWorker, read_velocity, saved_key
-
-_SAVED_INTERVAL = 0.05
-"""Seconds between two looks at which ranks have written their files."""
 
 
 class Leader(Runner):
-    """Runs the items of videos on a gang.
-
-    Args:
-        worker: runs the first stage here.
-        services: of this rank.
-    """
+    """Runs the items of videos on a gang; `worker` runs the first stage here."""
 
     def __init__(self, worker: StageWorker, services: RankServices) -> None:
         self.worker, self._edges, self._store = worker, Edges(services), services.store
@@ -47,8 +38,6 @@ class Leader(Runner):
         self.layout = asdict(services.mesh.layout)
         self._one_stage = self._edges.reads_velocity  # results are there at once
         self._undelivered: list[tuple[WorkItem, Tensor]] = []
-        self._decided: dict[int, tuple[FlagLog, list[int]]] = {}
-        """Of each video: all of its flags, and those that were decided since the last header."""
         self._saving: dict[int, Path] = {}
         self._looked, self._outstanding = 0.0, 0
 
@@ -61,20 +50,11 @@ class Leader(Runner):
         """Take a video in on all ranks; an InputError if this layout cannot serve it."""
         self.worker.admit(admission)
         self._edges.announce(Header(kind=Kind.ADMIT, request=admission.video), pack_admit(admission))
-        log = FlagLog(admission.schedule)
-        log.restore(self.worker.stage.flags(admission.video).state())
-        self._decided[admission.video] = (log, [])
-
-    def decided(self, video: int, decision: Decision) -> None:
-        """Keep a flag for the next header."""
-        log, unsent = self._decided[video]
-        log.add([decision.value])
-        unsent.append(decision.value)
 
     def begin(self, work: Work) -> None:
         """Run an item's first stage and send it on."""
         item, worker = work.item, self.worker
-        header = self._header(Kind.ITEM, item.request, item)
+        header = Header(kind=Kind.ITEM, request=item.request, item=item, flags=work.flags, digest=work.digest)
         own, *others = worker.embed(item, work.x)
         for cp_rank, part in enumerate(others, 1):
             self._edges.to_cp_rank(cp_rank, header, part)
@@ -114,7 +94,7 @@ class Leader(Runner):
     def saved(self, video: int) -> tuple[Shard, ...] | None:
         """The files of a video's last snapshot, once all ranks have written."""
         now = time.monotonic()
-        if now - self._looked < _SAVED_INTERVAL:
+        if now - self._looked < POLL_SECONDS:
             return None
         self._looked = now
         keys = [saved_key(self._saving[video], rank) for rank in range(math.prod(self.layout.values()))]
@@ -131,7 +111,6 @@ class Leader(Runner):
         header = self._header(Kind.RELEASE, video)
         self._edges.announce(header)
         self.worker.release(header)
-        del self._decided[video]
         self._saving.pop(video, None)
         self._undelivered = [result for result in self._undelivered if result[0].request != video]
 
@@ -152,9 +131,6 @@ class Leader(Runner):
         """Tell all ranks that nothing more will come, and wait until they have worked off what is under way."""
         self.worker.counters.sent_bytes = self._edges.leave()
 
-    def _header(self, kind: Kind, video: int, item: WorkItem | None = None) -> Header:
-        """A header with the flags that were decided since the last one."""
-        log, unsent = self._decided[video]
-        header = Header(kind=kind, request=video, item=item, flags=tuple(unsent), digest=log.digest)
-        unsent.clear()
-        return header
+    def _header(self, kind: Kind, video: int) -> Header:
+        """A header about a video, with the digest of the flags that were sent."""
+        return Header(kind=kind, request=video, digest=self.worker.stage.flags(video).digest)

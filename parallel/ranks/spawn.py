@@ -17,23 +17,18 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
-from parallel.health.errors import ErrorStore, Failure, GangError
-from parallel.health.exit_codes import FAILED, INTERRUPTED
+from parallel.health.errors import FAILED, INTERRUPTED, ErrorStore, Failure, GangError
+from parallel.health.timeouts import POLL_SECONDS, RANKS_END_SECONDS
 from parallel.ranks.environment import RankEnv, child_environment
 from parallel.topology.mesh import Layout, Mesh
 
 _HOST = "127.0.0.1"
-_POLL = 0.05
 
 
-def run_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = None, grace: float = 10.0) -> None:
+def run_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = None) -> None:
     """Run a command once for each rank, and wait for all of them.
 
-    Args:
-        command: program and arguments; each process finds its env in its environment.
-        layout: of the ranks.
-        threads: CPU threads of each; None shares the cores evenly.
-        grace: seconds that ranks have to end by themselves once one of them has failed.
+    Each process finds its env in its environment. `threads` are the CPU threads of each; None shares the cores evenly.
 
     Raises:
         GangError: a rank has failed; the text names it.
@@ -45,25 +40,21 @@ def run_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = N
     try:
         for rank in range(layout.world_size):
             ranks.append(_start(command, _env(rank, layout, store), threads))
-        _wait(ranks, errors, layout, grace)
+        _wait(ranks, errors, layout)
     except (KeyboardInterrupt, SystemExit):
         errors.report(Failure(message="stopped", status=INTERRUPTED, reporter=-1))
-        _wait_for_all(ranks, grace)
+        _wait_for_all(ranks)
         raise
     finally:
         _kill(ranks)
 
 
 @contextmanager
-def worker_ranks(
-    command: Sequence[str], layout: Layout, *, threads: int | None = None, grace: float = 10.0
-) -> Iterator[RankEnv]:
-    """Run a command once for each rank but rank 0, which this process is. They end with this process.
-
-    Arguments are those of `run_ranks`; `grace` is for ending by themselves after the context.
+def worker_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = None) -> Iterator[RankEnv]:
+    """Run a command as `run_ranks` does, but for rank 0, which this process is. The others end with it.
 
     Yields:
-        The environment of rank 0.
+        The env of rank 0.
     """
     store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
     ranks: list[subprocess.Popen[bytes]] = []
@@ -71,14 +62,13 @@ def worker_ranks(
         for rank in range(1, layout.world_size):
             ranks.append(_start(command, _env(rank, layout, store), threads))
         yield replace(_env(0, layout, store), launcher_speaks=False, launched=False)
-        _wait_for_all(ranks, grace)
+        _wait_for_all(ranks)
     finally:
         _kill(ranks)
 
 
 def _env(rank: int, layout: Layout, store: dist.TCPStore) -> RankEnv:
-    count = layout.world_size
-    env = RankEnv(rank=rank, world_size=count, local_rank=rank, local_world_size=count, host=_HOST, port=store.port)
+    env = RankEnv(rank=rank, world_size=layout.world_size, local_rank=rank, host=_HOST, port=store.port)
     return replace(env, launcher_serves=True, launcher_speaks=True, launched=True)
 
 
@@ -101,7 +91,7 @@ def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], errors: ErrorStore, layout: Layout, grace: float) -> None:
+def _wait(ranks: list[subprocess.Popen[bytes]], errors: ErrorStore, layout: Layout) -> None:
     """Wait until all have ended well; a GangError if one has not."""
     while True:
         statuses = [process.poll() for process in ranks]
@@ -110,17 +100,17 @@ def _wait(ranks: list[subprocess.Popen[bytes]], errors: ErrorStore, layout: Layo
             break
         if None not in statuses:
             return
-        time.sleep(_POLL)
+        time.sleep(POLL_SECONDS)
     # A rank that fails in order reports it before it ends. If this one has not, it could not, or was not there yet.
     rank, status = bad[0]
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     text = f"{Mesh(layout=layout, rank=rank).name(rank)} {how}"
     failure = errors.report(Failure(message=text, status=max(status, FAILED), reporter=rank))
-    _wait_for_all(ranks, grace)
+    _wait_for_all(ranks)
     raise GangError(failure)
 
 
-def _wait_for_all(ranks: list[subprocess.Popen[bytes]], grace: float) -> None:
-    deadline = time.monotonic() + grace
+def _wait_for_all(ranks: list[subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + RANKS_END_SECONDS
     while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
-        time.sleep(_POLL)
+        time.sleep(POLL_SECONDS)

@@ -8,6 +8,7 @@ no other synchronisation.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from models.protocols import VideoModel
 from parallel.comm.edges import Edges, RankServices
 from parallel.comm.messages import Header, Kind, Message, unpack_admit, unpack_json
 from parallel.comm.ulysses import TokenSplit, UlyssesShard, local_heads
-from parallel.health.exit_codes import BAD_INPUT
+from parallel.health.errors import BAD_INPUT
 from parallel.trace.counters import DeviceTimer, OnMeasured, RankCounters
 from parallel.trace.tracer import Tracer
 
@@ -47,13 +48,7 @@ def describe(item: WorkItem) -> str:
 
 
 class StageWorker:
-    """Runs work items on this rank's layers, and counts.
-
-    Args:
-        stage: the layers.
-        services: of this rank.
-        load_seconds: that loading the layers took.
-    """
+    """Runs work items on this rank's layers, whose loading took `load_seconds`, and counts."""
 
     def __init__(self, stage: StageModel, services: RankServices, load_seconds: float) -> None:
         mesh, model = services.mesh, stage.model
@@ -62,17 +57,13 @@ class StageWorker:
         place = {"stage": mesh.stage, "cp_rank": mesh.cp_rank}
         self.stage = Stage(model, stage.attention, rank=mesh.rank, place=place)
         self._splits: dict[int, TokenSplit] = {}
+        self._saving: dict[int, str] = {}  # key of each video's last checkpoint in the store
+        self._saving_lock = threading.Lock()
         self._timer = DeviceTimer(model.kv.device)
-        layers = model.kv.layers
-        self.counters = RankCounters(
-            rank=mesh.rank,
-            stage=mesh.stage,
-            cp_rank=mesh.cp_rank,
-            layers=(layers.start, layers.stop),
-            transfer=services.groups.transfer,
-            weight_bytes=model.weight_bytes,
-            load_seconds=load_seconds,
-        )
+        layers = model.kv.layers.start, model.kv.layers.stop
+        self.counters = RankCounters(rank=mesh.rank, stage=mesh.stage, cp_rank=mesh.cp_rank, layers=layers)
+        self.counters.transfer, self.counters.load_seconds = services.groups.transfer, load_seconds
+        self.counters.weight_bytes = model.weight_bytes
         self._monitor.waiting()
 
     def finish(self) -> RankCounters:
@@ -99,6 +90,9 @@ class StageWorker:
         self.counters.digests[str(header.request)] = self.stage.flags(header.request).digest.hex()
         self.stage.release(header.request)
         self._splits.pop(header.request)
+        with self._saving_lock:
+            if (key := self._saving.pop(header.request, None)) is not None:
+                self._store.delete_key(key)  # nobody has read it if the video was cancelled
 
     def run(self, header: Header, hidden: Tensor) -> Tensor:
         """Run an item on hidden states [1, s, D] of this rank's tokens; a FlagMismatch as in `release`."""
@@ -132,15 +126,11 @@ class StageWorker:
     ) -> None:
         """Take a snapshot of a video's KV and begin to write it; later items do not touch it.
 
-        The writer's thread leaves the names of the files in the store, so a slow disk holds up no rank's loop. A file
-        that cannot be written ends the gang, and so do flags that are not the leader's.
-
-        Args:
-            header: of the message that asks for it.
-            folder: of the checkpoint.
-            run: the state of the run, which the leader writes too.
-            on_done: called in the thread once all is written.
+        The writer's thread leaves the names of the files in the store, so a slow disk holds up no rank's loop; they go
+        with the video. A file that cannot be written ends the gang, and so do flags that are not the leader's. The
+        leader writes the `run` too. `on_done` is called in the thread once all is written.
         """
+        video, key = header.request, saved_key(folder, self._mesh.rank)
 
         def ended(written: tuple[Shard, ...] | Exception) -> None:
             if isinstance(written, InputError):
@@ -148,13 +138,16 @@ class StageWorker:
             elif isinstance(written, Exception):
                 self._monitor.fail(f"{self._mesh.name(self._mesh.rank)}: {type(written).__name__}: {written}")
             else:
-                self._store.set(saved_key(folder, self._mesh.rank), json.dumps([asdict(shard) for shard in written]))
+                with self._saving_lock:
+                    if self._saving.get(video) == key:
+                        self._store.set(key, json.dumps([asdict(shard) for shard in written]))
                 on_done()
 
-        with self._working(f"request {header.request}, snapshot"):
+        with self._working(f"request {video}, snapshot"):
             began = time.perf_counter()
             self._follow(header)
-            files = self.stage.snapshot(header.request) | ({} if run is None else {RUN_FILE: run})
+            self._saving[video] = key
+            files = self.stage.snapshot(video) | ({} if run is None else {RUN_FILE: run})
             write_async(folder, files, ended)
             self.counters.checkpoints += 1
             self._tracer.add("snapshot", began)
@@ -180,9 +173,7 @@ def saved_key(folder: Path, rank: int) -> str:
 def serve(worker: StageWorker, edges: Edges, tracer: Tracer) -> None:
     """Work off the stream of messages until the leader says that nothing more will come.
 
-    Raises:
-        GangError: another rank has failed.
-        FlagMismatch: the flags that this rank was sent do not add up.
+    A GangError if another rank has failed; a FlagMismatch if the flags that this rank was sent do not add up.
     """
     counters = worker.counters
     while True:
@@ -219,9 +210,9 @@ def _run(worker: StageWorker, edges: Edges, message: Message) -> None:
         return  # run for its KV alone: nobody waits for its velocity
     if edges.reads_velocity:
         velocity = read_velocity(worker, edges, header, hidden)
-        edges.send_result(Header(kind=Kind.VELOCITY, request=header.request, item=header.item), velocity)
+        edges.send_back(Header(kind=Kind.VELOCITY, request=header.request, item=header.item), velocity)
     elif edges.is_tail:
-        edges.send_part(header, hidden)
+        edges.send_back(header, hidden)
 
 
 def read_velocity(worker: StageWorker, edges: Edges, header: Header, hidden: Tensor) -> Tensor:

@@ -14,11 +14,7 @@ from models.errors import InputError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """How many ranks there are and what they share.
-
-    Raises:
-        InputError: a figure is not positive.
-    """
+    """How many ranks there are and what they share; an InputError if a figure is not positive."""
 
     pp: int = 1  # pipeline stages, each with some of the layers
     cp: int = 1  # ranks of a stage, each with some of the tokens and heads

@@ -16,16 +16,9 @@ if TYPE_CHECKING:  # the configuration pulls in torch, which a check of figures 
 def balanced_split(layers: Sequence[float], stages: int, *, first: float = 0.0, last: float = 0.0) -> tuple[int, ...]:
     """How many layers each stage gets, so that the costliest stage is as cheap as can be.
 
-    Among equals the one with the smallest sum of squares is taken, so that no stage is burdened without need.
-
-    Args:
-        layers: what each costs, in any unit.
-        stages: how many.
-        first: what the first stage does besides its layers (embedding), in the same unit.
-        last: what the last one does besides them (output).
-
-    Raises:
-        InputError: there are more stages than layers.
+    Among equals the one with the smallest sum of squares is taken, so that no stage is burdened without need. `layers`
+    is what each costs, in any unit; `first` and `last` what those stages do besides, embedding and output. An
+    InputError if there are more stages than layers.
     """
     count = len(layers)
     if not 1 <= stages <= count:
@@ -53,11 +46,7 @@ def balanced_split(layers: Sequence[float], stages: int, *, first: float = 0.0, 
 
 
 def parse_split(text: str, *, layers: int, stages: int) -> tuple[int, ...]:
-    """Read `9,9,8,8`.
-
-    Raises:
-        InputError: it is no list of positive numbers, or does not fit the layers and stages.
-    """
+    """Read `9,9,8,8`; an InputError if it is no list of positive numbers, or does not fit the layers and stages."""
     try:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -80,8 +69,7 @@ def stage_layers(sizes: Sequence[int], stage: int) -> range:
 def stage_sizes(config: MagiConfig, stages: int, split: str | None = None) -> tuple[int, ...]:
     """Layers of each stage: as asked for, as in `9,9,8,8`, or balanced by the multiplications for one token.
 
-    Raises:
-        InputError: the split does not fit, or there are more stages than layers.
+    An InputError if the split does not fit, or there are more stages than layers.
     """
     model, runtime = config.model_config, config.runtime_config
     if split is not None:

@@ -132,11 +132,7 @@ def shipped_events(store: Store, session: int, rank: int) -> Iterator[str]:
 
 
 def merge_traces(parts: Iterable[Iterable[str]], path: Path) -> None:
-    """Write one trace file of the events of one rank after another; it appears when it is complete.
-
-    Raises:
-        InputError: it cannot be written.
-    """
+    """Write the events of one rank after another to a file, which appears when whole; an InputError if it cannot."""
     with atomic_write(path, "the trace") as file:
         file.write(b'{"displayTimeUnit": "ms", "traceEvents": [')
         separator = b"\n"

@@ -33,6 +33,7 @@ from parallel.comm.messages import Header, Kind
 from parallel.health.errors import GangError
 from parallel.health.monitor import leave
 from parallel.health.timeouts import Timeouts
+from parallel.ranks import worker
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import open_gang
 from parallel.topology.mesh import Layout
@@ -323,6 +324,32 @@ def kept(gang, values, out):
     torch.save({"resumed": resumed, "wholes": sorted(wholes), "reports": reports}, out)
 
 
+def cancelled(gang, values, out):
+    """A video is given up while its checkpoint is written: before or after rank 1 has its file on the disk."""
+    pipeline = stage_pipeline(small_config(), gang.mesh)
+    if not gang.mesh.leads:
+        write = worker.write_async
+
+        def write_slowly(folder, files, on_end):
+            write(folder, files, lambda written: (time.sleep(values["seconds"]), on_end(written)))
+
+        worker.write_async = write_slowly
+        gang.serve(pipeline.stage)
+        time.sleep(2 * values["seconds"])
+        return
+    folder = Path(out).with_name("checkpoints")
+    with gang.lead(pipeline) as (engine, _):
+        number = engine.submit(request(chunks=6), checkpoint=CheckpointConfig(folder=folder, every=1))
+        while not folder.exists():
+            engine.step()
+        keys = [worker.saved_key(next(folder.iterdir()), rank) for rank in range(2)]
+        while not gang._store.check(keys[:1] if values["seconds"] else keys):
+            time.sleep(0.01)
+        engine.cancel(number)
+    time.sleep(2 * values["seconds"])
+    torch.save([key for key in keys if gang._store.check([key])], out)
+
+
 class _Held:
     """A gate whose quanta from one on are shut until it is told to open."""
 
@@ -372,6 +399,7 @@ def gated(gang, values, out):
 
 SCENARIOS = {
     "kept": kept,
+    "cancelled": cancelled,
     "gated": gated,
     "slow": slow,
     "flood": flood,

@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 
+from engine.files import part_of
 from launch.batch.folder import RESULTS, ChunkFiles, OutputFolder, is_whole
 from launch.output.display import Row, State
 from launch.output.video import VideoWriter
@@ -92,10 +93,11 @@ def test_other_things_under_the_name_are_not_done(tmp_path: Path) -> None:
 
 def test_parts_of_dead_processes_are_removed_and_nothing_else(tmp_path: Path) -> None:
     dead = dead_process()
-    stale = tmp_path / f".{NAME}.{dead}.part"
+    own = part_of(tmp_path / NAME)
+    stale, another = (own.with_name(own.name.replace(f"-{os.getpid()}.", f"-{pid}.")) for pid in (dead, 1))
     kept = [
-        tmp_path / f".{NAME}.{os.getpid()}.part",  # somebody is at it
-        tmp_path / f".{NAME}.1.part",  # likewise, somebody else
+        own,  # somebody is at it
+        another,  # likewise, somebody else
         tmp_path / "notes.part",
     ]
     for path in (stale, *kept):

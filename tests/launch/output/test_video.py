@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.files import part_of
 from launch.output.video import BackgroundWriter, VideoWriter
 from models.errors import InputError
 
@@ -33,7 +34,7 @@ def _noise(count: int) -> Tensor:
 
 def _link_to_full_disk(path: Path) -> None:
     """Make the hidden file one that every write to fails with "no space left on device"."""
-    (path.parent / f".{path.name}.{os.getpid()}.part").symlink_to("/dev/full")
+    part_of(path).symlink_to("/dev/full")
 
 
 def test_a_video_reads_back_with_its_colours(tmp_path: Path) -> None:

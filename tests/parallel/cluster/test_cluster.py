@@ -8,7 +8,7 @@ import pytest
 from models.errors import InputError
 from parallel.cluster.controller import Controller
 from parallel.cluster.messages import ChunkMade, GangLost
-from tests.parallel.cluster.making import check_same, make, order, settings
+from tests.parallel.cluster.helpers import check_same, make, order, settings
 from tests.parallel.cluster.sources import POISON, SmallSource, alone, requests
 from tests.parallel.small import one_thread, request
 

@@ -61,7 +61,7 @@ def running():
     def work():
         torch.set_num_threads(1)
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        place = {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1}
+        place = {"rank": 0, "world_size": 1, "local_rank": 0}
         env = RankEnv(**place, host="127.0.0.1", port=store.port, launcher_serves=True)
         layout = Layout(pp=1)
         try:

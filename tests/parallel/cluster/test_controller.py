@@ -22,7 +22,7 @@ from parallel.cluster.messages import (
     VideoFailed,
     VideoOrder,
 )
-from tests.parallel.cluster.making import order, settings
+from tests.parallel.cluster.helpers import order, settings
 from tests.parallel.small import request
 
 

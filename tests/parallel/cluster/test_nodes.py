@@ -4,7 +4,7 @@ import pytest
 
 from parallel.cluster.controller import Controller
 from parallel.cluster.messages import ChunkMade, GangLost
-from tests.parallel.cluster.making import check_same, make, order, settings
+from tests.parallel.cluster.helpers import check_same, make, order, settings
 from tests.parallel.cluster.sources import SmallSource, alone, requests
 from tests.parallel.small import one_thread
 

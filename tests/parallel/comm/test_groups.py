@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.comm.transfer import RankDevice, choose_transfer, exchange_devices
+from parallel.comm.groups import RankDevice, choose_transfer, exchange_devices
 
 
 def ranks(*places, nccl=True):

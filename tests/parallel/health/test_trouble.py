@@ -144,7 +144,7 @@ def alone(arguments):
     ranks = []
     try:
         for rank in range(2):
-            env = RankEnv(rank=rank, world_size=2, local_rank=rank, local_world_size=2, host="127.0.0.1", port=port)
+            env = RankEnv(rank=rank, world_size=2, local_rank=rank, host="127.0.0.1", port=port)
             environment = child_environment(env, threads=1)
             ranks.append(subprocess.Popen(arguments, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True))
         yield ranks

@@ -305,6 +305,12 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_gang_with_one_line(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_nothing_stays_in_the_store_of_a_cancelled_video(tmp_path, seconds):
+    assert run(tmp_path, "cancelled", pp=2, seconds=seconds) == []
+
+
+@pytest.mark.slow
 def test_a_gate_holds_one_video_and_no_other(tmp_path):
     values = {"requests": [{"chunks": 5}, {"chunks": 4, "seed": 4}], "cache": FLOWCACHE}
     got = run(tmp_path, "gated", pp=2, **values)

@@ -32,7 +32,6 @@ def test_torchrun_tells_everything():
         rank=3,
         world_size=8,
         local_rank=1,
-        local_world_size=2,
         host="node7",
         port=29500,
         launcher_serves=True,
@@ -45,7 +44,6 @@ def test_without_torchrun_rank_0_serves():
     plain = {name: TORCHRUN[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     env = RankEnv.from_environment(plain)
     assert not env.launcher_serves
-    assert env.local_world_size == 8
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "MASTER_ADDR", "WORLD_SIZE"])
@@ -60,9 +58,7 @@ def test_a_variable_that_is_no_number_is_named():
 
 
 def test_a_child_finds_the_env_that_it_was_given():
-    env = RankEnv(
-        rank=1, world_size=2, local_rank=1, local_world_size=2, host="here", port=7, launcher_serves=True, attempt=4
-    )
+    env = RankEnv(rank=1, world_size=2, local_rank=1, host="here", port=7, launcher_serves=True, attempt=4)
     given = child_environment(env, threads=3)
     assert RankEnv.from_environment(given) == env
     assert given["OMP_NUM_THREADS"] == "3"
