@@ -58,7 +58,7 @@ class RotaryBands(nn.Module):
     def __init__(self, head_size: int) -> None:
         super().__init__()
         count = head_size // 8
-        self.bands = nn.Parameter(10000.0 ** -(torch.arange(count, dtype=torch.float32) / count))
+        self.bands = nn.Parameter(10000.0 ** -(torch.arange(count, dtype=torch.float32, device="cpu") / count))
 
     def table(self, first_frame: int, grid: tuple[int, int, int]) -> Tensor:
         """Sines and cosines of the tokens of latent frames first_frame .. first_frame + T - 1.
