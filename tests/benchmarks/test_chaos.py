@@ -89,7 +89,6 @@ def test_marked_processes_are_found_and_so_are_their_children():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_a_small_batch_survives_a_failure(tmp_path):
     pytest.importorskip("ray")
     size = "--layers 2 --width 192 --side 32 --steps 8 --chunks 4 --videos 2"

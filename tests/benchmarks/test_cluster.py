@@ -123,7 +123,6 @@ def test_ranks_make_the_videos_of_one_process():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_the_command_writes_everything(tmp_path):
     pytest.importorskip("ray")
     arguments = ["--quick", "--layers", "2", "--width", "192", "--side", "32", "--overhead-side", "32", "--videos", "2"]

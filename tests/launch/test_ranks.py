@@ -26,9 +26,6 @@ pytestmark = pytest.mark.slow
 PROMPT, OTHER = "a red circle moving right", "a blue cross moving up"
 Flowcache = Callable[..., Result]
 
-# Tests of the run that `made` makes: on one worker, which makes it once.
-on_made = pytest.mark.xdist_group("made")
-
 
 def torchrun(folder: Path, ranks: int, *arguments: object, program: Sequence[str] = ("-m", "launch")) -> Result:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -58,7 +55,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, random_weights: Path) -> tupl
 # ---- one video
 
 
-@on_made
 def test_ranks_make_the_video_of_one_process(made: tuple[Path, Result], random_weights: Path, tmp_path: Path) -> None:
     folder, result = made
     assert result.returncode == 0, result.stderr
@@ -84,7 +80,6 @@ def test_ranks_make_the_video_of_one_process(made: tuple[Path, Result], random_w
     assert (folder / "video.mp4").read_bytes() == alone.out.read_bytes()
 
 
-@on_made
 def test_the_trace_has_spans_of_all_ranks(made: tuple[Path, Result]) -> None:
     folder, _ = made
     assert (folder / "t.json").read_bytes() == (folder / "run" / "trace.json").read_bytes()
@@ -106,7 +101,6 @@ def test_the_trace_has_spans_of_all_ranks(made: tuple[Path, Result]) -> None:
         assert len(sent) == len(items[0]) and {event["tid"] for event in sent} == {2}
 
 
-@on_made
 def test_the_trace_is_drawn_and_explained(
     made: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,6 @@ def _standing() -> tuple[int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other policies")
 def test_workers_are_not_put_last_and_nobody_breaks_in_on_who_computes(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -14,7 +14,7 @@ from launch.generate import generate
 from launch.options import Options
 from tests.launch.process import flowcache_process
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 PROMPTS = ["a red circle moving right", "a blue cross moving up"]
 
 

@@ -12,7 +12,7 @@ from tests.parallel.cluster.making import check_same, make, order, settings
 from tests.parallel.cluster.sources import POISON, SmallSource, alone, requests
 from tests.parallel.small import one_thread, request
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 
 
 class Log:

@@ -20,7 +20,7 @@ pytest.importorskip("aiohttp", reason="jobs need ray[default]: pip install 'flow
 
 ROOT = Path(__file__).parent.parent.parent.parent
 RAY = Path(sys.executable).parent / "ray"
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

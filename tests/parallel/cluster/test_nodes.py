@@ -8,7 +8,7 @@ from tests.parallel.cluster.making import check_same, make, order, settings
 from tests.parallel.cluster.sources import SmallSource, alone, requests
 from tests.parallel.small import one_thread
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 
 
 def test_a_lost_node_costs_its_gang_and_no_video(cluster, tmp_path):
