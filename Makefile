@@ -1,6 +1,6 @@
 # make demo   sets up .venv and makes a video from a prompt
 # make check  sets up .venv and runs linter, type checker and the fast tests: no clusters, no gangs of processes
-# make test   the same with all tests
+# make test   the same with all tests: the slow ones two at a time, then those that bear no neighbour one by one
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -27,7 +27,8 @@ check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
 test: check
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not alone"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m alone
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,14 +7,26 @@ import torch
 
 from parallel.ranks.spawn import run_ranks
 from parallel.topology.mesh import Layout
+from tests.parallel.forked import forked
+
+
+def arguments(name, out, values):
+    return [name, str(out), json.dumps(values)]
 
 
 def command(name, out, values):
-    return [sys.executable, "-m", "tests.parallel.scenarios", name, str(out), json.dumps(values)]
+    return [sys.executable, "-m", "tests.parallel.scenarios", *arguments(name, out, values)]
 
 
-def run(tmp_path, name="videos", *, pp=1, cp=1, **values):
+def start(out, name, values, *, pp=1, cp=1, fork=True):
+    """Run a scenario. Ranks are forks (`tests.parallel.forked`), or processes that import everything themselves."""
     values["layout"] = {"pp": pp, "cp": cp}
+    ranks = forked(arguments(name, out, values)) if fork else command(name, out, values)
+    run_ranks(ranks, Layout(pp=pp, cp=cp), threads=1)
+
+
+def run(tmp_path, name="videos", *, pp=1, cp=1, fork=True, **values):
+    """As `start`; what the lead has saved."""
     out = tmp_path / "out.pt"
-    run_ranks(command(name, out, values), Layout(pp=pp, cp=cp), threads=1)
+    start(out, name, values, pp=pp, cp=cp, fork=fork)
     return torch.load(out, weights_only=False)

@@ -22,7 +22,6 @@ from engine.request import Prefix
 from engine.reuse.flags import FlagLog
 from engine.reuse.settings import ReuseSettings
 from engine.video import WorkItem
-from launch.conformance import check_on_gang
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
@@ -181,6 +180,8 @@ def separate_payloads(gang):
 
 
 def goldens(gang, values, out):
+    from launch.conformance import check_on_gang  # which takes as long to import as half of the rest
+
     verdicts = []
     files = [Path(path) for path in values["files"]]
     check_on_gang(gang, files, split=values["split"], on_verdict=lambda verdict: verdicts.append(asdict(verdict)))

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from models.errors import InputError
 from models.magi.text import SpecialTokens, T5Encoder, TextEncoder, clean_prompt
@@ -90,6 +89,8 @@ def test_an_ordinary_prompt_is_only_lowered() -> None:
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Laid out as the released folder: a sentencepiece model, and no tokenizer.json."""
+    from transformers import T5Config, T5EncoderModel  # seconds, for which no other test should wait
+
     root = tmp_path_factory.mktemp("t5")
     folder = root / "t5-v1_1-xxl"
     folder.mkdir()
@@ -121,6 +122,8 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_t5_gives_the_rows_that_count_of_a_padded_encoding(t5_folder: Path) -> None:
+    from transformers import T5EncoderModel, T5Tokenizer
+
     prompt = "A cat sits on a Red mat"
     encoder: TextEncoder = T5Encoder(t5_folder, max_length=40)
     rows = encoder.encode(prompt)

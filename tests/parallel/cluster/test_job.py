@@ -14,21 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_ports
+
 pytest.importorskip("aiohttp", reason="jobs need ray[default]: pip install 'flowcache-engine[cluster]'")
 
 ROOT = Path(__file__).parent.parent.parent.parent
 RAY = Path(sys.executable).parent / "ray"
 pytestmark = pytest.mark.slow
-
-
-def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @pytest.fixture

@@ -11,10 +11,8 @@ import torch
 from parallel.comm.channel import AHEAD, Inbox, Outbox
 from parallel.comm.messages import HEADER_BYTES, Header, Kind
 from parallel.health.errors import GangError
-from parallel.ranks.spawn import run_ranks
-from parallel.topology.mesh import Layout
 from tests.parallel.comm.fakes import LocalTransport, local_link
-from tests.parallel.on_ranks import command, run
+from tests.parallel.on_ranks import run, start
 
 OWN = pytest.mark.parametrize("inline", [True, False], ids=["in the header's buffer", "by themselves"])
 
@@ -32,10 +30,11 @@ def item(index, size=8):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @OWN
 def test_a_slow_receiver_gets_everything_in_order_and_does_not_block_the_sender(tmp_path, inline):
     out = tmp_path / "seen.json"
-    run_ranks(command("flood", out, {"layout": {"pp": 2}, "inline": inline}), Layout(pp=2), threads=1)
+    start(out, "flood", {"inline": inline}, pp=2)
     assert json.loads(out.read_text()) == [[index, 50 + index // 10, float(index)] for index in range(40)]
     sending, whole = json.loads((tmp_path / "seen.json.seconds").read_text())
     assert sending < 0.3 < 0.5 < whole  # the receiver takes 40 x 0.02 s, of which the last few can be on their way
@@ -162,9 +161,8 @@ def test_whatever_ends_a_thread_is_reported(error):
 
 @pytest.mark.slow
 def test_a_thread_that_dies_of_any_error_ends_the_gang_with_one_line(tmp_path):
-    values = {"layout": {"pp": 2}}
     with pytest.raises(GangError, match=r"rank 0 \(stage 0 of 2\): messages from or to rank 1: KeyError: 'a lost key'"):
-        run_ranks(command("lost_key", tmp_path / "out", values), Layout(pp=2), threads=1)
+        start(tmp_path / "out", "lost_key", {}, pp=2)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import pickle
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from parallel.ranks.environment import RankEnv, child_environment
 from parallel.ranks.spawn import run_ranks
 from parallel.topology.mesh import Layout
 from tests.parallel.on_ranks import command, run
+from tests.ports import free_ports
 
 pytestmark = pytest.mark.slow
 
@@ -83,8 +83,9 @@ def pids(tmp_path, count):
 def test_one_bad_rank_ends_all_and_is_named(tmp_path, action, layout, rank, message):
     count = layout.get("pp", 1) * layout.get("cp", 1)
     calls = 100 if action == "stop" else 20  # so that there was a heartbeat since work began
+    values = {"action": action, "rank": rank, "calls": calls, "timeouts": SHORT, "requests": LONG}
     with pytest.raises(GangError, match=message) as caught:
-        run(tmp_path, "trouble", **layout, action=action, rank=rank, calls=calls, timeouts=SHORT, requests=LONG)
+        run(tmp_path, "trouble", **layout, fork=action in ("raise", "input", "flip", "sleep"), **values)
     assert caught.value.failure.status == {"input": 2, "terminate": 130}.get(action, 1)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.pt").exists()
@@ -139,8 +140,7 @@ def test_ranks_of_a_killed_torchrun_end(tmp_path):
 @contextmanager
 def alone(arguments):
     """Two ranks without a launcher: nobody shows or ends anything for them."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     ranks = []
     try:
         for rank in range(2):

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.ranks.spawn import run_ranks
-from parallel.topology.mesh import Layout
-from tests.parallel.on_ranks import command
+from tests.parallel.on_ranks import start
 
 pytestmark = pytest.mark.slow
 
@@ -23,8 +21,7 @@ FEW = [GOLDENS / f"{name}.safetensors" for name in ("flowcache_fast", "t2v_base_
 )
 def test_goldens_pass_over_ranks(tmp_path, layout, split, files):
     out = tmp_path / "verdicts.json"
-    values = {"layout": layout, "split": split, "files": [str(path) for path in files]}
-    run_ranks(command("goldens", out, values), Layout(**layout), threads=1)
+    start(out, "goldens", {"split": split, "files": [str(path) for path in files]}, **layout)
     verdicts = json.loads(out.read_text())
     assert [verdict["name"] for verdict in verdicts] == [path.stem for path in files]
     for verdict in verdicts:

@@ -9,10 +9,9 @@ from safetensors.torch import save_file
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.pipeline import Loading, load_stage
-from parallel.ranks.spawn import run_ranks
 from parallel.topology.mesh import Layout, Mesh
 from parallel.topology.split import stage_range
-from tests.parallel.on_ranks import command, run
+from tests.parallel.on_ranks import run, start
 from tests.parallel.small import SmallPipeline, small_config
 
 pytestmark = pytest.mark.slow
@@ -79,8 +78,7 @@ def test_no_rank_ever_holds_more_than_its_own_stage(tmp_path):
     whole = sum(parameter.nbytes for parameter in dit.parameters())
     assert whole > 250e6
     del dit
-    arguments = {"layout": {"pp": 4}, "model": values, "weights": str(tmp_path)}
-    run_ranks(command("load_only", tmp_path / "out", arguments), Layout(pp=4), threads=1)
+    start(tmp_path / "out", "load_only", {"model": values, "weights": str(tmp_path)}, pp=4, fork=False)
     for rank in range(4):
         figures = json.loads((tmp_path / f"out.{rank}").read_text())
         assert figures["held"] < 0.3 * whole

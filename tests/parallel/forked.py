@@ -1,0 +1,125 @@
+"""Ranks as forks of one process that has imported everything: a gang of a test starts in no time.
+
+`forked(arguments)` is a command like any other. Its process knows nothing of torch: it hands its files, environment
+and arguments to the server, waits for the rank that is forked there, and ends as that one has ended. A rank whose
+command is killed is killed. The server ends with the tests that have started it.
+
+What a rank is at its start (its imports, its command line, its place among processes) is not tested by such a rank.
+"""
+
+import functools
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+_POLL = 0.01
+
+
+def forked(arguments):
+    """The command of a rank that runs `tests.parallel.scenarios` with these arguments."""
+    path, _ = _server()
+    return [sys.executable, "-I", "-S", __file__, path, *arguments]
+
+
+@functools.cache
+def _server():
+    """The server of this process, which is started now: where it listens, and its process."""
+    path = tempfile.mkdtemp(prefix="forks", dir="/tmp") + "/socket"  # a socket needs a short path
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(64)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from tests.parallel.forked import serve; serve()", str(listener.fileno())],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # no threads to be forked; each rank is given one
+        stdin=subprocess.PIPE,  # which closes when this process ends
+        pass_fds=[listener.fileno()],
+        start_new_session=True,
+    )
+    listener.close()
+    return path, process
+
+
+# ---- the command
+
+
+def _stand_in(path, arguments):
+    """Have a rank forked, and end as it does."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(path)
+        asked = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
+        socket.send_fds(server, [b"\n"], [0, 1, 2])
+        server.sendall(json.dumps(asked).encode() + b"\n")
+        status = int(server.makefile().readline())
+    if status < 0:
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+# ---- the server
+
+
+def serve():
+    """Fork a rank for every command that asks, until the process that has started this one has ended."""
+    import launch.conformance  # noqa: F401 - which one scenario imports by itself
+    from tests.parallel.scenarios import main
+
+    listener, ranks = socket.socket(fileno=int(sys.argv[1])), {}
+    while True:
+        ready, _, _ = select.select([sys.stdin, listener, *ranks], [], [], _POLL if ranks else None)
+        if sys.stdin in ready:
+            break
+        if listener in ready:
+            connection, _ = listener.accept()
+            ranks[connection] = _fork(connection, main)
+        for connection in ranks.keys() & set(ready):  # a command says nothing more: it was killed
+            os.kill(ranks[connection], signal.SIGKILL)
+        for connection, pid in list(ranks.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                with suppress(BrokenPipeError):
+                    connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+                connection.close()
+                del ranks[connection]
+    for pid in ranks.values():
+        os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(Path(listener.getsockname()).parent)
+
+
+def _fork(connection, main):
+    """Start a process that is as the command at the other end was to be, and return its number."""
+    _, files, _, _ = socket.recv_fds(connection, 1, 3)
+    asked = connection.makefile().readline()
+    pid = os.fork()
+    if pid:
+        for file in files:
+            os.close(file)
+        return pid
+    try:
+        asked = json.loads(asked)
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+        os.environ.clear()
+        os.environ.update(asked["environment"])
+        os.chdir(asked["folder"])
+        sys.argv[1:] = asked["arguments"]
+        main()
+        sys.stdout.flush()
+        os._exit(0)
+    finally:  # an error: the server's own frames are not for this process
+        traceback.print_exc()
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    _stand_in(sys.argv[1], sys.argv[2:])
