@@ -23,17 +23,8 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.common import (
-    Out,
-    Row,
-    Verdict,
-    machine_line,
-    median,
-    new_log,
-    output_folder,
-    publish,
-    run_command,
-)
+from benchmarks import common
+from benchmarks.common import Out, Row, Verdict, median
 from benchmarks.ray_runs import GangSetup, on_ray
 from benchmarks.runs import alone, on_ranks
 from benchmarks.workload import Made, ModelSpec, Steps, Width, Workload, differing
@@ -141,7 +132,7 @@ def run(
     one, two = (GangSetup(workload=own, layout=_STAGES, gangs=1, concurrency=2) for own in (small, large))
     for setup in (one, two):
         _ = setup.settings  # checks all of it
-    output_folder(out)
+    common.output_folder(out)
     made = []
     if "throughput" in chosen:
         pair: dict[str, Callable[[], Made]] = {
@@ -156,11 +147,11 @@ def run(
         }
         made.append(_measure("overhead", large, ways, overhead_repeats))
     about = "; ".join(f"{part.name}: {part.workload.size}" for part in made)
-    return publish(
+    return common.publish(
         out,
         "cluster",
         title="Gangs of a Ray cluster",
-        about=f"Two stages to a gang; {about}. {machine_line()}; one thread per rank.",
+        about=f"Two stages to a gang; {about}. {common.machine_line()}; one thread per rank.",
         verdicts=[verdict for part in made for verdict in part.verdicts],
         sections={
             "Times": [row for part in made for row in part.rows],
@@ -172,7 +163,7 @@ def run(
 
 def _measure(name: str, workload: Workload, ways: Mapping[str, Callable[[], Made]], repeats: int) -> Part:
     """Make the videos in one process, and then in both ways again and again; which one is first alternates."""
-    log = new_log()
+    log = common.new_log()
     log(f"{name}: {workload.videos} videos in one process")
     ((wanted,),) = alone([workload])
     runs: dict[str, list[Made]] = {way: [] for way in ways}
@@ -186,4 +177,4 @@ def _measure(name: str, workload: Workload, ways: Mapping[str, Callable[[], Made
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(run, "cluster"))
+    sys.exit(common.run_command(run, "cluster"))

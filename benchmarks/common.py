@@ -71,11 +71,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A Markdown table that is also legible as plain text; columns of numbers are right-aligned.
-
-    Raises:
-        ValueError: a row has another number of cells than there are headers.
-    """
+    """A Markdown table that is also legible as plain text; columns of numbers are right-aligned."""
     columns = list(zip(headers, *rows, strict=True))
     numbers = [
         len(column) > 1 and all(isinstance(one, int | float) and not isinstance(one, bool) for one in column[1:])
@@ -117,7 +113,7 @@ def publish(
         out: folder of the results, which is there.
         name: of the Markdown and CSV files, without ending.
         title: one line.
-        about: a paragraph on what was measured.
+        about: what was measured.
         verdicts: come first.
         sections: other parts by their headings, in Markdown or as rows of a table; empty ones are left out.
         data: rows of the CSV file.
@@ -173,11 +169,7 @@ def _cpu_name() -> str:
 
 
 def output_folder(path: Path) -> Path:
-    """Make the folder that results go to, before the work that fills it.
-
-    Raises:
-        InputError: it cannot be made or written to.
-    """
+    """Make the folder that results go to, before the work that fills it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -216,15 +208,12 @@ def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
 
 
 def run_command(command: Callable[..., int], name: str, arguments: Sequence[str] | None = None) -> int:
-    """Run a benchmark's command line; what goes wrong is one line on standard error.
+    """Run a benchmark's command line and hand back its exit status; what goes wrong is one line on standard error.
 
     Args:
         command: a function whose parameters are options; it hands back the exit status.
         name: how it is called.
         arguments: in place of the process's own.
-
-    Returns:
-        The exit status: the command's own, 2 for bad input, or that of a gang that has failed.
     """
     app = typer.Typer(add_completion=False)
     app.command()(command)

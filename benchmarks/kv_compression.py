@@ -23,21 +23,8 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.common import (
-    Out,
-    Row,
-    Verdict,
-    columns_of,
-    in_fresh_process,
-    machine_line,
-    median,
-    output_folder,
-    peak_rss,
-    publish,
-    reset_peak,
-    rss,
-    run_command,
-)
+from benchmarks import common
+from benchmarks.common import Out, Row, Verdict, median
 from engine.kv.selection import SelectionSettings, redundancy, select
 from models.errors import InputError
 
@@ -85,12 +72,12 @@ def run(
     if query_heads % heads:
         raise InputError(f"{query_heads} query heads are no multiple of {heads} key heads")
     problem = Problem(keys=keys, dim=dim, heads=heads, query_heads=query_heads, device=device)
-    output_folder(out)
+    common.output_folder(out)
     measured = {}
     with Console(stderr=True).status("") as status:
         for form in _REPEATS:
             status.update(f"measuring: {form}")
-            measured[form] = in_fresh_process(measure, form, problem, torch.get_num_threads())
+            measured[form] = common.in_fresh_process(measure, form, problem, torch.get_num_threads())
     return report(out, problem, measured)
 
 
@@ -120,7 +107,7 @@ def measure(form: str, problem: Problem, threads: int) -> Measured:
         if keys.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    peak = (torch.cuda.max_memory_allocated() if keys.is_cuda else peak_rss()) - before
+    peak = (torch.cuda.max_memory_allocated() if keys.is_cuda else common.peak_rss()) - before
     return Measured(seconds=median(seconds), peak=max(0, peak), scores=None if form == "selection" else result.cpu())
 
 
@@ -160,8 +147,8 @@ def _start(device: torch.device) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    before = rss()
-    reset_peak()
+    before = common.rss()
+    common.reset_peak()
     return before
 
 
@@ -187,22 +174,22 @@ def report(out: Path, problem: Problem, measured: Mapping[str, Measured]) -> int
         )
     ]
     matrix = 4 * problem.keys**2 / 2**30
-    return publish(
+    return common.publish(
         out,
         "kv_compression",
         title="Scoring and selecting tokens of the past",
         about=(
             f"L = {problem.keys}, d = {problem.dim}, {problem.heads} key heads, {problem.query_heads} query heads, "
-            f"{_QUERIES} queries, keep {problem.keep}, {problem.device}. {machine_line()}.\n\n"
+            f"{_QUERIES} queries, keep {problem.keep}, {problem.device}. {common.machine_line()}.\n\n"
             "Peak memory is what comes on top of the keys. Naive: head by head, each 1 / heads of the matrix of all; "
             f"{matrix:.2f} GiB a matrix, {problem.heads * matrix:.2f} GiB for all heads. The paper's figures are from "
             "its own GPU, at L = 24,300 and d = 128; its memory is in GB as printed."
         ),
         verdicts=verdicts,
         sections={"Forms": rows},
-        data=[columns_of(("what", "seconds", "peak_gib"), row) for row in rows],
+        data=[common.columns_of(("what", "seconds", "peak_gib"), row) for row in rows],
     )
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(run, "kv_compression"))
+    sys.exit(common.run_command(run, "kv_compression"))

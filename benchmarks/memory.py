@@ -19,21 +19,8 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.common import (
-    Out,
-    Row,
-    Verdict,
-    columns_of,
-    in_fresh_process,
-    machine_line,
-    median,
-    output_folder,
-    peak_rss,
-    progress_bar,
-    publish,
-    rss,
-    run_command,
-)
+from benchmarks import common
+from benchmarks.common import Out, Row, Verdict, median
 from benchmarks.flops import CountingRunner
 from benchmarks.workload import PROMPT, Steps
 from engine.engine import Engine
@@ -93,21 +80,23 @@ def run(
         if not 4 < short < long:
             advice = "give 5 chunks or more, then more than that"
             raise InputError(f"lengths {short} and {long} cannot be compared: {advice}")
-    output_folder(out)
+    common.output_folder(out)
     made = []
     for count, budget in [(one, kv_budget) for one in chunks] + [(one, None) for one in own_range]:
         threads = torch.get_num_threads()
-        made.append(in_fresh_process(make_long_video, count, budget, steps=steps, weights=weights, threads=threads))
+        made.append(
+            common.in_fresh_process(make_long_video, count, budget, steps=steps, weights=weights, threads=threads)
+        )
     rows = [one.row for one in made]
     names = ("chunks", "kv_budget", "kv_mib", "warm_mib", "end_mib", "peak_mib", "early_s", "late_s")
-    return publish(
+    return common.publish(
         out,
         "memory",
         title="Memory of long videos",
-        about=f"magi-pocket, {SIDE}x{SIDE} pixels, {steps} steps, no reuse. {machine_line()}.\n\n{_NOTES}",
+        about=f"magi-pocket, {SIDE}x{SIDE} pixels, {steps} steps, no reuse. {common.machine_line()}.\n\n{_NOTES}",
         verdicts=[*verdicts(*made[:2]), *verdicts(*made[2:])],
         sections={"Videos": rows},
-        data=[columns_of(names, row) for row in rows],
+        data=[common.columns_of(names, row) for row in rows],
     )
 
 
@@ -121,14 +110,14 @@ def make_long_video(chunks: int, budget: int | None, *, steps: int, weights: Pat
     engine = Engine(pipeline, runner, kv=KVSettings(budget=budget))
     request = Request(prompt=PROMPT, chunks=chunks, height=SIDE, width=SIDE, num_steps=steps, seed=0)
     seconds, kv_bytes, warm_rss = [], 0, 0
-    with progress_bar() as bar:
+    with common.progress_bar() as bar:
         task = bar.add_task(f"{chunks} chunks, KV budget {budget or 'of its own range'}", total=chunks)
         began = time.perf_counter()
         for chunk in engine.generate(request):
             seconds.append(time.perf_counter() - began)
             kv_bytes = max(kv_bytes, runner.kv_bytes)
             if chunk.index + 1 == min(_WARM, chunks // 2):
-                warm_rss = rss()
+                warm_rss = common.rss()
             bar.update(task, advance=1)
             began = time.perf_counter()
     window = config.runtime_config.window_size
@@ -137,8 +126,8 @@ def make_long_video(chunks: int, budget: int | None, *, steps: int, weights: Pat
         budget=budget,
         kv_bytes=kv_bytes,
         warm_rss=warm_rss,
-        end_rss=rss(),
-        peak_rss=peak_rss(),
+        end_rss=common.rss(),
+        peak_rss=common.peak_rss(),
         early=median(seconds[max(1, chunks // 12) : max(2, chunks // 6)]),
         late=median(seconds[min(chunks * 5 // 6, chunks - window - 1) : chunks - window]),
     )
@@ -159,4 +148,4 @@ def verdicts(short: LongVideo, long: LongVideo) -> list[Verdict]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(run, "memory"))
+    sys.exit(common.run_command(run, "memory"))

@@ -28,20 +28,8 @@ import typer
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.common import (
-    COLOURS,
-    Out,
-    Row,
-    Verdict,
-    legend_below,
-    machine_line,
-    median,
-    new_plot,
-    output_folder,
-    publish,
-    run_command,
-    table,
-)
+from benchmarks import common
+from benchmarks.common import COLOURS, Out, Row, Verdict, median
 from benchmarks.runs import alone, on_ranks, reuse_for
 from benchmarks.simulate.stages import predict, problems, take_timings
 from benchmarks.workload import (
@@ -165,18 +153,18 @@ def run(
     spec = ModelSpec(name=model, layers=layers, width=width, side=side)
     plain = Workload(model=spec, chunks=chunks, steps=steps, videos=videos)
     layouts = layouts_for(plain, ranks or _cores())
-    output_folder(out)
+    common.output_folder(out)
     with Console(stderr=True).status("starting") as status:
         kinds = (plain, replace(plain, reuse=reuse_for(plain, fraction)))
         gangs = _measure(kinds, layouts, repeats, status.update)
         parts = _profiles(gangs, status.update) if profile else []
     title, found = f"{plain.size}, {repeats} repeats", [what for one in gangs for what in one.problems()]
     free = [one for one in gangs if not one.workload.barrier]
-    return publish(
+    return common.publish(
         out,
         "pipeline",
         title="Pipeline stages against one process",
-        about=f"{title}. {machine_line()}; one thread per rank.\n\n{_NOTES}",
+        about=f"{title}. {common.machine_line()}; one thread per rank.\n\n{_NOTES}",
         verdicts=verdicts(gangs, found),
         sections={
             "Speed": [speed_row(one) for one in free],
@@ -251,7 +239,7 @@ def _profiles(gangs: Sequence[Gang], log: Callable[[str], None]) -> list[str]:
             f"{1e3 * alone_timing.embed:.2f} ms for a patch embedding."
         )
         rows = profile_rows(one, alone_timing, busy_timing)
-        parts.append(f"### pp 2, {one.workload.name}\n\n{table(rows)}\n\n{rest}")
+        parts.append(f"### pp 2, {one.workload.name}\n\n{common.table(rows)}\n\n{rest}")
     return [*parts, f"A message from one rank to the other takes {1e3 * own[0].made[0].hop:.2f} ms."]
 
 
@@ -259,12 +247,8 @@ def profile_rows(gang: Gang, quiet: Timing, busy: Timing) -> list[Row]:
     """From what passes allow, one cost after the other, to what was measured in the repeat of the median.
 
     What is left between the last prediction and the measurement is what ranks cost each other besides: threads that
-    want the interpreter, and processes that the system moves about.
-
-    Args:
-        gang: of two stages.
-        quiet: times of the passes in one process with nothing else to do.
-        busy: the same with all cores busy.
+    want the interpreter, and processes that the system moves about. Times of the passes were taken in one process with
+    nothing else to do, and with all cores busy.
     """
     middle = sorted(range(len(gang.made)), key=gang.seconds.__getitem__)[len(gang.made) // 2]
     made, base, flags = gang.made[middle], gang.alone[middle], gang.beside[middle].flags
@@ -344,7 +328,7 @@ def csv_row(gang: Gang) -> Row:
 
 def speed_figure(gangs: Sequence[Gang], title: str) -> Figure:
     """Speed-up over videos in flight, a line for each layout, full without reuse and dashed with it."""
-    figure, axes = new_plot(title, "videos in flight", "speed-up over one process with the same videos (x)")
+    figure, axes = common.new_plot(title, "videos in flight", "speed-up over one process with the same videos (x)")
     groups: dict[tuple[Layout, bool, bool], list[Gang]] = {}
     for one in gangs:
         groups.setdefault((one.layout, *one.kind[1:]), []).append(one)
@@ -358,9 +342,9 @@ def speed_figure(gangs: Sequence[Gang], title: str) -> Figure:
         axes.axhline(wanted, color="#888888", linewidth=1, linestyle=":")
     axes.set_xticks(sorted({one.workload.videos for one in gangs}))
     axes.set_ylim(bottom=0)
-    legend_below(figure, axes, 3)
+    common.legend_below(figure, axes, 3)
     return figure
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(run, "pipeline"))
+    sys.exit(common.run_command(run, "pipeline"))

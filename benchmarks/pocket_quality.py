@@ -26,18 +26,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from benchmarks import common
 from benchmarks.adherence import Adherence, adherence
-from benchmarks.common import (
-    Out,
-    Row,
-    Verdict,
-    machine_line,
-    median,
-    output_folder,
-    progress_bar,
-    publish,
-    run_command,
-)
+from benchmarks.common import Out, Row, Verdict, median
 from benchmarks.workload import MOST_PROMPTS, pocket_requests
 from engine.engine import Engine
 from engine.request import Request
@@ -72,7 +63,7 @@ def run(
     out: Out = Path("results/pocket_quality"),
 ) -> int:
     """Make videos of many prompts with magi-pocket and measure whether they show what was asked for."""
-    output_folder(out)
+    common.output_folder(out)
     config = pocket_config()
     num_steps = steps or config.runtime_config.num_steps
     engine = Engine(load_pipeline(config, weights, Loading()))
@@ -94,7 +85,7 @@ def make_videos(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[s
 def measure(videos: Iterable[tuple[str, Tensor, float]], count: int) -> list[Strip]:
     """Measure videos as they come; only the frames that the sheet shows stay in memory."""
     strips: list[Strip] = []
-    with progress_bar() as bar:
+    with common.progress_bar() as bar:
         task = bar.add_task("videos", total=count)
         for prompt, frames, seconds in videos:
             measured, shown = adherence(frames, parse_prompt(prompt)), frames[sampled_frames(len(frames))]
@@ -111,11 +102,11 @@ def measure(videos: Iterable[tuple[str, Tensor, float]], count: int) -> list[Str
 def report(out: Path, strips: Sequence[Strip], source: str) -> int:
     """Write and print what was measured; the exit status."""
     measured = [strip.measured for strip in strips]
-    return publish(
+    return common.publish(
         out,
         "pocket_quality",
         title=_TITLE,
-        about=f"{source}. {machine_line()}.",
+        about=f"{source}. {common.machine_line()}.",
         verdicts=verdicts(measured),
         sections={"By word": by_word(measured)},
         data=[video_row(one) for one in measured],
@@ -250,4 +241,4 @@ def _caption(axes: Axes, row: int, top: int, height: int, measured: Adherence) -
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(run, "pocket_quality"))
+    sys.exit(common.run_command(run, "pocket_quality"))

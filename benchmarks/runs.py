@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -60,25 +60,14 @@ _WARMUP = 3  # first steps that are computed with reuse
 _SHORT, _TRIES, _NEAR = 4, 6, 0.02  # chunks of the videos that a threshold is searched on; how often; how near
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Job:
-    """What the ranks of one gang do."""
-
-    layout: Layout
-    workloads: tuple[Workload, ...]  # one after another, on one model that is loaded once
-    pings: int  # messages to and fro that a hop is measured with
-
-
-_JOBS, _RESULTS = TypeAdapter(_Job), TypeAdapter(list[Made])
+# What the ranks of a gang make, one workload after another on one model that is loaded once; and pings, see `on_ranks`.
+_JOBS, _RESULTS = TypeAdapter(tuple[Layout, tuple[Workload, ...], int]), TypeAdapter(list[Made])
 
 
 def alone(workloads: Sequence[Workload], *, split: Sequence[int] | None = None, copies: int = 1) -> list[list[Made]]:
-    """Make videos in one process, one after another.
+    """Make videos, all of one model, in one process one after another; what came of each workload, for each copy.
 
-    Args:
-        workloads: all of one model.
-        split: take times for stages with that many layers each.
-        copies: processes that do the same at once; of each, what came of each workload, is handed back.
+    With `split`, take times for stages with that many layers each. Copies are processes that do the same at once.
     """
     return in_fresh_processes(copies, _alone, tuple(workloads), split)
 
@@ -152,8 +141,7 @@ def on_ranks(layout: Layout, workloads: Sequence[Workload], *, pings: int = 0, t
     """
     with tempfile.TemporaryDirectory(prefix="gang-") as name:
         folder = Path(name)
-        job = _Job(layout=layout, workloads=tuple(workloads), pings=pings)
-        (folder / _JOB).write_bytes(_JOBS.dump_json(job))
+        (folder / _JOB).write_bytes(_JOBS.dump_json((layout, tuple(workloads), pings)))
         program = ["-m", "benchmarks.runs", name]
         if torchrun:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -168,15 +156,15 @@ def on_ranks(layout: Layout, workloads: Sequence[Workload], *, pings: int = 0, t
 
 def _serve(folder: Path, env: RankEnv) -> None:
     """Do this rank's part of the job in a folder."""
-    job = _JOBS.validate_json((folder / _JOB).read_bytes())
-    first = job.workloads[0]
-    with open_gang(env, job.layout) as gang:
+    layout, workloads, pings = _JOBS.validate_json((folder / _JOB).read_bytes())
+    first = workloads[0]
+    with open_gang(env, layout) as gang:
         with gang.loading():
             layers = stage_range(model_config(first.model), gang.mesh)
             pipeline = build(first.model, layers)
         _make_on_gang(gang, first.warm_up, pipeline)
-        hop = _hop(gang, job.pings, first, pipeline) if job.pings and job.layout.pp > 1 else 0.0
-        made = [_make_on_gang(gang, workload, pipeline, hop) for workload in job.workloads]
+        hop = _hop(gang, pings, first, pipeline) if pings and layout.pp > 1 else 0.0
+        made = [_make_on_gang(gang, workload, pipeline, hop) for workload in workloads]
         if gang.mesh.leads:
             with atomic_write(folder / _RESULT) as file:
                 file.write(_RESULTS.dump_json([one for one in made if one is not None]))
@@ -228,12 +216,8 @@ class TimedRunner(LocalRunner):
     """Runs a whole model here, and takes times for every stage that its layers will be cut into.
 
     The clock is read where a stage would begin. What every stage does for itself before its first layer (embedding the
-    condition and the text, changing its KV) counts for each of them, as each will do it.
-
-    Args:
-        model: all layers.
-        attention: what KV views attend with.
-        split: how many of the layers each stage will have.
+    condition and the text, changing its KV) counts for each of them, as each will do it. `split` says how many of the
+    layers each stage will have.
     """
 
     def __init__(self, model: MagiModel, attention: Attention, split: Sequence[int]) -> None:

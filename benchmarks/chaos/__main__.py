@@ -179,13 +179,7 @@ def _mark(folder: Path) -> Mark | None:
 
 
 class _Runner:
-    """Makes the batch on the gangs, first undisturbed, then with failures.
-
-    Args:
-        setup: what is made.
-        folder: of the checkpoints.
-        log: takes lines for people.
-    """
+    """Makes the batch on the gangs, first undisturbed, then with failures; `folder` is that of the checkpoints."""
 
     def __init__(self, setup: Setup, folder: Path, log: Callable[[str], None]) -> None:
         self._setup, self._folder, self._log, self._began = setup, folder, log, time.monotonic()

@@ -105,14 +105,7 @@ def _apart(draw: random.Random, count: int, wanted: int) -> set[int]:
 
 
 class Injector:
-    """Causes failures in a thread of its own. A context: the thread ends with it.
-
-    Args:
-        plan: what to cause.
-        nodes: where.
-        account: knows which gangs work.
-        clock: seconds, as the account counts them.
-    """
+    """Causes failures in a thread of its own, which ends with this context. `clock` is that of the account."""
 
     def __init__(
         self, plan: Sequence[PlannedFault], nodes: Nodes, account: Account, clock: Callable[[], float]
@@ -244,14 +237,7 @@ def survivors(mark: str, patience: float, pids: Iterable[int] | None = None) -> 
 
 
 class Nodes:
-    """Nodes of a Ray cluster that can be lost. Made by `simulated_cluster`.
-
-    Args:
-        cluster: with a head that has no room for ranks.
-        count: how many others there are.
-        cpus: of each of those.
-        mark: of all processes.
-    """
+    """Nodes of a Ray cluster that can be lost, beside a head that has no room for ranks; see `simulated_cluster`."""
 
     def __init__(self, cluster: Cluster, count: int, cpus: int, mark: str) -> None:
         self._cluster, self._count, self._cpus, self._mark = cluster, count, cpus, mark
@@ -292,13 +278,7 @@ class Nodes:
 
 @contextmanager
 def simulated_cluster(count: int, cpus: int, mark: str) -> Iterator[Nodes]:
-    """Start a cluster and join it; it ends with the context.
-
-    Args:
-        count: nodes besides the head, where no ranks run.
-        cpus: of each, as Ray counts them.
-        mark: of all processes.
-    """
+    """Start a cluster and join it; it ends with the context. Nodes and their cpus do not count the head."""
     head = {"num_cpus": 0, "object_store_memory": _STORE, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:

@@ -91,12 +91,7 @@ _TABLES: tuple[tuple[str, tuple[str, ...], Callable[[Setting], bool]], ...] = (
 
 
 def setting_tables(trials: Sequence[Trial], presets: Mapping[str, Setting]) -> dict[str, list[Row]]:
-    """Rows for each setting without reuse, with reuse, and with compressed KV.
-
-    Args:
-        trials: all of them.
-        presets: by name; the rows with their thresholds are named after them.
-    """
+    """A row for each setting: without reuse, with reuse, and with compressed KV; the presets' have their names."""
     groups, found = _by_setting(trials), {}
     for title, names, belongs in _TABLES:
         rows = [_row(setting, same, names, presets) for setting, same in groups.items() if belongs(setting)]
@@ -193,13 +188,7 @@ def curve_table(trials: Sequence[Trial]) -> str:
 
 
 def verdicts(trials: Sequence[Trial], chosen: str, presets: Mapping[str, Setting]) -> list[Verdict]:
-    """What the project holds itself to.
-
-    Args:
-        trials: all of them.
-        chosen: label of what stands in for a reused step.
-        presets: settings by name.
-    """
+    """What the project holds itself to; `chosen` is the label of what stands in for a reused step in the presets."""
     prompts = len({one.case for one in trials})
     found = []
     for label, at in itertools.product(dict.fromkeys(("residual", chosen)), FRACTIONS):

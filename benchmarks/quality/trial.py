@@ -11,7 +11,7 @@ import importlib
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -170,39 +170,37 @@ class TrialRunner:
 
     def trials(self, request: Request, settings: Sequence[Setting]) -> Iterator[Trial]:
         """Run settings on one prompt, group by group; in another order than given."""
-        comparison = _Comparison(self, request)
+        held: dict[Setting, tuple[Video, Tensor]] = {}  # made and decoded once, for the others to be held against
+
+        def again(setting: Setting) -> float:
+            video = self.make(setting, request)
+            if setting not in held:
+                held[setting] = video, self.decode(video)
+            return video.seconds
+
         for plain in dict.fromkeys(setting.plain for setting in settings):
             waiting = iter([setting for setting in settings if setting.plain == plain])
             while group := list(islice(waiting, _GROUP)):
-                vanilla_seconds = comparison.time(Setting())
-                plain_seconds = comparison.time(plain)
+                vanilla_seconds, plain_seconds = again(Setting()), again(plain)
+                if Setting(reuse=plain.reuse) not in held:
+                    again(Setting(reuse=plain.reuse))
                 for setting in group:
-                    yield comparison.trial(setting, plain_seconds, vanilla_seconds)
+                    yield self._trial(request, setting, held, plain_seconds, vanilla_seconds)
 
-
-class _Comparison:
-    """One prompt's videos without reuse, each made and decoded once and kept for the others to be held against."""
-
-    def __init__(self, runner: TrialRunner, request: Request) -> None:
-        self._runner, self._request = runner, request
-        self._held: dict[Setting, tuple[Video, Tensor]] = {}
-
-    def time(self, setting: Setting) -> float:
-        """Run a setting without reuse anew; the seconds of its denoising."""
-        video = self._runner.make(setting, self._request)
-        if setting not in self._held:
-            self._held[setting] = video, self._runner.decode(video)
-        return video.seconds
-
-    def trial(self, setting: Setting, plain_seconds: float, vanilla_seconds: float) -> Trial:
-        """Run a setting and compare it."""
-        request, video = self._request, self._runner.make(setting, self._request)
+    def _trial(
+        self,
+        request: Request,
+        setting: Setting,
+        held: Mapping[Setting, tuple[Video, Tensor]],
+        plain_seconds: float,
+        vanilla_seconds: float,
+    ) -> Trial:
+        """Run a setting and compare it with the videos without reuse that are held."""
+        video, plain = self.make(setting, request), setting.plain
         began = time.perf_counter()
-        frames = self._runner.decode(video)
+        frames = self.decode(video)
         decode_seconds = time.perf_counter() - began
-        plain, plain_frames = self._reference(setting.plain)
-        _, uncompressed_frames = self._reference(Setting(reuse=setting.plain.reuse))
-        vanilla, vanilla_frames = self._reference(Setting())
+        (plain_video, plain_frames), (vanilla, vanilla_frames) = held[plain], held[Setting()]
         seen = adherence(frames, parse_prompt(request.prompt))
         return Trial(
             setting=setting,
@@ -218,8 +216,8 @@ class _Comparison:
             vanilla_seconds=vanilla_seconds,
             psnr=frames_psnr(frames, plain_frames),
             ssim=frames_ssim(frames, plain_frames),
-            latent_error=latent_error(video.latents, plain.latents),
-            psnr_uncompressed=frames_psnr(frames, uncompressed_frames),
+            latent_error=latent_error(video.latents, plain_video.latents),
+            psnr_uncompressed=frames_psnr(frames, held[Setting(reuse=plain.reuse)][1]),
             psnr_vanilla=frames_psnr(frames, vanilla_frames),
             ssim_vanilla=frames_ssim(frames, vanilla_frames),
             colour_right=seen.colour_right,
@@ -227,11 +225,6 @@ class _Comparison:
             whole=seen.whole,
             boundary_error=statistics.fmean(seen.boundary_errors) if seen.boundary_errors else 0.0,
         )
-
-    def _reference(self, setting: Setting) -> tuple[Video, Tensor]:
-        if setting not in self._held:
-            self.time(setting)
-        return self._held[setting]
 
 
 class Results:

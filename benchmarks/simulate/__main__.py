@@ -20,18 +20,8 @@ import typer
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.common import (
-    COLOURS,
-    Cell,
-    Out,
-    Row,
-    legend_below,
-    light_grid,
-    markdown_table,
-    output_folder,
-    publish,
-    run_command,
-)
+from benchmarks import common
+from benchmarks.common import COLOURS, Cell, Out, Row
 from benchmarks.simulate.layouts import (
     Cluster,
     Hardware,
@@ -77,7 +67,7 @@ def run(
     out: Out = Path("results/simulate"),
 ) -> int:
     """Predict what layouts take."""
-    output_folder(out)
+    common.output_folder(out)
     if check:
         return check_stages(out, quick=quick)
     if quick:
@@ -102,7 +92,7 @@ def run(
             reuses.append(reuse_of_record(study, record))
         runs = run_study(study, reuses)
         tables = sections(study, reuses, runs)
-    return publish(
+    return common.publish(
         out,
         "simulate",
         title="Simulated layouts",
@@ -189,7 +179,7 @@ def _one_video(study: Study, reuses: Sequence[Reuse], runs: Sequence[Run]) -> st
             busy = "-".join(f"{one(found.utilisation):.0%}" for one in ((min, max) if layout.pp > 1 else (min,)))
             row += [f"{found.per_chunk:.1f}", f"{found.first_chunk:.0f}", f"{found.speed_up:.2f}", busy]
         rows.append(row)
-    return markdown_table(headers, rows)
+    return common.markdown_table(headers, rows)
 
 
 def _many(study: Study, reuse: Reuse, runs: Sequence[Run]) -> list[Row]:
@@ -217,7 +207,7 @@ def _sensitivity(study: Study, reuses: Sequence[Reuse]) -> str:
                 f"**{one:.1f}**" if place == own.index(min(own)) else f"{one:.1f}" for place, one in enumerate(own)
             ]
             rows.append([f"{doubling:.2f}", reuse.name, *cells])
-    return markdown_table(("doubling", "", *map(_layout, whole)), rows)
+    return common.markdown_table(("doubling", "", *map(_layout, whole)), rows)
 
 
 def _cp_rows(study: Study) -> list[Row]:
@@ -266,13 +256,13 @@ def throughput_figure(study: Study, runs: Sequence[Run], title: str) -> Figure:
         panel.set(title=name, xlabel="videos in flight")
         panel.set_xscale("log", base=2)
         panel.set_xticks(study.concurrency, [str(count) for count in study.concurrency])
-        light_grid(panel)
+        common.light_grid(panel)
     panels[0].set_ylabel("chunks per minute")
     panels[0].set_ylim(bottom=0)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    legend_below(figure, panels[0], 4)
+    common.legend_below(figure, panels[0], 4)
     return figure
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(run, "simulate"))
+    sys.exit(common.run_command(run, "simulate"))

@@ -100,14 +100,10 @@ def plan_video(
     *,
     whole_window: bool = False,
 ) -> VideoPlan:
-    """The plan of one video.
+    """The plan of one video, whose passes the sampling names.
 
-    Args:
-        schedule: of the video.
-        sampling: names the passes.
-        seconds: what each of them takes.
-        flags: [ticks, chunks] of the schedule, 0 where a step is computed; None computes all.
-        whole_window: the reuse policy decides for all chunks of a tick at once.
+    Flags are [ticks, chunks] of the schedule, 0 where a step is computed; None computes all. With `whole_window` the
+    reuse policy decides for all chunks of a tick at once.
     """
     if flags is not None and flags.shape != (schedule.ticks, schedule.chunks):
         wanted = f"{schedule.ticks} ticks of {schedule.chunks} chunks"
@@ -204,14 +200,8 @@ def modelled_flags(
     """Flags in which a given share of the chunk-steps is computed.
 
     A chunk moves from step to step by the step's size, give or take a fifth, and FlowCache's policy sums that up to a
-    threshold, which is searched for. MAGI-1's steps grow towards the clean end, so the cleanest chunk reuses least.
-
-    Args:
-        schedule: of the video.
-        sampling: for the sizes of the steps.
-        fraction: of chunk-steps to compute; an `InputError` if the warm-up alone computes more.
-        warmup: first steps of a chunk that are computed.
-        seed: of the variation, which keeps chunks from reusing in step.
+    threshold, which is searched for. MAGI-1's steps grow towards the clean end, so the cleanest chunk reuses least. The
+    variation, of a seed, keeps chunks from reusing in step. A warm-up that alone computes more is an `InputError`.
     """
     dice, seen = random.Random(seed), []
     for tick in schedule:

@@ -40,13 +40,9 @@ def plans_of(workload: Workload, seconds: Seconds, flags: Sequence[Flags]) -> li
 
 
 def predict(workload: Workload, timing: Timing, flags: Sequence[Flags], *, hop: float | None) -> Outcome:
-    """What a pipeline will take, simulated from what one process took.
+    """What a pipeline will take, simulated from what passes took in one process; without flags all is computed.
 
-    Args:
-        workload: the videos.
-        timing: what passes take on each stage of the pipeline.
-        flags: of each video; none for computing everything.
-        hop: seconds of a message. None counts passes alone: no messages, no work on the leader besides its layers.
+    A hop is the seconds of a message. None counts passes alone: no messages, no work on the leader besides its layers.
     """
     by_step, mean = {(call.name, call.step): call.seconds for call in timing.calls}, timing.means
 
@@ -89,13 +85,9 @@ def flag_digest(schedule: Schedule, flags: Flags | None) -> str:
 
 
 def problems(layout: Layout, workload: Workload, made: Made, alone: Made) -> list[str]:
-    """What is not as it must be: calls and bytes of every rank, flags, and latents.
+    """What is not as it must be of a gang's videos: calls and bytes of every rank, flags, and latents.
 
-    Args:
-        layout: of the gang.
-        workload: the videos.
-        made: by the gang.
-        alone: the same videos, or more, by one process.
+    One process has made the same videos, or more.
     """
     flags = alone.flags[: workload.videos]
     plans = plans_of(workload, lambda what, step: (1.0,), flags)
