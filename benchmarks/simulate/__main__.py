@@ -24,7 +24,6 @@ from benchmarks import common
 from benchmarks.common import COLOURS, Cell, Out, Row
 from benchmarks.simulate.layouts import (
     Cluster,
-    Hardware,
     Reuse,
     Run,
     Study,
@@ -75,10 +74,12 @@ def run(
     for name, value in (("--pass-seconds", pass_seconds), ("--mfu", mfu), ("--cp-doubling", cp_doubling)):
         if not value > 0:
             raise InputError(f"{name} {value:g} must be more than zero")
-    hardware = replace(Hardware(), gpus=gpus, doubling=cp_doubling)
     config = _config(model, window)
+    cluster = Cluster(
+        config=config, gpus=gpus, doubling=cp_doubling, pass_seconds=pass_seconds, mfu=mfu, budget=kv_budget
+    )
     study = Study(
-        cluster=Cluster(config=config, hardware=hardware, pass_seconds=pass_seconds, mfu=mfu, budget=kv_budget),
+        cluster=cluster,
         chunks=chunks,
         steps=steps,
         layouts=layouts_on(config, gpus),
@@ -117,7 +118,7 @@ def about(study: Study, reuses: Sequence[Reuse], model: str) -> str:
     cluster, vanilla = study.cluster, study.plan(None, Layout())
     text = " ".join(
         (
-            f"{model} on {cluster.hardware.gpus} GPUs, {study.chunks} chunks of {study.steps} steps.",
+            f"{model} on {cluster.gpus} GPUs, {study.chunks} chunks of {study.steps} steps.",
             f"A full pass of a chunk takes {cluster.pass_seconds:g} s on one GPU, which at {cluster.mfu:.0%} of the",
             f"peak is with {cluster.attended:.1f} chunks of keys; a hop carries {cluster.hidden_bytes / 1e6:.0f} MB.",
             f"Without reuse one video is {vanilla.calls} passes, {cluster.petaflops(vanilla):.0f} PFLOP and",
@@ -198,8 +199,8 @@ def _sensitivity(study: Study, reuses: Sequence[Reuse]) -> str:
     whole = tuple(layout for layout in study.layouts if study.gangs(layout) == 1)
     rows: list[list[Cell]] = []
     for doubling in _DOUBLINGS:
-        hardware = replace(study.cluster.hardware, doubling=doubling)
-        other = replace(study, cluster=replace(study.cluster, hardware=hardware), layouts=whole, concurrency=(1,))
+        cluster = replace(study.cluster, doubling=doubling)
+        other = replace(study, cluster=cluster, layouts=whole, concurrency=(1,))
         runs = run_study(other, reuses)
         for reuse in reuses:
             own = [run.per_chunk for run in runs if run.reuse == reuse.name]
@@ -224,7 +225,7 @@ def _cp_rows(study: Study) -> list[Row]:
 def _memory(study: Study) -> list[Row]:
     rows = list[Row]()
     for layout in study.layouts:
-        weights, kv = study.cluster.memory(layout)
+        weights, kv = study.cluster.held(layout)
         row: Row = {"layout": _name(study, layout), "weights (GB)": f"{weights / 1e9:.1f}"}
         row |= {"KV of a video (GB)": f"{kv / 1e9:.1f}"}
         counts = study.concurrency

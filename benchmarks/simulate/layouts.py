@@ -38,10 +38,14 @@ _POWERS = (1, 2, 4, 8, 16, 32, 64)
 _SHARE = 0.9  # of a GPU's memory that weights and KV may take
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Hardware:
-    """GPUs of one machine; by default A800s."""
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A model on the GPUs of one machine; by default A800s."""
 
+    config: MagiConfig  # of the model
+    pass_seconds: float = 3.6  # of a full pass of one chunk on one GPU
+    mfu: float = 0.34  # share of the peak that it reaches
+    budget: int = 5  # finished chunks that the KV buffer holds
     gpus: int = 8  # how many
     peak: float = 312e12  # bf16 operations per second of one
     memory: float = 80e9  # bytes of one
@@ -54,17 +58,6 @@ class Hardware:
     rank does for itself."""
     decide: float = 2e-3  # seconds that the leader takes for a distance and a decision
     take: float = 1e-3  # seconds that the leader takes for a velocity that is back
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A model on GPUs."""
-
-    config: MagiConfig  # of the model
-    hardware: Hardware
-    pass_seconds: float  # of a full pass of one chunk on one GPU
-    mfu: float  # share of the peak that it reaches
-    budget: int  # finished chunks that the KV buffer holds
 
     @property
     def tokens(self) -> int:
@@ -86,11 +79,11 @@ class Cluster:
     @cached_property
     def attended(self) -> float:
         """Chunks of keys with which a pass of that time has that share of the peak; an `InputError` if it is none."""
-        wanted = self.pass_seconds * self.mfu * self.hardware.peak
+        wanted = self.pass_seconds * self.mfu * self.peak
         one, two = self._flops(1), self._flops(2)
         chunks = 1 + (wanted - one) / (two - one)
         if chunks < 1:
-            least = f"at {self.mfu:.0%} of the peak it takes {one / (self.mfu * self.hardware.peak):.2g} s or more"
+            least = f"at {self.mfu:.0%} of the peak it takes {one / (self.mfu * self.peak):.2g} s or more"
             what = f"a pass of {self.pass_seconds:g} s is too short for this model"
             raise InputError(f"{what}: {least}: give --pass-seconds or --mfu")
         return chunks
@@ -119,7 +112,7 @@ class Cluster:
 
     def cp_speed(self, cp: int) -> float:
         """How much faster cp ranks compute than one."""
-        return cp * self.hardware.doubling ** math.log2(cp)
+        return cp * self.doubling ** math.log2(cp)
 
     def exchange_bytes(self, cp: int) -> float:
         """Bytes that a rank sends in one layer: keys, values, queries and the result, to all others (Ulysses)."""
@@ -129,22 +122,21 @@ class Cluster:
 
     def exchange_seconds(self, cp: int) -> float:
         """Seconds of the exchanges of one layer; nothing of them is taken to be hidden behind computing."""
-        return 0.0 if cp == 1 else self.exchange_bytes(cp) / self._reached + 4 * self.hardware.collective
+        return 0.0 if cp == 1 else self.exchange_bytes(cp) / self._reached + 4 * self.collective
 
     def machine(self, layout: Layout) -> Machine:
         """What carries passes out. Every cp_rank of a stage sends its own tokens, over links of its own."""
-        hardware = self.hardware
         return Machine(
             stages=layout.pp,
-            latency=hardware.latency,
+            latency=self.latency,
             bandwidth=self._reached,
             hidden_bytes=self.hidden_bytes / layout.cp,
             velocity_bytes=self.velocity_bytes,
-            decide=hardware.decide,
-            take=hardware.take,
+            decide=self.decide,
+            take=self.take,
         )
 
-    def memory(self, layout: Layout) -> tuple[int, int]:
+    def held(self, layout: Layout) -> tuple[int, int]:
         """Bytes of weights and of one video's KV on the fullest rank; what layers work with comes on top.
 
         The leader has the autoencoder as well. What is neither that nor a layer is counted on every stage, of which it
@@ -177,7 +169,7 @@ class Cluster:
 
     def petaflops(self, plan: VideoPlan) -> float:
         """Operations of a video in 10^15, from the time that its passes take on one GPU."""
-        return plan.total * self.mfu * self.hardware.peak / 1e15
+        return plan.total * self.mfu * self.peak / 1e15
 
     @cached_property
     def _weights(self) -> dict[int | None, int]:
@@ -194,7 +186,7 @@ class Cluster:
 
     @property
     def _reached(self) -> float:
-        return self.hardware.bandwidth * self.hardware.used
+        return self.bandwidth * self.used
 
     def _flops(self, chunks: float) -> int:
         """Of a pass that attends to so many chunks."""
@@ -229,16 +221,16 @@ class Study:
 
     def gangs(self, layout: Layout) -> int:
         """Gangs of a layout."""
-        return self.cluster.hardware.gpus // layout.world_size
+        return self.cluster.gpus // layout.world_size
 
     def rank_bytes(self, layout: Layout, videos: int) -> int:
         """Bytes of weights and KV on the fullest rank, with so many videos in flight over all gangs."""
-        weights, kv = self.cluster.memory(layout)
+        weights, kv = self.cluster.held(layout)
         return weights + -(-videos // self.gangs(layout)) * kv
 
     def fits(self, layout: Layout, videos: int) -> bool:
         """Whether that leaves some of a GPU's memory."""
-        return self.rank_bytes(layout, videos) <= _SHARE * self.cluster.hardware.memory
+        return self.rank_bytes(layout, videos) <= _SHARE * self.cluster.memory
 
     def plan(self, flags: np.ndarray | None, layout: Layout) -> VideoPlan:
         """The plan of a video on a layout."""

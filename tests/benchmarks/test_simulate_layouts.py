@@ -10,7 +10,6 @@ from benchmarks.simulate.__main__ import run
 from benchmarks.simulate.clock import Outcome
 from benchmarks.simulate.layouts import (
     Cluster,
-    Hardware,
     Reuse,
     Study,
     layouts_on,
@@ -29,7 +28,7 @@ from parallel.topology.mesh import Layout
 
 def cluster(**changes):
     config = find_preset("magi-4.5b-distill").config()
-    return replace(Cluster(config=config, hardware=Hardware(), pass_seconds=3.6, mfu=0.34, budget=5), **changes)
+    return Cluster(config=config, **changes)
 
 
 def study(**changes):
@@ -74,22 +73,20 @@ def test_cp_divides_computing_and_adds_exchanges():
     assert one.exchange_seconds(1) == 0
     (two,) = one.seconds(Layout(cp=2))(one_pass(), 0)
     assert two == pytest.approx(3.6 / (2 * 0.95) + 34 * one.exchange_seconds(2), rel=0.01)
-    (free,) = cluster(hardware=Hardware(doubling=1.0, bandwidth=1e18, collective=0.0)).seconds(Layout(cp=4))(
-        one_pass(), 0
-    )
+    (free,) = cluster(doubling=1.0, bandwidth=1e18, collective=0.0).seconds(Layout(cp=4))(one_pass(), 0)
     assert free == pytest.approx(0.9)
 
 
 def test_memory_is_that_of_the_fullest_rank():
     preset, one = PRESETS["magi-4.5b-distill"], cluster()
-    (weights, kv), (half, _), vae = one.memory(Layout()), one.memory(Layout(pp=2)), 2 * preset.vae_parameters
+    (weights, kv), (half, _), vae = one.held(Layout()), one.held(Layout(pp=2)), 2 * preset.vae_parameters
     assert weights - vae == pytest.approx(preset.stored, rel=0.001)
     assert half - vae == pytest.approx(preset.stored / 2, rel=0.02)
     assert kv == (5 + 4) * 12150 * 34 * 2 * 1024 * 2
-    assert one.memory(Layout(pp=2, cp=4))[1] == kv // 8
-    assert one.memory(Layout(pp=8))[1] == kv * 5 // 34
+    assert one.held(Layout(pp=2, cp=4))[1] == kv // 8
+    assert one.held(Layout(pp=8))[1] == kv * 5 // 34
     assert study().rank_bytes(Layout(), 9) == weights + 2 * kv and study().fits(Layout(), 8)
-    assert not study(cluster=cluster(hardware=Hardware(memory=1e9))).fits(Layout(), 8)
+    assert not study(cluster=cluster(memory=1e9)).fits(Layout(), 8)
 
 
 def test_a_pass_that_is_too_short_for_the_model_is_refused():
