@@ -82,7 +82,7 @@ def test_an_object_that_stops_at_a_boundary_is_an_error_of_the_way_it_misses():
     assert adherence(frames, RED_CIRCLE).boundary_errors == pytest.approx([2.5], abs=0.05)  # mean of 1, 2, 3, 4
 
 
-def test_an_object_that_quanta_back_half_way_moves_in_no_direction():
+def test_an_object_that_turns_back_half_way_moves_in_no_direction():
     frames = clip(RED_CIRCLE)
     frames[48:] = frames[48:].flip(0)
     measured = adherence(frames, RED_CIRCLE)
