@@ -146,6 +146,10 @@ def run(
             "1 gang on Ray": lambda: on_ray(two),
         }
         made.append(_measure("overhead", large, ways, overhead_repeats))
+    return _write(out, made)
+
+
+def _write(out: Path, made: Sequence[Part]) -> int:
     about = "; ".join(f"{part.name}: {part.workload.size}" for part in made)
     return common.publish(
         out,

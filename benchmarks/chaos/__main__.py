@@ -120,9 +120,15 @@ def run(
     )
     with (out / "ray.log").open("w") as file, redirect_stdout(file):  # Ray prints every process that it has lost
         found = _disturb(setup, log)
+    return _write(out, setup, found, seed)
+
+
+def _write(out: Path, setup: Setup, found: ChaosRun, seed: int) -> int:
+    layout, made = setup.gangs.layout, setup.gangs.workload
     about = (
-        f"{gangs} gangs of pp {pp} x cp {cp} on {nodes} simulated nodes; videos of {chunks} chunks and {steps} steps, "
-        f"a checkpoint every {checkpoint_every} chunks; seed {seed}. {machine_line()}; one thread per rank."
+        f"{setup.gangs.gangs} gangs of pp {layout.pp} x cp {layout.cp} on {setup.nodes} simulated nodes; videos of "
+        f"{made.chunks} chunks and {made.steps} steps, a checkpoint every {setup.every} chunks; seed {seed}. "
+        f"{machine_line()}; one thread per rank."
     )
     rows = fault_rows(found)
     named = [columns_of([name.replace("_", " ") for name in row], row) for row in rows]

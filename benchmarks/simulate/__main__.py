@@ -86,11 +86,7 @@ def run(
         concurrency=tuple(concurrency or _CONCURRENCY),
     )
     with Console(stderr=True).status("simulating"):
-        reuses = [Reuse(name="no reuse")]
-        if record is None:
-            reuses += [sampled_reuse(study, one, warmup) for one in fraction or _FRACTIONS]
-        else:
-            reuses.append(reuse_of_record(study, record))
+        reuses = _reuses(study, warmup, fraction or _FRACTIONS, record)
         runs = run_study(study, reuses)
         tables = sections(study, reuses, runs)
     return common.publish(
@@ -111,6 +107,13 @@ def _config(model: str, window: int | None) -> MagiConfig:
     values = config.to_dict()
     values["runtime_config"]["window_size"] = window
     return MagiConfig.from_dict(values, source=f"{model} with a window of {window}")
+
+
+def _reuses(study: Study, warmup: int, fractions: Sequence[float], record: Path | None) -> list[Reuse]:
+    none = Reuse(name="no reuse")
+    if record is not None:
+        return [none, reuse_of_record(study, record)]
+    return [none, *(sampled_reuse(study, fraction, warmup) for fraction in fractions)]
 
 
 def about(study: Study, reuses: Sequence[Reuse], model: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from benchmarks.simulate.plan import PlannedRun, VideoPlan
+from benchmarks.simulate.plan import VideoPlan
 from engine.order import WorkOrder
 from engine.reuse.policy import Decision, Observation
 from engine.video import VideoRun, Work
@@ -109,8 +109,8 @@ class _Video:
         self.decisions = 0
         self.ready_since: float | None = None
         self.finished: list[float] = []
-        # A `PlannedRun` has all that the order asks of a `VideoRun`.
-        self.order = WorkOrder(cast(VideoRun, PlannedRun(plan)), barrier=barrier, on_decision=self._decided)
+        # A plan has all that the order asks of a `VideoRun`.
+        self.order = WorkOrder(cast(VideoRun, plan), barrier=barrier, on_decision=self._decided)
 
     def _decided(self, seen: Observation, decision: Decision) -> None:
         self.decisions += 1

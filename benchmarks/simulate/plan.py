@@ -33,7 +33,10 @@ _JITTER, _HALVINGS = 0.2, 40
 
 @dataclass(frozen=True, kw_only=True)
 class VideoPlan:
-    """One video as a plan: what `WorkOrder` asks a run for, and what each pass takes."""
+    """One video as a plan, and what each pass takes.
+
+    It looks like a `VideoRun` to `WorkOrder`, and gives out what it holds: no tensor is computed.
+    """
 
     schedule: Schedule
     seconds: Seconds
@@ -55,6 +58,32 @@ class VideoPlan:
     def timed(self, seconds: Seconds) -> VideoPlan:
         """The same work with other times."""
         return replace(self, seconds=seconds, _known={})
+
+    def prefix_work(self) -> list[Work]:
+        """Passes over the chunks that are given."""
+        return list(self.prefix)
+
+    def begin(self, tick: Tick) -> list[Work]:
+        """The clean passes of a tick."""
+        return list(self.clean[tick.index])
+
+    def decide(self, tick: Tick, chunks: Sequence[int]) -> list[tuple[Observation, Decision]]:
+        """What was decided for some of a tick's chunks."""
+        return [self.decided[tick.index, chunk] for chunk in chunks]
+
+    def open(self, tick: Tick, chunk: int, step: int) -> list[Work]:
+        """The passes of a step."""
+        return list(self.steps[tick.index, chunk])
+
+    def close(self, chunk: int, step: int, passes: Sequence[Pass], velocities: Sequence[torch.Tensor]) -> None:
+        """A step was taken."""
+
+    def seal(self, tick: Tick) -> None:
+        """All work of a tick was given out."""
+
+    def finish(self, chunk: int) -> torch.Tensor:
+        """A finished chunk: nothing."""
+        return torch.empty(0)
 
     @property
     def work(self) -> list[Work]:
@@ -143,40 +172,6 @@ def _run(schedule: Schedule, sampling: Sampling, policy: _FlagPolicy) -> VideoRu
     return VideoRun(
         0, shape, sampling, lambda _, size: torch.zeros(size), reuse, prefix=prefix, compressed=False, device=cpu
     )
-
-
-class PlannedRun:
-    """Looks like a `VideoRun` to `WorkOrder`, and gives out what a plan holds: no tensor is computed."""
-
-    def __init__(self, plan: VideoPlan) -> None:
-        self._plan = plan
-        self.schedule, self.renews, self.whole_window = plan.schedule, plan.renews, plan.whole_window
-
-    def prefix_work(self) -> list[Work]:
-        """Passes over the chunks that are given."""
-        return list(self._plan.prefix)
-
-    def begin(self, tick: Tick) -> list[Work]:
-        """The clean passes of a tick."""
-        return list(self._plan.clean[tick.index])
-
-    def decide(self, tick: Tick, chunks: Sequence[int]) -> list[tuple[Observation, Decision]]:
-        """What was decided for some of a tick's chunks."""
-        return [self._plan.decided[tick.index, chunk] for chunk in chunks]
-
-    def open(self, tick: Tick, chunk: int, step: int) -> list[Work]:
-        """The passes of a step."""
-        return list(self._plan.steps[tick.index, chunk])
-
-    def close(self, chunk: int, step: int, passes: Sequence[Pass], velocities: Sequence[torch.Tensor]) -> None:
-        """A step was taken."""
-
-    def seal(self, tick: Tick) -> None:
-        """All work of a tick was given out."""
-
-    def finish(self, chunk: int) -> torch.Tensor:
-        """A finished chunk: nothing."""
-        return torch.empty(0)
 
 
 def recorded_flags(flags: np.ndarray, schedule: Schedule, recorded: Schedule) -> np.ndarray:
