@@ -140,7 +140,7 @@ def publish(
     return int(any(one.passed is False for one in verdicts))
 
 
-def columns_of(names: Sequence[str], row: Row) -> Row:
+def renamed(row: Row, names: Sequence[str]) -> Row:
     """A row's cells under other headers, in their order."""
     return dict(zip(names, row.values(), strict=True))
 

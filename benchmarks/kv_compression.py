@@ -187,7 +187,7 @@ def report(out: Path, problem: Problem, measured: Mapping[str, Measured]) -> int
         ),
         verdicts=verdicts,
         sections={"Forms": rows},
-        data=[common.columns_of(("what", "seconds", "peak_gib"), row) for row in rows],
+        data=[common.renamed(row, ("what", "seconds", "peak_gib")) for row in rows],
     )
 
 

@@ -96,7 +96,7 @@ def run(
         about=f"magi-pocket, {SIDE}x{SIDE} pixels, {steps} steps, no reuse. {common.machine_line()}.\n\n{_NOTES}",
         verdicts=[*verdicts(*made[:2]), *verdicts(*made[2:])],
         sections={"Videos": rows},
-        data=[common.columns_of(names, row) for row in rows],
+        data=[common.renamed(row, names) for row in rows],
     )
 
 

@@ -42,7 +42,7 @@ from benchmarks.chaos.faults import (
     simulated_cluster,
     survivors,
 )
-from benchmarks.common import Out, columns_of, machine_line, new_log, output_folder, publish, run_command, table
+from benchmarks.common import Out, machine_line, new_log, output_folder, publish, renamed, run_command, table
 from benchmarks.ray_runs import GangSetup, warm_up
 from benchmarks.runs import reuse_for
 from benchmarks.workload import Chunks, Fraction, Layers, Model, ModelSpec, Side, Steps, Width, Workload
@@ -131,7 +131,7 @@ def _write(out: Path, setup: Setup, found: ChaosRun, seed: int) -> int:
         f"{machine_line()}; one thread per rank."
     )
     rows = fault_rows(found)
-    named = [columns_of([name.replace("_", " ") for name in row], row) for row in rows]
+    named = [renamed(row, [name.replace("_", " ") for name in row]) for row in rows]
     return publish(
         out,
         "chaos",

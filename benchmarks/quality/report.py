@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.common import Cell, Row, Verdict, columns_of, legend_below, median, new_plot, table
+from benchmarks.common import Cell, Row, Verdict, legend_below, median, new_plot, renamed, table
 from benchmarks.quality.sweep import WORK, Setting, mean
 from benchmarks.quality.trial import Trial
 
@@ -95,7 +95,7 @@ def setting_tables(trials: Sequence[Trial], presets: Mapping[str, Setting]) -> d
     groups, found = _by_setting(trials), {}
     for title, names, belongs in _TABLES:
         rows = [_row(setting, same, names, presets) for setting, same in groups.items() if belongs(setting)]
-        found[title] = [columns_of([name.replace("_", " ") for name in row], row) for row in rows]
+        found[title] = [renamed(row, [name.replace("_", " ") for name in row]) for row in rows]
     return found
 
 

@@ -76,15 +76,10 @@ def run(
             raise InputError(f"{name} {value:g} must be more than zero")
     config = _config(model, window)
     cluster = Cluster(
-        config=config, gpus=gpus, doubling=cp_doubling, pass_seconds=pass_seconds, mfu=mfu, budget=kv_budget
+        config=config, pass_seconds=pass_seconds, mfu=mfu, budget=kv_budget, gpus=gpus, doubling=cp_doubling
     )
-    study = Study(
-        cluster=cluster,
-        chunks=chunks,
-        steps=steps,
-        layouts=layouts_on(config, gpus),
-        concurrency=tuple(concurrency or _CONCURRENCY),
-    )
+    wanted, layouts = tuple(concurrency or _CONCURRENCY), layouts_on(config, gpus)
+    study = Study(cluster=cluster, chunks=chunks, steps=steps, layouts=layouts, concurrency=wanted)
     with Console(stderr=True).status("simulating"):
         reuses = _reuses(study, warmup, fraction or _FRACTIONS, record)
         runs = run_study(study, reuses)
