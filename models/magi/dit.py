@@ -9,6 +9,7 @@ Shapes: B batch, R chunks, T h w latent frames and cells of them all, S tokens =
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,13 @@ NULL_TEXT_ROWS = 50
 _FREQUENCIES = 128
 
 
+@cache
+def _frequencies(device: torch.device) -> Tensor:
+    """Of the sinusoid of times. A GPU's exp differs from a CPU's, so they are taken on the CPU, and copied once."""
+    steps = torch.arange(_FREQUENCIES, dtype=torch.float32, device="cpu")
+    return torch.exp(-math.log(10000) * steps / _FREQUENCIES).to(device)
+
+
 class _TimestepEmbedder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -33,9 +41,7 @@ class _TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """[..] -> [.., C] fp32. The sinusoid is rounded to the model's dtype before the fp32 MLP (6.1, step 3)."""
-        steps = torch.arange(_FREQUENCIES, dtype=torch.float32)
-        freqs = torch.exp(-math.log(10000) * steps / _FREQUENCIES).to(t.device)  # on the CPU: its exp differs
-        angles = t.float()[..., None] * freqs * 1000
+        angles = t.float()[..., None] * _frequencies(t.device) * 1000
         wave = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype)
         return _linear_fp32(self.mlp[2], F.silu(_linear_fp32(self.mlp[0], wave)))
 

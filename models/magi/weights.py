@@ -100,7 +100,7 @@ class Checkpoint:
         shapes, fp8 = config.model_config, config.engine_config.fp8_quant
         with torch.device("meta"):
             model = MagiDiT(shapes, layers=layers, fp8=fp8, precise=precise, attention=attention)
-        dtypes = {name: _dit_dtype(name, tensor, shapes.dtype) for name, tensor in model.state_dict().items()}
+        dtypes = {name: dit_dtype(name, tensor, shapes.dtype) for name, tensor in model.state_dict().items()}
         return self._fill(model, dtypes, device, all_used=layers is None)
 
     def vae(self, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> ViTVAE:
@@ -170,7 +170,7 @@ class Checkpoint:
         return found
 
 
-def _dit_dtype(name: str, declared: Tensor, dtype: torch.dtype) -> torch.dtype:
+def dit_dtype(name: str, declared: Tensor, dtype: torch.dtype) -> torch.dtype:
     """The dtype that a parameter is used in; `dtype` is the model's."""
     if declared.dtype == torch.float8_e4m3fn:
         return declared.dtype
