@@ -88,16 +88,9 @@ class Adherence:
 
 
 def adherence(frames: Tensor, scene: Scene, *, chunk_frames: int = 24, tile_frames: int = 12) -> Adherence:
-    """Measure a video against its prompt.
+    """Measure a video, uint8 [F, SIDE, SIDE, 3] with F at least 2, against its prompt.
 
-    Args:
-        frames: [F, 64, 64, 3] uint8, F at least 2.
-        scene: what the prompt asked for.
-        chunk_frames: frames of a chunk.
-        tile_frames: frames that the autoencoder decodes at a time.
-
-    Raises:
-        ValueError: `frames` has another shape or dtype.
+    `tile_frames` is how many frames the autoencoder decodes at a time. A ValueError says that the shape is another.
     """
     seen = track(frames)
     count = len(frames)
@@ -191,14 +184,7 @@ class Line:
 
 
 def track(frames: Tensor) -> Track:
-    """Find the object in every frame.
-
-    Args:
-        frames: [F, SIDE, SIDE, 3] uint8.
-
-    Raises:
-        ValueError: `frames` has another shape or dtype.
-    """
+    """Find the object in every frame of a video, uint8 [F, SIDE, SIDE, 3]."""
     if frames.dtype != torch.uint8 or frames.shape[1:] != (SIDE, SIDE, 3):
         raise ValueError(f"frames must be uint8 [F, {SIDE}, {SIDE}, 3], not {frames.dtype} {list(frames.shape)}")
     chroma = _chroma(frames.float() / 255)
@@ -218,11 +204,8 @@ def wrap(offset: Tensor) -> Tensor:
 def fit_line(times: Tensor, centres: Tensor) -> Line:
     """Constant velocity by the Theil-Sen estimator, per axis: the median of the slopes of all pairs of frames.
 
-    Up to 29% of the frames may be anywhere without moving the result far.
-
-    Args:
-        times: [N] frame numbers, rising, N >= 2.
-        centres: [N, 2] on the torus, none of them nan.
+    Up to 29% of the frames may be anywhere without moving the result far. Times [N] are frame numbers, rising, N >= 2;
+    centres [N, 2] are on the torus, none of them nan.
     """
     steps = wrap(centres.diff(dim=0))
     path = torch.cat([centres[:1], centres[0] + steps.cumsum(0)])
@@ -235,8 +218,7 @@ def fit_line(times: Tensor, centres: Tensor) -> Line:
 def direction(velocity: Tensor) -> str | None:
     """Name a velocity [2]: still below 0.25 px/frame; left, right, up or down from 0.5 on and within 30 degrees.
 
-    Returns:
-        None between these, so that a drift or a diagonal is right for no prompt.
+    None between these, so that a drift or a diagonal is right for no prompt.
     """
     x, y = velocity.tolist()
     speed = math.hypot(x, y)
@@ -309,16 +291,10 @@ def _coverage(chroma: Tensor, colour: str | None) -> Tensor:
 
 
 def _centres(coverage: Tensor) -> tuple[Tensor, Tensor]:
-    """Circular mean of the coverage per axis, and how compact it is.
+    """Circular means [F, 2] in 0..SIDE of the coverage [F, S, S], and how compact it is, the less of both axes [F].
 
     The mean on a circle is the angle of sum(w exp(2 pi i x / SIDE)); the size of that sum over sum(w) is 1 for a point
     and 0 for an even spread.
-
-    Args:
-        coverage: [F, S, S].
-
-    Returns:
-        centres [F, 2] in 0..SIDE, and the smaller compactness of the two axes [F].
     """
     angle = 2 * math.pi / SIDE * (torch.arange(SIDE) + 0.5)  # of pixel centres
     point = torch.polar(torch.ones(SIDE), angle)
@@ -330,10 +306,9 @@ def _centres(coverage: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _templates() -> Tensor:
-    """The four shapes as the clips draw them, their centres at P x P sub-pixel places from the middle on.
+    """Coverages [K, P, P, S, S] over (shape, y phase, x phase) of the shapes as the clips draw them.
 
-    Returns:
-        coverages [K, P, P, S, S] over (shape, y phase, x phase).
+    Their centres are at P x P sub-pixel places from the middle on.
     """
     phase = torch.arange(_PHASES) / _PHASES
     shape = torch.arange(len(SHAPES)).repeat_interleave(_PHASES**2)[:, None]
@@ -360,10 +335,9 @@ def _templates() -> Tensor:
 
 
 def _aligned(seen: Track) -> tuple[Tensor, Tensor]:
-    """The frames with an object, rolled to bring its centre to the middle, and the shapes at the same sub-pixel place.
+    """The F' frames with an object, rolled to bring its centre to the middle, and the shapes at the same place.
 
-    Returns:
-        coverage [F', S, S] and templates [K, F', S, S], F' the frames where the object was found.
+    Coverages are [F', S, S] and templates [K, F', S, S].
     """
     steps = (seen.centre[seen.found] * _PHASES).round().long()
     phase, whole = steps % _PHASES, steps // _PHASES

@@ -23,27 +23,13 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.common import (
-    Cell,
-    Headers,
-    Rows,
-    Verdict,
-    columns,
-    machine_line,
-    markdown_table,
-    median,
-    new_log,
-    output_folder,
-    publish,
-    run_app,
-)
-from benchmarks.models import ModelSpec
+from benchmarks import common
+from benchmarks.common import Out, Row, Verdict, median
 from benchmarks.ray_runs import GangSetup, on_ray
 from benchmarks.runs import alone, on_ranks
-from benchmarks.workload import Made, Workload, differing
+from benchmarks.workload import Made, ModelSpec, Steps, Width, Workload, differing
 from engine.reuse.settings import ReuseSettings
 from models.errors import InputError
-from parallel.health.errors import GangError
 from parallel.topology.mesh import Layout
 
 _PARTS = ("throughput", "overhead")
@@ -52,15 +38,13 @@ _LEAN = ReuseSettings(clean_pass=False, copy_pass=False)
 _OVERHEAD_VIDEOS = 2
 _BELOW, _OVERHEAD, _ITEM = 0.98, 0.03, 0.1
 
-app = typer.Typer(add_completion=False)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
     """One of the two measurements: the same videos in two ways, in turn."""
 
     name: str
-    videos: int  # of each run
+    workload: Workload
     runs: Mapping[str, Sequence[Made]]  # of each way, by its name: what it is compared with comes first
     problems: Sequence[str]  # what differs from one process
 
@@ -92,13 +76,36 @@ class Part:
             name = "latents with and without Ray"
         return [*held, Verdict(name, f"{wrong} differ", "as of one process, bit for bit", not wrong)]
 
+    @property
+    def rows(self) -> list[Row]:
+        """A line for each way."""
+        rows, videos = [], self.workload.videos
+        for way, runs in self.runs.items():
+            seconds = median(one.seconds for one in runs)
+            starts = [one.start for one in runs if one.start is not None]
+            row: Row = {"part": self.name, "way": way, "videos": videos, "s": round(seconds, 2)}
+            row |= {"videos per minute": round(60 * videos / seconds, 2)}
+            row |= {"of each repeat": " ".join(f"{one.seconds:.2f}" for one in runs)}
+            rows.append(row | {"start-up s": round(median(starts), 1) if starts else "not taken"})
+        return rows
 
-@app.command()
+    @property
+    def csv_rows(self) -> list[Row]:
+        """A line for each run."""
+        rows, videos = [], self.workload.videos
+        for way, runs in self.runs.items():
+            for repeat, one in enumerate(runs, 1):
+                row: Row = {"part": self.name, "way": way, "repeat": repeat, "videos": videos}
+                row |= {"seconds": one.seconds, "start_s": one.start}
+                rows.append(row | {"videos_per_minute": 60 * videos / one.seconds, "item_s": one.item or None})
+        return rows
+
+
 def run(
     parts: Annotated[str, typer.Option(help="What to measure: of throughput and overhead.")] = "throughput,overhead",
     layers: Annotated[int, typer.Option(min=2, help="Layers of the random model.")] = 8,
-    width: Annotated[int, typer.Option(min=1, help="Width of the random model, a multiple of 192.")] = 384,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a chunk.")] = 8,
+    width: Width = 384,
+    steps: Steps = 8,
     videos: Annotated[int, typer.Option(min=1, help="Throughput: videos of a batch.")] = 12,
     chunks: Annotated[int, typer.Option(min=1, help="Throughput: length of a video.")] = 4,
     side: Annotated[int, typer.Option(min=1, help="Throughput: pixels of a frame's side.")] = 64,
@@ -107,10 +114,13 @@ def run(
     overhead_side: Annotated[int, typer.Option(min=1, help="Overhead: pixels of a frame's side.")] = 144,
     overhead_repeats: Annotated[int, typer.Option(min=1, help="Overhead: how often both are measured.")] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="One repeat of small videos.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/cluster"),
-) -> None:
+    out: Out = Path("results/cluster"),
+) -> int:
     """Measure gangs of a cluster."""
-    chosen = _chosen(parts)
+    chosen = [name.strip() for name in parts.split(",")]
+    for name in chosen:
+        if name not in _PARTS:
+            raise InputError(f"--parts {parts}: there is no part {name!r}; choose from {', '.join(_PARTS)}")
     if quick:
         layers, videos, chunks, repeats = min(layers, 4), min(videos, 4), min(chunks, 2), 1
         overhead_chunks, overhead_side, overhead_repeats = min(overhead_chunks, 2), min(overhead_side, 64), 1
@@ -122,38 +132,42 @@ def run(
     one, two = (GangSetup(workload=own, layout=_STAGES, gangs=1, concurrency=2) for own in (small, large))
     for setup in (one, two):
         _ = setup.settings  # checks all of it
-    output_folder(out)
-    pair: dict[str, Callable[[], Made]] = {
-        "1 gang, 2 in flight": lambda: on_ray(one),
-        "2 gangs, 1 in flight each": lambda: on_ray(replace(one, gangs=2, concurrency=1)),
-    }
-    ways: dict[str, Callable[[], Made]] = {
-        "ranks of torchrun": lambda: on_ranks(_STAGES, [large], torchrun=True)[0],
-        "1 gang on Ray": lambda: on_ray(two),
-    }
+    common.output_folder(out)
     made = []
-    try:
-        if "throughput" in chosen:
-            made.append(_measure("throughput", small, pair, repeats))
-        if "overhead" in chosen:
-            made.append(_measure("overhead", large, ways, overhead_repeats))
-    except GangError as error:
-        typer.echo(f"cluster: error: {error}", err=True)
-        raise typer.Exit(error.failure.status) from None
-    raise typer.Exit(_write(out, made, {"throughput": small, "overhead": large}))
+    if "throughput" in chosen:
+        pair: dict[str, Callable[[], Made]] = {
+            "1 gang, 2 in flight": lambda: on_ray(one),
+            "2 gangs, 1 in flight each": lambda: on_ray(replace(one, gangs=2, concurrency=1)),
+        }
+        made.append(_measure("throughput", small, pair, repeats))
+    if "overhead" in chosen:
+        ways: dict[str, Callable[[], Made]] = {
+            "ranks of torchrun": lambda: on_ranks(_STAGES, [large], torchrun=True)[0],
+            "1 gang on Ray": lambda: on_ray(two),
+        }
+        made.append(_measure("overhead", large, ways, overhead_repeats))
+    return _write(out, made)
 
 
-def _chosen(parts: str) -> list[str]:
-    names = [name.strip() for name in parts.split(",")]
-    for name in names:
-        if name not in _PARTS:
-            raise InputError(f"--parts {parts}: there is no part {name!r}; choose from {', '.join(_PARTS)}")
-    return names
+def _write(out: Path, made: Sequence[Part]) -> int:
+    about = "; ".join(f"{part.name}: {part.workload.size}" for part in made)
+    return common.publish(
+        out,
+        "cluster",
+        title="Gangs of a Ray cluster",
+        about=f"Two stages to a gang; {about}. {common.machine_line()}; one thread per rank.",
+        verdicts=[verdict for part in made for verdict in part.verdicts],
+        sections={
+            "Times": [row for part in made for row in part.rows],
+            "What differs": "\n".join(f"- {line}" for part in made for line in part.problems),
+        },
+        data=[row for part in made for row in part.csv_rows],
+    )
 
 
 def _measure(name: str, workload: Workload, ways: Mapping[str, Callable[[], Made]], repeats: int) -> Part:
     """Make the videos in one process, and then in both ways again and again; which one is first alternates."""
-    log = new_log()
+    log = common.new_log()
     log(f"{name}: {workload.videos} videos in one process")
     ((wanted,),) = alone([workload])
     runs: dict[str, list[Made]] = {way: [] for way in ways}
@@ -163,48 +177,8 @@ def _measure(name: str, workload: Workload, ways: Mapping[str, Callable[[], Made
             runs[way].append(made)
             log(f"{name}, repeat {repeat + 1} of {repeats}: {way}, {made.seconds:.2f} s")
     problems = differing([one for own in runs.values() for one in own], wanted)
-    return Part(name=name, videos=workload.videos, runs=runs, problems=problems)
-
-
-def table(parts: Sequence[Part]) -> str:
-    """A line for each way."""
-    rows = []
-    for part in parts:
-        for way, runs in part.runs.items():
-            seconds = median(one.seconds for one in runs)
-            starts = [one.start for one in runs if one.start is not None]
-            row: dict[str, Cell] = {"part": part.name, "way": way, "videos": part.videos, "s": round(seconds, 2)}
-            row |= {"videos per minute": round(60 * part.videos / seconds, 2)}
-            row |= {"of each repeat": " ".join(f"{one.seconds:.2f}" for one in runs)}
-            rows.append(row | {"start-up s": round(median(starts), 1) if starts else "not taken"})
-    return markdown_table(*columns(rows))
-
-
-def csv_rows(parts: Sequence[Part]) -> tuple[Headers, Rows]:
-    """A line for each run."""
-    rows = []
-    for part in parts:
-        for way, runs in part.runs.items():
-            for repeat, one in enumerate(runs, 1):
-                row: dict[str, Cell] = {"part": part.name, "way": way, "repeat": repeat, "videos": part.videos}
-                row |= {"seconds": one.seconds, "start_s": one.start}
-                rows.append(row | {"videos_per_minute": 60 * part.videos / one.seconds, "item_s": one.item or None})
-    return columns(rows)
-
-
-def _write(out: Path, parts: Sequence[Part], workloads: Mapping[str, Workload]) -> int:
-    about = "; ".join(f"{part.name}: {workloads[part.name].size}" for part in parts)
-    wrong = [f"- {line}" for part in parts for line in part.problems]
-    return publish(
-        out,
-        "cluster",
-        title="Gangs of a Ray cluster",
-        about=f"Two stages to a gang; {about}. {machine_line()}; one thread per rank.",
-        verdicts=[verdict for part in parts for verdict in part.verdicts],
-        sections={"Times": table(parts), "What differs": "\n".join(wrong)},
-        data=csv_rows(parts),
-    )
+    return Part(name=name, workload=workload, runs=runs, problems=problems)
 
 
 if __name__ == "__main__":
-    sys.exit(run_app(app, "cluster"))
+    sys.exit(common.run_command(run, "cluster"))

@@ -1,4 +1,4 @@
-"""What every benchmark is made of: tables, verdicts, files, a plot's style, a search, processes of their own.
+"""What every benchmark is made of: its command, tables, verdicts, files, a plot's style, a search, fresh processes.
 
 It knows no benchmark. Memory of a process is resident memory; its peak can be set back on Linux only.
 """
@@ -23,7 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Annotated, ParamSpec, TypeVar
 
 import torch
 import typer
@@ -34,12 +34,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from engine.files import atomic_write
 from models.errors import InputError
+from parallel.health.errors import BAD_INPUT, GangError
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 Cell = str | int | float | bool | None
-Headers = Sequence[str]
-Rows = Sequence[Sequence[Cell]]
+Row = dict[str, Cell]
+"""A line of a table, cells by their headers; all lines of a table have the same headers."""
+Out = Annotated[Path, typer.Option(help="Folder of the results.")]
+"""The option of every command that says where results go."""
 COLOURS = ("#27548a", "#d55e00", "#009e73", "#cc79a7", "#f3b23f", "#444444", "#56b4e9", "#8c564b", "#e377c2", "#7f7f7f")
 
 
@@ -53,18 +56,6 @@ class Verdict:
     passed: bool | None = None  # None where nothing is wanted
 
 
-def verdict_table(verdicts: Sequence[Verdict]) -> str:
-    """All verdicts as a Markdown table."""
-    words = {None: "", True: "PASS", False: "FAIL"}
-    rows = [(one.name, one.measured, one.wanted, words[one.passed]) for one in verdicts]
-    return markdown_table(("figure", "measured", "wanted", "verdict"), rows)
-
-
-def columns(rows: Sequence[Mapping[str, Cell]]) -> tuple[Headers, Rows]:
-    """Headers and rows of a table whose rows all have the same names."""
-    return list(rows[0]) if rows else [], [list(row.values()) for row in rows]
-
-
 def _cell(value: Cell) -> str:
     if value is None:
         return "none"
@@ -73,34 +64,34 @@ def _cell(value: Cell) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def markdown_table(headers: Headers, rows: Rows) -> str:
-    """A Markdown table that is also legible as plain text; columns of numbers are right-aligned.
+def table(rows: Sequence[Row]) -> str:
+    """Rows as a Markdown table; no text where there are none."""
+    return markdown_table(list(rows[0]), [list(row.values()) for row in rows]) if rows else ""
 
-    Raises:
-        ValueError: a row has another number of cells than there are headers.
-    """
-    cells = [[_cell(value).replace("|", "\\|") for value in row] for row in (headers, *rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """A Markdown table that is also legible as plain text; columns of numbers are right-aligned."""
+    columns = list(zip(headers, *rows, strict=True))
     numbers = [
-        bool(rows) and all(isinstance(row[i], int | float) and not isinstance(row[i], bool) for row in rows)
-        for i in range(len(headers))
+        len(column) > 1 and all(isinstance(one, int | float) and not isinstance(one, bool) for one in column[1:])
+        for column in columns
     ]
-    rule = ["-" * (width - 1) + ":" if right else "-" * width for width, right in zip(widths, numbers, strict=True)]
+    made = []
+    for column, right in zip(columns, numbers, strict=True):
+        cells = [_cell(value).replace("|", "\\|") for value in column]
+        width = max(3, *map(len, cells))
+        rule = "-" * (width - 1) + ":" if right else "-" * width
+        made.append([(cell.rjust if right else cell.ljust)(width) for cell in (cells[0], rule, *cells[1:])])
+    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*made, strict=True))
 
-    def line(row: Sequence[str]) -> str:
-        parts = zip(row, widths, numbers, strict=True)
-        return "| " + " | ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in parts) + " |"
 
-    return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
-
-
-def csv_text(headers: Headers, rows: Rows) -> str:
+def csv_text(rows: Sequence[Row]) -> str:
     """Rows as CSV with a header line; numbers keep six digits, None is an empty cell."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(headers)
+    writer = csv.DictWriter(text, list(rows[0]) if rows else (), lineterminator="\n")
+    writer.writeheader()
     for row in rows:
-        writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in row])
+        writer.writerow({name: f"{one:.6g}" if isinstance(one, float) else one for name, one in row.items()})
     return text.getvalue()
 
 
@@ -111,8 +102,8 @@ def publish(
     title: str,
     about: str,
     verdicts: Sequence[Verdict] = (),
-    sections: Mapping[str, str] | None = None,
-    data: tuple[Headers, Rows] | None = None,
+    sections: Mapping[str, str | Sequence[Row]] | None = None,
+    data: Sequence[Row] = (),
     figures: Mapping[str, Figure] | None = None,
 ) -> int:
     """Write what a benchmark has found, and print it.
@@ -121,10 +112,10 @@ def publish(
         out: folder of the results, which is there.
         name: of the Markdown and CSV files, without ending.
         title: one line.
-        about: a paragraph on what was measured.
+        about: what was measured.
         verdicts: come first.
-        sections: other parts in Markdown by their headings; those without text are left out.
-        data: headers and rows of the CSV file.
+        sections: other parts by their headings, in Markdown or as rows of a table; empty ones are left out.
+        data: rows of the CSV file.
         figures: plots by the names of their files, without ending.
 
     Returns:
@@ -132,16 +123,25 @@ def publish(
     """
     parts = [f"# {title}", about]
     if verdicts:
-        parts.append(f"## Verdicts\n\n{verdict_table(verdicts)}")
-    parts += [f"## {heading}\n\n{text}" for heading, text in (sections or {}).items() if text]
+        words = {None: "", True: "PASS", False: "FAIL"}
+        rows = [(one.name, one.measured, one.wanted, words[one.passed]) for one in verdicts]
+        parts.append(f"## Verdicts\n\n{markdown_table(('figure', 'measured', 'wanted', 'verdict'), rows)}")
+    for heading, part in (sections or {}).items():
+        if part:
+            parts.append(f"## {heading}\n\n{part if isinstance(part, str) else table(part)}")
     text = "\n\n".join(parts)
     save_text(out / f"{name}.md", text)
-    if data is not None:
-        save_text(out / f"{name}.csv", csv_text(*data))
+    save_text(out / f"{name}.csv", csv_text(data))
     for file, figure in (figures or {}).items():
-        save_figure(out / f"{file}.png", figure)
+        with atomic_write(out / f"{file}.png") as picture:
+            figure.savefig(picture, dpi=110, format="png")
     typer.echo(f"{text}\n\nwritten to {out}")
     return int(any(one.passed is False for one in verdicts))
+
+
+def renamed(row: Row, names: Sequence[str]) -> Row:
+    """A row's cells under other headers, in their order."""
+    return dict(zip(names, row.values(), strict=True))
 
 
 def machine_line() -> str:
@@ -168,11 +168,7 @@ def _cpu_name() -> str:
 
 
 def output_folder(path: Path) -> Path:
-    """Make the folder that results go to, before the work that fills it.
-
-    Raises:
-        InputError: it cannot be made or written to.
-    """
+    """Make the folder that results go to, before the work that fills it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -186,12 +182,6 @@ def save_text(path: Path, text: str) -> None:
     """Write a text file that ends with a newline."""
     with atomic_write(path) as file:
         file.write((text if text.endswith("\n") else text + "\n").encode())
-
-
-def save_figure(path: Path, figure: Figure) -> None:
-    """Write a figure in the format of the path's ending."""
-    with atomic_write(path) as file:
-        figure.savefig(file, dpi=110, format=path.suffix.lstrip("."))
 
 
 def new_plot(title: str, x: str, y: str) -> tuple[Figure, Axes]:
@@ -210,29 +200,30 @@ def light_grid(axes: Axes) -> None:
 
 
 def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
-    """Put the plot's legend below it, if there is anything to name."""
+    """Put a plot's legend below the figure, if there is anything to name."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
 
 
-def run_app(app: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> int:
-    """Run a benchmark's command line; bad input is one line on standard error.
+def run_command(command: Callable[..., int], name: str, arguments: Sequence[str] | None = None) -> int:
+    """Run a benchmark's command line and hand back its exit status; what goes wrong is one line on standard error.
 
     Args:
-        app: the command.
+        command: a function whose parameters are options; it hands back the exit status.
         name: how it is called.
         arguments: in place of the process's own.
-
-    Returns:
-        The exit status: the command's own, or 2 for bad input.
     """
+    app = typer.Typer(add_completion=False)
+    app.command()(command)
     try:
-        return app(arguments, prog_name=name, standalone_mode=False) or 0
+        return int(app(arguments, prog_name=name, standalone_mode=False) or 0)
+    except GangError as error:
+        text, status = str(error), error.failure.status
     except (InputError, typer.TyperException) as error:
-        text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-        typer.echo(f"{name}: error: {' '.join(text.split())}", err=True)
-        return 2
+        text, status = error.format_message() if isinstance(error, typer.TyperException) else str(error), BAD_INPUT
+    typer.echo(f"{name}: error: {' '.join(text.split())}", err=True)
+    return status
 
 
 def new_log() -> Callable[[str], None]:

@@ -49,22 +49,14 @@ def pass_flops(
 
 
 class CountingRunner(LocalRunner):
-    """Runs items in this process, and counts them.
-
-    Args:
-        model: the weights.
-        attention: what KV views attend with.
-        config: shapes of the model.
-    """
+    """Runs items in this process, and counts them; `config` has the shapes of the model."""
 
     def __init__(self, model: VideoModel, attention: Attention, config: ModelConfig) -> None:
         super().__init__(model, attention)
         self._config = config
         self._captions: dict[int, CaptionTable] = {}
-        self.items = 0
-        """Passes so far."""
-        self.flops = 0
-        """Their operations."""
+        self.items = self.flops = 0
+        """Passes so far; their operations."""
 
     @property
     def kv_bytes(self) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import columns, machine_line, markdown_table, new_log, output_folder, run_app, save_text
+from benchmarks.common import Out, machine_line, new_log, output_folder, run_command, save_text, table
 from benchmarks.flops import pass_flops
 from engine.kv.buffer import LayerKV, SliceView
 from engine.kv.selection import Granularity, SelectionSettings, select
@@ -40,7 +40,6 @@ from models.protocols import PassCondition
 Row = dict[str, Any]
 _CONTEXTS = (1, 2, 3, 4, 5)  # chunks attended to, its own included
 _TEXT = 200  # caption tokens
-app = typer.Typer(add_completion=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -326,14 +325,13 @@ def _bench(preset: str, device: torch.device) -> Bench:
     )
 
 
-@app.command()
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for report and figures.")] = Path("results/gpu"),
+    out: Out = Path("results/gpu"),
     preset: Annotated[str, typer.Option(help="Shapes: magi-4.5b-distill at 720x720, or tiny.")] = "magi-4.5b-distill",
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     minutes: Annotated[float, typer.Option(help="No part is begun after so many minutes.")] = 9.0,
     only: Annotated[list[str] | None, typer.Option(help="Measure this part; may be given several times.")] = None,
-) -> None:
+) -> int:
     """Measure what one GPU does with one chunk, part by part; parts that DIR has already are not measured again."""
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("there is no CUDA GPU here: give --device cpu --preset tiny to try the command")
@@ -365,6 +363,7 @@ def main(
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
     typer.echo((folder / "gpu.md").read_text())
+    return 0
 
 
 def _plain(row: Row) -> str:
@@ -380,10 +379,10 @@ def _report(folder: Path, preset: str) -> None:
         if path.exists():
             rows = json.loads(path.read_text())
             keys = {key: None for row in rows for key in row}
-            table = markdown_table(*columns([{key: row.get(key) for key in keys} for row in rows]))
-            sections.append(f"## {part.__name__}\n\n{part.__doc__}\n\n{table}")
+            text = table([{key: row.get(key) for key in keys} for row in rows])
+            sections.append(f"## {part.__name__}\n\n{part.__doc__}\n\n{text}")
     save_text(folder / "gpu.md", "\n\n".join(sections) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(run_app(app, "python -m benchmarks.gpu"))
+    sys.exit(run_command(main, "gpu"))

@@ -23,19 +23,8 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.common import (
-    Verdict,
-    in_fresh_process,
-    machine_line,
-    markdown_table,
-    median,
-    output_folder,
-    peak_rss,
-    publish,
-    reset_peak,
-    rss,
-    run_app,
-)
+from benchmarks import common
+from benchmarks.common import Out, Row, Verdict, median
 from engine.kv.selection import SelectionSettings, redundancy, select
 from models.errors import InputError
 
@@ -44,8 +33,6 @@ _QUERIES = 50
 _REPEATS = {"naive": 1, "linear": 9, "selection": 9}  # of each form
 _CHUNKS, _FRAMES = 3, 6  # how keys are structured: chunks of 6 latent frames
 _PAPER = (("redundancy, naive (paper)", 10.26, 17.79), ("redundancy, linear (paper)", 0.077, 0.30))
-
-app = typer.Typer(add_completion=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,10 +43,12 @@ class Problem:
     dim: int  # of a head
     heads: int  # key heads
     query_heads: int  # that ask, for the selection
-    keep: int  # tokens that the selection keeps
     device: str  # where to compute
-    at_once: bool  # the naive form makes the matrices of all heads together, and not one after the other
-    seed: int  # of the keys
+
+    @property
+    def keep(self) -> int:
+        """Tokens that the selection keeps."""
+        return 2 * self.keys // 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,44 +60,32 @@ class Measured:
     scores: Tensor | None  # [heads, keys] fp32 on the CPU; None for the selection
 
 
-@app.command()
 def run(
     keys: Annotated[int, typer.Option(min=2, help="Tokens of the past (L).")] = 24300,
     dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 128,
     heads: Annotated[int, typer.Option(min=1, help="Key heads.")] = 8,
     query_heads: Annotated[int, typer.Option(min=1, help="Query heads, for the selection.")] = 24,
-    keep: Annotated[int | None, typer.Option(min=1, help="Tokens to keep; two thirds by default.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
-    at_once: Annotated[bool, typer.Option("--at-once", help="All heads' L x L matrices together.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/kv_compression"),
-) -> None:
+    out: Out = Path("results/kv_compression"),
+) -> int:
     """Time and memory of the redundancy score and of the selection."""
     if query_heads % heads:
         raise InputError(f"{query_heads} query heads are no multiple of {heads} key heads")
-    problem = Problem(
-        keys=keys,
-        dim=dim,
-        heads=heads,
-        query_heads=query_heads,
-        keep=min(keys, keep or 2 * keys // 3),
-        device=device,
-        at_once=at_once,
-        seed=0,
-    )
-    output_folder(out)
+    problem = Problem(keys=keys, dim=dim, heads=heads, query_heads=query_heads, device=device)
+    common.output_folder(out)
     measured = {}
     with Console(stderr=True).status("") as status:
         for form in _REPEATS:
             status.update(f"measuring: {form}")
-            measured[form] = in_fresh_process(measure, form, problem, torch.get_num_threads())
-    raise typer.Exit(report(out, problem, measured))
+            measured[form] = common.in_fresh_process(measure, form, problem, torch.get_num_threads())
+    return report(out, problem, measured)
 
 
 def measure(form: str, problem: Problem, threads: int) -> Measured:
     """Measure one of the forms in this process."""
     torch.set_num_threads(threads)
     keys = structured_keys(problem).to(problem.device)
-    generator = torch.Generator().manual_seed(problem.seed + 1)
+    generator = torch.Generator().manual_seed(1)
     queries = torch.randn(_QUERIES, problem.query_heads, problem.dim, generator=generator).to(problem.device)
     settings = SelectionSettings(query_tokens=_QUERIES)
 
@@ -117,7 +94,7 @@ def measure(form: str, problem: Problem, threads: int) -> Measured:
         return select(queries, some, keep=keep, frame_tokens=1, chunk_tokens=len(some), settings=settings)
 
     forms: dict[str, Callable[[Tensor], Tensor]] = {
-        "naive": lambda some: naive_redundancy(some, at_once=problem.at_once),
+        "naive": naive_redundancy,
         "linear": redundancy,
         "selection": selection,
     }
@@ -130,25 +107,21 @@ def measure(form: str, problem: Problem, threads: int) -> Measured:
         if keys.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    peak = (torch.cuda.max_memory_allocated() if keys.is_cuda else peak_rss()) - before
+    peak = (torch.cuda.max_memory_allocated() if keys.is_cuda else common.peak_rss()) - before
     return Measured(seconds=median(seconds), peak=max(0, peak), scores=None if form == "selection" else result.cpu())
 
 
-def naive_redundancy(keys: Tensor, *, at_once: bool) -> Tensor:
-    """Eq. 11 as written: the L x L similarities of each head, diagonal zero, mean over the other axis, softmax.
+def naive_redundancy(keys: Tensor) -> Tensor:
+    """Eq. 11 as written, of keys [L, G, d], head by head.
 
-    Args:
-        keys: [L, G, d].
-        at_once: all heads together.
+    That is the L x L similarities, diagonal zero, mean over the other axis, and softmax.
     """
-    unit = F.normalize(keys.float(), dim=-1).transpose(0, 1)
     parts = []
-    for head in [unit] if at_once else unit.split(1):
-        similarity = head @ head.transpose(1, 2)
-        similarity.diagonal(dim1=1, dim2=2).zero_()
-        parts.append(similarity.mean(1))
+    for head in F.normalize(keys.float(), dim=-1).unbind(1):
+        similarity = (head @ head.T).fill_diagonal_(0)
+        parts.append(similarity.mean(0))
         del similarity
-    return torch.cat(parts).softmax(-1)
+    return torch.stack(parts).softmax(-1)
 
 
 def structured_keys(problem: Problem) -> Tensor:
@@ -156,7 +129,7 @@ def structured_keys(problem: Problem) -> Tensor:
 
     Keys that are only noise all score the same, and any two ways to score them agree.
     """
-    generator = torch.Generator().manual_seed(problem.seed)
+    generator = torch.Generator().manual_seed(0)
     length, shape = problem.keys, (problem.heads, problem.dim)
     chunk = torch.arange(length) * _CHUNKS // length
     frame = torch.arange(length) * _CHUNKS * _FRAMES // length
@@ -174,8 +147,8 @@ def _start(device: torch.device) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    before = rss()
-    reset_peak()
+    before = common.rss()
+    common.reset_peak()
     return before
 
 
@@ -191,30 +164,32 @@ def report(out: Path, problem: Problem, measured: Mapping[str, Measured]) -> int
         Verdict("linear redundancy over naive, time", f"{ratio:.0f} x faster", f">= {_FASTER} x", ratio >= _FASTER),
         Verdict("largest relative difference of a score", apart, f"<= {_EQUAL:g}", difference <= _EQUAL),
     ]
-    how = "all heads at once" if problem.at_once else "head by head, each 1 / heads of the matrix of all"
-    rows = [
-        ("redundancy, naive", naive.seconds, naive.peak / 2**30),
-        ("redundancy, linear", linear.seconds, linear.peak / 2**30),
-        ("whole selection", selection.seconds, selection.peak / 2**30),
-        *_PAPER,
+    rows: list[Row] = [
+        {"what": what, "seconds": seconds, "peak memory (GiB)": peak}
+        for what, seconds, peak in (
+            ("redundancy, naive", naive.seconds, naive.peak / 2**30),
+            ("redundancy, linear", linear.seconds, linear.peak / 2**30),
+            ("whole selection", selection.seconds, selection.peak / 2**30),
+            *_PAPER,
+        )
     ]
     matrix = 4 * problem.keys**2 / 2**30
-    return publish(
+    return common.publish(
         out,
         "kv_compression",
         title="Scoring and selecting tokens of the past",
         about=(
             f"L = {problem.keys}, d = {problem.dim}, {problem.heads} key heads, {problem.query_heads} query heads, "
-            f"{_QUERIES} queries, keep {problem.keep}, {problem.device}. {machine_line()}.\n\n"
-            f"Peak memory is what comes on top of the keys. Naive: {how}; {matrix:.2f} GiB a matrix, "
-            f"{problem.heads * matrix:.2f} GiB for all heads. The paper's figures are from its own GPU, at L = 24,300 "
-            "and d = 128; its memory is in GB as printed."
+            f"{_QUERIES} queries, keep {problem.keep}, {problem.device}. {common.machine_line()}.\n\n"
+            "Peak memory is what comes on top of the keys. Naive: head by head, each 1 / heads of the matrix of all; "
+            f"{matrix:.2f} GiB a matrix, {problem.heads * matrix:.2f} GiB for all heads. The paper's figures are from "
+            "its own GPU, at L = 24,300 and d = 128; its memory is in GB as printed."
         ),
         verdicts=verdicts,
-        sections={"Forms": markdown_table(("what", "seconds", "peak memory (GiB)"), rows)},
-        data=(("what", "seconds", "peak_gib"), rows),
+        sections={"Forms": rows},
+        data=[common.renamed(row, ("what", "seconds", "peak_gib")) for row in rows],
     )
 
 
 if __name__ == "__main__":
-    sys.exit(run_app(app, "kv_compression"))
+    sys.exit(common.run_command(run, "kv_compression"))

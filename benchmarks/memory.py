@@ -19,26 +19,14 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.common import (
-    Cell,
-    Verdict,
-    columns,
-    in_fresh_process,
-    machine_line,
-    markdown_table,
-    median,
-    output_folder,
-    peak_rss,
-    progress_bar,
-    publish,
-    rss,
-    run_app,
-)
+from benchmarks import common
+from benchmarks.common import Out, Row, Verdict, median
 from benchmarks.flops import CountingRunner
-from benchmarks.models import PROMPT, pocket_request
+from benchmarks.workload import PROMPT, Steps
 from engine.engine import Engine
 from engine.heap import settle_heap
 from engine.kv.size import KVSettings
+from engine.request import Request
 from models.errors import InputError
 from models.magi.pipeline import Loading, load_pipeline
 from models.pocket.clips import SIDE
@@ -46,8 +34,10 @@ from models.pocket.preset import pocket_config
 
 _GROWTH, _SLOWER = 1.02, 1.05
 _WARM = 10  # chunks after which memory has settled
-
-app = typer.Typer(add_completion=False)
+_NOTES = f"""\
+Memory is that of the whole process: warm after {_WARM} chunks (half of a shorter video), at the end, and at most.
+Seconds are medians per chunk, decoding included: early from a twelfth to a sixth of the video, late in its last
+sixth."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,30 +58,46 @@ class LongVideo:
         """How much of the past it held, in words."""
         return "own range" if self.budget is None else f"budget {self.budget}"
 
+    @property
+    def row(self) -> Row:
+        """A line of the table."""
+        row: Row = {"chunks": self.chunks, "kv budget": self.budget or "own range"}
+        sizes = {"KV": self.kv_bytes, "warm": self.warm_rss, "end": self.end_rss, "peak": self.peak_rss}
+        row |= {f"{name} (MiB)": f"{value / 2**20:.1f}" for name, value in sizes.items()}
+        return row | {"early (s/chunk)": self.early, "late (s/chunk)": self.late}
 
-@app.command()
+
 def run(
     chunks: Annotated[tuple[int, int], typer.Option(help="Lengths to compare with the budget.")] = (20, 600),
     kv_budget: Annotated[int, typer.Option(min=1, help="KV budget, in chunks.")] = 2,
     own_range: Annotated[tuple[int, int], typer.Option(help="Lengths to compare without a budget.")] = (10, 60),
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a chunk.")] = 16,
+    steps: Steps = 16,
     weights: Annotated[Path | None, typer.Option(help="Folder of weights, in place of those that ship.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/memory"),
-) -> None:
+    out: Out = Path("results/memory"),
+) -> int:
     """Make short and long videos and compare what they take."""
     for short, long in (chunks, own_range):
         if not 4 < short < long:
-            raise InputError(
-                f"lengths {short} and {long} cannot be compared: give 5 chunks or more, then more than that"
-            )
-    output_folder(out)
-    lengths = [(one, kv_budget) for one in chunks] + [(one, None) for one in own_range]
-    threads = torch.get_num_threads()
-    made = [
-        in_fresh_process(make_long_video, count, budget, steps=steps, weights=weights, threads=threads)
-        for count, budget in lengths
-    ]
-    raise typer.Exit(_write(out, made, steps))
+            advice = "give 5 chunks or more, then more than that"
+            raise InputError(f"lengths {short} and {long} cannot be compared: {advice}")
+    common.output_folder(out)
+    made = []
+    for count, budget in [(one, kv_budget) for one in chunks] + [(one, None) for one in own_range]:
+        threads = torch.get_num_threads()
+        made.append(
+            common.in_fresh_process(make_long_video, count, budget, steps=steps, weights=weights, threads=threads)
+        )
+    rows = [one.row for one in made]
+    names = ("chunks", "kv_budget", "kv_mib", "warm_mib", "end_mib", "peak_mib", "early_s", "late_s")
+    return common.publish(
+        out,
+        "memory",
+        title="Memory of long videos",
+        about=f"magi-pocket, {SIDE}x{SIDE} pixels, {steps} steps, no reuse. {common.machine_line()}.\n\n{_NOTES}",
+        verdicts=[*verdicts(*made[:2]), *verdicts(*made[2:])],
+        sections={"Videos": rows},
+        data=[common.renamed(row, names) for row in rows],
+    )
 
 
 def make_long_video(chunks: int, budget: int | None, *, steps: int, weights: Path | None, threads: int) -> LongVideo:
@@ -102,15 +108,16 @@ def make_long_video(chunks: int, budget: int | None, *, steps: int, weights: Pat
     pipeline = load_pipeline(config, weights, Loading())
     runner = CountingRunner(pipeline.model, pipeline.attention, config.model_config)
     engine = Engine(pipeline, runner, kv=KVSettings(budget=budget))
+    request = Request(prompt=PROMPT, chunks=chunks, height=SIDE, width=SIDE, num_steps=steps, seed=0)
     seconds, kv_bytes, warm_rss = [], 0, 0
-    with progress_bar() as bar:
-        task = bar.add_task(f"{chunks} chunks, {'own range' if budget is None else f'budget {budget}'}", total=chunks)
+    with common.progress_bar() as bar:
+        task = bar.add_task(f"{chunks} chunks, KV budget {budget or 'of its own range'}", total=chunks)
         began = time.perf_counter()
-        for chunk in engine.generate(pocket_request(PROMPT, chunks=chunks, num_steps=steps, seed=0)):
+        for chunk in engine.generate(request):
             seconds.append(time.perf_counter() - began)
             kv_bytes = max(kv_bytes, runner.kv_bytes)
             if chunk.index + 1 == min(_WARM, chunks // 2):
-                warm_rss = rss()
+                warm_rss = common.rss()
             bar.update(task, advance=1)
             began = time.perf_counter()
     window = config.runtime_config.window_size
@@ -119,8 +126,8 @@ def make_long_video(chunks: int, budget: int | None, *, steps: int, weights: Pat
         budget=budget,
         kv_bytes=kv_bytes,
         warm_rss=warm_rss,
-        end_rss=rss(),
-        peak_rss=peak_rss(),
+        end_rss=common.rss(),
+        peak_rss=common.peak_rss(),
         early=median(seconds[max(1, chunks // 12) : max(2, chunks // 6)]),
         late=median(seconds[min(chunks * 5 // 6, chunks - window - 1) : chunks - window]),
     )
@@ -140,29 +147,5 @@ def verdicts(short: LongVideo, long: LongVideo) -> list[Verdict]:
     ]
 
 
-def _write(out: Path, made: list[LongVideo], steps: int) -> int:
-    rows = []
-    for one in made:
-        row: dict[str, Cell] = {"chunks": one.chunks, "kv budget": "own range" if one.budget is None else one.budget}
-        sizes = {"KV": one.kv_bytes, "warm": one.warm_rss, "end": one.end_rss, "peak": one.peak_rss}
-        row |= {f"{name} (MiB)": f"{value / 2**20:.1f}" for name, value in sizes.items()}
-        rows.append(row | {"early (s/chunk)": one.early, "late (s/chunk)": one.late})
-    names = ("chunks", "kv_budget", "kv_mib", "warm_mib", "end_mib", "peak_mib", "early_s", "late_s")
-    return publish(
-        out,
-        "memory",
-        title="Memory of long videos",
-        about=(
-            f"magi-pocket, {SIDE}x{SIDE} pixels, {steps} steps, no reuse. {machine_line()}.\n\n"
-            f"Memory is that of the whole process: warm after {_WARM} chunks (half of a shorter video), at the end, "
-            "and at most. Seconds are medians per chunk, decoding included: early from a twelfth to a sixth of the "
-            "video, late in its last sixth."
-        ),
-        verdicts=[*verdicts(*made[:2]), *verdicts(*made[2:])],
-        sections={"Videos": markdown_table(*columns(rows))},
-        data=(names, columns(rows)[1]),
-    )
-
-
 if __name__ == "__main__":
-    sys.exit(run_app(app, "memory"))
+    sys.exit(common.run_command(run, "memory"))

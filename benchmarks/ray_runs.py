@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 
-from benchmarks.models import ModelSpec, build, model_config
-from benchmarks.workload import Made, Workload, digest
+from benchmarks.workload import Made, ModelSpec, Workload, build, digest, model_config
 from engine.checkpoint.files import CheckpointConfig
 from engine.request import Request
 from launch.cluster import ray_cluster
@@ -60,25 +59,11 @@ class GangSetup:
     max_restarts: int = 0  # of all gangs together
 
     @property
-    def ranks(self) -> int:
-        """Ranks of all gangs together."""
-        return self.gangs * self.layout.world_size
-
-    @property
     def settings(self) -> ClusterSettings:
-        """How to use the cluster; one thread per rank.
-
-        Raises:
-            InputError: the model cannot make such videos, or does not fit the layout.
-        """
-        own = self.workload
+        """How to use the cluster, one thread per rank; an `InputError` if model, videos and layout do not fit."""
+        own, source = self.workload, BenchSource(spec=self.workload.model)
         task = RankTask(
-            layout=self.layout,
-            source=BenchSource(spec=own.model),
-            reuse=own.reuse,
-            kv=own.kv,
-            timeouts=self.timeouts,
-            threads=1,
+            layout=self.layout, source=source, reuse=own.reuse, kv=own.kv, timeouts=self.timeouts, threads=1
         )
         size = self._size(own.requests[0])
         room = GangSize(slots=self.concurrency * size.schedule.window, kv_bytes=self.concurrency * size.kv_bytes)
@@ -144,7 +129,7 @@ def warm_up(controller: Controller, setup: GangSetup, on_event: Callable[[Event]
 def on_ray(setup: GangSetup) -> Made:
     """The videos of a workload on gangs of a Ray cluster that is started for them."""
     began = time.perf_counter()
-    with ray_cluster(cpus=setup.ranks), Controller(setup.settings) as controller:
+    with ray_cluster(cpus=setup.gangs * setup.layout.world_size), Controller(setup.settings) as controller:
         warm_up(controller, setup)
         outcome, losses = Outcome(), []
         start, ended = time.perf_counter() - began, 0.0

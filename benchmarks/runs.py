@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -28,8 +28,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from benchmarks.common import in_fresh_process, in_fresh_processes, nearest, search
-from benchmarks.models import POCKET, build, model_config
-from benchmarks.workload import Made, TimedCall, Timing, Workload, digest
+from benchmarks.workload import POCKET, Flags, Made, TimedCall, Timing, Workload, build, digest, model_config
 from engine.engine import Engine
 from engine.executor import LocalRunner
 from engine.files import atomic_write
@@ -60,28 +59,14 @@ _WARMUP = 3  # first steps that are computed with reuse
 _SHORT, _TRIES, _NEAR = 4, 6, 0.02  # chunks of the videos that a threshold is searched on; how often; how near
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Job:
-    """What the ranks of one gang do."""
-
-    layout: Layout
-    workloads: tuple[Workload, ...]  # one after another, on one model that is loaded once
-    pings: int  # messages to and fro that a hop is measured with
-
-
-_JOBS, _RESULTS = TypeAdapter(_Job), TypeAdapter(list[Made])
+# What the ranks of a gang make, one workload after another on one model that is loaded once; and pings, see `on_ranks`.
+_JOBS, _RESULTS = TypeAdapter(tuple[Layout, tuple[Workload, ...], int]), TypeAdapter(list[Made])
 
 
 def alone(workloads: Sequence[Workload], *, split: Sequence[int] | None = None, copies: int = 1) -> list[list[Made]]:
-    """Make videos in one process, one after another.
+    """Make videos, all of one model, in one process one after another; what came of each workload, for each copy.
 
-    Args:
-        workloads: all of one model.
-        split: take times for stages with that many layers each.
-        copies: processes that do the same at once.
-
-    Returns:
-        For each copy, what came of each workload.
+    With `split`, take times for stages with that many layers each. Copies are processes that do the same at once.
     """
     return in_fresh_processes(copies, _alone, tuple(workloads), split)
 
@@ -89,7 +74,7 @@ def alone(workloads: Sequence[Workload], *, split: Sequence[int] | None = None, 
 def _alone(workloads: Sequence[Workload], split: Sequence[int] | None) -> list[Made]:
     settle_heap()  # as the command line does
     torch.set_num_threads(1)
-    pipeline = build(workloads[0].model, decode=workloads[0].decode)
+    pipeline = build(workloads[0].model)
     make_alone(workloads[0].warm_up, pipeline)
     return [make_alone(workload, pipeline, split) for workload in workloads]
 
@@ -101,7 +86,7 @@ def make_alone(workload: Workload, pipeline: MagiPipeline, split: Sequence[int] 
     recorders, seconds, latents, first = _recorders(workload), [], [], 0.0
     for number, request in enumerate(workload.requests):
         began = time.perf_counter()
-        ((made, waited),) = _make(engine, [request], recorders[number : number + 1], decode=workload.decode)
+        ((made, waited),) = _make(engine, [request], recorders[number : number + 1])
         seconds.append(time.perf_counter() - began)
         first = first or waited
         latents.append(tuple(digest(one) for one in made))
@@ -111,23 +96,19 @@ def make_alone(workload: Workload, pipeline: MagiPipeline, split: Sequence[int] 
         latents=tuple(latents),
         first_chunk=first,
         videos=tuple(seconds),
-        decisions=_decisions(recorders),
+        flags=_flags(recorders),
         timing=None if timed is None else timed.timing(sum(seconds)),
     )
 
 
 def _make(
-    engine: Engine, requests: Sequence[Request], recorders: Sequence[Recorder], *, decode: bool
+    engine: Engine, requests: Sequence[Request], recorders: Sequence[Recorder]
 ) -> list[tuple[list[Tensor], float]]:
-    """Make videos that are all in flight at once.
-
-    Returns:
-        Of each video the latents of its chunks, and the seconds until the first one.
-    """
+    """Make videos, all in flight at once: of each the latents of its chunks, and the seconds until the first one."""
     made: dict[int, tuple[list[Tensor], list[float]]] = {}
     began = time.perf_counter()
     for request, recorder in itertools.zip_longest(requests, recorders):
-        made[engine.submit(request, recorder=recorder, decode=decode)] = ([], [])
+        made[engine.submit(request, recorder=recorder, decode=False)] = ([], [])
     while engine.in_flight:
         for one in engine.step():
             latents, times = made[one.video]
@@ -141,13 +122,12 @@ def _recorders(workload: Workload) -> list[Recorder]:
     return [Recorder() for _ in range(workload.videos)] if workload.reuses else []
 
 
-def _decisions(recorders: Sequence[Recorder]) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    tables = [recorder.finish({}).decisions.tolist() for recorder in recorders]
-    return tuple(tuple(tuple(steps) for steps in table) for table in tables)
+def _flags(recorders: Sequence[Recorder]) -> tuple[Flags, ...]:
+    return tuple(tuple(map(tuple, recorder.finish({}).flags.tolist())) for recorder in recorders)
 
 
 def on_ranks(layout: Layout, workloads: Sequence[Workload], *, pings: int = 0, torchrun: bool = False) -> list[Made]:
-    """Make videos on a gang of that layout, all of a workload in flight at once.
+    """Make videos on a gang of that layout, all of a workload in flight at once; what came of each workload.
 
     Args:
         layout: of the ranks.
@@ -155,44 +135,35 @@ def on_ranks(layout: Layout, workloads: Sequence[Workload], *, pings: int = 0, t
         pings: messages to and fro that a hop is measured with.
         torchrun: have torchrun start the ranks, in place of the command line's own launcher.
 
-    Returns:
-        What came of each workload.
-
     Raises:
         GangError: a rank has failed.
     """
     with tempfile.TemporaryDirectory(prefix="gang-") as name:
         folder = Path(name)
-        job = _Job(layout=layout, workloads=tuple(workloads), pings=pings)
-        (folder / _JOB).write_bytes(_JOBS.dump_json(job))
+        (folder / _JOB).write_bytes(_JOBS.dump_json((layout, tuple(workloads), pings)))
         program = ["-m", "benchmarks.runs", name]
         if torchrun:
-            _torchrun(program, layout)
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc-per-node={layout.world_size}", *program]
+            status = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
+            if status:
+                raise GangError(Failure(message=f"torchrun ended with status {status}", status=FAILED, reporter=-1))
         else:
             run_ranks([sys.executable, *program], layout, threads=1)
         return _RESULTS.validate_json((folder / _RESULT).read_bytes())
 
 
-def _torchrun(program: Sequence[str], layout: Layout) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={layout.world_size}", *program]
-    ended = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-    if ended.returncode:
-        message = f"torchrun ended with status {ended.returncode}"
-        raise GangError(Failure(message=message, status=FAILED, reporter=-1))
-
-
 def _serve(folder: Path, env: RankEnv) -> None:
     """Do this rank's part of the job in a folder."""
-    job = _JOBS.validate_json((folder / _JOB).read_bytes())
-    first = job.workloads[0]
-    with open_gang(env, job.layout) as gang:
+    layout, workloads, pings = _JOBS.validate_json((folder / _JOB).read_bytes())
+    first = workloads[0]
+    with open_gang(env, layout) as gang:
         with gang.loading():
             layers = stage_range(model_config(first.model), gang.mesh)
-            pipeline = build(first.model, layers, decode=first.decode and gang.mesh.leads)
+            pipeline = build(first.model, layers)
         _make_on_gang(gang, first.warm_up, pipeline)
-        hop = _hop(gang, job.pings, first, pipeline) if job.pings and job.layout.pp > 1 else 0.0
-        made = [_make_on_gang(gang, workload, pipeline, hop) for workload in job.workloads]
+        hop = _hop(gang, pings, first, pipeline) if pings and layout.pp > 1 else 0.0
+        made = [_make_on_gang(gang, workload, pipeline, hop) for workload in workloads]
         if gang.mesh.leads:
             with atomic_write(folder / _RESULT) as file:
                 file.write(_RESULTS.dump_json([one for one in made if one is not None]))
@@ -206,13 +177,13 @@ def _make_on_gang(gang: Gang, workload: Workload, pipeline: MagiPipeline, hop: f
     recorders = _recorders(workload)
     with gang.lead(pipeline, workload.reuse, workload.kv, barrier=workload.barrier) as (engine, counters):
         began = time.perf_counter()
-        made = _make(engine, workload.requests, recorders, decode=workload.decode)
+        made = _make(engine, workload.requests, recorders)
         seconds = time.perf_counter() - began
     return Made(
         seconds=seconds,
         latents=tuple(tuple(digest(one) for one in latents) for latents, _ in made),
         first_chunk=made[0][1],
-        decisions=_decisions(recorders),
+        flags=_flags(recorders),
         ranks=tuple(asdict(one) for one in counters),
         hop=hop,
     )
@@ -244,19 +215,14 @@ class TimedRunner(LocalRunner):
     """Runs a whole model here, and takes times for every stage that its layers will be cut into.
 
     The clock is read where a stage would begin. What every stage does for itself before its first layer (embedding the
-    condition and the text, changing its KV) counts for each of them, as each will do it.
-
-    Args:
-        model: all layers.
-        attention: what KV views attend with.
-        split: how many of them each stage will have.
+    condition and the text, changing its KV) counts for each of them, as each will do it. `split` says how many of the
+    layers each stage will have.
     """
 
     def __init__(self, model: MagiDiT, attention: Attention, split: Sequence[int]) -> None:
         super().__init__(model, attention)
         self._marks: list[float] = []
-        self._sums: dict[tuple[str, int | None], list[float]] = {}
-        self._counts: dict[tuple[str, int | None], int] = {}
+        self._seconds: dict[tuple[str, int | None], list[np.ndarray]] = {}  # of each pass, by stage
         self._embed = self._total = 0.0
         self._hooks = [
             model.videodit_blocks.layers[str(start)].register_forward_pre_hook(self._mark)
@@ -279,18 +245,14 @@ class TimedRunner(LocalRunner):
         self._total += ended - began
 
     def timing(self, seconds: float) -> Timing:
-        """What was measured.
-
-        Args:
-            seconds: that making the videos took in all.
-        """
+        """What was measured; `seconds` is what making the videos took in all."""
         for hook in self._hooks:
             hook.remove()
         calls = [
-            TimedCall(name=name, step=step, count=count, seconds=tuple(one / count for one in self._sums[name, step]))
-            for (name, step), count in self._counts.items()
+            TimedCall(name=name, step=step, count=len(taken), seconds=tuple(np.mean(taken, axis=0).tolist()))
+            for (name, step), taken in self._seconds.items()
         ]
-        passes = sum(self._counts.values())
+        passes = sum(call.count for call in calls)
         return Timing(calls=tuple(calls), embed=self._embed / passes, rest=(seconds - self._total) / passes)
 
     def _mark(self, module: nn.Module, arguments: tuple[object, ...]) -> None:
@@ -298,22 +260,15 @@ class TimedRunner(LocalRunner):
 
     def _note(self, item: WorkItem, embed: float, began: float, through: float, read_out: float) -> None:
         shared = self._marks[0] - began
-        spent = [shared + end - start for start, end in zip(self._marks, [*self._marks[1:], through], strict=True)]
+        spent = shared + np.diff([*self._marks, through])
         spent[0] += embed
         spent[-1] += read_out
-        key = item.what.name, item.step
-        sums = self._sums.setdefault(key, [0.0] * len(spent))
-        self._sums[key] = [a + b for a, b in zip(sums, spent, strict=True)]
-        self._counts[key] = self._counts.get(key, 0) + 1
+        self._seconds.setdefault((item.what.name, item.step), []).append(spent)
         self._embed += embed
 
 
 def reuse_for(workload: Workload, fraction: float) -> ReuseSettings:
-    """Flowcache: magi-pocket's own, or with a threshold that computes about a share of the steps.
-
-    Raises:
-        InputError: that share cannot be had.
-    """
+    """Flowcache: magi-pocket's own, or with a threshold that computes about a share of the steps, if there is one."""
     if workload.model.name == POCKET:
         return reuse_preset(CacheName.FLOWCACHE_SLOW, POCKET)
     if not _WARMUP / workload.steps < fraction < 1:
@@ -348,7 +303,7 @@ def find_threshold(workload: Workload, reuse: ReuseSettings, fraction: float) ->
 def _record(workload: Workload, pipeline: MagiPipeline) -> RunRecord:
     """Make a video and record it."""
     recorder = Recorder()
-    _make(Engine(pipeline, reuse=workload.reuse), workload.requests[:1], [recorder], decode=False)
+    _make(Engine(pipeline, reuse=workload.reuse), workload.requests[:1], [recorder])
     return recorder.finish({})
 
 
@@ -364,13 +319,16 @@ def _computed(changes: np.ndarray, threshold: float, warmup: int) -> float:
 
 def main(folder: Path) -> None:
     """Be one rank of the gang that `on_ranks` has started."""
-    env = RankEnv.from_environment()
-    if env is None:
-        raise InputError("another benchmark starts this program: it is of no use alone")
-    settle_heap()  # as the command line does
-    torch.set_num_threads(1)
     try:
+        env = RankEnv.from_environment()
+        if env is None:
+            raise InputError("another benchmark starts this program: it is of no use alone")
+        settle_heap()  # as the command line does
+        torch.set_num_threads(1)
         _serve(folder, env)
+    except InputError as error:
+        sys.stderr.write(f"runs: error: {error}\n")
+        leave(BAD_INPUT)
     except GangError as error:
         leave(error.failure.status)
     except KeyboardInterrupt:
@@ -378,8 +336,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]))
-    except InputError as error:
-        sys.stderr.write(f"runs: error: {error}\n")
-        leave(BAD_INPUT)
+    main(Path(sys.argv[1]))

@@ -1,25 +1,124 @@
-"""What is made in a measured run, and what comes of it: plain data that travels between processes.
+"""What is measured: models, the videos that they make, and what comes of a run, as data that processes hand around.
 
-Seconds are of denoising, from the submission of the first video to its last chunk, with everything loaded and warm.
+Models are magi-pocket, or random weights of any size, whole or one stage of them. Random weights are drawn tensor by
+tensor from the tensor's name, so that a stage's are those of the whole model. Seconds are of denoising, from the
+submission of the first video to its last chunk, with everything loaded and warm.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import random
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import torch
+import typer
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.models import PROMPT, ModelSpec, model_config
 from engine.kv.size import KVSettings
+from engine.record import NOT_ACTIVE
 from engine.request import Request
 from engine.reuse.settings import ReuseSettings
 from engine.schedule import Schedule
+from models.errors import InputError
+from models.magi.config import MagiConfig
+from models.magi.dit import MagiDiT
+from models.magi.pipeline import Loading, MagiPipeline, load_stage
 from models.magi.sampling import MagiSampling
+from models.pocket.clips import SIDE
+from models.pocket.preset import pocket_config
+from models.pocket.text import PocketEncoder
+from models.pocket.words import COLOURS, MOTIONS, SHAPES, Scene
+
+Flags = tuple[tuple[int, ...], ...]
+"""What was decided of a video's steps, [ticks][chunks] as in a record."""
+POCKET = "magi-pocket"
+PROMPT = "a red circle moving right"
+MOST_PROMPTS = 1000  # of one run; its noise has as many seeds to itself
+_HEAD, _KEY_HEADS = 48, 4  # size of an attention head, and heads of keys
+_GAIN = 0.3 - 1  # of post-norms, which have an offset of one
+
+Model = Annotated[str, typer.Option(help="random or magi-pocket.")]
+Layers = Annotated[int, typer.Option(min=1, help="Layers of the random model.")]
+Width = Annotated[int, typer.Option(min=1, help="Width of the random model, a multiple of 192.")]
+Side = Annotated[int, typer.Option(min=1, help="Pixels of a frame's side.")]
+Chunks = Annotated[int, typer.Option(min=1, help="Length of a video.")]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps of a chunk.")]
+Fraction = Annotated[float, typer.Option(help="Share to compute with reuse, for random weights.")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """Which model."""
+
+    name: str = "random"  # `random` or `magi-pocket`
+    layers: int = 8  # of a random model
+    width: int = 384  # of a random model
+    side: int = 64  # pixels of a frame's side
+
+
+class _NoFrames:
+    """Stands where an autoencoder is when latents alone are wanted."""
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Raise an `InputError`."""
+        raise InputError("this benchmark makes videos from prompts alone")
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """No frames, uint8 [0, 1, 1, 3]."""
+        return torch.empty(0, 1, 1, 3, dtype=torch.uint8)
+
+
+def model_config(spec: ModelSpec) -> MagiConfig:
+    """The configuration of a model; an `InputError` if there is no such model."""
+    if spec.side < 16 or spec.side % 16:
+        raise InputError(f"frames of {spec.side} pixels: give --side as a multiple of 16")
+    if spec.name == POCKET:
+        if spec.side != SIDE:
+            raise InputError(f"magi-pocket makes frames of {SIDE} pixels, not {spec.side}: leave out --side")
+        return pocket_config()
+    if spec.name != "random":
+        raise InputError(f"unknown model {spec.name!r}: choose random or magi-pocket")
+    step = _HEAD * _KEY_HEADS
+    if spec.width < step or spec.width % step:
+        raise InputError(f"a width of {spec.width}: give --width as a multiple of {step}")
+    values = pocket_config().to_dict()
+    heads, width = spec.width // _HEAD, spec.width
+    shape = {"num_layers": spec.layers, "hidden_size": width, "ffn_hidden_size": 4 * width, "kv_channels": _HEAD}
+    values["model_config"] |= shape | {"num_attention_heads": heads, "num_query_groups": _KEY_HEADS}
+    values["runtime_config"] |= {"video_size_h": spec.side, "video_size_w": spec.side}
+    return MagiConfig.from_dict(values, source="the random model")
+
+
+def build(spec: ModelSpec, layers: range | None = None) -> MagiPipeline:
+    """Load or draw a model, or the layers of a stage, with magi-pocket's text encoder and no autoencoder."""
+    config = model_config(spec)
+    if spec.name == POCKET:
+        model = load_stage(config, None, Loading(layers=layers))
+    else:
+        model = _random_model(config, layers)
+    return MagiPipeline(config, model, _NoFrames(), PocketEncoder())
+
+
+def _random_model(config: MagiConfig, layers: range | None) -> MagiDiT:
+    dit = MagiDiT(config.model_config, layers=layers)
+    for name, parameter in dit.named_parameters():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=1 / math.sqrt(parameter[0].numel()), generator=generator)
+        elif name.endswith("ada_modulate_layer.proj.0.bias"):
+            nn.init.ones_(parameter)
+        elif name.endswith(".bias"):
+            nn.init.zeros_(parameter)
+        elif name.endswith("post_norm.weight"):
+            nn.init.constant_(parameter, _GAIN)
+    return dit.requires_grad_(False).eval()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +132,6 @@ class Workload:
     reuse: ReuseSettings = field(default_factory=ReuseSettings)  # which steps are reused
     kv: KVSettings = field(default_factory=KVSettings)  # how much of the past is held
     barrier: bool = False  # wait for all chunks of a tick before the next
-    decode: bool = False  # make frames; latents alone otherwise
 
     @property
     def reuses(self) -> bool:
@@ -70,18 +168,9 @@ class Workload:
 
     @property
     def sampling(self) -> MagiSampling:
-        """How every video is denoised.
-
-        Raises:
-            InputError: the model cannot take that many steps.
-        """
-        reuse = self.reuse
-        return MagiSampling(
-            config=model_config(self.model),
-            num_steps=self.steps,
-            clean_pass=reuse.clean_pass,
-            copy_pass=reuse.copy_pass,
-        )
+        """How every video is denoised; an `InputError` if the model cannot take that many steps."""
+        config, clean, copy = model_config(self.model), self.reuse.clean_pass, self.reuse.copy_pass
+        return MagiSampling(config=config, num_steps=self.steps, clean_pass=clean, copy_pass=copy)
 
     @property
     def warm_up(self) -> Workload:
@@ -110,9 +199,8 @@ class Timing:
     @property
     def means(self) -> tuple[float, ...]:
         """Mean seconds of a pass on each stage."""
-        count = sum(call.count for call in self.calls)
-        stages = range(len(self.calls[0].seconds))
-        return tuple(sum(call.count * call.seconds[stage] for call in self.calls) / count for stage in stages)
+        seconds, counts = [call.seconds for call in self.calls], [call.count for call in self.calls]
+        return tuple(np.average(seconds, axis=0, weights=counts).tolist())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,13 +211,18 @@ class Made:
     latents: tuple[tuple[str, ...], ...]  # digests of each video's chunks
     first_chunk: float = 0.0  # seconds until the first chunk of the first video
     videos: tuple[float, ...] = ()  # seconds of each video, where one was made after another
-    decisions: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    """Of each video, [chunks][steps] as in a record; nothing where no step may be reused."""
+    flags: tuple[Flags, ...] = ()  # of each video; nothing where no step may be reused
     ranks: tuple[dict[str, Any], ...] = ()  # the counters of all ranks of a gang
     hop: float = 0.0  # seconds of a message with hidden states from one rank to another, if it was measured
     timing: Timing | None = None  # of one process, if wanted
     start: float | None = None  # seconds until all ranks of a cluster were warm
     losses: tuple[str, ...] = ()  # why gangs of a cluster were lost; there should be none
+
+    @property
+    def computed(self) -> float:
+        """Computed chunk-steps, as a share of all."""
+        flags = np.array(self.flags)
+        return float((flags == 0).sum() / (flags != NOT_ACTIVE).sum()) if self.flags else 1.0
 
     @property
     def item(self) -> float:
@@ -151,3 +244,31 @@ def differing(runs: Sequence[Made], wanted: Made) -> list[str]:
         same = [one == other for one, other in zip(run.latents, wanted.latents, strict=True)]
         found += [f"run {place}: video {number} has other latents" for number, one in enumerate(same) if not one]
     return found
+
+
+def balanced_scenes(count: int, seed: int) -> list[Scene]:
+    """Scenes in which every colour, shape and motion comes up equally often, to within one.
+
+    The words are shuffled, then each kind is gone through in turn. As 6 colours, 4 shapes and 5 motions repeat together
+    only after 60 scenes, the first 60 are all different, and they have each colour with each motion twice, and each
+    shape with each motion three times. The next 60 are the other half of the 120 scenes.
+    """
+    rng = random.Random(seed)
+    colours, shapes, motions = (rng.sample(list(words), len(words)) for words in (COLOURS, SHAPES, MOTIONS))
+    cycle = math.lcm(len(colours), len(shapes), len(motions))
+    return [
+        Scene(
+            colour=colours[i % len(colours)],
+            shape=shapes[(i + i // cycle) % len(shapes)],
+            motion=motions[i % len(motions)],
+        )
+        for i in range(count)
+    ]
+
+
+def pocket_requests(count: int, *, chunks: int, num_steps: int, seed: int) -> list[Request]:
+    """Videos of balanced scenes, each with noise of its own; two runs whose seeds differ share no noise."""
+    return [
+        Request(prompt=scene.prompt, chunks=chunks, height=SIDE, width=SIDE, num_steps=num_steps, seed=noise)
+        for noise, scene in enumerate(balanced_scenes(count, seed), MOST_PROMPTS * seed)
+    ]

@@ -30,7 +30,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.chaos.account import Account, Mark
+from benchmarks.chaos.account import Account, ChaosRun, Mark, facts, fault_rows, verdicts
 from benchmarks.chaos.faults import (
     Injector,
     Kind,
@@ -42,12 +42,10 @@ from benchmarks.chaos.faults import (
     simulated_cluster,
     survivors,
 )
-from benchmarks.chaos.report import ChaosRun, facts, fault_rows, faults_table, verdicts
-from benchmarks.common import machine_line, new_log, output_folder, publish, run_app
-from benchmarks.models import ModelSpec
+from benchmarks.common import Out, machine_line, new_log, output_folder, publish, renamed, run_command, table
 from benchmarks.ray_runs import GangSetup, warm_up
 from benchmarks.runs import reuse_for
-from benchmarks.workload import Workload
+from benchmarks.workload import Chunks, Fraction, Layers, Model, ModelSpec, Side, Steps, Width, Workload
 from engine.checkpoint.files import CheckpointConfig, newest
 from engine.kv.size import KVSettings
 from models.errors import InputError
@@ -64,8 +62,6 @@ Seconds after the failure until the controller knew of it, until the gang waited
 quantum again. Quanta again, chunks again: of the videos that were hit; what a gang's loss has cost stands with the
 first failure that led to it. Hasty: it did not wait until failures before it were made good."""
 
-app = typer.Typer(add_completion=False)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setup:
@@ -78,16 +74,15 @@ class Setup:
     limit: float  # seconds after which the run is broken off
 
 
-@app.command()
 def run(
-    model: Annotated[str, typer.Option(help="random or magi-pocket.")] = "random",
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the random model.")] = 8,
-    width: Annotated[int, typer.Option(min=1, help="Width of the random model, a multiple of 192.")] = 384,
-    side: Annotated[int, typer.Option(min=1, help="Pixels of a frame's side.")] = 64,
+    model: Model = "random",
+    layers: Layers = 8,
+    width: Width = 384,
+    side: Side = 64,
     videos: Annotated[int, typer.Option(min=1, help="Videos of the batch.")] = 8,
-    chunks: Annotated[int, typer.Option(min=1, help="Length of a video.")] = 6,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a chunk.")] = 16,
-    fraction: Annotated[float, typer.Option(help="Share to compute with reuse, for random weights.")] = 0.55,
+    chunks: Chunks = 6,
+    steps: Steps = 16,
+    fraction: Fraction = 0.55,
     kv_budget: Annotated[int, typer.Option(min=1, help="Finished chunks that are held.")] = 3,
     gangs: Annotated[int, typer.Option(min=1, help="Gangs.")] = 2,
     pp: Annotated[int, typer.Option(min=1, help="Stages of a gang.")] = 2,
@@ -99,8 +94,8 @@ def run(
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of failures.")] = 0,
     limit: Annotated[float, typer.Option(min=1, help="Seconds after which the run is broken off.")] = 900.0,
     quick: Annotated[bool, typer.Option("--quick", help="Three failures, and small videos.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/chaos"),
-) -> None:
+    out: Out = Path("results/chaos"),
+) -> int:
     """Disturb a batch of videos."""
     if quick:
         failures, videos, layers, steps = min(failures, 3), min(videos, 4), min(layers, 4), min(steps, 8)
@@ -109,16 +104,15 @@ def run(
         raise InputError(f"--nodes {nodes} are too few for --gangs {gangs}: one for each, and one more if nodes fail")
     spec = ModelSpec(name=model, layers=layers, width=width, side=side)
     workload = Workload(model=spec, chunks=chunks, steps=steps, videos=videos, kv=KVSettings(budget=kv_budget))
-    restarts = gangs * failures + _SPARE_RESTARTS
-    pool = GangSetup(
-        workload=workload, layout=Layout(pp=pp, cp=cp), gangs=gangs, timeouts=_TIMEOUTS, max_restarts=restarts
-    )
+    layout, restarts = Layout(pp=pp, cp=cp), gangs * failures + _SPARE_RESTARTS
+    pool = GangSetup(workload=workload, layout=layout, gangs=gangs, timeouts=_TIMEOUTS, max_restarts=restarts)
     _ = pool.settings  # checks all of it
     output_folder(out)
     log = new_log()
     log("looking for a threshold of reuse")
+    reuse = reuse_for(replace(workload, kv=KVSettings()), fraction)
     setup = Setup(
-        gangs=replace(pool, workload=replace(workload, reuse=reuse_for(replace(workload, kv=KVSettings()), fraction))),
+        gangs=replace(pool, workload=replace(workload, reuse=reuse)),
         every=checkpoint_every,
         nodes=nodes,
         plan=tuple(plan_faults(failures, chosen, seed)),
@@ -126,23 +120,39 @@ def run(
     )
     with (out / "ray.log").open("w") as file, redirect_stdout(file):  # Ray prints every process that it has lost
         found = _disturb(setup, log)
-    raise typer.Exit(_write(out, setup, found, seed))
+    return _write(out, setup, found, seed)
+
+
+def _write(out: Path, setup: Setup, found: ChaosRun, seed: int) -> int:
+    layout, made = setup.gangs.layout, setup.gangs.workload
+    about = (
+        f"{setup.gangs.gangs} gangs of pp {layout.pp} x cp {layout.cp} on {setup.nodes} simulated nodes; videos of "
+        f"{made.chunks} chunks and {made.steps} steps, a checkpoint every {setup.every} chunks; seed {seed}. "
+        f"{machine_line()}; one thread per rank."
+    )
+    rows = fault_rows(found)
+    named = [renamed(row, [name.replace("_", " ") for name in row]) for row in rows]
+    return publish(
+        out,
+        "chaos",
+        title="Failures during a batch",
+        about=about,
+        verdicts=verdicts(found),
+        sections={"Failures": f"{_NOTES}\n\n{table(named)}", "What it cost": facts(found)},
+        data=rows,
+    )
 
 
 def _disturb(setup: Setup, log: Callable[[str], None]) -> ChaosRun:
     """Do all of it."""
-    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos-") as name, marked() as mark:
-        folder = Path(name)
-        account = Account(lambda video: _mark(folder / video))
-        distinct = setup.gangs.workload.videos
-        found = ChaosRun(wanted=len(setup.plan), every=setup.every, distinct=distinct, account=account)
+        runner = _Runner(setup, Path(name), log)
+        found = runner.found
         log(f"starting {setup.nodes} nodes")
         cpus = setup.gangs.layout.world_size
         with simulated_cluster(setup.nodes, cpus, mark) as nodes, _limit(setup.limit, found):
-            runner = _Runner(setup, nodes, folder, found, log, lambda: time.monotonic() - began)
             try:
-                runner.run()
+                runner.run(nodes)
             except KeyboardInterrupt:
                 if not found.unfinished:
                     raise
@@ -175,36 +185,21 @@ def _mark(folder: Path) -> Mark | None:
 
 
 class _Runner:
-    """Makes the batch on the gangs, first undisturbed, then with failures.
+    """Makes the batch on the gangs, first undisturbed, then with failures; `folder` is that of the checkpoints."""
 
-    Args:
-        setup: what is made.
-        nodes: of the cluster.
-        folder: of the checkpoints.
-        found: what comes of it.
-        log: takes lines for people.
-        clock: seconds since the start.
-    """
-
-    def __init__(
-        self,
-        setup: Setup,
-        nodes: Nodes,
-        folder: Path,
-        found: ChaosRun,
-        log: Callable[[str], None],
-        clock: Callable[[], float],
-    ) -> None:
-        self._setup, self._nodes, self._folder, self._found = setup, nodes, folder, found
-        self._log, self._clock = log, clock
+    def __init__(self, setup: Setup, folder: Path, log: Callable[[str], None]) -> None:
+        self._setup, self._folder, self._log, self._began = setup, folder, log, time.monotonic()
         self._requests = setup.gangs.workload.requests
+        account = Account(lambda video: _mark(folder / video))
+        distinct = len(self._requests)
+        self.found = ChaosRun(wanted=len(setup.plan), every=setup.every, distinct=distinct, account=account)
         self._done: deque[str] = deque()
         self.pids: set[int] = set()
         """Of all ranks that were ever seen."""
 
-    def run(self) -> None:
+    def run(self, nodes: Nodes) -> None:
         """Do it."""
-        setup, account = self._setup, self._found.account
+        setup, account = self._setup, self.found.account
 
         def count(entry: dict[str, object]) -> None:
             account.add({**entry, "seconds": self._clock()})
@@ -212,35 +207,38 @@ class _Runner:
         with Controller(setup.gangs.settings, log=count) as controller:
             self._log("starting the gangs")
             warm_up(controller, setup.gangs, self._show)
-            self._run_calm(controller)
-            with Injector(setup.plan, self._nodes, account, self._clock) as injector:
+            self._run_undisturbed(controller)
+            with Injector(setup.plan, nodes, account, self._clock) as injector:
                 self.pids = injector.pids
                 try:
-                    self._run_disturbed(controller, injector)
+                    self._run_disturbed(controller, nodes, injector)
                 finally:
-                    self._found.faults = tuple(injector.faults)
+                    self.found.faults = tuple(injector.faults)
 
-    def _run_calm(self, controller: Controller) -> None:
-        found, began = self._found, self._clock()
-        before = found.account.quanta
-        found.calm.submit(controller, [self._order(f"calm-{number}", number) for number in range(found.distinct)])
+    def _clock(self) -> float:
+        return time.monotonic() - self._began
+
+    def _run_undisturbed(self, controller: Controller) -> None:
+        found, began, before = self.found, self._clock(), self.found.account.quanta
+        orders = [self._order(f"undisturbed-{number}", number) for number in range(found.distinct)]
+        found.undisturbed.submit(controller, orders)
         for event in controller.run():
-            found.calm.on_event(event)
+            found.undisturbed.on_event(event)
             self._show(event)
-        found.calm_seconds = self._clock() - began
-        found.calm_quanta = found.account.quanta - before
-        self._log(f"{found.distinct} videos in {found.calm_seconds:.1f} s undisturbed")
+        found.undisturbed_seconds = self._clock() - began
+        found.undisturbed_quanta = found.account.quanta - before
+        self._log(f"{found.distinct} videos in {found.undisturbed_seconds:.1f} s undisturbed")
 
-    def _run_disturbed(self, controller: Controller, injector: Injector) -> None:
+    def _run_disturbed(self, controller: Controller, nodes: Nodes, injector: Injector) -> None:
         """Make the videos again and again until all failures are made good."""
-        found, began, shown, enough = self._found, self._clock(), 0, False
+        found, began, shown, enough = self.found, self._clock(), 0, False
         videos, most = found.disturbed, max(found.distinct, 2 * self._setup.gangs.gangs)
         videos.submit(controller, [self._next(number) for number in range(most)])
         for event in controller.run():
             videos.on_event(event)
             injector.update(controller.gangs())
             if len(found.account.working) == self._setup.gangs.gangs:
-                self._nodes.mend()  # not before: it takes seconds in which the controller would neglect its gangs
+                nodes.mend()  # not before: it takes seconds in which the controller would neglect its gangs
             for fault in injector.faults[shown:]:
                 self._log(f"{fault.seconds:6.1f} s  {fault.number}: {fault.target}, {fault.how}")
                 shown += 1
@@ -259,7 +257,7 @@ class _Runner:
             shutil.rmtree(self._folder / self._done.popleft(), ignore_errors=True)
 
     def _next(self, number: int) -> VideoOrder:
-        return self._order(f"video-{number}", number % self._found.distinct)
+        return self._order(f"video-{number}", number % self.found.distinct)
 
     def _order(self, video: str, number: int) -> VideoOrder:
         checkpoint = CheckpointConfig(folder=self._folder / video, every=self._setup.every)
@@ -271,23 +269,5 @@ class _Runner:
             self._log(f"{self._clock():6.1f} s  {event.gang} {what}")
 
 
-def _write(out: Path, setup: Setup, found: ChaosRun, seed: int) -> int:
-    pool = setup.gangs
-    about = (
-        f"{pool.gangs} gangs of pp {pool.layout.pp} x cp {pool.layout.cp} on {setup.nodes} simulated nodes; videos of "
-        f"{pool.workload.chunks} chunks and {pool.workload.steps} steps, a checkpoint every {setup.every} chunks; "
-        f"seed {seed}. {machine_line()}; one thread per rank."
-    )
-    return publish(
-        out,
-        "chaos",
-        title="Failures during a batch",
-        about=about,
-        verdicts=verdicts(found),
-        sections={"Failures": f"{_NOTES}\n\n{faults_table(found)}", "What it cost": facts(found)},
-        data=fault_rows(found),
-    )
-
-
 if __name__ == "__main__":
-    sys.exit(run_app(app, "chaos"))
+    sys.exit(run_command(run, "chaos"))

@@ -1,14 +1,17 @@
-"""Keeps account of failures: what was lost, what was made again, and whether any of it had been safe before.
+"""Keeps account of failures, and reports it: what was lost and made again, and whether any of it had been safe.
 
 It is given the log of the cluster's controller and looks at checkpoints at the moment when a gang is lost; it shares no
-code with what decides where videos go on. It knows neither Ray nor processes.
+code with what decides where videos go on. It causes nothing, and knows neither Ray nor processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from benchmarks.common import Row, Verdict
+from benchmarks.ray_runs import Outcome
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,11 +60,7 @@ class _Video:
 
 
 class Account:
-    """Counts from the controller's log.
-
-    Args:
-        newest: the newest whole checkpoint of a video; None where there is none.
-    """
+    """Counts from the controller's log; `newest` finds the newest whole checkpoint of a video, if there is one."""
 
     def __init__(self, newest: Callable[[str], Mark | None]) -> None:
         self._newest = newest
@@ -117,8 +116,8 @@ class Account:
             video, found = self._video(name), self._newest(name) or Mark()
             safe = video.safe
             if found.quantum < safe.quantum:
-                what = f"its checkpoint of quantum {safe.quantum} is gone; there is one of quantum {found.quantum}"
-                self._blame(name, what)
+                gone = f"its checkpoint of quantum {safe.quantum} is gone"
+                self._blame(name, f"{gone}; there is one of quantum {found.quantum}")
             if found.chunks > video.made:
                 self._blame(name, f"its checkpoint is after chunk {found.chunks - 1}, which was not handed in")
             chunks = max(safe.chunks, min(found.chunks, video.made))
@@ -177,11 +176,128 @@ class Account:
 def matched(faults: Iterable[Fault], losses: Iterable[Loss]) -> list[list[Loss]]:
     """For each fault, the losses that it has caused: of each gang that it hit, the first from then on."""
     losses = list(losses)
-    found = []
-    for fault in faults:
-        firsts = (
-            next((loss for loss in losses if loss.gang == gang and loss.seconds >= fault.seconds), None)
-            for gang in fault.gangs
-        )
-        found.append([loss for loss in firsts if loss is not None])
-    return found
+
+    def later(fault: Fault, gang: str) -> list[Loss]:
+        return [loss for loss in losses if loss.gang == gang and loss.seconds >= fault.seconds]
+
+    return [[loss for gang in fault.gangs for loss in later(fault, gang)[:1]] for fault in faults]
+
+
+@dataclass(kw_only=True, slots=True)
+class ChaosRun:
+    """All that came of a run: first a batch without failures, then the same videos again and again with them."""
+
+    wanted: int  # failures that were to be caused
+    every: int  # chunks from one checkpoint to the next
+    distinct: int  # videos that differ
+    account: Account
+    undisturbed: Outcome = field(default_factory=Outcome)  # of the batch without failures
+    undisturbed_seconds: float = 0.0  # that they took
+    undisturbed_quanta: int = 0  # that they took
+    disturbed: Outcome = field(default_factory=Outcome)  # of the disturbed videos
+    seconds: float = 0.0  # that they took
+    faults: Sequence[Fault] = ()  # that were caused
+    unfinished: str = ""  # why the run was broken off; empty if it was not
+    left: Mapping[int, str] = field(default_factory=dict)
+    """Processes of the run that outlived it, or ranks that outlived the gangs."""
+
+    @property
+    def different(self) -> list[str]:
+        """Disturbed videos whose latents are not those of the undisturbed run."""
+        wanted = list(self.undisturbed.chunks.values())
+        return [
+            name
+            for number, (name, chunks) in enumerate(self.disturbed.chunks.items())
+            if number % self.distinct >= len(wanted) or chunks != wanted[number % self.distinct]
+        ]
+
+    @property
+    def good(self) -> int:
+        """Faults that were noticed, and whose gangs all work again."""
+        both = zip(self.faults, matched(self.faults, self.account.losses), strict=True)
+        return sum(len(losses) == len(one.gangs) and all(loss.works for loss in losses) for one, losses in both)
+
+    @property
+    def not_hit(self) -> list[Loss]:
+        """Gangs that were lost though nothing had hit them since they were last ready."""
+        return [loss for loss in self.account.losses if not self._was_hit(loss)]
+
+    def _was_hit(self, loss: Loss) -> bool:
+        own = [one.ready for one in self.account.losses if one.gang == loss.gang and one.ready is not None]
+        since = max((ready for ready in own if ready <= loss.seconds), default=0.0)
+        return any(loss.gang in one.gangs and since <= one.seconds <= loss.seconds for one in self.faults)
+
+
+def verdicts(run: ChaosRun) -> list[Verdict]:
+    """What the run is held to."""
+    account, different, faults = run.account, run.different, len(run.faults)
+    videos, done = len(run.disturbed.chunks), len(run.disturbed.done)
+    worst = max((loss.worst for loss in account.losses), default=0)
+    wrong = len(account.violations) + len(run.disturbed.problems)
+    same, most = videos - len(different), 2 * run.every
+    return [
+        Verdict("failures caused", str(faults), str(run.wanted), faults >= run.wanted),
+        Verdict("made good", str(run.good), f"all {faults}", run.good == faults),
+        Verdict("videos complete", str(done), f"all {videos}", 0 < videos == done),
+        Verdict("latents as undisturbed", str(same), f"all {videos}, bit for bit", 0 < videos == same),
+        Verdict("safe work done again", str(wrong), "nothing older than the last checkpoint", not wrong),
+        Verdict("quanta again, most of a video and loss", str(worst), f"at most {most}", worst <= most),
+        Verdict("processes left", str(len(run.left)), "0", not run.left),
+        *([Verdict("finished", run.unfinished, "in time", False)] if run.unfinished else []),
+    ]
+
+
+def fault_rows(run: ChaosRun) -> list[Row]:
+    """A row for each fault; what a loss has cost stands with the first fault that it goes back to."""
+    rows, seen = list[Row](), set[int]()
+    for one, losses in zip(run.faults, matched(run.faults, run.account.losses), strict=True):
+        new = [loss for loss in losses if id(loss) not in seen]
+        seen |= set(map(id, losses))
+        row: Row = {"number": one.number, "seconds": round(one.seconds, 1), "kind": one.kind}
+        row |= {"how": one.how, "target": one.target, "hasty": one.hasty}
+        row |= {"lost_after_s": _after(one, [loss.seconds for loss in losses])}
+        row |= {"ready_after_s": _after(one, [loss.ready for loss in losses])}
+        row |= {"works_after_s": _after(one, [loss.works for loss in losses])}
+        row |= {"videos": sum(len(loss.videos) for loss in new)}
+        row |= {"quanta_again": sum(loss.quanta_again for loss in new)}
+        rows.append(row | {"chunks_again": sum(loss.chunks_again for loss in new)})
+    return rows
+
+
+def _after(fault: Fault, times: Sequence[float | None]) -> float | None:
+    """Seconds from a fault to the last of some times; None if one is not known."""
+    known = [time - fault.seconds for time in times if time is not None]
+    return round(max(known), 1) if known and len(known) == len(times) else None
+
+
+def facts(run: ChaosRun) -> str:
+    """What it has cost, line by line."""
+    account = run.account
+    quanta = account.quanta - run.undisturbed_quanta
+    rate = run.undisturbed_quanta / run.undisturbed_seconds if run.undisturbed_seconds else 0.0
+    needed = (quanta - account.quanta_again) / rate if rate else 0.0
+    again = f"{100 * account.quanta_again / quanta:.1f}%" if quanta else "none"
+    lines = [
+        f"{run.distinct} videos in {run.undisturbed_seconds:.1f} s undisturbed, {run.undisturbed_quanta} quanta; then "
+        f"{len(run.disturbed.chunks)} in {run.seconds:.1f} s, {quanta} quanta",
+        f"{account.quanta_again} quanta were done again ({again} of all); a quantum is the work of one chunk",
+        f"{account.chunks_again} finished chunks came again, which were not yet covered by a checkpoint",
+        f"gangs were started again {account.restarts} times, and did no work for {_down(account.losses):.0f} s, all "
+        "gangs together",
+        f"undisturbed the same videos would have taken {needed:.0f} s: {run.seconds - needed:.0f} s were lost",
+        f"gangs lost that nothing had hit: {len(run.not_hit)}",
+    ]
+    lines += [*account.violations, *run.disturbed.problems, *(f"left: {pid} {name}" for pid, name in run.left.items())]
+    lines += [f"other latents: {name}" for name in run.different]
+    lines += [f"{name} failed: {why}" for name, why in run.disturbed.failed.items()]
+    lines += [f"{loss.gang} at {loss.seconds:.1f} s, not hit: {loss.message}" for loss in run.not_hit]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _down(losses: Sequence[Loss]) -> float:
+    """Seconds in which gangs did no work; losses of a gang before it worked again run together."""
+    total, until = 0.0, dict.fromkeys((loss.gang for loss in losses), 0.0)
+    for loss in losses:
+        if loss.works is not None and loss.seconds >= until[loss.gang]:
+            total, until[loss.gang] = total + loss.works - loss.seconds, loss.works
+    return total

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -58,15 +58,11 @@ class PlannedFault:
 
 
 def parse_kinds(text: str) -> tuple[Kind, ...]:
-    """Kinds by name, with commas between.
-
-    Raises:
-        InputError: there is no such kind, or none at all.
-    """
+    """Kinds by name, with commas between."""
     names = [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if name not in list(Kind)]
-    if unknown:
-        raise InputError(f"--kinds {text}: {unknown[0]!r} cannot fail here; choose from {', '.join(Kind)}")
+    for name in names:
+        if name not in list(Kind):
+            raise InputError(f"--kinds {text}: {name!r} cannot fail here; choose from {', '.join(Kind)}")
     return tuple(kind for kind in Kind if kind in names)
 
 
@@ -109,14 +105,7 @@ def _apart(draw: random.Random, count: int, wanted: int) -> set[int]:
 
 
 class Injector:
-    """Causes failures in a thread of its own. A context: the thread ends with it.
-
-    Args:
-        plan: what to cause.
-        nodes: where.
-        account: knows which gangs work.
-        clock: seconds, as the account counts them.
-    """
+    """Causes failures in a thread of its own, which ends with this context. `clock` is that of the account."""
 
     def __init__(
         self, plan: Sequence[PlannedFault], nodes: Nodes, account: Account, clock: Callable[[], float]
@@ -183,50 +172,39 @@ class Injector:
         if not views or (planned.kind is Kind.NODE and not self._nodes.whole):
             return False
         place = planned.tie_break * len(views)
-        view, tie_break = views[int(place)], place % 1
-        fault = Fault(
-            number=len(self.faults) + 1,
-            seconds=self._clock(),
-            kind=planned.kind,
-            how=planned.how.name,
-            target=view.gang,
-            gangs=(view.gang,),
-            hasty=planned.hasty,
-        )
-        cut = planned.kind is Kind.NODE
-        hit = self._cut(view, tie_break, fault) if cut else self._signal(view, tie_break, planned, fault)
-        if hit is None:
+        view, tie_break, seconds = views[int(place)], place % 1, self._clock()
+        gangs: tuple[str, ...] = (view.gang,)
+        if planned.kind is Kind.NODE:
+            gangs = self._cut(view, tie_break)
+            how, target = "cut off", f"the node of {', '.join(gangs)}"
+        else:
+            ranks, how, target = list(view.ranks), planned.how.name, view.gang
+            if planned.kind is Kind.RANK:
+                ranks = [ranks[int(tie_break * len(ranks))]]
+                target = f"{view.gang} rank {ranks[0].rank}"
+            if not self._nodes.hit([rank.pid for rank in ranks if rank.pid is not None], planned.how):
+                return False
+        if not gangs:
             return False
-        self.faults.append(hit)
+        number, kind = len(self.faults) + 1, planned.kind
+        fault = Fault(
+            number=number, seconds=seconds, kind=kind, how=how, target=target, gangs=gangs, hasty=planned.hasty
+        )
+        self.faults.append(fault)
         return True
 
-    def _signal(self, view: GangView, tie_break: float, planned: PlannedFault, fault: Fault) -> Fault | None:
-        ranks = list(view.ranks)
-        if planned.kind is Kind.RANK:
-            ranks = [ranks[int(tie_break * len(ranks))]]
-            fault = replace(fault, target=f"{view.gang} rank {ranks[0].rank}")
-        sent = self._nodes.hit([rank.pid for rank in ranks if rank.pid is not None], planned.how)
-        return fault if sent else None
-
-    def _cut(self, view: GangView, tie_break: float, fault: Fault) -> Fault | None:
+    def _cut(self, view: GangView, tie_break: float) -> tuple[str, ...]:
+        """Cut off the node of one of a gang's ranks; the gangs that had ranks there, none if it was gone."""
         node = view.ranks[int(tie_break * len(view.ranks))].node
         there = [(one.gang, rank.pid) for one in self._views for rank in one.ranks if rank.node == node]
-        gangs = tuple(sorted({gang for gang, _ in there}))
         if not self._nodes.cut(node, [pid for _, pid in there if pid is not None]):
-            return None
-        return replace(fault, how="cut off", target=f"the node of {', '.join(gangs)}", gangs=gangs)
+            return ()
+        return tuple(sorted({gang for gang, _ in there}))
 
 
 @contextmanager
 def marked() -> Iterator[str]:
-    """Mark all processes that are started from here.
-
-    Yields:
-        The mark, as it stands in their environment.
-
-    Raises:
-        InputError: this is not Linux.
-    """
+    """Mark all processes that are started from here; hands out the mark as it stands in their environment."""
     if not (_PROC / "self" / "environ").exists():
         raise InputError("this benchmark looks for processes in /proc: run it on Linux")
     token = secrets.token_hex(8)
@@ -259,14 +237,7 @@ def survivors(mark: str, patience: float, pids: Iterable[int] | None = None) -> 
 
 
 class Nodes:
-    """Nodes of a Ray cluster that can be lost. Made by `simulated_cluster`.
-
-    Args:
-        cluster: with a head that has no room for ranks.
-        count: how many others there are.
-        cpus: of each of those.
-        mark: of all processes.
-    """
+    """Nodes of a Ray cluster that can be lost, beside a head that has no room for ranks; see `simulated_cluster`."""
 
     def __init__(self, cluster: Cluster, count: int, cpus: int, mark: str) -> None:
         self._cluster, self._count, self._cpus, self._mark = cluster, count, cpus, mark
@@ -285,11 +256,7 @@ class Nodes:
             self._cluster.add_node(num_cpus=self._cpus, object_store_memory=_STORE)
 
     def hit(self, pids: Iterable[int], what: signal.Signals) -> int:
-        """Send a signal to processes of this cluster, as far as they are there.
-
-        Returns:
-            How many have got it.
-        """
+        """Send a signal to processes of this cluster, as far as they are there; how many have got it."""
         ours, count = processes_of(self._mark), 0
         for pid in pids:
             if pid in ours:
@@ -299,15 +266,7 @@ class Nodes:
         return count
 
     def cut(self, node: str, pids: Iterable[int]) -> bool:
-        """Lose a node at once with all that runs there, as when a machine loses power.
-
-        Args:
-            node: its id.
-            pids: of the ranks there.
-
-        Returns:
-            Whether it was there.
-        """
+        """Lose a node at once with the ranks that run there, as when a machine loses power; whether it was there."""
         sockets = {one["NodeID"]: one["RayletSocketName"] for one in ray.nodes() if one["Alive"]}
         for one in list(self._cluster.worker_nodes):
             if str(one.raylet_socket_name) == sockets.get(node):
@@ -319,13 +278,7 @@ class Nodes:
 
 @contextmanager
 def simulated_cluster(count: int, cpus: int, mark: str) -> Iterator[Nodes]:
-    """Start a cluster and join it; it ends with the context.
-
-    Args:
-        count: nodes besides the head, where no ranks run.
-        cpus: of each, as Ray counts them.
-        mark: of all processes.
-    """
+    """Start a cluster and join it; it ends with the context. Nodes and their cpus do not count the head."""
     head = {"num_cpus": 0, "object_store_memory": _STORE, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:

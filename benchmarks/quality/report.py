@@ -13,11 +13,12 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.common import Cell, Headers, Rows, Verdict, columns, legend_below, markdown_table, median, new_plot
-from benchmarks.quality.sweep import LEAN, WORK, Setting, mean
+from benchmarks.common import Cell, Row, Verdict, legend_below, median, new_plot, renamed, table
+from benchmarks.quality.sweep import WORK, Setting, mean
 from benchmarks.quality.trial import Trial
 
 FRACTIONS = (0.8, 0.65, 0.5)
@@ -30,7 +31,7 @@ _OTHER_COLOURS = ("#cc79a7", "#000000")
 _STYLES = {"flowcache": ("-", "o", "chunk by chunk"), "teacache": ("--", "s", "whole window")}
 
 Way = tuple[str, str]
-"""A method and the label of what stands in for a reused step."""
+"""A method and the label of what stands in for a reused step; a curve for each."""
 
 
 def _mean(name: str) -> Callable[[Sequence[Trial]], Cell]:
@@ -74,12 +75,12 @@ _TABLES: tuple[tuple[str, tuple[str, ...], Callable[[Setting], bool]], ...] = (
     (
         "Without reuse",
         (*_COST, "psnr_vs_vanilla", "ssim_vs_vanilla", *_FOLLOWS),
-        lambda setting: setting.method == "none" and setting.budget is None,
+        lambda setting: not setting.reuses and setting.budget is None,
     ),
     (
         "Reuse",
         (*_COST, "psnr", "psnr_worst", "ssim", "latent_error", "psnr_vs_vanilla", *_FOLLOWS),
-        lambda setting: setting.method != "none" and setting.budget is None,
+        lambda setting: setting.reuses and setting.budget is None,
     ),
     (
         "Compressed KV",
@@ -89,55 +90,73 @@ _TABLES: tuple[tuple[str, tuple[str, ...], Callable[[Setting], bool]], ...] = (
 )
 
 
-def setting_tables(trials: Sequence[Trial], presets: Mapping[str, Setting]) -> dict[str, str]:
-    """Markdown tables of the runs without reuse, with reuse, and with compressed KV; a row per setting.
-
-    Args:
-        trials: all of them.
-        presets: by name; the rows with their thresholds are named after them.
-    """
+def setting_tables(trials: Sequence[Trial], presets: Mapping[str, Setting]) -> dict[str, list[Row]]:
+    """A row for each setting: without reuse, with reuse, and with compressed KV; the presets' have their names."""
     groups, found = _by_setting(trials), {}
     for title, names, belongs in _TABLES:
         rows = [_row(setting, same, names, presets) for setting, same in groups.items() if belongs(setting)]
-        if rows:
-            headers, cells = columns(rows)
-            found[title] = markdown_table([name.replace("_", " ") for name in headers], cells)
+        found[title] = [renamed(row, [name.replace("_", " ") for name in row]) for row in rows]
     return found
 
 
-def csv_rows(trials: Sequence[Trial], presets: Mapping[str, Setting]) -> tuple[Headers, Rows]:
+def csv_rows(trials: Sequence[Trial], presets: Mapping[str, Setting]) -> list[Row]:
     """All figures, a row per setting."""
-    names = tuple(_MEASURED)
-    return columns([_row(setting, same, names, presets) for setting, same in _by_setting(trials).items()])
+    return [_row(setting, same, tuple(_MEASURED), presets) for setting, same in _by_setting(trials).items()]
 
 
-def _row(
-    setting: Setting, same: Sequence[Trial], names: Sequence[str], presets: Mapping[str, Setting]
-) -> dict[str, Cell]:
-    row: dict[str, Cell] = {"method": setting.method, "stands_in": "", "threshold": ""}
-    if setting.method != "none":
-        named = [name for name, one in presets.items() if one == replace(setting, passes=LEAN, budget=None)]
-        label = setting.stand_in.label
-        row = {"method": (*named, setting.method)[0], "stands_in": label, "threshold": setting.threshold}
-    row |= {"passes": setting.passes, "kv_budget": "own range" if setting.budget is None else setting.budget}
+def _row(setting: Setting, same: Sequence[Trial], names: Sequence[str], presets: Mapping[str, Setting]) -> Row:
+    row: Row = {"method": "none", "stands_in": "", "threshold": ""}
+    if setting.reuses:
+        own = Setting(reuse=replace(setting.reuse, clean_pass=False, copy_pass=False))
+        named = [name for name, one in presets.items() if one == own]
+        method = (*named, setting.reuse.policy)[0]
+        row = {"method": method, "stands_in": setting.label, "threshold": setting.reuse.threshold}
+    row |= {"passes": "lean" if setting.lean else "vanilla", "kv_budget": setting.budget or "own range"}
     return row | {name: _MEASURED[name](same) for name in names}
 
 
 def _by_setting(trials: Sequence[Trial]) -> dict[Setting, list[Trial]]:
+    def order(trial: Trial) -> tuple[object, ...]:
+        one, reuse = trial.setting, trial.setting.reuse
+        method = (reuse.policy, reuse.reuse, reuse.extrapolate_from, reuse.threshold)
+        return one.lean, one.budget or 0, method, trial.seed
+
     groups: dict[Setting, list[Trial]] = defaultdict(list)
-    for one in sorted(trials, key=_order):
+    for one in sorted(trials, key=order):
         groups[one.setting].append(one)
     return dict(groups)
 
 
-def _order(trial: Trial) -> tuple[object, ...]:
-    one = trial.setting
-    return one.passes == LEAN, one.budget or 0, one.method, one.kind, one.extrapolate_from, one.threshold, trial.seed
+def _groups(trials: Sequence[Trial]) -> list[list[Trial]]:
+    return list(_by_setting(trials).values())
+
+
+def _curves(trials: Sequence[Trial]) -> dict[Way, list[Trial]]:
+    """Trials that curves are made of, by curve: reuse with lean passes and without compression."""
+    found: dict[Way, list[Trial]] = defaultdict(list)
+    for one in trials:
+        if one.setting.reuses and one.setting.lean and one.setting.budget is None:
+            found[one.setting.reuse.policy, one.setting.label].append(one)
+    return dict(sorted(found.items()))
+
+
+def psnr_at(trials: Sequence[Trial], way: Way, fraction: float) -> dict[tuple[str, int], float]:
+    """PSNR of a way at a computed fraction, for each (prompt, seed) whose curve reaches it."""
+    points: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for one in _curves(trials).get(way, ()):
+        if one.computed < 1:
+            points[one.case][one.computed].append(one.psnr)
+    found = {}
+    for case, values in points.items():
+        places = sorted(values)
+        if places[0] <= fraction <= places[-1]:
+            found[case] = float(np.interp(fraction, places, [statistics.fmean(values[place]) for place in places]))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Two ways at equal computed fraction."""
+    """Two ways at equal computed fraction, prompt by prompt."""
 
     first: float  # mean PSNR of one, dB; nan where there is no prompt to compare on
     second: float  # of the other
@@ -145,80 +164,32 @@ class Comparison:
     prompts: int  # that were compared
 
 
-def way_of(setting: Setting) -> Way:
-    """Which curve a setting is on."""
-    return setting.method, setting.stand_in.label
-
-
-def on_curves(trials: Sequence[Trial]) -> list[Trial]:
-    """Trials that a curve is made of: reuse with lean passes and without compression."""
-    return [
-        one
-        for one in trials
-        if one.setting.method != "none" and one.setting.passes == LEAN and one.setting.budget is None
-    ]
-
-
-def psnr_at(trials: Sequence[Trial], way: Way, fraction: float) -> dict[tuple[str, int], float]:
-    """PSNR of a way at a computed fraction, for each (prompt, seed) whose curve reaches it."""
-    curves: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for one in on_curves(trials):
-        if way_of(one.setting) == way and one.computed < 1:
-            curves[one.prompt, one.seed][one.computed].append(one.psnr)
-    found = {}
-    for prompt, points in curves.items():
-        curve = sorted((at, statistics.fmean(values)) for at, values in points.items())
-        if curve[0][0] <= fraction <= curve[-1][0]:
-            found[prompt] = _between(curve, fraction)
-    return found
-
-
-def _between(curve: Sequence[tuple[float, float]], at: float) -> float:
-    """Linear interpolation within a curve of rising places."""
-    above = next(i for i, (place, _) in enumerate(curve) if place >= at)
-    right, value = curve[above]
-    if right == at:
-        return value
-    left, before = curve[above - 1]
-    return before + (value - before) * (at - left) / (right - left)
-
-
 def compare(trials: Sequence[Trial], first: Way, second: Way, fraction: float) -> Comparison:
-    """Compare two ways at a computed fraction, prompt by prompt."""
+    """Compare two ways at a computed fraction."""
     one, other = psnr_at(trials, first, fraction), psnr_at(trials, second, fraction)
-    both = [(one[prompt], other[prompt]) for prompt in one if prompt in other]
-    return Comparison(
-        first=mean([a for a, _ in both]),
-        second=mean([b for _, b in both]),
-        better=sum(a > b for a, b in both),
-        prompts=len(both),
-    )
+    both = [(one[case], other[case]) for case in one if case in other]
+    means = mean([a for a, _ in both]), mean([b for _, b in both])
+    return Comparison(first=means[0], second=means[1], better=sum(a > b for a, b in both), prompts=len(both))
 
 
 def curve_table(trials: Sequence[Trial]) -> str:
     """Mean PSNR of every method and kind at equal computed fractions, over the prompts that all curves reach."""
-    ways = sorted({way_of(one.setting) for one in on_curves(trials)})
-    rows: list[list[Cell]] = [list(way) for way in ways]
+    ways = list(_curves(trials))
+    rows: list[Row] = [{"method": method, "stands in": label} for method, label in ways]
     counts = []
     for fraction in FRACTIONS:
-        found = {way: psnr_at(trials, way, fraction) for way in ways}
-        shared = set.intersection(*(set(prompts) for prompts in found.values()))
+        found = [psnr_at(trials, way, fraction) for way in ways]
+        shared = set.intersection(*map(set, found))
         counts.append(f"{fraction:.0%}: {len(shared)}")
-        for row, way in zip(rows, ways, strict=True):
-            row.append(f"{statistics.fmean(found[way][one] for one in shared):.2f}" if shared else "none")
-    headers = ("method", "stands in", *(f"PSNR at {fraction:.0%} (dB)" for fraction in FRACTIONS))
-    return f"{markdown_table(headers, rows)}\n\nPrompts compared at {', '.join(counts)}."
+        for row, own in zip(rows, found, strict=True):
+            psnr = f"{statistics.fmean(own[case] for case in shared):.2f}" if shared else "none"
+            row[f"PSNR at {fraction:.0%} (dB)"] = psnr
+    return f"{table(rows)}\n\nPrompts compared at {', '.join(counts)}."
 
 
 def verdicts(trials: Sequence[Trial], chosen: str, presets: Mapping[str, Setting]) -> list[Verdict]:
-    """What the project holds itself to.
-
-    Args:
-        trials: all of them.
-        chosen: label of what stands in for a reused step.
-        presets: settings by name.
-    """
-    prompts = len({(one.prompt, one.seed) for one in trials})
+    """What the project holds itself to; `chosen` is the label of what stands in for a reused step in the presets."""
+    prompts = len({one.case for one in trials})
     found = []
     for label, at in itertools.product(dict.fromkeys(("residual", chosen)), FRACTIONS):
         pair = compare(trials, ("flowcache", label), ("teacache", label), at)
@@ -242,7 +213,7 @@ def _compared(name: str, pair: Comparison, wanted: str, holds: bool, prompts: in
 
 def _speed_verdict(trials: Sequence[Trial]) -> Verdict:
     """Speed-up times computed fraction would be 1 if deciding and bookkeeping cost nothing."""
-    groups = _by_setting(on_curves(trials)).values()
+    groups = [same for own in _curves(trials).values() for same in _groups(own)]
     shares = [speed_up(same) * mean([one.computed for one in same]) for same in groups]
     lowest = min(shares, default=math.nan)
     name = f"speed-up x computed fraction, least of {len(shares)} settings with reuse"
@@ -253,7 +224,7 @@ def _speed_verdict(trials: Sequence[Trial]) -> Verdict:
 def _work_verdict(name: str, preset: Setting, groups: Mapping[Setting, Sequence[Trial]]) -> Verdict:
     work, wanted = mean([one.work for one in groups.get(preset, ())]), WORK[name]
     return Verdict(
-        f"operations of {name} (threshold {preset.threshold:g}) as a share of vanilla's",
+        f"operations of {name} (threshold {preset.reuse.threshold:g}) as a share of vanilla's",
         f"{work:.3f}",
         f"{wanted:.2f} +- {_WORK_TOLERANCE:.2f}",
         abs(work - wanted) <= _WORK_TOLERANCE,
@@ -277,24 +248,24 @@ def speed_figure(trials: Sequence[Trial], title: str) -> Figure:
     figure, axes = new_plot(f"Time saved by reuse\n{title}", x, y)
     curves = {way: [(one[0], one[2]) for one in points] for way, points in _points(trials).items()}
     _draw(axes, curves, joined=False)
-    lowest = min((place for points in curves.values() for place, _ in points), default=None)
-    if lowest is not None:
-        places = [lowest + (1 - lowest) * i / 100 for i in range(101)]
-        for share, style, label in ((1.0, "-", "1 / computed fraction"), (0.9, ":", "0.9 / computed fraction")):
-            ys = [share / at for at in places]
-            axes.plot([100 * at for at in places], ys, color="#444444", linewidth=1, linestyle=style, label=label)
+    if curves:
+        places = np.linspace(min(points[0][0] for points in curves.values()), 1, 101)
+        for share, style in ((1.0, "-"), (_SPEED_SHARE, ":")):
+            label = f"{share:g} / computed fraction"
+            axes.plot(100 * places, share / places, color="#444444", linewidth=1, linestyle=style, label=label)
     legend_below(figure, axes, 2)
     return figure
 
 
 def _points(trials: Sequence[Trial]) -> dict[Way, list[tuple[float, float, float]]]:
     """One point per threshold: mean fraction and PSNR, median speed-up over the prompts; by rising fraction."""
-    found: dict[Way, list[tuple[float, float, float]]] = defaultdict(list)
-    for setting, same in _by_setting(on_curves(trials)).items():
-        computed = mean([one.computed for one in same])
-        if computed < 1:
-            found[way_of(setting)].append((computed, mean([one.psnr for one in same]), speed_up(same)))
-    return {way: sorted(points) for way, points in sorted(found.items())}
+    found = {}
+    for way, own in _curves(trials).items():
+        same = [(mean([t.computed for t in one]), mean([t.psnr for t in one]), speed_up(one)) for one in _groups(own)]
+        points = sorted(point for point in same if point[0] < 1)
+        if points:
+            found[way] = points
+    return found
 
 
 def _draw(axes: Axes, curves: Mapping[Way, Sequence[tuple[float, float]]], *, joined: bool) -> None:

@@ -11,18 +11,18 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from benchmarks.common import nearest, rounded, search
-from engine.kv.size import KVSettings
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation, Policy
 from engine.reuse.settings import KINDS, ReuseSettings
 
 METHODS = ("flowcache", "teacache")
-VANILLA, LEAN = "vanilla", "lean"
+VANILLA, LEAN = ReuseSettings(), ReuseSettings(clean_pass=False, copy_pass=False)
+"""No reuse, with the clean and the context-free passes and without them, as the published reuse runs."""
 WORK = {"flowcache-slow": 0.53, "flowcache-fast": 0.46}
 """Counted operations of the presets as a share of vanilla's, as in the paper."""
 _LOWEST, _HIGHEST = 1e-6, 1e2  # thresholds that are searched
@@ -31,69 +31,44 @@ _NEAR = 0.02  # of a computed fraction
 
 Ticks = Sequence[Sequence[Observation]]
 """What was seen of a video's chunks, tick by tick."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StandIn:
-    """What stands in for a step that is not computed."""
-
-    kind: str
-    extrapolate_from: float = 1.0
-    """Share of the threshold above which it is extrapolated in place of that; 1 never does."""
-
-    @property
-    def label(self) -> str:
-        """As it stands in tables and legends."""
-        if self.extrapolate_from >= 1:
-            return self.kind
-        return f"{self.kind}, extrapolate from {self.extrapolate_from:g}"
-
-
-STAND_INS = (*(StandIn(kind=kind) for kind in KINDS), StandIn(kind="velocity", extrapolate_from=0.5))
+StandIn = tuple[str, float]
+"""What stands in for a reused step, and the share of the threshold above which it is extrapolated; 1 never does."""
+STAND_INS: tuple[StandIn, ...] = (*((kind, 1.0) for kind in KINDS), ("velocity", 0.5))
 """Those that are always swept."""
+
+
+def label_of(stand_in: StandIn) -> str:
+    """What stands in, as it is called in tables and legends."""
+    kind, share = stand_in
+    return kind if share >= 1 else f"{kind}, extrapolate from {share:g}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
     """One way to make a video."""
 
-    method: str = "none"  # policy of reuse, or `none`
-    kind: str = "residual"  # what stands in for a reused step
-    extrapolate_from: float = 1.0  # see `StandIn`
-    threshold: float = 0.0  # of the policy
-    warmup: int = 1  # first steps that are computed
-    passes: str = VANILLA
-    """`vanilla` has the clean and the context-free passes, `lean` neither, as the published reuse runs."""
+    reuse: ReuseSettings = VANILLA
     budget: int | None = None  # of the KV buffer in chunks; None holds what the model's own range asks for
 
     @property
-    def stand_in(self) -> StandIn:
-        """What stands in for a reused step."""
-        return StandIn(kind=self.kind, extrapolate_from=self.extrapolate_from)
+    def lean(self) -> bool:
+        """Without the clean and the context-free passes."""
+        return not self.reuse.clean_pass
 
     @property
-    def reuse(self) -> ReuseSettings:
-        """The engine's settings of reuse."""
-        extra = self.passes == VANILLA
-        return ReuseSettings(
-            policy=self.method,
-            threshold=self.threshold,
-            warmup_steps=self.warmup,
-            reuse=self.kind,
-            extrapolate_from=self.extrapolate_from,
-            clean_pass=extra,
-            copy_pass=extra,
-        )
+    def reuses(self) -> bool:
+        """Whether steps may be reused."""
+        return self.reuse.policy != "none"
 
     @property
-    def kv(self) -> KVSettings:
-        """The engine's settings of the KV buffer."""
-        return KVSettings(budget=self.budget)
+    def label(self) -> str:
+        """What stands in for a reused step, in words."""
+        return label_of((self.reuse.reuse, self.reuse.extrapolate_from))
 
     @property
     def plain(self) -> Setting:
         """The same passes and KV without reuse."""
-        return Setting(passes=self.passes, budget=self.budget)
+        return Setting(reuse=LEAN if self.lean else VANILLA, budget=self.budget)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +76,7 @@ class Grid:
     """What is swept."""
 
     warmup: int  # first steps that are computed
-    chosen: StandIn  # what stands in for a reused step in the presets
+    chosen: StandIn  # of the presets
     fractions: tuple[float, ...] = (0.9, 0.8, 0.65, 0.5, 0.4)  # computed fractions that thresholds of the curves aim at
     budgets: tuple[int, ...] = (1, 2, 3, 4)  # of the KV buffer
     rungs: int = 9  # thresholds that are tried to find those of the curves
@@ -113,14 +88,9 @@ class Grid:
 
     def reuse(self, method: str, stand_in: StandIn, threshold: float) -> Setting:
         """A point of a method's curve."""
-        return Setting(
-            method=method,
-            kind=stand_in.kind,
-            extrapolate_from=stand_in.extrapolate_from,
-            threshold=threshold,
-            warmup=self.warmup,
-            passes=LEAN,
-        )
+        kind, share = stand_in
+        own = replace(LEAN, policy=method, threshold=threshold, warmup_steps=self.warmup)
+        return Setting(reuse=replace(own, reuse=kind, extrapolate_from=share))
 
     def settings(
         self, threshold: Callable[[str, StandIn, float], float], presets: Mapping[str, Setting]
@@ -131,12 +101,13 @@ class Grid:
             threshold: of a method and what stands in, for a computed fraction.
             presets: by name; those of `WORK` are also run with vanilla passes and with compression.
         """
-        found = [Setting(), Setting(passes=LEAN), *presets.values()]
+        found = [Setting(), Setting(reuse=LEAN), *presets.values()]
         for method, stand_in, fraction in itertools.product(METHODS, self.stand_ins, self.fractions):
             found.append(self.reuse(method, stand_in, threshold(method, stand_in, fraction)))
-        found += [replace(presets[name], passes=VANILLA) for name in WORK]
+        for name in WORK:
+            found.append(Setting(reuse=replace(presets[name].reuse, clean_pass=True, copy_pass=True)))
         for budget in self.budgets:
-            found.append(Setting(passes=LEAN, budget=budget))
+            found.append(Setting(reuse=LEAN, budget=budget))
             found += [replace(presets[name], budget=budget) for name in WORK]
         return tuple(dict.fromkeys(found))
 
@@ -145,10 +116,10 @@ class Grid:
 class Plan:
     """What a run does, decided once."""
 
-    run: Mapping[str, Any]  # what results depend on: model, prompts, length, steps, seed
+    run: dict[str, Any]  # what results depend on: model, prompts, length, steps, seed
     settings: tuple[Setting, ...]  # all that are compared
-    presets: Mapping[str, Setting]  # settings that have a name
-    calibrated: Mapping[str, float]
+    presets: dict[str, Setting]  # settings that have a name
+    calibrated: dict[str, float] = field(default_factory=dict)
     """Thresholds at which the presets of that name would do the paper's share of the work."""
 
 
@@ -179,8 +150,8 @@ class Probe:
 def make_plan(
     probe: Probe,
     grid: Grid,
-    presets: Mapping[str, Setting] | None,
-    run: Mapping[str, Any],
+    presets: dict[str, Setting] | None,
+    run: dict[str, Any],
     log: Callable[[str], None],
 ) -> Plan:
     """Find all thresholds.
@@ -197,12 +168,12 @@ def make_plan(
     rungs = {method: _rungs(seen, method, grid) for method in METHODS}
     known: dict[tuple[str, StandIn], dict[float, float]] = {}
 
-    def computed(method: str, stand_in: StandIn, threshold: float) -> float:
-        return probe.computed(grid.reuse(method, stand_in, threshold))
-
     def threshold(method: str, stand_in: StandIn, fraction: float) -> float:
-        log(f"thresholds: {method}, {stand_in.label}, {fraction:.0%}")
-        measure = partial(computed, method, stand_in)
+        log(f"thresholds: {method}, {label_of(stand_in)}, {fraction:.0%}")
+
+        def measure(one: float) -> float:
+            return probe.computed(grid.reuse(method, stand_in, one))
+
         if (method, stand_in) not in known:
             known[method, stand_in] = {rung: measure(rung) for rung in rungs[method]}
         found = search(measure, fraction, known[method, stand_in], tries=5, near=_NEAR, geometric=True)
@@ -230,17 +201,12 @@ def _rungs(seen: Sequence[Ticks], method: str, grid: Grid) -> list[float]:
 def estimate_threshold(videos: Sequence[Ticks], policy: Callable[[float], Policy], fraction: float) -> float:
     """The threshold at which a policy would compute that fraction of the chunk-steps, on distances seen without reuse.
 
-    Args:
-        videos: what was seen of each.
-        policy: makes one with a threshold.
-        fraction: 0..1; where the warm-up alone computes more, the highest threshold is the answer.
+    Where the warm-up alone computes more, the highest threshold is the answer.
     """
 
     def computed(threshold: float) -> float:
-        decisions = []
-        for ticks in videos:
-            deciding = policy(threshold)
-            decisions += [one for seen in ticks for one in deciding.decide(seen)]
+        deciders = [(policy(threshold), ticks) for ticks in videos]
+        decisions = [one for decider, ticks in deciders for seen in ticks for one in decider.decide(seen)]
         return decisions.count(Decision.COMPUTE) / len(decisions)
 
     known = search(computed, fraction, {_LOWEST: math.inf, _HIGHEST: -math.inf}, tries=40, geometric=True)
@@ -250,20 +216,18 @@ def estimate_threshold(videos: Sequence[Ticks], policy: Callable[[float], Policy
 def _calibrated(probe: Probe, grid: Grid, start: Callable[[float], float]) -> dict[str, float]:
     """Thresholds at which chunk-wise reuse does the share of vanilla's operations that `WORK` asks for.
 
-    Args:
-        probe: makes videos.
-        grid: what stands in, and the warm-up.
-        start: threshold of a computed fraction, near enough to search around.
+    `start` has thresholds of computed fractions, near enough to search around.
     """
-    lean = probe.work(Setting(passes=LEAN))
+    lean = probe.work(Setting(reuse=LEAN))
     found = {}
     for name, target in WORK.items():
         middle = start(target / lean)
         bounds = {middle / 2: math.inf, middle * 2: -math.inf}
-        known = search(
-            lambda one: probe.work(grid.reuse("flowcache", grid.chosen, one)), target, bounds, tries=8, geometric=True
-        )
-        found[name] = nearest(known, target)
+
+        def measure(threshold: float) -> float:
+            return probe.work(grid.reuse("flowcache", grid.chosen, threshold))
+
+        found[name] = nearest(search(measure, target, bounds, tries=8, geometric=True), target)
     return found
 
 

@@ -16,37 +16,31 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from benchmarks.adherence import adherence
 from benchmarks.common import save_text
 from benchmarks.flops import CountingRunner
-from benchmarks.models import pocket_request
-from benchmarks.quality.sweep import LEAN, VANILLA, ObservationLog, Plan, Probe, Setting, Ticks
+from benchmarks.quality.sweep import LEAN, ObservationLog, Plan, Probe, Setting, Ticks
 from engine.engine import Engine, Submission
+from engine.files import atomic_write
+from engine.kv.size import KVSettings
 from engine.prepare import encode
 from engine.progress import Progress
 from engine.record import Recorder
+from engine.request import Request
 from models.errors import InputError
 from models.magi.pipeline import MagiPipeline
-from models.pocket.words import Scene
+from models.pocket.words import parse_prompt
 
+_T = TypeVar("_T")
 IDENTICAL = 100.0  # dB, in place of infinity where two videos do not differ at all
 _GROUP = 6  # settings between two runs of what they are compared with
-_LADDER_CASES, _CALIBRATION_CASES = 2, 4  # prompts that thresholds are found on
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """A video to make with every setting."""
-
-    scene: Scene
-    seed: int
-    chunks: int
-    num_steps: int
+_LADDER_PROMPTS, _CALIBRATION_PROMPTS = 2, 4  # prompts that thresholds are found on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,13 +80,14 @@ class Trial:
     whole: bool  # one object of the right shape
     boundary_error: float  # mean jump at chunk boundaries, pixels
 
+    @property
+    def case(self) -> tuple[str, int]:
+        """What was made: prompt and seed."""
+        return self.prompt, self.seed
+
 
 def image_metrics() -> ModuleType:
-    """What frames are compared with.
-
-    Raises:
-        InputError: it is not installed.
-    """
+    """What frames are compared with; an `InputError` if it is not installed."""
     try:
         return importlib.import_module("torchmetrics.functional.image")
     except ModuleNotFoundError:
@@ -123,21 +118,16 @@ def _planes(frames: Tensor) -> Tensor:
 
 
 class TrialRunner:
-    """Makes videos with one loaded model.
-
-    Args:
-        pipeline: the model.
-    """
+    """Makes videos with one loaded model."""
 
     def __init__(self, pipeline: MagiPipeline) -> None:
         self._pipeline = pipeline
 
-    def make(self, setting: Setting, case: Case, recorder: Recorder | None = None) -> Video:
+    def make(self, setting: Setting, request: Request, recorder: Recorder | None = None) -> Video:
         """Denoise a video."""
         pipeline = self._pipeline
         runner = CountingRunner(pipeline.model, pipeline.attention, pipeline.config.model_config)
-        engine = Engine(pipeline, runner, reuse=setting.reuse, kv=setting.kv)
-        request = pocket_request(case.scene.prompt, chunks=case.chunks, num_steps=case.num_steps, seed=case.seed)
+        engine = Engine(pipeline, runner, reuse=setting.reuse, kv=KVSettings(budget=setting.budget))
         encoded, computed = encode(pipeline, request), [1.0]
 
         def watch(progress: Progress) -> None:
@@ -150,25 +140,25 @@ class TrialRunner:
         seconds = time.perf_counter() - began
         return Video(latents=latents, seconds=seconds, computed=computed[0], items=runner.items, flops=runner.flops)
 
-    def observe(self, case: Case) -> Ticks:
+    def observe(self, request: Request) -> Ticks:
         """What policies would see of a video without reuse, tick by tick."""
         log = ObservationLog()
-        self.make(Setting(passes=LEAN), case, log)
+        self.make(Setting(reuse=LEAN), request, log)
         return log.ticks
 
-    def probe(self, cases: Sequence[Case]) -> Probe:
-        """What thresholds are found with: the first few of the cases."""
-        few, more = cases[:_LADDER_CASES], cases[:_CALIBRATION_CASES]
-        vanilla: dict[Case, int] = {}
+    def probe(self, requests: Sequence[Request]) -> Probe:
+        """What thresholds are found with: the first few of the videos."""
+        few, more = requests[:_LADDER_PROMPTS], requests[:_CALIBRATION_PROMPTS]
+        vanilla: dict[Request, int] = {}
 
         def work(setting: Setting) -> float:
-            for case in more:
-                vanilla[case] = vanilla.get(case) or self.make(Setting(), case).flops
-            return statistics.fmean(self.make(setting, case).flops / vanilla[case] for case in more)
+            for one in more:
+                vanilla[one] = vanilla.get(one) or self.make(Setting(), one).flops
+            return statistics.fmean(self.make(setting, one).flops / vanilla[one] for one in more)
 
         return Probe(
-            observe=lambda: [self.observe(case) for case in few],
-            computed=lambda setting: statistics.fmean(self.make(setting, case).computed for case in few),
+            observe=lambda: [self.observe(one) for one in few],
+            computed=lambda setting: statistics.fmean(self.make(setting, one).computed for one in few),
             work=work,
         )
 
@@ -178,46 +168,44 @@ class TrialRunner:
         parts = video.latents.to(self._pipeline.model.kv.device).split(width, dim=2)
         return torch.cat([self._pipeline.autoencoder.decode(part).cpu() for part in parts])
 
-    def trials(self, case: Case, settings: Sequence[Setting]) -> Iterator[Trial]:
+    def trials(self, request: Request, settings: Sequence[Setting]) -> Iterator[Trial]:
         """Run settings on one prompt, group by group; in another order than given."""
-        comparison = _Comparison(self, case)
+        held: dict[Setting, tuple[Video, Tensor]] = {}  # made and decoded once, for the others to be held against
+
+        def again(setting: Setting) -> float:
+            video = self.make(setting, request)
+            if setting not in held:
+                held[setting] = video, self.decode(video)
+            return video.seconds
+
         for plain in dict.fromkeys(setting.plain for setting in settings):
             waiting = iter([setting for setting in settings if setting.plain == plain])
             while group := list(islice(waiting, _GROUP)):
-                vanilla_seconds = comparison.time(Setting(passes=VANILLA))
-                plain_seconds = comparison.time(plain)
+                vanilla_seconds, plain_seconds = again(Setting()), again(plain)
+                if Setting(reuse=plain.reuse) not in held:
+                    again(Setting(reuse=plain.reuse))
                 for setting in group:
-                    yield comparison.trial(setting, plain_seconds, vanilla_seconds)
+                    yield self._trial(request, setting, held, plain_seconds, vanilla_seconds)
 
-
-class _Comparison:
-    """One prompt's videos without reuse, each made and decoded once and kept for the others to be held against."""
-
-    def __init__(self, runner: TrialRunner, case: Case) -> None:
-        self._runner, self._case = runner, case
-        self._held: dict[Setting, tuple[Video, Tensor]] = {}
-
-    def time(self, setting: Setting) -> float:
-        """Run a setting without reuse anew; the seconds of its denoising."""
-        video = self._runner.make(setting, self._case)
-        if setting not in self._held:
-            self._held[setting] = video, self._runner.decode(video)
-        return video.seconds
-
-    def trial(self, setting: Setting, plain_seconds: float, vanilla_seconds: float) -> Trial:
-        """Run a setting and compare it."""
-        case, video = self._case, self._runner.make(setting, self._case)
+    def _trial(
+        self,
+        request: Request,
+        setting: Setting,
+        held: Mapping[Setting, tuple[Video, Tensor]],
+        plain_seconds: float,
+        vanilla_seconds: float,
+    ) -> Trial:
+        """Run a setting and compare it with the videos without reuse that are held."""
+        video, plain = self.make(setting, request), setting.plain
         began = time.perf_counter()
-        frames = self._runner.decode(video)
+        frames = self.decode(video)
         decode_seconds = time.perf_counter() - began
-        plain, plain_frames = self._reference(setting.plain)
-        _, uncompressed_frames = self._reference(Setting(passes=setting.passes))
-        vanilla, vanilla_frames = self._reference(Setting(passes=VANILLA))
-        seen = adherence(frames, case.scene)
+        (plain_video, plain_frames), (vanilla, vanilla_frames) = held[plain], held[Setting()]
+        seen = adherence(frames, parse_prompt(request.prompt))
         return Trial(
             setting=setting,
-            prompt=case.scene.prompt,
-            seed=case.seed,
+            prompt=request.prompt,
+            seed=request.seed,
             computed=video.computed,
             items=video.items,
             tflop=video.flops / 1e12,
@@ -228,8 +216,8 @@ class _Comparison:
             vanilla_seconds=vanilla_seconds,
             psnr=frames_psnr(frames, plain_frames),
             ssim=frames_ssim(frames, plain_frames),
-            latent_error=latent_error(video.latents, plain.latents),
-            psnr_uncompressed=frames_psnr(frames, uncompressed_frames),
+            latent_error=latent_error(video.latents, plain_video.latents),
+            psnr_uncompressed=frames_psnr(frames, held[Setting(reuse=plain.reuse)][1]),
             psnr_vanilla=frames_psnr(frames, vanilla_frames),
             ssim_vanilla=frames_ssim(frames, vanilla_frames),
             colour_right=seen.colour_right,
@@ -237,11 +225,6 @@ class _Comparison:
             whole=seen.whole,
             boundary_error=statistics.fmean(seen.boundary_errors) if seen.boundary_errors else 0.0,
         )
-
-    def _reference(self, setting: Setting) -> tuple[Video, Tensor]:
-        if setting not in self._held:
-            self.time(setting)
-        return self._held[setting]
 
 
 class Results:
@@ -255,10 +238,27 @@ class Results:
         InputError: the folder holds another run, or files that are damaged.
     """
 
-    def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
-        self._plan_file, self._trials_file, self._run = folder / "plan.json", folder / "trials.jsonl", dict(run)
-        self.plan: Plan | None = self._read_plan()
-        self.trials: list[Trial] = self._read_trials() if self.plan else []
+    def __init__(self, folder: Path, run: dict[str, Any]) -> None:
+        self._plan_file, self._trials_file = folder / "plan.json", folder / "trials.jsonl"
+        self.plan: Plan | None = None
+        self.trials: list[Trial] = []
+        if not self._plan_file.exists():
+            return
+        (self.plan,) = _read(Plan, self._plan_file, [self._plan_file.read_text()])
+        for key in sorted({*self.plan.run, *run}):
+            before, now = self.plan.run.get(key), run.get(key)
+            if before != now:
+                raise InputError(
+                    f"{folder} holds results of another run ({key} was {before}, is now {now}): remove it, or choose "
+                    "another folder with --out"
+                )
+        if self._trials_file.exists():
+            text = self._trials_file.read_text()
+            whole = text[: text.rfind("\n") + 1]  # a last line that was cut off when the run was stopped goes
+            if whole != text:
+                with atomic_write(self._trials_file) as file:
+                    file.write(whole.encode())
+            self.trials = _read(Trial, self._trials_file, whole.splitlines())
 
     def begin(self, plan: Plan) -> None:
         """Note what will be run; older results go."""
@@ -272,42 +272,17 @@ class Results:
             file.write(json.dumps(asdict(trial)) + "\n")
         self.trials.append(trial)
 
-    def missing(self, case: Case) -> list[Setting]:
-        """Settings that are still to be run on a case."""
+    def missing(self, request: Request) -> list[Setting]:
+        """Settings that are still to be run on a video."""
         assert self.plan is not None
-        done = {one.setting for one in self.trials if (one.prompt, one.seed) == (case.scene.prompt, case.seed)}
+        done = {one.setting for one in self.trials if one.case == (request.prompt, request.seed)}
         return [setting for setting in self.plan.settings if setting not in done]
 
-    def _read_plan(self) -> Plan | None:
-        if not self._plan_file.exists():
-            return None
-        try:
-            values = json.loads(self._plan_file.read_text())
-            settings = tuple(Setting(**one) for one in values["settings"])
-            presets = {name: Setting(**one) for name, one in values["presets"].items()}
-            found = Plan(run=values["run"], settings=settings, presets=presets, calibrated=values["calibrated"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{self._plan_file} is damaged ({error}): remove the folder") from None
-        for key in sorted({*found.run, *self._run}):
-            if found.run.get(key) != self._run.get(key):
-                before, now = found.run.get(key), self._run.get(key)
-                raise InputError(
-                    f"{self._plan_file.parent} holds results of another run ({key} was {before}, is now {now}): "
-                    "remove it, or choose another folder with --out"
-                )
-        return found
 
-    def _read_trials(self) -> list[Trial]:
-        """Finished trials. A last line that was cut off when the run was stopped is taken off the file."""
-        try:
-            text = self._trials_file.read_text()
-        except FileNotFoundError:
-            return []
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            save_text(self._trials_file, whole) if whole else self._trials_file.unlink()
-        try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-            return [Trial(**{**values, "setting": Setting(**values["setting"])}) for values in lines]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self._trials_file} is damaged ({error}): remove the folder") from None
+def _read(kind: type[_T], path: Path, texts: Sequence[str]) -> list[_T]:
+    """What stands in a file; JSON that may hold infinite figures."""
+    adapter = TypeAdapter(kind)
+    try:
+        return [adapter.validate_python(json.loads(text)) for text in texts]
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): remove the folder") from None

@@ -10,12 +10,11 @@ is known when the leader begins it; only the leader has to be stepped through. T
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import cast
 
-from benchmarks.simulate.plan import PlannedRun, VideoPlan
+from benchmarks.simulate.plan import VideoPlan
 from engine.order import WorkOrder
 from engine.reuse.policy import Decision, Observation
 from engine.video import VideoRun, Work
@@ -79,11 +78,7 @@ class _Pipeline:
         self.calls = 0
 
     def send(self, now: float, work: Work, seconds: Sequence[float], video: int) -> tuple[float, float | None]:
-        """Begin a pass on the leader.
-
-        Returns:
-            When the leader is free again, and when the velocity is back, if it comes back.
-        """
+        """Begin a pass on the leader; when that is free again, and when the velocity is back, if it comes back."""
         machine, item, end = self.machine, work.item, now
         self.calls += 1
         for stage, spent in enumerate(seconds):
@@ -107,15 +102,15 @@ class _Pipeline:
 
 
 class _Video:
-    """One video in flight: the engine's order of its work, and when its chunks were finished."""
+    """One video: the engine's order of its work, and when its chunks were finished."""
 
     def __init__(self, plan: VideoPlan, *, barrier: bool) -> None:
         self.plan = plan
         self.decisions = 0
         self.ready_since: float | None = None
         self.finished: list[float] = []
-        # A `PlannedRun` has all that the order asks of a `VideoRun`.
-        self.order = WorkOrder(cast(VideoRun, PlannedRun(plan)), barrier=barrier, on_decision=self._decided)
+        # A plan has all that the order asks of a `VideoRun`.
+        self.order = WorkOrder(cast(VideoRun, plan), barrier=barrier, on_decision=self._decided)
 
     def _decided(self, seen: Observation, decision: Decision) -> None:
         self.decisions += 1
@@ -129,38 +124,27 @@ class _Video:
 class _Leader:
     """The leader's loop: take results in, begin the work that has been ready longest, or wait for a result."""
 
-    def __init__(self, pipeline: _Pipeline, plans: Sequence[VideoPlan], concurrency: int) -> None:
+    def __init__(self, pipeline: _Pipeline, plans: Sequence[VideoPlan]) -> None:
         self.now = 0.0
-        self.videos: list[_Video] = []
-        self._pipeline, self._concurrency = pipeline, concurrency
-        self._waiting: Iterator[VideoPlan] = iter(plans)
-        self._running: dict[int, _Video] = {}
+        self.videos = [_Video(plan, barrier=pipeline.machine.barrier) for plan in plans]
+        self._pipeline, self._running = pipeline, dict(enumerate(self.videos))
         self._returning: deque[tuple[float, int, Work]] = deque()
 
     def run(self) -> None:
         """Make all videos."""
-        self._admit()
         while self._running:
-            self._step()
-
-    def _admit(self) -> None:
-        for plan in islice(self._waiting, self._concurrency - len(self._running)):
-            self._running[len(self.videos)] = video = _Video(plan, barrier=self._pipeline.machine.barrier)
-            self.videos.append(video)
-
-    def _step(self) -> None:
-        while self._returning and self._returning[0][0] <= self.now:
-            self._take()
-        number = self._first_ready()
-        if number is not None:
-            video = self._running[number]
-            work, video.ready_since = video.order.take(), None
-            self.now, back = self._pipeline.send(self.now, work, video.plan.cost(work), number)
-            if back is not None:
-                self._returning.append((back, number, work))
-        elif self._returning:
-            self.now = max(self.now, self._returning[0][0])
-            self._take()
+            while self._returning and self._returning[0][0] <= self.now:
+                self._take()
+            number = self._first_ready()
+            if number is not None:
+                video = self._running[number]
+                work, video.ready_since = video.order.take(), None
+                self.now, back = self._pipeline.send(self.now, work, video.plan.cost(work), number)
+                if back is not None:
+                    self._returning.append((back, number, work))
+            elif self._returning:
+                self.now = max(self.now, self._returning[0][0])
+                self._take()
 
     def _take(self) -> None:
         _, number, work = self._returning.popleft()
@@ -179,7 +163,6 @@ class _Leader:
             if not ready:
                 if video.order.over:
                     del self._running[number]
-                    self._admit()
                 continue
             if video.ready_since is None:
                 video.ready_since = self.now
@@ -188,16 +171,8 @@ class _Leader:
         return first
 
 
-def simulate(
-    videos: Sequence[VideoPlan], machine: Machine, *, concurrency: int | None = None, spans: bool = False
-) -> Outcome:
-    """Make videos.
-
-    Args:
-        videos: what there is to do; all is known from the start.
-        machine: what carries it out.
-        concurrency: videos in flight; all by default. The next begins when one is over.
-        spans: remember what each stage did when.
+def simulate(videos: Sequence[VideoPlan], machine: Machine, *, spans: bool = False) -> Outcome:
+    """Make videos, which are all known and begun at the start; with `spans`, remember what each stage did when.
 
     Raises:
         ValueError: a pass has times for another number of stages than the machine has.
@@ -207,7 +182,7 @@ def simulate(
             if count != machine.stages:
                 raise ValueError(f"a call has times for {count} stages, the machine has {machine.stages}")
     pipeline = _Pipeline(machine, spans=spans)
-    leader = _Leader(pipeline, videos, concurrency or len(videos))
+    leader = _Leader(pipeline, videos)
     leader.run()
     return Outcome(
         seconds=max(leader.now, *pipeline.free),

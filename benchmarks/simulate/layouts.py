@@ -35,12 +35,17 @@ _TEXT = 100  # caption tokens that count
 _VAE_BYTES = 2 * 613_755_239
 _SEEDS = 4  # different videos; more of them are the same again
 _POWERS = (1, 2, 4, 8, 16, 32, 64)
+_SHARE = 0.9  # of a GPU's memory that weights and KV may take
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Hardware:
-    """GPUs of one machine; by default A800s."""
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A model on the GPUs of one machine; by default A800s."""
 
+    config: MagiConfig  # of the model
+    pass_seconds: float = 3.6  # of a full pass of one chunk on one GPU
+    mfu: float = 0.34  # share of the peak that it reaches
+    budget: int = 5  # finished chunks that the KV buffer holds
     gpus: int = 8  # how many
     peak: float = 312e12  # bf16 operations per second of one
     memory: float = 80e9  # bytes of one
@@ -53,25 +58,6 @@ class Hardware:
     rank does for itself."""
     decide: float = 2e-3  # seconds that the leader takes for a distance and a decision
     take: float = 1e-3  # seconds that the leader takes for a velocity that is back
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Memory:
-    """Bytes on the fullest rank."""
-
-    weights: int  # its layers; on the leader the autoencoder as well
-    kv: int  # of one video
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A model on GPUs."""
-
-    config: MagiConfig  # of the model
-    hardware: Hardware
-    pass_seconds: float  # of a full pass of one chunk on one GPU
-    mfu: float  # share of the peak that it reaches
-    budget: int  # finished chunks that the KV buffer holds
 
     @property
     def tokens(self) -> int:
@@ -92,20 +78,14 @@ class Cluster:
 
     @cached_property
     def attended(self) -> float:
-        """Chunks of keys with which a pass of that time has that share of the peak.
-
-        Raises:
-            InputError: it would be none.
-        """
-        wanted = self.pass_seconds * self.mfu * self.hardware.peak
+        """Chunks of keys with which a pass of that time has that share of the peak; an `InputError` if it is none."""
+        wanted = self.pass_seconds * self.mfu * self.peak
         one, two = self._flops(1), self._flops(2)
         chunks = 1 + (wanted - one) / (two - one)
         if chunks < 1:
-            least = one / (self.mfu * self.hardware.peak)
-            raise InputError(
-                f"a pass of {self.pass_seconds:g} s is too short for this model: at {self.mfu:.0%} of the peak it "
-                f"takes {least:.2g} s or more: give --pass-seconds or --mfu"
-            )
+            least = f"at {self.mfu:.0%} of the peak it takes {one / (self.mfu * self.peak):.2g} s or more"
+            what = f"a pass of {self.pass_seconds:g} s is too short for this model"
+            raise InputError(f"{what}: {least}: give --pass-seconds or --mfu")
         return chunks
 
     def whole_pass(self, what: Pass, *, clean: bool) -> float:
@@ -114,13 +94,9 @@ class Cluster:
             return self.pass_seconds
         return self.pass_seconds * self._flops(1) / self._flops(self.attended)
 
-    def split(self, layout: Layout) -> tuple[int, ...]:
-        """Layers of each stage."""
-        return stage_sizes(self.config, layout.pp)
-
     def seconds(self, layout: Layout) -> Seconds:
         """What passes take on the stages of a layout."""
-        layers, sizes = self.config.model_config.num_layers, self.split(layout)
+        layers, sizes = self.config.model_config.num_layers, stage_sizes(self.config, layout.pp)
         share = [size / layers for size in sizes]
         exchange = [size * self.exchange_seconds(layout.cp) for size in sizes]
         fan = (layout.cp - 1) / layout.cp * self.hidden_bytes / self._reached  # to and from cp_rank 0 of a stage
@@ -136,7 +112,7 @@ class Cluster:
 
     def cp_speed(self, cp: int) -> float:
         """How much faster cp ranks compute than one."""
-        return cp * self.hardware.doubling ** math.log2(cp)
+        return cp * self.doubling ** math.log2(cp)
 
     def exchange_bytes(self, cp: int) -> float:
         """Bytes that a rank sends in one layer: keys, values, queries and the result, to all others (Ulysses)."""
@@ -146,36 +122,32 @@ class Cluster:
 
     def exchange_seconds(self, cp: int) -> float:
         """Seconds of the exchanges of one layer; nothing of them is taken to be hidden behind computing."""
-        return 0.0 if cp == 1 else self.exchange_bytes(cp) / self._reached + 4 * self.hardware.collective
+        return 0.0 if cp == 1 else self.exchange_bytes(cp) / self._reached + 4 * self.collective
 
     def machine(self, layout: Layout) -> Machine:
         """What carries passes out. Every cp_rank of a stage sends its own tokens, over links of its own."""
-        hardware = self.hardware
         return Machine(
             stages=layout.pp,
-            latency=hardware.latency,
+            latency=self.latency,
             bandwidth=self._reached,
             hidden_bytes=self.hidden_bytes / layout.cp,
             velocity_bytes=self.velocity_bytes,
-            decide=hardware.decide,
-            take=hardware.take,
+            decide=self.decide,
+            take=self.take,
         )
 
-    def memory(self, layout: Layout) -> Memory:
+    def held(self, layout: Layout) -> tuple[int, int]:
         """Bytes of weights and of one video's KV on the fullest rank; what layers work with comes on top.
 
-        What is neither a layer nor the autoencoder is counted on every stage, of which it is 80 MB.
+        The leader has the autoencoder as well. What is neither that nor a layer is counted on every stage, of which it
+        is 80 MB. The bookkeeping of compression is left out.
         """
+        model, run, sizes = self.config.model_config, self.config.runtime_config, stage_sizes(self.config, layout.pp)
         weights, start = [], 0
-        for size in self.split(layout):
+        for size in sizes:
             held = sum(self._weights[layer] for layer in range(start, start + size)) + self._weights[None]
             weights.append(held + (0 if start else _VAE_BYTES))
             start += size
-        return Memory(weights=max(weights), kv=self._kv_bytes(max(self.split(layout)), layout.cp))
-
-    def _kv_bytes(self, layers: int, cp: int) -> int:
-        """Of one video, the bookkeeping of compression apart."""
-        model, run = self.config.model_config, self.config.runtime_config
         plan = KVPlan(
             chunk_tokens=self.tokens,
             frame_tokens=self.tokens // run.chunk_width,
@@ -186,18 +158,18 @@ class Cluster:
             selection=None,
         )
         geometry = KVGeometry(
-            layers=range(layers),
-            query_heads=model.num_attention_heads // cp,
-            key_heads=model.num_query_groups // cp,
+            layers=range(max(sizes)),
+            query_heads=model.num_attention_heads // layout.cp,
+            key_heads=model.num_query_groups // layout.cp,
             head_size=model.kv_channels,
             dtype=torch.bfloat16,
             device=torch.device("meta"),
         )
-        return plan.nbytes(geometry)
+        return max(weights), plan.nbytes(geometry)
 
     def petaflops(self, plan: VideoPlan) -> float:
         """Operations of a video in 10^15, from the time that its passes take on one GPU."""
-        return plan.total * self.mfu * self.hardware.peak / 1e15
+        return plan.total * self.mfu * self.peak / 1e15
 
     @cached_property
     def _weights(self) -> dict[int | None, int]:
@@ -207,14 +179,14 @@ class Cluster:
         found: dict[int | None, int] = {None: 0}
         for name, parameter in dit.named_parameters():
             parts = name.split(".")
-            layer = int(parts[2]) if parts[0] == "videodit_blocks" and parts[1] == "layers" else None
-            width = min(_WIDTH, parameter.element_size()) if parts[0] == "videodit_blocks" else parameter.element_size()
+            layer = int(parts[2]) if parts[:2] == ["videodit_blocks", "layers"] else None
+            width = min(_WIDTH if parts[0] == "videodit_blocks" else 4, parameter.element_size())
             found[layer] = found.get(layer, 0) + width * parameter.numel()
         return found
 
     @property
     def _reached(self) -> float:
-        return self.hardware.bandwidth * self.hardware.used
+        return self.bandwidth * self.used
 
     def _flops(self, chunks: float) -> int:
         """Of a pass that attends to so many chunks."""
@@ -249,7 +221,16 @@ class Study:
 
     def gangs(self, layout: Layout) -> int:
         """Gangs of a layout."""
-        return self.cluster.hardware.gpus // layout.world_size
+        return self.cluster.gpus // layout.world_size
+
+    def rank_bytes(self, layout: Layout, videos: int) -> int:
+        """Bytes of weights and KV on the fullest rank, with so many videos in flight over all gangs."""
+        weights, kv = self.cluster.held(layout)
+        return weights + -(-videos // self.gangs(layout)) * kv
+
+    def fits(self, layout: Layout, videos: int) -> bool:
+        """Whether that leaves some of a GPU's memory."""
+        return self.rank_bytes(layout, videos) <= _SHARE * self.cluster.memory
 
     def plan(self, flags: np.ndarray | None, layout: Layout) -> VideoPlan:
         """The plan of a video on a layout."""
@@ -309,11 +290,7 @@ def layouts_on(config: MagiConfig, gpus: int) -> tuple[Layout, ...]:
 
 
 def sampled_reuse(study: Study, fraction: float, warmup: int) -> Reuse:
-    """Reuse that leaves a share of the operations of a run without reuse, whose clean and copy passes count.
-
-    Raises:
-        InputError: the warm-up alone computes more.
-    """
+    """Reuse that leaves a share of the operations of a run without reuse, whose clean and copy passes count."""
     sampling, schedule = study.sampling(lean=True), study.schedule
     whole = study.plan(None, Layout()).total
     lean = plan_video(schedule, sampling, study.cluster.seconds(Layout())).total
@@ -323,22 +300,14 @@ def sampled_reuse(study: Study, fraction: float, warmup: int) -> Reuse:
 
 
 def reuse_of_record(study: Study, folder: Path) -> Reuse:
-    """The reuse of a recorded run.
-
-    Raises:
-        InputError: there is no record, or its steps or its window are others.
-    """
+    """The reuse of a recorded run; an `InputError` if there is none, or its steps or its window are others."""
     record = RunRecord.load(folder)
     flags = recorded_flags(record.flags, study.schedule, record.schedule)
     return Reuse(name=f"record {folder.name}", flags=(flags,))
 
 
 def run_study(study: Study, reuses: Sequence[Reuse]) -> list[Run]:
-    """Simulate everything.
-
-    Raises:
-        InputError: a figure makes no sense.
-    """
+    """Simulate everything."""
     if min(study.concurrency) < 1:
         raise InputError("a concurrency of less than 1 makes nothing")
     runs = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -33,7 +33,10 @@ _JITTER, _HALVINGS = 0.2, 40
 
 @dataclass(frozen=True, kw_only=True)
 class VideoPlan:
-    """One video as a plan: what `WorkOrder` asks a run for, and what each pass takes."""
+    """One video as a plan, and what each pass takes.
+
+    It looks like a `VideoRun` to `WorkOrder`, and gives out what it holds: no tensor is computed.
+    """
 
     schedule: Schedule
     seconds: Seconds
@@ -48,15 +51,39 @@ class VideoPlan:
     def cost(self, work: Work) -> tuple[float, ...]:
         """Seconds of a pass on each stage."""
         key = work.item.what.name, work.item.step
-        found = self._known.get(key)
-        if found is None:
-            found = self._known[key] = self.seconds(work.item.what, work.item.step)
-        return found
+        if key not in self._known:
+            self._known[key] = self.seconds(work.item.what, work.item.step)
+        return self._known[key]
 
     def timed(self, seconds: Seconds) -> VideoPlan:
         """The same work with other times."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return VideoPlan(**{**values, "seconds": seconds, "_known": {}})
+        return replace(self, seconds=seconds, _known={})
+
+    def prefix_work(self) -> list[Work]:
+        """Passes over the chunks that are given."""
+        return list(self.prefix)
+
+    def begin(self, tick: Tick) -> list[Work]:
+        """The clean passes of a tick."""
+        return list(self.clean[tick.index])
+
+    def decide(self, tick: Tick, chunks: Sequence[int]) -> list[tuple[Observation, Decision]]:
+        """What was decided for some of a tick's chunks."""
+        return [self.decided[tick.index, chunk] for chunk in chunks]
+
+    def open(self, tick: Tick, chunk: int, step: int) -> list[Work]:
+        """The passes of a step."""
+        return list(self.steps[tick.index, chunk])
+
+    def close(self, chunk: int, step: int, passes: Sequence[Pass], velocities: Sequence[torch.Tensor]) -> None:
+        """A step was taken."""
+
+    def seal(self, tick: Tick) -> None:
+        """All work of a tick was given out."""
+
+    def finish(self, chunk: int) -> torch.Tensor:
+        """A finished chunk: nothing."""
+        return torch.empty(0)
 
     @property
     def work(self) -> list[Work]:
@@ -81,12 +108,7 @@ class VideoPlan:
 
 
 class _FlagPolicy(Policy):
-    """Decides as flags say.
-
-    Args:
-        flags: [ticks, chunks]; None computes everything.
-        whole_window: look like a policy that decides for a tick at once.
-    """
+    """Decides as flags [ticks, chunks] say; None computes everything."""
 
     def __init__(self, flags: np.ndarray | None, *, whole_window: bool) -> None:
         self.scope: Literal["chunk", "window"] = "window" if whole_window else "chunk"
@@ -107,17 +129,10 @@ def plan_video(
     *,
     whole_window: bool = False,
 ) -> VideoPlan:
-    """The plan of one video.
+    """The plan of one video, whose passes the sampling names.
 
-    Args:
-        schedule: of the video.
-        sampling: names the passes.
-        seconds: what each of them takes.
-        flags: [ticks, chunks], 0 where a step is computed; None computes all.
-        whole_window: the reuse policy decides for all chunks of a tick at once.
-
-    Raises:
-        InputError: the flags are of another schedule.
+    Flags are [ticks, chunks] of the schedule, 0 where a step is computed; None computes all. With `whole_window` the
+    reuse policy decides for all chunks of a tick at once.
     """
     if flags is not None and flags.shape != (schedule.ticks, schedule.chunks):
         wanted = f"{schedule.ticks} ticks of {schedule.chunks} chunks"
@@ -126,10 +141,7 @@ def plan_video(
     clean, steps, decided = {}, {}, {}
     prefix = tuple(run.prefix_work())
     for tick in schedule:
-        if tick.retiring is not None:
-            clean[tick.index] = tuple(run.begin(tick))
-        else:
-            run.begin(tick)
+        clean[tick.index] = tuple(run.begin(tick))
         for seen, decision in run.decide(tick):
             decided[tick.index, seen.chunk] = seen, decision
             if decision is Decision.COMPUTE:
@@ -162,55 +174,12 @@ def _run(schedule: Schedule, sampling: Sampling, policy: _FlagPolicy) -> VideoRu
     )
 
 
-class PlannedRun:
-    """Looks like a `VideoRun` to `WorkOrder`, and gives out what a plan holds: no tensor is computed.
-
-    Args:
-        plan: of the video.
-    """
-
-    def __init__(self, plan: VideoPlan) -> None:
-        self._plan = plan
-        self.schedule, self.renews, self.whole_window = plan.schedule, plan.renews, plan.whole_window
-
-    def prefix_work(self) -> list[Work]:
-        """Passes over the chunks that are given."""
-        return list(self._plan.prefix)
-
-    def begin(self, tick: Tick) -> list[Work]:
-        """The clean passes of a tick."""
-        return list(self._plan.clean.get(tick.index, ()))
-
-    def decide(self, tick: Tick, chunks: Sequence[int]) -> list[tuple[Observation, Decision]]:
-        """What was decided for some of a tick's chunks."""
-        return [self._plan.decided[tick.index, chunk] for chunk in chunks]
-
-    def open(self, tick: Tick, chunk: int, step: int) -> list[Work]:
-        """The passes of a step."""
-        return list(self._plan.steps[tick.index, chunk])
-
-    def close(self, chunk: int, step: int, passes: Sequence[Pass], velocities: Sequence[torch.Tensor]) -> None:
-        """A step was taken."""
-
-    def seal(self, tick: Tick) -> None:
-        """All work of a tick was given out."""
-
-    def finish(self, chunk: int) -> torch.Tensor:
-        """A finished chunk: nothing."""
-        return torch.empty(0)
-
-
 def recorded_flags(flags: np.ndarray, schedule: Schedule, recorded: Schedule) -> np.ndarray:
-    """Flags of a record, repeated or cut to another number of chunks; chunk by chunk and step by step.
-
-    Raises:
-        InputError: the record has another number of steps or another window.
-    """
+    """Flags of a record, repeated or cut to another number of chunks; chunk by chunk and step by step."""
     if (recorded.num_steps, recorded.window) != (schedule.num_steps, schedule.window):
-        raise InputError(
-            f"the record has {recorded.num_steps} steps in a window of {recorded.window}, not {schedule.num_steps} in "
-            f"{schedule.window}: give --steps {recorded.num_steps}"
-        )
+        has = f"the record has {recorded.num_steps} steps in a window of {recorded.window}"
+        wanted = f"{schedule.num_steps} in {schedule.window}"
+        raise InputError(f"{has}, not {wanted}: give --steps {recorded.num_steps}")
     made = np.full((schedule.ticks, schedule.chunks), NOT_ACTIVE, dtype=np.uint8)
     count = recorded.chunks - recorded.first
     for tick in schedule:
@@ -226,38 +195,19 @@ def modelled_flags(
     """Flags in which a given share of the chunk-steps is computed.
 
     A chunk moves from step to step by the step's size, give or take a fifth, and FlowCache's policy sums that up to a
-    threshold, which is searched for. MAGI-1's steps grow towards the clean end, so the cleanest chunk reuses least.
-
-    Args:
-        schedule: of the video.
-        sampling: for the sizes of the steps.
-        fraction: of chunk-steps to compute.
-        warmup: first steps of a chunk that are computed.
-        seed: of the variation, which keeps chunks from reusing in step.
-
-    Raises:
-        InputError: the warm-up alone computes more than that.
+    threshold, which is searched for. MAGI-1's steps grow towards the clean end, so the cleanest chunk reuses least. The
+    variation, of a seed, keeps chunks from reusing in step. A warm-up that alone computes more is an `InputError`.
     """
-    dice = random.Random(seed)
-    ticks = list(schedule)
-    moved = {
-        (chunk, step): abs(sampling.step_size(step - 1)) * dice.uniform(1 - _JITTER, 1 + _JITTER)
-        for tick in ticks
-        for chunk, step in tick.active
-        if step
-    }
-    seen = [
-        Observation(
-            chunk=chunk,
-            step=step,
-            tick=tick.index,
-            last_tick=tick.index == schedule.ticks - 1,
-            change=moved.get((chunk, step)),
-            scale=1.0 if step else None,
-        )
-        for tick in ticks
-        for chunk, step in tick.active
-    ]
+    dice, seen = random.Random(seed), []
+    for tick in schedule:
+        for chunk, step in tick.active:
+            last, moved = tick.index == schedule.ticks - 1, None
+            if step:
+                moved = abs(sampling.step_size(step - 1)) * dice.uniform(1 - _JITTER, 1 + _JITTER)
+            one = Observation(
+                chunk=chunk, step=step, tick=tick.index, last_tick=last, change=moved, scale=1.0 if step else None
+            )
+            seen.append(one)
     if not warmup / schedule.num_steps <= fraction <= 1:
         raise InputError(f"a computed share of {fraction:g} cannot be had with {warmup} warm-up steps of a chunk")
 

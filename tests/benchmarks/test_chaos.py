@@ -8,9 +8,9 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.chaos.__main__ import app
+from benchmarks.chaos.__main__ import run
 from benchmarks.chaos.faults import Kind, marked, parse_kinds, plan_faults, processes_of, survivors
-from benchmarks.common import run_app
+from benchmarks.common import run_command
 from models.errors import InputError
 
 ALL = (Kind.RANK, Kind.GANG, Kind.NODE)
@@ -57,7 +57,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         (["--failures", "0"], "failures"),
     )
     for arguments, said in cases:
-        assert run_app(app, "chaos", [*arguments, "--out", str(tmp_path)]) == 2
+        assert run_command(run, "chaos", [*arguments, "--out", str(tmp_path)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("chaos: error: ") and error.count("\n") == 1 and said in error
 

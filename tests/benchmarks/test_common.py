@@ -45,7 +45,7 @@ def test_places_that_cannot_be_written_are_input_errors(tmp_path):
 def test_a_report_fails_if_one_verdict_does(tmp_path, capsys, passed, status):
     verdicts = [Verdict(f"figure {i}", "1", "2", one) for i, one in enumerate(passed)]
     sections = {"Empty": "", "Full": "text"}
-    data = (("a",), [(1,)])
+    data = [{"a": 1}]
     found = publish(tmp_path, "x", title="T", about="about", verdicts=verdicts, sections=sections, data=data)
     text = (tmp_path / "x.md").read_text()
     assert found == status and text.count("FAIL") == passed.count(False) and "Empty" not in text

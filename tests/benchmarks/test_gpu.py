@@ -3,11 +3,11 @@
 import json
 
 from benchmarks import gpu
-from benchmarks.common import run_app
+from benchmarks.common import run_command
 
 
 def run(folder, *arguments):
-    return run_app(gpu.app, "gpu", ["--device", "cpu", "--preset", "tiny", "--out", str(folder), *arguments])
+    return run_command(gpu.main, "gpu", ["--device", "cpu", "--preset", "tiny", "--out", str(folder), *arguments])
 
 
 def test_parts_are_written_and_not_measured_again(tmp_path):

@@ -7,24 +7,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.common import in_fresh_process, peak_rss, reset_peak, rss, run_app
-from benchmarks.kv_compression import Measured, Problem, app, measure, naive_redundancy, report, structured_keys
+from benchmarks.common import in_fresh_process, peak_rss, reset_peak, rss, run_command
+from benchmarks.kv_compression import Measured, Problem, measure, naive_redundancy, report, run, structured_keys
 from engine.kv.selection import redundancy
 from models.errors import InputError
 
-PROBLEM = Problem(keys=1200, dim=16, heads=2, query_heads=4, keep=600, device="cpu", at_once=False, seed=0)
+PROBLEM = Problem(keys=1200, dim=16, heads=2, query_heads=4, device="cpu")
 MIB = 2**20
 
 
-@pytest.mark.parametrize("at_once", [False, True])
-def test_the_naive_form_is_equation_11(at_once):
+def test_the_naive_form_is_equation_11():
     keys = structured_keys(replace(PROBLEM, keys=40))
     unit = torch.nn.functional.normalize(keys, dim=-1)
     expected = torch.empty(2, 40)
     for head in range(2):
         for i in range(40):
             expected[head, i] = sum(float(unit[i, head] @ unit[j, head]) for j in range(40) if j != i) / 40
-    assert torch.allclose(naive_redundancy(keys, at_once=at_once), expected.softmax(-1), rtol=1e-5, atol=0)
+    assert torch.allclose(naive_redundancy(keys), expected.softmax(-1), rtol=1e-5, atol=0)
 
 
 def test_the_keys_score_differently_enough_to_tell_forms_apart():
@@ -57,7 +56,7 @@ def test_the_status_says_whether_the_linear_form_is_fast_and_exact(tmp_path, cap
 @pytest.mark.slow
 def test_the_command_writes_everything(tmp_path, capsys):
     options = ["--keys", "300", "--dim", "8", "--heads", "2", "--query-heads", "4", "--out", str(tmp_path)]
-    assert run_app(app, "kv", options) in (0, 1)  # at this size both take no time
+    assert run_command(run, "kv", options) in (0, 1)  # at this size both take no time
     assert "17.8" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "kv_compression.csv").open()))
     assert [row["what"] for row in rows][:3] == ["redundancy, naive", "redundancy, linear", "whole selection"]
@@ -65,7 +64,7 @@ def test_the_command_writes_everything(tmp_path, capsys):
 
 
 def test_heads_that_do_not_fit_are_refused(tmp_path, capsys):
-    assert run_app(app, "kv", ["--query-heads", "12", "--out", str(tmp_path)]) == 2
+    assert run_command(run, "kv", ["--query-heads", "12", "--out", str(tmp_path)]) == 2
     assert "12 query heads" in capsys.readouterr().err
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.common import run_app
-from benchmarks.memory import LongVideo, app, make_long_video, verdicts
+from benchmarks.common import run_command
+from benchmarks.memory import LongVideo, make_long_video, run, verdicts
 
 MIB = 2**20
 SHORT = LongVideo(
@@ -55,5 +55,5 @@ def test_each_figure_fails_for_itself(changes, which):
 
 @pytest.mark.parametrize("lengths", [("20", "20"), ("4", "60"), ("60", "10")])
 def test_lengths_that_cannot_be_compared_are_refused(tmp_path, capsys, lengths):
-    assert run_app(app, "memory", ["--chunks", *lengths, "--out", str(tmp_path)]) == 2
+    assert run_command(run, "memory", ["--chunks", *lengths, "--out", str(tmp_path)]) == 2
     assert f"lengths {lengths[0]} and {lengths[1]}" in capsys.readouterr().err

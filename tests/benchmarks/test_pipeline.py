@@ -5,13 +5,11 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from benchmarks.common import run_app
-from benchmarks.models import ModelSpec, build
-from benchmarks.pipeline.__main__ import app, layouts_for
-from benchmarks.pipeline.plan import flag_digest, predict, problems
-from benchmarks.pipeline.report import barrier_table, csv_rows, row_of, rows_table, verdicts
+from benchmarks.common import run_command
+from benchmarks.pipeline import Gang, barrier_rows, csv_row, layouts_for, run, speed_row, verdicts
 from benchmarks.runs import find_threshold, make_alone, on_ranks
-from benchmarks.workload import Made, Workload
+from benchmarks.simulate.stages import flag_digest, predict, problems
+from benchmarks.workload import Made, ModelSpec, Workload, build
 from engine.reuse.settings import ReuseSettings
 from models.errors import InputError
 from parallel.comm.messages import HEADER_BYTES
@@ -50,16 +48,13 @@ def test_gangs_are_those_that_the_ranks_allow():
     assert Layout(pp=2, cp=4) in layouts_for(PLAIN, 8)
     with pytest.raises(InputError, match="9 steps"):
         layouts_for(replace(PLAIN, steps=9), 2)
-    with pytest.raises(InputError, match="autoencoder"):
-        layouts_for(replace(PLAIN, decode=True), 2)
 
 
 def test_a_threshold_computes_about_the_share_that_was_asked_for():
     longer, reuse = replace(PLAIN, chunks=4, steps=16), replace(FLOWCACHE, warmup_steps=3)
     threshold = find_threshold(longer, reuse, 0.55)
-    (decisions,) = make_alone(replace(longer, reuse=reuse.with_threshold(threshold)), build(SPEC)).decisions
-    flags = [flag for steps in decisions for flag in steps]
-    assert flags.count(0) / len(flags) == pytest.approx(0.55, abs=0.06)
+    made = make_alone(replace(longer, reuse=reuse.with_threshold(threshold)), build(SPEC))
+    assert made.computed == pytest.approx(0.55, abs=0.06)
 
 
 def test_times_of_stages_add_up():
@@ -150,39 +145,46 @@ REPEATS = [reported(counts(LAYOUT), seconds) for seconds in (2.0, 1.9, 2.2)]
 BESIDE = [replace(ALONE, videos=(seconds,)) for seconds in (3.6, 3.4, 3.9)]
 
 
-def rows(plain=1.8, reused=1.75, barrier=1.4):
-    made = row_of(LAYOUT, PLAIN, REPEATS, BESIDE)
-    two = replace(PLAIN, videos=2, reuse=FLOWCACHE)
+def gang(workload, seconds, alone):
+    made = [reported(counts(LAYOUT), one) for one in seconds]
+    beside = [replace(ALONE, videos=(one,)) for one in alone]
+    return Gang(layout=LAYOUT, workload=workload, made=made, beside=beside)
+
+
+def gangs(plain=1.8, reused=1.75, barrier=1.4):
+    two = gang(replace(PLAIN, videos=2, reuse=FLOWCACHE), (1.0,), (reused,))
+    two.made[0] = replace(two.made[0], flags=(((0, 255), (1, 0), (255, 2)),))
     return [
-        replace(made, seconds=(1.0, 1.0, 1.0), alone=(plain, 0.5, 9.0)),
-        replace(made, workload=two, seconds=(1.0,), alone=(reused,), computed=0.5),
-        replace(made, workload=replace(PLAIN, barrier=True), seconds=(2.0,) * 3, alone=(2 * barrier,) * 3),
+        gang(PLAIN, (1.0, 1.0, 1.0), (plain, 0.5, 9.0)),
+        two,
+        gang(replace(PLAIN, barrier=True), (2.0,) * 3, (2 * barrier,) * 3),
     ]
 
 
-def test_a_row_puts_repeats_together():
-    made = row_of(LAYOUT, PLAIN, REPEATS, BESIDE)
+def test_a_gang_puts_repeats_together():
+    made = Gang(layout=LAYOUT, workload=PLAIN, made=REPEATS, beside=BESIDE)
     assert made.speed_up == pytest.approx(3.4 / 1.9)
     assert made.utilisation == pytest.approx([1.5 * (1 / 2 + 1 / 1.9 + 1 / 2.2) / 3] * 2)
     assert made.other == pytest.approx(0.25)
-    assert (made.sent, made.calls, made.computed) == (20, 21, 1.0)
+    assert (made.sent, made.calls, made.made[0].computed) == (20 / 1e6, 21, 1.0)
+    assert gangs()[1].made[0].computed == 0.5
 
 
 def test_verdicts_hold_each_figure_for_itself():
-    assert [one.passed for one in verdicts(rows(), [], 5)] == [True, True, True]
-    assert [one.passed for one in verdicts(rows(plain=1.74), [], 5)] == [False, True, True]
-    assert [one.passed for one in verdicts(rows(reused=1.69), [], 5)] == [True, False, True]
-    assert [one.passed for one in verdicts(rows(), ["rank 1: 3 calls, not 4"], 5)] == [True, True, False]
+    assert [one.passed for one in verdicts(gangs(), [])] == [True, True, True]
+    assert [one.passed for one in verdicts(gangs(plain=1.74), [])] == [False, True, True]
+    assert [one.passed for one in verdicts(gangs(reused=1.69), [])] == [True, False, True]
+    assert [one.passed for one in verdicts(gangs(), ["rank 1: 3 calls, not 4"])] == [True, True, False]
+    assert "7 runs" in verdicts(gangs(), [])[-1].measured and "0.50 computed" in verdicts(gangs(), [])[1].name
 
 
 def test_tables_say_what_was_measured():
-    table = rows_table(rows())
-    assert "1.80 0.50 9.00" in table and "74%" in table
-    assert table.count("\n") == 3  # a barrier is in a table of its own
-    assert "1.40" in barrier_table(rows()) and "50%" in barrier_table(rows())
-    assert barrier_table(rows()[:1]) == ""
-    headers, cells = csv_rows(rows())
-    first = dict(zip(headers, cells[0], strict=True))
+    row = speed_row(gangs()[0])
+    assert row["of each"] == "1.80 0.50 9.00" and speed_row(gang(PLAIN, (2.0,), (3.6,)))["stages busy"] == "75% 75%"
+    (barrier,) = barrier_rows(gangs())
+    assert (barrier["with a barrier"], barrier["lost"]) == ("1.40", "50%")
+    assert barrier_rows(gangs()[:1]) == []
+    first = csv_row(gangs()[0])
     assert [first[name] for name in ("pp", "videos", "reuse", "stage_calls")] == [2, 1, 0, 21]
 
 
@@ -193,16 +195,15 @@ def test_two_ranks_do_the_work_of_one_process():
     alone = [make_alone(workload, build(SPEC)) for workload in workloads]
     for workload, one, other in zip(workloads, made, alone, strict=True):
         assert problems(LAYOUT, workload, one, other) == []
-        assert one.decisions == other.decisions
+        assert one.flags == other.flags
         assert one.hop > 0 and one.seconds >= one.first_chunk > 0
-    flags = [flag for video in made[1].decisions for steps in video for flag in steps]
-    assert 0 < flags.count(0) < len(flags) and len(made[1].latents) == 2
+    assert 0 < made[1].computed < 1 and len(made[1].latents) == 2
 
 
 @pytest.mark.slow
 def test_the_command_writes_everything(tmp_path):
     arguments = ["--quick", "--layers", "2", "--width", "192", "--side", "32", "--ranks", "2", "--out", str(tmp_path)]
-    assert run_app(app, "pipeline", arguments) in (0, 1)  # how fast it is depends on the machine
+    assert run_command(run, "pipeline", arguments) in (0, 1)  # how fast it is depends on the machine
     text = (tmp_path / "pipeline.md").read_text()
     assert "14 runs as worked out" in text and "pp 1 x cp 2" in text and "Where the time of two stages goes" in text
     assert len((tmp_path / "pipeline.csv").read_text().splitlines()) == 1 + 14
@@ -210,7 +211,7 @@ def test_the_command_writes_everything(tmp_path):
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
-    for arguments in (["--model", "magi-6b"], ["--steps", "18"], ["--fraction", "1.5"], ["--decode"]):
-        assert run_app(app, "pipeline", [*arguments, "--out", str(tmp_path)]) == 2
+    for arguments in (["--model", "magi-6b"], ["--steps", "18"], ["--fraction", "1.5"]):
+        assert run_command(run, "pipeline", [*arguments, "--out", str(tmp_path)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("pipeline: error: ") and error.count("\n") == 1

@@ -4,23 +4,18 @@ import csv
 import math
 from collections import Counter
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.adherence import Adherence, adherence, direction, fit_line, wrap
-from benchmarks.common import run_app
-from benchmarks.models import balanced_scenes
-from benchmarks.pocket_quality import app, percentile, verdicts, video_row
+from benchmarks.common import run_command
+from benchmarks.pocket_quality import contact_sheet, measure, percentile, report, run, verdicts
+from benchmarks.workload import balanced_scenes, pocket_requests
 from models.pocket.clips import RADIUS, SIDE, SPEED, Objects, draw_background, render
-from models.pocket.preset import write_vae_config
-from models.pocket.train_dit import new_dit
-from models.pocket.train_vae import POCKET_VAE, new_vae
 from models.pocket.words import COLOURS, MOTIONS, SHAPES, Scene
 
 SCENES = [Scene(colour=c, shape=s, motion=m) for c, s, m in product(COLOURS, SHAPES, MOTIONS)]
@@ -87,7 +82,7 @@ def test_an_object_that_stops_at_a_boundary_is_an_error_of_the_way_it_misses():
     assert adherence(frames, RED_CIRCLE).boundary_errors == pytest.approx([2.5], abs=0.05)  # mean of 1, 2, 3, 4
 
 
-def test_an_object_that_quanta_back_half_way_moves_in_no_direction():
+def test_an_object_that_turns_back_half_way_moves_in_no_direction():
     frames = clip(RED_CIRCLE)
     frames[48:] = frames[48:].flip(0)
     measured = adherence(frames, RED_CIRCLE)
@@ -240,53 +235,35 @@ def test_figures_fail_each_at_its_own_threshold():
     assert passed(nothing) == [False, False, False]
 
 
-def keep(folder: Path, videos: dict[str, Tensor]) -> Path:
-    folder.mkdir()
-    for i, (prompt, frames) in enumerate(videos.items()):
-        save_file({"frames": frames}, folder / f"{i:03}.safetensors", metadata={"prompt": prompt, "seed": str(i)})
-    return folder
-
-
-def test_kept_frames_of_true_clips_pass_and_leave_all_results(tmp_path, capsys):
+def test_true_clips_pass_and_leave_all_results(tmp_path, capsys):
     scenes = balanced_scenes(4, seed=0)
-    kept = keep(tmp_path / "frames", {scene.prompt: clip(scene, frames=48) for scene in scenes})
-    assert run_app(app, "quality", ["--frames-from", str(kept), "--out", str(tmp_path / "out")]) == 0
+    strips = measure([(scene.prompt, clip(scene, frames=48), 0.5) for scene in scenes], 4)
+    assert report(tmp_path, strips, "clips") == 0
     assert capsys.readouterr().out.count("PASS") == 3
-    rows = list(csv.DictReader((tmp_path / "out" / "pocket_quality.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "pocket_quality.csv").open()))
     assert [row["prompt"] for row in rows] == [scene.prompt for scene in scenes]
     assert {row["whole"] for row in rows} == {"True"} and float(rows[0]["boundary_error_max"]) < 0.3
-    assert "| colour right" in (tmp_path / "out" / "pocket_quality.md").read_text()
-    assert (tmp_path / "out" / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
-    assert not list((tmp_path / "out").glob("*.part"))
+    assert "| colour right" in (tmp_path / "pocket_quality.md").read_text()
+    assert (tmp_path / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.part"))
+    (axes,) = contact_sheet(strips, "clips").axes
+    assert axes.images[0].get_array().shape == (4 * 68, 6 * 68, 3)  # three frames of each chunk, and gaps
+    assert len(axes.collections) == 1, "one boundary"
 
 
-def test_kept_frames_that_do_not_follow_their_prompt_fail(tmp_path, capsys):
-    kept = keep(tmp_path / "frames", {"a green circle moving right": clip(RED_CIRCLE, frames=48)})
-    assert run_app(app, "quality", ["--frames-from", str(kept), "--out", str(tmp_path / "out")]) == 1
+def test_clips_that_do_not_follow_their_prompt_fail(tmp_path, capsys):
+    strips = measure([("a green circle moving right", clip(RED_CIRCLE, frames=48), 0.5)], 1)
+    assert report(tmp_path, strips, "clips") == 1
     assert capsys.readouterr().out.count("FAIL") == 1
 
 
-@pytest.mark.parametrize("content", [None, b"not a video"])
-def test_frames_that_cannot_be_read_are_one_clear_line(tmp_path, capsys, content):
-    if content is not None:
-        (tmp_path / "000.safetensors").write_bytes(content)
-    assert run_app(app, "quality", ["--frames-from", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("quality: error: ") and str(tmp_path) in message
+def test_videos_of_two_runs_share_no_noise():
+    seeds = [one.seed for seed in (0, 1) for one in pocket_requests(60, chunks=2, num_steps=4, seed=seed)]
+    assert len(set(seeds)) == 120
 
 
-def test_videos_of_an_untrained_model_are_made_kept_and_fail(tmp_path):
-    weights = tmp_path / "weights"
-    write_vae_config(weights / "vae", POCKET_VAE)
-    save_file(new_vae(0).state_dict(), weights / "vae" / "diffusion_pytorch_model.safetensors")
-    save_file(new_dit(0).state_dict(), weights / "model.safetensors")
-    out = tmp_path / "out"
-    options = ["--prompts", "2", "--chunks", "2", "--steps", "4", "--seed", "7", "--keep-frames"]
-    assert run_app(app, "quality", [*options, "--weights", str(weights), "--out", str(out)]) == 1
-    assert run_app(app, "quality", [*options, "--weights", str(weights), "--out", str(out)]) == 2  # would mix two runs
-    kept = [load_file(path)["frames"] for path in sorted((out / "frames").iterdir())]
-    assert [frames.shape for frames in kept] == [(48, SIDE, SIDE, 3)] * 2
-    scene = balanced_scenes(2, seed=7)[0]
-    rows = list(csv.reader((out / "pocket_quality.csv").open()))
-    again = video_row(adherence(kept[0], scene))
-    assert rows[1][0] == scene.prompt and float(rows[1][2]) == pytest.approx(again["colour_share"], rel=1e-5)
+def test_videos_of_an_untrained_model_are_made_and_fail(tmp_path, untrained_weights):
+    options = ["--prompts", "2", "--chunks", "2", "--steps", "4", "--seed", "7", "--weights", str(untrained_weights)]
+    assert run_command(run, "pocket_quality", [*options, "--out", str(tmp_path)]) == 1
+    rows = list(csv.reader((tmp_path / "pocket_quality.csv").open()))
+    assert [row[0] for row in rows[1:]] == [scene.prompt for scene in balanced_scenes(2, seed=7)]

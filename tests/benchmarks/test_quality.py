@@ -6,22 +6,22 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.common import run_app
-from benchmarks.quality.__main__ import app
-from benchmarks.quality.sweep import LEAN, STAND_INS, Plan, Setting
-from benchmarks.quality.trial import Case, Results
+from benchmarks.common import run_command
+from benchmarks.quality.__main__ import run
+from benchmarks.quality.sweep import STAND_INS, Plan, Setting, label_of
+from benchmarks.quality.trial import Results
+from engine.request import Request
 from models.errors import InputError
-from models.pocket.words import Scene
-from tests.benchmarks.test_quality_report import trial
+from tests.benchmarks.test_quality_report import reusing, trial
 from tests.parallel.small import one_thread
 
 RUN = {"model": "magi-pocket", "seed": 3}
-SETTINGS = (Setting(), Setting(method="flowcache", threshold=0.125, warmup=3, passes=LEAN, budget=2))
+SETTINGS = (Setting(), reusing(method="flowcache", threshold=0.125, warmup=3, budget=2))
 PLAN = Plan(run=RUN, settings=SETTINGS, presets={"flowcache-slow": SETTINGS[1]}, calibrated={"flowcache-slow": 0.1})
 
 
-def case(seed):
-    return Case(scene=Scene(colour="red", shape="circle", motion="right"), seed=seed, chunks=2, num_steps=4)
+def video(seed):
+    return Request(prompt="a red circle moving right", chunks=2, height=64, width=64, num_steps=4, seed=seed)
 
 
 def begun(folder):
@@ -29,7 +29,7 @@ def begun(folder):
     assert results.plan is None
     results.begin(PLAN)
     for setting in SETTINGS:
-        results.add(trial(setting, 1, prompt=case(1).scene.prompt, seconds=0.1 + 0.2))
+        results.add(trial(setting, 1, prompt=video(1).prompt, seconds=0.1 + 0.2))
     return results
 
 
@@ -37,7 +37,7 @@ def test_results_survive_exactly_and_what_is_missing_is_known(tmp_path):
     before = begun(tmp_path)
     after = Results(tmp_path, RUN)
     assert after.plan == PLAN and after.trials == before.trials
-    assert after.missing(case(1)) == [] and after.missing(case(2)) == list(SETTINGS)
+    assert after.missing(video(1)) == [] and after.missing(video(2)) == list(SETTINGS)
 
 
 @pytest.mark.parametrize("rest", ['{"setting": {"meth', ""])
@@ -46,8 +46,8 @@ def test_a_line_that_was_cut_off_is_run_again(tmp_path, rest):
     path = tmp_path / "trials.jsonl"
     path.write_text(path.read_text().splitlines(keepends=True)[0] + rest)
     results = Results(tmp_path, RUN)
-    assert results.missing(case(1)) == [SETTINGS[1]]
-    results.add(trial(SETTINGS[1], 1, prompt=case(1).scene.prompt))
+    assert results.missing(video(1)) == [SETTINGS[1]]
+    results.add(trial(SETTINGS[1], 1, prompt=video(1).prompt))
     assert len(Results(tmp_path, RUN).trials) == 2
 
 
@@ -76,21 +76,21 @@ def test_a_small_sweep_runs_and_goes_on_after_it_was_stopped(tmp_path, untrained
     one_thread()  # two are slower at this size
     sizes = ["--quick", "--prompts", "1", "--chunks", "2", "--steps", "4", "--warmup", "1"]
     options = [*sizes, "--weights", str(untrained_weights), "--out", str(tmp_path)]
-    status = run_app(app, "quality", options)
+    status = run_command(run, "quality", options)
     printed = capsys.readouterr().out
     assert status == (1 if "FAIL" in printed else 0) and "PASS" in printed
     lines = (tmp_path / "trials.jsonl").read_text().splitlines()
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert len(lines) == len(plan["settings"]) > 15
     rows = list(csv.DictReader((tmp_path / "quality.csv").open()))
-    assert len(rows) == len(lines) and {row["stands_in"] for row in rows} == {"", *(one.label for one in STAND_INS)}
+    assert len(rows) == len(lines) and {row["stands_in"] for row in rows} == {"", *map(label_of, STAND_INS)}
     assert all(0 < float(row["computed"]) <= 1 for row in rows)
     for name in ("pareto.png", "speed.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "## PSNR at equal computed fraction" in (tmp_path / "quality.md").read_text()
 
     (tmp_path / "trials.jsonl").write_text("\n".join(lines[:-3]) + "\n" + lines[-3][:40])
-    assert run_app(app, "quality", options) in (0, 1)
+    assert run_command(run, "quality", options) in (0, 1)
     again = (tmp_path / "trials.jsonl").read_text().splitlines()
     assert again[:-3] == lines[:-3]
     for before, after in zip(lines[-3:], again[-3:], strict=True):
@@ -98,14 +98,14 @@ def test_a_small_sweep_runs_and_goes_on_after_it_was_stopped(tmp_path, untrained
         assert {key: first[key] for key in first if "seconds" not in key} == {
             key: second[key] for key in second if "seconds" not in key
         }
-    assert run_app(app, "quality", [*options, "--seed", "1"]) == 2
+    assert run_command(run, "quality", [*options, "--seed", "1"]) == 2
     assert "seed was 0, is now 1" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--model", "magi-24b"], "magi-24b"), (["--kind", "magic"], "magic"), (["--extrapolate-from", "2"], "2")],
+    [(["--model", "magi-24b"], "magi-24b"), (["--warmup", "0"], "warmup")],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path, capsys, options, message):
-    assert run_app(app, "quality", [*options, "--out", str(tmp_path)]) == 2
+    assert run_command(run, "quality", [*options, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Curves at equal computed fraction, on trials whose curves are known."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -15,9 +16,15 @@ from benchmarks.quality.report import (
     speed_figure,
     verdicts,
 )
-from benchmarks.quality.sweep import LEAN, METHODS, WORK, Setting
+from benchmarks.quality.sweep import LEAN, METHODS, VANILLA, WORK, Setting
 from benchmarks.quality.trial import Trial
 from engine.reuse.settings import KINDS
+
+
+def reusing(method, kind="residual", *, threshold, warmup=1, extrapolate_from=1.0, budget=None, passes=LEAN):
+    """A setting with reuse; lean unless it says otherwise."""
+    reuse = replace(passes, policy=method, threshold=threshold, warmup_steps=warmup, reuse=kind)
+    return Setting(reuse=replace(reuse, extrapolate_from=extrapolate_from), budget=budget)
 
 
 def trial(setting, seed=0, **changes):
@@ -48,7 +55,7 @@ def trial(setting, seed=0, **changes):
 
 
 PRESETS = {
-    name: Setting(method="flowcache", kind="velocity", threshold=threshold, warmup=2, passes=LEAN)
+    name: reusing(method="flowcache", kind="velocity", threshold=threshold, warmup=2)
     for name, threshold in zip(WORK, (0.3, 0.4), strict=True)
 }
 WORKS = dict(zip(PRESETS.values(), WORK.values(), strict=True))
@@ -62,7 +69,7 @@ def sweep(prompts=4, speed=0.95, bonus=BONUS):
         for kind in KINDS:
             for threshold in (0.1, 0.3, 0.4, 0.6):
                 computed = 1 - threshold
-                setting = Setting(method=method, kind=kind, threshold=threshold, warmup=2, passes=LEAN)
+                setting = reusing(method=method, kind=kind, threshold=threshold, warmup=2)
                 psnr = 20 + 40 * computed + bonus[method] + bonus[kind]
                 figures = {"computed": computed, "seconds": computed / speed, "work": WORKS.get(setting, computed)}
                 found += [trial(setting, seed, psnr=psnr + seed, **figures) for seed in range(prompts)]
@@ -83,17 +90,17 @@ def test_a_curve_has_no_value_where_it_was_not_measured():
 
 
 def test_points_where_nothing_was_reused_or_that_are_compressed_are_on_no_curve():
-    way, setting = ("flowcache", "residual"), Setting(method="flowcache", threshold=0.001, passes=LEAN)
+    way, setting = ("flowcache", "residual"), reusing(method="flowcache", threshold=0.001)
     extra = [
         trial(setting, psnr=100.0, computed=1.0),
-        trial(Setting(method="flowcache", threshold=0.1, passes=LEAN, budget=2), psnr=0.0, computed=0.8),
-        trial(Setting(method="flowcache", threshold=0.1), psnr=0.0, computed=0.8),
+        trial(reusing(method="flowcache", threshold=0.1, budget=2), psnr=0.0, computed=0.8),
+        trial(reusing(method="flowcache", threshold=0.1, passes=VANILLA), psnr=0.0, computed=0.8),
     ]
     assert psnr_at(sweep() + extra, way, 0.8) == psnr_at(sweep(), way, 0.8)
 
 
 def test_two_ways_are_compared_on_the_prompts_of_both():
-    trials = [one for one in sweep() if one.setting.method == "flowcache" or one.seed != 3]
+    trials = [one for one in sweep() if one.setting.reuse.policy == "flowcache" or one.seed != 3]
     found = compare(trials, ("flowcache", "residual"), ("teacache", "residual"), 0.65)
     assert (found.prompts, found.better) == (3, 3)
     assert found.first - found.second == pytest.approx(5)
@@ -112,7 +119,7 @@ def test_every_verdict_passes_and_fails_for_its_own_reason():
     kind[6:9] = ["FAIL"] * 3
     assert verdict_words(sweep(bonus={**BONUS, "velocity": -1.0})) == kind
     assert verdict_words(sweep(speed=0.89))[9:] == ["FAIL", "PASS", "PASS"]
-    other = dict(zip(PRESETS, (Setting(method="flowcache", threshold=9.0),) * 2, strict=True))
+    other = dict(zip(PRESETS, (reusing(method="flowcache", threshold=9.0),) * 2, strict=True))
     assert [one.passed for one in verdicts(sweep(), "velocity", other)][10:] == [False, False]
 
 
@@ -122,17 +129,18 @@ def test_residual_is_not_compared_with_itself():
 
 
 def test_a_comparison_on_few_of_the_prompts_does_not_pass():
-    few = [one for one in sweep() if one.setting.method != "teacache" or one.seed < 2]
+    few = [one for one in sweep() if one.setting.reuse.policy != "teacache" or one.seed < 2]
     assert verdict_words(few)[:6] == ["FAIL"] * 6
 
 
 def test_tables_hold_every_setting_once_and_name_the_presets():
-    trials = sweep() + [trial(Setting(passes=LEAN, budget=2))]
+    trials = sweep() + [trial(Setting(reuse=LEAN, budget=2))]
     tables = setting_tables(trials, PRESETS)
     assert list(tables) == ["Without reuse", "Reuse", "Compressed KV"]
-    assert all("".join(tables.values()).count(f"| {name} ") == 1 for name in PRESETS)
-    headers, rows = csv_rows(trials, PRESETS)
-    assert len(rows) == 2 + 24 and all(len(row) == len(headers) for row in rows)
+    methods = [row["method"] for rows in tables.values() for row in rows]
+    assert all(methods.count(name) == 1 for name in PRESETS)
+    rows = csv_rows(trials, PRESETS)
+    assert len(rows) == 2 + 24 and len({tuple(row) for row in rows}) == 1
     table = curve_table(trials)
     assert f"PSNR at {FRACTIONS[0]:.0%}" in table and table.count("flowcache") == 3 and "80%: 4" in table
     assert "60.50" in table  # flowcache, velocity at 80%: 20 + 32 + 7, and 1.5 for the mean prompt

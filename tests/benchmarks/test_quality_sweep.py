@@ -14,14 +14,14 @@ from benchmarks.quality.sweep import (
     ObservationLog,
     Probe,
     Setting,
-    StandIn,
     estimate_threshold,
+    label_of,
     make_plan,
 )
 from engine.reuse.policy import ChunkPolicy, Decision, Observation
 from engine.schedule import Schedule
 
-VELOCITY = StandIn(kind="velocity")
+VELOCITY = ("velocity", 1.0)
 GRID = Grid(warmup=2, chosen=VELOCITY, fractions=(0.8, 0.5), budgets=(1, 3))
 PRESETS = {name: GRID.reuse("flowcache", VELOCITY, 0.01 * (i + 1)) for i, name in enumerate(WORK)}
 
@@ -48,30 +48,29 @@ def test_a_log_keeps_each_tick_apart():
     assert all(len({one.tick for one in seen}) == 1 for seen in ticks)
 
 
-def test_settings_become_those_of_the_engine():
-    setting = Setting(method="flowcache", kind="velocity", threshold=0.02, warmup=3, passes=LEAN, budget=2)
+def test_a_setting_says_what_it_is_and_what_it_is_compared_with():
+    setting = GRID.reuse("flowcache", ("velocity", 0.5), 0.02)
     cache = setting.reuse
-    assert (cache.policy, cache.reuse, cache.threshold, cache.warmup_steps) == ("flowcache", "velocity", 0.02, 3)
-    assert not cache.clean_pass and not cache.copy_pass and setting.kv.budget == 2
-    assert replace(setting, extrapolate_from=0.5).reuse.extrapolate_from == 0.5
-    vanilla = Setting().reuse
-    assert vanilla.policy == "none" and vanilla.clean_pass and vanilla.copy_pass
-    assert setting.plain == Setting(passes=LEAN, budget=2)
+    assert (cache.policy, cache.reuse, cache.threshold, cache.warmup_steps) == ("flowcache", "velocity", 0.02, 2)
+    assert not cache.clean_pass and not cache.copy_pass and cache.extrapolate_from == 0.5
+    assert setting.lean and setting.reuses and setting.label == "velocity, extrapolate from 0.5"
+    assert not Setting().reuses and Setting().reuse.clean_pass and Setting().reuse.copy_pass
+    assert replace(setting, budget=2).plain == Setting(reuse=LEAN, budget=2)
 
 
 def test_the_grid_has_everything_once_and_each_has_its_reference():
     found = GRID.settings(lambda method, stand_in, fraction: round(1 - fraction, 3), PRESETS)
     assert len(found) == len(set(found)) == 2 + 2 * 4 * 2 + 2 + 2 + 2 * 3
-    lean_curves = {one.plain for one in found if one.method != "none" and one.budget is None}
-    assert lean_curves == {Setting(), Setting(passes=LEAN)}
+    lean_curves = {one.plain for one in found if one.reuses and one.budget is None}
+    assert lean_curves == {Setting(), Setting(reuse=LEAN)}
     assert {one.budget for one in found} == {None, 1, 3}
     assert {one.plain for one in found} <= set(found)
 
 
 def test_what_was_chosen_is_swept_too():
-    odd = StandIn(kind="residual", extrapolate_from=0.7)
+    odd = ("residual", 0.7)
     assert replace(GRID, chosen=odd).stand_ins == (*STAND_INS, odd) and GRID.stand_ins == STAND_INS
-    assert [one.label for one in (VELOCITY, odd)] == ["velocity", "residual, extrapolate from 0.7"]
+    assert [label_of(one) for one in (VELOCITY, odd)] == ["velocity", "residual, extrapolate from 0.7"]
 
 
 @settings(deadline=None)
@@ -93,7 +92,7 @@ def test_what_the_warm_up_computes_cannot_be_saved():
 
 def curved(setting):
     """A computed fraction that falls with the threshold, for any method and kind."""
-    return 0.3 + 0.7 / (1 + (setting.threshold / 0.05) ** 4) if setting.method != "none" else 1.0
+    return 0.3 + 0.7 / (1 + (setting.reuse.threshold / 0.05) ** 4) if setting.reuses else 1.0
 
 
 def test_a_plan_has_thresholds_of_the_fractions_and_of_the_work():
@@ -107,10 +106,8 @@ def test_a_plan_has_thresholds_of_the_fractions_and_of_the_work():
     plan = make_plan(probe, GRID, None, {"model": "made up"}, lambda line: None)
     for name, target in WORK.items():
         assert work(plan.presets[name]) == pytest.approx(target, abs=0.01)
-        assert plan.calibrated[name] == plan.presets[name].threshold == float(f"{plan.calibrated[name]:.3g}")
+        assert plan.calibrated[name] == plan.presets[name].reuse.threshold == float(f"{plan.calibrated[name]:.3g}")
     assert len(set(asked)) <= 1 + 8 * len(WORK)
     for method in ("flowcache", "teacache"):
-        own = {one.threshold for one in plan.settings if (one.method, one.kind) == (method, "extrapolate")}
-        assert sorted(curved(Setting(method=method, threshold=one)) for one in own) == pytest.approx(
-            [0.5, 0.8], abs=0.02
-        )
+        own = [one for one in plan.settings if (one.reuse.policy, one.reuse.reuse) == (method, "extrapolate")]
+        assert sorted({curved(one) for one in own}) == pytest.approx([0.5, 0.8], abs=0.02)

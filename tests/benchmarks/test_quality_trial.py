@@ -8,16 +8,17 @@ import pytest
 import torch
 
 from benchmarks.quality.sweep import LEAN, Setting
-from benchmarks.quality.trial import IDENTICAL, Case, TrialRunner, frames_psnr, frames_ssim, image_metrics, latent_error
+from benchmarks.quality.trial import IDENTICAL, TrialRunner, frames_psnr, frames_ssim, image_metrics, latent_error
+from engine.request import Request
 from models.errors import InputError
-from models.pocket.words import Scene
+from tests.benchmarks.test_quality_report import reusing
 from tests.engine.tiny import TinyPipeline, tiny_config
 
-CASE = Case(scene=Scene(colour="red", shape="circle", motion="right"), seed=5, chunks=4, num_steps=8)
-REUSE = Setting(method="flowcache", threshold=0.1, warmup=2, passes=LEAN)
-VELOCITY = Setting(method="flowcache", kind="velocity", threshold=0.1, warmup=2, passes=LEAN)
-SMALL = Setting(method="teacache", threshold=0.1, warmup=2, passes=LEAN, budget=1)
-SETTINGS = [Setting(), Setting(passes=LEAN), REUSE, VELOCITY, SMALL, Setting(passes=LEAN, budget=1)]
+CASE = Request(prompt="a red circle moving right", chunks=4, height=64, width=64, num_steps=8, seed=5)
+REUSE = reusing(method="flowcache", threshold=0.1, warmup=2)
+VELOCITY = reusing(method="flowcache", kind="velocity", threshold=0.1, warmup=2)
+SMALL = reusing(method="teacache", threshold=0.1, warmup=2, budget=1)
+SETTINGS = [Setting(), Setting(reuse=LEAN), REUSE, VELOCITY, SMALL, Setting(reuse=LEAN, budget=1)]
 
 
 class Visible(TinyPipeline):
@@ -41,12 +42,12 @@ def trials(runner):
 @pytest.mark.slow
 def test_every_setting_is_run_once(runner, trials):
     assert set(trials) == set(SETTINGS)
-    many = [Setting(method="flowcache", threshold=0.01 * i, passes=LEAN) for i in range(7)]
+    many = [reusing(method="flowcache", threshold=0.01 * i) for i in range(7)]
     assert [one.setting for one in runner.trials(replace(CASE, chunks=1), many)] == many
 
 
 def test_without_reuse_nothing_differs_but_what_passes_and_memory_change(trials):
-    vanilla, lean, small = (trials[one] for one in (Setting(), Setting(passes=LEAN), Setting(passes=LEAN, budget=1)))
+    vanilla, lean, small = (trials[one] for one in (Setting(), Setting(reuse=LEAN), Setting(reuse=LEAN, budget=1)))
     for one in (vanilla, lean, small):
         assert (one.psnr, one.latent_error, one.computed) == (IDENTICAL, 0, 1)
     assert vanilla.psnr_vanilla == vanilla.psnr_uncompressed == IDENTICAL and vanilla.work == 1
@@ -60,7 +61,7 @@ def test_reuse_is_compared_with_the_same_passes_and_memory(runner, trials, setti
     found = trials[setting]
     made, plain, vanilla = (runner.make(one, CASE) for one in (setting, setting.plain, Setting()))
     frames, plain_frames, vanilla_frames = (runner.decode(one) for one in (made, plain, vanilla))
-    uncompressed = runner.decode(runner.make(Setting(passes=LEAN), CASE))
+    uncompressed = runner.decode(runner.make(Setting(reuse=LEAN), CASE))
     assert found.psnr == frames_psnr(frames, plain_frames) < IDENTICAL
     assert found.ssim == pytest.approx(frames_ssim(frames, plain_frames))
     assert found.latent_error == pytest.approx(latent_error(made.latents, plain.latents))

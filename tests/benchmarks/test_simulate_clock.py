@@ -142,15 +142,6 @@ def test_reuse_lowers_the_bound_and_a_second_video_lifts_it():
     assert two > 1.2 * one
 
 
-def test_videos_wait_for_room():
-    plan = video(3, (1.0,), steps=4)
-    made = simulate([plan] * 3, Machine(stages=1), concurrency=1)
-    assert [chunks[-1] for chunks in made.chunks] == pytest.approx([12.0, 24.0, 36.0])
-    together = simulate([plan] * 3, Machine(stages=1), concurrency=3)
-    assert together.seconds == pytest.approx(36.0)
-    assert together.first_chunk > made.first_chunk
-
-
 def test_decisions_and_results_take_the_leaders_time():
     """Eight decisions and two results, of which one decision is made while the other stage works."""
     plan = video(2, even(2), steps=4, computed=lambda chunk, step: step == 0)
@@ -222,10 +213,10 @@ def test_what_is_faster_never_makes_one_video_slower(plan, machine, factor):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(small, min_size=1, max_size=3), machines, st.integers(1, 3))
-def test_no_work_is_lost_or_done_twice_or_at_the_same_time(plans, machine, concurrency):
+@given(st.lists(small, min_size=1, max_size=3), machines)
+def test_no_work_is_lost_or_done_twice_or_at_the_same_time(plans, machine):
     # Plans of one gang have the same stages, but not the same times.
-    made = simulate(plans, machine, concurrency=concurrency, spans=True)
+    made = simulate(plans, machine, spans=True)
     assert made.calls == sum(plan.calls for plan in plans)
     assert sum(made.busy) == pytest.approx(sum(plan.total for plan in plans))
     assert made.seconds >= max(made.busy) - 1e-9

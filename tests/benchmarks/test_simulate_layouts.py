@@ -5,14 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.common import run_app
-from benchmarks.models import ModelSpec
-from benchmarks.simulate.__main__ import app
-from benchmarks.simulate.check import Compared
+from benchmarks.common import run_command
+from benchmarks.simulate.__main__ import run
 from benchmarks.simulate.clock import Outcome
 from benchmarks.simulate.layouts import (
     Cluster,
-    Hardware,
     Reuse,
     Study,
     layouts_on,
@@ -20,7 +17,8 @@ from benchmarks.simulate.layouts import (
     run_study,
     sampled_reuse,
 )
-from benchmarks.workload import Made, Workload
+from benchmarks.simulate.stages import Compared
+from benchmarks.workload import Made, ModelSpec, Workload
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
 from models.errors import InputError
@@ -30,7 +28,7 @@ from parallel.topology.mesh import Layout
 
 def cluster(**changes):
     config = find_preset("magi-4.5b-distill").config()
-    return replace(Cluster(config=config, hardware=Hardware(), pass_seconds=3.6, mfu=0.34, budget=5), **changes)
+    return Cluster(config=config, **changes)
 
 
 def study(**changes):
@@ -75,21 +73,20 @@ def test_cp_divides_computing_and_adds_exchanges():
     assert one.exchange_seconds(1) == 0
     (two,) = one.seconds(Layout(cp=2))(one_pass(), 0)
     assert two == pytest.approx(3.6 / (2 * 0.95) + 34 * one.exchange_seconds(2), rel=0.01)
-    (free,) = cluster(hardware=Hardware(doubling=1.0, bandwidth=1e18, collective=0.0)).seconds(Layout(cp=4))(
-        one_pass(), 0
-    )
+    (free,) = cluster(doubling=1.0, bandwidth=1e18, collective=0.0).seconds(Layout(cp=4))(one_pass(), 0)
     assert free == pytest.approx(0.9)
 
 
 def test_memory_is_that_of_the_fullest_rank():
     preset, one = PRESETS["magi-4.5b-distill"], cluster()
-    whole, half = one.memory(Layout()), one.memory(Layout(pp=2))
-    vae = 2 * preset.vae_parameters
-    assert whole.weights - vae == pytest.approx(preset.stored, rel=0.001)
-    assert half.weights - vae == pytest.approx(preset.stored / 2, rel=0.02)
-    assert whole.kv == (5 + 4) * 12150 * 34 * 2 * 1024 * 2
-    assert one.memory(Layout(pp=2, cp=4)).kv == whole.kv // 8
-    assert one.memory(Layout(pp=8)).kv == whole.kv * 5 // 34
+    (weights, kv), (half, _), vae = one.held(Layout()), one.held(Layout(pp=2)), 2 * preset.vae_parameters
+    assert weights - vae == pytest.approx(preset.stored, rel=0.001)
+    assert half - vae == pytest.approx(preset.stored / 2, rel=0.02)
+    assert kv == (5 + 4) * 12150 * 34 * 2 * 1024 * 2
+    assert one.held(Layout(pp=2, cp=4))[1] == kv // 8
+    assert one.held(Layout(pp=8))[1] == kv * 5 // 34
+    assert study().rank_bytes(Layout(), 9) == weights + 2 * kv and study().fits(Layout(), 8)
+    assert not study(cluster=cluster(memory=1e9)).fits(Layout(), 8)
 
 
 def test_a_pass_that_is_too_short_for_the_model_is_refused():
@@ -133,13 +130,13 @@ def test_many_videos_fill_what_one_leaves_idle():
     assert runs[Layout(), 1].gangs == 1 and runs[Layout(), 8].gangs == 8
     assert runs[Layout(), 8].speed_up == pytest.approx(8, rel=0.01)
     assert runs[Layout(pp=8), 8].speed_up > 1.5 * runs[Layout(pp=8), 1].speed_up
-    for run in runs.values():
-        assert run.speed_up < 8 and max(run.utilisation) <= 1
+    for made in runs.values():
+        assert made.speed_up < 8 and max(made.utilisation) <= 1
 
 
 def test_the_command_writes_tables_and_a_figure(tmp_path):
     arguments = ["--quick", "--steps", "16", "--gpus", "4", "--out", str(tmp_path)]
-    assert run_app(app, "simulate", arguments) == 0
+    assert run_command(run, "simulate", arguments) == 0
     text = (tmp_path / "simulate.md").read_text()
     assert "pp 2 x cp 2" in text and "pp 8" not in text
     rows = list(csv.DictReader((tmp_path / "simulate.csv").read_text().splitlines()))
@@ -160,7 +157,7 @@ def test_the_command_writes_tables_and_a_figure(tmp_path):
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, arguments, said):
-    assert run_app(app, "simulate", [*arguments, "--quick", "--out", str(tmp_path)]) == 2
+    assert run_command(run, "simulate", [*arguments, "--quick", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
 

@@ -1,1 +1,0 @@
-"""Pipeline stages and context parallelism against one process."""
