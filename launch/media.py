@@ -1,4 +1,8 @@
-"""Pictures and clips that a video starts from. That frames become a prefix is the engine's business."""
+"""Pictures and clips that a video starts from. That frames become a prefix is the engine's business.
+
+A file may come from anybody. FFmpeg is handed an open file and the formats that it may find in it, so it opens nothing
+by name: no address, no playlist, no script that lists other files.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,12 @@ from models.errors import InputError
 PREFIX_FRAMES = 32
 """How many frames of a clip are continued: the first ones after resampling (specification part 3)."""
 _LATENT_FRAMES = 4  # one latent frame stands for four frames
-_TEXT = "tty"  # FFmpeg would draw the letters
+# Names of FFmpeg's demuxers, none of which opens further files.
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,ivf,nut,y4m,yuv4mpegpipe,"
+    "h264,hevc,m4v,obu,mjpeg,gif,apng,png_pipe,jpeg_pipe,jpegxl_pipe,jpegxl_anim,webp,webp_pipe,bmp_pipe,tiff_pipe,"
+    "ppm_pipe,pgm_pipe,pbm_pipe,pam_pipe,qoi_pipe,exr_pipe,wav,mp3,aac,flac"
+)
 _TURNS = {90: ("transpose", "cclock"), 180: ("rotate", "PI"), 270: ("transpose", "clock")}  # to undo a rotation tag
 
 
@@ -57,6 +66,8 @@ def _read(path: Path, kind: str, *, fps: int | None, height: int, width: int, li
             frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
             if len(frames) == limit:
                 break
+    except av.ArgumentError:  # what FFmpeg says of a format that is not in the list
+        raise InputError(f"cannot read the {kind} {path}: it is neither a picture nor a video") from None
     except (OSError, ValueError, av.FFmpegError) as error:
         raise InputError(f"cannot read the {kind} {path}: {getattr(error, 'strerror', None) or error}") from None
     if not frames:
@@ -65,8 +76,9 @@ def _read(path: Path, kind: str, *, fps: int | None, height: int, width: int, li
 
 
 def _decode(path: Path, *, fps: int | None, height: int, width: int) -> Iterator[VideoFrame]:
-    with av.open(str(path)) as container:
-        if not container.streams.video or container.format.name == _TEXT:
+    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "none"}
+    with path.open("rb") as file, av.open(file, "r", options=options) as container:
+        if not container.streams.video:
             raise ValueError("there is no picture in it")
         stream, graph = container.streams.video[0], None
         for frame in container.decode(stream):

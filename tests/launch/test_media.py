@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import wave
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -96,7 +99,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     text.write_text("no picture\n" * 100)
     whole = _write(tmp_path / "clip.mp4", _plain(RED, 24)).read_bytes()
     cut.write_bytes(whole[: len(whole) // 2])  # without its index, which stands at the end
-    for path, reason in ((text, "Invalid data"), (cut, "Invalid data"), (tmp_path / "none.mp4", "No such file")):
+    neither = "it is neither a picture nor a video"
+    for path, reason in ((text, neither), (cut, "Invalid data"), (tmp_path / "none.mp4", "No such file")):
         with pytest.raises(InputError, match=rf"cannot read the image .*{path.name}: {reason}"):
             read_image(path, height=64, width=64)
         with pytest.raises(InputError, match=rf"cannot read the video .*{path.name}: {reason}"):
@@ -104,11 +108,53 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 
 def test_files_without_a_picture_are_refused(tmp_path: Path) -> None:
-    sound, text = tmp_path / "sound.wav", tmp_path / "notes.txt"
+    sound = tmp_path / "sound.wav"
     with wave.open(str(sound), "wb") as file:
         file.setparams((1, 2, 8000, 0, "NONE", "not compressed"))
         file.writeframes(bytes(1000))
+    with pytest.raises(InputError, match="sound.wav: there is no picture in it"):
+        read_video(sound, fps=24, height=64, width=64)
+    text = tmp_path / "notes.txt"
     text.write_text("FFmpeg would draw these words\n" * 100)
-    for path in (sound, text):
-        with pytest.raises(InputError, match=rf"{path.name}: there is no picture in it"):
-            read_video(path, fps=24, height=64, width=64)
+    with pytest.raises(InputError, match="notes.txt: it is neither a picture nor a video"):
+        read_video(text, fps=24, height=64, width=64)
+
+
+@pytest.fixture
+def visits() -> Iterator[tuple[int, list[str]]]:
+    """A web server's port, and the paths that it was asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port, asked
+        server.shutdown()
+
+
+def test_no_file_makes_us_open_another(tmp_path: Path, visits: tuple[int, list[str]]) -> None:
+    """Neither an address, nor a playlist, nor a script that lists files, local ones or on the network."""
+    port, asked = visits
+    clip, web = _write(tmp_path / "clip.mp4", _plain(RED, 24)), f"http://127.0.0.1:{port}"
+    scripts = {
+        "list.ffconcat": f"ffconcat version 1.0\nfile {clip.name}\n",
+        "web.ffconcat": f"ffconcat version 1.0\nfile {web}/a.mp4\n",
+        "list.m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{web}/b.ts\n#EXT-X-ENDLIST\n",
+        "list.sdp": "v=0\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+        "list.mpd": f'<?xml version="1.0"?><MPD><BaseURL>{web}/</BaseURL></MPD>',
+    }
+    for name, text in scripts.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match=rf"{name}: (it is neither a picture nor a video|Invalid data)"):
+            read_video(tmp_path / name, fps=24, height=64, width=64)
+    for address in (f"{web}/c.mp4", f"concat:{clip}|{clip}", f"file:{clip}", f"subfile,,start,0,end,0,,:{clip}"):
+        with pytest.raises(InputError, match="No such file"):
+            read_image(Path(address), height=64, width=64)
+    assert asked == []
