@@ -28,7 +28,10 @@ NOT_ACTIVE = 255
 _SPAN = ("first", "chunks", "num_steps", "window")
 _ARRAYS = ("span", "decisions", "changes", "tick_seconds", "tick_items", "fill", "held")
 _SETTINGS_FILE, _ARRAYS_FILE = "record.json", "record.npz"
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, InputError)
+_DAMAGE = (
+    OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, OverflowError, zipfile.BadZipFile, zlib.error,
+    InputError,
+)  # fmt: skip
 """What reading a file that is not whole can raise."""
 
 

@@ -6,13 +6,15 @@ It knows the files' format and how far figures may differ. The weights file of a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, get_args
 
 import torch
+from pydantic import Field
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -26,7 +28,7 @@ from engine.reuse.settings import ReuseSettings
 from launch.generate import join_ranks, needs_ranks, start_ranks
 from launch.options import Options
 from models.errors import InputError
-from models.magi.config import MagiConfig, VaeConfig
+from models.magi.config import MagiConfig, VaeConfig, checked
 from models.magi.dit import MagiDiT
 from models.magi.pipeline import Checkpoint, Loading, MagiPipeline
 from models.magi.vae import ViTVAE
@@ -39,6 +41,7 @@ from parallel.topology.split import stage_range
 
 TOLERANCE = 1e-4
 DECODED_TOLERANCE = 1e-2  # stored as fp16
+_Side = Annotated[int, Field(ge=1, le=1_000)]
 _KINDS = ("generation", "vae", "kv_selection")
 
 
@@ -66,17 +69,25 @@ class _Golden:
     def kind(self) -> str:
         return self.metadata.get("kind", "")
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, shape: Sequence[int | None] | None = None) -> Tensor:
+        """A tensor, of a shape in which None stands for any number above 0."""
         if name not in self.tensors:
             raise InputError(f"{self.path} lacks the tensor {name}")
-        return self.tensors[name]
+        tensor = self.tensors[name]
+        found = tuple(tensor.shape)
+        if shape is not None and (
+            len(shape) != len(found) or any(n < 1 or n != (want or n) for n, want in zip(found, shape, strict=True))
+        ):
+            wanted = ", ".join("any" if want is None else str(want) for want in shape)
+            raise InputError(f"{self.path}: {name} has the shape {list(found)} and not [{wanted}]")
+        return tensor
 
     def json(self, key: str) -> dict[str, Any]:
         try:
             value = json.loads(self.metadata[key])
         except KeyError:
             raise InputError(f"{self.path} lacks the metadata {key}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{self.path}: the metadata {key} is not JSON: {error}") from None
         if not isinstance(value, dict):
             raise InputError(f"{self.path}: the metadata {key} is not a JSON object")
@@ -170,30 +181,36 @@ def _check(golden: _Golden, model: MagiDiT | None, gang: Gang | None) -> Verdict
 
 
 def _check_generation(golden: _Golden, model: MagiDiT, gang: Gang | None) -> tuple[float, str, bool]:
-    config = golden.config()
-    text = golden.tensor("input.caption_embs").float()[golden.tensor("input.caption_mask").bool()]
-    captions = CaptionTable(text=text, null=model.null_text())
-    noise, prefix = golden.tensor("input.noise"), golden.tensors.get("input.prefix_latents")
-    runtime = config.runtime_config
+    config, reuse = golden.config(), _reuse_settings(golden)
+    shapes, runtime = config.model_config, config.runtime_config
+    chunks = runtime.num_frames // runtime.temporal_downsample_factor // runtime.chunk_width
+    rows = (shapes.caption_max_length, shapes.caption_channels)
+    embedded, mask = golden.tensor("input.caption_embs", rows), golden.tensor("input.caption_mask", rows[:1])
+    captions = CaptionTable(text=embedded.float()[mask.bool()], null=model.null_text())
+    channels, width, prefix = shapes.latent_channels, runtime.chunk_width, golden.tensors.get("input.prefix_latents")
+    given = 0 if prefix is None else golden.tensor("input.prefix_latents", (1, channels, None, None, None)).shape[2]
+    frames = (chunks + math.ceil(given / width)) * width
+    size = (None, None) if prefix is None else prefix.shape[-2:]
+    noise = golden.tensor("input.noise", (1, channels, frames, *size))
+    prefix = None if prefix is None else prefix.to(shapes.dtype)
+    expected = [golden.tensor(f"output.chunk.{index:03}") for index in range(frames // width - given // width)]
     request = Request(
         prompt=golden.path.stem,
-        chunks=runtime.num_frames // runtime.temporal_downsample_factor // runtime.chunk_width,
+        chunks=chunks,
         height=noise.shape[-2] * CELL_PIXELS,
         width=noise.shape[-1] * CELL_PIXELS,
         num_steps=runtime.num_steps,
         seed=0,
     )
-    given = None if prefix is None else prefix.to(config.model_config.dtype)
+    if reuse.policy != "none":
+        golden.tensor("output.reuse_flags")
     recorder = Recorder()
-    encoded = Encoded(captions=captions, prefix=given, noise=given_noise(noise.cpu()))
-    pipeline, reuse = MagiPipeline(config, model), _reuse_settings(golden)
+    encoded = Encoded(captions=captions, prefix=prefix, noise=given_noise(noise.cpu()))
+    pipeline = MagiPipeline(config, model)
     led = nullcontext((Engine(pipeline, reuse=reuse), None)) if gang is None else gang.lead(pipeline, reuse)
     with led as (engine, _):
         what = Submission(request=request, encoded=encoded)
         made = [chunk.latents for chunk in engine.generate(what, recorder=recorder, decode=False)]
-    expected = list(golden.named("output.chunk.").values())
-    if len(made) != len(expected):
-        return float("inf"), f"{len(made)} chunks, {len(expected)} expected", False
     error = max(relative_error(a, b) for a, b in zip(made, expected, strict=True))
     detail, equal = f"{len(made)} chunks", True
     if "output.reuse_flags" in golden.tensors:
@@ -212,42 +229,64 @@ def _reuse_settings(golden: _Golden) -> ReuseSettings:
     known = {field.name for field in fields(ReuseSettings)}
     if unknown := set(given) - known:
         raise InputError(f"{golden.path}: unknown cache setting {', '.join(sorted(unknown))}")
-    return ReuseSettings(**given)
+    return checked(ReuseSettings, given, source=f"{golden.path}: cache")
 
 
 def _check_vae(golden: _Golden) -> tuple[float, str, bool]:
     vae = ViTVAE(VaeConfig.from_dict(golden.json("config"), source=str(golden.path)))
-    vae.load_state_dict({key: value.float() for key, value in golden.named("weights.").items()})
+    shapes = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+    vae.load_state_dict({name: golden.tensor(f"weights.{name}", shape).float() for name, shape in shapes.items()})
     vae.to(golden.device)
     latent_error = decoded_error = 0.0
-    cases = golden.named("input.video.")
-    for case, video in cases.items():
-        latent = golden.tensor(f"output.latent_mode.{case}")
+    cases = sorted(golden.named("input.video.") | golden.named("output.latent_mode.") | golden.named("output.decoded."))
+    if not cases:
+        raise InputError(f"{golden.path} lacks the tensors input.video")
+    for case in cases:
+        video = golden.tensor(f"input.video.{case}", (None, vae.config.in_chans, None, None, None))
+        latent = golden.tensor(f"output.latent_mode.{case}", (video.shape[0], vae.config.z_chans, None, None, None))
         latent_error = max(latent_error, relative_error(vae.encode(video.float()), latent))
         decoded_error = max(decoded_error, relative_error(vae.decode(latent), golden.tensor(f"output.decoded.{case}")))
     passed = latent_error <= TOLERANCE and decoded_error <= DECODED_TOLERANCE
     return latent_error, f"{len(cases)} videos, decoded {decoded_error:.1e}", passed
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _SelectionConfig:
+    """The configuration of a case of selection, by its published names."""
+
+    mix_lambda: Annotated[float, Field(ge=0, le=1)]
+    pool_kernel: Annotated[int, Field(ge=1, le=1_000)]
+    keep: Annotated[int, Field(ge=1, le=1_000_000)]
+    grid_thw: tuple[_Side, _Side, _Side]
+    query_tokens_for_token_granularity: Annotated[int, Field(ge=1, le=1_000_000)]
+    gqa_pool: Literal["max"]
+
+
 def _check_selection(golden: _Golden) -> tuple[float, str, bool]:
-    config = golden.json("config")
-    frames, height, width = config["grid_thw"]
-    queries, keys = golden.tensor("input.query"), golden.tensor("input.key")
-    wrong = []
-    cases = golden.named("output.keep.")
-    for case, expected in cases.items():
-        retention, asking = case.split(".query_")
-        settings = SelectionSettings(
-            retention=cast(Granularity, retention),
-            queries=cast(Granularity, asking),
-            query_tokens=config["query_tokens_for_token_granularity"],
-            importance_weight=config["mix_lambda"],
-            pool=config["pool_kernel"],
+    config = checked(_SelectionConfig, golden.json("config"), source=f"{golden.path}: config")
+    frames, height, width = config.grid_thw
+    frame, chunk = height * width, frames * height * width
+    queries, keys = golden.tensor("input.query", (None, None, None)), golden.tensor("input.key", (None, None, None))
+    (asking, heads, size), (length, groups, _) = queries.shape, keys.shape
+    whole = not length % chunk and asking <= chunk
+    if not whole or size != keys.shape[2] or heads % groups or config.keep > length or config.keep % chunk:
+        raise InputError(
+            f"{golden.path}: keys {list(keys.shape)} and queries {list(queries.shape)} do not fit together"
         )
-        sizes = {"frame_tokens": height * width, "chunk_tokens": frames * height * width}
-        kept = select(queries, keys, keep=config["keep"], settings=settings, **sizes)
+    wrong = []
+    cases = [(kept, asked) for kept in get_args(Granularity) for asked in get_args(Granularity)]
+    for retention, who in cases:
+        expected = golden.tensor(f"output.keep.{retention}.query_{who}", (config.keep, groups))
+        settings = SelectionSettings(
+            retention=retention,
+            queries=who,
+            query_tokens=config.query_tokens_for_token_granularity,
+            importance_weight=config.mix_lambda,
+            pool=config.pool_kernel,
+        )
+        kept = select(queries, keys, keep=config.keep, settings=settings, frame_tokens=frame, chunk_tokens=chunk)
         if not torch.equal(kept, expected.to(kept.dtype)):
-            wrong.append(case)
+            wrong.append(f"{retention}.query_{who}")
     detail = f"positions differ: {', '.join(wrong)}" if wrong else f"positions equal in {len(cases)} combinations"
     return float("inf") if wrong else 0.0, detail, not wrong
 

@@ -52,7 +52,7 @@ class PipelineTrace:
         except (FileNotFoundError, NotADirectoryError):
             text = f"{folder} holds no trace: record a run on ranks, as in generate --pp 2 --record {folder}"
             raise InputError(text) from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"the trace {path} is damaged: {type(error).__name__} {error}") from None
         if use is None:
             raise InputError(f"the trace {path} has no computation in it")

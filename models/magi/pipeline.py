@@ -34,6 +34,7 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _FP8 = "F8_E4M3"
+_FLOATING = ("F64", "F32", "F16", "BF16", _FP8)
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 _SHOWN = 3  # names in an error message
 
@@ -227,6 +228,8 @@ class Checkpoint:
             if entry.shape != shape:
                 stored = list(entry.shape)
                 raise InputError(f"{entry.path}: {name} has shape {stored}, but the model needs {list(shape)}")
+            if entry.dtype not in _FLOATING:
+                raise InputError(f"{entry.path}: {name} is {entry.dtype}: weights are floating-point numbers")
             if (entry.dtype == _FP8) != quantised:
                 needed = _FP8 if quantised else "an unquantised dtype"
                 raise InputError(f"{entry.path}: {name} is {entry.dtype}, but the configuration asks for {needed}")
@@ -275,10 +278,20 @@ def _read(found: Mapping[str, _Stored], device: str, dtypes: Mapping[str, torch.
             with safe_open(path, framework="pt", device=device) as file:
                 for name, entry in found.items():
                     if entry.path == path:
-                        tensors[name] = file.get_tensor(name).to(dtypes[name])
+                        stored = file.get_tensor(name)
+                        if not _finite(stored):
+                            raise InputError(f"{path}: {name} holds values that are not numbers, or are infinite")
+                        tensors[name] = stored.to(dtypes[name])
         except (SafetensorError, OSError) as error:
             raise InputError(f"cannot read {path}: {error}") from None
     return tensors
+
+
+def _finite(tensor: Tensor) -> bool:
+    """All values are numbers. The fp8 of checkpoints knows no infinity, and one NaN for each sign."""
+    if tensor.dtype == torch.float8_e4m3fn:
+        return not (tensor.view(torch.uint8) & 0x7F).eq(0x7F).any()
+    return bool(tensor.isfinite().all())
 
 
 def _read_index(path: Path) -> dict[str, Path]:
@@ -303,10 +316,10 @@ def _read_header(path: Path) -> dict[str, _Stored]:
         header.pop("__metadata__", None)
         spans = {name: tuple(map(int, entry["data_offsets"])) for name, entry in header.items()}
         tensors = {
-            name: _Stored(path=path, shape=tuple(entry["shape"]), dtype=entry["dtype"])
+            name: _Stored(path=path, shape=tuple(map(int, entry["shape"])), dtype=str(entry["dtype"]))
             for name, entry in header.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path} is not a complete safetensors file ({size:,} bytes): download it again") from None
     data = size - 8 - length
     # In the order of the bytes, so that the first bad tensor is the one where the file ends.

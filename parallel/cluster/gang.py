@@ -25,7 +25,7 @@ from parallel.cluster.config import ClusterSettings
 from parallel.cluster.connection import Connection, Listener
 from parallel.cluster.messages import Command, GangReady, RankStarted, SentByGang
 from parallel.cluster.placement import Place, Placement, alive_nodes, kill_process, plan_strategies, threads_per_rank
-from parallel.comm.groups import connect
+from parallel.comm.groups import connect, store_at
 from parallel.health import timeouts
 from parallel.health.errors import BAD_INPUT, Failure
 from parallel.health.heartbeats import Heartbeats
@@ -206,7 +206,7 @@ class Gang:
         if places is None:
             return
         host = ray.util.get_node_ip_address()
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self._store = store_at(host)
         self._began, self.state = now, GangState.STARTING
         envs = [self._env(rank, place, host, self._store.port) for rank, place in enumerate(places)]
         limits = self._settings.task.timeouts

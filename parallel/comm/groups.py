@@ -21,7 +21,7 @@ import torch.distributed as dist
 from engine.machine import boot_id
 from parallel.comm.channel import GroupTransport, Link
 from parallel.health.timeouts import STORE_SECONDS, Timeouts
-from parallel.ranks.environment import RankEnv
+from parallel.ranks.environment import RankEnv, listen_where_ranks_meet
 from parallel.topology.mesh import Edge, Mesh
 
 Transfer = Literal["nccl", "host", "gloo"]
@@ -50,6 +50,17 @@ def connect(env: RankEnv, timeout: float) -> dist.Store:
     return dist.PrefixStore(f"flowcache/{env.attempt}", store)
 
 
+def store_at(host: str) -> dist.TCPStore:
+    """Serve a rendezvous store at one address of this machine alone, on a free port.
+
+    PyTorch would listen at all addresses, and whoever reaches the store can write into it.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family, backlog=1024) as listener:
+        port, handle = listener.getsockname()[1], listener.detach()  # the store closes it
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=handle)
+
+
 def serve_store(env: RankEnv, timeout: float) -> dist.Store | None:
     """Serve the rendezvous store, where that is this rank's task; it lives as long as the result."""
     if env.launcher_serves or env.rank:
@@ -62,6 +73,7 @@ def open_groups(env: RankEnv, mesh: Mesh, timeouts: Timeouts, device: torch.devi
     """Open all process groups; every rank must do so at the same time."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    listen_where_ranks_meet(env)
     store = connect(env, timeouts.first)
     transfer = choose_transfer(exchange_devices(store, env.rank, env.world_size, device))
     dist.init_process_group("gloo", store=store, rank=env.rank, world_size=env.world_size, timeout=_IDLE)

@@ -1,12 +1,13 @@
 """Which rank a process is, from the variables that torchrun or another launcher sets.
 
-This is the only module that reads the environment. The variables are those of torchrun, so that every launcher that
-sets them starts the same ranks. No torch in here.
+This is the only module that reads or changes the environment. The variables are those of torchrun, so that every
+launcher that sets them starts the same ranks. No torch in here.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -70,6 +71,17 @@ class RankEnv:
 def child_environment(env: RankEnv, *, threads: int) -> dict[str, str]:
     """The environment of a process that is started for an env: this one's, with the env and a number of threads."""
     return {**os.environ, **env.variables(), "OMP_NUM_THREADS": str(threads)}
+
+
+def listen_where_ranks_meet(env: RankEnv) -> None:
+    """Ranks that meet at the loopback address are on one machine, and gloo and NCCL need no other interface.
+
+    Both are told by environment variables alone; what the user has set stays.
+    """
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    if env.host in ("127.0.0.1", "::1", "localhost") and names:
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, names[0])
 
 
 def _number(found: Mapping[str, str], name: str) -> int:

@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
+from parallel.comm.groups import store_at
 from parallel.health.errors import FAILED, INTERRUPTED, ErrorStore, Failure, GangError
 from parallel.health.timeouts import POLL_SECONDS, RANKS_END_SECONDS
 from parallel.ranks.environment import RankEnv, child_environment
@@ -34,7 +35,7 @@ def run_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = N
         GangError: a rank has failed; the text names it.
         KeyboardInterrupt: Ctrl-C; all ranks have ended.
     """
-    store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+    store = store_at(_HOST)
     errors = ErrorStore(dist.PrefixStore("flowcache/0", store))
     ranks: list[subprocess.Popen[bytes]] = []
     try:
@@ -56,7 +57,7 @@ def worker_ranks(command: Sequence[str], layout: Layout, *, threads: int | None 
     Yields:
         The env of rank 0.
     """
-    store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+    store = store_at(_HOST)
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(1, layout.world_size):

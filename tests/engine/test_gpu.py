@@ -7,6 +7,7 @@ import torch
 
 from launch.conformance import check_file
 from models.attention import attention_backend, available_backends
+from models.magi.dit import product_in_fp32
 
 GOLDENS = Path(__file__).parent.parent / "data" / "goldens"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -17,6 +18,15 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 )
 def test_golden_passes_on_a_gpu(case):
     assert check_file(GOLDENS / f"{case}.safetensors", device="cuda").passed
+
+
+def test_a_bf16_product_with_an_fp32_result_is_that_of_fp32_operands():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 300, 512, device="cuda").bfloat16(), torch.randn(128, 512, device="cuda").bfloat16()
+    exact = (x.double() @ weight.double().T).float()
+    got = product_in_fp32(x, weight)
+    assert got.dtype == torch.float32 and got.shape == exact.shape
+    assert (got - exact).norm() <= 1e-5 * exact.norm()  # 1e-3 where sums or results are rounded to bf16
 
 
 @pytest.mark.parametrize("name", ["flash-attn", "xformers"])

@@ -92,6 +92,67 @@ def test_files_that_cannot_be_read_are_named(beside):
         check_file(GOLDENS / "weights.safetensors")
 
 
+DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
+SELECTION = '{"mix_lambda": 0.07, "pool_kernel": 7, "grid_thw": [6, 3, 4], "query_tokens_for_token_granularity": 50'
+
+
+@pytest.mark.parametrize(
+    ("case", "gone", "metadata"),
+    [
+        ("kv_selection", "output.", {}),
+        ("kv_selection", "output.keep.frame.query_chunk", {}),
+        ("kv_selection", "input.key", {}),
+        ("kv_selection", None, {"config": "{}"}),
+        ("kv_selection", None, {"config": DEEP}),
+        ("kv_selection", None, {"config": SELECTION + "}"}),
+        ("kv_selection", None, {"config": SELECTION + ', "keep": "x", "gqa_pool": "max"}'}),
+        ("kv_selection", None, {"config": SELECTION + ', "keep": 100000, "gqa_pool": "max"}'}),
+        ("vae", "output.decoded.image", {}),
+        ("vae", "input.", {}),
+        ("vae", "weights.", {}),
+        ("t2v_fullkv_window2", "output.", {}),
+        ("t2v_fullkv_window2", "output.chunk.003", {}),
+        ("t2v_fullkv_window2", "input.caption_mask", {}),
+        ("v2v_prefix9", "output.chunk.004", {}),
+        ("flowcache_nodup", "output.reuse_flags", {}),
+        ("flowcache_nodup", None, {"cache": '{"policy": "flowcache", "threshold": "x"}'}),
+        ("flowcache_nodup", None, {"cache": DEEP}),
+        ("flowcache_nodup", None, {"weights": "/etc/passwd"}),
+    ],
+)
+def test_a_file_that_lacks_what_its_kind_promises_cannot_be_read(beside, case, gone, metadata):
+    def change(tensors):
+        for name in [name for name in tensors if gone is not None and name.startswith(gone)]:
+            del tensors[name]
+
+    path = rewritten(GOLDENS / f"{case}.safetensors", beside / f"{case}.safetensors", change, metadata)
+    with pytest.raises(InputError, match=case if "weights" not in metadata else "passwd"):
+        check_file(path)
+
+
+@pytest.mark.parametrize(
+    ("case", "tensor"),
+    [
+        ("kv_selection", "input.key"),
+        ("kv_selection", "input.query"),
+        ("kv_selection", "output.keep.token.query_token"),
+        ("vae", "input.video.image"),
+        ("t2v_fullkv_window2", "input.noise"),
+        ("t2v_fullkv_window2", "input.caption_embs"),
+        ("i2v_prefix1", "input.prefix_latents"),
+    ],
+)
+@pytest.mark.parametrize("shape", [(0,), (3,), (1, 2, 3), (1, 16, 6, 2, 2)], ids=str)
+def test_a_tensor_of_another_shape_is_named(beside, case, tensor, shape):
+    path = rewritten(
+        GOLDENS / f"{case}.safetensors",
+        beside / "x.safetensors",
+        lambda held: held.update({tensor: torch.zeros(shape)}),
+    )
+    with pytest.raises(InputError, match=f"x.safetensors: .*({tensor}|do not fit the configuration)"):
+        check_file(path)
+
+
 def test_an_unknown_cache_setting_is_named(beside):
     path = rewritten(
         GOLDENS / "flowcache_nodup.safetensors", beside / "x.safetensors", lambda _: None, {"cache": '{"magic": 1}'}

@@ -257,9 +257,25 @@ def _left_out() -> None:
         np.savez("run/record.npz", span=file["span"])
 
 
+def _claims(shape: tuple[int, ...]) -> Callable[[], None]:
+    """Arrays whose headers speak of more numbers than there are."""
+
+    def damage() -> None:
+        header = str({"descr": "<i8", "fortran_order": False, "shape": shape}).encode().ljust(117) + b"\n"
+        array = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+        with zipfile.ZipFile("run/record.npz", "w") as packed:
+            for name in ("span", "decisions", "changes", "tick_seconds", "tick_items", "fill", "held"):
+                packed.writestr(f"{name}.npy", array)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
+        (_claims((10**11,)), "damaged"),
+        (_claims((10**30,)), "damaged"),
+        (lambda: Path("run/record.json").write_text("[" * 100_000), "damaged"),
         (_without("record.json"), "record.json is missing"),
         (_without("record.npz"), "record.npz is missing"),
         (lambda: Path("run/record.json").write_text("{"), "damaged"),

@@ -206,6 +206,23 @@ def test_a_wrong_shape_is_named(config: MagiConfig, weights: dict[str, Tensor], 
     assert "[3, 5], but the model needs [16, 32]" in text
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_no_number_is_found(
+    config: MagiConfig, weights: dict[str, Tensor], tmp_path: Path, value: float
+) -> None:
+    name = LAYER + "1.mlp.linear_fc1.weight"
+    weights[name] = weights[name].clone()
+    weights[name].view(-1)[-1] = value
+    save_file(weights, tmp_path / "model.safetensors")
+    assert f"model.safetensors: {name} holds values that are not numbers" in message(config, tmp_path)
+
+
+def test_integers_are_no_weights(config: MagiConfig, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    name = LAYER + "1.mlp.linear_fc1.weight"
+    save_file(weights | {name: weights[name].to(torch.int32)}, tmp_path / "model.safetensors")
+    assert f"{name} is I32: weights are floating-point numbers" in message(config, tmp_path)
+
+
 def test_a_compressed_shard_is_named(config: MagiConfig, folder: Path) -> None:
     path = folder / "model-1.safetensors"
     path.rename(folder / "model-1.safetensors.zst")
@@ -215,6 +232,17 @@ def test_a_compressed_shard_is_named(config: MagiConfig, folder: Path) -> None:
 def test_an_empty_or_missing_folder_is_reported(config: MagiConfig, tmp_path: Path) -> None:
     assert f"no weights in {tmp_path}" in message(config, tmp_path)
     assert f"no weights in {tmp_path / 'no'}" in message(config, tmp_path / "no")
+
+
+@pytest.mark.parametrize(
+    "header",
+    ['{"a":' * 100_000 + "1" + "}" * 100_000, '{"a": {"dtype": "F32", "shape": "abc", "data_offsets": [0, 0]}}', "[]"],
+    ids=["deep", "shape", "list"],
+)
+def test_a_header_that_is_none_is_reported(config: MagiConfig, tmp_path: Path, header: str) -> None:
+    content = header.encode()
+    (tmp_path / "model.safetensors").write_bytes(len(content).to_bytes(8, "little") + content)
+    assert "model.safetensors is not a complete safetensors file" in message(config, tmp_path)
 
 
 def test_a_broken_index_is_reported(config: MagiConfig, folder: Path) -> None:
