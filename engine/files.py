@@ -19,12 +19,19 @@ from engine.machine import runs, this_machine
 from models.errors import InputError
 
 _PART = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)\.part")
+_LONG, _BEGINNING = 200, 40  # bytes of a name, of 255; characters that stay of a longer one
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def part_of(path: Path) -> Path:
-    """The hidden name that a file is written under; different for every process of every machine."""
-    return path.with_name(f".{path.name}.{_machine()}-{os.getpid()}.part")
+    """The hidden name that a file is written under; different for every process of every machine.
+
+    Of a long name it has the beginning and a digest, so that every name that fits into a folder can be written.
+    """
+    name = path.name
+    if len(os.fsencode(name)) > _LONG:
+        name = f"{name[:_BEGINNING]}-{hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()}"
+    return path.with_name(f".{name}.{_machine()}-{os.getpid()}.part")
 
 
 def publish(part: Path, path: Path) -> None:

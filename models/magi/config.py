@@ -8,6 +8,7 @@ error too, and not a crash or a hang later. What the numbers mean is said where 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -298,6 +299,7 @@ def checked(kind: type[_Checked], values: dict[str, Any], *, source: str) -> _Ch
         found = error.errors()
     first = found[0]
     where = ".".join(str(part) for part in first["loc"])
-    what = {"missing": "key is missing", "unexpected_keyword_argument": "unknown key"}.get(first["type"], first["msg"])
+    said = re.sub(r"^Value error, | or an instance of \w+", "", first["msg"])
+    what = {"missing": "key is missing", "unexpected_keyword_argument": "unknown key"}.get(first["type"], said)
     more = f" (and {len(found) - 1} more problems)" if len(found) > 1 else ""
     raise InputError(f"{source}: {where}: {what}{more}" if where else f"{source}: {what}{more}")

@@ -89,13 +89,13 @@ def test_what_another_machine_writes_into_a_shared_folder_stays(tmp_path: Path) 
     assert os.listdir(tmp_path) == [theirs]
 
 
-@pytest.mark.parametrize("length", range(225, 257))
+@pytest.mark.parametrize("length", [199, 200, 201, 232, 254, 255, 256])
 def test_a_long_name_works_or_is_refused_before_the_work(tmp_path: Path, length: int) -> None:
     path = tmp_path / ("n" * (length - 4) + ".mp4")
     try:
         check_target(path, suffix=".mp4", what="video")
     except InputError as error:
-        assert length > 230 and "name too long" in str(error) and "\n" not in str(error)
+        assert length > 255 and "name too long" in str(error) and "\n" not in str(error)
     else:
         with atomic_write(path) as file:
             file.write(b"x")

@@ -97,7 +97,14 @@ def test_a_quantised_model_is_always_distilled_in_its_guidance() -> None:
 def test_values_that_do_not_fit_are_reported(part: str, change: dict[str, Any], problem: str) -> None:
     values = released_values("4.5B_base")
     values[part] |= change
-    assert problem in message(values)
+    said = message(values)
+    assert problem in said and "Value error" not in said
+
+
+@pytest.mark.parametrize("value", [7, None, [], "x"])
+def test_a_part_that_is_no_object_is_said_in_our_words(value: object) -> None:
+    said = message(released_values("4.5B_base") | {"model_config": value})
+    assert "model_config" in said and "instance of" not in said
 
 
 @pytest.mark.parametrize("value", [0, -1, 10**12])
