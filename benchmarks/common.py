@@ -34,7 +34,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from engine.files import atomic_write
 from models.errors import InputError
-from parallel.health.errors import BAD_INPUT, GangError
+from parallel.health.errors import GangError
+from parallel.health.exit_codes import BAD_INPUT
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

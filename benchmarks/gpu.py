@@ -32,9 +32,9 @@ from models.attention import Attention, attention_backend, available_backends
 from models.errors import InputError
 from models.magi.config import MagiConfig, ModelConfig, VaeConfig
 from models.magi.dit import MagiDiT, apply_rotary
-from models.magi.pipeline import dit_dtype
 from models.magi.presets import released_config
 from models.magi.vae import TiledVAE, ViTVAE
+from models.magi.weights import dit_dtype
 from models.protocols import PassCondition
 
 Row = dict[str, Any]

@@ -28,7 +28,8 @@ from engine.heap import settle_heap
 from engine.kv.size import KVSettings
 from engine.request import Request
 from models.errors import InputError
-from models.magi.pipeline import Loading, load_pipeline
+from models.magi.pipeline import load_pipeline
+from models.magi.weights import Loading
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
 

@@ -45,7 +45,8 @@ from models.magi.dit import MagiDiT
 from models.magi.pipeline import MagiPipeline
 from models.protocols import CELL_PIXELS
 from parallel.comm.messages import HEADER_BYTES
-from parallel.health.errors import BAD_INPUT, FAILED, INTERRUPTED, Failure, GangError
+from parallel.health.errors import Failure, GangError
+from parallel.health.exit_codes import BAD_INPUT, FAILED, INTERRUPTED
 from parallel.health.monitor import leave
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang

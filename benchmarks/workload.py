@@ -29,8 +29,9 @@ from engine.schedule import Schedule
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
-from models.magi.pipeline import Loading, MagiPipeline, load_stage
+from models.magi.pipeline import MagiPipeline, load_stage
 from models.magi.sampling import MagiSampling
+from models.magi.weights import Loading
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
 from models.pocket.text import PocketEncoder

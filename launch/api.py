@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from launch.declare import declared, from_values
+from launch.forms import declared, from_values
 from launch.generate import Backend, join_ranks, led_ranks, make_with, serve_stage, started_ranks, this_process
 from launch.options import Options, together
 from launch.output.display import Display, Summary

@@ -17,11 +17,11 @@ import typer
 
 from engine.heap import settle_heap
 from launch import __version__
-from launch.declare import command, declared
 from launch.ending import CommandFailed, shows_bad_input, speaks_for_all, unwind_on_signals
+from launch.forms import command, declared
 from launch.options import GOLDEN_FILES, BatchOptions, Launcher, Options
 from models.errors import InputError
-from parallel.health.errors import BAD_INPUT, INTERRUPTED
+from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED
 from parallel.ranks.environment import RankEnv
 
 _HELP_NAMES = {"help_option_names": ["-h", "--help"]}

@@ -30,10 +30,12 @@ from launch.options import Options
 from models.errors import InputError
 from models.magi.config import MagiConfig, VaeConfig, checked
 from models.magi.dit import MagiDiT
-from models.magi.pipeline import Checkpoint, Loading, MagiPipeline
+from models.magi.pipeline import MagiPipeline
 from models.magi.vae import ViTVAE
+from models.magi.weights import Checkpoint, Loading
 from models.protocols import CELL_PIXELS, CaptionTable
-from parallel.health.errors import BAD_INPUT, FAILED, OK, GangError
+from parallel.health.errors import GangError
+from parallel.health.exit_codes import BAD_INPUT, FAILED, OK
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang
 from parallel.ranks.worker import StageModel

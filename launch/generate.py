@@ -23,8 +23,8 @@ from engine.files import atomic_write, write_errors
 from engine.progress import Progress
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
-from launch.declare import arguments
 from launch.ending import CommandFailed, check_signals
+from launch.forms import arguments
 from launch.options import TRACE_FILE, Launcher, Options, together
 from launch.output.display import Display, rank_line, summary_text
 from launch.output.video import VideoSinks

@@ -35,7 +35,8 @@ from engine.request import Request
 from launch.options import CacheName
 from launch.plan import REUSE_FIGURES, reuse_preset
 from models.errors import InputError
-from models.magi.pipeline import Loading, MagiPipeline, load_pipeline
+from models.magi.pipeline import MagiPipeline, load_pipeline
+from models.magi.weights import Loading
 from models.pocket.preset import pocket_config
 
 _PROMPTS, _QUICK_PROMPTS = 20, 4

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from launch.declare import declared
+from launch.forms import declared
 from launch.options import Options
 from launch.output.display import one_line
 from launch.plan import Plan, plan_model, plan_video

@@ -21,7 +21,7 @@ from launch.output.display import BatchDisplay, Row, State, summary
 from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.messages import Event, VideoOrder
-from parallel.health.errors import BAD_INPUT, FAILED, OK
+from parallel.health.exit_codes import BAD_INPUT, FAILED, OK
 
 
 def run_batch(options: BatchOptions, *, say: Callable[[str], None]) -> int:

@@ -40,7 +40,7 @@ from parallel.cluster.messages import (
     VideoDone,
     VideoFailed,
 )
-from parallel.health.errors import FAILED
+from parallel.health.exit_codes import FAILED
 from parallel.topology.split import stage_sizes
 
 Frames = NDArray[np.uint8] | Tensor  # on the CPU

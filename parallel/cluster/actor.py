@@ -26,7 +26,8 @@ from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.config import RankTask
 from parallel.cluster.connection import Address, connect
-from parallel.health.errors import BAD_INPUT, Failure, GangError
+from parallel.health.errors import Failure, GangError
+from parallel.health.exit_codes import BAD_INPUT
 from parallel.health.timeouts import LAST_MESSAGES_SECONDS
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang

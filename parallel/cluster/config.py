@@ -19,8 +19,9 @@ from engine.request import Request
 from engine.reuse.settings import ReuseSettings
 from engine.schedule import Schedule
 from models.magi.config import MagiConfig
-from models.magi.pipeline import Loading, load_pipeline, load_stage
+from models.magi.pipeline import load_pipeline, load_stage
 from models.magi.sampling import MagiSampling
+from models.magi.weights import Loading
 from models.protocols import CELL_FRAMES, Pipeline
 from parallel.cluster.queue import GangSize, VideoSize
 from parallel.comm.ulysses import local_heads

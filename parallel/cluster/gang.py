@@ -27,7 +27,8 @@ from parallel.cluster.messages import Command, GangReady, RankStarted, SentByGan
 from parallel.cluster.placement import Place, Placement, alive_nodes, kill_process, plan_strategies, threads_per_rank
 from parallel.comm.groups import connect, store_at
 from parallel.health import timeouts
-from parallel.health.errors import BAD_INPUT, Failure
+from parallel.health.errors import Failure
+from parallel.health.exit_codes import BAD_INPUT
 from parallel.health.heartbeats import Heartbeats
 from parallel.ranks.environment import RankEnv
 from parallel.topology.mesh import Mesh

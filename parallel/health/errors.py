@@ -1,4 +1,4 @@
-"""How the ranks of a gang learn that one of them has failed: the first report wins and ends all ranks. Exit codes.
+"""How the ranks of a gang learn that one of them has failed: the first report wins and ends all ranks.
 
 Reports live in the rendezvous store, so they outlive the rank that wrote them. No torch in here: the command line
 imports this at once.
@@ -10,10 +10,11 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from parallel.health.exit_codes import FAILED
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # exit codes; 130 is 128 + SIGINT, as shells count
 _KEY = "failure"
 
 

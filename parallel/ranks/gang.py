@@ -21,7 +21,8 @@ from models.errors import InputError
 from models.protocols import Pipeline
 from parallel.comm.edges import Edges, RankServices
 from parallel.comm.groups import connect, open_groups, pick_device, serve_store
-from parallel.health.errors import BAD_INPUT, INTERRUPTED, GangError
+from parallel.health.errors import GangError
+from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED
 from parallel.health.monitor import Monitor, is_connection_error
 from parallel.health.timeouts import Timeouts
 from parallel.ranks.environment import RankEnv

@@ -18,7 +18,8 @@ from dataclasses import replace
 import torch.distributed as dist
 
 from parallel.comm.groups import store_at
-from parallel.health.errors import FAILED, INTERRUPTED, ErrorStore, Failure, GangError
+from parallel.health.errors import ErrorStore, Failure, GangError
+from parallel.health.exit_codes import FAILED, INTERRUPTED
 from parallel.health.timeouts import POLL_SECONDS, RANKS_END_SECONDS
 from parallel.ranks.environment import RankEnv, child_environment
 from parallel.topology.mesh import Layout, Mesh

@@ -25,7 +25,8 @@ from engine.video import WorkItem
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
-from models.magi.pipeline import Loading, load_stage
+from models.magi.pipeline import load_stage
+from models.magi.weights import Loading
 from models.protocols import Pass, PassCondition
 from parallel.comm.channel import GroupTransport, Inbox, Link, Outbox
 from parallel.comm.messages import Header, Kind

@@ -10,7 +10,8 @@ from parallel.cluster import gang as gang_module
 from parallel.cluster.gang import Gang, GangBroken, GangState
 from parallel.cluster.messages import ChunkMade, GangReady, RankStarted
 from parallel.cluster.placement import threads_per_rank
-from parallel.health.errors import BAD_INPUT, Failure
+from parallel.health.errors import Failure
+from parallel.health.exit_codes import BAD_INPUT
 from tests.parallel.cluster.helpers import settings
 
 CHUNK = ChunkMade(video="a", index=0, frames=np.zeros(1, np.uint8), latents=np.zeros(1, np.float32))

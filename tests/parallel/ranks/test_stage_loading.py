@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
-from models.magi.pipeline import Loading, load_stage
+from models.magi.pipeline import load_stage
+from models.magi.weights import Loading
 from parallel.topology.mesh import Layout, Mesh
 from parallel.topology.split import stage_range
 from tests.parallel.on_ranks import run, start

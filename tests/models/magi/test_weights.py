@@ -14,8 +14,9 @@ from torch import Tensor
 from models.errors import InputError
 from models.magi.config import MagiConfig, VaeConfig
 from models.magi.dit import MagiDiT
-from models.magi.pipeline import Checkpoint, Loading, weights_folder
+from models.magi.pipeline import weights_folder
 from models.magi.vae import ViTVAE
+from models.magi.weights import Checkpoint, Loading
 from tests.models.released import GOLDENS, random_weights, released_config, tiny_config
 
 LAYER = "videodit_blocks.layers."

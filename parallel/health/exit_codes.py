@@ -1,0 +1,3 @@
+"""The exit codes of the command line and of ranks. No torch in here: the command line reads them at once."""
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # 128 + SIGINT, as shells count
