@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the configuration pulls in torch, which a listing of names 
     from models.magi.config import MagiConfig
 
 
+POCKET = "magi-pocket"
 _T5_BYTES = 19_000_000_000  # specification 2.1; fp32
 
 
@@ -160,7 +161,7 @@ _RELEASED = (
 
 def _presets() -> Iterator[Preset]:
     yield Preset(
-        name="magi-pocket",
+        name=POCKET,
         summary="small and trained here: coloured shapes that move, on a laptop's CPU",
         config=_pocket,
         parameters=3_401_702,

@@ -34,6 +34,7 @@ T5_FOLDER = "t5-v1_1-xxl"
 SPECIAL_TOKENS_SHA256 = "b54bc664d5f4a722dfd8bb22201c025df61f22acddc07c0a2529d7b5cd6be5a7"
 """Digest of the released `special_tokens.npz`."""
 
+_RELEASED_CHANNELS = 4096  # of T5 v1.1 XXL
 _TOKEN_ROWS = 100
 _HQ_ROW = 1
 _DURATION_ROW = 7  # for the last chunk; the next row for the one before it, and so on
@@ -61,12 +62,12 @@ class SpecialTokens:
     other: Tensor
 
     @classmethod
-    def from_npz(cls, path: Path, *, sha256: str = SPECIAL_TOKENS_SHA256) -> SpecialTokens:
+    def from_npz(cls, path: Path, *, channels: int) -> SpecialTokens:
         """Read `special_tokens.npz`.
 
         Args:
             path: the file.
-            sha256: the digest that it must have, that of the released file by default.
+            channels: of the model's captions. With those of the released models it must be the released file.
 
         Raises:
             InputError: the file cannot be read, is another one, or lacks the vectors.
@@ -76,15 +77,19 @@ class SpecialTokens:
         except OSError as error:
             raise InputError(f"cannot read the special tokens {path}: {error.strerror}") from None
         digest = hashlib.sha256(content).hexdigest()
-        if digest != sha256:
-            raise InputError(f"{path} is not the released special_tokens.npz: its SHA-256 is {digest}, not {sha256}")
+        if channels == _RELEASED_CHANNELS and digest != SPECIAL_TOKENS_SHA256:
+            raise InputError(
+                f"{path} is not the released special_tokens.npz: its SHA-256 is {digest}, not {SPECIAL_TOKENS_SHA256}"
+            )
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 rows = arrays["other_tokens"]
         except (KeyError, ValueError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} holds no array other_tokens: {error}") from None
-        if rows.ndim != 2 or rows.shape[0] != _TOKEN_ROWS:
-            raise InputError(f"{path}: other_tokens has shape {list(rows.shape)}, expected [{_TOKEN_ROWS}, channels]")
+        if rows.shape != (_TOKEN_ROWS, channels):
+            raise InputError(f"{path}: other_tokens has shape {list(rows.shape)}, expected [{_TOKEN_ROWS}, {channels}]")
+        if rows.dtype.kind != "f":
+            raise InputError(f"{path}: other_tokens holds {rows.dtype} and not floating-point numbers")
         # Through fp16, as released: the vectors that the DiT was trained with were rounded to it.
         return cls(other=torch.from_numpy(rows.astype(np.float16).astype(np.float32)))
 
