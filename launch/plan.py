@@ -186,12 +186,17 @@ def bytes_needed(plan: Plan) -> int:
     return plan.size.kv_bytes + math.ceil(working / plan.options.cp)
 
 
+def slug(text: str) -> str:
+    """A text as part of a file name: its small letters and digits, with dashes between them; may be empty."""
+    return re.sub(r"[\W_]+", "-", text.lower())[:_LETTERS].strip("-")
+
+
 def video_names(prompts: Sequence[str]) -> list[str]:
     """Names without endings, such as `00-a-red-circle`: the place, and the prompt's letters and digits."""
     digits = max(2, len(str(len(prompts) - 1)))
     names = []
     for place, prompt in enumerate(prompts):
-        words = re.sub(r"[\W_]+", "-", prompt.lower())[:_LETTERS].strip("-")
+        words = slug(prompt)
         names.append(f"{place:0{digits}}-{words}" if words else f"{place:0{digits}}")
     return names
 
