@@ -5,30 +5,29 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
-from engine.kv.size import KVSettings
+from engine.kv.layout import KVSettings
 from engine.request import Request
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from launch.memory import Job
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.folder import ModelFiles, dit_folder, find_files, recognise
-from models.magi.presets import PRESETS
-from models.magi.text import T5_FOLDER, SpecialTokens
+from models.magi.presets import preset_of
+from models.magi.text import T5_FOLDER, SpecialTokens, check_t5
 from models.magi.weights import Checkpoint, Stored, read_through
 from parallel.topology.mesh import Layout
 
 _BLOCK = 1 << 24  # bytes that are hashed at once
 _LAYOUTS = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (1, 8), (2, 4))  # pp x cp
 _CHUNKS = 10  # length of the video that memory is worked out for; a longer one takes no more, unless nothing is dropped
-_T5_NEEDS = ("config.json", "spiece.model", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,19 +41,20 @@ class Wanted:
 
 
 class _Report:
-    """What was found so far: rows of a table, and whether something is wrong."""
+    """What was found so far: rows of a table, and what is wrong."""
 
     def __init__(self) -> None:
         self.table = Table("Part", "Where", "What", box=None, pad_edge=False)
-        self.wrong = 0
+        self.table.columns[1].overflow = "fold"
+        self.wrong: list[str] = []
 
-    def look(self, name: str, where: Path | None, look: Callable[[], str]) -> None:
+    def look(self, name: str, where: Path, look: Callable[[], str]) -> None:
         """Add what `look` says of a part, or what it finds wrong."""
         try:
-            self.table.add_row(name, str(where or ""), look())
+            self.table.add_row(name, str(where), look())
         except InputError as error:
-            self.wrong += 1
-            self.table.add_row(name, str(where or ""), f"[red]{error}[/red]")
+            self.table.add_row(name, str(where), "[red]damaged[/red]")
+            self.wrong.append(str(error))
 
 
 def inspect_folder(folder: Path, wanted: Wanted, *, tokens: Path | None, verify: bool) -> int:
@@ -70,47 +70,38 @@ def inspect_folder(folder: Path, wanted: Wanted, *, tokens: Path | None, verify:
         The exit status: 0, or 1 if something is missing or damaged.
     """
     config, console, report = recognise(folder), Console(), _Report()
-    console.print(f"[bold]{folder}[/bold]: {describe(config)}", highlight=False)
-    stored: dict[str, Stored] = {}
-    vae_bytes = 0
+    console.print(f"[bold]{folder}[/bold]: {describe(config)}", highlight=False, soft_wrap=True)
+    of_dit, of_vae = dict[str, Stored](), dict[str, Stored]()
     dit = dit_folder(config, folder)
-    report.look("DiT", dit, lambda: _tensors(stored, Checkpoint(dit).check_dit(config)))
+    report.look("DiT", dit, lambda: _tensors(of_dit, Checkpoint(dit).check_dit(config)))
     try:
         files: ModelFiles | None = find_files(config, folder, tokens=tokens)
     except InputError as error:
         files = None
-        report.wrong += 1
-        report.table.add_row("other parts", "", f"[red]{error}[/red]")
+        report.wrong.append(str(error))
     if files is not None:
-        vae: dict[str, Stored] = {}
-        report.look("autoencoder", files.vae, lambda: _tensors(vae, Checkpoint(files.vae).check_vae()))
-        vae_bytes = sum(_parameters(one) for one in vae.values()) * (
-            2 if config.model_config.dtype.itemsize == 2 else 4
-        )
-        stored |= {f"autoencoder: {name}": one for name, one in vae.items()}
-        if files.t5 is not None:
-            t5 = files.t5 / T5_FOLDER
-            report.look("T5", t5, lambda: _t5(t5))
-        if files.tokens is not None:
-            found = files.tokens
-            report.look("special tokens", found, lambda: _special(found, config))
+        found = files
+        report.look("autoencoder", found.vae, lambda: _tensors(of_vae, Checkpoint(found.vae).check_vae()))
+        if (t5 := found.t5) is not None:
+            report.look("T5", t5 / T5_FOLDER, lambda: f"weights of {_size(check_t5(t5 / T5_FOLDER))}")
+        if (special := found.tokens) is not None:
+            report.look("special tokens", special, lambda: _special(special, config))
     console.print(report.table, highlight=False)
+    console.print()
+    for line in report.wrong:
+        console.print(f"[red]{line}[/red]", highlight=False, soft_wrap=True)
     if not report.wrong:
-        console.print()
-        _print_memory(console, config, vae_bytes, wanted)
-    if verify and not report.wrong:
-        report.wrong += _verify(console, stored)
-    return 1 if report.wrong else 0
+        each = 4 if config.model_config.dtype.itemsize == 4 else 2  # bytes of an autoencoder's parameter
+        _print_memory(console, config, each * sum(map(_parameters, of_vae.values())), wanted)
+    damaged = _verify(console, [of_dit, of_vae]) if verify and not report.wrong else 0
+    return 1 if report.wrong or damaged else 0
 
 
 def describe(config: MagiConfig) -> str:
     """What a model is, in words: the preset that it is, or its kind and size."""
     model, engine = config.model_config, config.engine_config
-    for preset in PRESETS.values():
-        known = preset.config()
-        same = known.engine_config.distill == engine.distill and known.engine_config.fp8_quant == engine.fp8_quant
-        if same and known.model_config == model:
-            return f"{preset.name} ({preset.summary})"
+    if (preset := preset_of(config)) is not None:
+        return f"{preset.name} ({preset.summary})"
     kind = ("distilled" if engine.distill else "base") + (", fp8 weights" if engine.fp8_quant else "")
     return f"a MAGI-1 model of {model.num_layers} layers and {model.hidden_size} channels, {kind}"
 
@@ -130,15 +121,6 @@ def _parameters(stored: Stored) -> int:
     for size in stored.shape:
         count *= size
     return count
-
-
-def _t5(folder: Path) -> str:
-    if missing := [name for name in _T5_NEEDS if not (folder / name).is_file()]:
-        raise InputError(f"{folder} lacks {' and '.join(missing)}")
-    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    if not weights:
-        raise InputError(f"{folder} holds no weights: neither *.safetensors nor pytorch_model*.bin")
-    return f"{len(weights)} files of weights, {_size(sum(path.stat().st_size for path in weights))}"
 
 
 def _special(path: Path, config: MagiConfig) -> str:
@@ -168,10 +150,9 @@ def _print_memory(console: Console, config: MagiConfig, vae_bytes: int, wanted: 
         )  # fmt: skip
         try:
             most = max(job.stages(), key=lambda stage: stage.total)
-        except InputError as error:
+        except InputError:  # the model cannot be laid out so; in one process, it cannot make the video
             if (pp, cp) == (1, 1):
                 raise
-            table.add_row(f"{pp} x {cp}", f"[dim]{str(error).split(':')[0]}[/dim]")
             continue
         table.add_row(f"{pp} x {cp}", *map(_size, (most.weights, most.kv, most.work, most.total)))
     console.print(table, highlight=False)
@@ -182,27 +163,33 @@ def _print_memory(console: Console, config: MagiConfig, vae_bytes: int, wanted: 
 # ---- --verify
 
 
-def _verify(console: Console, stored: Mapping[str, Stored]) -> int:
+def _verify(console: Console, networks: Sequence[Mapping[str, Stored]]) -> int:
     """Read every tensor, and compare files with checksums beside them; gives how many are damaged."""
-    damaged = 0
-    try:
-        for _ in track(
-            read_through(stored), total=len(stored), description="reading weights", console=Console(stderr=True)
-        ):
-            pass
-    except InputError as error:
-        damaged += 1
-        console.print(f"[red]{error}[/red]", highlight=False)
-    checked = 0
-    for path in sorted({one.path for one in stored.values()}):
-        for beside, expected in _checksums(path):
-            checked += 1
-            if (actual := _sha256(path)) != expected:
+    damaged, agree = 0, 0
+    progress = Progress(console=Console(stderr=True))
+    with progress:
+        for stored in networks:
+            task = progress.add_task("reading weights", total=len(stored))
+            try:
+                for _ in read_through(stored):
+                    progress.advance(task)
+            except InputError as error:
                 damaged += 1
-                console.print(f"[red]{path} is damaged: its SHA-256 is {actual}, and {beside} says {expected}[/red]")
+                console.print(f"[red]{error}[/red]", highlight=False, soft_wrap=True)
+        files = sorted({one.path for stored in networks for one in stored.values()})
+        for path in progress.track(files, description="comparing checksums"):
+            for beside, expected in _checksums(path):
+                if (actual := _sha256(path)) == expected:
+                    agree += 1
+                    continue
+                damaged += 1
+                console.print(
+                    f"[red]{path} is damaged: its SHA-256 is {actual}, but {beside} says {expected}[/red]",
+                    soft_wrap=True,
+                )
     if not damaged:
-        sums = f"{checked} checksums agree" if checked else "there are no checksums beside them"
-        console.print(f"All {len(stored)} tensors are numbers; {sums}.", highlight=False)
+        sums = f"{agree} checksums agree" if agree else "there are no checksums beside them"
+        console.print(f"All {sum(map(len, networks))} tensors are numbers; {sums}.", highlight=False)
     return damaged
 
 

@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from engine.kv.size import KVSettings
+from engine.kv.layout import KVSettings
 from engine.request import Request
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.weights import stage_bytes
@@ -55,13 +55,13 @@ class Job:
     def stages(self) -> list[Needs]:
         """What a rank of each stage needs; an `InputError` if the model cannot make the video, or does not fit."""
         sizes = stage_sizes(self.config, self.layout.pp, self.split)
-        given = {"reuse": self.reuse, "kv": self.kv, "layout": self.layout, "split": self.split}
-        kv = self.videos * video_size(self.config, self.request, **given).kv_bytes
+        size = video_size(self.config, self.request, reuse=self.reuse, kv=self.kv, layout=self.layout, split=self.split)
         model, runtime, request = self.config.model_config, self.config.runtime_config, self.request
         tokens = math.ceil(self.config.chunk_tokens(request.height, request.width) / self.layout.cp)
         hidden = tokens * (_STREAMS * model.hidden_size + model.ffn_hidden_size) * model.dtype.itemsize
         frames = runtime.chunk_width * runtime.temporal_downsample_factor * request.height * request.width * 3
         weights = [stage_bytes(self.config, stage_layers(sizes, stage)) for stage in range(len(sizes))]
+        kv = self.videos * size.kv_bytes
         leader = Needs(weights=weights[0] + self.vae_bytes, kv=kv, work=max(hidden, _FRAME_COPIES * frames))
         return [leader, *(Needs(weights=of_stage, kv=kv, work=hidden) for of_stage in weights[1:])]
 

@@ -26,7 +26,8 @@ from launch.sizes import check_memory
 from models.attention import attention_backend
 from models.errors import InputError
 from models.magi.config import MagiConfig
-from models.magi.presets import find_preset
+from models.magi.folder import find_files, recognise
+from models.magi.presets import POCKET, find_preset, preset_of
 from models.magi.sampling import MagiSampling
 from models.pocket.words import parse_prompt
 from parallel.cluster.config import MagiSource, video_size
@@ -45,6 +46,7 @@ class ModelPlan:
 
     name: str  # for people
     source: MagiSource  # what each rank loads its part of
+    cache: CacheName  # preset of reuse
     device: str  # where to, without ranks
     reuse: ReuseSettings  # which steps are reused
     kv: KVSettings  # how much of the past is held
@@ -83,26 +85,27 @@ def layout_of(options: Options) -> Layout:
 
 def plan_model(options: Options) -> ModelPlan:
     """Which model to load, and how to use it; what was given of a video is not looked at."""
-    if options.config is not None and options.model is not None:
-        raise InputError("--model and --config both name a model: give one of them")
-    if options.config is not None:
-        config = MagiConfig.from_json(options.config)
-    else:
-        config = find_preset(options.model or DEFAULT_MODEL).config()
+    name, config = _model(options)
     stage_sizes(config, options.pp, options.split)  # says whether the stages fit
     if (heads := config.model_config.num_query_groups) % options.cp:
         raise InputError(f"--cp {options.cp} does not divide the model's {heads} key heads")
     num_steps = config.runtime_config.num_steps if options.steps is None else options.steps
     sampling = MagiSampling(config=config, num_steps=num_steps)  # says whether the steps fit
-    reuse = reuse_settings(options, num_steps=num_steps, guided=sampling.guided)
+    figures = POCKET_FIGURES if config.runtime_config.t5_pretrained is None else MAGI_1_FIGURES
+    cache = figures.default if options.cache is None else options.cache
+    reuse = reuse_settings(options, figures, num_steps=num_steps, guided=sampling.guided)
     attention_backend(options.attention)  # says whether it can run here
-    _check_weights(options, config)
-    precise = options.precision is Precision.REFERENCE
+    _check_weights(options, name, config)
     source = MagiSource(
-        config=config, weights=options.weights, split=options.split, precise=precise, attention=options.attention
+        config=config,
+        weights=options.weights,
+        tokens=options.special_tokens,
+        split=options.split,
+        precise=options.precision is Precision.REFERENCE,
+        attention=options.attention,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return ModelPlan(name=_name(options), source=source, device=device, reuse=reuse, kv=kv_settings(options))
+    return ModelPlan(name=name, source=source, device=device, cache=cache, reuse=reuse, kv=kv_settings(options))
 
 
 def plan_videos(options: Options) -> list[Plan]:
@@ -168,6 +171,11 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
     )
     _check_prompt(config, request.prompt)
     plan = Plan(options=options, model=model, request=request, out=out, record=options.record)
+    if not runtime.noise2clean_kvrange and model.kv.budget is None:
+        raise InputError(
+            f"{model.name} looks back at the whole video (noise2clean_kvrange is empty), so that {request.chunks:,} "
+            f"chunks hold {plan.size.kv_bytes / 1e9:,.1f} GB of keys and values: give --kv-budget CHUNKS"
+        )
     if model.device == "cpu" and options.launcher is not Launcher.RAY:  # whose ranks may be anywhere
         what = f"a video of {request.width}x{request.height} pixels and {request.chunks:,} chunks"
         check_memory(what if at_a_time == 1 else f"{what}, {at_a_time} at a time,", at_a_time * bytes_needed(plan))
@@ -206,8 +214,18 @@ def _check_prompt(config: MagiConfig, prompt: str) -> None:
         parse_prompt(prompt)
 
 
-def _name(options: Options) -> str:
-    return str(options.config) if options.config is not None else options.model or DEFAULT_MODEL
+def _model(options: Options) -> tuple[str, MagiConfig]:
+    """Which model is meant, in a word, and its configuration."""
+    if options.config is not None and options.model is not None:
+        raise InputError("--model and --config both name a model: give one of them")
+    if options.config is not None:
+        return str(options.config), MagiConfig.from_json(options.config)
+    if options.model is None and options.weights is not None:
+        config = recognise(options.weights)
+        preset = preset_of(config)
+        return str(options.weights) if preset is None else preset.name, config
+    name = options.model or POCKET
+    return name, find_preset(name).config()
 
 
 def _chunks(options: Options, config: MagiConfig) -> int:
@@ -224,18 +242,14 @@ def _chunks(options: Options, config: MagiConfig) -> int:
     return math.ceil(round(options.seconds * runtime.fps, 3) / chunk_frames)
 
 
-def _check_weights(options: Options, config: MagiConfig) -> None:
-    """Say at once that there are no weights; what is in the folder is checked when they are loaded."""
-    if options.weights is not None:
-        if not options.weights.is_dir():
-            raise InputError(f"cannot read the weights: there is no folder {options.weights}")
-        return
+def _check_weights(options: Options, name: str, config: MagiConfig) -> None:
+    """Say at once what of the files is not there; what is in them is checked when they are loaded."""
     load = config.runtime_config.load
-    if load is None or Path(load).is_dir():
-        return
-    source = None if options.config is not None else find_preset(options.model or DEFAULT_MODEL).folder
-    where = "" if source is None else f"download {source} from huggingface.co/sand-ai/MAGI-1 to there, or "
-    raise InputError(f"{_name(options)} has no weights in {load}: {where}give their folder with --weights")
+    if options.weights is None and load is not None and not Path(load).is_dir():
+        folder = None if options.config is not None else find_preset(name).folder
+        where = "" if folder is None else f"download {folder} from huggingface.co/sand-ai/MAGI-1 to there, or "
+        raise InputError(f"{name} has no weights in {load}: {where}give their folder with --weights")
+    find_files(config, options.weights, tokens=options.special_tokens)
 
 
 def _prefix(options: Options, request: Request, *, fps: int) -> Prefix | None:
@@ -250,9 +264,6 @@ def _prefix(options: Options, request: Request, *, fps: int) -> Prefix | None:
 # ---- presets of reuse, and the KV buffer
 
 
-DEFAULT_MODEL = "magi-pocket"
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReuseFigures:
     """What the presets of one model are made of."""
@@ -261,26 +272,34 @@ class ReuseFigures:
     slow: float  # threshold of `flowcache-slow`
     fast: float  # threshold of `flowcache-fast`
     teacache: float  # threshold of `teacache`
-    reuse: ReuseKind = ReuseKind.EXTRAPOLATE  # stands in for a step that is left out; docs/reuse.md has the figures
+    default: CacheName  # what holds where no preset is asked for
+    reuse: ReuseKind  # stands in for a step that is left out; docs/reuse.md has the figures
     extrapolate_from: float = 1.0  # share of the threshold above which a step is extrapolated in place of that; 1 never
 
 
-_MAGI_1 = ReuseFigures(warmup_steps=5, slow=0.01, fast=0.015, teacache=0.01)  # FlowCache, below Eq. 8
+# As published (FlowCache, below Eq. 8). Extrapolation was measured on magi-pocket only.
+MAGI_1_FIGURES = ReuseFigures(
+    warmup_steps=5, slow=0.01, fast=0.015, teacache=0.01, default=CacheName.NONE, reuse=ReuseKind.RESIDUAL
+)
+# Thresholds for 16 steps; benchmarks.quality measures what they mean.
+POCKET_FIGURES = ReuseFigures(
+    warmup_steps=3,
+    slow=0.0629,
+    fast=0.0994,
+    teacache=0.0657,
+    default=CacheName.FLOWCACHE_SLOW,
+    reuse=ReuseKind.EXTRAPOLATE,
+)
 
-# Models with figures of their own, and not those of MAGI-1. magi-pocket's thresholds are for 16 steps;
-# benchmarks.quality measures what they mean.
-REUSE_FIGURES = {"magi-pocket": ReuseFigures(warmup_steps=3, slow=0.0629, fast=0.0994, teacache=0.0657)}
 
-
-def reuse_preset(name: CacheName, model: str | None) -> ReuseSettings:
-    """What a name of `--cache` stands for.
+def reuse_preset(name: CacheName, figures: ReuseFigures) -> ReuseSettings:
+    """What a name of `--cache` stands for with a model's figures.
 
     The published runs with reuse leave out the clean pass and the copy pass, and so do the presets; a run without
-    reuse has both. A configuration file (`model` None) is one of MAGI-1.
+    reuse has both.
     """
     if name is CacheName.NONE:
         return ReuseSettings()
-    figures = REUSE_FIGURES.get(model or "", _MAGI_1)
     policy, threshold = {
         CacheName.TEACACHE: ("teacache", figures.teacache),
         CacheName.FLOWCACHE_SLOW: ("flowcache", figures.slow),
@@ -297,18 +316,19 @@ def reuse_preset(name: CacheName, model: str | None) -> ReuseSettings:
     )
 
 
-def reuse_settings(options: Options, *, num_steps: int, guided: bool) -> ReuseSettings:
+def reuse_settings(options: Options, figures: ReuseFigures, *, num_steps: int, guided: bool) -> ReuseSettings:
     """The preset that was asked for, with what was given on top of it; a model with guidance has no copy pass."""
     names = [
         "--" + name.replace("_", "-")
         for name in ("cache_threshold", "cache_warmup", "reuse", "extrapolate_from")
         if getattr(options, name) is not None
     ]
-    if options.cache is CacheName.NONE and names:
+    cache = figures.default if options.cache is None else options.cache
+    if cache is CacheName.NONE and names:
         raise InputError(f"--cache none reuses nothing: leave out {' and '.join(names)}, or choose another --cache")
     if options.copy_pass and guided:
         raise InputError("--copy-pass is for distilled models, this one has guidance: leave it out")
-    settings = reuse_preset(options.cache, None if options.config is not None else options.model or DEFAULT_MODEL)
+    settings = reuse_preset(cache, figures)
     if options.cache_threshold is not None:
         settings = settings.with_threshold(options.cache_threshold)
     warmup = options.cache_warmup

@@ -160,7 +160,7 @@ def summary_text(summaries: Sequence[Summary], *, making: float, ranks: str | No
     on = "" if ranks is None else "on the leader "
     gpu = "" if last.gpu_memory is None else f", on the GPU {_size(last.gpu_memory)}"
     memory = f"{on}keys and values {_size(last.kv_bytes)}, peak memory {_size(last.memory)}{gpu}"
-    lines.append(f"{computed:.0%} of the steps computed ({last.plan.options.cache}); {memory}")
+    lines.append(f"{computed:.0%} of the steps computed ({last.plan.model.cache}); {memory}")
     return "\n".join([*lines, *([] if ranks is None else [ranks])])
 
 

@@ -88,7 +88,8 @@ def load_pipeline(
     special = None
     if files.t5 is not None and files.tokens is not None:
         special = SpecialTokens.from_npz(files.tokens, channels=config.model_config.caption_channels)
-        encoder = T5Encoder(files.t5, device=runtime.t5_device, max_length=config.model_config.caption_max_length)
+        device = runtime.t5_device if torch.cuda.is_available() else "cpu"
+        encoder = T5Encoder(files.t5, device=device, max_length=config.model_config.caption_max_length)
     # The released autoencoder runs in bf16 whatever the DiT's dtype (1.1); fp32 models keep theirs.
     dtype = torch.float32 if config.model_config.dtype == torch.float32 else torch.bfloat16
     vae = Checkpoint(files.vae).vae(dtype=dtype, device=loading.device)

@@ -53,6 +53,17 @@ def find_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
+def preset_of(config: MagiConfig) -> Preset | None:
+    """The preset of a configuration: the one of its sizes and kind."""
+    for preset in PRESETS.values():
+        known, kind = preset.config(), config.engine_config
+        if known.model_config == config.model_config and (kind.distill, kind.fp8_quant) == (
+            known.engine_config.distill, known.engine_config.fp8_quant,
+        ):  # fmt: skip
+            return preset
+    return None
+
+
 def released_config(*, large: bool, distill: bool = False, quant: bool = False) -> MagiConfig:
     """The configuration file of a released model: 24B (`large`) or 4.5B, distilled or not, with fp8 weights or not."""
     from models.magi.config import MagiConfig

@@ -19,11 +19,13 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from models.errors import InputError
@@ -131,6 +133,7 @@ class T5Encoder:
         *_, self._transformers = (_package(name) for name in ("sentencepiece", "google.protobuf", "transformers"))
         if not self.folder.is_dir():
             raise InputError(f"no T5 encoder at {self.folder}: t5_pretrained must hold the folder {T5_FOLDER}")
+        check_t5(self.folder)
         self._tokenizer: Any = None
         self._model: Any = None
 
@@ -154,13 +157,39 @@ class T5Encoder:
             torch.cuda.empty_cache()
 
     def _load(self) -> None:
+        self._transformers.utils.logging.disable_progress_bar()  # this command shows its own
         try:
             self._tokenizer = self._transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-            model = self._transformers.T5EncoderModel.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
+            model, info = self._transformers.T5EncoderModel.from_pretrained(
+                self.folder, local_files_only=True, output_loading_info=True
+            )
+        except (OSError, ValueError, ImportError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"cannot load the T5 encoder from {self.folder}: {reason}") from None
+        if missing := sorted(info["missing_keys"]):  # they would be random numbers
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise InputError(f"cannot load the T5 encoder from {self.folder}: it lacks {missing[0]}{more}")
         self._model = model.to(device=self.device, dtype=self.dtype).requires_grad_(False).eval()
+
+
+def check_t5(folder: Path) -> int:
+    """See that a folder holds what T5 is read from: description, vocabulary and weights.
+
+    Returns:
+        Bytes of the weights.
+
+    Raises:
+        InputError: something is missing. The library would make up a vocabulary, and say nothing.
+    """
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    for what, held in {
+        "config.json": (folder / "config.json").is_file(),
+        "spiece.model": (folder / "spiece.model").is_file() or (folder / "tokenizer.json").is_file(),
+        "weights (*.safetensors or pytorch_model*.bin)": weights,
+    }.items():
+        if not held:
+            raise InputError(f"cannot load the T5 encoder from {folder}: it lacks {what}")
+    return sum(path.stat().st_size for path in weights)
 
 
 # Cleaning of prompts: patterns and their replacements, in order.
