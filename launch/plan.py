@@ -28,7 +28,7 @@ from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.presets import find_preset
 from models.magi.sampling import MagiSampling
-from models.pocket.words import parse_prompt
+from models.pocket.text import parse_prompt
 from parallel.cluster.config import MagiSource, video_size
 from parallel.cluster.messages import VideoOrder
 from parallel.cluster.queue import VideoSize
