@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from engine.files import check_folder, check_target
+from engine.kv.layout import KVSettings
 from engine.kv.selection import SelectionSettings
-from engine.kv.size import KVSettings
 from engine.request import Prefix, Request
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from launch.media import read_image, read_video
 from launch.options import CacheName, Launcher, Options, Precision, ReuseKind, together
 from launch.sizes import check_memory
