@@ -32,11 +32,10 @@ from benchmarks.workload import POCKET, Flags, Made, TimedCall, Timing, Workload
 from engine.engine import Engine
 from engine.executor import LocalRunner
 from engine.files import atomic_write
-from engine.heap import settle_heap
+from engine.machine import settle_heap
 from engine.record import Recorder, RunRecord
 from engine.request import Request
-from engine.reuse.policy import ChunkPolicy, Decision, Observation
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ChunkPolicy, Decision, Observation, ReuseSettings
 from engine.video import Work, WorkItem
 from launch.plan import CacheName, reuse_preset
 from models.attention import Attention

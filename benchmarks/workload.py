@@ -21,10 +21,10 @@ import typer
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from engine.kv.size import KVSettings
+from engine.kv.layout import KVSettings
 from engine.record import NOT_ACTIVE
 from engine.request import Request
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from models.errors import InputError
 from models.magi.config import MagiConfig

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from engine.engine import Engine, Submission
 from engine.kv.selection import Granularity, SelectionSettings, select
-from engine.prepare import Encoded
 from engine.record import Recorder
-from engine.request import Request, given_noise
-from engine.reuse.settings import ReuseSettings
+from engine.request import Encoded, Request
+from engine.reuse.policy import ReuseSettings
+from engine.video import given_noise
 from launch.generate import join_ranks, needs_ranks, start_ranks
 from launch.options import Options
 from models.errors import InputError

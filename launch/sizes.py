@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from engine.kv.size import KVSettings
+from engine.kv.layout import KVSettings
 from engine.request import Request
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from models.errors import InputError
 from models.magi.presets import PRESETS, Preset
 from parallel.cluster.config import video_size

@@ -47,7 +47,7 @@ from benchmarks.ray_runs import GangSetup, warm_up
 from benchmarks.runs import reuse_for
 from benchmarks.workload import Chunks, Fraction, Layers, Model, ModelSpec, Side, Steps, Width, Workload
 from engine.checkpoint.files import CheckpointConfig, newest
-from engine.kv.size import KVSettings
+from engine.kv.layout import KVSettings
 from models.errors import InputError
 from parallel.cluster.controller import Controller
 from parallel.cluster.messages import Event, GangDown, GangLost, GangReady, VideoDone, VideoOrder

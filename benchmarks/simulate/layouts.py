@@ -19,7 +19,7 @@ import torch
 from benchmarks.flops import pass_flops
 from benchmarks.simulate.clock import Machine, simulate
 from benchmarks.simulate.plan import Seconds, VideoPlan, modelled_flags, plan_video, recorded_flags
-from engine.kv.size import KVPlan
+from engine.kv.layout import KVPlan
 from engine.record import RunRecord
 from engine.schedule import Schedule
 from models.errors import InputError

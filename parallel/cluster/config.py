@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from engine.kv.size import KVSettings, plan_kv
+from engine.kv.layout import KVSettings, plan_kv
 from engine.request import Request
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from models.magi.config import MagiConfig
 from models.magi.pipeline import load_pipeline, load_stage

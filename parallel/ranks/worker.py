@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.checkpoint.contents import RUN_FILE, Contents
 from engine.checkpoint.files import Shard, write_async
 from engine.executor import Stage, TokenShard
-from engine.prepare import Admission
+from engine.request import Admission
 from engine.video import WorkItem
 from models.attention import Attention
 from models.errors import InputError

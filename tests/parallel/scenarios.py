@@ -16,11 +16,11 @@ import torch
 
 from engine import executor
 from engine.checkpoint.files import CheckpointConfig
-from engine.kv.size import KVSettings
+from engine.kv.layout import KVSettings
 from engine.record import Recorder
 from engine.request import Prefix
 from engine.reuse.flags import FlagLog
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from engine.video import WorkItem
 from models.errors import InputError
 from models.magi.config import MagiConfig

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.checkpoint.files import CheckpointConfig
-from engine.kv.size import KVSettings
-from engine.reuse.settings import ReuseSettings
+from engine.kv.layout import KVSettings
+from engine.reuse.policy import ReuseSettings
 from parallel.cluster.config import ClusterSettings, RankTask
 from parallel.cluster.messages import ChunkMade, VideoDone, VideoFailed, VideoOrder
 from parallel.cluster.placement import GangShape

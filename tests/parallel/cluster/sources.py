@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.engine import Engine
-from engine.kv.size import KVSettings
-from engine.reuse.settings import ReuseSettings
+from engine.kv.layout import KVSettings
+from engine.reuse.policy import ReuseSettings
 from models.protocols import CaptionTable
 from parallel.cluster.config import video_size
 from parallel.mesh import Layout
