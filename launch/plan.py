@@ -28,12 +28,11 @@ from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.presets import find_preset
 from models.magi.sampling import MagiSampling
-from models.pocket.words import parse_prompt
+from models.pocket.text import parse_prompt
 from parallel.cluster.config import MagiSource, video_size
 from parallel.cluster.messages import VideoOrder
-from parallel.cluster.queue import VideoSize
-from parallel.topology.mesh import Layout
-from parallel.topology.split import stage_sizes
+from parallel.cluster.scheduler import VideoSize
+from parallel.mesh import Layout, stage_sizes
 
 _LETTERS = 40  # of a prompt in a name; file systems take 255 bytes
 _STREAMS = 4  # copies of the hidden states that a layer holds at once: input, normed, attention's, output

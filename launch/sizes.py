@@ -14,7 +14,7 @@ from engine.reuse.policy import ReuseSettings
 from models.errors import InputError
 from models.magi.presets import PRESETS, Preset
 from parallel.cluster.config import video_size
-from parallel.topology.mesh import Layout
+from parallel.mesh import Layout
 
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 _NOTES = """\
