@@ -28,9 +28,9 @@ from benchmarks.common import Out, Row, Verdict, median
 from benchmarks.ray_runs import GangSetup, on_ray
 from benchmarks.runs import alone, on_ranks
 from benchmarks.workload import Made, ModelSpec, Steps, Width, Workload, differing
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from models.errors import InputError
-from parallel.topology.mesh import Layout
+from parallel.mesh import Layout
 
 _PARTS = ("throughput", "overhead")
 _STAGES = Layout(pp=2)

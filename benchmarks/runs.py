@@ -32,11 +32,10 @@ from benchmarks.workload import POCKET, Flags, Made, TimedCall, Timing, Workload
 from engine.engine import Engine
 from engine.executor import LocalRunner
 from engine.files import atomic_write
-from engine.heap import settle_heap
+from engine.machine import settle_heap
 from engine.record import Recorder, RunRecord
 from engine.request import Request
-from engine.reuse.policy import ChunkPolicy, Decision, Observation
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ChunkPolicy, Decision, Observation, ReuseSettings
 from engine.video import Work, WorkItem
 from launch.plan import reuse_preset
 from models.attention import Attention
@@ -48,12 +47,11 @@ from parallel.comm.messages import HEADER_BYTES
 from parallel.health.errors import Failure, GangError
 from parallel.health.exit_codes import BAD_INPUT, FAILED, INTERRUPTED
 from parallel.health.monitor import leave
+from parallel.mesh import Layout, stage_range
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
 from parallel.ranks.spawn import run_ranks
 from parallel.ranks.worker import StageModel
-from parallel.topology.mesh import Layout
-from parallel.topology.split import stage_range
 
 _JOB, _RESULT = "job.json", "result.json"
 _WARMUP = 3  # first steps that are computed with reuse

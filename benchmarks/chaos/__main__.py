@@ -47,12 +47,12 @@ from benchmarks.ray_runs import GangSetup, warm_up
 from benchmarks.runs import reuse_for
 from benchmarks.workload import Chunks, Fraction, Layers, Model, ModelSpec, Side, Steps, Width, Workload
 from engine.checkpoint.files import CheckpointConfig, newest
-from engine.kv.size import KVSettings
+from engine.kv.layout import KVSettings
 from models.errors import InputError
 from parallel.cluster.controller import Controller
 from parallel.cluster.messages import Event, GangDown, GangLost, GangReady, VideoDone, VideoOrder
 from parallel.health.timeouts import Timeouts
-from parallel.topology.mesh import Layout
+from parallel.mesh import Layout
 
 _TIMEOUTS = Timeouts(silent=5.0, first=90.0, step=40.0, grace=1.0)
 _RANKS_END, _ALL_END = 10.0, 30.0

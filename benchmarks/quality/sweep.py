@@ -17,8 +17,7 @@ from typing import Any
 
 from benchmarks.common import nearest, rounded, search
 from engine.record import Recorder
-from engine.reuse.policy import Decision, Observation, Policy
-from engine.reuse.settings import KINDS, ReuseSettings
+from engine.reuse.policy import KINDS, Decision, Observation, Policy, ReuseSettings
 
 METHODS = ("flowcache", "teacache")
 VANILLA, LEAN = ReuseSettings(), ReuseSettings(clean_pass=False, copy_pass=False)

@@ -28,14 +28,13 @@ from benchmarks.flops import CountingRunner
 from benchmarks.quality.sweep import LEAN, ObservationLog, Plan, Probe, Setting, Ticks
 from engine.engine import Engine, Submission
 from engine.files import atomic_write
-from engine.kv.size import KVSettings
-from engine.prepare import encode
+from engine.kv.layout import KVSettings
 from engine.progress import Progress
 from engine.record import Recorder
-from engine.request import Request
+from engine.request import Request, encode
 from models.errors import InputError
 from models.magi.pipeline import MagiPipeline
-from models.pocket.words import parse_prompt
+from models.pocket.text import parse_prompt
 
 _T = TypeVar("_T")
 IDENTICAL = 100.0  # dB, in place of infinity where two videos do not differ at all

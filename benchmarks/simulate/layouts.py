@@ -19,7 +19,7 @@ import torch
 from benchmarks.flops import pass_flops
 from benchmarks.simulate.clock import Machine, simulate
 from benchmarks.simulate.plan import Seconds, VideoPlan, modelled_flags, plan_video, recorded_flags
-from engine.kv.size import KVPlan
+from engine.kv.layout import KVPlan
 from engine.record import RunRecord
 from engine.schedule import Schedule
 from models.errors import InputError
@@ -27,8 +27,7 @@ from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.sampling import MagiSampling
 from models.protocols import KVGeometry, Pass
-from parallel.topology.mesh import Layout
-from parallel.topology.split import stage_sizes
+from parallel.mesh import Layout, stage_sizes
 
 _WIDTH = 2  # bytes of bf16
 _TEXT = 100  # caption tokens that count

@@ -18,8 +18,7 @@ import torch
 
 from benchmarks.common import search
 from engine.record import NOT_ACTIVE
-from engine.reuse.policy import ChunkPolicy, Decision, Observation, Policy
-from engine.reuse.settings import ReuseMemory
+from engine.reuse.policy import ChunkPolicy, Decision, Observation, Policy, ReuseMemory
 from engine.schedule import Schedule, Tick
 from engine.video import Reuse, VideoRun, VideoShape, Work
 from models.errors import InputError

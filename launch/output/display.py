@@ -21,16 +21,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from engine.kv.size import KVSettings
+from engine.kv.layout import KVSettings
 from engine.progress import Progress
 from engine.request import Request
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from launch.options import Options
 from launch.plan import Plan
 from models.magi.presets import PRESETS, Preset
 from parallel.cluster.config import video_size
-from parallel.topology.mesh import Layout
-from parallel.trace.counters import RankCounters
+from parallel.mesh import Layout
+from parallel.trace import RankCounters
 
 _TRANSFERS = {
     "nccl": "over NCCL",
