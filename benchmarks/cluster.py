@@ -30,7 +30,7 @@ from benchmarks.runs import alone, on_ranks
 from benchmarks.workload import Made, ModelSpec, Steps, Width, Workload, differing
 from engine.reuse.policy import ReuseSettings
 from models.errors import InputError
-from parallel.topology.mesh import Layout
+from parallel.mesh import Layout
 
 _PARTS = ("throughput", "overhead")
 _STAGES = Layout(pp=2)

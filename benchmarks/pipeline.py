@@ -46,8 +46,7 @@ from benchmarks.workload import (
     Workload,
     model_config,
 )
-from parallel.topology.mesh import Layout
-from parallel.topology.split import stage_sizes
+from parallel.mesh import Layout, stage_sizes
 
 _LAYOUTS = ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (4, 2), (2, 4))
 _PINGS = 30

@@ -19,11 +19,10 @@ from parallel.cluster.config import ClusterSettings, RankTask, VideoSize, video_
 from parallel.cluster.controller import Controller
 from parallel.cluster.messages import ChunkMade, Event, GangDown, GangLost, VideoDone, VideoFailed, VideoOrder
 from parallel.cluster.placement import GangShape
-from parallel.cluster.queue import GangSize
+from parallel.cluster.scheduler import GangSize
 from parallel.health.timeouts import Timeouts
+from parallel.mesh import Layout, Mesh, stage_range
 from parallel.ranks.worker import StageModel
-from parallel.topology.mesh import Layout, Mesh
-from parallel.topology.split import stage_range
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,7 +37,7 @@ from engine.record import Recorder, RunRecord
 from engine.request import Request
 from engine.reuse.policy import ChunkPolicy, Decision, Observation, ReuseSettings
 from engine.video import Work, WorkItem
-from launch.plan import POCKET_FIGURES, CacheName, reuse_preset
+from launch.plan import POCKET_FIGURES, reuse_preset
 from models.attention import Attention
 from models.errors import InputError
 from models.magi.dit import MagiDiT
@@ -47,12 +47,11 @@ from parallel.comm.messages import HEADER_BYTES
 from parallel.health.errors import Failure, GangError
 from parallel.health.exit_codes import BAD_INPUT, FAILED, INTERRUPTED
 from parallel.health.monitor import leave
+from parallel.mesh import Layout, stage_range
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
 from parallel.ranks.spawn import run_ranks
 from parallel.ranks.worker import StageModel
-from parallel.topology.mesh import Layout
-from parallel.topology.split import stage_range
 
 _JOB, _RESULT = "job.json", "result.json"
 _WARMUP = 3  # first steps that are computed with reuse
@@ -270,7 +269,7 @@ class TimedRunner(LocalRunner):
 def reuse_for(workload: Workload, fraction: float) -> ReuseSettings:
     """Flowcache: magi-pocket's own, or with a threshold that computes about a share of the steps, if there is one."""
     if workload.model.name == POCKET:
-        return reuse_preset(CacheName.FLOWCACHE_SLOW, POCKET_FIGURES)
+        return reuse_preset("flowcache-slow", POCKET_FIGURES)
     if not _WARMUP / workload.steps < fraction < 1:
         raise InputError(f"--fraction {fraction:g} cannot be had with {_WARMUP} warm-up steps of {workload.steps}")
     reuse = ReuseSettings(

@@ -36,10 +36,10 @@ from models.magi.weights import Checkpoint, Loading
 from models.protocols import CELL_PIXELS, CaptionTable
 from parallel.health.errors import GangError
 from parallel.health.exit_codes import BAD_INPUT, FAILED, OK
+from parallel.mesh import stage_range
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang
 from parallel.ranks.worker import StageModel
-from parallel.topology.split import stage_range
 
 TOLERANCE = 1e-4
 DECODED_TOLERANCE = 1e-2  # stored as fp16

@@ -25,7 +25,7 @@ from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
 from launch.ending import CommandFailed, check_signals
 from launch.forms import arguments
-from launch.options import TRACE_FILE, Launcher, Options, together
+from launch.options import TRACE_FILE, Options, together
 from launch.output.display import Display, rank_line, summary_text
 from launch.output.video import VideoSinks
 from launch.plan import ModelPlan, Plan, layout_of, plan_model, plan_videos
@@ -33,12 +33,11 @@ from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.messages import Event, VideoOrder
 from parallel.health.errors import GangError
+from parallel.mesh import Layout, Mesh
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
 from parallel.ranks.spawn import run_ranks, worker_ranks
-from parallel.topology.mesh import Layout, Mesh
-from parallel.trace.counters import RankCounters
-from parallel.trace.tracer import Tracer
+from parallel.trace import RankCounters, Tracer
 
 
 class Backend(Protocol):
@@ -226,7 +225,7 @@ def generate(options: Options, arguments: Sequence[str]) -> str | None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
-        if options.launcher is Launcher.RAY:
+        if options.launcher == "ray":
             if env is not None:
                 raise InputError("--launcher ray starts the ranks itself: leave torchrun out, or --launcher")
             return _make_on_ray(options)

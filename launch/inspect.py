@@ -16,14 +16,14 @@ from rich.table import Table
 from engine.kv.layout import KVSettings
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
-from launch.memory import Job
+from launch.memory import Job, vae_bytes
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.folder import ModelFiles, dit_folder, find_files, recognise
 from models.magi.presets import preset_of
-from models.magi.text import T5_FOLDER, SpecialTokens, check_t5
+from models.magi.text import T5_FOLDER, check_t5, read_special_tokens
 from models.magi.weights import Checkpoint, Stored, read_through
-from parallel.topology.mesh import Layout
+from parallel.mesh import Layout
 
 _BLOCK = 1 << 24  # bytes that are hashed at once
 _LAYOUTS = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (1, 8), (2, 4))  # pp x cp
@@ -91,8 +91,8 @@ def inspect_folder(folder: Path, wanted: Wanted, *, tokens: Path | None, verify:
     for line in report.wrong:
         console.print(f"[red]{line}[/red]", highlight=False, soft_wrap=True)
     if not report.wrong:
-        each = 4 if config.model_config.dtype.itemsize == 4 else 2  # bytes of an autoencoder's parameter
-        _print_memory(console, config, each * sum(map(_parameters, of_vae.values())), wanted)
+        assert files is not None
+        _print_memory(console, config, vae_bytes(config, files.vae), wanted)
     damaged = _verify(console, [of_dit, of_vae]) if verify and not report.wrong else 0
     return 1 if report.wrong or damaged else 0
 
@@ -110,7 +110,7 @@ def _tensors(into: dict[str, Stored], found: Mapping[str, Stored]) -> str:
     into |= found
     dtypes = Counter[str]()
     for one in found.values():
-        dtypes[one.dtype] += one.nbytes
+        dtypes[one.dtype] += one.end - one.start
     count = sum(_parameters(one) for one in found.values())
     shares = ", ".join(f"{dtype} {_size(size)}" for dtype, size in dtypes.most_common())
     return f"{len(found)} tensors, {count:,} parameters: {shares}"
@@ -124,7 +124,7 @@ def _parameters(stored: Stored) -> int:
 
 
 def _special(path: Path, config: MagiConfig) -> str:
-    SpecialTokens.from_npz(path, channels=config.model_config.caption_channels)
+    read_special_tokens(path, channels=config.model_config.caption_channels)
     return "quality and duration"
 
 

@@ -9,19 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
 
 from engine.kv.layout import KVSettings
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from models.errors import InputError
 from models.magi.config import MagiConfig
-from models.magi.weights import stage_bytes
+from models.magi.weights import Checkpoint, stage_bytes
 from parallel.cluster.config import video_size
-from parallel.topology.mesh import Layout
-from parallel.topology.split import stage_layers, stage_sizes
+from parallel.mesh import Layout, stage_layers, stage_sizes
 
 _STREAMS = 4  # copies of the hidden states that a layer holds at once: input, normed, attention's, output
 _FRAME_COPIES = 8  # bytes for each value of a chunk's frames: as tiles, blended, in fp32 or bf16, and as uint8
+_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 _BUDGETS, _STAGES = (4, 2, 1), (2, 4, 8)  # what is tried for advice
 
 
@@ -70,10 +73,13 @@ class Job:
         stages = [stage.total for stage in self.stages()]
         return self.layout.cp * sum(stages) if shared else max(stages)
 
-    def check(self, free: int, *, shared: bool) -> None:
-        """See that it fits into so many bytes; the `InputError` has the figures, and what would fit."""
+    def check(self, device: str) -> None:
+        """See that it fits into what is free, of this machine or of the GPU; an `InputError` has the figures, and what
+        would fit. A GPU that this process does not use is not asked."""
+        shared = device == "cpu"
+        free = free_bytes() if shared else _free_gpu_bytes(alone=self.layout.world_size == 1)
         needed = self.total(shared=shared)
-        if needed <= free:
+        if free is None or needed <= free:
             return
         size = f"{self.request.width}x{self.request.height} pixels and {self.request.chunks:,} chunks"
         together = f", {self.videos} at a time," if self.videos > 1 else ""
@@ -91,6 +97,31 @@ class Job:
 
     def _with_budget(self, budget: int) -> Job:
         return replace(self, kv=replace(self.kv, budget=budget))
+
+
+def free_bytes() -> int | None:
+    """Bytes of memory that this process may still take, swap included; None where the system does not say."""
+    try:
+        lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines() if ":" in line)
+        free = sum(int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
+    except (OSError, KeyError, ValueError, IndexError):
+        return None
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+
+
+def vae_bytes(config: MagiConfig, folder: Path) -> int:
+    """Bytes of an autoencoder's weights once they are loaded, fp32 beside an fp32 model and else bf16."""
+    each = 4 if config.model_config.dtype.itemsize == 4 else 2
+    return each * sum(math.prod(one.shape) for one in Checkpoint(folder).check_vae().values())
+
+
+def _free_gpu_bytes(*, alone: bool) -> int | None:
+    # Asking takes memory of the GPU, so whoever only starts ranks must not.
+    return torch.cuda.mem_get_info()[0] if alone or torch.cuda.is_initialized() else None
 
 
 def _first(changes: list[tuple[str, Job]], free: int, shared: bool) -> Iterator[str]:

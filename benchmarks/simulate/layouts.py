@@ -27,8 +27,7 @@ from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.sampling import MagiSampling
 from models.protocols import KVGeometry, Pass
-from parallel.topology.mesh import Layout
-from parallel.topology.split import stage_sizes
+from parallel.mesh import Layout, stage_sizes
 
 _WIDTH = 2  # bytes of bf16
 _TEXT = 100  # caption tokens that count

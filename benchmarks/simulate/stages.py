@@ -25,8 +25,7 @@ from engine.schedule import Schedule
 from models.protocols import CELL_PIXELS, Pass
 from parallel.comm.messages import HEADER_BYTES
 from parallel.comm.ulysses import TokenSplit
-from parallel.topology.mesh import Layout, Mesh
-from parallel.topology.split import stage_sizes
+from parallel.mesh import Layout, Mesh, stage_sizes
 
 _FLOAT = 4  # bytes of a value
 _LAYOUT, _PINGS, _OFF = Layout(pp=2), 50, 0.10

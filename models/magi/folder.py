@@ -183,7 +183,8 @@ def _config_of(stored: Mapping[str, Stored], folder: Path, *, distilled: bool, q
     inner = shape(_FIRST + "mlp.linear_fc2.weight", 2)[1]
     gated = shape(_FIRST + "mlp.linear_fc1.weight", 2)[0] == 2 * inner
     out = shape("final_linear.linear.weight", 2)[0]
-    values = released_config(large=gated, distill=distilled, quant=quantised).to_dict()
+    kind = ("24B" if gated else "4.5B") + ("_distill" if distilled else "_base") + ("_quant" if quantised else "")
+    values = released_config(kind).to_dict()
     values["model_config"] |= {
         "num_layers": len(layers),
         "hidden_size": width,

@@ -8,13 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from models.attention import Attention
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.folder import dit_folder, find_files
 from models.magi.sampling import MagiSampling
-from models.magi.text import SpecialTokens, T5Encoder, TextEncoder
+from models.magi.text import T5Encoder, counter_rows, read_special_tokens
 from models.magi.vae import TiledVAE
 from models.magi.weights import Checkpoint, Loading
 from models.pocket.text import PocketEncoder
@@ -22,7 +23,7 @@ from models.protocols import Autoencoder, CaptionTable
 
 
 class MagiPipeline:
-    """A DiT with what turns prompts into captions (`tokens`: the released special ones) and latents into frames.
+    """A DiT with what turns prompts into captions (`tokens`: the special ones) and latents into frames.
 
     Without an encoder captions are brought, and without an autoencoder a video ends with latents.
     """
@@ -32,9 +33,9 @@ class MagiPipeline:
         config: MagiConfig,
         model: MagiDiT,
         autoencoder: Autoencoder | None = None,
-        encoder: TextEncoder | None = None,
+        encoder: T5Encoder | PocketEncoder | None = None,
         *,
-        tokens: SpecialTokens | None = None,
+        tokens: Tensor | None = None,
     ) -> None:
         self.config, self.model = config, model
         self._autoencoder, self._encoder, self._tokens = autoencoder, encoder, tokens
@@ -59,10 +60,8 @@ class MagiPipeline:
         assert self._encoder is not None
         text = self._encoder.encode(prompt)
         self._encoder.release()
-        counters, length = None, None
-        if self._tokens is not None:
-            counters = self._tokens.counters().to(text)
-            length = self.config.model_config.caption_max_length
+        counters = None if self._tokens is None else counter_rows(self._tokens)
+        length = self.config.model_config.caption_max_length
         table = CaptionTable(text=text, null=self.model.null_text(), counters=counters, max_length=length)
         return table.to(self.model.device)
 
@@ -83,15 +82,15 @@ def load_pipeline(
     Raises:
         InputError: something is missing or damaged.
     """
-    files, runtime = find_files(config, weights, tokens=tokens), config.runtime_config
-    encoder: TextEncoder = PocketEncoder()
+    files, runtime, model = find_files(config, weights, tokens=tokens), config.runtime_config, config.model_config
+    encoder: T5Encoder | PocketEncoder = PocketEncoder()
     special = None
     if files.t5 is not None and files.tokens is not None:
-        special = SpecialTokens.from_npz(files.tokens, channels=config.model_config.caption_channels)
+        special = read_special_tokens(files.tokens, channels=model.caption_channels)
         device = runtime.t5_device if torch.cuda.is_available() else "cpu"
-        encoder = T5Encoder(files.t5, device=device, max_length=config.model_config.caption_max_length)
+        encoder = T5Encoder(files.t5, device=device, max_length=model.caption_max_length)
     # The released autoencoder runs in bf16 whatever the DiT's dtype (1.1); fp32 models keep theirs.
-    dtype = torch.float32 if config.model_config.dtype == torch.float32 else torch.bfloat16
+    dtype = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
     vae = Checkpoint(files.vae).vae(dtype=dtype, device=loading.device)
     autoencoder = TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
     return MagiPipeline(config, Checkpoint(files.dit).dit(config, loading), autoencoder, encoder, tokens=special)

@@ -17,11 +17,10 @@ import urllib.parse
 import warnings
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,75 +36,51 @@ SPECIAL_TOKENS_SHA256 = "b54bc664d5f4a722dfd8bb22201c025df61f22acddc07c0a2529d7b
 """Digest of the released `special_tokens.npz`."""
 
 _RELEASED_CHANNELS = 4096  # of T5 v1.1 XXL
+
 _TOKEN_ROWS = 100
 _HQ_ROW = 1
 _DURATION_ROW = 7  # for the last chunk; the next row for the one before it, and so on
 _DURATION_ROWS = 8
 
 
-class TextEncoder(Protocol):
-    """What turns a prompt into a caption."""
+def read_special_tokens(path: Path, *, channels: int) -> Tensor:
+    """The learned vectors of `special_tokens.npz` that say what kind of video is wanted: `other_tokens`, [100, C] fp32.
 
-    def encode(self, prompt: str) -> Tensor:
-        """Encode one prompt: [N, C] fp32.
+    With the channels of released models it must be the released file. An `InputError` if it is not, cannot be read, or
+    lacks the vectors.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the special tokens {path}: {error.strerror}") from None
+    digest = hashlib.sha256(content).hexdigest()
+    if channels == _RELEASED_CHANNELS and digest != SPECIAL_TOKENS_SHA256:
+        raise InputError(
+            f"{path} is not the released special_tokens.npz: its SHA-256 is {digest}, not {SPECIAL_TOKENS_SHA256}"
+        )
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            rows = arrays["other_tokens"]
+    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} holds no array other_tokens: {error}") from None
+    if rows.shape != (_TOKEN_ROWS, channels):
+        raise InputError(f"{path}: other_tokens has shape {list(rows.shape)}, expected [{_TOKEN_ROWS}, {channels}]")
+    if rows.dtype.kind != "f":
+        raise InputError(f"{path}: other_tokens holds {rows.dtype} and not floating-point numbers")
+    # Through fp16, as released: the vectors that the DiT was trained with were rounded to it.
+    return torch.from_numpy(rows.astype(np.float16).astype(np.float32))
 
-        Raises:
-            InputError: the prompt cannot be encoded.
-        """
 
-    def release(self) -> None:
-        """Let go of the encoder's weights until the next prompt."""
+def counter_rows(tokens: Tensor) -> Tensor:
+    """Rows in front of the text: how much of the video is left, and that high quality is wanted (2.3).
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SpecialTokens:
-    """Learned vectors that say what kind of video is wanted: `other` is [100, C] fp32, rows as in specification 2.3."""
-
-    other: Tensor
-
-    @classmethod
-    def from_npz(cls, path: Path, *, channels: int) -> SpecialTokens:
-        """Read `special_tokens.npz`.
-
-        Args:
-            path: the file.
-            channels: of the model's captions. With those of the released models it must be the released file.
-
-        Raises:
-            InputError: the file cannot be read, is another one, or lacks the vectors.
-        """
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"cannot read the special tokens {path}: {error.strerror}") from None
-        digest = hashlib.sha256(content).hexdigest()
-        if channels == _RELEASED_CHANNELS and digest != SPECIAL_TOKENS_SHA256:
-            raise InputError(
-                f"{path} is not the released special_tokens.npz: its SHA-256 is {digest}, not {SPECIAL_TOKENS_SHA256}"
-            )
-        try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-                rows = arrays["other_tokens"]
-        except (KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} holds no array other_tokens: {error}") from None
-        if rows.shape != (_TOKEN_ROWS, channels):
-            raise InputError(f"{path}: other_tokens has shape {list(rows.shape)}, expected [{_TOKEN_ROWS}, {channels}]")
-        if rows.dtype.kind != "f":
-            raise InputError(f"{path}: other_tokens holds {rows.dtype} and not floating-point numbers")
-        # Through fp16, as released: the vectors that the DiT was trained with were rounded to it.
-        return cls(other=torch.from_numpy(rows.astype(np.float16).astype(np.float32)))
-
-    def counters(self) -> Tensor:
-        """Rows in front of the text: how much of the video is left, and that high quality is wanted (2.3).
-
-        Returns:
-            [8, 2, C] fp32, by how many chunks come after the chunk; more than 7 count as 7.
-        """
-        return torch.stack([self.other[[_DURATION_ROW + left, _HQ_ROW]] for left in range(_DURATION_ROWS)])
+    Of special tokens [100, C]: [8, 2, C], by how many chunks come after the chunk; more than 7 count as 7.
+    """
+    return torch.stack([tokens[[_DURATION_ROW + left, _HQ_ROW]] for left in range(_DURATION_ROWS)])
 
 
 class T5Encoder:
-    """The T5 v1.1 XXL encoder (19 GB in fp32), read at the first prompt and again after `release`.
+    """The T5 v1.1 XXL encoder (19 GB in fp32, as released), read at the first prompt and again after `release`.
 
     The released code pads every prompt to `max_length` tokens and masks the padding. Masked positions weigh exactly
     zero, so nothing is padded here: the same result up to the order of summation, and a short prompt is far cheaper.
@@ -114,21 +89,13 @@ class T5Encoder:
         folder: `t5_pretrained`, the folder that holds `t5-v1_1-xxl`.
         device: where to encode.
         max_length: most tokens of a caption; longer prompts are cut.
-        dtype: dtype of the weights, fp32 as released.
 
     Raises:
         InputError: the folder or a package is missing.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        device: torch.device | str = "cpu",
-        max_length: int = 800,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.folder, self.device, self.max_length, self.dtype = folder / T5_FOLDER, device, max_length, dtype
+    def __init__(self, folder: Path, *, device: str = "cpu", max_length: int = 800) -> None:
+        self.folder, self.device, self.max_length = folder / T5_FOLDER, device, max_length
         # Without the first two the released `spiece.model` cannot be read.
         *_, self._transformers = (_package(name) for name in ("sentencepiece", "google.protobuf", "transformers"))
         if not self.folder.is_dir():
@@ -169,7 +136,7 @@ class T5Encoder:
         if missing := sorted(info["missing_keys"]):  # they would be random numbers
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise InputError(f"cannot load the T5 encoder from {self.folder}: it lacks {missing[0]}{more}")
-        self._model = model.to(device=self.device, dtype=self.dtype).requires_grad_(False).eval()
+        self._model = model.to(self.device, torch.float32).requires_grad_(False).eval()
 
 
 def check_t5(folder: Path) -> int:
@@ -204,8 +171,8 @@ _ADDRESS = (
     r"\b((?:{scheme}:(?:\/{{1,3}}|[a-zA-Z0-9%])|[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b\/?(?!@)))"
 )
 _DASHES = (
-    "\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63"
-    "\uff0d"
+    r"\-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0"
+    r"\ufe31\ufe32\ufe58\ufe63\uff0d"
 )
 _FILE_ENDINGS = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 
@@ -215,14 +182,8 @@ _ADDRESSES = _rules((_ADDRESS.format(scheme="https?"), ""), (_ADDRESS.format(sch
 # Steps 5 to 17: marks, dashes, quotes and what a web page leaves behind.
 _MARKS = _rules(
     (r"@[\w\d]+\b", ""),
-    (r"[\u31c0-\u31ef]+", ""),
-    (r"[\u31f0-\u31ff]+", ""),
-    (r"[\u3200-\u32ff]+", ""),
-    (r"[\u3300-\u33ff]+", ""),
-    (r"[\u3400-\u4dbf]+", ""),
-    (r"[\u4dc0-\u4dff]+", ""),
-    (r"[\u4e00-\u9fff]+", ""),
-    (rf"[{re.escape(_DASHES[0])}{_DASHES[1:]}]+", "-"),
+    (r"[\u31c0-\u9fff]+", ""),  # seven blocks in a row
+    (rf"[{_DASHES}]+", "-"),
     (r"[`´«»“”¨]", '"'),
     (r"[‘’]", "'"),
     (r"&quot;?", ""),

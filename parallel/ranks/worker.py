@@ -30,8 +30,7 @@ from parallel.comm.edges import Edges, RankServices
 from parallel.comm.messages import Header, Kind, Message, unpack_admit, unpack_json
 from parallel.comm.ulysses import TokenSplit, UlyssesShard, local_heads
 from parallel.health.exit_codes import BAD_INPUT
-from parallel.trace.counters import DeviceTimer, OnMeasured, RankCounters
-from parallel.trace.tracer import Tracer
+from parallel.trace import DeviceTimer, OnMeasured, RankCounters, Tracer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

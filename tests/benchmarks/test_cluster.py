@@ -12,7 +12,7 @@ from benchmarks.runs import alone, on_ranks
 from benchmarks.workload import Made, ModelSpec, Workload, differing, digest
 from engine.reuse.policy import ReuseSettings
 from parallel.cluster.messages import ChunkMade, VideoDone, VideoFailed
-from parallel.topology.mesh import Layout, Mesh
+from parallel.mesh import Layout, Mesh
 
 SPEC = ModelSpec(layers=2, width=192, side=32)
 WORKLOAD = Workload(model=SPEC, chunks=2, steps=8, videos=2)

@@ -71,7 +71,7 @@ def test_a_description_in_the_folder_is_taken_as_it_is(model: Path) -> None:
 def test_the_small_model_is_recognised_too() -> None:
     pocket = find_preset("magi-pocket")
     assert preset_of(recognise(Path(pocket.config().runtime_config.load or ""))) is pocket
-    assert preset_of(released_config(large=True, distill=True)) is find_preset("magi-24b-distill")
+    assert preset_of(released_config("24B_distill")) is find_preset("magi-24b-distill")
 
 
 def test_parts_are_found_beside_around_and_where_the_configuration_says(checkout: Path, model: Path) -> None:

@@ -33,11 +33,10 @@ from parallel.comm.messages import Header, Kind
 from parallel.health.errors import GangError
 from parallel.health.monitor import leave
 from parallel.health.timeouts import Timeouts
+from parallel.mesh import Layout, stage_range
 from parallel.ranks import worker
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import open_gang
-from parallel.topology.mesh import Layout
-from parallel.topology.split import stage_range
 from tests.parallel.small import one_thread, request, small_config, stage_pipeline
 
 
