@@ -326,9 +326,9 @@ Disk: the DiT and the autoencoder as stored; of a released model also T5 (19 GB)
 Memory: an estimate for one video of that size on one device: weights, and keys and values of the window and one \
 finished chunk (twice with guidance). What the layers work with comes on top; so does T5 (19 GB), of CPU memory for \
 4.5B and of GPU memory for 24B.
-Weights of released models: huggingface.co/sand-ai/MAGI-1. Download the folder above, ckpt/vae and ckpt/t5, and name the \
-first with --weights; flowcache inspect says what is missing. special_tokens.npz, from the MAGI-1 code's example/assets, \
-is found in a checkout around it, or goes into the folder. T5 needs pip install 'flowcache-engine[t5]'."""
+Weights of released models: huggingface.co/sand-ai/MAGI-1. Download the folder above, ckpt/vae and ckpt/t5, and name \
+the first with --weights; flowcache inspect says what is missing. special_tokens.npz, of the MAGI-1 code's \
+example/assets, is found in a checkout around it, or goes into the folder. T5 needs pip install 'flowcache-engine[t5]'."""
 
 
 def show_models() -> None:
