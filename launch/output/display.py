@@ -328,7 +328,8 @@ finished chunk (twice with guidance). What the layers work with comes on top; so
 4.5B and of GPU memory for 24B.
 Weights of released models: huggingface.co/sand-ai/MAGI-1. Download the folder above, ckpt/vae and ckpt/t5, and name \
 the first with --weights; flowcache inspect says what is missing. special_tokens.npz, of the MAGI-1 code's \
-example/assets, is found in a checkout around it, or goes into the folder. T5 needs pip install 'flowcache-engine[t5]'."""
+example/assets, is found in a checkout around it, or goes into the folder. \
+T5 needs pip install 'flowcache-engine[t5]'."""
 
 
 def show_models() -> None:
