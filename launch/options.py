@@ -26,6 +26,7 @@ TRACE_FILE = "trace.json"  # in the folder of a record
 
 CacheName = Literal["none", "teacache", "flowcache-slow", "flowcache-fast"]
 ReuseKind = Literal["residual", "velocity", "extrapolate"]
+Arithmetic = Literal["fp32", "bf16"]
 TokenUnit = Literal["token", "frame", "chunk"]
 
 _PROMPTS = Opt(
@@ -102,6 +103,11 @@ class Options:
         "says. 1 never does.",
         within=(0, 1),
         metavar="SHARE",
+    )
+    distance: Arithmetic | None = _reuse(
+        "How far a chunk has changed is taken in [bold]fp32[/bold], or in [bold]bf16[/bold] with every step rounded, "
+        "as the published FlowCache does.",
+        metavar="DTYPE",
     )
     clean_pass: bool | None = _passes(
         "Run each finished chunk once more, without noise, before others look back at it. With --cache none it "

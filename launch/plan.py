@@ -290,7 +290,7 @@ _MAGI_1 = ReuseFigures(warmup_steps=5, slow=0.01, fast=0.015, teacache=0.01)  # 
 REUSE_FIGURES = {"magi-pocket": ReuseFigures(warmup_steps=3, slow=0.0629, fast=0.0994, teacache=0.0657)}
 # Options that change a figure of a preset, and that figure.
 _CHANGES = {"cache_threshold": "threshold", "cache_warmup": "warmup_steps"} | {
-    name: name for name in ("reuse", "extrapolate_from")
+    name: name for name in ("reuse", "extrapolate_from", "distance")
 }
 
 
