@@ -241,6 +241,14 @@ class BatchOptions:
 
 GOLDEN_FILES = Opt("Golden files; their weights file lies beside them.", argument=True, name="files", kind=list[Path])
 """What `flowcache conformance` is given."""
+GOLDEN_DEVICE = Opt(
+    "Where to compute. On ranks: the CPU, or a GPU for each as far as there are GPUs.",
+    shown="the CPU; on ranks GPUs if there are any",
+    name="device",
+    kind=Literal["cpu", "cuda"] | None,
+    default=None,
+)
+"""The same, beside the options of ranks."""
 
 
 def together(options: Options, videos: int, *, ranks: bool | None = None) -> int:
