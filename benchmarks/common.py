@@ -1,6 +1,6 @@
 """What every benchmark is made of: its command, tables, verdicts, files, a plot's style, a search, fresh processes.
 
-It knows no benchmark. Memory of a process is resident memory; its peak can be set back on Linux only.
+It knows no benchmark. Memory of a process is resident memory, as Linux counts it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import math
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,21 +65,16 @@ def _cell(value: Cell) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table; no text where there are none."""
-    return markdown_table(list(rows[0]), [list(row.values()) for row in rows]) if rows else ""
+    """Rows as a Markdown table that is also legible as plain text; no text where there are none.
 
-
-def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A Markdown table that is also legible as plain text; columns of numbers are right-aligned."""
-    columns = list(zip(headers, *rows, strict=True))
-    numbers = [
-        len(column) > 1 and all(isinstance(one, int | float) and not isinstance(one, bool) for one in column[1:])
-        for column in columns
-    ]
+    Columns of numbers are right-aligned, and headers have spaces for underscores.
+    """
     made = []
-    for column, right in zip(columns, numbers, strict=True):
-        cells = [_cell(value).replace("|", "\\|") for value in column]
+    for name in rows[0] if rows else ():
+        values = [row[name] for row in rows]
+        cells = [name.replace("_", " "), *(_cell(value).replace("|", "\\|") for value in values)]
         width = max(3, *map(len, cells))
+        right = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
         rule = "-" * (width - 1) + ":" if right else "-" * width
         made.append([(cell.rjust if right else cell.ljust)(width) for cell in (cells[0], rule, *cells[1:])])
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*made, strict=True))
@@ -107,26 +101,19 @@ def publish(
     data: Sequence[Row] = (),
     figures: Mapping[str, Figure] | None = None,
 ) -> int:
-    """Write what a benchmark has found, and print it.
+    """Write what a benchmark has found into a folder, and print it: Markdown, CSV, plots by the names of their files.
 
-    Args:
-        out: folder of the results, which is there.
-        name: of the Markdown and CSV files, without ending.
-        title: one line.
-        about: what was measured.
-        verdicts: come first.
-        sections: other parts by their headings, in Markdown or as rows of a table; empty ones are left out.
-        data: rows of the CSV file.
-        figures: plots by the names of their files, without ending.
-
-    Returns:
-        The exit status: 0 if no verdict has failed, else 1.
+    Sections are Markdown or rows of a table by their headings, and come after the verdicts; empty ones are left out.
+    `data` are the rows of the CSV file. Returns the exit status: 0 if no verdict has failed, else 1.
     """
     parts = [f"# {title}", about]
     if verdicts:
         words = {None: "", True: "PASS", False: "FAIL"}
-        rows = [(one.name, one.measured, one.wanted, words[one.passed]) for one in verdicts]
-        parts.append(f"## Verdicts\n\n{markdown_table(('figure', 'measured', 'wanted', 'verdict'), rows)}")
+        rows: list[Row] = [
+            {"figure": one.name, "measured": one.measured, "wanted": one.wanted, "verdict": words[one.passed]}
+            for one in verdicts
+        ]
+        parts.append(f"## Verdicts\n\n{table(rows)}")
     for heading, part in (sections or {}).items():
         if part:
             parts.append(f"## {heading}\n\n{part if isinstance(part, str) else table(part)}")
@@ -140,16 +127,11 @@ def publish(
     return int(any(one.passed is False for one in verdicts))
 
 
-def renamed(row: Row, names: Sequence[str]) -> Row:
-    """A row's cells under other headers, in their order."""
-    return dict(zip(names, row.values(), strict=True))
-
-
 def machine_line() -> str:
     """The machine and the software that figures were measured with, in one line."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     parts = (
-        f"{os.cpu_count()} cores {_cpu_name()}",
+        f"{os.cpu_count()} cores {_field('/proc/cpuinfo', 'model name') or platform.processor()}",
         f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else "no GPU",
         f"{platform.system()} {platform.machine()}",
         f"Python {platform.python_version()}",
@@ -159,13 +141,13 @@ def machine_line() -> str:
     return ", ".join(parts)
 
 
-def _cpu_name() -> str:
+def _field(path: str, name: str) -> str | None:
+    """The first line of that name in a file of the kernel; None if there is none, or this is not Linux."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+        lines = [line.partition(":") for line in Path(path).read_text().splitlines()]
+    except OSError:
+        return None
+    return next((value.strip() for key, _, value in lines if key.strip() == name), None)
 
 
 def output_folder(path: Path) -> Path:
@@ -247,13 +229,12 @@ def search(
     near: float = 0.0,
     geometric: bool = False,
 ) -> dict[float, float]:
-    """Search the place where something that falls reaches a value, by halving.
+    """Search the place where something that falls reaches a value, by halving between known places or doubling beyond.
 
     Args:
         measure: the value at a place; it may jump, and rise a little where it should fall.
         target: the value that is wanted.
-        known: values by place, from which the search begins; a bound that is not measured has an infinite one. Beyond
-            the known places it goes on by doubling.
+        known: values by place, from which the search begins; a bound that is not measured has an infinite one.
         tries: most measurements.
         near: a value that is no further from the target ends the search.
         geometric: halve ratios in place of differences, and measure at three digits, as a preset would have them.
@@ -271,7 +252,7 @@ def search(
         else:
             low, high = places[above - 1 : above + 1]
             place = math.sqrt(low * high) if geometric else (low + high) / 2
-        place = rounded(place) if geometric else place
+        place = float(f"{place:.3g}") if geometric else place
         if place in known:
             break
         known[place] = measure(place)
@@ -281,11 +262,6 @@ def search(
 def nearest(known: Mapping[float, float], target: float) -> float:
     """The place whose value is nearest to a target; of equals the least."""
     return min(known, key=lambda place: (abs(known[place] - target), place))
-
-
-def rounded(value: float) -> float:
-    """To three digits, as it would be written in a preset."""
-    return float(f"{value:.3g}")
 
 
 def in_fresh_processes(copies: int, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> list[_T]:
@@ -315,19 +291,16 @@ def in_fresh_process(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kw
 
 
 def rss() -> int:
-    """Resident bytes of this process now; memory that was freed is given back to the system first where it can be."""
+    """Resident bytes of this process now; memory that was freed is given back to the system first."""
     gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-    return _status("VmRSS") or peak_rss()
+    with suppress(AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
 
 
 def peak_rss() -> int:
     """Highest resident bytes of this process, since `reset_peak` where that works."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return _status("VmHWM")
 
 
 def reset_peak() -> bool:
@@ -339,13 +312,11 @@ def reset_peak() -> bool:
     return True
 
 
-def _status(name: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:  # not Linux
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
-    return int(found[0]) * 1024 if found else None
+def _status(name: str) -> int:
+    found = _field("/proc/self/status", name)
+    if found is None:
+        raise InputError("memory is read from /proc: run this on Linux")
+    return int(found.split()[0]) * 1024
 
 
 def median(values: Iterable[float]) -> float:

@@ -59,14 +59,13 @@ def run(
     prompts: Annotated[int, typer.Option(min=1, max=MOST_PROMPTS, help="How many prompts.")] = 60,
     chunks: Annotated[int, typer.Option(min=2, help="Length of each video, in chunks of 24 frames.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of prompts and of all noise.")] = 9001,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own by default.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Folder of weights, in place of those that ship.")] = None,
     out: Out = Path("results/pocket_quality"),
 ) -> int:
     """Make videos of many prompts with magi-pocket and measure whether they show what was asked for."""
     common.output_folder(out)
     config = pocket_config()
-    num_steps = steps or config.runtime_config.num_steps
+    num_steps = config.runtime_config.num_steps
     engine = Engine(load_pipeline(config, weights, Loading()))
     requests = pocket_requests(prompts, chunks=chunks, num_steps=num_steps, seed=seed)
     strips = measure(make_videos(engine, requests), prompts)

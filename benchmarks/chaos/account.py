@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.cluster import Outcome
 from benchmarks.common import Row, Verdict
-from benchmarks.ray_runs import Outcome
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,7 +188,6 @@ class ChaosRun:
     """All that came of a run: first a batch without failures, then the same videos again and again with them."""
 
     wanted: int  # failures that were to be caused
-    every: int  # chunks from one checkpoint to the next
     distinct: int  # videos that differ
     account: Account
     undisturbed: Outcome = field(default_factory=Outcome)  # of the batch without failures
@@ -217,16 +216,6 @@ class ChaosRun:
         both = zip(self.faults, matched(self.faults, self.account.losses), strict=True)
         return sum(len(losses) == len(one.gangs) and all(loss.works for loss in losses) for one, losses in both)
 
-    @property
-    def not_hit(self) -> list[Loss]:
-        """Gangs that were lost though nothing had hit them since they were last ready."""
-        return [loss for loss in self.account.losses if not self._was_hit(loss)]
-
-    def _was_hit(self, loss: Loss) -> bool:
-        own = [one.ready for one in self.account.losses if one.gang == loss.gang and one.ready is not None]
-        since = max((ready for ready in own if ready <= loss.seconds), default=0.0)
-        return any(loss.gang in one.gangs and since <= one.seconds <= loss.seconds for one in self.faults)
-
 
 def verdicts(run: ChaosRun) -> list[Verdict]:
     """What the run is held to."""
@@ -234,7 +223,7 @@ def verdicts(run: ChaosRun) -> list[Verdict]:
     videos, done = len(run.disturbed.chunks), len(run.disturbed.done)
     worst = max((loss.worst for loss in account.losses), default=0)
     wrong = len(account.violations) + len(run.disturbed.problems)
-    same, most = videos - len(different), 2 * run.every
+    same, most = videos - len(different), 2
     return [
         Verdict("failures caused", str(faults), str(run.wanted), faults >= run.wanted),
         Verdict("made good", str(run.good), f"all {faults}", run.good == faults),
@@ -282,22 +271,10 @@ def facts(run: ChaosRun) -> str:
         f"{len(run.disturbed.chunks)} in {run.seconds:.1f} s, {quanta} quanta",
         f"{account.quanta_again} quanta were done again ({again} of all); a quantum is the work of one chunk",
         f"{account.chunks_again} finished chunks came again, which were not yet covered by a checkpoint",
-        f"gangs were started again {account.restarts} times, and did no work for {_down(account.losses):.0f} s, all "
-        "gangs together",
+        f"gangs were started again {account.restarts} times",
         f"undisturbed the same videos would have taken {needed:.0f} s: {run.seconds - needed:.0f} s were lost",
-        f"gangs lost that nothing had hit: {len(run.not_hit)}",
     ]
     lines += [*account.violations, *run.disturbed.problems, *(f"left: {pid} {name}" for pid, name in run.left.items())]
     lines += [f"other latents: {name}" for name in run.different]
     lines += [f"{name} failed: {why}" for name, why in run.disturbed.failed.items()]
-    lines += [f"{loss.gang} at {loss.seconds:.1f} s, not hit: {loss.message}" for loss in run.not_hit]
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _down(losses: Sequence[Loss]) -> float:
-    """Seconds in which gangs did no work; losses of a gang before it worked again run together."""
-    total, until = 0.0, dict.fromkeys((loss.gang for loss in losses), 0.0)
-    for loss in losses:
-        if loss.works is not None and loss.seconds >= until[loss.gang]:
-            total, until[loss.gang] = total + loss.works - loss.seconds, loss.works
-    return total

@@ -8,6 +8,7 @@ the assumptions.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,17 +17,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.common import search
 from benchmarks.flops import pass_flops
-from benchmarks.simulate.clock import Machine, simulate
-from benchmarks.simulate.plan import Seconds, VideoPlan, modelled_flags, plan_video, recorded_flags
+from benchmarks.simulate.clock import Machine, Seconds, VideoPlan, plan_video, simulate
 from engine.kv.size import KVPlan
-from engine.record import RunRecord
+from engine.record import NOT_ACTIVE, RunRecord
+from engine.reuse.policy import ChunkPolicy, Decision, Observation
 from engine.schedule import Schedule
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.sampling import MagiSampling
-from models.protocols import KVGeometry, Pass
+from models.protocols import KVGeometry, Pass, Sampling
 from parallel.topology.mesh import Layout
 from parallel.topology.split import stage_sizes
 
@@ -35,6 +37,8 @@ _TEXT = 100  # caption tokens that count
 _VAE_BYTES = 2 * 613_755_239
 _SEEDS = 4  # different videos; more of them are the same again
 _POWERS = (1, 2, 4, 8, 16, 32, 64)
+_JITTER, _HALVINGS = 0.2, 40
+_WARMUP = 5  # first steps of a chunk that are computed
 _SHARE = 0.9  # of a GPU's memory that weights and KV may take
 
 
@@ -289,13 +293,13 @@ def layouts_on(config: MagiConfig, gpus: int) -> tuple[Layout, ...]:
     )
 
 
-def sampled_reuse(study: Study, fraction: float, warmup: int) -> Reuse:
+def sampled_reuse(study: Study, fraction: float) -> Reuse:
     """Reuse that leaves a share of the operations of a run without reuse, whose clean and copy passes count."""
     sampling, schedule = study.sampling(lean=True), study.schedule
     whole = study.plan(None, Layout()).total
     lean = plan_video(schedule, sampling, study.cluster.seconds(Layout())).total
     share = min(1.0, fraction * whole / lean)
-    flags = [modelled_flags(schedule, sampling, fraction=share, warmup=warmup, seed=seed) for seed in range(_SEEDS)]
+    flags = [modelled_flags(schedule, sampling, fraction=share, warmup=_WARMUP, seed=seed) for seed in range(_SEEDS)]
     return Reuse(name=f"reuse {fraction:g}", flags=tuple(flags))
 
 
@@ -304,6 +308,54 @@ def reuse_of_record(study: Study, folder: Path) -> Reuse:
     record = RunRecord.load(folder)
     flags = recorded_flags(record.flags, study.schedule, record.schedule)
     return Reuse(name=f"record {folder.name}", flags=(flags,))
+
+
+def recorded_flags(flags: np.ndarray, schedule: Schedule, recorded: Schedule) -> np.ndarray:
+    """Flags of a record, repeated or cut to another number of chunks; chunk by chunk and step by step."""
+    if (recorded.num_steps, recorded.window) != (schedule.num_steps, schedule.window):
+        has = f"the record has {recorded.num_steps} steps in a window of {recorded.window}"
+        wanted = f"{schedule.num_steps} in {schedule.window}"
+        raise InputError(f"{has}, not {wanted}: give --steps {recorded.num_steps}")
+    made = np.full((schedule.ticks, schedule.chunks), NOT_ACTIVE, dtype=np.uint8)
+    count = recorded.chunks - recorded.first
+    for tick in schedule:
+        for chunk, step in tick.active:
+            source = recorded.first + (chunk - schedule.first) % count
+            made[tick.index, chunk] = flags[recorded.tick_of(source, step), source]
+    return made
+
+
+def modelled_flags(
+    schedule: Schedule, sampling: Sampling, *, fraction: float, warmup: int, seed: int = 0
+) -> np.ndarray:
+    """Flags in which a given share of the chunk-steps is computed.
+
+    A chunk moves from step to step by the step's size, give or take a fifth, and FlowCache's policy sums that up to a
+    threshold, which is searched for. MAGI-1's steps grow towards the clean end, so the cleanest chunk reuses least. The
+    variation, of a seed, keeps chunks from reusing in step. A warm-up that alone computes more is an `InputError`.
+    """
+    dice, seen = random.Random(seed), []
+    for tick in schedule:
+        for chunk, step in tick.active:
+            last, moved = tick.index == schedule.ticks - 1, None
+            if step:
+                moved = abs(sampling.step_size(step - 1)) * dice.uniform(1 - _JITTER, 1 + _JITTER)
+            one = Observation(
+                chunk=chunk, step=step, tick=tick.index, last_tick=last, change=moved, scale=1.0 if step else None
+            )
+            seen.append(one)
+    if not warmup / schedule.num_steps <= fraction <= 1:
+        raise InputError(f"a computed share of {fraction:g} cannot be had with {warmup} warm-up steps of a chunk")
+
+    def computed(threshold: float) -> float:
+        return float(ChunkPolicy(threshold, warmup).decide(seen).count(Decision.COMPUTE))
+
+    known = search(computed, fraction * len(seen), {0.0: math.inf, 1.0: -math.inf}, tries=_HALVINGS)
+    threshold = list(known)[-1]  # the last one, within rounding where the share jumps
+    flags = np.full((schedule.ticks, schedule.chunks), NOT_ACTIVE, dtype=np.uint8)
+    for one, decision in zip(seen, ChunkPolicy(threshold, warmup).decide(seen), strict=True):
+        flags[one.tick, one.chunk] = decision.value
+    return flags
 
 
 def run_study(study: Study, reuses: Sequence[Reuse]) -> list[Run]:
