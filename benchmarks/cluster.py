@@ -31,7 +31,7 @@ from benchmarks.runs import alone, on_ranks
 from benchmarks.workload import QUICK, Made, ModelSpec, Workload, build, differing, digest, model_config
 from engine.checkpoint.files import CheckpointConfig
 from engine.request import Request
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from launch.cluster import ray_cluster
 from models.errors import InputError
 from models.magi.pipeline import MagiPipeline
@@ -39,11 +39,10 @@ from parallel.cluster.config import ClusterSettings, RankTask, VideoSize, video_
 from parallel.cluster.controller import Controller
 from parallel.cluster.messages import ChunkMade, Event, GangDown, GangLost, VideoDone, VideoFailed, VideoOrder
 from parallel.cluster.placement import GangShape
-from parallel.cluster.queue import GangSize
+from parallel.cluster.scheduler import GangSize
 from parallel.health.timeouts import Timeouts
+from parallel.mesh import Layout, Mesh, stage_range
 from parallel.ranks.worker import StageModel
-from parallel.topology.mesh import Layout, Mesh
-from parallel.topology.split import stage_range
 
 _STAGES = Layout(pp=2)
 _LEAN = ReuseSettings(clean_pass=False, copy_pass=False)

@@ -9,7 +9,7 @@ below one percent of a pass.
 from __future__ import annotations
 
 from engine.executor import LocalRunner
-from engine.prepare import Admission
+from engine.request import Admission
 from engine.video import Work
 from models.attention import Attention
 from models.magi.config import ModelConfig

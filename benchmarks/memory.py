@@ -24,8 +24,8 @@ from benchmarks.common import Out, Row, Verdict, median
 from benchmarks.flops import CountingRunner
 from benchmarks.workload import PROMPT
 from engine.engine import Engine
-from engine.heap import settle_heap
-from engine.kv.size import KVSettings
+from engine.kv.layout import KVSettings
+from engine.machine import settle_heap
 from engine.request import Request
 from models.errors import InputError
 from models.magi.pipeline import load_pipeline

@@ -39,7 +39,7 @@ from engine.schedule import Schedule
 from models.protocols import CELL_PIXELS
 from parallel.comm.messages import HEADER_BYTES
 from parallel.comm.ulysses import TokenSplit
-from parallel.topology.mesh import Layout, Mesh
+from parallel.mesh import Layout, Mesh
 
 _LAYOUTS = ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (4, 2), (2, 4))
 _PLAIN, _REUSED = 1.75, 1.7  # speed-ups of two stages that are wanted, of one video and of two that reuse

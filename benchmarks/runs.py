@@ -30,10 +30,10 @@ from benchmarks.workload import POCKET, Flags, Made, Workload, build, digest, mo
 from engine.engine import Engine
 from engine.executor import LocalRunner
 from engine.files import atomic_write
-from engine.heap import settle_heap
+from engine.machine import settle_heap
 from engine.record import Recorder
 from engine.request import Request
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from launch.plan import CacheName, reuse_preset
 from models.errors import InputError
 from models.magi.pipeline import MagiPipeline
@@ -42,12 +42,11 @@ from parallel.comm.messages import HEADER_BYTES
 from parallel.health.errors import Failure, GangError
 from parallel.health.exit_codes import BAD_INPUT, FAILED, INTERRUPTED
 from parallel.health.monitor import leave
+from parallel.mesh import Layout, stage_range
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
 from parallel.ranks.spawn import run_ranks
 from parallel.ranks.worker import StageModel
-from parallel.topology.mesh import Layout
-from parallel.topology.split import stage_range
 
 _JOB, _RESULT = "job.json", "result.json"
 _WARMUP = 3  # first steps that are computed with reuse

@@ -21,10 +21,10 @@ import typer
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from engine.kv.size import KVSettings
+from engine.kv.layout import KVSettings
 from engine.record import NOT_ACTIVE
 from engine.request import Request
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from models.errors import InputError
 from models.magi.config import MagiConfig
@@ -34,8 +34,7 @@ from models.magi.sampling import MagiSampling
 from models.magi.weights import Loading
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
-from models.pocket.text import PocketEncoder
-from models.pocket.words import COLOURS, MOTIONS, SHAPES, Scene
+from models.pocket.text import COLOURS, MOTIONS, SHAPES, PocketEncoder, Scene
 
 Flags = tuple[tuple[int, ...], ...]
 """What was decided of a video's steps, [ticks][chunks] as in a record."""

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.host_copy import begin_host_copy, finish_host_copies
 from models.protocols import Autoencoder
 
 _AHEAD = 4
@@ -163,9 +162,7 @@ class Decoder:
             stream.wait_event(ready)
             latents.record_stream(stream)
             with torch.cuda.stream(stream):
-                frames = begin_host_copy(self._autoencoder.decode(latents))
-                latents = begin_host_copy(latents)
-                finish_host_copies(self._device)
+                frames, latents = self._autoencoder.decode(latents).cpu(), latents.cpu()
         self._on_decoded(began)
         self._began, self._decoded = None, self._decoded + 1
         return Chunk(index=index, latents=latents, frames=frames)

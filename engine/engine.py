@@ -20,13 +20,12 @@ from engine.checkpoint.contents import RUN_FILE, fingerprint, pack_run, unpack_r
 from engine.checkpoint.files import Checkpoint, CheckpointConfig, Checkpointer, discard, newest, read_contents
 from engine.decoder import Chunk, Decoder
 from engine.executor import LocalRunner, Runner
-from engine.kv.size import KVSettings
+from engine.kv.layout import KVSettings
 from engine.order import AdmissionGate, WorkOrder
-from engine.prepare import Encoded, encode, prepare
 from engine.progress import OnProgress, ProgressReporter
 from engine.record import Recorder
-from engine.request import Request
-from engine.reuse.settings import ReuseSettings
+from engine.request import Encoded, Request, encode, prepare
+from engine.reuse.policy import ReuseSettings
 from engine.video import VideoRun, VideoState, WorkItem
 from models.errors import InputError
 from models.protocols import Pipeline

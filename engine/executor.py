@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.checkpoint.contents import RUN_FILE, Contents, pack_shard, rank_file, unpack_shard
 from engine.checkpoint.files import Shard, read_contents, write_async
 from engine.kv.buffer import KVBuffer
-from engine.prepare import Admission
+from engine.request import Admission
 from engine.reuse.flags import FlagLog
 from engine.video import Work, WorkItem
 from models.attention import Attention

@@ -1,23 +1,26 @@
-"""What a person asks for: one video, and the noise that its chunks start from.
+"""One video, from what a person asks for to a run: checked, encoded once, and with the sizes that follow from it.
 
-Requests check themselves; nothing else in the engine checks them again. Noise is drawn when a chunk enters, from the
-seed and the chunk's number alone, so it does not depend on the length of the video, on other chunks or on the device.
+Requests check themselves; nothing else in the engine checks them again. It knows what a loaded model offers
+(`Pipeline`), and not how or where the run is carried out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from engine.kv.layout import KVPlan, KVSettings, plan_kv
+from engine.reuse.policy import ReuseSettings
+from engine.schedule import Schedule
+from engine.video import Noise, Reuse, VideoRun, VideoShape, seeded_noise
 from models.errors import InputError
-from models.protocols import CELL_PIXELS
+from models.protocols import CELL_PIXELS, CaptionTable, Pipeline
 
-Noise = Callable[[int, tuple[int, ...]], Tensor]
-"""Standard normal noise of a chunk, given its number and shape [1, C, T, h, w]; fp32 on the CPU."""
-SIZE_STEP = 2 * CELL_PIXELS  # a token is a patch of 2 x 2 cells
+_SIZE_STEP = 2 * CELL_PIXELS  # a token is a patch of 2 x 2 cells
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +55,8 @@ class Request:
         if self.chunks < 1:
             raise InputError(f"a video of {self.chunks} chunks has no frames: ask for 1 or more")
         for name, pixels in (("height", self.height), ("width", self.width)):
-            if pixels < SIZE_STEP or pixels % SIZE_STEP:
-                raise InputError(f"the {name} of {pixels} pixels is not a multiple of {SIZE_STEP}")
+            if pixels < _SIZE_STEP or pixels % _SIZE_STEP:
+                raise InputError(f"the {name} of {pixels} pixels is not a multiple of {_SIZE_STEP}")
         if self.num_steps < 1:
             raise InputError(f"{self.num_steps} denoising steps make no video")
         if not 0 <= self.seed < 2**63:
@@ -63,23 +66,80 @@ class Request:
             raise InputError(f"the prefix is {width}x{height} pixels, the video {self.width}x{self.height}")
 
 
-def seeded_noise(seed: int) -> Noise:
-    """Noise of a seed. The two numbers are hashed into one, so that seed 0 chunk 1 and seed 1 chunk 0 differ."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """A request as the model reads it."""
 
-    def noise(chunk: int, shape: tuple[int, ...]) -> Tensor:
-        mixed = (seed * 0x9E3779B97F4A7C15 + (chunk + 1) * 0xC2B2AE3D27D4EB4F) & (2**63 - 1)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(mixed))
-
-    return noise
+    captions: CaptionTable
+    prefix: Tensor | None  # latents [1, C, P, h, w] to go on from
+    noise: Noise  # where the chunks start
 
 
-def given_noise(whole: Tensor) -> Noise:
-    """Noise that is given for the whole video, [1, C, T, h, w]: for comparison with published figures."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admission:
+    """What every process that holds layers is given of a video."""
 
-    def noise(chunk: int, shape: tuple[int, ...]) -> Tensor:
-        part = whole[:, :, chunk * shape[2] : (chunk + 1) * shape[2]]
-        if part.shape != shape:
-            raise ValueError(f"the given noise has shape {tuple(part.shape)} at chunk {chunk}, {shape} is needed")
-        return part.float().clone()
+    video: int  # its number, carried by its work items
+    schedule: Schedule  # says in what order flags come
+    kv: KVPlan
+    captions: CaptionTable
+    grid: tuple[int, int, int]  # latent (T, h, w) of a chunk
+    checkpoint: str | None = None  # folder of the checkpoint that the video goes on from
 
-    return noise
+
+def encode(pipeline: Pipeline, request: Request) -> Encoded:
+    """Encode a request's prompt and prefix; an InputError if the model cannot take them."""
+    prefix = None if request.prefix is None else _encode_prefix(pipeline, request.prefix)
+    return Encoded(captions=pipeline.captions(request.prompt), prefix=prefix, noise=seeded_noise(request.seed))
+
+
+def prepare(
+    pipeline: Pipeline,  # the model
+    request: Request,  # what to make
+    encoded: Encoded,  # the same as the model reads it
+    *,
+    number: int,  # of the video, carried by its work items
+    reuse: ReuseSettings,  # which steps are reused
+    kv: KVSettings,  # how much of the past is held
+    observe: bool,  # take distances even if the policy does not look at them, for a record
+    checkpoint: Path | None = None,  # folder of the checkpoint to go on from
+) -> tuple[VideoRun, Admission]:
+    """A run of a request that has not begun, and what those who compute it are given.
+
+    An InputError says if the model cannot make what is asked for.
+    """
+    sampling = pipeline.sampling(request.num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
+    model = pipeline.model
+    given = 0 if encoded.prefix is None else encoded.prefix.shape[2]
+    shape = VideoShape(
+        channels=model.latent_channels,
+        chunks=request.chunks + math.ceil(given / sampling.chunk_width),
+        prefix_frames=given,
+        height=request.height // CELL_PIXELS,
+        width=request.width // CELL_PIXELS,
+    )
+    how = Reuse(policy=reuse.new_policy(), memory=reuse.new_memory(), patches=model.patches, observe=observe)
+    run = VideoRun(
+        number,
+        shape,
+        sampling,
+        encoded.noise,
+        how,
+        prefix=encoded.prefix,
+        compressed=kv.budget is not None,
+        device=model.kv.device,
+    )
+    plan = plan_kv(sampling, run.schedule, kv, model.token_count(*run.grid))
+    folder = None if checkpoint is None else str(checkpoint)
+    return run, Admission(
+        video=number, schedule=run.schedule, kv=plan, captions=encoded.captions, grid=run.grid, checkpoint=folder
+    )
+
+
+@torch.no_grad()
+def _encode_prefix(pipeline: Pipeline, prefix: Prefix) -> Tensor:
+    latents = pipeline.autoencoder.encode(prefix.frames)
+    if not latents.shape[2]:
+        count = len(prefix.frames)
+        raise InputError(f"a prefix of {count} frames is too short: give one image or 4 frames and more")
+    return latents.to(pipeline.model.kv.dtype)

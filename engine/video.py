@@ -1,7 +1,10 @@
-"""Work items: what a stage needs to know to run one pass of one chunk.
+"""One video in the making: its latents, and the work items that a stage needs to run one pass of one chunk.
 
 The list of items in the order (tick, chunk, pass) is the meaning of the program: a chunk reads the KV that the chunk
 before it wrote at the same tick. Items are plain data, so they can be printed, compared and sent.
+
+Noise is drawn when a chunk enters, from the seed and the chunk's number alone, so it does not depend on the length of
+the video, on other chunks or on the device.
 """
 
 from __future__ import annotations
@@ -13,12 +16,35 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.request import Noise
 from engine.reuse.flags import FlagLog, FlagState
-from engine.reuse.policy import Decision, Observation, Policy
-from engine.reuse.settings import ComputedStep, ReuseMemory
+from engine.reuse.policy import ComputedStep, Decision, Observation, Policy, ReuseMemory
 from engine.schedule import Schedule, Tick
 from models.protocols import Pass, Sampling
+
+Noise = Callable[[int, tuple[int, ...]], Tensor]
+"""Standard normal noise of a chunk, given its number and shape [1, C, T, h, w]; fp32 on the CPU."""
+
+
+def seeded_noise(seed: int) -> Noise:
+    """Noise of a seed. The two numbers are hashed into one, so that seed 0 chunk 1 and seed 1 chunk 0 differ."""
+
+    def noise(chunk: int, shape: tuple[int, ...]) -> Tensor:
+        mixed = (seed * 0x9E3779B97F4A7C15 + (chunk + 1) * 0xC2B2AE3D27D4EB4F) & (2**63 - 1)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(mixed))
+
+    return noise
+
+
+def given_noise(whole: Tensor) -> Noise:
+    """Noise that is given for the whole video, [1, C, T, h, w]: for comparison with published figures."""
+
+    def noise(chunk: int, shape: tuple[int, ...]) -> Tensor:
+        part = whole[:, :, chunk * shape[2] : (chunk + 1) * shape[2]]
+        if part.shape != shape:
+            raise ValueError(f"the given noise has shape {tuple(part.shape)} at chunk {chunk}, {shape} is needed")
+        return part.float().clone()
+
+    return noise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from engine.heap import settle_heap
+from engine.machine import settle_heap
 from launch import __version__
 from launch.ending import CommandFailed, shows_bad_input, speaks_for_all, unwind_on_signals
 from launch.forms import command, declared

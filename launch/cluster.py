@@ -22,7 +22,7 @@ from models.errors import InputError
 from parallel.cluster.config import ClusterSettings, RankTask
 from parallel.cluster.controller import Controller
 from parallel.cluster.placement import GangShape, cluster_has_gpus
-from parallel.cluster.queue import GangSize
+from parallel.cluster.scheduler import GangSize
 from parallel.health.timeouts import Timeouts
 
 _OBJECT_STORE = 512 * 2**20  # bytes for what Ray itself passes around; chunks do not go through it

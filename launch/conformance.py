@@ -21,10 +21,10 @@ from torch import Tensor
 
 from engine.engine import Engine, Submission
 from engine.kv.selection import Granularity, SelectionSettings, select
-from engine.prepare import Encoded
 from engine.record import Recorder
-from engine.request import Request, given_noise
-from engine.reuse.settings import ReuseSettings
+from engine.request import Encoded, Request
+from engine.reuse.policy import ReuseSettings
+from engine.video import given_noise
 from launch.generate import join_ranks, needs_ranks, start_ranks
 from launch.options import Options
 from models.errors import InputError
@@ -36,10 +36,10 @@ from models.magi.weights import Checkpoint, Loading
 from models.protocols import CELL_PIXELS, CaptionTable
 from parallel.health.errors import GangError
 from parallel.health.exit_codes import BAD_INPUT, FAILED, OK
+from parallel.mesh import stage_range
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang
 from parallel.ranks.worker import StageModel
-from parallel.topology.split import stage_range
 
 TOLERANCE = 1e-4
 DECODED_TOLERANCE = 1e-2  # stored as fp16

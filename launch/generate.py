@@ -33,12 +33,11 @@ from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.messages import Event, VideoOrder
 from parallel.health.errors import GangError
+from parallel.mesh import Layout, Mesh
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
 from parallel.ranks.spawn import run_ranks, worker_ranks
-from parallel.topology.mesh import Layout, Mesh
-from parallel.trace.counters import RankCounters
-from parallel.trace.tracer import Tracer
+from parallel.trace import RankCounters, Tracer
 
 
 class Backend(Protocol):

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from engine.files import check_folder, check_target
+from engine.kv.layout import KVSettings
 from engine.kv.selection import SelectionSettings
-from engine.kv.size import KVSettings
 from engine.request import Prefix, Request
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from launch.media import read_image, read_video
 from launch.options import CacheName, Launcher, Options, Precision, ReuseKind, together
 from launch.sizes import check_memory
@@ -28,12 +28,11 @@ from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.presets import find_preset
 from models.magi.sampling import MagiSampling
-from models.pocket.words import parse_prompt
+from models.pocket.text import parse_prompt
 from parallel.cluster.config import MagiSource, video_size
 from parallel.cluster.messages import VideoOrder
-from parallel.cluster.queue import VideoSize
-from parallel.topology.mesh import Layout
-from parallel.topology.split import stage_sizes
+from parallel.cluster.scheduler import VideoSize
+from parallel.mesh import Layout, stage_sizes
 
 _LETTERS = 40  # of a prompt in a name; file systems take 255 bytes
 _STREAMS = 4  # copies of the hidden states that a layer holds at once: input, normed, attention's, output
@@ -186,12 +185,17 @@ def bytes_needed(plan: Plan) -> int:
     return plan.size.kv_bytes + math.ceil(working / plan.options.cp)
 
 
+def slug(text: str) -> str:
+    """A text as part of a file name: its small letters and digits, with dashes between them; may be empty."""
+    return re.sub(r"[\W_]+", "-", text.lower())[:_LETTERS].strip("-")
+
+
 def video_names(prompts: Sequence[str]) -> list[str]:
     """Names without endings, such as `00-a-red-circle`: the place, and the prompt's letters and digits."""
     digits = max(2, len(str(len(prompts) - 1)))
     names = []
     for place, prompt in enumerate(prompts):
-        words = re.sub(r"[\W_]+", "-", prompt.lower())[:_LETTERS].strip("-")
+        words = slug(prompt)
         names.append(f"{place:0{digits}}-{words}" if words else f"{place:0{digits}}")
     return names
 

@@ -8,13 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from engine.kv.size import KVSettings
+from engine.kv.layout import KVSettings
 from engine.request import Request
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from models.errors import InputError
 from models.magi.presets import PRESETS, Preset
 from parallel.cluster.config import video_size
-from parallel.topology.mesh import Layout
+from parallel.mesh import Layout
 
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 _NOTES = """\

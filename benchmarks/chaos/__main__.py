@@ -47,11 +47,11 @@ from benchmarks.common import Out, machine_line, new_log, output_folder, publish
 from benchmarks.runs import reuse_for
 from benchmarks.workload import QUICK, ModelSpec, Workload
 from engine.checkpoint.files import CheckpointConfig, newest
-from engine.kv.size import KVSettings
+from engine.kv.layout import KVSettings
 from parallel.cluster.controller import Controller
 from parallel.cluster.messages import Event, GangDown, GangLost, GangReady, VideoDone, VideoOrder
 from parallel.health.timeouts import Timeouts
-from parallel.topology.mesh import Layout
+from parallel.mesh import Layout
 
 _TIMEOUTS = Timeouts(silent=5.0, first=90.0, step=40.0, grace=1.0)
 _RANKS_END, _ALL_END = 10.0, 30.0

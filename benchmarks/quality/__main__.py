@@ -37,7 +37,7 @@ from benchmarks.quality.report import curve_table, pareto_figure, setting_rows, 
 from benchmarks.quality.trial import LEAN, WORK, Plan, Results, Setting, TrialRunner, image_metrics, label_of
 from benchmarks.workload import MOST_PROMPTS, POCKET, Steps, pocket_requests
 from engine.request import Request
-from engine.reuse.settings import KINDS
+from engine.reuse.policy import KINDS
 from launch.options import CacheName
 from launch.plan import REUSE_FIGURES, reuse_preset
 from models.magi.pipeline import MagiPipeline, load_pipeline

@@ -26,14 +26,13 @@ from benchmarks.common import save_text
 from benchmarks.flops import CountingRunner
 from engine.engine import Engine, Submission
 from engine.files import atomic_write
-from engine.kv.size import KVSettings
-from engine.prepare import encode
+from engine.kv.layout import KVSettings
 from engine.progress import Progress
-from engine.request import Request
-from engine.reuse.settings import ReuseSettings
+from engine.request import Request, encode
+from engine.reuse.policy import ReuseSettings
 from models.errors import InputError
 from models.magi.pipeline import MagiPipeline
-from models.pocket.words import parse_prompt
+from models.pocket.text import parse_prompt
 
 _T = TypeVar("_T")
 VANILLA, LEAN = ReuseSettings(), ReuseSettings(clean_pass=False, copy_pass=False)

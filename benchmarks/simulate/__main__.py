@@ -36,7 +36,7 @@ from benchmarks.simulate.layouts import (
 from benchmarks.workload import Chunks, Steps
 from models.errors import InputError
 from models.magi.presets import find_preset
-from parallel.topology.mesh import Layout
+from parallel.mesh import Layout
 
 _FRACTIONS = (0.53, 0.46)
 _CONCURRENCY = (1, 2, 4, 8, 16)

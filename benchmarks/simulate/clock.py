@@ -21,8 +21,7 @@ import torch
 
 from benchmarks.workload import Flags, Workload
 from engine.order import WorkOrder
-from engine.reuse.policy import Decision, Observation, Policy
-from engine.reuse.settings import ReuseMemory
+from engine.reuse.policy import Decision, Observation, Policy, ReuseMemory
 from engine.schedule import Schedule, Tick
 from engine.video import Reuse, VideoRun, VideoShape, Work
 from models.errors import InputError

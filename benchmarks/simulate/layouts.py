@@ -20,7 +20,7 @@ import torch
 from benchmarks.common import search
 from benchmarks.flops import pass_flops
 from benchmarks.simulate.clock import Machine, Seconds, VideoPlan, plan_video, simulate
-from engine.kv.size import KVPlan
+from engine.kv.layout import KVPlan
 from engine.record import NOT_ACTIVE, RunRecord
 from engine.reuse.policy import ChunkPolicy, Decision, Observation
 from engine.schedule import Schedule
@@ -29,8 +29,7 @@ from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.sampling import MagiSampling
 from models.protocols import KVGeometry, Pass, Sampling
-from parallel.topology.mesh import Layout
-from parallel.topology.split import stage_sizes
+from parallel.mesh import Layout, stage_sizes
 
 _WIDTH = 2  # bytes of bf16
 _TEXT = 100  # caption tokens that count

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from engine.host_copy import begin_host_copy, finish_host_copies
 from engine.kv.buffer import KVState, LayerKV
-from engine.kv.size import KVSettings
+from engine.kv.layout import KVSettings
 from engine.request import Request
 from engine.reuse.flags import FlagState
-from engine.reuse.settings import ComputedStep, ReuseSettings
+from engine.reuse.policy import ComputedStep, ReuseSettings
 from engine.video import KVOp, VideoState
 from models.protocols import Pipeline
 
@@ -65,7 +65,7 @@ def fingerprint(
 
 
 def pack_shard(kv: KVState, flags: FlagState, about: Mapping[str, Any]) -> Contents:
-    """One rank's shard of a video. `about`: plain JSON values that tell it from other ranks' shards."""
+    """One rank's shard of a video, copied to the CPU. `about`: plain JSON values that tell it from other ranks'."""
     tensors = {
         f"{branch}.{layer}.{name}": part
         for (branch, layer), state in kv.layers.items()
@@ -79,7 +79,7 @@ def pack_shard(kv: KVState, flags: FlagState, about: Mapping[str, Any]) -> Conte
         "layers": list(kv.layers),
         "flags": [flags.digest.hex(), flags.count],
     }
-    return Contents(tensors=tensors, values=values)
+    return Contents(tensors=_to_host(tensors), values=values)
 
 
 def unpack_shard(contents: Contents) -> tuple[KVState, FlagState]:
@@ -96,16 +96,14 @@ def unpack_shard(contents: Contents) -> tuple[KVState, FlagState]:
 
 
 def pack_run(state: VideoState) -> Contents:
-    """The state of a run, its tensors copied to the CPU."""
-    tensors = {f"latents.{chunk}": begin_host_copy(part) for chunk, part in state.latents.items()}
-    tensors |= {f"before.{chunk}": begin_host_copy(part) for chunk, part in state.before.items()}
+    """The state of a run, copied to the CPU."""
+    tensors = {f"latents.{chunk}": part for chunk, part in state.latents.items()}
+    tensors |= {f"before.{chunk}": part for chunk, part in state.before.items()}
     memory = []
     for chunk, held in state.memory.items():
         for place, step in enumerate(held):
-            tensors[f"velocity.{chunk}.{place}"] = begin_host_copy(step.velocity)
+            tensors[f"velocity.{chunk}.{place}"] = step.velocity
             memory.append([chunk, place, step.time, step.size])
-    for device in {part.device for part in state.latents.values()}:
-        finish_host_copies(device)
     values = {
         "latents": list(state.latents),
         "before": list(state.before),
@@ -116,7 +114,7 @@ def pack_run(state: VideoState) -> Contents:
         "flags": [state.flags.digest.hex(), state.flags.count],
         "unsent": list(state.unsent),
     }
-    return Contents(tensors=tensors, values=values)
+    return Contents(tensors=_to_host(tensors), values=values)
 
 
 def unpack_run(contents: Contents) -> VideoState:
@@ -135,6 +133,17 @@ def unpack_run(contents: Contents) -> VideoState:
         flags=_flag_state(values),
         unsent=tuple(values["unsent"]),
     )
+
+
+def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU, which later writes do not touch; a GPU is waited for once for all."""
+    copies, devices = {}, {part.device for part in tensors.values() if part.is_cuda}
+    for name, part in tensors.items():
+        copies[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+        copies[name].copy_(part.detach(), non_blocking=part.is_cuda)
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+    return copies
 
 
 def _flag_state(values: Mapping[str, Any]) -> FlagState:

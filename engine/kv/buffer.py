@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.host_copy import begin_host_copy, finish_host_copies
+from engine.kv.layout import KVPlan
 from engine.kv.selection import SelectionSettings, select
-from engine.kv.size import KVPlan
 from engine.video import KVOp
 from models.attention import Attention
 from models.protocols import KVGeometry, KVView
@@ -37,10 +36,14 @@ class LayerKV:
         """Bytes of all three."""
         return sum(part.nbytes for part in (self.kv, self.queries, self.origin) if part is not None)
 
+    def first(self, rows: int) -> LayerKV:
+        """Its first rows."""
+        return LayerKV(self.kv[:, :rows], self.queries, None if self.origin is None else self.origin[:rows])
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVState:
-    """The state of a `KVBuffer`: copies on the CPU of the rows in use, which later writes do not touch."""
+    """The state of a `KVBuffer`. Tensors are views of the rows in use, or their copies in a checkpoint."""
 
     clean: Sequence[tuple[int, int]]  # as of a `KVLayout`
     window: Sequence[int]  # likewise
@@ -89,7 +92,7 @@ class KVBuffer:
     """Keys and values of one request, in all layers that are held here. The views attend with `attention`."""
 
     def __init__(self, plan: KVPlan, geometry: KVGeometry, attention: Attention) -> None:
-        self.layout, self._plan, self._attention, self._device = plan.layout(), plan, attention, geometry.device
+        self.layout, self._plan, self._attention = plan.layout(), plan, attention
         self._branches = [{layer: self._allocate(geometry) for layer in geometry.layers} for _ in range(plan.branches)]
 
     def _allocate(self, geometry: KVGeometry) -> LayerKV:
@@ -144,18 +147,13 @@ class KVBuffer:
         return counts / (len(layers) * heads * layout.chunk_tokens)
 
     def state(self) -> KVState:
-        """What it holds now, copied to the CPU."""
+        """What it holds now; later writes change it."""
         used = self.layout.used_rows
         layers = {
-            (branch, number): LayerKV(
-                begin_host_copy(layer.kv[:, :used]),
-                None if layer.queries is None else begin_host_copy(layer.queries),
-                None if layer.origin is None else begin_host_copy(layer.origin[:used]),
-            )
+            (branch, number): layer.first(used)
             for branch, held in enumerate(self._branches)
             for number, layer in held.items()
         }
-        finish_host_copies(self._device)
         return KVState(clean=list(self.layout.clean), window=list(self.layout.window_chunks), layers=layers)
 
     def restore(self, state: KVState) -> None:
@@ -166,10 +164,10 @@ class KVBuffer:
         self.layout.restore(state.clean, state.window)
         used = self.layout.used_rows
         for (branch, number), saved in state.layers.items():
-            layer = self._branches[branch][number]
-            _fill(layer.kv[:, :used], saved.kv)
+            layer = self._branches[branch][number].first(used)
+            _fill(layer.kv, saved.kv)
             _fill(layer.queries, saved.queries)
-            _fill(None if layer.origin is None else layer.origin[:used], saved.origin)
+            _fill(layer.origin, saved.origin)
 
     def _retire(self, chunk: int) -> None:
         layout = self.layout

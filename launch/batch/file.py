@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,29 +18,27 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from launch.forms import declared
 from launch.options import Options
 from launch.output.display import one_line
-from launch.plan import Plan, plan_model, plan_video
+from launch.plan import Plan, plan_model, plan_video, slug
 from models.errors import InputError
 
 DIGEST_LENGTH = 12
 """Hexadecimal digits in a file name: 48 bits, so that even 100,000 videos do not meet."""
-_SLUG_LENGTH = 40
 _EITHER = {("seconds", "chunks"): "how long it is", ("image", "video"): "what it starts from"}
 _DIGEST_FORM = 1  # to be raised when the same options begin to make another video
 
 
 def _line_model() -> type[BaseModel]:
     """What a line may say: the options that `Options` declares for lines, a priority and a name."""
-    declared_fields: dict[str, Any] = {"prompt": (str, Field(min_length=1, max_length=10_000))}
+    keys: dict[str, Any] = {"prompt": (str, Field(min_length=1, max_length=10_000))}
     for one in declared(Options):
         if one.line:
-            path = one.value_type is Path
-            low, high = one.within or (None, None)
+            path, (low, high) = one.value_type is Path, one.within or (None, None)
             limits = Field(default=None, ge=low, le=high, min_length=1 if path else None)
-            declared_fields[one.name] = ((str if path else one.value_type) | None, limits)
-    declared_fields["priority"] = (int, Field(default=0, ge=-1_000_000, le=1_000_000))
-    declared_fields["name"] = (str | None, Field(default=None, min_length=1, max_length=200))
+            keys[one.name] = ((str if path else one.value_type) | None, limits)
+    keys["priority"] = (int, Field(default=0, ge=-1_000_000, le=1_000_000))
+    keys["name"] = (str | None, Field(default=None, min_length=1, max_length=200))
     config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-    return create_model("BatchLine", __config__=config, **declared_fields)
+    return create_model("BatchLine", __config__=config, **keys)
 
 
 _LINE = _line_model()
@@ -56,11 +52,6 @@ class BatchItem:
     priority: int  # higher goes first
     digest: str  # of all that the video depends on. Of several equal lines each has its own
     plan: Plan  # checked; its `out` is the file to write
-
-    @property
-    def name(self) -> str:
-        """Of the file."""
-        return self.plan.out.name
 
 
 def read_batch(path: Path, base: Options, out: Path) -> tuple[list[BatchItem], dict[int, str]]:
@@ -78,11 +69,11 @@ def read_batch(path: Path, base: Options, out: Path) -> tuple[list[BatchItem], d
     plan_model(base)  # what is wrong for all lines is said once
     items: list[BatchItem] = []
     problems: dict[int, str] = {}
-    reader = _Reader(path.parent, base, out)
+    seen: Counter[str] = Counter()
     for number, raw in enumerate(_lines(path), start=1):
         try:
             if raw.strip():
-                items.append(reader.item(number, raw))
+                items.append(_item(number, _parse(raw), path.parent, base, out, seen))
         except InputError as error:
             problems[number] = f"{path} line {number}: {one_line(str(error))}"
     return items, problems
@@ -96,71 +87,50 @@ def _lines(path: Path) -> list[bytes]:
     return data.removeprefix(b"\xef\xbb\xbf").split(b"\n")  # some editors begin a file with a byte order mark
 
 
-class _Reader:
-    """Turns lines into items; knows which were there before."""
+def _item(number: int, line: dict[str, Any], folder: Path, base: Options, out: Path, seen: Counter[str]) -> BatchItem:
+    try:
+        plan = plan_video(_options(line, folder, base), out=out)
+    except (ValueError, OverflowError, OSError) as error:  # of values that only a library refuses
+        raise InputError(str(error)) from None
+    first = _digest(plan, 0)
+    digest = _digest(plan, seen[first]) if seen[first] else first
+    seen[first] += 1
+    name = f"{number:03}-{slug(line.get('name') or line['prompt']) or 'video'}-{digest}.mp4"
+    return BatchItem(line=number, priority=line.get("priority", 0), digest=digest, plan=replace(plan, out=out / name))
 
-    def __init__(self, folder: Path, base: Options, out: Path) -> None:
-        self._folder, self._base, self._out = folder, base, out
-        self._seen: Counter[str] = Counter()
-        self._media: dict[Path, str] = {}
 
-    def item(self, number: int, raw: bytes) -> BatchItem:
-        line = _parse(raw)
-        try:
-            plan = plan_video(self._options(line), out=self._out)
-        except (ValueError, OverflowError, OSError) as error:  # of values that only a library refuses
-            raise InputError(str(error)) from None
-        same = self._digest(plan, 0)
-        digest = self._digest(plan, self._seen[same]) if self._seen[same] else same
-        self._seen[same] += 1
-        name = f"{number:03}-{_slug(line.get('name') or line['prompt'])}-{digest}.mp4"
-        plan = replace(plan, out=self._out / name)
-        return BatchItem(line=number, priority=line.get("priority", 0), digest=digest, plan=plan)
+def _options(line: dict[str, Any], folder: Path, base: Options) -> Options:
+    """The line on top of the base. What it says of length or start takes the place of both ways to say it."""
+    given = {one.name: line[one.name] for one in declared(Options) if one.line and one.name in line}
+    for pair in _EITHER:
+        if not given.keys().isdisjoint(pair):
+            given = {**dict.fromkeys(pair), **given}
+    for name in ("image", "video"):
+        if given.get(name) is not None:
+            given[name] = folder / Path(given[name]).expanduser()
+    return replace(base, prompts=[line["prompt"]], **given)
 
-    def _options(self, line: dict[str, Any]) -> Options:
-        """The line on top of the base. What it says of length or start takes the place of both ways to say it."""
-        given = {one.name: line[one.name] for one in declared(Options) if one.line and one.name in line}
-        for one, other in _EITHER:
-            if one in given or other in given:
-                given = {one: None, other: None, **given}
-        for name in ("image", "video"):
-            if given.get(name) is not None:
-                given[name] = self._folder / Path(given[name]).expanduser()
-        return replace(self._base, prompts=[line["prompt"]], **given)
 
-    def _digest(self, plan: Plan, repeat: int) -> str:
-        """Of all that the video depends on, as far as the command line can know it, and `repeat` equal lines before it.
+def _digest(plan: Plan, repeat: int) -> str:
+    """Of all that the video depends on, as far as the command line can know it, and `repeat` equal lines before it.
 
-        What the line left out is filled in: a default that is written out changes nothing.
-        """
-        request, model, source = plan.request, plan.model, plan.model.source
-        what = {
-            "form": _DIGEST_FORM,
-            "repeat": repeat,
-            "prompt": request.prompt,
-            "seed": request.seed,
-            "chunks": request.chunks,
-            "size": [request.height, request.width],
-            "steps": request.num_steps,
-            "image": self._content(plan.options.image),
-            "video": self._content(plan.options.video),
-            "model": asdict(model.config),
-            "weights": None if source.weights is None else str(source.weights.resolve()),
-            "attention": source.attention,
-            "precise": source.precise,
-            "cache": asdict(model.reuse),
-            "kv": asdict(model.kv),
-        }
-        text = json.dumps(what, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
-
-    def _content(self, path: Path | None) -> str | None:
-        if path is None:
-            return None
-        if path not in self._media:
-            with path.open("rb") as file:
-                self._media[path] = hashlib.file_digest(file, "sha256").hexdigest()
-        return self._media[path]
+    What the line left out is filled in: a default that is written out changes nothing.
+    """
+    model, source, prefix = plan.model, plan.model.source, plan.request.prefix
+    what = {
+        "form": _DIGEST_FORM,
+        "repeat": repeat,
+        "request": asdict(replace(plan.request, prefix=None)),
+        "prefix": None if prefix is None else hashlib.sha256(prefix.frames.numpy().tobytes()).hexdigest(),
+        "model": asdict(model.config),
+        "weights": None if source.weights is None else str(source.weights.resolve()),
+        "attention": source.attention,
+        "precise": source.precise,
+        "cache": asdict(model.reuse),
+        "kv": asdict(model.kv),
+    }
+    text = json.dumps(what, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
@@ -210,9 +180,3 @@ def _complaint(error: Any) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _slug(text: str) -> str:
-    """A text as part of a file name: small letters, digits and dashes."""
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain)[:_SLUG_LENGTH].strip("-") or "video"

@@ -13,10 +13,11 @@ import json
 import os
 import re
 import shutil
+import struct
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,8 @@ from launch.output.video import VideoWriter
 from models.errors import InputError
 
 RESULTS = "results.jsonl"
-_VIDEO = re.compile(rf"\d{{3,}}-[a-z0-9-]+-([0-9a-f]{{{DIGEST_LENGTH}}})\.mp4")
+_VIDEO = re.compile(rf"\d{{3,}}-.+-([0-9a-f]{{{DIGEST_LENGTH}}})\.mp4")
+_BOX = struct.Struct(">I4sQ")  # length, kind, and the real length where the first is 1
 
 
 class OutputFolder:
@@ -36,7 +38,8 @@ class OutputFolder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._done: dict[str, Path] = {}
+        self.done: set[str] = set()
+        """Digests of the whole videos that were there at the start, whatever the rest of their names."""
 
     def __enter__(self) -> Self:
         """Take the folder, unless another batch has it; what killed processes have left unfinished is removed."""
@@ -46,15 +49,11 @@ class OutputFolder:
             self._results = _open_results(self._folder / RESULTS)
             for path in sorted(self._folder.iterdir()):
                 if (video := _VIDEO.fullmatch(path.name)) and is_whole(path):
-                    self._done.setdefault(video[1], path)
+                    self.done.add(video[1])
         return self
 
     def __exit__(self, *_: object) -> None:
         self._results.close()
-
-    def done(self, digest: str) -> Path | None:
-        """The whole video of that digest, if it was there at the start, whatever the rest of its name."""
-        return self._done.get(digest)
 
     def record(self, row: Row, *, name: str, seconds: float) -> None:
         """Add a video to the results, `seconds` after its first admission. The line is there as a whole or not at all.
@@ -92,29 +91,22 @@ def is_whole(path: Path) -> bool:
 
     The form of boxes is that of ISO/IEC 14496-12, section 4.2.
     """
+    at, found = 0, False
+    if not path.is_file():
+        return False
     try:
-        if not path.is_file():
-            return False
         with path.open("rb") as file:
-            return _has_index(file, size=path.stat().st_size)
+            size = os.fstat(file.fileno()).st_size
+            while at < size:
+                file.seek(at)
+                length, kind, large = _BOX.unpack(file.read(_BOX.size).ljust(_BOX.size, b"\0"))
+                length = large if length == 1 else length
+                if length < 8:
+                    return False
+                found |= kind == b"moov"
+                at += length
     except OSError:
         return False
-
-
-def _has_index(file: BinaryIO, *, size: int) -> bool:
-    at, found = 0, False
-    while at < size:
-        file.seek(at)
-        head = file.read(16)
-        length = int.from_bytes(head[:4], "big")
-        if length == 1:  # the real length follows
-            length = int.from_bytes(head[8:16], "big")
-        elif length == 0:  # to the end of the file
-            length = size - at
-        if len(head) < 8 or length < 8:
-            return False
-        found |= head[4:8] == b"moov"
-        at += length
     return found and at == size
 
 

@@ -76,7 +76,7 @@ class _Batch:
         for item in items:
             video = self._video(item)
             self.rows.append(video)
-            if folder.done(item.digest) is not None:
+            if item.digest in folder.done:
                 video.state, video.chunks_done = State.KEPT, video.chunks
             else:
                 self._videos[item.digest] = video
@@ -190,4 +190,4 @@ class _Batch:
 
     def _record(self, video: _Video) -> None:
         seconds = 0.0 if video.began is None else time.monotonic() - video.began
-        self._folder.record(video, name=video.item.name, seconds=seconds)
+        self._folder.record(video, name=video.item.plan.out.name, seconds=seconds)

@@ -23,7 +23,7 @@ from rich.text import Text
 from engine.progress import Progress
 from launch.options import Options
 from launch.plan import Plan
-from parallel.trace.counters import RankCounters
+from parallel.trace import RankCounters
 
 _Live = TypeVar("_Live", Bars, Live)
 

@@ -41,7 +41,7 @@ from parallel.cluster.messages import (
     VideoFailed,
 )
 from parallel.health.exit_codes import FAILED
-from parallel.topology.split import stage_sizes
+from parallel.mesh import stage_sizes
 
 Frames = NDArray[np.uint8] | Tensor  # on the CPU
 _SMALL = 256 * 256  # pixels

@@ -18,9 +18,9 @@ from matplotlib.ticker import MaxNLocator
 
 from engine.record import RunRecord
 from launch.options import TRACE_FILE
+from launch.plots.idle_time import Cause, RankUse, Run, Utilisation, analyse
 from launch.plots.record import REUSED, settings_line
 from models.errors import InputError
-from parallel.trace.idle_time import Cause, RankUse, Run, Utilisation, analyse
 
 _IDLE = {Cause.DEPENDENCY: "#e6e6e6", Cause.TRANSPORT: "#c2c2c2", Cause.IMBALANCE: "#8f8f8f"}
 _DECODING = "#7f6a93"

@@ -82,38 +82,26 @@ def load_pipeline(config: MagiConfig, weights: Path | None, loading: Loading) ->
         InputError: something is missing or damaged.
     """
     runtime = config.runtime_config
+    root = _root(config, weights)
     encoder: TextEncoder = PocketEncoder()
     tokens = None
     if runtime.t5_pretrained is not None:
-        root = weights or _folder(runtime.load, "load")
         t5 = root / "t5" if (root / "t5").is_dir() else Path(runtime.t5_pretrained)
         tokens = SpecialTokens.from_npz(root / "special_tokens.npz")
         encoder = T5Encoder(t5, device=runtime.t5_device, max_length=config.model_config.caption_max_length)
-    autoencoder = _load_autoencoder(config, weights, loading)
+    folder = root / "vae" if (root / "vae").is_dir() else _folder(runtime.vae_pretrained, "vae_pretrained")
+    # The released autoencoder runs in bf16 whatever the DiT's dtype (1.1); fp32 models keep theirs.
+    dtype = torch.float32 if config.model_config.dtype == torch.float32 else torch.bfloat16
+    vae = Checkpoint(folder).vae(dtype=dtype, device=loading.device)
+    autoencoder = TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
     return MagiPipeline(config, load_stage(config, weights, loading), autoencoder, encoder, tokens=tokens)
 
 
 def load_stage(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiDiT:
     """Load the DiT alone, all of it or the layers that are asked for, from exactly their tensors; errors as above."""
-    root = weights or _folder(config.runtime_config.load, "load")
+    root = _root(config, weights)
     inner = weights_folder(config, root)
     return Checkpoint(inner if inner.is_dir() or weights is None else root).dit(config, loading)
-
-
-def _load_autoencoder(config: MagiConfig, weights: Path | None, loading: Loading) -> TiledVAE:
-    runtime = config.runtime_config
-    root = weights or _folder(runtime.load, "load")
-    folder = root / "vae" if (root / "vae").is_dir() else _folder(runtime.vae_pretrained, "vae_pretrained")
-    # The released autoencoder runs in bf16 whatever the DiT's dtype (1.1); fp32 models keep theirs.
-    dtype = torch.float32 if config.model_config.dtype == torch.float32 else torch.bfloat16
-    vae = Checkpoint(folder).vae(dtype=dtype, device=loading.device)
-    return TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
-
-
-def _folder(path: str | None, key: str) -> Path:
-    if path is None:
-        raise InputError(f"the configuration has no {key}: give --weights DIR")
-    return Path(path)
 
 
 def weights_folder(config: MagiConfig, load: Path) -> Path:
@@ -122,4 +110,11 @@ def weights_folder(config: MagiConfig, load: Path) -> Path:
     return load / f"inference_weight{kind}"
 
 
-# ---- checkpoints
+def _root(config: MagiConfig, weights: Path | None) -> Path:
+    return weights or _folder(config.runtime_config.load, "load")
+
+
+def _folder(path: str | None, key: str) -> Path:
+    if path is None:
+        raise InputError(f"the configuration has no {key}: give --weights DIR")
+    return Path(path)

@@ -20,9 +20,8 @@ from models.magi.dit import NULL_TEXT_ROWS, MagiDiT
 from models.magi.vae import ViTVAE
 from models.pocket.clips import draw_background, draw_objects, render
 from models.pocket.preset import POCKET_DIT
-from models.pocket.text import encode_prompt
+from models.pocket.text import COLOURS, MOTIONS, SHAPES, Scene, encode_prompt
 from models.pocket.trainer import Run, Trainer, linear_decay
-from models.pocket.words import COLOURS, MOTIONS, SHAPES, Scene
 
 CHUNK_FRAMES = 6  # latent
 CHUNK_PIXELS = 24  # frames

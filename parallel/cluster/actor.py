@@ -19,7 +19,7 @@ import ray
 import torch
 
 from engine.engine import ChunkResult, Engine, Submission
-from engine.heap import settle_heap
+from engine.machine import settle_heap
 from engine.progress import Progress
 from engine.schedule import Quantum
 from models.errors import InputError

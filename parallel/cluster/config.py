@@ -14,21 +14,20 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from engine.kv.size import KVSettings, plan_kv
+from engine.kv.layout import KVSettings, plan_kv
 from engine.request import Request
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from models.magi.config import MagiConfig
 from models.magi.pipeline import load_pipeline, load_stage
 from models.magi.sampling import MagiSampling
 from models.magi.weights import Loading
 from models.protocols import CELL_FRAMES, Pipeline
-from parallel.cluster.queue import GangSize, VideoSize
+from parallel.cluster.scheduler import GangSize, VideoSize
 from parallel.comm.ulysses import local_heads
 from parallel.health.timeouts import Timeouts
+from parallel.mesh import Layout, Mesh, stage_range, stage_sizes
 from parallel.ranks.worker import StageModel
-from parallel.topology.mesh import Layout, Mesh
-from parallel.topology.split import stage_range, stage_sizes
 
 if TYPE_CHECKING:  # it imports Ray, which takes a second and which a model that is loaded here does not need
     from parallel.cluster.placement import GangShape

@@ -26,8 +26,7 @@ from parallel.cluster.config import ClusterSettings
 from parallel.cluster.connection import Listener
 from parallel.cluster.gang import Gang, GangBroken, GangState, GangView
 from parallel.cluster.placement import alive_nodes, plan_strategies
-from parallel.cluster.queue import Figures, Permit, RequestState
-from parallel.cluster.scheduler import Scheduler
+from parallel.cluster.scheduler import Figures, Permit, RequestState, Scheduler
 from parallel.health.timeouts import GANGS_END_SECONDS, METRICS_SECONDS, NEWS_SECONDS, POLL_SECONDS
 
 _FAILED_STARTS = 4  # attempts in a row to start a gang, none of which gets it ready, before it is given up
@@ -280,6 +279,6 @@ class _Metrics:
         self._queued.set(figures.states[RequestState.QUEUED])
         for state, count in figures.states.items():
             self._states.set(count, tags={"standing": state.value})
-        for gang in figures.gangs:
-            self._used.set(gang.utilisation, tags={"gang": gang.gang})
-            self._up.set(float(gang.up), tags={"gang": gang.gang})
+        for gang, used in figures.utilisation.items():
+            self._used.set(used or 0.0, tags={"gang": gang})
+            self._up.set(float(used is not None), tags={"gang": gang})

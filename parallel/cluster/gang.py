@@ -30,8 +30,8 @@ from parallel.health import timeouts
 from parallel.health.errors import Failure
 from parallel.health.exit_codes import BAD_INPUT
 from parallel.health.heartbeats import Heartbeats
+from parallel.mesh import Mesh
 from parallel.ranks.environment import RankEnv
-from parallel.topology.mesh import Mesh
 
 _QUIET = 2  # attempts on a node that is gone before they count as losses
 _LOST = (RayActorError, RayTaskError, GetTimeoutError)  # what Ray raises for a rank that is gone

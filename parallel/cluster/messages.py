@@ -21,7 +21,7 @@ from engine.progress import Progress
 from engine.request import Prefix, Request
 from engine.schedule import Schedule
 from models.errors import InputError
-from parallel.cluster.queue import VideoSize
+from parallel.cluster.scheduler import VideoSize
 
 # ---- commands, from the controller to the leader
 

@@ -18,7 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from models.errors import InputError
-from parallel.topology.mesh import Layout
+from parallel.mesh import Layout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,11 +29,164 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
 
+from engine.schedule import Schedule
 from models.errors import InputError
-from parallel.cluster.queue import Admit, Figures, GangEntry, GangSize, Permit, QueueEntry, RequestState, VideoSize
 
+_PROMISED = 2  # how often a gang promises its slots
 _SAME = 2  # how often a request may be blamed for the same reason until it is set aside
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoSize:
+    """What a video takes."""
+
+    schedule: Schedule  # when each chunk takes each step
+    kv_bytes: int  # of keys and values, on the rank that holds most of them; held from admission to the end
+
+    @property
+    def chunks(self) -> int:
+        """Chunks that are generated and handed out."""
+        return self.schedule.chunks - self.schedule.first
+
+    @property
+    def slots(self) -> int:
+        """Window slots of its widest quantum."""
+        return min(self.schedule.window, self.chunks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GangSize:
+    """What a gang has to give."""
+
+    slots: int  # window slots: the gang's concurrency times the window
+    kv_bytes: int  # memory for keys and values in bytes, counted as `VideoSize.kv_bytes` is
+
+    def holds(self, video: VideoSize) -> bool:
+        """Whether an empty gang of this size can make the video."""
+        return video.kv_bytes <= self.kv_bytes and video.slots <= self.slots
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admit:
+    """Decision: submit the request to the gang, which holds its KV from now on."""
+
+    request: str
+    gang: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Permit:
+    """Decision: the request may begin the quantum."""
+
+    request: str
+    gang: str  # where the request is
+    quantum: int  # index
+
+
+class RequestState(StrEnum):
+    """Where a request is."""
+
+    QUEUED = "queued"
+    PAUSED = "paused"  # on a gang, at a chunk boundary or being prepared
+    RUNNING = "running"  # on a gang, in a quantum
+    DONE = "done"
+    QUARANTINED = "set aside"  # it failed too often and is not tried again
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """The queue and the gangs at this moment."""
+
+    states: Mapping[RequestState, int]  # requests by where they are, those that have ended among them
+    utilisation: Mapping[str, float | None]  # busy slots of each gang, as a share; None while it is down
+
+
+# ---- the queue and the gangs; the scheduler alone changes them
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class QueueEntry:
+    """A request that has not ended."""
+
+    request: str  # its id
+    size: VideoSize
+    priority: int  # higher goes first
+    number: int  # requests are numbered as they are submitted; less is older
+    ended: RequestState | None = None  # how it ended
+    gang: str | None = None  # the gang that holds its KV
+    permitted: list[int] = field(default_factory=list)  # quanta that were permitted and are not done, in order
+    ready: int | None = None  # the quantum that is announced and waits for its permit
+    announcement: int = 0  # announcements are numbered in their order; that of `ready`
+    done: int | None = None  # quanta done, counted from the video's start; None until this gang has announced one
+    furthest: int = 0  # the most quanta that were ever done
+    failures: Counter[str] = field(default_factory=Counter)  # how often it was blamed, by reason
+    losses: int = 0  # how often it was blamed or suspected since it last got further than ever
+    isolated: bool = False  # it is suspected of breaking gangs, and runs alone
+
+    @property
+    def state(self) -> RequestState:
+        """Where it is."""
+        if self.ended is not None:
+            return self.ended
+        if self.gang is None:
+            return RequestState.QUEUED
+        return RequestState.RUNNING if self.permitted else RequestState.PAUSED
+
+    @property
+    def slots(self) -> int:
+        """Slots that it occupies. Of two permitted quanta the second waits for the first, so the wider one counts."""
+        return max((self.size.schedule.quantum(quantum).slots for quantum in self.permitted), default=0)
+
+    @property
+    def expected(self) -> int | None:
+        """The quantum that its gang announces next; None where any may come."""
+        if self.ready is not None:
+            return self.ready + 1
+        return self.permitted[-1] + 1 if self.permitted else self.done
+
+    def leave(self) -> None:
+        """Leave the gang; what was permitted or announced there is void."""
+        self.gang, self.ready, self.done = None, None, None
+        self.permitted.clear()
+
+
+@dataclass(slots=True, eq=False)
+class _GangEntry:
+    """A gang, over all of its lives."""
+
+    name: str
+    size: GangSize
+    up: bool = False
+    residents: dict[str, QueueEntry] = field(default_factory=dict)
+    passed_quanta: int = 0  # preferred to the one that has waited longest, since the last time that none was
+    passed_requests: int = 0  # the same
+
+    @property
+    def slots_busy(self) -> int:
+        """Slots that quanta occupy."""
+        return sum(entry.slots for entry in self.residents.values())
+
+    @property
+    def kv_used(self) -> int:
+        """Bytes that its requests hold."""
+        return sum(entry.size.kv_bytes for entry in self.residents.values())
+
+    @property
+    def load(self) -> tuple[float, float, str]:
+        """Sorts gangs, the emptiest first: by promised slots, then by memory, then by name."""
+        promised = sum(entry.size.slots for entry in self.residents.values())
+        memory = self.kv_used / self.size.kv_bytes if self.size.kv_bytes else 0.0
+        return promised / self.size.slots, memory, self.name
+
+    def has_room(self, new: QueueEntry) -> bool:
+        """Whether it has the memory for a request, and slots that it has not promised too often."""
+        equals = [entry.size.slots for entry in self.residents.values() if entry.priority >= new.priority]
+        fits = new.size.kv_bytes <= self.size.kv_bytes - self.kv_used
+        return fits and sum(equals) + new.size.slots <= _PROMISED * self.size.slots
 
 
 class Scheduler:
@@ -53,7 +206,7 @@ class Scheduler:
     def __init__(self, sizes: Iterable[GangSize], *, share: int = 8, losses: int = 4) -> None:
         self._sizes, self._share, self._losses = set(sizes), share, losses
         self._entries: dict[str, QueueEntry] = {}
-        self._gangs: dict[str, GangEntry] = {}
+        self._gangs: dict[str, _GangEntry] = {}
         self._ended: Counter[RequestState] = Counter()
         self._submitted = self._announcements = 0
         self._admissions_due = False
@@ -116,7 +269,7 @@ class Scheduler:
 
     def gang_up(self, gang: str, size: GangSize) -> None:
         """A gang can be given work; a ValueError if it is up already."""
-        entry = self._gangs.setdefault(gang, GangEntry(gang, size))
+        entry = self._gangs.setdefault(gang, _GangEntry(gang, size))
         if entry.up:
             raise ValueError(f"gang {gang} is up already")
         entry.up, entry.size = True, size
@@ -166,8 +319,8 @@ class Scheduler:
     def figures(self) -> Figures:
         """Figures of this moment."""
         states = self._ended + Counter(entry.state for entry in self._entries.values())
-        gangs = tuple(gang.figures() for _, gang in sorted(self._gangs.items()))
-        return Figures(states={one: states[one] for one in RequestState}, gangs=gangs)
+        used = {gang.name: gang.slots_busy / gang.size.slots if gang.up else None for gang in self._gangs.values()}
+        return Figures(states={one: states[one] for one in RequestState}, utilisation=used)
 
     @property
     def idle(self) -> bool:
@@ -176,7 +329,7 @@ class Scheduler:
 
     # ---- inside
 
-    def _up(self) -> list[GangEntry]:
+    def _up(self) -> list[_GangEntry]:
         return [gang for gang in self._gangs.values() if gang.up]
 
     def _queue(self) -> list[QueueEntry]:
@@ -187,7 +340,7 @@ class Scheduler:
         entry = self._entries.get(request)
         return entry if entry is not None and entry.gang == gang else None
 
-    def _next_quantum(self, gang: GangEntry) -> QueueEntry | None:
+    def _next_quantum(self, gang: _GangEntry) -> QueueEntry | None:
         """The request whose announced quantum is to be permitted, if it fits now."""
         waiting = [entry for entry in gang.residents.values() if entry.ready is not None]
         if not waiting:
@@ -231,7 +384,7 @@ class Scheduler:
                 found[min(free, key=lambda gang: (len(gang.residents), gang.name)).name] = entry
         return found
 
-    def _next_admission(self, gang: GangEntry) -> QueueEntry | None:
+    def _next_admission(self, gang: _GangEntry) -> QueueEntry | None:
         """The queued request that is to be admitted on a gang, if it fits now."""
         if any(entry.isolated for entry in gang.residents.values()):
             return None

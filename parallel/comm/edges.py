@@ -16,8 +16,8 @@ from parallel.comm.groups import Groups
 from parallel.comm.messages import Header, Kind, Message
 from parallel.health.monitor import Monitor
 from parallel.health.timeouts import LAST_TRANSFERS_SECONDS
-from parallel.topology.mesh import Mesh
-from parallel.trace.tracer import Tracer
+from parallel.mesh import Mesh
+from parallel.trace import Tracer
 
 _FIRST_TRACK = 2
 """Of a trace, for what is sent; those before it are of the main thread and of decoding."""

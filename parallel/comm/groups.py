@@ -21,8 +21,8 @@ import torch.distributed as dist
 from engine.machine import boot_id
 from parallel.comm.channel import GroupTransport, Link
 from parallel.health.timeouts import STORE_SECONDS, Timeouts
+from parallel.mesh import Edge, Mesh
 from parallel.ranks.environment import RankEnv, listen_where_ranks_meet
-from parallel.topology.mesh import Edge, Mesh
 
 Transfer = Literal["nccl", "host", "gloo"]
 """How tensors move: between GPUs, between GPUs through host memory, or between CPUs."""

@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from engine.kv.size import KVPlan
-from engine.prepare import Admission
+from engine.kv.layout import KVPlan
+from engine.request import Admission
 from engine.schedule import Schedule
 from engine.video import WorkItem
 from models.protocols import CaptionTable

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from parallel.health.errors import Failure
 from parallel.health.timeouts import Timeouts
-from parallel.topology.mesh import Mesh
+from parallel.mesh import Mesh
 
 _SUSPECT = 1 / 6  # of `silent`: a rank without a heartbeat for so long keeps others from being blamed
 _ALSO = 3 / 4  # of `silent`: a rank is named along with one that exceeds it, for a lost machine takes all its ranks

@@ -17,7 +17,7 @@ from torch.distributed import Store
 from parallel.health.errors import ErrorStore, Failure
 from parallel.health.hang_detector import HangDetector, Heartbeat
 from parallel.health.timeouts import Timeouts
-from parallel.topology.mesh import Mesh
+from parallel.mesh import Mesh
 
 
 class Heartbeats:

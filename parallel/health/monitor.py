@@ -35,8 +35,8 @@ from parallel.health.hang_detector import Heartbeat
 from parallel.health.heartbeats import Heartbeats
 from parallel.health.processes import LocalProcess, WakeupPipe
 from parallel.health.timeouts import POLL_SECONDS, Timeouts
+from parallel.mesh import Mesh
 from parallel.ranks.environment import RankEnv
-from parallel.topology.mesh import Mesh
 
 _FIRST_ITEMS = 4  # that may take `first`
 _DISCONNECTED = (  # parts of the messages of gloo and NCCL

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from engine.engine import Engine
-from engine.kv.size import KVSettings
-from engine.reuse.settings import ReuseSettings
+from engine.kv.layout import KVSettings
+from engine.reuse.policy import ReuseSettings
 from models.errors import InputError
 from models.protocols import Pipeline
 from parallel.comm.edges import Edges, RankServices
@@ -25,12 +25,11 @@ from parallel.health.errors import GangError
 from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED
 from parallel.health.monitor import Monitor, is_connection_error
 from parallel.health.timeouts import Timeouts
+from parallel.mesh import Layout, Mesh
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.leader import Leader
 from parallel.ranks.worker import StageModel, StageWorker, serve
-from parallel.topology.mesh import Layout, Mesh
-from parallel.trace.counters import RankCounters, collect_counters, publish_counters
-from parallel.trace.tracer import Tracer, merge_traces, shipped_events
+from parallel.trace import RankCounters, Tracer, collect_counters, merge_traces, publish_counters, shipped_events
 
 _DEFAULTS, _NO_REUSE, _OWN_RANGE = Timeouts(), ReuseSettings(), KVSettings()
 

@@ -21,7 +21,7 @@ from engine.checkpoint.contents import Contents
 from engine.checkpoint.files import Shard
 from engine.executor import Runner
 from engine.kv.buffer import KVBuffer
-from engine.prepare import Admission
+from engine.request import Admission
 from engine.video import Work, WorkItem
 from parallel.comm.edges import Edges, RankServices
 from parallel.comm.messages import Header, Kind, pack_admit, pack_json

@@ -21,8 +21,8 @@ from parallel.comm.groups import store_at
 from parallel.health.errors import ErrorStore, Failure, GangError
 from parallel.health.exit_codes import FAILED, INTERRUPTED
 from parallel.health.timeouts import POLL_SECONDS, RANKS_END_SECONDS
+from parallel.mesh import Layout, Mesh
 from parallel.ranks.environment import RankEnv, child_environment
-from parallel.topology.mesh import Layout, Mesh
 
 _HOST = "127.0.0.1"
 

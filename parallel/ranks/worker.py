@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.checkpoint.contents import RUN_FILE, Contents
 from engine.checkpoint.files import Shard, write_async
 from engine.executor import Stage, TokenShard
-from engine.prepare import Admission
+from engine.request import Admission
 from engine.video import WorkItem
 from models.attention import Attention
 from models.errors import InputError
@@ -30,8 +30,7 @@ from parallel.comm.edges import Edges, RankServices
 from parallel.comm.messages import Header, Kind, Message, unpack_admit, unpack_json
 from parallel.comm.ulysses import TokenSplit, UlyssesShard, local_heads
 from parallel.health.exit_codes import BAD_INPUT
-from parallel.trace.counters import DeviceTimer, OnMeasured, RankCounters
-from parallel.trace.tracer import Tracer
+from parallel.trace import DeviceTimer, OnMeasured, RankCounters, Tracer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,9 +10,9 @@ from benchmarks.common import run_command, table
 from benchmarks.ray_runs import BenchSource, GangSetup, Outcome
 from benchmarks.runs import alone, on_ranks
 from benchmarks.workload import Made, ModelSpec, Workload, differing, digest
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from parallel.cluster.messages import ChunkMade, VideoDone, VideoFailed
-from parallel.topology.mesh import Layout, Mesh
+from parallel.mesh import Layout, Mesh
 
 SPEC = ModelSpec(layers=2, width=192, side=32)
 WORKLOAD = Workload(model=SPEC, chunks=2, steps=8, videos=2)

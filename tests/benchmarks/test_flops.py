@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.flops import CountingRunner, pass_flops
 from engine.engine import Engine
 from engine.executor import LocalRunner
-from engine.kv.size import KVSettings
+from engine.kv.layout import KVSettings
 from engine.request import Request
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from models.magi.dit import MagiDiT
 from models.pocket.preset import POCKET_DIT
 from tests.engine.tiny import TinyPipeline, tiny_config

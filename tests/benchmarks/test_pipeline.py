@@ -10,12 +10,11 @@ from benchmarks.pipeline import Gang, barrier_rows, csv_row, layouts_for, run, s
 from benchmarks.runs import find_threshold, make_alone, on_ranks
 from benchmarks.simulate.stages import flag_digest, predict, problems
 from benchmarks.workload import Made, ModelSpec, Workload, build
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from models.errors import InputError
 from parallel.comm.messages import HEADER_BYTES
-from parallel.topology.mesh import Layout
-from parallel.topology.split import balanced_split, stage_layers
-from parallel.trace.counters import RankCounters
+from parallel.mesh import Layout, balanced_split, stage_layers
+from parallel.trace import RankCounters
 
 SPEC = ModelSpec(layers=3, width=192, side=32)
 PLAIN = Workload(model=SPEC, chunks=2, steps=8)

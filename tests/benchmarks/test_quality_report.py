@@ -18,7 +18,7 @@ from benchmarks.quality.report import (
 )
 from benchmarks.quality.sweep import LEAN, METHODS, VANILLA, WORK, Setting
 from benchmarks.quality.trial import Trial
-from engine.reuse.settings import KINDS
+from engine.reuse.policy import KINDS
 
 
 def reusing(method, kind="residual", *, threshold, warmup=1, extrapolate_from=1.0, budget=None, passes=LEAN):

@@ -23,7 +23,7 @@ from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
 from models.errors import InputError
 from models.magi.presets import PRESETS, find_preset
-from parallel.topology.mesh import Layout
+from parallel.mesh import Layout
 
 
 def cluster(**changes):

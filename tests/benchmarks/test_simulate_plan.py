@@ -10,7 +10,7 @@ from engine.engine import Engine
 from engine.executor import LocalRunner
 from engine.record import NOT_ACTIVE, Recorder
 from engine.request import Prefix
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from models.errors import InputError
 from models.magi.sampling import MagiSampling

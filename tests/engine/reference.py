@@ -4,10 +4,9 @@ It shares the run and the stage with the engine, and nothing of how work is orde
 """
 
 from engine.executor import Stage
-from engine.kv.size import KVSettings
-from engine.prepare import encode, prepare
-from engine.reuse.policy import Decision
-from engine.reuse.settings import ReuseSettings
+from engine.kv.layout import KVSettings
+from engine.request import encode, prepare
+from engine.reuse.policy import Decision, ReuseSettings
 
 
 def reference_latents(pipeline, request, reuse=None, kv=None):

@@ -11,10 +11,10 @@ import torch
 
 from engine.engine import Engine
 from engine.executor import LocalRunner
-from engine.kv.size import KVSettings
+from engine.kv.layout import KVSettings
 from engine.record import NOT_ACTIVE, Recorder, RunRecord
 from engine.request import Prefix, Request
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from models.errors import InputError
 from tests.engine.reference import reference_latents
@@ -83,7 +83,7 @@ def test_a_rolling_buffer_gives_what_full_history_gives(guided, window, monkeypa
     """Rows that fall out of the buffer are never attended to, for any window and range."""
     pipeline = TinyPipeline(tiny_config(guided=guided, window=window))
     rolling = latents(Engine(pipeline), request(chunks=7))
-    monkeypatch.setattr("engine.kv.size.clean_chunks", lambda schedule, sampling, budget: schedule.chunks - 1)
+    monkeypatch.setattr("engine.kv.layout.clean_chunks", lambda schedule, sampling, budget: schedule.chunks - 1)
     held = latents(Engine(pipeline), request(chunks=7))
     for a, b in zip(rolling, held, strict=True):
         assert torch.equal(a, b)
@@ -244,7 +244,7 @@ import resource, sys
 import torch
 torch.set_num_threads(1)
 from engine.engine import Engine
-from engine.kv.size import KVSettings
+from engine.kv.layout import KVSettings
 from engine.request import Request
 from tests.engine.reference import reference_latents
 from tests.engine.tiny import TinyPipeline, tiny_config

@@ -8,13 +8,11 @@ import torch
 
 from engine.checkpoint.contents import Contents, pack_run, pack_shard, unpack_run, unpack_shard
 from engine.executor import Stage
-from engine.kv.size import KVSettings
+from engine.kv.layout import KVSettings
 from engine.order import WorkOrder
-from engine.prepare import encode, prepare
-from engine.request import Prefix
+from engine.request import Prefix, encode, prepare
 from engine.reuse.flags import FlagState
-from engine.reuse.policy import Decision
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import Decision, ReuseSettings
 from tests.engine.reference import reference_latents
 from tests.parallel.small import SmallPipeline, one_thread, request, small_config
 

@@ -5,12 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kv.layout import KVLayout
-from engine.kv.size import clean_chunks
-from engine.request import seeded_noise
-from engine.reuse.policy import Policy
-from engine.reuse.settings import ReuseSettings
-from engine.video import Reuse, VideoRun, VideoShape
+from engine.kv.layout import KVLayout, clean_chunks
+from engine.reuse.policy import Policy, ReuseSettings
+from engine.video import Reuse, VideoRun, VideoShape, seeded_noise
 from models.magi.sampling import MagiSampling
 from tests.engine.tiny import tiny_config
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from engine.kv.size import KVSettings
-from engine.reuse.settings import ReuseSettings
+from engine.kv.layout import KVSettings
+from engine.reuse.policy import ReuseSettings
 from launch.cli import run
 from launch.options import CacheName, Options, Precision, together
 from launch.plan import Plan, plan_videos, reuse_preset, video_names

@@ -7,9 +7,9 @@ from typing import get_args
 
 import pytest
 
+from engine.kv.layout import KVSettings
 from engine.kv.selection import Granularity, SelectionSettings
-from engine.kv.size import KVSettings
-from engine.reuse.settings import KINDS, ReuseSettings
+from engine.reuse.policy import KINDS, ReuseSettings
 from launch.options import CacheName, Options, ReuseKind, TokenUnit
 from launch.plan import kv_settings, reuse_preset, reuse_settings
 from models.errors import InputError

@@ -14,7 +14,7 @@ import torch
 
 from engine.kv.selection import SelectionSettings
 from engine.record import NOT_ACTIVE, RunRecord
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from launch import __version__
 from launch.cli import run
 from launch.output.video import VideoWriter

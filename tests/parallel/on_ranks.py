@@ -5,8 +5,8 @@ import sys
 
 import torch
 
+from parallel.mesh import Layout
 from parallel.ranks.spawn import run_ranks
-from parallel.topology.mesh import Layout
 from tests.parallel.forked import forked
 
 

@@ -16,11 +16,11 @@ import torch
 
 from engine import executor
 from engine.checkpoint.files import CheckpointConfig
-from engine.kv.size import KVSettings
+from engine.kv.layout import KVSettings
 from engine.record import Recorder
 from engine.request import Prefix
 from engine.reuse.flags import FlagLog
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from engine.video import WorkItem
 from models.errors import InputError
 from models.magi.config import MagiConfig
@@ -33,11 +33,10 @@ from parallel.comm.messages import Header, Kind
 from parallel.health.errors import GangError
 from parallel.health.monitor import leave
 from parallel.health.timeouts import Timeouts
+from parallel.mesh import Layout, stage_range
 from parallel.ranks import worker
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import open_gang
-from parallel.topology.mesh import Layout
-from parallel.topology.split import stage_range
 from tests.parallel.small import one_thread, request, small_config, stage_pipeline
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from engine.kv.buffer import KVBuffer
-from engine.kv.size import KVPlan
+from engine.kv.layout import KVPlan
 from engine.kv.selection import SelectionSettings
 from engine.video import KVOp
 from models.attention import attention_backend

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.kv.buffer import KVBuffer
+from engine.kv.layout import KVPlan
 from engine.kv.selection import SelectionSettings, importance, redundancy, select
-from engine.kv.size import KVPlan
 from engine.video import KVOp
 from models.attention import attention_backend
 from models.errors import InputError

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.reuse.policy import ChunkPolicy, Decision, Observation, WindowPolicy
-from engine.reuse.settings import ReuseMemory, ReuseSettings
+from engine.reuse.policy import ChunkPolicy, Decision, Observation, ReuseMemory, ReuseSettings, WindowPolicy
 from models.errors import InputError
 
 

@@ -55,8 +55,8 @@ def test_a_line_says_what_the_command_line_would(folder: Path) -> None:
     request, options = item.plan.request, item.plan.options
     assert (request.prompt, request.chunks, request.seed, request.height, request.width) == (CIRCLE, 3, 7, 96, 32)
     assert (request.num_steps, options.video, item.priority) == (8, folder / "start.mp4", 2)
-    assert item.plan.out == folder / "videos" / item.name
-    assert re.fullmatch(r"001-a-red-circle-moving-right-[0-9a-f]{12}\.mp4", item.name)
+    assert item.plan.out == folder / "videos" / item.plan.out.name
+    assert re.fullmatch(r"001-a-red-circle-moving-right-[0-9a-f]{12}\.mp4", item.plan.out.name)
 
 
 def test_what_a_line_leaves_out_is_as_on_the_command_line(folder: Path) -> None:
@@ -115,7 +115,7 @@ def test_blank_lines_are_skipped_and_broken_ones_do_not_stop_the_others(folder: 
         21: "image and video both say what it starts from",
     }.items():
         assert part in said[line]
-    assert items[1].name.startswith("019-ubung-1-")
+    assert items[1].plan.out.name.startswith("019-übung-1-")
 
 
 def test_not_utf8_is_said_of_the_line_alone(folder: Path) -> None:
@@ -163,7 +163,7 @@ def test_the_digest_covers_what_the_video_depends_on_and_nothing_else(folder: Pa
 def test_equal_lines_make_different_files_and_keep_them_when_lines_move(folder: Path) -> None:
     line, other = {"prompt": CIRCLE}, {"prompt": "a blue cross moving up"}
     items, _ = read(folder, line, line, other, line)
-    assert len({item.name for item in items}) == len({item.digest for item in items}) == 4
+    assert len({item.plan.out.name for item in items}) == len({item.digest for item in items}) == 4
     again, _ = read(folder, other, "", line, line, line)
     assert {item.digest for item in again} == {item.digest for item in items}
     assert [item.digest for item in again[1:]] == [items[0].digest, items[1].digest, items[3].digest]
@@ -192,7 +192,7 @@ def test_nonsense_never_stops_the_others(folder: Path, nonsense: list[bytes]) ->
     assert items[0].line == 1 and items[-1].line == len(nonsense) + 2
     lines = [item.line for item in items] + [*problems]
     assert len(lines) == len(set(lines))
-    assert len({item.name for item in items}) == len(items)
+    assert len({item.plan.out.name for item in items}) == len(items)
     assert all("\n" not in message for message in problems.values())
-    assert all(re.fullmatch(r"\d{3}-[a-z0-9-]+-[0-9a-f]{12}\.mp4", item.name) for item in items)
+    assert all(re.fullmatch(r"\d{3}-[\w-]+-[0-9a-f]{12}\.mp4", item.plan.out.name) for item in items)
     assert not list((folder / "videos").iterdir())

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.checkpoint.files import CheckpointConfig
-from engine.kv.size import KVSettings
-from engine.reuse.settings import ReuseSettings
+from engine.kv.layout import KVSettings
+from engine.reuse.policy import ReuseSettings
 from parallel.cluster.config import ClusterSettings, RankTask
 from parallel.cluster.messages import ChunkMade, VideoDone, VideoFailed, VideoOrder
 from parallel.cluster.placement import GangShape
-from parallel.cluster.queue import GangSize
+from parallel.cluster.scheduler import GangSize
 from parallel.health.timeouts import Timeouts
-from parallel.topology.mesh import Layout
+from parallel.mesh import Layout
 from tests.parallel.cluster.sources import SmallSource, size
 
 WINDOW = 4

@@ -10,8 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from engine.schedule import Schedule
-from parallel.cluster.queue import Admit, GangSize, Permit, RequestState, VideoSize
-from parallel.cluster.scheduler import Scheduler
+from parallel.cluster.scheduler import Admit, GangSize, Permit, RequestState, Scheduler, VideoSize
 
 WINDOW = 4
 
@@ -125,9 +124,8 @@ class World:
             assert sum(held.slots for held in gang.held.values()) <= gang.size.slots
             assert sum(held.size.kv_bytes for held in gang.held.values()) <= gang.size.kv_bytes
         figures = self.scheduler.figures()
-        for one in figures.gangs:
-            assert one.residents == len(self.gangs[one.gang].held)
-            assert 0 <= one.utilisation <= 1
+        for name, used in figures.utilisation.items():
+            assert used is None and not self.gangs[name].held or 0 <= used <= 1
         assert sum(figures.states.values()) == len(self.requests)
         assert self.scheduler.idle == (len(self.ended) == len(self.requests))
         return made

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.engine import Engine
-from engine.kv.size import KVSettings
-from engine.reuse.settings import ReuseSettings
+from engine.kv.layout import KVSettings
+from engine.reuse.policy import ReuseSettings
 from models.protocols import CaptionTable
 from parallel.cluster.config import video_size
+from parallel.mesh import Layout
 from parallel.ranks.worker import StageModel
-from parallel.topology.mesh import Layout
 from tests.parallel.small import request, small_config, stage_pipeline
 
 POISON = "a poisoned thing"
@@ -76,7 +76,7 @@ def size(made, layout, config=None):
 def alone(made, config=None):
     """Latents of one process."""
     layout = Layout(pp=1)
-    from parallel.topology.mesh import Mesh
+    from parallel.mesh import Mesh
 
     pipeline = stage_pipeline(small_config(**(config or {})), Mesh(layout=layout, rank=0))
     engine = Engine(pipeline)

@@ -23,9 +23,9 @@ from parallel.cluster.messages import (
     VideoOrder,
 )
 from parallel.health.timeouts import Timeouts
+from parallel.mesh import Layout, Mesh
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import open_gang
-from parallel.topology.mesh import Layout, Mesh
 from tests.parallel.cluster.sources import SmallSource, size
 from tests.parallel.small import request
 

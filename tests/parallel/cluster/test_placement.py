@@ -5,7 +5,7 @@ import pytest
 from models.errors import InputError
 from parallel.cluster.actor import device_index
 from parallel.cluster.placement import GangShape, assign_places, plan_strategies
-from parallel.topology.mesh import Layout
+from parallel.mesh import Layout
 
 
 def shape(pp=1, cp=1, gpus=False, cpus=1):

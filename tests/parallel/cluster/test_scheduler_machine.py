@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from models.errors import InputError
-from parallel.cluster.queue import GangSize, RequestState
-from parallel.cluster.scheduler import Scheduler
+from parallel.cluster.scheduler import GangSize, RequestState, Scheduler
 from tests.parallel.cluster.simulation import WINDOW, World, size
 
 ENDS = {RequestState.DONE, RequestState.QUARANTINED, RequestState.CANCELLED}

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.kv.layout import KVPlan
 from engine.kv.selection import SelectionSettings
-from engine.kv.size import KVPlan
-from engine.prepare import Admission
+from engine.request import Admission
 from engine.schedule import Schedule
 from engine.video import KVOp, WorkItem
 from models.protocols import CaptionTable, Pass, PassCondition

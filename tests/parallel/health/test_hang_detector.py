@@ -6,7 +6,7 @@ import pytest
 
 from parallel.health.hang_detector import HangDetector, Heartbeat
 from parallel.health.timeouts import Timeouts
-from parallel.topology.mesh import Layout, Mesh
+from parallel.mesh import Layout, Mesh
 
 TIMES = Timeouts(silent=6.0, first=60.0, step=6.0, grace=2.0)
 ITEM = "request 0, tick 3, chunk 1 (compute)"

@@ -10,7 +10,7 @@ from parallel.health.errors import ErrorStore, Failure
 from parallel.health.hang_detector import Heartbeat
 from parallel.health.heartbeats import Heartbeats
 from parallel.health.timeouts import Timeouts
-from parallel.topology.mesh import Layout, Mesh
+from parallel.mesh import Layout, Mesh
 
 TIMES = Timeouts(silent=0.8, first=60.0, step=0.8, grace=0.1)
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from parallel.health.errors import GangError
 from parallel.health.monitor import Monitor
 from parallel.health.timeouts import Timeouts
+from parallel.mesh import Layout, Mesh
 from parallel.ranks.environment import RankEnv
-from parallel.topology.mesh import Layout, Mesh
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from parallel.health.errors import Failure, GangError
+from parallel.mesh import Layout
 from parallel.ranks.environment import RankEnv, child_environment
 from parallel.ranks.spawn import run_ranks
-from parallel.topology.mesh import Layout
 from tests.parallel.on_ranks import command, run
 from tests.ports import free_ports
 
@@ -185,7 +185,7 @@ LAUNCHER = """
 import sys
 from parallel.health.errors import GangError
 from parallel.ranks.spawn import run_ranks
-from parallel.topology.mesh import Layout
+from parallel.mesh import Layout
 from tests.parallel.on_ranks import command
 try:
     run_ranks(command("trouble", sys.argv[1], {values}), Layout(pp=2), threads=1)

@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 
 from parallel.comm.groups import store_at
+from parallel.mesh import Layout
 from parallel.ranks.spawn import run_ranks
-from parallel.topology.mesh import Layout
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 GANG = """
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import open_gang
-from parallel.topology.mesh import Layout
+from parallel.mesh import Layout
 from tests.parallel.ranks.test_listeners import listening
 with open_gang(RankEnv.from_environment(), Layout(pp=2, cp=1)) as gang:
     Path(sys.argv[1], f"{gang.mesh.rank}").write_text(" ".join(listening()))

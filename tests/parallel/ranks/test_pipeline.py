@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine.kv.size import KVSettings
-from engine.prepare import encode, prepare
+from engine.kv.layout import KVSettings
 from engine.record import NOT_ACTIVE
+from engine.request import encode, prepare
 from engine.reuse.flags import FlagLog
-from engine.reuse.settings import ReuseSettings
+from engine.reuse.policy import ReuseSettings
 from parallel.comm.messages import HEADER_BYTES
 from tests.engine.reference import reference_latents
 from tests.parallel.on_ranks import command, run

@@ -2,7 +2,7 @@
 
 import pytest
 
-from parallel.trace.idle_time import Cause, analyse
+from launch.plots.idle_time import Cause, analyse
 
 
 def ranks(stages, cp=1):

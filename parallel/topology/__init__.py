@@ -1,1 +1,0 @@
-"""Which rank is where, and which layers it holds. Plain Python."""

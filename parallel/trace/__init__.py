@@ -1,1 +1,0 @@
-"""What each rank did when, and what it counted."""
