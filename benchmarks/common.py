@@ -29,7 +29,7 @@ import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import track
 
 from engine.files import atomic_write
 from models.errors import InputError
@@ -214,10 +214,9 @@ def new_log() -> Callable[[str], None]:
     return partial(Console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
 
 
-def progress_bar() -> Progress:
-    """A progress bar on standard error."""
-    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*shown, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+def progress(items: Iterable[_T], what: str, total: int) -> Iterable[_T]:
+    """The items, with a progress bar on standard error."""
+    return track(items, what, total, console=Console(stderr=True))
 
 
 def search(

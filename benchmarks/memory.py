@@ -105,17 +105,14 @@ def make_long_video(chunks: int, budget: int | None, threads: int) -> LongVideo:
     engine = Engine(pipeline, runner, kv=KVSettings(budget=budget))
     steps, window = config.runtime_config.num_steps, config.runtime_config.window_size
     request = Request(prompt=PROMPT, chunks=chunks, height=SIDE, width=SIDE, num_steps=steps, seed=0)
-    seconds, kv_bytes, warm_rss = [], 0, 0
-    with common.progress_bar() as bar:
-        task = bar.add_task(f"{chunks} chunks, KV budget {budget or 'of its own range'}", total=chunks)
+    what = f"{chunks} chunks, KV budget {budget or 'of its own range'}"
+    seconds, kv_bytes, warm_rss, began = [], 0, 0, time.perf_counter()
+    for chunk in common.progress(engine.generate(request), what, chunks):
+        seconds.append(time.perf_counter() - began)
+        kv_bytes = max(kv_bytes, runner.kv_bytes)
+        if chunk.index + 1 == min(_WARM, chunks // 2):
+            warm_rss = common.rss()
         began = time.perf_counter()
-        for chunk in engine.generate(request):
-            seconds.append(time.perf_counter() - began)
-            kv_bytes = max(kv_bytes, runner.kv_bytes)
-            if chunk.index + 1 == min(_WARM, chunks // 2):
-                warm_rss = common.rss()
-            bar.update(task, advance=1)
-            began = time.perf_counter()
     return LongVideo(
         chunks=chunks,
         budget=budget,

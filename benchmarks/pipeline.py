@@ -36,12 +36,13 @@ from benchmarks.simulate.clock import plans_of
 from benchmarks.workload import POCKET, QUICK, Chunks, Flags, Made, ModelSpec, Steps, Workload, model_config
 from engine.reuse.flags import FlagLog
 from engine.schedule import Schedule
+from models.magi.config import MagiConfig
 from models.protocols import CELL_PIXELS
 from parallel.comm.messages import HEADER_BYTES
 from parallel.comm.ulysses import TokenSplit
 from parallel.mesh import Layout, Mesh
 
-_LAYOUTS = ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (4, 2), (2, 4))
+_POWERS = (1, 2, 4, 8, 16, 32, 64)
 _PLAIN, _REUSED = 1.75, 1.7  # speed-ups of two stages that are wanted, of one video and of two that reuse
 _FLOAT = 4  # bytes of a value
 _NOTES = """\
@@ -135,7 +136,7 @@ def run(
         spec = spec if model == POCKET else replace(QUICK, name=model)
     plain = Workload(model=spec, chunks=chunks, steps=steps, videos=videos)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    layouts = layouts_for(plain, ranks or cores)
+    layouts, _ = layouts_for(model_config(spec), ranks or cores), plain.sampling  # which checks the steps
     common.output_folder(out)
     with Console(stderr=True).status("starting") as status:
         kinds = (plain, replace(plain, reuse=reuse_for(plain)))
@@ -158,15 +159,15 @@ def run(
     )
 
 
-def layouts_for(workload: Workload, ranks: int) -> list[Layout]:
-    """One rank, and the gangs that the model and a number of ranks allow; an `InputError` if the videos cannot be."""
-    model, _ = model_config(workload.model).model_config, workload.sampling  # which checks the steps
-    fits = [
+def layouts_for(config: MagiConfig, ranks: int) -> list[Layout]:
+    """Powers of two that a model and a number of ranks allow."""
+    model = config.model_config
+    return [
         Layout(pp=pp, cp=cp)
-        for pp, cp in _LAYOUTS
-        if pp * cp <= ranks and pp <= model.num_layers and model.num_query_groups % cp == 0
+        for pp in _POWERS
+        for cp in _POWERS
+        if pp * cp <= ranks and pp <= model.num_layers and not model.num_query_groups % cp
     ]
-    return [Layout(), *fits]
 
 
 def _workloads(layout: Layout, kinds: Sequence[Workload]) -> list[Workload]:

@@ -84,19 +84,14 @@ def make_videos(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[s
 
 def measure(videos: Iterable[tuple[str, Tensor, float]], count: int) -> list[Strip]:
     """Measure videos as they come; only the frames that the sheet shows stay in memory."""
-    strips: list[Strip] = []
-    with common.progress_bar() as bar:
-        task = bar.add_task("videos", total=count)
-        for prompt, frames, seconds in videos:
-            measured, shown = adherence(frames, parse_prompt(prompt)), frames[sampled_frames(len(frames))]
-            strips.append(Strip(frames=shown, measured=measured, seconds=seconds))
-            colours, motions = (
-                sum(s.measured.colour_right for s in strips),
-                sum(s.measured.motion_right for s in strips),
-            )
-            tally = f"colour {colours}/{len(strips)}, direction {motions}/{len(strips)}"
-            bar.update(task, advance=1, description=tally)
-    return strips
+    return [
+        Strip(
+            frames=frames[sampled_frames(len(frames))],
+            measured=adherence(frames, parse_prompt(prompt)),
+            seconds=seconds,
+        )
+        for prompt, frames, seconds in common.progress(videos, "videos", count)
+    ]
 
 
 def report(out: Path, strips: Sequence[Strip], source: str) -> int:

@@ -32,7 +32,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.common import Out, machine_line, nearest, output_folder, progress_bar, publish, run_command, search
+from benchmarks.common import Out, machine_line, nearest, output_folder, progress, publish, run_command, search
 from benchmarks.quality.report import curve_table, pareto_figure, setting_rows, speed_figure, verdicts
 from benchmarks.quality.trial import LEAN, WORK, Plan, Results, Setting, TrialRunner, image_metrics, label_of
 from benchmarks.workload import MOST_PROMPTS, POCKET, Steps, pocket_requests
@@ -176,16 +176,12 @@ def calibrated(presets: Mapping[str, Setting], work: Callable[[Setting], float])
 def _run_trials(runner: TrialRunner, results: Results, requests: Sequence[Request]) -> None:
     """Run what is missing, prompt by prompt, each result on disk as soon as it is there."""
     missing = {request: results.missing(request) for request in requests}
-    total = len(results.trials) + sum(len(settings) for settings in missing.values())
-    with progress_bar() as bar:
-        task = bar.add_task("videos", total=total, completed=len(results.trials))
-        if any(missing.values()):
-            runner.make(Setting(), requests[0])  # the first video of a process is slow
-        for request, settings in missing.items():
-            bar.update(task, description=request.prompt)
-            for trial in runner.trials(request, settings):
-                results.add(trial)
-                bar.update(task, advance=1)
+    total = sum(map(len, missing.values()))
+    if total:
+        runner.make(Setting(), requests[0])  # the first video of a process is slow
+    trials = (one for request, settings in missing.items() for one in runner.trials(request, settings))
+    for trial in progress(trials, "videos", total):
+        results.add(trial)
 
 
 def _write(out: Path, results: Results, presets: Mapping[str, Setting]) -> int:

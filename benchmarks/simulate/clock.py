@@ -43,7 +43,6 @@ class VideoPlan:
     seconds: Seconds
     renews: bool  # the KV of a finished chunk is renewed
     whole_window: bool  # all chunks of a tick are decided at once
-    prefix: tuple[Work, ...]  # passes over the chunks that are given
     clean: Mapping[int, tuple[Work, ...]]  # by tick: passes that renew the KV of the chunk that retires
     decided: Mapping[tuple[int, int], tuple[Observation, Decision]]  # by (tick, chunk)
     steps: Mapping[tuple[int, int], tuple[Work, ...]]  # by (tick, chunk): passes of a step; none if it is reused
@@ -61,8 +60,8 @@ class VideoPlan:
         return replace(self, seconds=seconds, _known={})
 
     def prefix_work(self) -> list[Work]:
-        """Passes over the chunks that are given."""
-        return list(self.prefix)
+        """Passes over chunks that are given: there are none."""
+        return []
 
     def begin(self, tick: Tick) -> list[Work]:
         """The clean passes of a tick."""
@@ -89,8 +88,7 @@ class VideoPlan:
     @property
     def work(self) -> list[Work]:
         """All passes; not in the order in which they are run."""
-        groups = [self.prefix, *self.clean.values(), *self.steps.values()]
-        return [one for group in groups for one in group]
+        return [one for group in (*self.clean.values(), *self.steps.values()) for one in group]
 
     @property
     def calls(self) -> int:
@@ -140,7 +138,6 @@ def plan_video(
         raise InputError(f"reuse flags of {flags.shape[0]} ticks and {flags.shape[1]} chunks do not fit {wanted}")
     run = _run(schedule, sampling, _FlagPolicy(flags, whole_window=whole_window))
     clean, steps, decided = {}, {}, {}
-    prefix = tuple(run.prefix_work())
     for tick in schedule:
         clean[tick.index] = tuple(run.begin(tick))
         for seen, decision in run.decide(tick):
@@ -156,23 +153,18 @@ def plan_video(
         seconds=seconds,
         renews=run.renews,
         whole_window=run.whole_window,
-        prefix=prefix,
         clean=clean,
         decided=decided,
         steps=steps,
     )
 
 
-def _run(schedule: Schedule, sampling: Sampling, policy: _FlagPolicy) -> VideoRun:
+def _run(schedule: Schedule, sampling: Sampling, policy: Policy) -> VideoRun:
     """A real run with one cell in each latent frame."""
-    given = schedule.first * sampling.chunk_width
-    shape = VideoShape(channels=1, chunks=schedule.chunks, prefix_frames=given, height=1, width=1)
+    shape = VideoShape(channels=1, chunks=schedule.chunks, prefix_frames=0, height=1, width=1)
     reuse = Reuse(policy=policy, memory=ReuseMemory("residual"), patches=lambda x: x, observe=False)
-    prefix = torch.zeros(1, 1, given, 1, 1) if given else None
-    cpu = torch.device("cpu")
-    return VideoRun(
-        0, shape, sampling, lambda _, size: torch.zeros(size), reuse, prefix=prefix, compressed=False, device=cpu
-    )
+    noise, cpu = (lambda _, size: torch.zeros(size)), torch.device("cpu")
+    return VideoRun(0, shape, sampling, noise, reuse, prefix=None, compressed=False, device=cpu)
 
 
 def plans_of(workload: Workload, seconds: Seconds, flags: Sequence[Flags]) -> list[VideoPlan]:

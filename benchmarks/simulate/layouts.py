@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,8 +19,9 @@ import torch
 
 from benchmarks.common import search
 from benchmarks.flops import pass_flops
+from benchmarks.pipeline import layouts_for
 from benchmarks.simulate.clock import Machine, Seconds, VideoPlan, plan_video, simulate
-from engine.kv.layout import KVPlan
+from engine.kv.layout import KVSettings, plan_kv
 from engine.record import NOT_ACTIVE, RunRecord
 from engine.reuse.policy import ChunkPolicy, Decision, Observation
 from engine.schedule import Schedule
@@ -28,14 +29,14 @@ from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.sampling import MagiSampling
-from models.protocols import KVGeometry, Pass, Sampling
+from models.protocols import Pass, Sampling
+from parallel.comm.ulysses import local_heads
 from parallel.mesh import Layout, stage_sizes
 
 _WIDTH = 2  # bytes of bf16
 _TEXT = 100  # caption tokens that count
 _VAE_BYTES = 2 * 613_755_239
 _SEEDS = 4  # different videos; more of them are the same again
-_POWERS = (1, 2, 4, 8, 16, 32, 64)
 _JITTER, _HALVINGS = 0.2, 40
 _WARMUP = 5  # first steps of a chunk that are computed
 _SHARE = 0.9  # of a GPU's memory that weights and KV may take
@@ -151,23 +152,12 @@ class Cluster:
             held = sum(self._weights[layer] for layer in range(start, start + size)) + self._weights[None]
             weights.append(held + (0 if start else _VAE_BYTES))
             start += size
-        plan = KVPlan(
-            chunk_tokens=self.tokens,
-            frame_tokens=self.tokens // run.chunk_width,
-            clean_tokens=self.budget * self.tokens,
-            window=run.window_size,
-            chunks=self.budget + run.window_size,
-            branches=2 if run.cfg_number > 1 else 1,
-            selection=None,
+        schedule = Schedule(
+            first=0, chunks=self.budget + run.window_size, num_steps=run.num_steps, window=run.window_size
         )
-        geometry = KVGeometry(
-            layers=range(max(sizes)),
-            query_heads=model.num_attention_heads // layout.cp,
-            key_heads=model.num_query_groups // layout.cp,
-            head_size=model.kv_channels,
-            dtype=torch.bfloat16,
-            device=torch.device("meta"),
-        )
+        sampling = MagiSampling(config=self.config, num_steps=run.num_steps)
+        plan = replace(plan_kv(sampling, schedule, KVSettings(budget=self.budget), self.tokens), selection=None)
+        geometry = local_heads(model.kv_geometry(range(max(sizes)), torch.device("meta")), layout.cp)
         return max(weights), plan.nbytes(geometry)
 
     def petaflops(self, plan: VideoPlan) -> float:
@@ -282,14 +272,8 @@ class Run:
 
 
 def layouts_on(config: MagiConfig, gpus: int) -> tuple[Layout, ...]:
-    """Powers of two that the model allows and the GPUs hold, and whose gangs fill them."""
-    model = config.model_config
-    return tuple(
-        Layout(pp=pp, cp=cp)
-        for pp in _POWERS
-        for cp in _POWERS
-        if pp <= model.num_layers and not model.num_query_groups % cp and pp * cp <= gpus and not gpus % (pp * cp)
-    )
+    """Those that the model allows and whose gangs fill the GPUs."""
+    return tuple(one for one in layouts_for(config, gpus) if not gpus % one.world_size)
 
 
 def sampled_reuse(study: Study, fraction: float) -> Reuse:

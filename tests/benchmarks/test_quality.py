@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.common import run_command
-from benchmarks.quality.__main__ import run
-from benchmarks.quality.sweep import STAND_INS, Plan, Setting, label_of
-from benchmarks.quality.trial import Results
+from benchmarks.quality.__main__ import STAND_INS, run
+from benchmarks.quality.trial import Plan, Results, Setting, label_of
 from engine.request import Request
 from models.errors import InputError
 from tests.benchmarks.test_quality_report import reusing, trial
@@ -17,7 +16,7 @@ from tests.parallel.small import one_thread
 
 RUN = {"model": "magi-pocket", "seed": 3}
 SETTINGS = (Setting(), reusing(method="flowcache", threshold=0.125, warmup=3, budget=2))
-PLAN = Plan(run=RUN, settings=SETTINGS, presets={"flowcache-slow": SETTINGS[1]}, calibrated={"flowcache-slow": 0.1})
+PLAN = Plan(run=RUN, settings=SETTINGS, calibrated={"flowcache-slow": 0.1})
 
 
 def video(seed):
@@ -74,7 +73,7 @@ def test_a_new_plan_forgets_old_results(tmp_path):
 @pytest.mark.slow
 def test_a_small_sweep_runs_and_goes_on_after_it_was_stopped(tmp_path, untrained_weights, capsys):
     one_thread()  # two are slower at this size
-    sizes = ["--quick", "--prompts", "1", "--chunks", "2", "--steps", "4", "--warmup", "1"]
+    sizes = ["--quick", "--prompts", "1", "--chunks", "2", "--steps", "8"]
     options = [*sizes, "--weights", str(untrained_weights), "--out", str(tmp_path)]
     status = run_command(run, "quality", options)
     printed = capsys.readouterr().out
@@ -82,8 +81,11 @@ def test_a_small_sweep_runs_and_goes_on_after_it_was_stopped(tmp_path, untrained
     lines = (tmp_path / "trials.jsonl").read_text().splitlines()
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert len(lines) == len(plan["settings"]) > 15
-    rows = list(csv.DictReader((tmp_path / "quality.csv").open()))
-    assert len(rows) == len(lines) and {row["stands_in"] for row in rows} == {"", *map(label_of, STAND_INS)}
+    rows, labels = list(csv.DictReader((tmp_path / "quality.csv").open())), [label_of(*one) for one in STAND_INS]
+    assert len(rows) == len(lines) and {row["stands_in"] for row in rows} == {
+        "",
+        *(label_of(*one) for one in STAND_INS),
+    }
     assert all(0 < float(row["computed"]) <= 1 for row in rows)
     for name in ("pareto.png", "speed.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -104,7 +106,7 @@ def test_a_small_sweep_runs_and_goes_on_after_it_was_stopped(tmp_path, untrained
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--model", "magi-24b"], "magi-24b"), (["--warmup", "0"], "warmup")],
+    [(["--weights", "nowhere"], "nowhere"), (["--chunks", "1"], "chunks")],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path, capsys, options, message):
     assert run_command(run, "quality", [*options, "--out", str(tmp_path)]) == 2

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.simulate.clock import Machine, simulate
-from benchmarks.simulate.plan import plan_video
+from benchmarks.simulate.clock import Machine, plan_video, simulate
 from engine.schedule import Schedule
 from models.protocols import Pass, PassCondition
 
