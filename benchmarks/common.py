@@ -43,7 +43,6 @@ Row = dict[str, Cell]
 """A line of a table, cells by their headers; all lines of a table have the same headers."""
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
 """The option of every command that says where results go."""
-COLOURS = ("#27548a", "#d55e00", "#009e73", "#cc79a7", "#f3b23f", "#444444", "#56b4e9", "#8c564b", "#e377c2", "#7f7f7f")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,14 +171,9 @@ def new_plot(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(9, 6.2), layout="constrained")
     axes = figure.add_subplot()
     axes.set(title=title, xlabel=x, ylabel=y)
-    light_grid(axes)
-    return figure, axes
-
-
-def light_grid(axes: Axes) -> None:
-    """Draw a grid behind what is plotted."""
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
+    return figure, axes
 
 
 def legend_below(figure: Figure, axes: Axes, columns: int) -> None:

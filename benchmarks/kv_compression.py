@@ -46,7 +46,6 @@ class Measured:
 
 def run(
     keys: Annotated[int, typer.Option(min=2, help="Tokens of the past (L).")] = 24300,
-    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     out: Out = Path("results/kv_compression"),
 ) -> int:
     """Time and memory of the redundancy score and of the selection."""
@@ -55,15 +54,15 @@ def run(
     with Console(stderr=True).status("") as status:
         for form in _REPEATS:
             status.update(f"measuring: {form}")
-            measured[form] = common.in_fresh_process(measure, form, keys, device, torch.get_num_threads())
-    return report(out, keys, device, measured)
+            measured[form] = common.in_fresh_process(measure, form, keys, torch.get_num_threads())
+    return report(out, keys, measured)
 
 
-def measure(form: str, length: int, device: str, threads: int) -> Measured:
+def measure(form: str, length: int, threads: int) -> Measured:
     """Measure one of the forms in this process."""
     torch.set_num_threads(threads)
-    keys = structured_keys(length).to(device)
-    queries = torch.randn(_QUERIES, _QUERY_HEADS, _DIM, generator=torch.Generator().manual_seed(1)).to(device)
+    keys = structured_keys(length)
+    queries = torch.randn(_QUERIES, _QUERY_HEADS, _DIM, generator=torch.Generator().manual_seed(1))
     settings = SelectionSettings(query_tokens=_QUERIES)
 
     def selection(some: Tensor) -> Tensor:
@@ -72,16 +71,14 @@ def measure(form: str, length: int, device: str, threads: int) -> Measured:
 
     forms = {"naive": naive_redundancy, "linear": redundancy, "selection": selection}
     forms[form](keys[:64])  # what is loaded at the first call is not the form's own
-    before = _start(keys.device)
-    seconds = []
+    before, seconds = common.rss(), []
+    common.reset_peak()
     for _ in range(_REPEATS[form]):
         began = time.perf_counter()
         result = forms[form](keys)
-        if keys.is_cuda:
-            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    peak = (torch.cuda.max_memory_allocated() if keys.is_cuda else common.peak_rss()) - before
-    return Measured(seconds=median(seconds), peak=max(0, peak), scores=None if form == "selection" else result.cpu())
+    peak = max(0, common.peak_rss() - before)
+    return Measured(seconds=median(seconds), peak=peak, scores=None if form == "selection" else result)
 
 
 def naive_redundancy(keys: Tensor) -> Tensor:
@@ -112,18 +109,7 @@ def structured_keys(length: int) -> Tensor:
     return shared(1) + shared(_CHUNKS) + shared(_CHUNKS * _FRAMES) + amount * shared(length)
 
 
-def _start(device: torch.device) -> int:
-    """Bytes in use before a form runs; peaks count from here."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    before = common.rss()
-    common.reset_peak()
-    return before
-
-
-def report(out: Path, length: int, device: str, measured: Mapping[str, Measured]) -> int:
+def report(out: Path, length: int, measured: Mapping[str, Measured]) -> int:
     """Write and print what was measured; the exit status."""
     naive, linear, selection = (measured[form] for form in _REPEATS)
     assert naive.scores is not None and linear.scores is not None
@@ -151,7 +137,7 @@ def report(out: Path, length: int, device: str, measured: Mapping[str, Measured]
         title="Scoring and selecting tokens of the past",
         about=(
             f"L = {length}, d = {_DIM}, {_HEADS} key heads, {_QUERY_HEADS} query heads, {_QUERIES} queries, "
-            f"keep two thirds, {device}. {common.machine_line()}.\n\n"
+            f"keep two thirds. {common.machine_line()}.\n\n"
             "Peak memory is what comes on top of the keys. Naive: head by head, each 1 / heads of the matrix of all; "
             f"{matrix:.2f} GiB a matrix, {_HEADS * matrix:.2f} GiB for all heads. The paper's figures are from "
             "its own GPU, at L = 24,300 and d = 128; its memory is in GB as printed."

@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks import common
-from benchmarks.common import COLOURS, Out, Row, Verdict, median
+from benchmarks.common import Out, Row, Verdict, median
 from benchmarks.runs import alone, on_ranks, reuse_for
 from benchmarks.simulate.clock import plans_of
 from benchmarks.workload import POCKET, QUICK, Chunks, Flags, Made, ModelSpec, Steps, Workload, model_config
@@ -139,7 +138,7 @@ def run(
     layouts, _ = layouts_for(model_config(spec), ranks or cores), plain.sampling  # which checks the steps
     common.output_folder(out)
     with Console(stderr=True).status("starting") as status:
-        kinds = (plain, replace(plain, reuse=reuse_for(plain)))
+        kinds = (plain, replace(plain, reuse=reuse_for(spec)))
         gangs = _measure(kinds, layouts, repeats, status.update)
     title, found = f"{plain.size}, {repeats} repeats", [what for one in gangs for what in one.problems()]
     rows = [one.row for one in gangs]
@@ -155,7 +154,6 @@ def run(
             "What differs": "\n".join(f"- {one}" for one in found),
         },
         data=rows,
-        figures={"pipeline": speed_figure(gangs, f"Speed-up of ranks over one process\n{title}")},
     )
 
 
@@ -224,26 +222,6 @@ def verdicts(gangs: Sequence[Gang], found: Sequence[str]) -> list[Verdict]:
     measured = f"{len(found)} differ: {found[0]}" if found else f"{runs} runs as worked out"
     name = "calls, bytes and flags of every rank, latents of every pipeline"
     return [*held, Verdict(name, measured, "as worked out", not found)]
-
-
-def speed_figure(gangs: Sequence[Gang], title: str) -> Figure:
-    """Speed-up over videos in flight, a line for each layout, full without reuse and dashed with it."""
-    figure, axes = common.new_plot(title, "videos in flight", "speed-up over one process with the same videos (x)")
-    groups: dict[tuple[Layout, bool, bool], list[Gang]] = {}
-    for one in gangs:
-        groups.setdefault((one.layout, *one.kind[1:]), []).append(one)
-    layouts = list(dict.fromkeys(one.layout for one in gangs))
-    for (layout, reuses, barrier), own in groups.items():
-        label = f"{own[0].name}{', reuse' * reuses}{', barrier' * barrier}"
-        xs, ys = [one.workload.videos for one in own], [one.speed_up for one in own]
-        colour, marker = COLOURS[layouts.index(layout) % len(COLOURS)], "x" if barrier else "o"
-        axes.plot(xs, ys, "" if barrier else "--" if reuses else "-", marker=marker, color=colour, label=label)
-    for wanted in (_PLAIN, _REUSED):
-        axes.axhline(wanted, color="#888888", linewidth=1, linestyle=":")
-    axes.set_xticks(sorted({one.workload.videos for one in gangs}))
-    axes.set_ylim(bottom=0)
-    common.legend_below(figure, axes, 3)
-    return figure
 
 
 def flag_digest(schedule: Schedule, flags: Flags | None) -> str:

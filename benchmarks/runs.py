@@ -9,7 +9,6 @@ every run starts its processes anew, and each has one thread. It knows neither t
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import statistics
 import subprocess
@@ -25,8 +24,8 @@ import torch.distributed as dist
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from benchmarks.common import in_fresh_process, nearest, search
-from benchmarks.workload import POCKET, Flags, Made, Workload, build, digest, model_config
+from benchmarks.common import in_fresh_process
+from benchmarks.workload import POCKET, Flags, Made, ModelSpec, Workload, build, digest, model_config
 from engine.engine import Engine
 from engine.executor import LocalRunner
 from engine.files import atomic_write
@@ -49,9 +48,6 @@ from parallel.ranks.spawn import run_ranks
 from parallel.ranks.worker import StageModel
 
 _JOB, _RESULT = "job.json", "result.json"
-_WARMUP = 3  # first steps that are computed with reuse
-_FRACTION, _NEAR, _TRIES = 0.55, 0.02, 12  # share of the steps to compute with reuse; how near to it; how often to try
-_SHORT = 4  # chunks of the videos that a threshold is searched on
 
 # What the ranks of a gang make, one workload after another on one model that is loaded once; and pings, see `on_ranks`.
 _JOBS, _RESULTS = TypeAdapter(tuple[Layout, tuple[Workload, ...], int]), TypeAdapter(list[Made])
@@ -190,26 +186,12 @@ def _hop(gang: Gang, pings: int, workload: Workload, pipeline: MagiPipeline) -> 
     return statistics.median(found)
 
 
-def reuse_for(workload: Workload) -> ReuseSettings:
+def reuse_for(spec: ModelSpec) -> ReuseSettings:
     """Flowcache: magi-pocket's own, or with a threshold that computes about half of the steps of random weights."""
-    if workload.model.name == POCKET:
+    if spec.name == POCKET:
         return reuse_preset(CacheName.FLOWCACHE_SLOW, POCKET)
-    reuse = ReuseSettings(
-        policy="flowcache", warmup_steps=_WARMUP, reuse="extrapolate", clean_pass=False, copy_pass=False
-    )
-    return reuse.with_threshold(in_fresh_process(find_threshold, workload, reuse))
-
-
-def find_threshold(workload: Workload, reuse: ReuseSettings) -> float:
-    """A threshold with which about `_FRACTION` of the chunk-steps is computed, on a short video."""
-    torch.set_num_threads(1)
-    pipeline, short = build(workload.model), replace(workload, chunks=min(workload.chunks, _SHORT), videos=1)
-
-    def computed(threshold: float) -> float:
-        return make_alone(replace(short, reuse=reuse.with_threshold(threshold)), pipeline).computed
-
-    bounds = {1e-3: math.inf, 1e2: -math.inf}
-    return nearest(search(computed, _FRACTION, bounds, tries=_TRIES, near=_NEAR, geometric=True), _FRACTION)
+    passes = ReuseSettings(clean_pass=False, copy_pass=False, reuse="extrapolate")
+    return replace(passes, policy="flowcache", warmup_steps=3, threshold=spec.threshold)
 
 
 def main(folder: Path) -> None:

@@ -56,9 +56,10 @@ class ModelSpec:
     layers: int = 8
     width: int = 384  # a multiple of 192
     side: int = 64  # pixels of a frame's side
+    threshold: float = 0.08  # of reuse that computes about half of the steps of random weights
 
 
-QUICK = ModelSpec(layers=2, width=192, side=32)
+QUICK = ModelSpec(layers=2, width=192, side=32, threshold=0.3)
 """So small that only the process matters, not the time that it takes."""
 
 

@@ -89,8 +89,7 @@ def run(
     plain = Workload(model=model, chunks=chunks, steps=steps, videos=videos)
     output_folder(out)
     log = new_log()
-    log("looking for a threshold of reuse")
-    workload = replace(plain, kv=KVSettings(budget=_KV_BUDGET), reuse=reuse_for(plain))
+    workload = replace(plain, kv=KVSettings(budget=_KV_BUDGET), reuse=reuse_for(model))
     restarts = _GANGS * failures + _SPARE_RESTARTS
     gangs = GangSetup(workload=workload, layout=_LAYOUT, gangs=_GANGS, timeouts=_TIMEOUTS, max_restarts=restarts)
     nodes = _GANGS + (Kind.NODE in chosen)  # each with room for one gang

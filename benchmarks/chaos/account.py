@@ -6,6 +6,7 @@ code with what decides where videos go on. It causes nothing, and knows neither 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +65,7 @@ class Account:
 
     def __init__(self, newest: Callable[[str], Mark | None]) -> None:
         self._newest = newest
-        self._videos: dict[str, _Video] = {}
+        self._videos: dict[str, _Video] = defaultdict(_Video)
         self.losses: list[Loss] = []
         """In their order."""
         self.restarts = 0
@@ -89,10 +90,6 @@ class Account:
                 self._lost(gang, seconds, entry["message"], tuple(entry["videos"]))
             case "Restarted":
                 self.restarts += 1
-            case "Admitted":
-                self._admitted(entry["video"], entry["first"])
-            case "QuantumReady":
-                self._ready(entry["video"], entry["quantum"])
             case "QuantumDone":
                 self._done(entry["video"], entry["quantum"], gang, seconds)
             case "ChunkMade":
@@ -102,9 +99,6 @@ class Account:
         """Whether a gang was lost after a time, and works again. May be asked by any thread."""
         return gang in self.working and any(loss.gang == gang and loss.seconds >= since for loss in tuple(self.losses))
 
-    def _video(self, name: str) -> _Video:
-        return self._videos.setdefault(name, _Video())
-
     def _open(self, gang: str) -> list[Loss]:
         return [loss for loss in self.losses if loss.gang == gang and loss.works is None]
 
@@ -113,31 +107,15 @@ class Account:
         loss = Loss(gang=gang, seconds=seconds, message=message, videos=videos)
         self.losses.append(loss)
         for name in videos:
-            video, found = self._video(name), self._newest(name) or Mark()
-            safe = video.safe
-            if found.quantum < safe.quantum:
-                gone = f"its checkpoint of quantum {safe.quantum} is gone"
-                self._blame(name, f"{gone}; there is one of quantum {found.quantum}")
-            if found.chunks > video.made:
-                self._blame(name, f"its checkpoint is after chunk {found.chunks - 1}, which was not handed in")
-            chunks = max(safe.chunks, min(found.chunks, video.made))
-            video.safe = Mark(quantum=max(safe.quantum, found.quantum), chunks=chunks)
+            video, found = self._videos[name], self._newest(name) or Mark()
+            video.safe = Mark(
+                quantum=max(video.safe.quantum, found.quantum),
+                chunks=max(video.safe.chunks, min(found.chunks, video.made)),
+            )
             video.loss, video.again = loss, 0
 
-    def _admitted(self, name: str, first: int) -> None:
-        video = self._video(name)
-        if first < video.safe.chunks:
-            self._blame(name, f"it goes on with chunk {first}, though those before {video.safe.chunks} are safe")
-        if first > video.made:
-            self._blame(name, f"it goes on with chunk {first}, and {video.made} was not handed in")
-
-    def _ready(self, name: str, quantum: int) -> None:
-        video = self._video(name)
-        if quantum < video.safe.quantum:
-            self._blame(name, f"it goes on with quantum {quantum}, though those before {video.safe.quantum} are safe")
-
     def _done(self, name: str, quantum: int, gang: str, seconds: float) -> None:
-        video = self._video(name)
+        video = self._videos[name]
         self.quanta += 1
         self.working.add(gang)
         for loss in self._open(gang):
@@ -157,7 +135,7 @@ class Account:
         video.loss.worst = max(video.loss.worst, video.again)
 
     def _made(self, name: str, index: int) -> None:
-        video = self._video(name)
+        video = self._videos[name]
         if index < video.safe.chunks:
             self._blame(name, f"chunk {index} was made again, though those before {video.safe.chunks} are safe")
         if index > video.made:

@@ -5,7 +5,8 @@
 
 Makes the same videos without reuse, with chunk-wise reuse (flowcache), with one decision for the window (teacache),
 with each kind of reuse and over a range of thresholds, and with compressed KV. Exit status 0 if all that the project
-holds itself to is so, 1 if not, 2 for bad input. A run that is stopped goes on where it was when it is started again.
+holds itself to is so, 1 if not, 2 for bad input. A run that is stopped goes on where it was when it is started again,
+once it has found its thresholds.
 
 Which passes count: `vanilla` is the model as released, with a clean pass for every finished chunk and a context-free
 copy of the cleanest one; `lean` has neither, as the published reuse runs. Leaving them out saves work but reuses
@@ -26,7 +27,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -34,10 +35,10 @@ from rich.console import Console
 
 from benchmarks.common import Out, machine_line, nearest, output_folder, progress, publish, run_command, search
 from benchmarks.quality.report import curve_table, pareto_figure, setting_rows, speed_figure, verdicts
-from benchmarks.quality.trial import LEAN, WORK, Plan, Results, Setting, TrialRunner, image_metrics, label_of
+from benchmarks.quality.trial import LEAN, WORK, Results, Setting, Trial, TrialRunner, image_metrics, label_of
 from benchmarks.workload import MOST_PROMPTS, POCKET, Steps, pocket_requests
 from engine.request import Request
-from engine.reuse.policy import KINDS
+from engine.reuse.policy import KINDS, ReuseSettings
 from launch.options import CacheName
 from launch.plan import REUSE_FIGURES, reuse_preset
 from models.magi.pipeline import MagiPipeline, load_pipeline
@@ -87,15 +88,15 @@ def run(
     count = prompts or (_QUICK_PROMPTS if quick else _PROMPTS)
     requests = pocket_requests(count, chunks=chunks, num_steps=steps, seed=seed)
     presets = presets_of_pocket()
-    about = {"model": POCKET, "weights": _digest(pipeline), "prompts": count, "chunks": chunks, "steps": steps}
-    about |= {"seed": seed, "warmup": presets["teacache"].reuse.warmup_steps, "quick": quick}
-    about |= {"thresholds": [one.reuse.threshold for one in presets.values()], "threads": torch.get_num_threads()}
-    results, runner = Results(out, about), TrialRunner(pipeline)
-    if results.plan is None:
-        with Console(stderr=True).status("finding thresholds") as status:
-            results.begin(_plan(runner, requests, presets, about, status.update))
-    _run_trials(runner, results, requests)
-    return _write(out, results, presets)
+    run = {"weights": _digest(pipeline), "prompts": count, "chunks": chunks, "steps": steps, "seed": seed}
+    run |= {"quick": quick, "presets": list(presets.values()), "threads": torch.get_num_threads()}
+    name = hashlib.sha256(repr(run).encode()).hexdigest()[:8]
+    results, runner = Results(out / f"trials-{name}.jsonl"), TrialRunner(pipeline)
+    with Console(stderr=True).status("finding thresholds") as status:
+        settings, found = _thresholds(runner, requests, presets, quick, status.update)
+    _run_trials(runner, results, settings, requests)
+    title = f"{POCKET}, {count} prompts, {chunks} chunks, {steps} steps, seed {seed}"
+    return _write(out, results.trials, presets, found, title)
 
 
 def presets_of_pocket() -> dict[str, Setting]:
@@ -104,14 +105,14 @@ def presets_of_pocket() -> dict[str, Setting]:
     return {name.value: Setting(reuse=reuse_preset(name, POCKET)) for name in names}
 
 
-def _plan(
+def _thresholds(
     runner: TrialRunner,
     requests: Sequence[Request],
     presets: Mapping[str, Setting],
-    run: dict[str, Any],
+    quick: bool,
     log: Callable[[str], None],
-) -> Plan:
-    """Find all thresholds on the first few videos."""
+) -> tuple[tuple[Setting, ...], dict[str, float]]:
+    """All settings, and the thresholds at which presets would do their share of the work, from a few videos."""
     few, more = requests[:_CURVE_PROMPTS], requests[:_WORK_PROMPTS]
     vanilla = {one: runner.make(Setting(), one).flops for one in more}
 
@@ -123,12 +124,8 @@ def _plan(
         log(f"operations at threshold {setting.reuse.threshold:g}")
         return statistics.fmean(runner.make(setting, one).flops / vanilla[one] for one in more)
 
-    fractions, budgets = (_QUICK_FRACTIONS, _QUICK_BUDGETS) if run["quick"] else (_FRACTIONS, _BUDGETS)
-    return Plan(
-        run=run,
-        settings=settings_of(presets, curves(presets, fractions, computed), budgets),
-        calibrated=calibrated(presets, work),
-    )
+    fractions, budgets = (_QUICK_FRACTIONS, _QUICK_BUDGETS) if quick else (_FRACTIONS, _BUDGETS)
+    return settings_of(presets, curves(presets, fractions, computed), budgets), calibrated(presets, work)
 
 
 def settings_of(
@@ -152,7 +149,7 @@ def curves(
         curve = replace(like, policy=method, reuse=kind, extrapolate_from=share)
         known = {_LOWEST: math.inf, _HIGHEST: -math.inf}
 
-        def measure(threshold: float, curve: Any = curve) -> float:
+        def measure(threshold: float, curve: ReuseSettings = curve) -> float:
             return computed(Setting(reuse=curve.with_threshold(threshold)))
 
         for fraction in fractions:
@@ -173,27 +170,27 @@ def calibrated(presets: Mapping[str, Setting], work: Callable[[Setting], float])
     return {name: nearest(known, target) for name, target in WORK.items()}
 
 
-def _run_trials(runner: TrialRunner, results: Results, requests: Sequence[Request]) -> None:
+def _run_trials(
+    runner: TrialRunner, results: Results, settings: Sequence[Setting], requests: Sequence[Request]
+) -> None:
     """Run what is missing, prompt by prompt, each result on disk as soon as it is there."""
-    missing = {request: results.missing(request) for request in requests}
+    missing = {request: results.missing(settings, request) for request in requests}
     total = sum(map(len, missing.values()))
     if total:
         runner.make(Setting(), requests[0])  # the first video of a process is slow
-    trials = (one for request, settings in missing.items() for one in runner.trials(request, settings))
+    trials = (one for request, own in missing.items() for one in runner.trials(request, own))
     for trial in progress(trials, "videos", total):
         results.add(trial)
 
 
-def _write(out: Path, results: Results, presets: Mapping[str, Setting]) -> int:
-    plan, trials = results.plan, results.trials
-    assert plan is not None
-    run, figures = plan.run, REUSE_FIGURES[POCKET]
+def _write(
+    out: Path, trials: Sequence[Trial], presets: Mapping[str, Setting], found: Mapping[str, float], title: str
+) -> int:
+    figures = REUSE_FIGURES[POCKET]
     chosen = label_of(figures.reuse.value, figures.extrapolate_from)
-    sizes = ", ".join(f"{run[name]} {name}" for name in ("prompts", "chunks", "steps"))
-    title = f"{run['model']}, {sizes}, seed {run['seed']}"
-    thresholds = ", ".join(f"{name} {one:g} ({WORK[name]:.2f})" for name, one in plan.calibrated.items())
+    thresholds = ", ".join(f"{name} {one:g} ({WORK[name]:.2f})" for name, one in found.items())
     about = (
-        f"{title}, warm-up {run['warmup']} steps. Stands in for reused steps in the presets: {chosen}.",
+        f"{title}, warm-up {figures.warmup_steps} steps. Stands in for reused steps in the presets: {chosen}.",
         f"{machine_line()}.",
         f"Thresholds that would do the paper's share of vanilla's operations: {thresholds}.",
         _NOTES,

@@ -26,8 +26,7 @@ FRACTIONS = (0.8, 0.65, 0.5)
 _WORK_TOLERANCE = 0.02
 _SPEED_SHARE = 0.9
 _MOST_PROMPTS = 0.75  # share of the prompts that a comparison must rest on
-_COLOURS = {"residual": "#d55e00", "velocity": "#0072b2", "extrapolate": "#009e73"}
-_OTHER_COLOURS = ("#cc79a7", "#000000")
+_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#000000")  # of what stands in
 _STYLES = {"flowcache": ("-", "o", "chunk by chunk"), "teacache": ("--", "s", "whole window")}
 
 Way = tuple[str, str]
@@ -229,8 +228,7 @@ def _points(trials: Sequence[Trial]) -> dict[Way, list[tuple[float, float, float
 
 def _draw(axes: Axes, curves: Mapping[Way, Sequence[tuple[float, float]]], *, joined: bool) -> None:
     """A line or points for every way; fractions are drawn in percent."""
-    others = itertools.cycle(_OTHER_COLOURS)
-    colours = {label: _COLOURS.get(label) or next(others) for label in dict.fromkeys(label for _, label in curves)}
+    labels = list(dict.fromkeys(label for _, label in curves))
     for (method, label), points in curves.items():
         style, marker, name = _STYLES[method]
         axes.plot(
@@ -239,6 +237,6 @@ def _draw(axes: Axes, curves: Mapping[Way, Sequence[tuple[float, float]]], *, jo
             linestyle=style if joined else "",
             marker=marker,
             markersize=5,
-            color=colours[label],
+            color=_COLOURS[labels.index(label)],
             label=f"{method} ({name}), {label}",
         )

@@ -8,14 +8,12 @@ slows down for a minute slows both. Results are kept on disk, so that a long ben
 from __future__ import annotations
 
 import importlib
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
 
 import torch
 from pydantic import TypeAdapter
@@ -25,7 +23,6 @@ from benchmarks.adherence import adherence
 from benchmarks.common import save_text
 from benchmarks.flops import CountingRunner
 from engine.engine import Engine, Submission
-from engine.files import atomic_write
 from engine.kv.layout import KVSettings
 from engine.progress import Progress
 from engine.request import Request, encode
@@ -34,7 +31,6 @@ from models.errors import InputError
 from models.magi.pipeline import MagiPipeline
 from models.pocket.text import parse_prompt
 
-_T = TypeVar("_T")
 VANILLA, LEAN = ReuseSettings(), ReuseSettings(clean_pass=False, copy_pass=False)
 """No reuse, with the clean and the context-free passes and without them, as the published reuse runs."""
 WORK = {"flowcache-slow": 0.53, "flowcache-fast": 0.46}
@@ -77,16 +73,6 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """What a run does, decided once."""
-
-    run: dict[str, Any]  # what results depend on: model, prompts, length, steps, seed
-    settings: tuple[Setting, ...]  # all that are compared
-    calibrated: dict[str, float] = field(default_factory=dict)
-    """Thresholds at which the presets of that name would do the paper's share of the work."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Video:
     """Latents [1, C, T, h, w] of a whole video and what they cost."""
 
@@ -124,6 +110,9 @@ class Trial:
     def case(self) -> tuple[str, int]:
         """What was made: prompt and seed."""
         return self.prompt, self.seed
+
+
+_TRIAL = TypeAdapter(Trial)
 
 
 def image_metrics() -> ModuleType:
@@ -239,61 +228,29 @@ class TrialRunner:
 
 
 class Results:
-    """The results in one folder: `plan.json` says what is run, `trials.jsonl` has a line for each finished trial.
+    """The finished trials of a run, one a line of a file; what stands there is not made again.
 
-    Args:
-        folder: it is there already.
-        run: what the results depend on; results of another run are refused.
-
-    Raises:
-        InputError: the folder holds another run, or files that are damaged.
+    A last line that was cut off when the run was stopped goes. A file that is damaged is an `InputError`.
     """
 
-    def __init__(self, folder: Path, run: dict[str, Any]) -> None:
-        self._plan_file, self._trials_file = folder / "plan.json", folder / "trials.jsonl"
-        self.plan: Plan | None = None
-        self.trials: list[Trial] = []
-        if not self._plan_file.exists():
-            return
-        (self.plan,) = _read(Plan, self._plan_file, [self._plan_file.read_text()])
-        for key in sorted({*self.plan.run, *run}):
-            before, now = self.plan.run.get(key), run.get(key)
-            if before != now:
-                raise InputError(
-                    f"{folder} holds results of another run ({key} was {before}, is now {now}): remove it, or choose "
-                    "another folder with --out"
-                )
-        if self._trials_file.exists():
-            text = self._trials_file.read_text()
-            whole = text[: text.rfind("\n") + 1]  # a last line that was cut off when the run was stopped goes
-            if whole != text:
-                with atomic_write(self._trials_file) as file:
-                    file.write(whole.encode())
-            self.trials = _read(Trial, self._trials_file, whole.splitlines())
-
-    def begin(self, plan: Plan) -> None:
-        """Note what will be run; older results go."""
-        self._trials_file.unlink(missing_ok=True)
-        save_text(self._plan_file, json.dumps(asdict(plan), indent=1))
-        self.plan, self.trials = plan, []
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            save_text(path, whole)
+        try:
+            self.trials = [_TRIAL.validate_json(line) for line in whole.splitlines()]
+        except ValueError as error:
+            raise InputError(f"{path} is damaged ({error}): remove it") from None
 
     def add(self, trial: Trial) -> None:
         """Note a finished trial."""
-        with self._trials_file.open("a") as file:
-            file.write(json.dumps(asdict(trial)) + "\n")
+        with self._path.open("ab") as file:
+            file.write(_TRIAL.dump_json(trial) + b"\n")
         self.trials.append(trial)
 
-    def missing(self, request: Request) -> list[Setting]:
+    def missing(self, settings: Iterable[Setting], request: Request) -> list[Setting]:
         """Settings that are still to be run on a video."""
-        assert self.plan is not None
         done = {one.setting for one in self.trials if one.case == (request.prompt, request.seed)}
-        return [setting for setting in self.plan.settings if setting not in done]
-
-
-def _read(kind: type[_T], path: Path, texts: Sequence[str]) -> list[_T]:
-    """What stands in a file; JSON that may hold infinite figures."""
-    adapter = TypeAdapter(kind)
-    try:
-        return [adapter.validate_python(json.loads(text)) for text in texts]
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): remove the folder") from None
+        return [setting for setting in settings if setting not in done]

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks import common
-from benchmarks.common import COLOURS, Out, Row
+from benchmarks.common import Out, Row
 from benchmarks.simulate.check import check_stages
 from benchmarks.simulate.layouts import (
     Cluster,
@@ -83,7 +82,6 @@ def run(
         about=about(study, reuses, model),
         sections=tables,
         data=[csv_row(study, run) for run in runs],
-        figures={"simulate": throughput_figure(study, runs, f"Simulated: {model} on {gpus} GPUs")},
     )
 
 
@@ -205,29 +203,6 @@ def csv_row(study: Study, run: Run) -> Row:
     row |= {"first_chunk_s": run.first_chunk, "speedup": run.speed_up}
     row |= {"utilisation": " ".join(f"{share:.4f}" for share in run.utilisation)}
     return row | {"gb_per_rank": study.rank_bytes(run.layout, run.videos) / 1e9}
-
-
-def throughput_figure(study: Study, runs: Sequence[Run], title: str) -> Figure:
-    """Chunks per minute over videos in flight; a panel for each kind of reuse, a line for each layout."""
-    names = list(dict.fromkeys(run.reuse for run in runs))
-    figure = Figure(figsize=(4.4 * len(names) + 0.6, 5.6), layout="constrained")
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for panel, name in zip(panels, names, strict=True):
-        for place, layout in enumerate(study.layouts):
-            own = [run for run in runs if (run.layout, run.reuse) == (layout, name)]
-            xs, ys = [run.videos for run in own], [60 / run.per_chunk for run in own]
-            line = "-" if study.gangs(layout) == 1 else "--"
-            colour, label = COLOURS[place % len(COLOURS)], _name(study, layout)
-            panel.plot(xs, ys, line, marker="o", markersize=4, color=colour, label=label)
-        panel.set(title=name, xlabel="videos in flight")
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(study.concurrency, [str(count) for count in study.concurrency])
-        common.light_grid(panel)
-    panels[0].set_ylabel("chunks per minute")
-    panels[0].set_ylim(bottom=0)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    common.legend_below(figure, panels[0], 4)
-    return figure
 
 
 if __name__ == "__main__":

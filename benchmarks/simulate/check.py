@@ -182,7 +182,7 @@ def check_stages(out: Path, *, quick: bool) -> int:
     chunks, steps, repeats = (4, 8, 1) if quick else (8, 16, 3)
     plain = Workload(model=ModelSpec(), chunks=chunks, steps=steps)
     with Console(stderr=True).status("starting") as status:
-        reused = replace(plain, reuse=reuse_for(plain))
+        reused = replace(plain, reuse=reuse_for(plain.model))
         workloads = (plain, replace(plain, barrier=True), reused, replace(reused, videos=2))
         compared, found = _compare(workloads, repeats, status.update)
     measured = found[0] if found else "as worked out"

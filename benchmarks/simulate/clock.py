@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -188,8 +188,7 @@ class Machine:
     barrier: bool = False  # begin a tick only when the one before is done; for comparison
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """A pass on a stage."""
 
     stage: int
@@ -209,7 +208,7 @@ class Outcome:
     busy: tuple[float, ...]  # of each stage, seconds in passes
     chunks: tuple[tuple[float, ...], ...]  # of each video, when each of its chunks was finished
     calls: int  # of every stage
-    spans: tuple[Span, ...] = ()  # what each stage did when, if wanted
+    spans: Sequence[Span]  # what each stage did when
 
     @property
     def utilisation(self) -> tuple[float, ...]:
@@ -225,10 +224,10 @@ class Outcome:
 class _Pipeline:
     """Stages and links behind each other; each is free again at some time."""
 
-    def __init__(self, machine: Machine, *, spans: bool) -> None:
+    def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.busy, self.free, self._links = ([0.0] * machine.stages for _ in range(3))
-        self.spans: list[Span] | None = [] if spans else None
+        self.spans: list[Span] = []
         self.calls = 0
 
     def send(self, now: float, work: Work, seconds: Sequence[float], video: int) -> tuple[float, float | None]:
@@ -241,8 +240,7 @@ class _Pipeline:
             start = max(end, self.free[stage])
             end = self.free[stage] = start + spent
             self.busy[stage] += spent
-            if self.spans is not None:
-                self.spans.append(Span(stage, start, end, video, item.tick, item.chunk, item.what.name))
+            self.spans.append(Span(stage, start, end, video, item.tick, item.chunk, item.what.name))
         if not item.what.weight:
             return self.free[0], None
         if machine.stages > 1:
@@ -325,8 +323,8 @@ class _Leader:
         return first
 
 
-def simulate(videos: Sequence[VideoPlan], machine: Machine, *, spans: bool = False) -> Outcome:
-    """Make videos, which are all known and begun at the start; with `spans`, remember what each stage did when.
+def simulate(videos: Sequence[VideoPlan], machine: Machine) -> Outcome:
+    """Make videos, which are all known and begun at the start.
 
     Raises:
         ValueError: a pass has times for another number of stages than the machine has.
@@ -335,7 +333,7 @@ def simulate(videos: Sequence[VideoPlan], machine: Machine, *, spans: bool = Fal
         for count in {len(plan.cost(work)) for work in plan.work}:
             if count != machine.stages:
                 raise ValueError(f"a call has times for {count} stages, the machine has {machine.stages}")
-    pipeline = _Pipeline(machine, spans=spans)
+    pipeline = _Pipeline(machine)
     leader = _Leader(pipeline, videos)
     leader.run()
     return Outcome(
@@ -343,5 +341,5 @@ def simulate(videos: Sequence[VideoPlan], machine: Machine, *, spans: bool = Fal
         busy=tuple(pipeline.busy),
         chunks=tuple(tuple(video.finished) for video in leader.videos),
         calls=pipeline.calls,
-        spans=tuple(pipeline.spans or ()),
+        spans=pipeline.spans,
     )

@@ -31,8 +31,8 @@ def test_the_keys_score_differently_enough_to_tell_forms_apart():
 
 @pytest.mark.slow
 def test_the_forms_agree_and_the_naive_one_takes_its_matrix():
-    naive = in_fresh_process(measure, "naive", 5000, "cpu", 1)
-    linear = measure("linear", 5000, "cpu", torch.get_num_threads())
+    naive = in_fresh_process(measure, "naive", 5000, 1)
+    linear = measure("linear", 5000, torch.get_num_threads())
     assert torch.allclose(naive.scores, linear.scores, rtol=1e-5, atol=0)
     matrix = 4 * 5000**2
     assert 0.9 * matrix < naive.peak < 1.5 * matrix
@@ -47,7 +47,7 @@ def test_the_status_says_whether_the_linear_form_is_fast_and_exact(tmp_path, cap
         "linear": Measured(seconds=seconds, peak=MIB, scores=scores * (1 + off)),
         "selection": Measured(seconds=0.1, peak=MIB, scores=None),
     }
-    assert report(tmp_path, 300, "cpu", measured) == status
+    assert report(tmp_path, 300, measured) == status
     assert capsys.readouterr().out.count("FAIL") == status
 
 

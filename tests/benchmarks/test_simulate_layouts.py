@@ -131,7 +131,7 @@ def test_many_videos_fill_what_one_leaves_idle():
         assert made.speed_up < 8 and max(made.utilisation) <= 1
 
 
-def test_the_command_writes_tables_and_a_figure(tmp_path):
+def test_the_command_writes_tables(tmp_path):
     arguments = ["--quick", "--steps", "16", "--gpus", "4", "--out", str(tmp_path)]
     assert run_command(run, "simulate", arguments) == 0
     text = (tmp_path / "simulate.md").read_text()
@@ -139,7 +139,6 @@ def test_the_command_writes_tables_and_a_figure(tmp_path):
     rows = list(csv.DictReader((tmp_path / "simulate.csv").read_text().splitlines()))
     assert len(rows) == 3 * 6 * 2  # kinds of reuse, layouts, concurrencies
     assert {row["reuse"] for row in rows} == {"no reuse", "reuse 0.53", "reuse 0.46"}
-    assert (tmp_path / "simulate.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

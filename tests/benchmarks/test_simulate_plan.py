@@ -55,7 +55,7 @@ def test_a_plan_has_the_passes_of_the_engine_in_its_order(case):
         record.flags,
         whole_window=reuse.policy == "teacache",
     )
-    spans = simulate([plan], Machine(stages=2), spans=True).spans
+    spans = simulate([plan], Machine(stages=2)).spans
     planned = [(span.tick, span.chunk, span.name) for span in spans if span.stage == 0]
     made = [(item.tick, item.chunk, item.what.name) for item in runner.items]
     assert planned == made
