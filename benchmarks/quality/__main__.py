@@ -27,7 +27,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import torch
 import typer
@@ -35,12 +35,12 @@ from rich.console import Console
 
 from benchmarks.common import Out, machine_line, nearest, output_folder, progress, publish, run_command, search
 from benchmarks.quality.report import curve_table, pareto_figure, setting_rows, speed_figure, verdicts
-from benchmarks.quality.trial import LEAN, WORK, Results, Setting, Trial, TrialRunner, image_metrics, label_of
+from benchmarks.quality.trial import LEAN, WORK, Results, Setting, Trial, TrialRunner, image_metrics
 from benchmarks.workload import MOST_PROMPTS, POCKET, Steps, pocket_requests
 from engine.request import Request
 from engine.reuse.policy import KINDS, ReuseSettings
 from launch.options import CacheName
-from launch.plan import REUSE_FIGURES, reuse_preset
+from launch.plan import reuse_preset
 from models.magi.pipeline import MagiPipeline, load_pipeline
 from models.magi.weights import Loading
 from models.pocket.preset import pocket_config
@@ -101,8 +101,7 @@ def run(
 
 def presets_of_pocket() -> dict[str, Setting]:
     """What `--cache` stands for."""
-    names = [name for name in CacheName if name is not CacheName.NONE]
-    return {name.value: Setting(reuse=reuse_preset(name, POCKET)) for name in names}
+    return {name: Setting(reuse=reuse_preset(name, POCKET)) for name in get_args(CacheName) if name != "none"}
 
 
 def _thresholds(
@@ -186,11 +185,10 @@ def _run_trials(
 def _write(
     out: Path, trials: Sequence[Trial], presets: Mapping[str, Setting], found: Mapping[str, float], title: str
 ) -> int:
-    figures = REUSE_FIGURES[POCKET]
-    chosen = label_of(figures.reuse.value, figures.extrapolate_from)
+    slow = presets["flowcache-slow"]
     thresholds = ", ".join(f"{name} {one:g} ({WORK[name]:.2f})" for name, one in found.items())
     about = (
-        f"{title}, warm-up {figures.warmup_steps} steps. Stands in for reused steps in the presets: {chosen}.",
+        f"{title}, warm-up {slow.reuse.warmup_steps} steps. Stands in for reused steps in the presets: {slow.label}.",
         f"{machine_line()}.",
         f"Thresholds that would do the paper's share of vanilla's operations: {thresholds}.",
         _NOTES,
@@ -201,7 +199,7 @@ def _write(
         "quality",
         title="What reuse and KV compression save, and what they spoil",
         about="\n\n".join(about),
-        verdicts=verdicts(trials, chosen, presets),
+        verdicts=verdicts(trials, slow.label, presets),
         sections={"PSNR at equal computed fraction": curve_table(trials), "Settings": rows},
         data=rows,
         figures={"pareto": pareto_figure(trials, title), "speed": speed_figure(trials, title)},

@@ -1,4 +1,4 @@
-"""The DiT of MAGI-1, a `VideoModel`, from its norms up: layers, embeddings, output (specification 5.3 and part 6).
+"""The DiT of MAGI-1, a `VideoModel`: layers, embeddings, output (specification 5.3 and part 6).
 
 The model's parts are called one by one, since a stage of a pipeline runs only some of them. What a layer attends to is
 behind `KVView`: it hands over keys and values, then asks with queries. Nothing here knows ranks, requests or caches, or
@@ -221,13 +221,6 @@ class _Blocks(nn.Module):
             self.final_layernorm = LayerNorm1p(config.hidden_size, config.layernorm_epsilon)
 
 
-class _FinalLinear(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        values = config.patch_size**2 * config.t_patch_size * config.out_channels
-        self.linear = nn.Linear(config.hidden_size, values, bias=False)
-
-
 class MagiDiT(nn.Module):
     """All of the model or one stage of it.
 
@@ -254,14 +247,15 @@ class MagiDiT(nn.Module):
         embeds, reads_out = 0 in self.held, config.num_layers - 1 in self.held
         self.attention: Attention = attention_backend(attention)
         if embeds:
-            size = (config.t_patch_size, config.patch_size, config.patch_size)
+            size = (1, config.patch_size, config.patch_size)
             self.x_embedder = nn.Conv3d(config.in_channels, config.hidden_size, size, size, bias=False)
         self.t_embedder = _TimestepEmbedder(config)
         self.y_embedder = _CaptionEmbedder(config)
         self.rope = RotaryBands(config.kv_channels)
         self.videodit_blocks = _Blocks(config, self.held, final=reads_out, fp8=fp8, precise=precise)
         if reads_out:
-            self.final_linear = _FinalLinear(config)
+            values = config.patch_size**2 * config.out_channels
+            self.final_linear = nn.ModuleDict({"linear": _linear(config.hidden_size, values)})
 
     @property
     def device(self) -> torch.device:
@@ -362,7 +356,7 @@ class MagiDiT(nn.Module):
     def velocity(self, h_BSD: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Velocity [B, channels, T, h, w] fp32 of the last hidden states (6.4). `grid` is of the latent, (T, h, w)."""
         normed = self.videodit_blocks.final_layernorm(h_BSD.float())
-        x = F.linear(normed.float(), self.final_linear.linear.weight.float())
+        x = linear_fp32(self.final_linear["linear"], normed)
         (frames, height, width), p = self.token_grid(grid), self.config.patch_size
         x = x.reshape(-1, frames, height, width, p, p, self.config.out_channels)
         x = x.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, self.config.out_channels, frames, height * p, width * p)

@@ -8,13 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from models.attention import Attention
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.sampling import MagiSampling
-from models.magi.text import SpecialTokens, T5Encoder, TextEncoder
+from models.magi.text import T5Encoder, counter_rows, read_special_tokens
 from models.magi.vae import TiledVAE
 from models.magi.weights import Checkpoint, Loading
 from models.pocket.text import PocketEncoder
@@ -22,7 +23,7 @@ from models.protocols import Autoencoder, CaptionTable
 
 
 class MagiPipeline:
-    """A DiT with what turns prompts into captions (`tokens`: the released special ones) and latents into frames.
+    """A DiT with what turns prompts into captions (`tokens`: the special ones) and latents into frames.
 
     Without an encoder captions are brought, and without an autoencoder a video ends with latents.
     """
@@ -32,9 +33,9 @@ class MagiPipeline:
         config: MagiConfig,
         model: MagiDiT,
         autoencoder: Autoencoder | None = None,
-        encoder: TextEncoder | None = None,
+        encoder: T5Encoder | PocketEncoder | None = None,
         *,
-        tokens: SpecialTokens | None = None,
+        tokens: Tensor | None = None,
     ) -> None:
         self.config, self.model = config, model
         self._autoencoder, self._encoder, self._tokens = autoencoder, encoder, tokens
@@ -59,10 +60,8 @@ class MagiPipeline:
         assert self._encoder is not None
         text = self._encoder.encode(prompt)
         self._encoder.release()
-        counters, length = None, None
-        if self._tokens is not None:
-            counters = self._tokens.counters().to(text)
-            length = self.config.model_config.caption_max_length
+        counters = None if self._tokens is None else counter_rows(self._tokens)
+        length = self.config.model_config.caption_max_length
         table = CaptionTable(text=text, null=self.model.null_text(), counters=counters, max_length=length)
         return table.to(self.model.device)
 
@@ -83,11 +82,11 @@ def load_pipeline(config: MagiConfig, weights: Path | None, loading: Loading) ->
     """
     runtime = config.runtime_config
     root = _root(config, weights)
-    encoder: TextEncoder = PocketEncoder()
+    encoder: T5Encoder | PocketEncoder = PocketEncoder()
     tokens = None
     if runtime.t5_pretrained is not None:
         t5 = root / "t5" if (root / "t5").is_dir() else Path(runtime.t5_pretrained)
-        tokens = SpecialTokens.from_npz(root / "special_tokens.npz")
+        tokens = read_special_tokens(root / "special_tokens.npz")
         encoder = T5Encoder(t5, device=runtime.t5_device, max_length=config.model_config.caption_max_length)
     folder = root / "vae" if (root / "vae").is_dir() else _folder(runtime.vae_pretrained, "vae_pretrained")
     # The released autoencoder runs in bf16 whatever the DiT's dtype (1.1); fp32 models keep theirs.

@@ -17,10 +17,9 @@ import urllib.parse
 import warnings
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,53 +39,35 @@ _DURATION_ROW = 7  # for the last chunk; the next row for the one before it, and
 _DURATION_ROWS = 8
 
 
-class TextEncoder(Protocol):
-    """What turns a prompt into a caption."""
+def read_special_tokens(path: Path, *, sha256: str = SPECIAL_TOKENS_SHA256) -> Tensor:
+    """The learned vectors of `special_tokens.npz` that say what kind of video is wanted: `other_tokens`, [100, C] fp32.
 
-    def encode(self, prompt: str) -> Tensor:
-        """Encode one prompt: [N, C] fp32.
+    An `InputError` if it cannot be read, has another digest, or lacks the vectors.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the special tokens {path}: {error.strerror}") from None
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != sha256:
+        raise InputError(f"{path} is not the released special_tokens.npz: its SHA-256 is {digest}, not {sha256}")
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            rows = arrays["other_tokens"]
+    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} holds no array other_tokens: {error}") from None
+    if rows.ndim != 2 or rows.shape[0] != _TOKEN_ROWS:
+        raise InputError(f"{path}: other_tokens has shape {list(rows.shape)}, expected [{_TOKEN_ROWS}, channels]")
+    # Through fp16, as released: the vectors that the DiT was trained with were rounded to it.
+    return torch.from_numpy(rows.astype(np.float16).astype(np.float32))
 
-        Raises:
-            InputError: the prompt cannot be encoded.
-        """
 
-    def release(self) -> None:
-        """Let go of the encoder's weights until the next prompt."""
+def counter_rows(tokens: Tensor) -> Tensor:
+    """Rows in front of the text: how much of the video is left, and that high quality is wanted (2.3).
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SpecialTokens:
-    """Learned vectors that say what kind of video is wanted: `other` is [100, C] fp32, rows as in specification 2.3."""
-
-    other: Tensor
-
-    @classmethod
-    def from_npz(cls, path: Path, *, sha256: str = SPECIAL_TOKENS_SHA256) -> SpecialTokens:
-        """Read `special_tokens.npz`; an `InputError` if it cannot be read, has another digest, or lacks the vectors."""
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"cannot read the special tokens {path}: {error.strerror}") from None
-        digest = hashlib.sha256(content).hexdigest()
-        if digest != sha256:
-            raise InputError(f"{path} is not the released special_tokens.npz: its SHA-256 is {digest}, not {sha256}")
-        try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-                rows = arrays["other_tokens"]
-        except (KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} holds no array other_tokens: {error}") from None
-        if rows.ndim != 2 or rows.shape[0] != _TOKEN_ROWS:
-            raise InputError(f"{path}: other_tokens has shape {list(rows.shape)}, expected [{_TOKEN_ROWS}, channels]")
-        # Through fp16, as released: the vectors that the DiT was trained with were rounded to it.
-        return cls(other=torch.from_numpy(rows.astype(np.float16).astype(np.float32)))
-
-    def counters(self) -> Tensor:
-        """Rows in front of the text: how much of the video is left, and that high quality is wanted (2.3).
-
-        Returns:
-            [8, 2, C] fp32, by how many chunks come after the chunk; more than 7 count as 7.
-        """
-        return torch.stack([self.other[[_DURATION_ROW + left, _HQ_ROW]] for left in range(_DURATION_ROWS)])
+    Of special tokens [100, C]: [8, 2, C], by how many chunks come after the chunk; more than 7 count as 7.
+    """
+    return torch.stack([tokens[[_DURATION_ROW + left, _HQ_ROW]] for left in range(_DURATION_ROWS)])
 
 
 class T5Encoder:

@@ -69,16 +69,6 @@ class _Block(nn.Module):
         return x_BLE + self.mlp(self.norm2(x_BLE))
 
 
-class _PatchEmbed(nn.Module):
-    def __init__(self, config: VaeConfig) -> None:
-        super().__init__()
-        size = (config.patch_length, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(config.in_chans, config.embed_dim, kernel_size=size, stride=size)
-
-    def forward(self, video: Tensor) -> Tensor:
-        return self.proj(video)
-
-
 class _Trunk(nn.Module):
     """What encoder and decoder share: class token, position embedding, blocks, norm."""
 
@@ -110,11 +100,13 @@ class _Trunk(nn.Module):
 class _Encoder(_Trunk):
     def __init__(self, config: VaeConfig) -> None:
         super().__init__(config)
-        self.patch_embed = _PatchEmbed(config)
+        size = (config.patch_length, config.patch_size, config.patch_size)
+        patches = nn.Conv3d(config.in_chans, config.embed_dim, kernel_size=size, stride=size)
+        self.patch_embed = nn.ModuleDict({"proj": patches})
         self.last_layer = nn.Linear(config.embed_dim, 2 * config.z_chans)
 
     def forward(self, video: Tensor) -> Tensor:
-        patches = self.patch_embed(video)
+        patches = self.patch_embed["proj"](video)
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         x = self.run_trunk(patches.flatten(2).transpose(1, 2), grid)
         return self.last_layer(x)[:, 1:].transpose(1, 2).unflatten(2, grid)

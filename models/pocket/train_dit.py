@@ -75,7 +75,7 @@ def new_dit(seed: int) -> MagiDiT:
             nn.init.normal_(parameter, std=0.5, generator=generator)
         elif parameter.dim() > 1:
             nn.init.normal_(parameter, std=1 / math.sqrt(parameter[0].numel()), generator=generator)
-    nn.init.zeros_(dit.final_linear.linear.weight)
+    nn.init.zeros_(dit.get_parameter("final_linear.linear.weight"))
     for name, parameter in dit.named_parameters():
         if name.endswith("ada_modulate_layer.proj.0.bias"):
             nn.init.ones_(parameter)
