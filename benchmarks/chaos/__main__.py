@@ -1,6 +1,6 @@
-"""Do videos survive when processes and machines fail? Causes failures while a batch is made, and keeps account.
+"""Do videos survive when processes, machines and disks fail? Causes failures while they are made, and keeps account.
 
-    python -m benchmarks.chaos --out results/chaos                     # 20 failures, some minutes
+    python -m benchmarks.chaos --out results/chaos                     # 20 failures and five around `batch`
     python -m benchmarks.chaos --quick --out /tmp/chaos                # 3 failures
     python -m benchmarks.chaos --failures 50 --kinds rank,gang --seed 7
 
@@ -8,6 +8,7 @@ Gangs make videos on a Ray cluster of several nodes, all of them on this machine
 then the same videos again and again until all failures were caused. Ranks, whole gangs and nodes fail, chosen by seed:
 killed, stopped, or cut off as by a loss of power. Most failures wait until the gang that was hit before works again,
 some do not. An account is kept from the log of events and from the checkpoints on the disk at the moment of each loss.
+The other kinds (driver, part, checkpoint, disk, gcs) hit `flowcache batch`, once each: see `benchmarks.chaos.batch`.
 
 Exit status 0 if every video is complete with the latents of the undisturbed run, no work from before a checkpoint was
 done again, and no process is left; 1 if not, 2 for bad input.
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,9 @@ from typing import Annotated
 import typer
 
 from benchmarks.chaos.account import Account, ChaosRun, Mark, facts, fault_rows, verdicts
+from benchmarks.chaos.batch import run_batches
 from benchmarks.chaos.faults import (
+    GANG_KINDS,
     Injector,
     Kind,
     Nodes,
@@ -76,36 +79,50 @@ class Setup:
 def run(
     videos: Annotated[int, typer.Option(min=1, help="Videos of the batch.")] = 8,
     failures: Annotated[int, typer.Option(min=1, help="How many failures.")] = 20,
-    kinds: Annotated[str, typer.Option(help="What fails: of rank, gang and node.")] = "rank,gang,node",
+    kinds: Annotated[str, typer.Option(help="What fails, with commas between.")] = ",".join(Kind),
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of failures.")] = 0,
     limit: Annotated[int, typer.Option(min=1, help="Seconds after which the run is broken off.")] = 900,
     quick: Annotated[bool, typer.Option("--quick", help="At most three failures, and small videos.")] = False,
     out: Out = Path("results/chaos"),
 ) -> int:
-    """Disturb a batch of videos."""
-    chosen, model, chunks, steps = parse_kinds(kinds), ModelSpec(), 6, 16
+    """Disturb videos while they are made."""
+    chosen = parse_kinds(kinds)
+    of_gangs, others = [[kind for kind in chosen if (kind in GANG_KINDS) is own] for own in (True, False)]
+    output_folder(out)
+    log, status = new_log(), 0
+    with (out / "ray.log").open("w") as file, redirect_stdout(file):  # Ray prints every process that it has lost
+        if of_gangs:
+            setup = _setup(of_gangs, failures, videos, seed, limit, quick)
+            found = _disturb(setup, log)
+    if of_gangs:
+        status = _write(out, setup, found, seed)
+    return status | (run_batches(out, others, log) if others else 0)
+
+
+def _setup(kinds: Sequence[Kind], failures: int, videos: int, seed: int, limit: int, quick: bool) -> Setup:
+    model, chunks, steps = ModelSpec(), 6, 16
     if quick:
         model, chunks, steps, failures, videos = QUICK, 4, 8, min(failures, 3), min(videos, 4)
     plain = Workload(model=model, chunks=chunks, steps=steps, videos=videos)
-    output_folder(out)
-    log = new_log()
     workload = replace(plain, kv=KVSettings(budget=_KV_BUDGET), reuse=reuse_for(model))
     restarts = _GANGS * failures + _SPARE_RESTARTS
     gangs = GangSetup(workload=workload, layout=_LAYOUT, gangs=_GANGS, timeouts=_TIMEOUTS, max_restarts=restarts)
-    nodes = _GANGS + (Kind.NODE in chosen)  # each with room for one gang
-    setup = Setup(gangs=gangs, nodes=nodes, plan=tuple(plan_faults(failures, chosen, seed)), limit=limit)
-    with (out / "ray.log").open("w") as file, redirect_stdout(file):  # Ray prints every process that it has lost
-        found = _disturb(setup, log)
-    made = (
-        f"{_GANGS} gangs of pp {_LAYOUT.pp} on {nodes} simulated nodes; videos of {chunks} chunks and {steps} steps, a "
-        f"checkpoint at every chunk; seed {seed}. {machine_line()}; one thread per rank."
+    nodes = _GANGS + (Kind.NODE in kinds)  # each with room for one gang
+    return Setup(gangs=gangs, nodes=nodes, plan=tuple(plan_faults(failures, kinds, seed)), limit=limit)
+
+
+def _write(out: Path, setup: Setup, found: ChaosRun, seed: int) -> int:
+    workload = setup.gangs.workload
+    about = (
+        f"{_GANGS} gangs of pp {_LAYOUT.pp} on {setup.nodes} simulated nodes; videos of {workload.chunks} chunks and "
+        f"{workload.steps} steps, a checkpoint at every chunk; seed {seed}. {machine_line()}; one thread per rank."
     )
     rows = fault_rows(found)
     return publish(
         out,
         "chaos",
-        title="Failures during a batch",
-        about=f"{made}\n\n{_NOTES}",
+        title="Failures of gangs",
+        about=f"{about}\n\n{_NOTES}",
         verdicts=verdicts(found),
         sections={"Failures": rows, "What it cost": facts(found)},
         data=rows,

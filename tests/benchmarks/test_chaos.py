@@ -9,11 +9,11 @@ from collections import Counter
 import pytest
 
 from benchmarks.chaos.__main__ import run
-from benchmarks.chaos.faults import Kind, marked, parse_kinds, plan_faults, processes_of, survivors
+from benchmarks.chaos.faults import GANG_KINDS, Kind, marked, parse_kinds, plan_faults, processes_of, survivors
 from benchmarks.common import run_command
 from models.errors import InputError
 
-ALL = (Kind.RANK, Kind.GANG, Kind.NODE)
+ALL = GANG_KINDS
 
 
 def test_a_plan_has_everything_and_is_the_same_again():
@@ -49,7 +49,7 @@ def test_kinds_are_names():
 
 def test_bad_input_is_one_line(tmp_path, capsys):
     cases = (
-        (["--kinds", "rack"], "choose from rank, gang, node"),
+        (["--kinds", "rack"], "choose from rank, gang, node, driver, part, checkpoint, disk, gcs"),
         (["--failures", "0"], "failures"),
     )
     for arguments, said in cases:
