@@ -33,7 +33,7 @@ from engine.machine import settle_heap
 from engine.record import Recorder
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
-from launch.plan import reuse_preset
+from launch.plan import POCKET_FIGURES, reuse_preset
 from models.errors import InputError
 from models.magi.pipeline import MagiPipeline
 from models.protocols import CELL_PIXELS
@@ -189,7 +189,7 @@ def _hop(gang: Gang, pings: int, workload: Workload, pipeline: MagiPipeline) -> 
 def reuse_for(spec: ModelSpec) -> ReuseSettings:
     """Flowcache: magi-pocket's own, or with a threshold that computes about half of the steps of random weights."""
     if spec.name == POCKET:
-        return reuse_preset("flowcache-slow", POCKET)
+        return reuse_preset("flowcache-slow", POCKET_FIGURES)
     passes = ReuseSettings(clean_pass=False, copy_pass=False, reuse="extrapolate")
     return replace(passes, policy="flowcache", warmup_steps=3, threshold=spec.threshold)
 

@@ -40,7 +40,7 @@ from benchmarks.workload import MOST_PROMPTS, POCKET, Steps, pocket_requests
 from engine.request import Request
 from engine.reuse.policy import KINDS, ReuseSettings
 from launch.options import CacheName
-from launch.plan import reuse_preset
+from launch.plan import POCKET_FIGURES, reuse_preset
 from models.magi.pipeline import MagiPipeline, load_pipeline
 from models.magi.weights import Loading
 from models.pocket.preset import pocket_config
@@ -101,7 +101,7 @@ def run(
 
 def presets_of_pocket() -> dict[str, Setting]:
     """What `--cache` stands for."""
-    return {name: Setting(reuse=reuse_preset(name, POCKET)) for name in get_args(CacheName) if name != "none"}
+    return {name: Setting(reuse=reuse_preset(name, POCKET_FIGURES)) for name in get_args(CacheName) if name != "none"}
 
 
 def _thresholds(
