@@ -52,7 +52,7 @@ _FRACTIONS, _QUICK_FRACTIONS = (0.9, 0.8, 0.65, 0.5, 0.4), (0.85, 0.65, 0.5)  # 
 _BUDGETS, _QUICK_BUDGETS = (1, 2, 3, 4), (1, 2, 4)  # of the KV buffer
 _PROMPTS, _QUICK_PROMPTS = 20, 4
 _CURVE_PROMPTS, _WORK_PROMPTS = 2, 4  # that thresholds are found on
-_LOWEST, _HIGHEST, _TRIES = 1e-4, 1e1, 12  # thresholds that are searched; how often
+_RANGE, _TRIES, _QUICK_TRIES = 50, 10, 2  # how far from the preset's a threshold may be; how often to try
 _NEAR, _EXACT = 0.02, 0.002  # of a computed fraction, and of a share of the operations
 _NOTES = """\
 - passes: vanilla has a clean pass per finished chunk and a context-free copy of the cleanest one, as released; lean
@@ -124,7 +124,9 @@ def _thresholds(
         return statistics.fmean(runner.make(setting, one).flops / vanilla[one] for one in more)
 
     fractions, budgets = (_QUICK_FRACTIONS, _QUICK_BUDGETS) if quick else (_FRACTIONS, _BUDGETS)
-    return settings_of(presets, curves(presets, fractions, computed), budgets), calibrated(presets, work)
+    tries = _QUICK_TRIES if quick else _TRIES
+    points = curves(presets, fractions, computed, tries)
+    return settings_of(presets, points, budgets), calibrated(presets, work, tries)
 
 
 def settings_of(
@@ -139,33 +141,34 @@ def settings_of(
 
 
 def curves(
-    presets: Mapping[str, Setting], fractions: Sequence[float], computed: Callable[[Setting], float]
+    presets: Mapping[str, Setting], fractions: Sequence[float], computed: Callable[[Setting], float], tries: int
 ) -> list[Setting]:
     """The points of all curves: of each method and all that may stand in, at each computed fraction."""
     like, found = presets["flowcache-slow"].reuse, []
     chosen = like.reuse, like.extrapolate_from
     for method, (kind, share) in itertools.product(METHODS, dict.fromkeys((*STAND_INS, chosen))):
         curve = replace(like, policy=method, reuse=kind, extrapolate_from=share)
-        known = {_LOWEST: math.inf, _HIGHEST: -math.inf}
+        known = {like.threshold / _RANGE: math.inf, like.threshold * _RANGE: -math.inf}
 
         def measure(threshold: float, curve: ReuseSettings = curve) -> float:
             return computed(Setting(reuse=curve.with_threshold(threshold)))
 
         for fraction in fractions:
-            search(measure, fraction, known, tries=_TRIES, near=_NEAR, geometric=True)
+            search(measure, fraction, known, tries=tries, near=_NEAR, geometric=True)
             found.append(Setting(reuse=curve.with_threshold(nearest(known, fraction))))
     return found
 
 
-def calibrated(presets: Mapping[str, Setting], work: Callable[[Setting], float]) -> dict[str, float]:
+def calibrated(presets: Mapping[str, Setting], work: Callable[[Setting], float], tries: int) -> dict[str, float]:
     """Thresholds at which the presets would do the share of vanilla's operations that `WORK` asks for."""
-    like, known = presets["flowcache-slow"].reuse, {_LOWEST: math.inf, _HIGHEST: -math.inf}
+    like = presets["flowcache-slow"].reuse
+    known = {like.threshold / _RANGE: math.inf, like.threshold * _RANGE: -math.inf}
 
     def measure(threshold: float) -> float:
         return work(Setting(reuse=like.with_threshold(threshold)))
 
     for target in WORK.values():
-        search(measure, target, known, tries=_TRIES, near=_EXACT, geometric=True)
+        search(measure, target, known, tries=tries, near=_EXACT, geometric=True)
     return {name: nearest(known, target) for name, target in WORK.items()}
 
 

@@ -26,9 +26,10 @@ def test_a_setting_says_what_it_is_and_what_it_is_compared_with():
 
 
 def test_the_sweep_has_everything_once_and_each_has_its_reference():
-    points = curves(PRESETS, (0.8, 0.5), curved)
+    points = curves(PRESETS, (0.8, 0.5), curved, 12)
     found = settings_of(PRESETS, points, (1, 3))
-    assert len(found) == len(set(found)) == 2 + len(PRESETS) + 2 * 4 * 2 + 2 + 2 * 3
+    assert len(points) == 2 * 4 * 2
+    assert len(found) == len(set(found)) == 2 + len({*PRESETS.values(), *points}) + 2 + 2 * 3
     assert {one.plain for one in found if one.reuses and one.budget is None} == {Setting(), Setting(reuse=LEAN)}
     assert {one.budget for one in found} == {None, 1, 3}
     assert {one.plain for one in found} <= set(found)
@@ -36,13 +37,13 @@ def test_the_sweep_has_everything_once_and_each_has_its_reference():
 
 def test_what_was_chosen_is_swept_too():
     odd = {"flowcache-slow": Setting(reuse=replace(SLOW.reuse, reuse="residual", extrapolate_from=0.7))}
-    labels = {one.label for one in curves(odd, (0.8,), curved)}
+    labels = {one.label for one in curves(odd, (0.8,), curved, 12)}
     assert labels == {*(label_of(*one) for one in STAND_INS), "residual, extrapolate from 0.7"}
 
 
 def test_points_compute_the_fractions_that_were_asked_for():
     for method in METHODS:
-        own = [one for one in curves(PRESETS, (0.8, 0.5), curved) if one.reuse.policy == method]
+        own = [one for one in curves(PRESETS, (0.8, 0.5), curved, 12) if one.reuse.policy == method]
         assert [curved(one) for one in own] == pytest.approx([0.8, 0.5] * 4, abs=0.02)
 
 
@@ -53,7 +54,7 @@ def test_presets_are_calibrated_to_the_work_with_few_videos():
         asked.append(setting)
         return 0.8 * curved(setting)
 
-    found = calibrated(PRESETS, work)
+    found = calibrated(PRESETS, work, 12)
     for name, target in WORK.items():
         setting = Setting(reuse=SLOW.reuse.with_threshold(found[name]))
         assert work(setting) == pytest.approx(target, abs=0.01)
