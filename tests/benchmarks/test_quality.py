@@ -55,7 +55,7 @@ def test_damaged_results_are_named(tmp_path):
 @pytest.mark.slow
 def test_a_small_sweep_runs_and_goes_on_after_it_was_stopped(tmp_path, untrained_weights, capsys):
     one_thread()  # two are slower at this size
-    sizes = ["--quick", "--prompts", "1", "--chunks", "2", "--steps", "8"]
+    sizes = ["--quick", "--prompts", "1", "--chunks", "2", "--steps", "4"]
     options = [*sizes, "--weights", str(untrained_weights), "--out", str(tmp_path)]
     status = run_command(run, "quality", options)
     printed = capsys.readouterr().out
