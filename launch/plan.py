@@ -21,7 +21,7 @@ from engine.kv.selection import SelectionSettings
 from engine.request import Prefix, Request
 from engine.reuse.policy import ReuseSettings
 from launch.media import read_image, read_video
-from launch.options import CacheName, Options, ReuseKind, together
+from launch.options import CacheName, Options, ReuseKind, ray_address, together
 from models.attention import attention_backend
 from models.errors import InputError
 from models.magi.config import MagiConfig
@@ -166,7 +166,7 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
     )
     _check_prompt(config, request.prompt)
     plan = Plan(options=options, model=model, request=request, out=out, record=options.record)
-    if model.device == "cpu" and options.launcher != "ray":  # whose ranks may be anywhere
+    if model.device == "cpu" and (options.launcher != "ray" or not ray_address()):  # whose ranks may be anywhere
         what = f"a video of {request.width}x{request.height} pixels and {request.chunks:,} chunks"
         check_memory(what if at_a_time == 1 else f"{what}, {at_a_time} at a time,", at_a_time * bytes_needed(plan))
     return replace(plan, request=replace(request, prefix=_prefix(options, request, fps=runtime.fps)))
