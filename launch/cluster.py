@@ -10,12 +10,14 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import ray
 import torch
 
+from launch.ending import holding_signals, unwinding_signals
 from launch.options import together
 from launch.plan import Plan, layout_of
 from models.errors import InputError
@@ -47,12 +49,12 @@ def on_ray(
     model, options, gangs = plans[0].model, plans[0].options, min(gangs, len(plans))
     layout, source, weights = layout_of(options), model.source, model.source.weights
     source = replace(source, weights=None if weights is None else weights.absolute())
-    timeouts, threads = Timeouts(), options.threads
-    cpus = threads or 1  # that a rank reserves; without --threads ranks share the cores of their node
-    with ray_cluster(cpus=gangs * layout.world_size * cpus):
+    timeouts = Timeouts()
+    threads = options.threads or 1  # of a rank, which reserves as many; the same for every layout and node
+    with ray_cluster(cpus=gangs * layout.world_size * threads):
         settings = ClusterSettings(
             gangs=gangs,
-            shape=GangShape(layout=layout, gpus=cluster_has_gpus(), cpus=cpus),
+            shape=GangShape(layout=layout, gpus=cluster_has_gpus(), cpus=threads),
             task=RankTask(
                 layout=layout, source=source, reuse=model.reuse, kv=model.kv, timeouts=timeouts, threads=threads
             ),
@@ -89,29 +91,40 @@ def ray_cluster(*, cpus: int, address: str | None = None) -> Iterator[None]:
         InputError: there is no cluster at the address, which is known within 15 seconds.
     """
     address = address or os.environ.get("RAY_ADDRESS")
-    with nullcontext() if address else _batch_policy():
-        if address:
-            _join(address)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=max(cpus, os.cpu_count() or 1),
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _system_config=_SYSTEM,
-            )
+    with nullcontext() if address else _batch_policy(), unwinding_signals():
+        # In the main thread Ray would take SIGTERM over. The cluster's processes end with the thread that started them.
+        thread = ThreadPoolExecutor(1)
         try:
+            if address:
+                _join(address, thread)
+            else:
+                with holding_signals():  # half a cluster could not be shut down
+                    _start(max(cpus, os.cpu_count() or 1), thread)
             yield
         finally:
-            ray.shutdown()
+            with holding_signals():
+                if ray.is_initialized():
+                    ray.shutdown()
+                thread.shutdown(wait=False)
 
 
-def _join(address: str) -> None:
+def _start(cpus: int, thread: Executor) -> None:
+    thread.submit(
+        ray.init,
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _system_config=_SYSTEM,
+    ).result()
+
+
+def _join(address: str, thread: Executor) -> None:
     try:
         _knock(address)
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        thread.submit(ray.init, address=address, log_to_driver=False, logging_level=logging.ERROR).result()
     except (OSError, ValueError) as error:  # a ConnectionError of Ray's is an OSError
         reason = (getattr(error, "strerror", None) or str(error)).partition("\n")[0]
         raise InputError(f"cannot join the Ray cluster at {address}: {reason}") from None

@@ -183,7 +183,7 @@ class Options:
         default="reference",
     )
     threads: int | None = _compute(
-        "CPU threads; by default all cores, shared evenly among ranks (torchrun: 1 each).",
+        "CPU threads of each rank; by default all cores, shared evenly (torchrun, Ray: 1 each).",
         within=(1, 1024),
         hint=f"; this machine has {os.cpu_count()} cores",
     )

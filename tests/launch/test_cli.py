@@ -241,7 +241,7 @@ def test_a_configuration_file_in_place_of_a_preset(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGQUIT, 131)])
 def test_an_interrupt_stops_soon_and_leaves_nothing(
     tmp_path: Path, long_run: subprocess.Popen[str], sent: signal.Signals, status: int
 ) -> None:
@@ -250,7 +250,7 @@ def test_an_interrupt_stops_soon_and_leaves_nothing(
     _, shown = long_run.communicate(timeout=30)
     assert time.monotonic() - began < 20  # of minutes that the video would take; a busy machine is slow to stop too
     assert long_run.returncode == status
-    assert "Traceback" not in shown
+    assert "Traceback" not in shown and shown.endswith("\nflowcache: stopped\n")
     assert os.listdir(tmp_path) == []
 
 
@@ -264,21 +264,6 @@ def test_what_a_killed_process_leaves_is_removed_by_the_next(
     monkeypatch.chdir(tmp_path)
     assert run(["generate", PROMPT, "--chunks", "1", "--steps", "4", "--weights", str(random_weights)]) == 0
     assert os.listdir(tmp_path) == ["video.mp4"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("library", ["_ctypes", "libtorch_cpu"])
-def test_an_interrupt_of_the_imports_is_no_traceback(tmp_path: Path, random_weights: Path, library: str) -> None:
-    """The first of these is loaded by the command line itself, the second once a command is called."""
-    process = flowcache_process(tmp_path, "generate", PROMPT, "--chunks", 5000, "--weights", random_weights)
-    deadline = time.monotonic() + 60
-    while library not in Path(f"/proc/{process.pid}/maps").read_text():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    _, shown = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in shown
-    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.slow

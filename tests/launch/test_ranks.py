@@ -230,7 +230,7 @@ def test_a_signal_ends_ranks_that_the_command_has_started(
     finally:
         process.kill()
     assert process.returncode == status and "Traceback" not in shown
-    assert (shown.splitlines()[-1] == "flowcache: stopped") == (sent is signal.SIGINT)
+    assert shown.splitlines()[-1] == "flowcache: stopped"
     assert os.listdir(tmp_path) == []
 
 
