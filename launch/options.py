@@ -70,13 +70,14 @@ class Options:
     image: Path | None = _start("A picture that the video begins with.", batch=False, line=True)
     video: Path | None = _start("A clip that the video goes on from.", batch=False, line=True)
 
-    cache: CacheName = _reuse(
+    cache: CacheName | None = _reuse(
         "Which steps are left out. [bold]flowcache-slow[/bold] and [bold]flowcache-fast[/bold] leave out those "
         "before which a chunk has hardly changed, each chunk for itself: slow stays close to the full computation, "
         "fast saves more. [bold]teacache[/bold] decides once for all chunks of the window, for comparison. "
-        "[bold]none[/bold] computes everything. The options below change single figures of the preset.",
-        default="flowcache-slow",
+        "[bold]none[/bold] computes everything. The options below change single figures of the preset. Released "
+        "models have the figures that were published for them.",
         metavar="PRESET",
+        shown="flowcache-slow for magi-pocket, none for released models",
     )
     cache_threshold: float | None = _reuse(
         "How much a chunk may change (relative L1, summed up) before it is computed again. Higher is faster, "
@@ -94,7 +95,7 @@ class Options:
     reuse: ReuseKind | None = _reuse(
         "What stands in for a step that is left out. [bold]residual[/bold]: the change of the last computed step "
         "once more, as published. [bold]velocity[/bold]: its velocity times the size of this step. "
-        "[bold]extrapolate[/bold]: the last two velocities, continued to this step.",
+        "[bold]extrapolate[/bold]: the last two velocities, continued to this step; measured on magi-pocket only.",
         metavar="KIND",
     )
     extrapolate_from: float | None = _reuse(
@@ -174,8 +175,13 @@ class Options:
 
     config: Path | None = _files("A released MAGI-1 JSON, as it is, in place of --model.")
     weights: Path | None = _files(
-        "Folder of the weights, in place of the configured one; an autoencoder in its sub-folder vae and "
-        "text encoders in t5 are taken first."
+        "Folder of the weights, as downloaded, such as MAGI-1/ckpt/magi/4.5B_distill. Without --model the model is "
+        "recognised. An autoencoder is searched in its sub-folder vae and around it (ckpt/vae), text encoders in t5."
+    )
+    special_tokens: Path | None = _files(
+        "The special_tokens.npz of MAGI-1, if it is neither in the folder of the weights nor in example/assets.",
+        metavar="FILE.npz",
+        variable="SPECIAL_TOKEN_PATH",
     )
     attention: str = _compute("auto, sdpa, flash-attn or xformers.", default="sdpa")
     precision: Literal["reference", "fast"] = _compute(

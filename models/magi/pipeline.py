@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from models.attention import Attention
-from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
+from models.magi.folder import dit_folder, find_files
 from models.magi.sampling import MagiSampling
 from models.magi.text import T5Encoder, counter_rows, read_special_tokens
 from models.magi.vae import TiledVAE
@@ -66,54 +66,36 @@ class MagiPipeline:
         return table.to(self.model.device)
 
 
-def load_pipeline(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiPipeline:
+def load_pipeline(
+    config: MagiConfig, weights: Path | None, loading: Loading, *, tokens: Path | None = None
+) -> MagiPipeline:
     """Load a model whole, or with the layers that are asked for: DiT, autoencoder and text encoder.
 
     What is missing of the smaller files is said before the large ones are read.
 
     Args:
         config: of the model. One without T5 is magi-pocket's, which has a fixed vocabulary.
-        weights: folder in place of the configuration's `load`; an autoencoder in its sub-folder `vae` and text
-            encoders in `t5` are taken before those of the configuration. `special_tokens.npz` lies in it.
+        weights: folder in place of the configuration's `load`; `find_files` says where the other parts are searched.
         loading: device, precision, attention, layers.
+        tokens: as in `find_files`.
 
     Raises:
         InputError: something is missing or damaged.
     """
-    runtime = config.runtime_config
-    root = _root(config, weights)
+    files, runtime, model = find_files(config, weights, tokens=tokens), config.runtime_config, config.model_config
     encoder: T5Encoder | PocketEncoder = PocketEncoder()
-    tokens = None
-    if runtime.t5_pretrained is not None:
-        t5 = root / "t5" if (root / "t5").is_dir() else Path(runtime.t5_pretrained)
-        tokens = read_special_tokens(root / "special_tokens.npz")
-        encoder = T5Encoder(t5, device=runtime.t5_device, max_length=config.model_config.caption_max_length)
-    folder = root / "vae" if (root / "vae").is_dir() else _folder(runtime.vae_pretrained, "vae_pretrained")
+    special = None
+    if files.t5 is not None and files.tokens is not None:
+        special = read_special_tokens(files.tokens, channels=model.caption_channels)
+        device = runtime.t5_device if torch.cuda.is_available() else "cpu"
+        encoder = T5Encoder(files.t5, device=device, max_length=model.caption_max_length)
     # The released autoencoder runs in bf16 whatever the DiT's dtype (1.1); fp32 models keep theirs.
-    dtype = torch.float32 if config.model_config.dtype == torch.float32 else torch.bfloat16
-    vae = Checkpoint(folder).vae(dtype=dtype, device=loading.device)
+    dtype = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
+    vae = Checkpoint(files.vae).vae(dtype=dtype, device=loading.device)
     autoencoder = TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
-    return MagiPipeline(config, load_stage(config, weights, loading), autoencoder, encoder, tokens=tokens)
+    return MagiPipeline(config, Checkpoint(files.dit).dit(config, loading), autoencoder, encoder, tokens=special)
 
 
 def load_stage(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiDiT:
     """Load the DiT alone, all of it or the layers that are asked for, from exactly their tensors; errors as above."""
-    root = _root(config, weights)
-    inner = weights_folder(config, root)
-    return Checkpoint(inner if inner.is_dir() or weights is None else root).dit(config, loading)
-
-
-def weights_folder(config: MagiConfig, load: Path) -> Path:
-    """The folder of the DiT's weights inside `runtime_config.load` (5.1)."""
-    kind = (".fp8" if config.engine_config.fp8_quant else "") + (".distill" if config.engine_config.distill else "")
-    return load / f"inference_weight{kind}"
-
-
-def _root(config: MagiConfig, weights: Path | None) -> Path:
-    return weights or _folder(config.runtime_config.load, "load")
-
-
-def _folder(path: str | None, key: str) -> Path:
-    if path is None:
-        raise InputError(f"the configuration has no {key}: give --weights DIR")
-    return Path(path)
+    return Checkpoint(dit_folder(config, weights)).dit(config, loading)

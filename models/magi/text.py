@@ -18,11 +18,13 @@ import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from models.errors import InputError
@@ -33,31 +35,38 @@ T5_FOLDER = "t5-v1_1-xxl"
 SPECIAL_TOKENS_SHA256 = "b54bc664d5f4a722dfd8bb22201c025df61f22acddc07c0a2529d7b5cd6be5a7"
 """Digest of the released `special_tokens.npz`."""
 
+_RELEASED_CHANNELS = 4096  # of T5 v1.1 XXL
+
 _TOKEN_ROWS = 100
 _HQ_ROW = 1
 _DURATION_ROW = 7  # for the last chunk; the next row for the one before it, and so on
 _DURATION_ROWS = 8
 
 
-def read_special_tokens(path: Path, *, sha256: str = SPECIAL_TOKENS_SHA256) -> Tensor:
+def read_special_tokens(path: Path, *, channels: int) -> Tensor:
     """The learned vectors of `special_tokens.npz` that say what kind of video is wanted: `other_tokens`, [100, C] fp32.
 
-    An `InputError` if it cannot be read, has another digest, or lacks the vectors.
+    With the channels of released models it must be the released file. An `InputError` if it is not, cannot be read, or
+    lacks the vectors.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read the special tokens {path}: {error.strerror}") from None
     digest = hashlib.sha256(content).hexdigest()
-    if digest != sha256:
-        raise InputError(f"{path} is not the released special_tokens.npz: its SHA-256 is {digest}, not {sha256}")
+    if channels == _RELEASED_CHANNELS and digest != SPECIAL_TOKENS_SHA256:
+        raise InputError(
+            f"{path} is not the released special_tokens.npz: its SHA-256 is {digest}, not {SPECIAL_TOKENS_SHA256}"
+        )
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             rows = arrays["other_tokens"]
     except (KeyError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} holds no array other_tokens: {error}") from None
-    if rows.ndim != 2 or rows.shape[0] != _TOKEN_ROWS:
-        raise InputError(f"{path}: other_tokens has shape {list(rows.shape)}, expected [{_TOKEN_ROWS}, channels]")
+    if rows.shape != (_TOKEN_ROWS, channels):
+        raise InputError(f"{path}: other_tokens has shape {list(rows.shape)}, expected [{_TOKEN_ROWS}, {channels}]")
+    if rows.dtype.kind != "f":
+        raise InputError(f"{path}: other_tokens holds {rows.dtype} and not floating-point numbers")
     # Through fp16, as released: the vectors that the DiT was trained with were rounded to it.
     return torch.from_numpy(rows.astype(np.float16).astype(np.float32))
 
@@ -91,6 +100,7 @@ class T5Encoder:
         *_, self._transformers = (_package(name) for name in ("sentencepiece", "google.protobuf", "transformers"))
         if not self.folder.is_dir():
             raise InputError(f"no T5 encoder at {self.folder}: t5_pretrained must hold the folder {T5_FOLDER}")
+        check_t5(self.folder)
         self._tokenizer: Any = None
         self._model: Any = None
 
@@ -114,13 +124,39 @@ class T5Encoder:
             torch.cuda.empty_cache()
 
     def _load(self) -> None:
+        self._transformers.utils.logging.disable_progress_bar()  # this command shows its own
         try:
             self._tokenizer = self._transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-            model = self._transformers.T5EncoderModel.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
+            model, info = self._transformers.T5EncoderModel.from_pretrained(
+                self.folder, local_files_only=True, output_loading_info=True
+            )
+        except (OSError, ValueError, ImportError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"cannot load the T5 encoder from {self.folder}: {reason}") from None
+        if missing := sorted(info["missing_keys"]):  # they would be random numbers
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise InputError(f"cannot load the T5 encoder from {self.folder}: it lacks {missing[0]}{more}")
         self._model = model.to(self.device, torch.float32).requires_grad_(False).eval()
+
+
+def check_t5(folder: Path) -> int:
+    """See that a folder holds what T5 is read from: description, vocabulary and weights.
+
+    Returns:
+        Bytes of the weights.
+
+    Raises:
+        InputError: something is missing. The library would make up a vocabulary, and say nothing.
+    """
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    for what, held in {
+        "config.json": (folder / "config.json").is_file(),
+        "spiece.model": (folder / "spiece.model").is_file() or (folder / "tokenizer.json").is_file(),
+        "weights (*.safetensors or pytorch_model*.bin)": weights,
+    }.items():
+        if not held:
+            raise InputError(f"cannot load the T5 encoder from {folder}: it lacks {what}")
+    return sum(path.stat().st_size for path in weights)
 
 
 # Cleaning of prompts: patterns and their replacements, in order.

@@ -53,6 +53,7 @@ class MagiSource:
 
     config: MagiConfig  # values of the configuration file
     weights: Path | None = None  # folder in place of the configured one; every node must see it
+    tokens: Path | None = None  # special tokens, as in `find_files`
     split: str | None = None  # layers of each stage, as in `9,9,8,8`; None balances them
     precise: bool = True  # fp32 output projections, as released
     attention: str = "sdpa"  # name of the attention backend
@@ -60,12 +61,13 @@ class MagiSource:
     @property
     def identity(self) -> str:
         """A digest of all fields."""
-        values = [self.config.to_dict(), str(self.weights), self.split, self.precise, self.attention]
+        files = [str(self.weights), str(self.tokens)]
+        values = [self.config.to_dict(), *files, self.split, self.precise, self.attention]
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def lead(self, mesh: Mesh, device: str) -> Pipeline:
         """The first stage's layers, the text encoder and the autoencoder; an `InputError` says what is missing."""
-        return load_pipeline(self.config, self.weights, self._loading(mesh, device))
+        return load_pipeline(self.config, self.weights, self._loading(mesh, device), tokens=self.tokens)
 
     def stage(self, mesh: Mesh, device: str) -> StageModel:
         """A rank's layers; errors as in `lead`."""

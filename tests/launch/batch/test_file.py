@@ -134,7 +134,7 @@ def test_a_file_that_cannot_be_read_is_an_error(folder: Path) -> None:
         read(folder, {"prompt": CIRCLE}, options=base(model="no-such-model"))
 
 
-def test_the_digest_covers_what_the_video_depends_on_and_nothing_else(folder: Path) -> None:
+def test_the_digest_covers_what_the_video_depends_on_and_nothing_else(folder: Path, random_weights: Path) -> None:
     clip(folder / "one.mp4")
     clip(folder / "two.mp4", height=32)
     plain = {"prompt": CIRCLE, "chunks": 2}
@@ -151,7 +151,7 @@ def test_the_digest_covers_what_the_video_depends_on_and_nothing_else(folder: Pa
         base(cache_threshold=0.5),
         base(kv_budget=2),
         base(precision="fast"),
-        base(weights=folder),
+        base(weights=random_weights),
     ):
         digests.append(only(folder, plain, options).digest)
     assert len({first, *digests}) == 1 + len(digests)

@@ -14,6 +14,7 @@ import torch
 from models.errors import InputError
 from models.magi.text import T5Encoder, clean_prompt, counter_rows, read_special_tokens
 from models.protocols import CaptionTable
+from tests.models.downloaded import write_t5, write_tokens
 
 CHANNELS = 16
 CORPUS = """a cat sits on a red mat
@@ -88,36 +89,8 @@ def test_an_ordinary_prompt_is_only_lowered() -> None:
 
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Laid out as the released folder: a sentencepiece model, and no tokenizer.json."""
-    from transformers import T5Config, T5EncoderModel  # seconds, for which no other test should wait
-
     root = tmp_path_factory.mktemp("t5")
-    folder = root / "t5-v1_1-xxl"
-    folder.mkdir()
-    (root / "corpus.txt").write_text(CORPUS)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(root / "corpus.txt"),
-        model_prefix=str(folder / "spiece"),
-        vocab_size=50,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    (folder / "spiece.vocab").unlink()
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 0}')
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=50,
-        d_model=CHANNELS,
-        d_kv=4,
-        d_ff=32,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-    )
-    T5EncoderModel(config).save_pretrained(folder)
+    write_t5(root, channels=CHANNELS, corpus=CORPUS)
     return root
 
 
@@ -187,16 +160,10 @@ def test_cleaning_names_a_missing_package(package: str, monkeypatch: pytest.Monk
         clean_prompt("a cat")
 
 
-def write_tokens(path: Path, rows: int = 100) -> tuple[np.ndarray, str]:
-    other = np.random.default_rng(0).standard_normal((rows, CHANNELS))
-    one = np.ones((1, CHANNELS))
-    np.savez(path, caption_token=one, logo_token=one, other_tokens=other)
-    return other, hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def test_special_tokens_are_rounded_to_fp16(tmp_path: Path) -> None:
-    other, digest = write_tokens(tmp_path / "tokens.npz")
-    tokens = read_special_tokens(tmp_path / "tokens.npz", sha256=digest)
+    write_tokens(tmp_path / "tokens.npz", channels=CHANNELS)
+    other = np.load(tmp_path / "tokens.npz")["other_tokens"]
+    tokens = read_special_tokens(tmp_path / "tokens.npz", channels=CHANNELS)
     assert tokens.dtype == torch.float32
     assert np.array_equal(tokens.numpy(), other.astype(np.float16).astype(np.float32))
     assert not np.array_equal(tokens.numpy(), other.astype(np.float32))
@@ -204,20 +171,23 @@ def test_special_tokens_are_rounded_to_fp16(tmp_path: Path) -> None:
 
 def test_other_special_tokens_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "tokens.npz"
-    with pytest.raises(InputError, match="cannot read the special tokens .*tokens.npz"):
-        read_special_tokens(path)
-    _, digest = write_tokens(path, rows=7)
-    with pytest.raises(InputError, match=f"its SHA-256 is {digest}, not b54bc664"):
-        read_special_tokens(path)
-    with pytest.raises(InputError, match=r"other_tokens has shape \[7, 16\]"):
-        read_special_tokens(path, sha256=digest)
-    np.savez(path, tokens=np.ones(3))
+
+    def message(channels: int = CHANNELS) -> str:
+        with pytest.raises(InputError) as caught:
+            read_special_tokens(path, channels=channels)
+        return str(caught.value)
+
+    assert message().startswith(f"cannot read the special tokens {path}")
+    write_tokens(path, channels=7)
+    assert "other_tokens has shape [100, 7], expected [100, 16]" in message()
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    with pytest.raises(InputError, match="holds no array other_tokens"):
-        read_special_tokens(path, sha256=digest)
+    assert f"its SHA-256 is {digest}, not b54bc664" in message(channels=4096)  # of the released models
+    np.savez(path, other_tokens=np.ones((100, CHANNELS), dtype=int))
+    assert "int64 and not floating-point" in message()
+    np.savez(path, tokens=np.ones(3))
+    assert "holds no array other_tokens" in message()
     path.write_text("no archive")
-    with pytest.raises(InputError, match="holds no array other_tokens"):
-        read_special_tokens(path, sha256=hashlib.sha256(b"no archive").hexdigest())
+    assert "holds no array other_tokens" in message()
 
 
 def numbered(max_length: int = 800) -> CaptionTable:
