@@ -23,6 +23,7 @@ from launch.cli import run
 from models.magi.presets import PRESETS
 from models.pocket.preset import pocket_config
 from tests.launch.process import ROOT, Result, environment, flowcache_process
+from tests.launch.records import made_up_record
 
 GOLDENS = ROOT / "tests" / "data" / "goldens"
 PROMPT = "a red circle moving right"
@@ -210,6 +211,23 @@ def test_no_space_left_is_one_line_and_leaves_nothing(tmp_path: Path, random_wei
     assert process.returncode == 2 and "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("flowcache: error: cannot write video.mp4: no space left there")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_standard_output_that_takes_no_more_is_one_line_and_the_video_stays(
+    tmp_path: Path, random_weights: Path
+) -> None:
+    options = ["--chunks", 1, "--steps", 4, "--weights", random_weights, "--threads", 1]
+    made_up_record().save(tmp_path / "run")
+    for arguments in (["generate", PROMPT, *options], ["generate", PROMPT, *options, "--pp", 2], ["plot", "kv", "run"]):
+        with open("/dev/full", "w") as full:
+            process = flowcache_process(tmp_path, *arguments, output=full)
+            _, errors = process.communicate(timeout=120)
+        said = "flowcache: error: cannot write to standard output: No space left on device; what was made is there"
+        assert process.returncode == 3 and errors.splitlines()[-1] == said and errors.count("error") == 1
+    with av.open(str(tmp_path / "video.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 24
+    assert (tmp_path / "run" / "kv.png").stat().st_size > 1000
 
 
 # ---- videos
