@@ -183,6 +183,15 @@ class Options:
         metavar="FILE.npz",
         variable="SPECIAL_TOKEN_PATH",
     )
+    t5_device: Literal["cpu", "cuda"] | None = _files(
+        "Where T5 reads prompts; as the released configuration says by default."
+    )
+    t5_dtype: Literal["float32", "bfloat16"] | None = _files("Of T5; by default as its files have it.")
+    prompt_cache: Path | None = _files(
+        "Folder where encoded prompts are kept, so that T5 is not needed for them again.",
+        metavar="DIR",
+        shown="~/.cache/flowcache/prompts",
+    )
     attention: str = _compute("auto, sdpa, flash-attn or xformers.", default="sdpa")
     precision: Literal["reference", "fast"] = _compute(
         "reference computes what was released; fast leaves out its fp32 output projections.",

@@ -29,11 +29,13 @@ from models.magi.config import MagiConfig
 from models.magi.folder import find_files, recognise
 from models.magi.presets import POCKET, find_preset, preset_of
 from models.magi.sampling import MagiSampling
+from models.magi.text import TextLoading
 from models.pocket.text import parse_prompt
 from parallel.cluster.config import MagiSource, video_size
 from parallel.cluster.messages import VideoOrder
 from parallel.cluster.scheduler import VideoSize
 from parallel.mesh import Layout, stage_sizes
+from parallel.ranks.environment import prompt_cache
 
 _LETTERS = 40  # of a prompt in a name; file systems take 255 bytes
 
@@ -96,7 +98,12 @@ def plan_model(options: Options) -> ModelPlan:
     source = MagiSource(
         config=config,
         weights=options.weights,
-        tokens=options.special_tokens,
+        text=TextLoading(
+            tokens=options.special_tokens,
+            device=options.t5_device,
+            dtype=options.t5_dtype,
+            cache=options.prompt_cache or prompt_cache(),
+        ),
         split=options.split,
         precise=options.precision == "reference",
         attention=options.attention,
@@ -139,6 +146,8 @@ def plan_requests(options: Options, outs: Sequence[Path]) -> list[Plan]:
     if not options.prompts:
         raise InputError("there is no prompt: say what the video shows")
     first = plan_video(options, out=outs[0], at_a_time=together(options, len(options.prompts)))
+    text = replace(first.model.source.text, prompts=tuple(options.prompts))
+    first = replace(first, model=replace(first.model, source=replace(first.model.source, text=text)))
     plans = []
     for place, (prompt, out) in enumerate(zip(options.prompts, outs, strict=True)):
         _check_prompt(first.model.config, prompt)

@@ -15,11 +15,13 @@ from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.folder import dit_folder, find_files
 from models.magi.sampling import MagiSampling
-from models.magi.text import T5Encoder, counter_rows, read_special_tokens
+from models.magi.text import T5Encoder, TextLoading, counter_rows, read_special_tokens
 from models.magi.vae import TiledVAE
 from models.magi.weights import Checkpoint, Loading
 from models.pocket.text import PocketEncoder
 from models.protocols import Autoencoder, CaptionTable
+
+_TEXT = TextLoading()
 
 
 class MagiPipeline:
@@ -59,7 +61,6 @@ class MagiPipeline:
         """Encode a prompt; an `InputError` if the encoder cannot take it."""
         assert self._encoder is not None
         text = self._encoder.encode(prompt)
-        self._encoder.release()
         counters = None if self._tokens is None else counter_rows(self._tokens)
         length = self.config.model_config.caption_max_length
         table = CaptionTable(text=text, null=self.model.null_text(), counters=counters, max_length=length)
@@ -67,7 +68,7 @@ class MagiPipeline:
 
 
 def load_pipeline(
-    config: MagiConfig, weights: Path | None, loading: Loading, *, tokens: Path | None = None
+    config: MagiConfig, weights: Path | None, loading: Loading, text: TextLoading = _TEXT
 ) -> MagiPipeline:
     """Load a model whole, or with the layers that are asked for: DiT, autoencoder and text encoder.
 
@@ -77,21 +78,25 @@ def load_pipeline(
         config: of the model. One without T5 is magi-pocket's, which has a fixed vocabulary.
         weights: folder in place of the configuration's `load`; `find_files` says where the other parts are searched.
         loading: device, precision, attention, layers.
-        tokens: as in `find_files`.
+        text: how prompts are read. Those that are known are encoded before the DiT takes its memory.
 
     Raises:
         InputError: something is missing or damaged.
     """
-    files, runtime, model = find_files(config, weights, tokens=tokens), config.runtime_config, config.model_config
+    files, runtime, model = find_files(config, weights, tokens=text.tokens), config.runtime_config, config.model_config
     encoder: T5Encoder | PocketEncoder = PocketEncoder()
     special = None
     if files.t5 is not None and files.tokens is not None:
         special = read_special_tokens(files.tokens, channels=model.caption_channels)
-        device = runtime.t5_device if torch.cuda.is_available() else "cpu"
-        encoder = T5Encoder(files.t5, device=device, max_length=model.caption_max_length)
+        device = text.device or (runtime.t5_device if torch.cuda.is_available() else "cpu")
+        length, dtype = model.caption_max_length, text.dtype
+        encoder = T5Encoder(files.t5, device=device, dtype=dtype, max_length=length, cache=text.cache)
+        for prompt in text.prompts:
+            encoder.encode(prompt)
+        encoder.release()
     # The released autoencoder runs in bf16 whatever the DiT's dtype (1.1); fp32 models keep theirs.
-    dtype = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
-    vae = Checkpoint(files.vae).vae(dtype=dtype, device=loading.device)
+    of_vae = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
+    vae = Checkpoint(files.vae).vae(dtype=of_vae, device=loading.device)
     autoencoder = TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
     return MagiPipeline(config, Checkpoint(files.dit).dit(config, loading), autoencoder, encoder, tokens=special)
 

@@ -12,19 +12,24 @@ import hashlib
 import html
 import importlib
 import io
+import os
 import re
 import urllib.parse
 import warnings
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from threading import Lock
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.errors import InputError
@@ -35,6 +40,7 @@ T5_FOLDER = "t5-v1_1-xxl"
 SPECIAL_TOKENS_SHA256 = "b54bc664d5f4a722dfd8bb22201c025df61f22acddc07c0a2529d7b5cd6be5a7"
 """Digest of the released `special_tokens.npz`."""
 
+_KNOWN, _KEPT = 256, 1000  # encoded prompts in memory and on the disk, of 13 MB at most
 _RELEASED_CHANNELS = 4096  # of T5 v1.1 XXL
 
 _TOKEN_ROWS = 100
@@ -79,28 +85,52 @@ def counter_rows(tokens: Tensor) -> Tensor:
     return torch.stack([tokens[[_DURATION_ROW + left, _HQ_ROW]] for left in range(_DURATION_ROWS)])
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextLoading:
+    """How prompts are read."""
+
+    tokens: Path | None = None  # special_tokens.npz; None searches it, as `find_files` does
+    device: str | None = None  # where T5 encodes; None is what the configuration says, on the CPU if there is no GPU
+    dtype: Literal["float32", "bfloat16"] | None = None  # of T5; None is as its files have it
+    cache: Path | None = None  # folder where encoded prompts are kept; None keeps none
+    prompts: tuple[str, ...] = ()  # known before the model is loaded: T5 reads them first, and is let go
+
+
 class T5Encoder:
-    """The T5 v1.1 XXL encoder (19 GB in fp32, as released), read at the first prompt and again after `release`.
+    """The T5 v1.1 XXL encoder (19 GB in fp32, as released), read when a prompt needs it.
 
     The released code pads every prompt to `max_length` tokens and masks the padding. Masked positions weigh exactly
     zero, so nothing is padded here: the same result up to the order of summation, and a short prompt is far cheaper.
+    May be called by several threads.
 
     Args:
         folder: `t5_pretrained`, the folder that holds `t5-v1_1-xxl`.
         device: where to encode.
+        dtype: of the weights; None is as the files have it.
         max_length: most tokens of a caption; longer prompts are cut.
+        cache: folder where results are kept, by what they depend on; None keeps none.
 
     Raises:
         InputError: the folder or a package is missing.
     """
 
-    def __init__(self, folder: Path, *, device: str = "cpu", max_length: int = 800) -> None:
-        self.folder, self.device, self.max_length = folder / T5_FOLDER, device, max_length
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        dtype: Literal["float32", "bfloat16"] | None = None,
+        max_length: int = 800,
+        cache: Path | None = None,
+    ) -> None:
+        self.folder, self.device, self.dtype, self.max_length = folder / T5_FOLDER, device, dtype, max_length
         # Without the first two the released `spiece.model` cannot be read.
         *_, self._transformers = (_package(name) for name in ("sentencepiece", "google.protobuf", "transformers"))
         if not self.folder.is_dir():
             raise InputError(f"no T5 encoder at {self.folder}: t5_pretrained must hold the folder {T5_FOLDER}")
         check_t5(self.folder)
+        self._cache, self._known = cache, dict[str, Tensor]()
+        self._lock = Lock()
         self._tokenizer: Any = None
         self._model: Any = None
 
@@ -110,25 +140,47 @@ class T5Encoder:
         Raises:
             InputError: the files in the folder cannot be used.
         """
-        if self._model is None:
-            self._load()
-        ids = self._tokenizer(clean_prompt(prompt), max_length=self.max_length, truncation=True, return_tensors="pt")
-        with torch.no_grad():
-            rows = self._model(ids["input_ids"].to(self.device)).last_hidden_state[0]
-        return rows.float()
+        text = clean_prompt(prompt)
+        with self._lock:
+            if text not in self._known:
+                kept = None if self._cache is None else self._cache / f"{self._key(text)}.safetensors"
+                rows = None if kept is None else _read_rows(kept)
+                if rows is None:
+                    rows = self._compute(text)
+                    if kept is not None:
+                        _keep_rows(kept, rows)
+                if len(self._known) >= _KNOWN:
+                    self._known.pop(next(iter(self._known)))
+                self._known[text] = rows
+            return self._known[text]
 
     def release(self) -> None:
-        """Free the weights. Another `encode` reads them again."""
-        self._tokenizer = self._model = None
-        if torch.device(self.device).type == "cuda":
-            torch.cuda.empty_cache()
+        """Free the weights. What was encoded stays; another prompt reads them again."""
+        with self._lock:
+            self._tokenizer = self._model = None
+            if torch.device(self.device).type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _key(self, text: str) -> str:
+        """Names an encoded prompt by all that it depends on."""
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(self.folder.iterdir())]
+        kind = torch.device(self.device).type
+        return hashlib.sha256(repr((1, files, kind, self.dtype, self.max_length, text)).encode()).hexdigest()
+
+    def _compute(self, text: str) -> Tensor:
+        if self._model is None:
+            self._load()
+        ids = self._tokenizer(text, max_length=self.max_length, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            rows = self._model(ids["input_ids"].to(self.device)).last_hidden_state[0]
+        return rows.float().cpu()
 
     def _load(self) -> None:
         self._transformers.utils.logging.disable_progress_bar()  # this command shows its own
         try:
             self._tokenizer = self._transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
             model, info = self._transformers.T5EncoderModel.from_pretrained(
-                self.folder, local_files_only=True, output_loading_info=True
+                self.folder, local_files_only=True, output_loading_info=True, dtype=self.dtype or "auto"
             )
         except (OSError, ValueError, ImportError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -136,7 +188,30 @@ class T5Encoder:
         if missing := sorted(info["missing_keys"]):  # they would be random numbers
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise InputError(f"cannot load the T5 encoder from {self.folder}: it lacks {missing[0]}{more}")
-        self._model = model.to(self.device, torch.float32).requires_grad_(False).eval()
+        self._model = model.to(self.device).requires_grad_(False).eval()
+
+
+def _read_rows(path: Path) -> Tensor | None:
+    """An encoded prompt that was kept; None if it is not there, or damaged."""
+    try:
+        rows = load_file(path)["text"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return rows if rows.ndim == 2 and rows.dtype == torch.float32 and rows.isfinite().all() else None
+
+
+def _keep_rows(path: Path, rows: Tensor) -> None:
+    """Keep an encoded prompt for the next run, and no more than the newest; where that is impossible, do without."""
+    own = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"text": rows.contiguous()}, own)
+        own.replace(path)
+        for old in sorted(path.parent.glob("*.safetensors"), key=lambda one: one.stat().st_mtime)[:-_KEPT]:
+            old.unlink()
+    except (OSError, SafetensorError):
+        with suppress(OSError):
+            own.unlink()
 
 
 def check_t5(folder: Path) -> int:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from launch.cli import run
 from models.magi.folder import find_files, recognise
 from models.magi.presets import find_preset, preset_of, released_config
+from models.magi.weights import Checkpoint
 from tests.launch.process import Result
 from tests.models.downloaded import CHANNELS, SIDE, download, small_config, write_tokens
 from tests.models.released import RELEASED
@@ -113,6 +114,31 @@ def test_a_downloaded_folder_makes_a_video_in_one_process_and_on_two_ranks(
     one, two = frames(Path("one.mp4")), frames(Path("two.mp4"))
     assert one.shape == (48, SIDE, SIDE, 3) and np.array_equal(one, two)
     assert "100% of the steps computed (none)" in result.stdout  # the default of released models
+
+
+def test_prompts_of_a_command_are_read_once_before_the_model_is_loaded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import T5EncoderModel
+
+    order, load, dit = list[str](), T5EncoderModel.from_pretrained, Checkpoint.dit
+
+    def load_t5(folder, **how):
+        order.append("T5")
+        return load(folder, **how)
+
+    def load_dit(self, *given):
+        order.append("DiT")
+        return dit(self, *given)
+
+    monkeypatch.setattr(T5EncoderModel, "from_pretrained", load_t5)
+    monkeypatch.setattr(Checkpoint, "dit", load_dit)
+    prompts = [PROMPT, "a bird near a lake", "a red mat"]
+    kept = ["--prompt-cache", str(tmp_path / "kept")]
+    assert run(["generate", *prompts, "--weights", str(model), *SMALL, *kept]) == 0
+    assert order == ["T5", "DiT"] and len(list(Path("videos").glob("*.mp4"))) == 3
+    assert run(["generate", *prompts, "--weights", str(model), *SMALL, *kept]) == 0
+    assert order == ["T5", "DiT", "DiT"]  # what was read is on the disk
 
 
 # ---- inspect

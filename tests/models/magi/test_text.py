@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 from pathlib import Path
 
@@ -131,6 +132,52 @@ def test_t5_can_be_released_and_used_again(t5_folder: Path) -> None:
     before = encoder.encode("a cat")
     encoder.release()
     assert torch.equal(encoder.encode("a cat"), before)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """A list that grows by one entry with each load of a T5; the model that is loaded is the real one."""
+    from transformers import T5EncoderModel
+
+    loads, load = list[object](), T5EncoderModel.from_pretrained
+
+    def counting(folder, **how):
+        loads.append(folder)
+        return load(folder, **how)
+
+    monkeypatch.setattr(T5EncoderModel, "from_pretrained", counting)
+    return loads
+
+
+def test_several_prompts_load_t5_once_and_known_ones_not_at_all(
+    t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = counted(monkeypatch)
+    encoder = T5Encoder(t5_folder, cache=tmp_path / "prompts")
+    cat, dog = encoder.encode("a cat"), encoder.encode("a dog")
+    assert len(loads) == 1
+    encoder.release()
+    assert encoder.encode("A  CAT") is cat and len(loads) == 1  # the same once it is cleaned
+    again = T5Encoder(t5_folder, cache=tmp_path / "prompts")
+    assert torch.equal(again.encode("a dog"), dog) and len(loads) == 1  # from the disk
+    other = T5Encoder(t5_folder, cache=tmp_path / "prompts", max_length=2, dtype="bfloat16")
+    assert other.encode("a dog").shape == (2, CHANNELS) and len(loads) == 2  # what it depends on counts
+    for path in (tmp_path / "prompts").iterdir():
+        path.write_bytes(path.read_bytes()[:-9])
+    assert torch.equal(T5Encoder(t5_folder, cache=tmp_path / "prompts").encode("a dog"), dog) and len(loads) == 3
+    full = T5Encoder(t5_folder, cache=Path("/dev/null/prompts"))  # where nothing can be kept
+    assert torch.equal(full.encode("a dog"), dog)
+
+
+def test_bf16_is_an_option_and_what_the_files_have_the_default(t5_folder: Path, tmp_path: Path) -> None:
+    from transformers import T5EncoderModel
+
+    exact, rounded = (T5Encoder(t5_folder, dtype=dtype).encode("a cat") for dtype in ("float32", "bfloat16"))
+    assert exact.dtype == rounded.dtype == torch.float32
+    assert 0 < (exact - rounded).abs().max() < 0.1 * exact.abs().max()
+    assert torch.equal(T5Encoder(t5_folder).encode("a cat"), exact)
+    shutil.copytree(t5_folder / "t5-v1_1-xxl", tmp_path / "t5-v1_1-xxl")
+    T5EncoderModel.from_pretrained(t5_folder / "t5-v1_1-xxl").bfloat16().save_pretrained(tmp_path / "t5-v1_1-xxl")
+    assert torch.equal(T5Encoder(tmp_path).encode("a cat"), rounded)
 
 
 def test_an_empty_prompt_still_has_its_end_token(t5_folder: Path) -> None:
