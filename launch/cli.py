@@ -149,7 +149,7 @@ app.command("generate", help=_GENERATE_HELP)(command(declared(Options), _generat
 @app.command()
 def models() -> None:
     """List the models that can be asked for by name, their sizes, and what each needs."""
-    from launch.output.display import show_models
+    from launch.inspect import show_models
 
     show_models()
 

@@ -73,10 +73,8 @@ def _read(path: Path, kind: str, *, fps: int | None, height: int, width: int, li
     except av.ArgumentError:  # what FFmpeg says of a format that is not in the list
         raise InputError(f"cannot read the {kind} {path}: it is neither a picture nor a video") from None
     except (OSError, ValueError, av.FFmpegError) as error:
-        if (
-            address := re.match(r"(https?|ftp|rtmp|rtsp|s3|gs):/", str(path))
-        ) and not path.exists():  # a slash was lost
-            name = f"{address[0]}/{path.relative_to(address[0])}"
+        if (address := re.match(r"(https?|ftp|rtmp|rtsp|s3|gs):/", str(path))) and not path.exists():
+            name = f"{address[0]}/{path.relative_to(address[0])}"  # a path has lost a slash
             raise InputError(f"cannot read the {kind} {name}: only files are read, no addresses") from None
         reason = _refused_size(path) or getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot read the {kind} {path}: {reason}") from None
