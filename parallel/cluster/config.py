@@ -20,7 +20,7 @@ from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from models.magi.config import MagiConfig
 from models.magi.pipeline import load_pipeline, load_stage
-from models.magi.sampling import MagiSampling
+from models.magi.sampling import COPY_WEIGHT, MagiSampling
 from models.magi.text import TextLoading
 from models.magi.weights import Loading
 from models.protocols import CELL_FRAMES, Pipeline
@@ -55,6 +55,7 @@ class MagiSource:
     config: MagiConfig  # values of the configuration file
     weights: Path | None = None  # folder in place of the configured one; every node must see it
     text: TextLoading = field(default_factory=TextLoading)  # how prompts are read
+    copy_weight: float = COPY_WEIGHT  # as in `MagiSampling`
     split: str | None = None  # layers of each stage, as in `9,9,8,8`; None balances them
     precise: bool = True  # fp32 output projections, as released
     attention: str = "sdpa"  # name of the attention backend
@@ -62,13 +63,16 @@ class MagiSource:
     @property
     def identity(self) -> str:
         """A digest of all fields."""
-        files = [str(self.weights), str(self.text.tokens), self.text.dtype]
-        values = [self.config.to_dict(), *files, self.split, self.precise, self.attention]
+        text = [str(self.text.tokens), self.text.dtype, self.text.special, self.text.negative]
+        how = [self.copy_weight, self.split, self.precise, self.attention]
+        values = [self.config.to_dict(), str(self.weights), text, how]
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def lead(self, mesh: Mesh, device: str) -> Pipeline:
         """The first stage's layers, the text encoder and the autoencoder; an `InputError` says what is missing."""
-        return load_pipeline(self.config, self.weights, self._loading(mesh, device), self.text)
+        return load_pipeline(
+            self.config, self.weights, self._loading(mesh, device), self.text, copy_weight=self.copy_weight
+        )
 
     def stage(self, mesh: Mesh, device: str) -> StageModel:
         """A rank's layers; errors as in `lead`."""
