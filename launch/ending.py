@@ -23,7 +23,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _AGAIN = 1.0  # seconds after a signal, from which on another one does not wait for the clean-up
 _IMPORT = 0.02  # seconds between two looks whether an import is over
 _WAIT, _APART = 5.0, 0.5  # seconds
-_Way = Literal["end", "unwind", "hold"]
+_Way = Literal["end", "unwind", "defer"]
 
 
 class CommandFailed(Exception):  # noqa: N818 - it may be an interrupt
@@ -50,12 +50,12 @@ class _Handler:
             self.received, self._at = number, now
         elif number != signal.SIGALRM and now - self._at > _AGAIN:
             self._end()
-        if not self.raised:
+        if not self.raised and self.way != "defer":
             self.stop(frame)
 
     def stop(self, frame: FrameType | None = None) -> None:
         """Do what is to be done if a signal has come; `frame` is what the process was about."""
-        if self.received is None or self.way == "hold":
+        if self.received is None:
             return
         if self.way == "end":
             self._end()
@@ -128,9 +128,9 @@ def unwinding_signals() -> Iterator[None]:
 
 
 @contextmanager
-def holding_signals() -> Iterator[None]:
-    """Within, for a short while, nothing may be interrupted: a signal has its effect afterwards."""
-    with _way("hold"):
+def deferred_signals() -> Iterator[None]:
+    """Within, a signal interrupts nothing, as libraries could not bear it: `check_signals` raises, and the end does."""
+    with _way("defer"):
         yield
 
 

@@ -234,7 +234,7 @@ class Options:
         default="reference",
     )
     threads: int | None = _compute(
-        "CPU threads of each rank; by default all cores, shared evenly (torchrun, Ray: 1 each).",
+        "CPU threads; by default all cores, shared evenly among ranks (torchrun and Ray, so a batch: 1 each).",
         within=(1, 1024),
         hint=f"; this machine has {os.cpu_count()} cores",
     )
@@ -297,6 +297,16 @@ def together(options: Options, videos: int, *, ranks: bool | None = None) -> int
     """
     on_ranks = options.pp * options.cp > 1 if ranks is None else ranks
     return min(videos, options.concurrency or (max(2, (options.pp + 1) // 2) if on_ranks else 1))
+
+
+def ray_address() -> str | None:
+    """Where the Ray cluster is to be joined; None for one that is started on this machine."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+def threads_of_a_rank(options: Options) -> int:
+    """CPU threads of each rank on Ray; they change the bits of a video, so the default is one wherever it runs."""
+    return options.threads or 1
 
 
 def parse_size(text: str) -> int:

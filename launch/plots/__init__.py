@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from engine.files import atomic_write, check_target
 from engine.record import RunRecord
-from launch.ending import holding_signals
+from launch.ending import deferred_signals
 from launch.plots.pipeline import PipelineTrace, pipeline_figure, pipeline_table
 from launch.plots.record import distance_figure, kv_figure, reuse_figure
 
@@ -33,6 +33,6 @@ def plot(kind: str, folder: Path, out: Path) -> str:
         figure, text = PLOTS[kind](RunRecord.load(folder)), str(out)
     check_target(out, suffix=".png", what="picture")
     figure.savefig(picture := BytesIO(), format="png", dpi=150)
-    with holding_signals(), atomic_write(out) as file:
+    with deferred_signals(), atomic_write(out) as file:
         file.write(picture.getbuffer())
     return text

@@ -16,7 +16,7 @@ from tests.launch.records import made_up_record
 
 START = """
 import os, signal, sys, time
-from launch.ending import check_signals, handle_signals, holding_signals, unwinding_signals
+from launch.ending import check_signals, deferred_signals, handle_signals, unwinding_signals
 signal.signal(signal.SIGINT, signal.default_int_handler)
 number = int(sys.argv[1])
 """
@@ -52,20 +52,19 @@ with unwinding_signals():
     print("imported", flush=True)
     time.sleep(10)
 """
-HELD = """
+DEFERRED = """
 handle_signals()
-with unwinding_signals():
-    try:
-        with holding_signals():
-            os.kill(os.getpid(), number)
-            print("held", flush=True)
-    except BaseException:
-        print("unwound", flush=True)
-        raise
+with unwinding_signals(), deferred_signals():
+    os.kill(os.getpid(), number)
+    print("went on")
+    if len(sys.argv) > 2:
+        check_signals()
+        print("not reached")
+print("not reached")
 """
 TWICE = """
 handle_signals()
-with holding_signals():
+with deferred_signals():
     os.kill(os.getpid(), number)
     time.sleep(1.2)
     os.kill(os.getpid(), number)
@@ -82,8 +81,8 @@ except BaseException:
 """
 
 
-def _run(code: str, number: int, folder: Path = Path()) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", START + code, str(number)]
+def _run(code: str, number: int, *more: str, folder: Path = Path()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", START + code, str(number), *more]
     return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
 
 
@@ -105,13 +104,15 @@ def test_where_there_is_nothing_to_clean_up_it_ends_at_once(number: int) -> None
 
 def test_nothing_is_raised_in_the_middle_of_an_import(tmp_path: Path) -> None:
     (tmp_path / "swallows.py").write_text(SWALLOWS)
-    done = _run(IN_AN_IMPORT, signal.SIGTERM, tmp_path)
+    done = _run(IN_AN_IMPORT, signal.SIGTERM, folder=tmp_path)
     assert (done.stdout, done.returncode) == ("imported\n", 143)
 
 
-def test_what_may_not_be_interrupted_is_not() -> None:
-    done = _run(HELD, signal.SIGTERM)
-    assert (done.stdout, done.returncode) == ("held\nunwound\n", 143)
+@pytest.mark.parametrize("looks", [(), ("looks",)])
+@pytest.mark.parametrize(("number", "status"), [(1, 129), (2, -2), (15, 143)])
+def test_a_deferred_signal_is_seen_by_who_looks_and_at_the_end(number: int, status: int, looks: tuple[str]) -> None:
+    done = _run(DEFERRED, number, *looks)
+    assert (done.stdout, done.returncode) == ("went on\n", status)
 
 
 def test_whoever_insists_need_not_wait() -> None:
