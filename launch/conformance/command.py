@@ -86,7 +86,7 @@ def check_conformance(
     arguments: Sequence[str],
     *,
     device: str | None,
-    report_error: Callable[[Exception], None],
+    report_error: Callable[[str], None],
 ) -> int:
     """Check golden files, one line for each, also where one cannot be read; of the options only the ranks count.
 
@@ -121,7 +121,7 @@ def check_conformance(
                 show(check_file(path, device=device or "cpu"))
             except InputError as error:
                 unreadable.append(error)
-                report_error(error)
+                report_error(str(error))
         return BAD_INPUT if unreadable else FAILED if failed else OK
     on = torch.device("cpu") if device == "cpu" else None
     with join_ranks(env, options, device=on) as gang:  # anything but success ends all ranks
