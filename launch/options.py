@@ -27,6 +27,7 @@ TRACE_FILE = "trace.json"  # in the folder of a record
 
 CacheName = Literal["none", "teacache", "flowcache-slow", "flowcache-fast"]
 ReuseKind = Literal["residual", "velocity", "extrapolate"]
+Arithmetic = Literal["fp32", "bf16"]
 TokenUnit = Literal["token", "frame", "chunk"]
 
 _PROMPTS = Opt(
@@ -136,6 +137,11 @@ class Options:
         within=(0, 1),
         metavar="SHARE",
     )
+    distance: Arithmetic | None = _reuse(
+        "How far a chunk has changed is taken in [bold]fp32[/bold], or in [bold]bf16[/bold] with every step rounded, "
+        "as the published FlowCache does.",
+        metavar="DTYPE",
+    )
     clean_pass: bool | None = _passes(
         "Run each finished chunk once more, without noise, before others look back at it. With --cache none it "
         "is on; the presets of reuse leave it out, as published."
@@ -235,7 +241,7 @@ class Options:
         default="reference",
     )
     threads: int | None = _compute(
-        "CPU threads; by default all cores, shared evenly among ranks (torchrun: 1 each).",
+        "CPU threads; by default all cores, shared evenly among ranks (torchrun and Ray, so a batch: 1 each).",
         within=(1, 1024),
         hint=f"; this machine has {os.cpu_count()} cores",
     )
@@ -287,6 +293,14 @@ class BatchOptions:
 
 GOLDEN_FILES = Opt("Golden files; their weights file lies beside them.", argument=True, name="files", kind=list[Path])
 """What `flowcache conformance` is given."""
+GOLDEN_DEVICE = Opt(
+    "Where to compute. On ranks: the CPU, or a GPU for each as far as there are GPUs.",
+    shown="the CPU; on ranks GPUs if there are any",
+    name="device",
+    kind=Literal["cpu", "cuda"] | None,
+    default=None,
+)
+"""The same, beside the options of ranks."""
 
 
 def together(options: Options, videos: int, *, ranks: bool | None = None) -> int:
@@ -298,6 +312,16 @@ def together(options: Options, videos: int, *, ranks: bool | None = None) -> int
     """
     on_ranks = options.pp * options.cp > 1 if ranks is None else ranks
     return min(videos, options.concurrency or (max(2, (options.pp + 1) // 2) if on_ranks else 1))
+
+
+def ray_address() -> str | None:
+    """Where the Ray cluster is to be joined; None for one that is started on this machine."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+def threads_of_a_rank(options: Options) -> int:
+    """CPU threads of each rank on Ray; they change the bits of a video, so the default is one wherever it runs."""
+    return options.threads or 1
 
 
 def parse_size(text: str) -> int:

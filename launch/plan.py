@@ -22,7 +22,7 @@ from engine.request import Prefix, Request
 from engine.reuse.policy import ReuseSettings
 from launch.media import read_image, read_video
 from launch.memory import Job, vae_bytes
-from launch.options import CacheName, Options, ReuseKind, together
+from launch.options import CacheName, Options, ReuseKind, ray_address, together
 from models.attention import attention_backend
 from models.errors import InputError
 from models.magi.config import MagiConfig
@@ -189,7 +189,7 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
             f"{model.name} looks back at the whole video (noise2clean_kvrange is empty), so that {request.chunks:,} "
             f"chunks hold {plan.size.kv_bytes / 1e9:,.1f} GB of keys and values: give --kv-budget CHUNKS"
         )
-    if options.launcher != "ray":  # whose ranks may be anywhere
+    if options.launcher != "ray" or (model.device == "cpu" and not ray_address()):  # whose ranks may be anywhere
         job(plan, at_a_time).check(model.device)
     return replace(plan, request=replace(request, prefix=_prefix(options, request, fps=runtime.fps)))
 
@@ -363,7 +363,7 @@ POCKET_FIGURES = ReuseFigures(
 )
 # Options that change a figure of a preset, and that figure.
 _CHANGES = {"cache_threshold": "threshold", "cache_warmup": "warmup_steps"} | {
-    name: name for name in ("reuse", "extrapolate_from")
+    name: name for name in ("reuse", "extrapolate_from", "distance")
 }
 
 

@@ -27,7 +27,7 @@ from models.magi.weights import Loading
 from models.protocols import CELL_FRAMES, Pipeline
 from parallel.cluster.scheduler import GangSize, VideoSize
 from parallel.comm.ulysses import local_heads
-from parallel.health.timeouts import Timeouts
+from parallel.health.timeouts import HEAD_SECONDS, Timeouts
 from parallel.mesh import Layout, Mesh, stage_range, stage_sizes
 from parallel.ranks.worker import StageModel
 
@@ -97,7 +97,7 @@ class RankTask:
     reuse: ReuseSettings  # which steps are reused
     kv: KVSettings  # how much of the past is held
     timeouts: Timeouts  # how long to wait for others
-    threads: int | None = None  # CPU threads of each rank; None shares the cores of its node among the ranks there
+    threads: int = 1  # CPU threads of each rank: another number makes other bits, so nothing but a person changes it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +110,7 @@ class ClusterSettings:
     size: GangSize  # slots and memory that each has for videos
     max_restarts: int = 20  # of all gangs together
     node_wait: float = 300.0  # seconds to wait for nodes when no gang has room any more
+    head_wait: float = HEAD_SECONDS  # seconds for which Ray's head may not answer
 
 
 def video_size(

@@ -62,6 +62,17 @@ def test_a_pipe_gets_plain_lines(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err == "loading\n"
 
 
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    streams = [io.StringIO(), io.StringIO()]
+    one, many = (Console(file=stream, force_terminal=True, width=100) for stream in streams)
+    with Display(one) as display, BatchDisplay(many) as table:
+        display.update(_event(12, done=3))
+        table.update([row(1, State.RUNNING, gang="gang 0")])
+    assert streams[0].getvalue().startswith("chunks 3/3, step 2/8, 100%, ")
+    assert streams[1].getvalue() == "line 1 (video 1): running on gang 0\n"
+
+
 def test_several_videos_have_a_line_each() -> None:
     stream = io.StringIO()
     with Display(Console(file=stream)) as display:
@@ -188,9 +199,10 @@ def test_a_pipe_gets_lines(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_summary_counts_costs_and_names_what_failed() -> None:
-    assert summary(MIXED, seconds=150).splitlines() == [
+    assert summary(MIXED, seconds=150, restarts=2).splitlines() == [
         "6 videos: 1 running, 1 restarting, 1 failed, 1 queued, 1 done, 1 there already; 15 chunks in 2:30, "
-        "10.00 s per chunk, 49% of the steps computed, 3 restarts",
+        "10.00 s per chunk, 49% of the steps computed, gangs started again 2 times",
         "line 4 (video 4): failed: no space left",
     ]
-    assert summary([], seconds=0) == "0 videos; 0 chunks in 0:00"
+    assert summary([], seconds=0, restarts=0) == "0 videos; 0 chunks in 0:00"
+    assert summary([], seconds=0, restarts=1) == "0 videos; 0 chunks in 0:00, a gang started again"
