@@ -6,20 +6,22 @@ hands finished chunks out. A `Runner` runs the items. Nothing waits as long as a
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from engine.checkpoint.contents import RUN_FILE, fingerprint, pack_run, unpack_run
-from engine.checkpoint.files import Checkpoint, CheckpointConfig, Checkpointer, discard, newest, read_contents
+from engine.checkpoint.files import Checkpoint, CheckpointConfig, Checkpointer, newest, read_contents
 from engine.decoder import Chunk, Decoder
 from engine.executor import LocalRunner, Runner
+from engine.files import Damaged
 from engine.kv.layout import KVSettings
 from engine.order import AdmissionGate, WorkOrder
 from engine.progress import OnProgress, ProgressReporter
@@ -53,6 +55,7 @@ class Submission:
     fingerprint: Mapping[str, object] = field(default_factory=dict)
     found: Checkpoint | None = None  # the checkpoint to go on from
     state: VideoState | None = None  # what that holds of the run
+    damage: tuple[str, ...] = ()  # a line for each damaged checkpoint that was deleted
 
 
 @dataclass(slots=True)
@@ -122,7 +125,8 @@ class Engine:
         """Encode a request and look for its last checkpoint: what takes long before a video can begin.
 
         It touches no video in flight, and so may be called by another thread while this one steps. `stored` chunks are
-        in safe hands, None for all; a checkpoint after them is of no use and is deleted.
+        in safe hands, None for all; a checkpoint after them is of no use. A damaged one is deleted, and the one before
+        it taken.
 
         Raises:
             InputError: the model cannot take it, or the checkpoint is of another request, model, layout or setting.
@@ -131,15 +135,25 @@ class Engine:
         if checkpoint is None:
             return Submission(request=request, encoded=encoded)
         own = fingerprint(request, self._pipeline, self._identity, self._runner.layout, self._reuse, self._kv)
-        read = Submission(request=request, encoded=encoded, checkpoint=checkpoint, fingerprint=own)
-        found = newest(checkpoint.folder)
-        if found is None:
-            return read
-        if stored is not None and found.counts["chunks"] > stored:
-            discard(checkpoint.folder)
-            return read
-        found.check_fits(own)
-        return replace(read, found=found, state=unpack_run(read_contents(found.folder / RUN_FILE)))
+        damage: list[str] = []
+
+        def on_damage(folder: Path, error: Damaged) -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            damage.append(f"{error}; this checkpoint was deleted, and what comes after the one before it is made again")
+
+        found, state = newest(checkpoint.folder, stored=stored, on_damage=on_damage), None
+        if found is not None:
+            found.check_fits(own)
+            state = unpack_run(read_contents(found.folder, RUN_FILE))
+        return Submission(
+            request=request,
+            encoded=encoded,
+            checkpoint=checkpoint,
+            fingerprint=own,
+            found=found,
+            state=state,
+            damage=tuple(damage),
+        )
 
     def submit(
         self,
@@ -162,6 +176,7 @@ class Engine:
 
         Raises:
             InputError: the model cannot make what is asked for; the videos in flight are not touched.
+            Damaged: a file of the checkpoint has come to harm since it was found.
         """
         if isinstance(what, Request):
             what = self.read(what, checkpoint, stored=None if stored is None else stored())
@@ -179,7 +194,10 @@ class Engine:
             checkpoint=folder,
         )
         if what.state is not None:
-            run.restore(what.state)
+            try:
+                run.restore(what.state)
+            except ValueError as error:
+                raise InputError(f"the checkpoint {folder} does not fit: {error}; delete it to start anew") from None
         runner.admit(admission)
         reporter = ProgressReporter(run.schedule, partial(runner.kv, number), on_progress, recorder, counts)
         keeper = None

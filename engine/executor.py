@@ -67,14 +67,15 @@ class Stage:
     def admit(
         self, admission: Admission, *, geometry: KVGeometry | None = None, shard: TokenShard | None = None
     ) -> None:
-        """Take a video in: allocate for it, and read its shard of a checkpoint; an InputError if that does not fit.
+        """Take a video in: allocate for it, and read its shard of a checkpoint.
 
+        An InputError if that does not fit, a Damaged if it has come to harm since the checkpoint was found.
         `geometry` is of the KV that is held here, if not the model's; `shard` the tokens computed here, if not all.
         """
         geometry = geometry or self.model.kv
         kv, flags = KVBuffer(admission.kv, geometry, self._attention), FlagLog(admission.schedule)
         if admission.checkpoint is not None:
-            self._restore(Path(admission.checkpoint) / self._file, kv, flags)
+            self._restore(Path(admission.checkpoint), kv, flags)
         captions = admission.captions.to(geometry.device)
         self._videos[admission.video] = _Held(kv=kv, captions=captions, grid=admission.grid, shard=shard, flags=flags)
 
@@ -123,8 +124,8 @@ class Stage:
         held = self._videos[video]
         return {self._file: pack_shard(held.kv.state(), held.flags.state(), self._place)}
 
-    def _restore(self, path: Path, kv: KVBuffer, flags: FlagLog) -> None:
-        contents = read_contents(path)
+    def _restore(self, folder: Path, kv: KVBuffer, flags: FlagLog) -> None:
+        path, contents = folder / self._file, read_contents(folder, self._file)
         then = contents.values.get("about")
         if then != self._place:
             raise InputError(

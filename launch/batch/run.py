@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from engine.checkpoint.files import CheckpointConfig
+from engine.files import Damaged
 from launch.batch.file import BatchItem, read_batch
 from launch.batch.folder import ChunkFiles, OutputFolder
 from launch.cluster import on_ray
@@ -56,6 +57,7 @@ class _Video(Row):
     began: float | None = None
     share: float = 0.0
     ending: Future[None] | None = None
+    damaged: bool = False  # a chunk was, when all were there
 
     @property
     def order(self) -> VideoOrder:
@@ -85,12 +87,15 @@ class _Batch:
         """Make what is missing."""
         display.update(self.rows)
         with self._pool:
-            waiting = [video for video in self._videos.values() if not self._end_if_complete(video)]
-            if waiting:
-                self._make(waiting, display)
-            for video in self._videos.values():
-                self._settle(video, wait=True)
-                display.update(self.rows)
+            while queued := [video for video in self._videos.values() if video.state is State.QUEUED]:
+                for video in queued:
+                    video.chunks_done = video.files.count()
+                waiting = [video for video in queued if not self._end_if_complete(video)]
+                if waiting:
+                    self._make(waiting, display)
+                for video in self._videos.values():
+                    self._settle(video, wait=True)  # which queues a video again if a chunk of it is damaged
+                    display.update(self.rows)
 
     def _make(self, waiting: list[_Video], display: BatchDisplay) -> None:
         options, plans = self._options, [video.item.plan for video in waiting]
@@ -110,7 +115,14 @@ class _Batch:
         if options.checkpoint_every:
             folder = (options.checkpoints or options.out / ".checkpoints") / item.digest
             checkpoint = CheckpointConfig(folder=folder.absolute(), every=options.checkpoint_every)
-        files = ChunkFiles(folder=options.out / f".{item.digest}.parts")
+        request, runtime = plan.request, plan.model.config.runtime_config
+        files = ChunkFiles(
+            folder=options.out / f".{item.digest}.parts",
+            frames=runtime.chunk_width * runtime.temporal_downsample_factor,
+            height=request.height,
+            width=request.width,
+            say=self._say,
+        )
         state, title, chunks = State.QUEUED, plan.request.prompt, plan.size.chunks
         return _Video(
             line=item.line, title=title, state=state, chunks=chunks, item=item, files=files, checkpoint=checkpoint
@@ -129,6 +141,8 @@ class _Batch:
                 self._keep(backend, event)
             case messages.Admitted():
                 video = self._videos[event.video]
+                for line in event.damage:
+                    self._say(line)
                 video.began = video.began or time.monotonic()
                 video.state, video.gang = State.RUNNING, event.gang
             case messages.Progressed():
@@ -160,11 +174,11 @@ class _Batch:
 
     def _end_if_complete(self, video: _Video) -> bool:
         """Begin to encode a video all of whose chunks are there."""
-        video.chunks_done = video.files.count()
         if video.chunks_done < video.chunks:
             return False
         plan = video.item.plan
-        video.ending = self._pool.submit(video.files.encode, plan.out, fps=plan.model.config.runtime_config.fps)
+        fps = plan.model.config.runtime_config.fps
+        video.ending = self._pool.submit(video.files.encode, plan.out, video.chunks, fps=fps)
         return True
 
     def _settle(self, video: _Video, *, wait: bool) -> None:
@@ -175,6 +189,12 @@ class _Batch:
         video.ending = None
         try:
             ending.result()
+        except Damaged as error:
+            if video.damaged:  # once more: its disk is not to be trusted
+                self._fail(video, str(error))
+            else:
+                video.state, video.damaged = State.QUEUED, True
+            return
         except InputError as error:
             self._fail(video, str(error))
             return

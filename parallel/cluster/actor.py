@@ -205,12 +205,14 @@ class CommandLoop:
             return  # cancelled meanwhile
         try:
             progressed = partial(self._progressed, video)
-            video.number = engine.submit(read.result(), on_progress=progressed, gate=video, stored=lambda: video.stored)
+            found = read.result()
+            video.number = engine.submit(found, on_progress=progressed, gate=video, stored=lambda: video.stored)
         except InputError as error:
             del self._videos[name]
             self._post(messages.VideoFailed(video=name, message=str(error)))
             return
-        self._post(messages.Admitted(video=name, number=video.number, first=engine.resumed(video.number)))
+        first = engine.resumed(video.number)
+        self._post(messages.Admitted(video=name, number=video.number, first=first, damage=found.damage))
 
     def _hand_out(self, made: ChunkResult) -> None:
         chunk = made.chunk

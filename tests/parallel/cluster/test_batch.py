@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.batch.folder import ChunkFiles
 from launch.generate import generate
-from launch.options import Options
+from launch.options import CacheName, Options
 from tests.launch.process import flowcache_process
 
 pytestmark = pytest.mark.slow
@@ -39,14 +38,15 @@ def children(pid):
     return found
 
 
-def test_a_killed_batch_goes_on_where_it_was(tmp_path):
+def test_a_killed_batch_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Also with a chunk of one video and a checkpoint of the other damaged: both are made again."""
     write(tmp_path / "prompts.jsonl", *({"prompt": prompt, "chunks": 4} for prompt in PROMPTS), "{broken")
     command = ["batch", "prompts.jsonl", "--out", "videos", "--pp", "2", "--steps", "8", "--height", "64"]
     command += ["--width", "64", "--checkpoint-every", "1", "--cache", "none", "--concurrency", "2"]
     first = flowcache_process(tmp_path, *command)
     deadline = time.monotonic() + 90
     try:
-        while not list((tmp_path / "videos").glob(".*.parts/000001.npy")):
+        while len(list(tmp_path.glob("videos/.*.parts/000000.npy"))) < 2 or len(kept(tmp_path)) < 2:
             assert first.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         below = children(first.pid)
@@ -54,7 +54,14 @@ def test_a_killed_batch_goes_on_where_it_was(tmp_path):
         first.send_signal(signal.SIGKILL)
         _, text = first.communicate()
     assert any("RankActor" in _command(pid) for pid in below), text
-    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "videos").glob(".*.parts/*.npy")}
+    wholes = kept(tmp_path)
+    digest = wholes[0].relative_to(tmp_path / "videos" / ".checkpoints").parts[0]
+    part, shard = tmp_path / "videos" / f".{digest}.parts" / "000000.npy", wholes[1].parent / "rank-1.safetensors"
+    np.savez(part.with_suffix(""), frames=np.zeros((24, 64, 64, 3), np.uint8))
+    part.with_suffix(".npz").replace(part)
+    with shard.open("r+b") as file:
+        file.seek(-5000, os.SEEK_END)
+        file.write(bytes(4000))
     deadline = time.monotonic() + 20
     while left := [pid for pid in below if _command(pid) and "Agent" not in _command(pid)]:  # Ray's own take longer
         assert time.monotonic() < deadline, [_command(pid) for pid in left]
@@ -64,15 +71,28 @@ def test_a_killed_batch_goes_on_where_it_was(tmp_path):
     assert second.returncode == 1, text  # of the broken line
     assert "prompts.jsonl line 3: this is not JSON" in text and "2 done" in text
     videos = sorted((tmp_path / "videos").glob("*.mp4"))
-    assert len(videos) == 2 and parts
+    assert len(videos) == 2
+    for damaged in (part.relative_to(tmp_path), shard):
+        assert f"{damaged} does not match its checksum; " in text
     assert not list((tmp_path / "videos").glob(".*.parts"))
     results = [json.loads(line) for line in (tmp_path / "videos" / "results.jsonl").read_text().splitlines()]
     assert {result["status"] for result in results} == {"done"} and {result["chunks"] for result in results} == {4}
+    monkeypatch.chdir(tmp_path)
+    for prompt, path in zip(PROMPTS, videos, strict=True):
+        size = {"chunks": 4, "steps": 8, "height": 64, "width": 64, "cache": CacheName.NONE, "threads": 1}
+        generate(Options(prompts=[prompt], out=Path("alone.mp4"), **size), [])
+        assert path.read_bytes() == Path("alone.mp4").read_bytes()
     made = {path: path.stat().st_mtime_ns for path in videos}
     third = flowcache_process(tmp_path, *command)
     _, text = third.communicate(timeout=60)
     assert third.returncode == 1 and "2 there already" in text
     assert {path: path.stat().st_mtime_ns for path in videos} == made
+
+
+def kept(folder):
+    """The manifest of a checkpoint of each video that has one."""
+    found = sorted(folder.glob("videos/.checkpoints/**/manifest.json"))
+    return list({path.relative_to(folder / "videos" / ".checkpoints").parts[0]: path for path in found}.values())
 
 
 def _command(pid):
@@ -113,13 +133,3 @@ def test_a_file_of_bad_lines_only_is_bad_input(tmp_path):
     process = flowcache_process(tmp_path, "batch", "prompts.jsonl")
     _, text = process.communicate(timeout=60)
     assert process.returncode == 2 and "line 1" in text and "line 2" in text
-
-
-def test_chunks_count_from_the_first_on_and_only_whole_ones(tmp_path):
-    files = ChunkFiles(folder=tmp_path / "parts")
-    frames = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
-    for index in (0, 1, 3):
-        files.write(index, frames)
-    assert files.count() == 2
-    os.truncate(tmp_path / "parts" / "000001.npy", 140)
-    assert files.count() == 1
