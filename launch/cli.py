@@ -19,7 +19,7 @@ from engine.machine import settle_heap
 from launch import __version__
 from launch.ending import CommandFailed, shows_bad_input, speaks_for_all, unwind_on_signals
 from launch.forms import command, declared
-from launch.options import GOLDEN_FILES, BatchOptions, Launcher, Options
+from launch.options import GOLDEN_FILES, BatchOptions, Options
 from models.errors import InputError
 from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED
 from parallel.ranks.environment import RankEnv
@@ -138,7 +138,7 @@ def _generate(call: _Call, given: dict[str, Any]) -> None:
 
 def _batch(call: _Call, given: dict[str, Any]) -> None:
     own = {one.name: given.pop(one.name) for one in declared(BatchOptions)}
-    options = BatchOptions(**own, base=Options(**given, launcher=Launcher.RAY))
+    options = BatchOptions(**own, base=Options(**given, launcher="ray"))
     from launch.batch.run import run_batch
 
     call.imported()
@@ -160,7 +160,7 @@ app.command("generate", help=_GENERATE_HELP)(command(declared(Options), _generat
 @app.command()
 def models() -> None:
     """List the models that can be asked for by name, their sizes, and what each needs."""
-    from launch.sizes import show_models
+    from launch.output.display import show_models
 
     show_models()
 

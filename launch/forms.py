@@ -8,10 +8,9 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
-from enum import Enum
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -62,15 +61,18 @@ class Opt:
     def convert(self, value: Any) -> Any:
         """A value of the option's type, of one that a script gives; an `InputError` if it is of another kind."""
         kind = self.value_type
-        if value is None or get_origin(kind) is not None:
+        if value is None or get_origin(kind) is list:
+            return value
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        if value in choices:
             return value
         try:
-            if isinstance(value, bool) != (kind is bool) or (kind is int and value != int(value)):
+            if choices or isinstance(value, bool) != (kind is bool) or (kind is int and value != int(value)):
                 raise ValueError
             return kind(value)
         except (TypeError, ValueError):
-            choices = f": choose from {', '.join(kind)}" if issubclass(kind, Enum) else f", not of type {kind.__name__}"
-            raise InputError(f"{self.name}={value!r} cannot be used{choices}") from None
+            why = f": choose from {', '.join(choices)}" if choices else f", not of type {kind.__name__}"
+            raise InputError(f"{self.name}={value!r} cannot be used{why}") from None
 
     def check(self, value: Any) -> None:
         """Raise an `InputError` for a value out of bounds."""

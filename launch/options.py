@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import MISSING, dataclass, field
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from launch.forms import Opt, check_bounds, option
 from models.errors import InputError
@@ -22,47 +22,11 @@ _record, _ranks = partial(option, "Record"), partial(option, "Ranks")
 _files, _compute = partial(option, "Model files"), partial(option, "How to compute")
 _gangs, _safety = partial(option, "Gangs"), partial(option, "When something goes wrong")
 TRACE_FILE = "trace.json"  # in the folder of a record
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
-class CacheName(StrEnum):
-    """Names of `--cache`."""
-
-    NONE = "none"
-    TEACACHE = "teacache"
-    FLOWCACHE_SLOW = "flowcache-slow"
-    FLOWCACHE_FAST = "flowcache-fast"
-
-
-class ReuseKind(StrEnum):
-    """Names of `--reuse`."""
-
-    RESIDUAL = "residual"
-    VELOCITY = "velocity"
-    EXTRAPOLATE = "extrapolate"
-
-
-class TokenUnit(StrEnum):
-    """Names of `--kv-retention` and `--kv-queries`."""
-
-    TOKEN = "token"
-    FRAME = "frame"
-    CHUNK = "chunk"
-
-
-class Launcher(StrEnum):
-    """Names of `--launcher`."""
-
-    LOCAL = "local"
-    RAY = "ray"
-
-
-class Precision(StrEnum):
-    """Names of `--precision`."""
-
-    REFERENCE = "reference"
-    FAST = "fast"
-
+CacheName = Literal["none", "teacache", "flowcache-slow", "flowcache-fast"]
+ReuseKind = Literal["residual", "velocity", "extrapolate"]
+TokenUnit = Literal["token", "frame", "chunk"]
 
 _PROMPTS = Opt(
     'What the video shows. magi-pocket knows a colour, a shape and a motion: "a red circle moving right". '
@@ -111,7 +75,7 @@ class Options:
         "before which a chunk has hardly changed, each chunk for itself: slow stays close to the full computation, "
         "fast saves more. [bold]teacache[/bold] decides once for all chunks of the window, for comparison. "
         "[bold]none[/bold] computes everything. The options below change single figures of the preset.",
-        default=CacheName.FLOWCACHE_SLOW,
+        default="flowcache-slow",
         metavar="PRESET",
     )
     cache_threshold: float | None = _reuse(
@@ -195,10 +159,10 @@ class Options:
         metavar="VIDEOS",
         shown="2 on ranks, more from 5 stages on; 1 without ranks",
     )
-    launcher: Launcher = _ranks(
+    launcher: Literal["local", "ray"] = _ranks(
         "Who starts the ranks. local: torchrun, or this command on this machine. ray: a Ray cluster, the one that "
         "RAY_ADDRESS names, or one that is started here.",
-        default=Launcher.LOCAL,
+        default="local",
         batch=False,
     )
     trace: Path | None = _ranks(
@@ -214,9 +178,9 @@ class Options:
         "text encoders in t5 are taken first."
     )
     attention: str = _compute("auto, sdpa, flash-attn or xformers.", default="sdpa")
-    precision: Precision = _compute(
+    precision: Literal["reference", "fast"] = _compute(
         "reference computes what was released; fast leaves out its fp32 output projections.",
-        default=Precision.REFERENCE,
+        default="reference",
     )
     threads: int | None = _compute(
         "CPU threads; by default all cores, shared evenly among ranks (torchrun: 1 each).",
@@ -289,4 +253,4 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", text.lower())
     if found is None:
         raise InputError(f"{text!r} is no size: write one such as 8GB")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(float(found[1]) * 1000 ** " kmgt".index(found[2] or " "))

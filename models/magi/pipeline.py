@@ -8,13 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from models.attention import Attention
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.sampling import MagiSampling
-from models.magi.text import SpecialTokens, T5Encoder, TextEncoder
+from models.magi.text import T5Encoder, counter_rows, read_special_tokens
 from models.magi.vae import TiledVAE
 from models.magi.weights import Checkpoint, Loading
 from models.pocket.text import PocketEncoder
@@ -22,7 +23,7 @@ from models.protocols import Autoencoder, CaptionTable
 
 
 class MagiPipeline:
-    """A DiT with what turns prompts into captions (`tokens`: the released special ones) and latents into frames.
+    """A DiT with what turns prompts into captions (`tokens`: the special ones) and latents into frames.
 
     Without an encoder captions are brought, and without an autoencoder a video ends with latents.
     """
@@ -32,9 +33,9 @@ class MagiPipeline:
         config: MagiConfig,
         model: MagiDiT,
         autoencoder: Autoencoder | None = None,
-        encoder: TextEncoder | None = None,
+        encoder: T5Encoder | PocketEncoder | None = None,
         *,
-        tokens: SpecialTokens | None = None,
+        tokens: Tensor | None = None,
     ) -> None:
         self.config, self.model = config, model
         self._autoencoder, self._encoder, self._tokens = autoencoder, encoder, tokens
@@ -59,10 +60,8 @@ class MagiPipeline:
         assert self._encoder is not None
         text = self._encoder.encode(prompt)
         self._encoder.release()
-        counters, length = None, None
-        if self._tokens is not None:
-            counters = self._tokens.counters().to(text)
-            length = self.config.model_config.caption_max_length
+        counters = None if self._tokens is None else counter_rows(self._tokens)
+        length = self.config.model_config.caption_max_length
         table = CaptionTable(text=text, null=self.model.null_text(), counters=counters, max_length=length)
         return table.to(self.model.device)
 
@@ -82,38 +81,26 @@ def load_pipeline(config: MagiConfig, weights: Path | None, loading: Loading) ->
         InputError: something is missing or damaged.
     """
     runtime = config.runtime_config
-    encoder: TextEncoder = PocketEncoder()
+    root = _root(config, weights)
+    encoder: T5Encoder | PocketEncoder = PocketEncoder()
     tokens = None
     if runtime.t5_pretrained is not None:
-        root = weights or _folder(runtime.load, "load")
         t5 = root / "t5" if (root / "t5").is_dir() else Path(runtime.t5_pretrained)
-        tokens = SpecialTokens.from_npz(root / "special_tokens.npz")
+        tokens = read_special_tokens(root / "special_tokens.npz")
         encoder = T5Encoder(t5, device=runtime.t5_device, max_length=config.model_config.caption_max_length)
-    autoencoder = _load_autoencoder(config, weights, loading)
+    folder = root / "vae" if (root / "vae").is_dir() else _folder(runtime.vae_pretrained, "vae_pretrained")
+    # The released autoencoder runs in bf16 whatever the DiT's dtype (1.1); fp32 models keep theirs.
+    dtype = torch.float32 if config.model_config.dtype == torch.float32 else torch.bfloat16
+    vae = Checkpoint(folder).vae(dtype=dtype, device=loading.device)
+    autoencoder = TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
     return MagiPipeline(config, load_stage(config, weights, loading), autoencoder, encoder, tokens=tokens)
 
 
 def load_stage(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiDiT:
     """Load the DiT alone, all of it or the layers that are asked for, from exactly their tensors; errors as above."""
-    root = weights or _folder(config.runtime_config.load, "load")
+    root = _root(config, weights)
     inner = weights_folder(config, root)
     return Checkpoint(inner if inner.is_dir() or weights is None else root).dit(config, loading)
-
-
-def _load_autoencoder(config: MagiConfig, weights: Path | None, loading: Loading) -> TiledVAE:
-    runtime = config.runtime_config
-    root = weights or _folder(runtime.load, "load")
-    folder = root / "vae" if (root / "vae").is_dir() else _folder(runtime.vae_pretrained, "vae_pretrained")
-    # The released autoencoder runs in bf16 whatever the DiT's dtype (1.1); fp32 models keep theirs.
-    dtype = torch.float32 if config.model_config.dtype == torch.float32 else torch.bfloat16
-    vae = Checkpoint(folder).vae(dtype=dtype, device=loading.device)
-    return TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
-
-
-def _folder(path: str | None, key: str) -> Path:
-    if path is None:
-        raise InputError(f"the configuration has no {key}: give --weights DIR")
-    return Path(path)
 
 
 def weights_folder(config: MagiConfig, load: Path) -> Path:
@@ -122,4 +109,11 @@ def weights_folder(config: MagiConfig, load: Path) -> Path:
     return load / f"inference_weight{kind}"
 
 
-# ---- checkpoints
+def _root(config: MagiConfig, weights: Path | None) -> Path:
+    return weights or _folder(config.runtime_config.load, "load")
+
+
+def _folder(path: str | None, key: str) -> Path:
+    if path is None:
+        raise InputError(f"the configuration has no {key}: give --weights DIR")
+    return Path(path)

@@ -17,10 +17,9 @@ import urllib.parse
 import warnings
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,65 +39,39 @@ _DURATION_ROW = 7  # for the last chunk; the next row for the one before it, and
 _DURATION_ROWS = 8
 
 
-class TextEncoder(Protocol):
-    """What turns a prompt into a caption."""
+def read_special_tokens(path: Path, *, sha256: str = SPECIAL_TOKENS_SHA256) -> Tensor:
+    """The learned vectors of `special_tokens.npz` that say what kind of video is wanted: `other_tokens`, [100, C] fp32.
 
-    def encode(self, prompt: str) -> Tensor:
-        """Encode one prompt: [N, C] fp32.
+    An `InputError` if it cannot be read, has another digest, or lacks the vectors.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the special tokens {path}: {error.strerror}") from None
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != sha256:
+        raise InputError(f"{path} is not the released special_tokens.npz: its SHA-256 is {digest}, not {sha256}")
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            rows = arrays["other_tokens"]
+    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} holds no array other_tokens: {error}") from None
+    if rows.ndim != 2 or rows.shape[0] != _TOKEN_ROWS:
+        raise InputError(f"{path}: other_tokens has shape {list(rows.shape)}, expected [{_TOKEN_ROWS}, channels]")
+    # Through fp16, as released: the vectors that the DiT was trained with were rounded to it.
+    return torch.from_numpy(rows.astype(np.float16).astype(np.float32))
 
-        Raises:
-            InputError: the prompt cannot be encoded.
-        """
 
-    def release(self) -> None:
-        """Let go of the encoder's weights until the next prompt."""
+def counter_rows(tokens: Tensor) -> Tensor:
+    """Rows in front of the text: how much of the video is left, and that high quality is wanted (2.3).
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SpecialTokens:
-    """Learned vectors that say what kind of video is wanted: `other` is [100, C] fp32, rows as in specification 2.3."""
-
-    other: Tensor
-
-    @classmethod
-    def from_npz(cls, path: Path, *, sha256: str = SPECIAL_TOKENS_SHA256) -> SpecialTokens:
-        """Read `special_tokens.npz`.
-
-        Args:
-            path: the file.
-            sha256: the digest that it must have, that of the released file by default.
-
-        Raises:
-            InputError: the file cannot be read, is another one, or lacks the vectors.
-        """
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"cannot read the special tokens {path}: {error.strerror}") from None
-        digest = hashlib.sha256(content).hexdigest()
-        if digest != sha256:
-            raise InputError(f"{path} is not the released special_tokens.npz: its SHA-256 is {digest}, not {sha256}")
-        try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-                rows = arrays["other_tokens"]
-        except (KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} holds no array other_tokens: {error}") from None
-        if rows.ndim != 2 or rows.shape[0] != _TOKEN_ROWS:
-            raise InputError(f"{path}: other_tokens has shape {list(rows.shape)}, expected [{_TOKEN_ROWS}, channels]")
-        # Through fp16, as released: the vectors that the DiT was trained with were rounded to it.
-        return cls(other=torch.from_numpy(rows.astype(np.float16).astype(np.float32)))
-
-    def counters(self) -> Tensor:
-        """Rows in front of the text: how much of the video is left, and that high quality is wanted (2.3).
-
-        Returns:
-            [8, 2, C] fp32, by how many chunks come after the chunk; more than 7 count as 7.
-        """
-        return torch.stack([self.other[[_DURATION_ROW + left, _HQ_ROW]] for left in range(_DURATION_ROWS)])
+    Of special tokens [100, C]: [8, 2, C], by how many chunks come after the chunk; more than 7 count as 7.
+    """
+    return torch.stack([tokens[[_DURATION_ROW + left, _HQ_ROW]] for left in range(_DURATION_ROWS)])
 
 
 class T5Encoder:
-    """The T5 v1.1 XXL encoder (19 GB in fp32), read at the first prompt and again after `release`.
+    """The T5 v1.1 XXL encoder (19 GB in fp32, as released), read at the first prompt and again after `release`.
 
     The released code pads every prompt to `max_length` tokens and masks the padding. Masked positions weigh exactly
     zero, so nothing is padded here: the same result up to the order of summation, and a short prompt is far cheaper.
@@ -107,21 +80,13 @@ class T5Encoder:
         folder: `t5_pretrained`, the folder that holds `t5-v1_1-xxl`.
         device: where to encode.
         max_length: most tokens of a caption; longer prompts are cut.
-        dtype: dtype of the weights, fp32 as released.
 
     Raises:
         InputError: the folder or a package is missing.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        device: torch.device | str = "cpu",
-        max_length: int = 800,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.folder, self.device, self.max_length, self.dtype = folder / T5_FOLDER, device, max_length, dtype
+    def __init__(self, folder: Path, *, device: str = "cpu", max_length: int = 800) -> None:
+        self.folder, self.device, self.max_length = folder / T5_FOLDER, device, max_length
         # Without the first two the released `spiece.model` cannot be read.
         *_, self._transformers = (_package(name) for name in ("sentencepiece", "google.protobuf", "transformers"))
         if not self.folder.is_dir():
@@ -155,7 +120,7 @@ class T5Encoder:
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"cannot load the T5 encoder from {self.folder}: {reason}") from None
-        self._model = model.to(device=self.device, dtype=self.dtype).requires_grad_(False).eval()
+        self._model = model.to(self.device, torch.float32).requires_grad_(False).eval()
 
 
 # Cleaning of prompts: patterns and their replacements, in order.
@@ -170,8 +135,8 @@ _ADDRESS = (
     r"\b((?:{scheme}:(?:\/{{1,3}}|[a-zA-Z0-9%])|[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b\/?(?!@)))"
 )
 _DASHES = (
-    "\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63"
-    "\uff0d"
+    r"\-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0"
+    r"\ufe31\ufe32\ufe58\ufe63\uff0d"
 )
 _FILE_ENDINGS = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 
@@ -181,14 +146,8 @@ _ADDRESSES = _rules((_ADDRESS.format(scheme="https?"), ""), (_ADDRESS.format(sch
 # Steps 5 to 17: marks, dashes, quotes and what a web page leaves behind.
 _MARKS = _rules(
     (r"@[\w\d]+\b", ""),
-    (r"[\u31c0-\u31ef]+", ""),
-    (r"[\u31f0-\u31ff]+", ""),
-    (r"[\u3200-\u32ff]+", ""),
-    (r"[\u3300-\u33ff]+", ""),
-    (r"[\u3400-\u4dbf]+", ""),
-    (r"[\u4dc0-\u4dff]+", ""),
-    (r"[\u4e00-\u9fff]+", ""),
-    (rf"[{re.escape(_DASHES[0])}{_DASHES[1:]}]+", "-"),
+    (r"[\u31c0-\u9fff]+", ""),  # seven blocks in a row
+    (rf"[{_DASHES}]+", "-"),
     (r"[`´«»“”¨]", '"'),
     (r"[‘’]", "'"),
     (r"&quot;?", ""),

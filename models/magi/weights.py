@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,13 +51,13 @@ class Loading:
 _WHOLE = Loading()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Stored:
+class _Stored(NamedTuple):
     """What a safetensors file says about one of its tensors."""
 
     path: Path
     shape: tuple[int, ...]
     dtype: str
+    end: int  # byte of the file's data
 
 
 class Checkpoint:
@@ -116,14 +116,13 @@ class Checkpoint:
         """Give a network on the meta device its tensors, in these dtypes."""
         found = self._locate(dtypes, all_used=all_used)
         for name, declared in model.state_dict().items():
-            entry, shape, quantised = found[name], tuple(declared.shape), dtypes[name] == torch.float8_e4m3fn
-            if entry.shape != shape:
-                stored = list(entry.shape)
-                raise InputError(f"{entry.path}: {name} has shape {stored}, but the model needs {list(shape)}")
+            entry, quantised = found[name], dtypes[name] == torch.float8_e4m3fn
+            shape, needed = list(declared.shape), _FP8 if quantised else "an unquantised dtype"
+            if list(entry.shape) != shape:
+                raise InputError(f"{entry.path}: {name} has shape {list(entry.shape)}, but the model needs {shape}")
             if entry.dtype not in _FLOATING:
                 raise InputError(f"{entry.path}: {name} is {entry.dtype}: weights are floating-point numbers")
             if (entry.dtype == _FP8) != quantised:
-                needed = _FP8 if quantised else "an unquantised dtype"
                 raise InputError(f"{entry.path}: {name} is {entry.dtype}, but the configuration asks for {needed}")
         model.load_state_dict(_read(found, device, dtypes), assign=True)
         return model.requires_grad_(False).eval()
@@ -209,18 +208,17 @@ def _read_header(path: Path) -> dict[str, _Stored]:
     try:
         header = json.loads(content)
         header.pop("__metadata__", None)
-        spans = {name: tuple(map(int, entry["data_offsets"])) for name, entry in header.items()}
         tensors = {
-            name: _Stored(path=path, shape=tuple(map(int, entry["shape"])), dtype=str(entry["dtype"]))
+            name: _Stored(path, tuple(map(int, entry["shape"])), str(entry["dtype"]), int(entry["data_offsets"][1]))
             for name, entry in header.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path} is not a complete safetensors file ({size:,} bytes): download it again") from None
     data = size - 8 - length
     # In the order of the bytes, so that the first bad tensor is the one where the file ends.
-    for name, (_, end) in sorted(spans.items(), key=lambda item: item[1]):
-        if end > data:
-            short = max(last for _, last in spans.values()) - data
+    for name, entry in sorted(tensors.items(), key=lambda item: item[1].end):
+        if entry.end > data:
+            short = max(last.end for last in tensors.values()) - data
             raise InputError(f"{path} is truncated: it lacks {short:,} bytes, from {name} on; download it again")
     return tensors
 

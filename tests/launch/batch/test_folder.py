@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engine.files import Damaged, part_of, write_sealed
+from engine.files import Damaged, DiskFull, part_of, write_sealed
 from launch.batch.folder import RESULTS, ChunkFiles, OutputFolder, is_whole
 from launch.output.display import Row, State
 from launch.output.video import VideoWriter
@@ -162,7 +162,7 @@ def chunk(seed: int = 0, frames: int = 4, height: int = 32) -> NDArray[np.uint8]
 def test_a_full_disk_leaves_nothing_of_a_chunk(tmp_path: Path) -> None:
     files = chunk_files(tmp_path)
     files.write(0, chunk())
-    with short_files(), pytest.raises(InputError, match=r"000001\.npy"):
+    with short_files(), pytest.raises(DiskFull, match=r"000001\.npy: no space left there, .* MB are free"):
         files.write(1, chunk())
     assert files.count() == 1
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["000000.npy"]

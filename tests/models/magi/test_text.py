@@ -12,7 +12,7 @@ import sentencepiece
 import torch
 
 from models.errors import InputError
-from models.magi.text import SpecialTokens, T5Encoder, TextEncoder, clean_prompt
+from models.magi.text import T5Encoder, clean_prompt, counter_rows, read_special_tokens
 from models.protocols import CaptionTable
 
 CHANNELS = 16
@@ -125,7 +125,7 @@ def test_t5_gives_the_rows_that_count_of_a_padded_encoding(t5_folder: Path) -> N
     from transformers import T5EncoderModel, T5Tokenizer
 
     prompt = "A cat sits on a Red mat"
-    encoder: TextEncoder = T5Encoder(t5_folder, max_length=40)
+    encoder = T5Encoder(t5_folder, max_length=40)
     rows = encoder.encode(prompt)
     tokenizer = T5Tokenizer.from_pretrained(t5_folder / "t5-v1_1-xxl")
     model = T5EncoderModel.from_pretrained(t5_folder / "t5-v1_1-xxl").eval()
@@ -196,36 +196,36 @@ def write_tokens(path: Path, rows: int = 100) -> tuple[np.ndarray, str]:
 
 def test_special_tokens_are_rounded_to_fp16(tmp_path: Path) -> None:
     other, digest = write_tokens(tmp_path / "tokens.npz")
-    tokens = SpecialTokens.from_npz(tmp_path / "tokens.npz", sha256=digest)
-    assert tokens.other.dtype == torch.float32
-    assert np.array_equal(tokens.other.numpy(), other.astype(np.float16).astype(np.float32))
-    assert not np.array_equal(tokens.other.numpy(), other.astype(np.float32))
+    tokens = read_special_tokens(tmp_path / "tokens.npz", sha256=digest)
+    assert tokens.dtype == torch.float32
+    assert np.array_equal(tokens.numpy(), other.astype(np.float16).astype(np.float32))
+    assert not np.array_equal(tokens.numpy(), other.astype(np.float32))
 
 
 def test_other_special_tokens_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "tokens.npz"
     with pytest.raises(InputError, match="cannot read the special tokens .*tokens.npz"):
-        SpecialTokens.from_npz(path)
+        read_special_tokens(path)
     _, digest = write_tokens(path, rows=7)
     with pytest.raises(InputError, match=f"its SHA-256 is {digest}, not b54bc664"):
-        SpecialTokens.from_npz(path)
+        read_special_tokens(path)
     with pytest.raises(InputError, match=r"other_tokens has shape \[7, 16\]"):
-        SpecialTokens.from_npz(path, sha256=digest)
+        read_special_tokens(path, sha256=digest)
     np.savez(path, tokens=np.ones(3))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(InputError, match="holds no array other_tokens"):
-        SpecialTokens.from_npz(path, sha256=digest)
+        read_special_tokens(path, sha256=digest)
     path.write_text("no archive")
     with pytest.raises(InputError, match="holds no array other_tokens"):
-        SpecialTokens.from_npz(path, sha256=hashlib.sha256(b"no archive").hexdigest())
+        read_special_tokens(path, sha256=hashlib.sha256(b"no archive").hexdigest())
 
 
 def numbered(max_length: int = 800) -> CaptionTable:
     """Text rows hold -1, -2, -3, row r of the special tokens holds r, the null text -9."""
-    tokens = SpecialTokens(other=torch.arange(100.0)[:, None].expand(100, CHANNELS))
+    tokens = torch.arange(100.0)[:, None].expand(100, CHANNELS)
     text = -torch.arange(1.0, 4.0)[:, None].expand(3, CHANNELS)
     null = torch.full((2, CHANNELS), -9.0)
-    return CaptionTable(text=text, null=null, counters=tokens.counters(), max_length=max_length)
+    return CaptionTable(text=text, null=null, counters=counter_rows(tokens), max_length=max_length)
 
 
 def test_special_tokens_come_first_duration_before_quality() -> None:

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import sizes
+from launch import plan
 from launch.options import Options
-from launch.plan import bytes_needed, plan_requests
-from launch.sizes import check_memory, free_bytes
+from launch.plan import bytes_needed, check_memory, free_bytes, plan_requests
 from models.errors import InputError
 
 
@@ -29,7 +28,7 @@ def test_it_follows_the_size_of_the_video(random_weights: Path) -> None:
 def test_too_little_is_said_with_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     free = free_bytes()
     assert free is not None and free > 10**8
-    monkeypatch.setattr(sizes, "free_bytes", lambda: 3 * 10**9)
+    monkeypatch.setattr(plan, "free_bytes", lambda: 3 * 10**9)
     check_memory("a video", 3 * 10**9)
     with pytest.raises(InputError, match=r"a video needs 9.5 GB, 3.0 GB are free: ask for a smaller --height"):
         check_memory("a video", 9_500_000_000)
