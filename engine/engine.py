@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from engine.checkpoint.contents import RUN_FILE, fingerprint, pack_run, unpack_run
-from engine.checkpoint.files import Checkpoint, CheckpointConfig, Checkpointer, newest, read_contents
+from engine.checkpoint.files import Checkpoint, CheckpointConfig, Checkpointer, discard, newest, read_contents
 from engine.decoder import Chunk, Decoder
-from engine.executor import LocalRunner, Runner
+from engine.executor import LocalRunner, NotFinite, Runner
 from engine.files import Damaged
 from engine.kv.layout import KVSettings
 from engine.order import AdmissionGate, WorkOrder
@@ -100,6 +101,7 @@ class Engine:
         self._barrier, self._on_decoded, self._wake = barrier, on_decoded, threading.Event()
         self._decoder: Decoder | None = None
         self._videos: dict[int, _Video] = {}
+        self._not_finite: dict[int, NotFinite] = {}  # videos with a bad chunk, to be said with the next step
         self._numbers = 0
 
     @property
@@ -218,10 +220,13 @@ class Engine:
 
         Raises:
             GangError: a rank has failed.
+            NotFinite: one of the videos cannot be made, and is to be cancelled; the others go on.
             DecoderHung: the autoencoder does not come on.
             InputError: a checkpoint cannot be written, which ends the gang.
         """
-        for video in self._videos.values():
+        for number, video in self._videos.items():
+            if number in self._not_finite:
+                self._give_up(self._not_finite[number])
             if video.checkpointer is not None:
                 video.checkpointer.poll(video.handed_out if video.stored is None else video.stored())
         if not self._idle():
@@ -241,6 +246,7 @@ class Engine:
         held = self._videos.pop(video, None)
         if held is None:
             return
+        self._not_finite.pop(video, None)
         if self._decoder is not None:
             self._decoder.forget(video)
         if not held.released:
@@ -331,6 +337,15 @@ class Engine:
             video = self._videos.get(item.request)
             if video is not None:
                 video.order.returned(item, velocity)
+        for number in self._videos:
+            if (error := self._runner.not_finite(number)) is not None:
+                self._give_up(error)
+
+    def _give_up(self, error: NotFinite) -> None:
+        """Raise it. The video's checkpoints are deleted, as nobody knows since when it was wrong."""
+        if (checkpointer := self._videos[error.video].checkpointer) is not None:
+            discard(checkpointer.folder)
+        raise error
 
     def _collect(self, number: int, video: _Video) -> None:
         """Report what has happened to a video since the last look, and let go of it if all of its work is done."""
@@ -357,9 +372,19 @@ class Engine:
         self._decoder.put(number, index, latents)
 
     def _next_chunk(self, number: int, video: _Video, *, wait: bool) -> Chunk | None:
+        if number in self._not_finite:
+            return None
         if video.chunks:
             return video.chunks.popleft()
-        return None if self._decoder is None else self._decoder.get(number, wait=wait)
+        chunk = None if self._decoder is None else self._decoder.get(number, wait=wait)
+        # The runner of a GPU may learn of what is not finite too late. These latents are on the host in any case.
+        if chunk is not None and not torch.isfinite(chunk.latents.sum()):
+            schedule = video.run.schedule
+            index = schedule.first + chunk.index
+            tick = schedule.tick_of(index, schedule.num_steps - 1)
+            self._not_finite[number] = NotFinite(number, rank=0, tick=tick, chunk=index)
+            return None
+        return chunk
 
     def _save(self, number: int, folder: Path) -> Mapping[str, int]:
         """Have all ranks keep what a video has come to."""

@@ -183,7 +183,8 @@ class Checkpointer:
         save: Callable[[Path], Mapping[str, int]],  # takes a snapshot, begins to write it, gives counts so far
         saved: Callable[[], tuple[Shard, ...] | None],  # the last one's files, once on the disk
     ) -> None:
-        self._config, self._fingerprint, self._start = config, fingerprint, start
+        self.folder, self._every = config.folder, config.every
+        self._fingerprint, self._start = fingerprint, start
         self._save, self._saved = save, saved
         self._pending: Checkpoint | None = None
         self.writing = False
@@ -191,13 +192,13 @@ class Checkpointer:
 
     def due(self, quantum: Quantum) -> bool:
         """Whether there is to be a checkpoint before a quantum."""
-        return quantum.index > self._start and quantum.index % self._config.every == 0
+        return quantum.index > self._start and quantum.index % self._every == 0
 
     def reached(self, quantum: Quantum) -> bool:
         """Take the snapshot; False while the one before is not whole, to be asked again."""
         if self._pending is not None:
             return False
-        folder = new_folder(self._config.folder, quantum.index)
+        folder = new_folder(self.folder, quantum.index)
         counts, fingerprint, self.writing = self._save(folder), self._fingerprint, True
         self._pending = Checkpoint(
             folder=folder, quantum=quantum.index, counts=counts, fingerprint=fingerprint, shards=()

@@ -19,6 +19,7 @@ import ray
 import torch
 
 from engine.engine import ChunkResult, Engine, Submission
+from engine.executor import NotFinite
 from engine.machine import settle_heap
 from engine.progress import Progress
 from engine.schedule import Quantum
@@ -167,7 +168,12 @@ class CommandLoop:
             if (stalled and not self._finishing) or not self._inbox.empty():
                 self._carry_out(self._inbox.get(), engine)
                 continue
-            for made in engine.step():
+            try:
+                results = engine.step()
+            except NotFinite as error:
+                self._fail(error, engine)
+                continue
+            for made in results:
                 self._hand_out(made)
             for video in list(self._videos.values()):
                 if video.number >= 0 and not engine.running(video.number):
@@ -213,6 +219,12 @@ class CommandLoop:
             return
         first = engine.resumed(video.number)
         self._post(messages.Admitted(video=name, number=video.number, first=first, damage=found.damage))
+
+    def _fail(self, error: NotFinite, engine: Engine) -> None:
+        engine.cancel(error.video)
+        for name in [name for name, video in self._videos.items() if video.number == error.video]:
+            del self._videos[name]
+            self._post(messages.VideoFailed(video=name, message=str(error)))
 
     def _hand_out(self, made: ChunkResult) -> None:
         chunk = made.chunk

@@ -13,7 +13,8 @@ import pytest
 
 from launch.generate import generate
 from launch.options import CacheName, Options
-from tests.launch.process import flowcache_process
+from models.pocket.text import VOCABULARY
+from tests.launch.process import flowcache_process, overflowing_weights
 
 pytestmark = pytest.mark.slow
 PROMPTS = ["a red circle moving right", "a blue cross moving up"]
@@ -106,16 +107,24 @@ def _command(pid):
 
 
 def test_a_batch_joins_the_cluster_that_it_is_told_of(cluster, tmp_path, monkeypatch):
+    """With weights that one word of a prompt makes overflow: that video is reported, and the other one made."""
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    write(tmp_path / "prompts.jsonl", {"prompt": PROMPTS[0], "chunks": 1})
-    size = ["--steps", "8", "--height", "64", "--width", "64"]
+    word = VOCABULARY.index("blue")
+    weights = overflowing_weights(tmp_path / "weights", "y_embedder.y_proj_xattn.0.weight", slice(word, word + 1))
+    write(tmp_path / "prompts.jsonl", *({"prompt": prompt, "chunks": 1} for prompt in reversed(PROMPTS)))
+    size = ["--steps", "8", "--height", "64", "--width", "64", "--weights", weights, "--pp", "2"]
     wide = flowcache_process(tmp_path, "batch", "prompts.jsonl", "--threads", "99", *size)
     _, text = wide.communicate(timeout=60)
-    assert wide.returncode == 2 and "1 gang of --pp 1 x --cp 1 needs 99 CPUs; the cluster has" in text
+    assert wide.returncode == 2 and "1 gang of --pp 2 x --cp 1 needs 198 CPUs; the cluster has" in text
     made = flowcache_process(tmp_path, "batch", "prompts.jsonl", *size)
     _, text = made.communicate(timeout=90)
-    assert made.returncode == 0, text
+    assert made.returncode == 1, text
     assert len(list((tmp_path / "videos").glob("*.mp4"))) == 1
+    lines = (tmp_path / "videos" / "results.jsonl").read_text().splitlines()
+    found = {one["prompt"]: one for one in map(json.loads, lines)}
+    assert [found[prompt]["status"] for prompt in PROMPTS] == ["done", "failed"]
+    assert "rank 0 has computed NaN or infinity at tick 0, chunk 0: " in found[PROMPTS[1]]["error"]
+    assert "was lost" not in text
 
 
 def test_a_video_on_ray_is_that_of_one_process(tmp_path, monkeypatch):
