@@ -109,6 +109,8 @@ class RunRecord:
             settings = json.loads((folder / _SETTINGS_FILE).read_text())
             if not isinstance(settings, dict):
                 raise ValueError(f"{_SETTINGS_FILE} is not a JSON object")
+            if not isinstance(settings.get("prompt"), str):
+                raise ValueError(f"{_SETTINGS_FILE} has no prompt, so it is no record's")
             record = cls(settings=settings, **_read_arrays(folder / _ARRAYS_FILE))
             record._check()
         except FileNotFoundError as error:
