@@ -58,6 +58,11 @@ class Submission:
     state: VideoState | None = None  # what that holds of the run
     damage: tuple[str, ...] = ()  # a line for each damaged checkpoint that was deleted
 
+    @property
+    def first(self) -> int:
+        """Index of the first chunk that is handed out: more than 0 if it goes on from a checkpoint."""
+        return 0 if self.found is None else self.found.counts["chunks"]
+
 
 @dataclass(slots=True)
 class _Video:
@@ -68,13 +73,9 @@ class _Video:
     decodes: bool
     stored: Callable[[], int] | None
     handed_out: int  # index of the next chunk
-    resumed: int = field(init=False)  # the first of them
     chunks: deque[Chunk] = field(default_factory=deque)  # of a video that is not decoded
     ready_since: float | None = None
     released: bool = False  # the runner has let go of it
-
-    def __post_init__(self) -> None:
-        self.resumed = self.handed_out
 
     @property
     def writing(self) -> bool:
@@ -112,10 +113,6 @@ class Engine:
     def running(self, video: int) -> bool:
         """Whether a video is in flight."""
         return video in self._videos
-
-    def resumed(self, video: int) -> int:
-        """Index of the first chunk that a video in flight hands out: more than 0 if it goes on from a checkpoint."""
-        return self._videos[video].resumed
 
     def wake(self) -> None:
         """A gate has opened, so `step` need not wait any more. May be called by any thread."""
@@ -159,16 +156,15 @@ class Engine:
 
     def submit(
         self,
-        what: Request | Submission,  # to make; a request is read first, see `read`
+        what: Request | Submission,  # to make; a request is read first, without a checkpoint
         *,
         on_progress: OnProgress | None = None,  # called after every tick
         recorder: Recorder | None = None,  # takes what happens, for a record
-        checkpoint: CheckpointConfig | None = None,  # of a request, where and how often to keep how far it is
         stored: Callable[[], int] | None = None,  # the next chunk not in safe hands; None for the next one to hand out
         gate: AdmissionGate | None = None,  # lets its quanta begin, see `wake`; None lets all
         decode: bool = True,  # whether frames are wanted
     ) -> int:
-        """Begin a video besides those in flight, or go on with it if there is a checkpoint of it.
+        """Begin a video besides those in flight, or go on with it from the checkpoint that was found.
 
         A record of a video that goes on from a checkpoint has the rest only. A checkpoint is only made whole when all
         chunks before it are in safe hands.
@@ -181,7 +177,7 @@ class Engine:
             Damaged: a file of the checkpoint has come to harm since it was found.
         """
         if isinstance(what, Request):
-            what = self.read(what, checkpoint, stored=None if stored is None else stored())
+            what = self.read(what)
         number, found, runner = self._numbers, what.found, self._runner
         start, counts, folder = (0, {}, None) if found is None else (found.quantum, found.counts, found.folder)
         self._numbers += 1
@@ -208,8 +204,7 @@ class Engine:
             keeper = Checkpointer(what.checkpoint, what.fingerprint, start, save, saved)
         decided, barrier = reporter.decided, self._barrier
         order = WorkOrder(run, barrier=barrier, on_decision=decided, gate=gate, checkpointer=keeper, start=start)
-        first = reporter.counts["chunks"]
-        self._videos[number] = _Video(run, order, reporter, keeper, decode, stored, handed_out=first)
+        self._videos[number] = _Video(run, order, reporter, keeper, decode, stored, handed_out=what.first)
         return number
 
     def step(self) -> list[ChunkResult]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.checkpoint.files import Checkpointer
 from engine.reuse.policy import Decision, Observation
-from engine.schedule import Quantum, Tick
+from engine.schedule import Tick
 from engine.video import VideoRun, Work, WorkItem
 from models.protocols import Pass
 
@@ -31,10 +31,10 @@ OnDecision = Callable[[Observation, Decision], None]
 class AdmissionGate(Protocol):
     """Says when the quanta of one video may begin. It is called by the thread that works off the video."""
 
-    def announce(self, quantum: Quantum) -> None:
+    def announce(self, quantum: int) -> None:
         """A quantum comes next: the last tick of the one before has begun, or the video has been submitted."""
 
-    def open(self, quantum: Quantum) -> bool:
+    def open(self, quantum: int) -> bool:
         """Whether a quantum may begin; asked again and again until it may, so it must answer at once."""
 
 
@@ -82,7 +82,7 @@ class WorkOrder:
         self._peeked: Work | None = None
         self._walk, self._over, self._before = self._issue(), False, time.perf_counter()
         if gate is not None:
-            gate.announce(run.schedule.quantum(start))
+            gate.announce(start)
 
     @property
     def over(self) -> bool:
@@ -127,16 +127,16 @@ class WorkOrder:
     def _issue(self) -> Iterator[Work | None]:
         """Work in order; None where the next one has to wait."""
         schedule = self._run.schedule
-        for index in range(self._start, schedule.quanta):
-            yield from self._hold(schedule.quantum(index))
-            if not index:
+        for quantum in range(self._start, schedule.quanta):
+            yield from self._hold(quantum)
+            if not quantum:
                 yield from self._run.prefix_work()
-            ticks = schedule.ticks_of_quantum(index)
+            ticks = schedule.ticks_of_quantum(quantum)
             for tick in ticks:
-                last = tick == ticks[-1] and index < schedule.quanta - 1
-                yield from self._tick(schedule.tick(tick), schedule.quantum(index + 1) if last else None)
+                last = tick == ticks[-1] and quantum < schedule.quanta - 1
+                yield from self._tick(schedule.tick(tick), quantum + 1 if last else None)
 
-    def _hold(self, quantum: Quantum) -> Iterator[None]:
+    def _hold(self, quantum: int) -> Iterator[None]:
         """Before a quantum: do what is due, and wait until it may begin."""
         if self._checkpointer is not None and self._checkpointer.due(quantum):
             yield from self._until(list(self._steps))
@@ -148,7 +148,7 @@ class WorkOrder:
             yield None
         self.held = False
 
-    def _tick(self, tick: Tick, coming: Quantum | None) -> Iterator[Work | None]:
+    def _tick(self, tick: Tick, coming: int | None) -> Iterator[Work | None]:
         """A tick's work; `coming` is the quantum to announce when it has begun."""
         run, opened = self._run, TickProgress(tick=tick, left=len(tick.active))
         if self._barrier:

@@ -181,9 +181,7 @@ class Recorder:
             self._arrays[name][tick] = figure
 
     def retired(self, chunk: int, shares: np.ndarray) -> None:
-        """A chunk has left the window; these shares of chunks 0 .. chunk are still held. Given chunks are not noted."""
-        if chunk < self._first:
-            return
+        """A chunk that was made has left the window; these shares of chunks 0 .. chunk are still held."""
         (alive,) = np.nonzero(shares)
         self._held.append(np.stack([np.full(len(alive), chunk), alive, shares[alive]], axis=1).astype(np.float64))
 

@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 
 from engine.checkpoint.contents import Contents
 from engine.files import Damaged, atomic_write, check_file, digest_of, digest_of_file, part_of, publish, write_errors
-from engine.schedule import Quantum
 from models.errors import InputError
 
 _MANIFEST = "manifest.json"
@@ -190,19 +189,17 @@ class Checkpointer:
         self.writing = False
         """Some rank has a file that is not on the disk yet."""
 
-    def due(self, quantum: Quantum) -> bool:
+    def due(self, quantum: int) -> bool:
         """Whether there is to be a checkpoint before a quantum."""
-        return quantum.index > self._start and quantum.index % self._every == 0
+        return quantum > self._start and quantum % self._every == 0
 
-    def reached(self, quantum: Quantum) -> bool:
+    def reached(self, quantum: int) -> bool:
         """Take the snapshot; False while the one before is not whole, to be asked again."""
         if self._pending is not None:
             return False
-        folder = new_folder(self.folder, quantum.index)
+        folder = new_folder(self.folder, quantum)
         counts, fingerprint, self.writing = self._save(folder), self._fingerprint, True
-        self._pending = Checkpoint(
-            folder=folder, quantum=quantum.index, counts=counts, fingerprint=fingerprint, shards=()
-        )
+        self._pending = Checkpoint(folder=folder, quantum=quantum, counts=counts, fingerprint=fingerprint, shards=())
         return True
 
     def poll(self, stored: int) -> None:

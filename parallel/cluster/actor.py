@@ -22,7 +22,6 @@ from engine.engine import ChunkResult, Engine, Submission
 from engine.executor import NotFinite
 from engine.machine import settle_heap
 from engine.progress import Progress
-from engine.schedule import Quantum
 from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.config import RankTask
@@ -121,13 +120,13 @@ class _Video:
     progress: Progress | None = None  # the latest
     permitted: set[int] = field(default_factory=set)  # quanta
 
-    def announce(self, quantum: Quantum) -> None:
+    def announce(self, quantum: int) -> None:
         """Ask for a quantum."""
-        self.send(messages.QuantumReady(video=self.order.video, quantum=quantum.index))
+        self.send(messages.QuantumReady(video=self.order.video, quantum=quantum))
 
-    def open(self, quantum: Quantum) -> bool:
+    def open(self, quantum: int) -> bool:
         """Whether a quantum is permitted."""
-        return quantum.index in self.permitted
+        return quantum in self.permitted
 
 
 class CommandLoop:
@@ -217,8 +216,7 @@ class CommandLoop:
             del self._videos[name]
             self._post(messages.VideoFailed(video=name, message=str(error)))
             return
-        first = engine.resumed(video.number)
-        self._post(messages.Admitted(video=name, number=video.number, first=first, damage=found.damage))
+        self._post(messages.Admitted(video=name, number=video.number, first=found.first, damage=found.damage))
 
     def _fail(self, error: NotFinite, engine: Engine) -> None:
         engine.cancel(error.video)
