@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from launch.generate import generate
-from launch.options import CacheName, Options
+from launch.options import Options
 from models.pocket.text import VOCABULARY
 from tests.launch.process import flowcache_process, overflowing_weights
 
@@ -82,7 +82,7 @@ def test_a_killed_batch_goes_on_where_it_was(tmp_path, monkeypatch):
     assert {result["status"] for result in results} == {"done"} and {result["chunks"] for result in results} == {4}
     monkeypatch.chdir(tmp_path)
     for prompt, path in zip(PROMPTS, videos, strict=True):
-        size = {"chunks": 4, "steps": 8, "height": 64, "width": 64, "cache": CacheName.NONE, "threads": 1}
+        size = {"chunks": 4, "steps": 8, "height": 64, "width": 64, "cache": "none", "threads": 1}
         generate(Options(prompts=[prompt], out=Path("alone.mp4"), **size), [])
         assert path.read_bytes() == Path("alone.mp4").read_bytes()
     made = {path: path.stat().st_mtime_ns for path in videos}
