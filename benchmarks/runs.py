@@ -275,7 +275,7 @@ def reuse_for(workload: Workload, fraction: float) -> ReuseSettings:
     reuse = ReuseSettings(
         policy="flowcache", warmup_steps=_WARMUP, reuse="extrapolate", clean_pass=False, copy_pass=False
     )
-    return reuse.with_threshold(in_fresh_process(find_threshold, workload, reuse, fraction))
+    return replace(reuse, threshold=in_fresh_process(find_threshold, workload, reuse, fraction))
 
 
 def find_threshold(workload: Workload, reuse: ReuseSettings, fraction: float) -> float:
@@ -293,7 +293,7 @@ def find_threshold(workload: Workload, reuse: ReuseSettings, fraction: float) ->
     start = list(search(lambda one: _computed(changes, one, reuse.warmup_steps), fraction, estimated, tries=40))[-1]
 
     def measure(threshold: float) -> float:
-        return _record(replace(short, reuse=reuse.with_threshold(threshold)), pipeline).computed_fraction
+        return _record(replace(short, reuse=replace(reuse, threshold=threshold)), pipeline).computed_fraction
 
     bounds = {start / 4: math.inf, start * 4: -math.inf}
     return nearest(search(measure, fraction, bounds, tries=_TRIES, near=_NEAR, geometric=True), fraction)

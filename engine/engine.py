@@ -202,8 +202,8 @@ class Engine:
         if what.checkpoint is not None:
             save, saved = partial(self._save, number), partial(runner.saved, number)
             keeper = Checkpointer(what.checkpoint, what.fingerprint, start, save, saved)
-        decided, barrier = reporter.decided, self._barrier
-        order = WorkOrder(run, barrier=barrier, on_decision=decided, gate=gate, checkpointer=keeper, start=start)
+        decided = None if recorder is None else recorder.decided
+        order = WorkOrder(run, barrier=self._barrier, on_decision=decided, gate=gate, checkpointer=keeper, start=start)
         self._videos[number] = _Video(run, order, reporter, keeper, decode, stored, handed_out=what.first)
         return number
 

@@ -54,8 +54,8 @@ class NotFinite(RuntimeError):
 
     def __init__(self, video: int, *, rank: int, tick: int, chunk: int) -> None:
         super().__init__(
-            f"rank {rank} has computed NaN or infinity at tick {tick}, chunk {chunk}: check the weights with "
-            "`flowcache inspect --verify`, and the device"
+            f"rank {rank} has computed NaN or infinity at tick {tick}, chunk {chunk}: "
+            "check the weights, and the device of that rank"
         )
         self.video = video
 

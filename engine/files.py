@@ -151,14 +151,10 @@ def _free(path: Path) -> str:
 
 
 def check_target(path: Path, *, suffix: str, what: str) -> None:
-    """See that a file can be written there, by making and removing one in the same folder.
+    """See that a file can be written there, by making and removing one in the same folder; an InputError if not.
 
-    What processes of this machine that were killed have left unfinished in that folder is removed. The name must end in
-    `suffix`; `what` says what it is, for people.
-
-    Raises:
-        InputError: the name ends otherwise, the folder is missing or not writable, or the name is taken by something
-            that is not a file.
+    What killed processes of this machine have left unfinished in that folder is removed. The name must end in `suffix`,
+    and may be taken by a file only; `what` says what it is, for people.
     """
     if path.suffix.lower() != suffix:
         raise InputError(f"cannot write {path}: the name of the {what} must end in {suffix}")

@@ -2,9 +2,8 @@
 
 A folder belongs to one request. Each checkpoint is a folder in it, `quantum-<quantum>-<token>`: it goes on with that
 quantum, and the token keeps apart what two attempts at the same quantum write. One without a manifest does not exist.
-Files appear whole. The manifest has size and checksum of every file, and a checksum of itself. Once it is there, older
-ones are deleted but for the last, which is there if this one's files should be damaged. What is written does not grow
-with the length of the video. The module knows files only, not what is in them.
+The manifest has size and checksum of every file, and a checksum of itself. Once it is there, older ones are deleted but
+for the last, in case this one should come to harm. The module knows files only, not what is in them.
 """
 
 from __future__ import annotations
@@ -105,10 +104,10 @@ def write_async(
 def read_contents(folder: Path, name: str) -> Contents:
     """Read a file of a whole checkpoint, whose folder is given; a Damaged if it is not as it was written."""
     path, checkpoint = folder / name, _load(folder)
-    shard = None if checkpoint is None else next((one for one in checkpoint.shards if one.file == name), None)
-    if shard is None:
+    shards = {} if checkpoint is None else {shard.file: shard for shard in checkpoint.shards}
+    if name not in shards:
         raise Damaged(f"{path} is in no manifest")
-    check_file(path, shard.nbytes, shard.digest)
+    check_file(path, shards[name].nbytes, shards[name].digest)
     try:
         with safe_open(path, framework="pt") as file:
             values = json.loads(file.metadata()["values"])
@@ -128,8 +127,8 @@ def commit(checkpoint: Checkpoint) -> None:
     path = checkpoint.folder / _MANIFEST
     with atomic_write(path, _WHAT, _ADVICE) as file:
         file.write(text.encode())
-    older = sorted(other for other in _folders(checkpoint.folder.parent) if other.name < checkpoint.folder.name)
-    spare = next((other for other in reversed(older) if _has_manifest(other)), None)
+    older = [other for other in _folders(checkpoint.folder.parent) if other.name < checkpoint.folder.name]
+    spare = max((other for other in older if (other / _MANIFEST).exists()), default=None)
     for other in older:
         if other != spare:
             shutil.rmtree(other, ignore_errors=True)
@@ -235,12 +234,6 @@ def _load(folder: Path) -> Checkpoint | None:
         return None
     except _DAMAGE as error:
         raise Damaged(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _has_manifest(folder: Path) -> bool:
-    with suppress(Damaged):
-        return _load(folder) is not None
-    return False
 
 
 def _write(path: Path, contents: Contents) -> Shard:

@@ -165,9 +165,7 @@ class ReuseMemory:
     """The last computed velocities of every chunk of the window; two each if a policy may extrapolate (`both`)."""
 
     def __init__(self, kind: str, *, both: bool = False) -> None:
-        if kind not in KINDS:
-            raise InputError(f"unknown kind of reuse {kind!r}: choose from {', '.join(KINDS)}")
-        self._kind = kind
+        self._kind = kind  # one of `KINDS`
         self._keep = 2 if both or kind == "extrapolate" else 1
         self._held: dict[int, tuple[ComputedStep, ...]] = {}
 
@@ -231,7 +229,3 @@ class ReuseSettings:
     def new_memory(self) -> ReuseMemory:
         """An empty memory, for one request."""
         return ReuseMemory(self.reuse, both=self.extrapolate_from < 1)
-
-    def with_threshold(self, threshold: float) -> ReuseSettings:
-        """The same with another threshold."""
-        return replace(self, threshold=threshold)

@@ -131,7 +131,7 @@ class ChunkFiles:
     """The chunks of one video, in files with a checksum. One that is damaged is deleted, for it to be made again."""
 
     folder: Path  # hidden, made when there is a chunk
-    frames: int  # of a chunk; after a clip the first has fewer
+    frames: int  # of a chunk, at most: the first one after a clip has fewer
     height: int
     width: int
     say: Callable[[str], None]  # is told of a damaged file, and what is wrong with it
@@ -179,10 +179,9 @@ class ChunkFiles:
             frames: NDArray[np.uint8] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
         except ValueError as error:
             raise Damaged(f"{path} holds no array: {error}") from None
-        count = len(frames) if frames.ndim else 0
-        fits = count == self.frames or (not index and 0 < count < self.frames)
-        if not fits or frames.shape[1:] != (self.height, self.width, 3) or frames.dtype != np.uint8:
-            raise Damaged(f"{path} holds {frames.dtype} {frames.shape} and not {self.frames} frames of the video")
+        size = (self.height, self.width, 3)
+        if frames.dtype != np.uint8 or frames.shape[1:] != size or not 0 < len(frames) <= self.frames:
+            raise Damaged(f"{path} holds {frames.dtype} {frames.shape} and no frames of this video")
         return frames
 
     def _file(self, index: int) -> Path:

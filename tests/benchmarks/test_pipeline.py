@@ -52,7 +52,7 @@ def test_gangs_are_those_that_the_ranks_allow():
 def test_a_threshold_computes_about_the_share_that_was_asked_for():
     longer, reuse = replace(PLAIN, chunks=4, steps=16), replace(FLOWCACHE, warmup_steps=3)
     threshold = find_threshold(longer, reuse, 0.55)
-    made = make_alone(replace(longer, reuse=reuse.with_threshold(threshold)), build(SPEC))
+    made = make_alone(replace(longer, reuse=replace(reuse, threshold=threshold)), build(SPEC))
     assert made.computed == pytest.approx(0.55, abs=0.06)
 
 

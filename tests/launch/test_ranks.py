@@ -68,9 +68,9 @@ def test_what_comes_to_nan_ends_with_tick_chunk_and_rank(
     weights = overflowing_weights(folder, f"videodit_blocks.layers.{layer}.mlp.linear_fc2.weight")
     result = flowcache("generate", PROMPT, "--pp", ranks, "--weights", weights, *SMALL)
     rank = int(ranks == 2 and layer == 4)
-    text = f"flowcache: error: rank {rank} has computed NaN or infinity at tick 0, chunk 0: check the weights with "
+    text = f"flowcache: error: rank {rank} has computed NaN or infinity at tick 0, chunk 0: check the weights, "
     assert result.returncode == 1 and result.stdout == ""
-    assert errors(result) == [text + "`flowcache inspect --verify`, and the device"]
+    assert errors(result) == [text + "and the device of that rank"]
     assert os.listdir(tmp_path) == []
 
 

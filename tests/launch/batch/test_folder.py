@@ -209,7 +209,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "without a checksum": lambda path: another(path, chunk(1), sealed=False),
     "another height": lambda path: another(path, chunk(1, height=16)),
     "another dtype": lambda path: another(path, chunk(1).astype(np.int16)),
-    "too few frames": lambda path: another(path, chunk(1, frames=3)),
+    "too many frames": lambda path: another(path, chunk(1, frames=5)),
     "no frames": lambda path: another(path, chunk(1, frames=0)),
     "a number": lambda path: another(path, np.zeros((), dtype=np.uint8)),
 }
