@@ -99,9 +99,11 @@ def write_sealed(path: Path, content: bytes | memoryview) -> None:
         file.write(digest_of(content))
 
 
-def read_sealed(path: Path) -> bytes:
-    """What `write_sealed` was given; a Damaged if the file is missing, cut off or changed."""
+def read_sealed(path: Path, most: int) -> bytes:
+    """What `write_sealed` was given, at `most` so many bytes; a Damaged if the file is missing, too large or changed."""
     with _read_errors(path):
+        if (size := path.stat().st_size) > most + _DIGEST_BYTES:
+            raise Damaged(f"{path} has {size:,} bytes, more than were ever written")
         content = path.read_bytes()
     body, seal = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
     if digest_of(body) != seal:

@@ -31,6 +31,7 @@ from launch.output.video import VideoWriter
 from models.errors import InputError
 
 RESULTS = "results.jsonl"
+_HEADER_BYTES = 1024  # of an array in a file, and more
 _VIDEO = re.compile(rf"\d{{3,}}-.+-([0-9a-f]{{{DIGEST_LENGTH}}})\.mp4")
 _BOX = struct.Struct(">I4sQ")  # length, kind, and the real length where the first is 1
 
@@ -174,7 +175,7 @@ class ChunkFiles:
 
     def _read(self, index: int) -> NDArray[np.uint8]:
         path = self._file(index)
-        content = read_sealed(path)
+        content = read_sealed(path, self.frames * self.height * self.width * 3 + _HEADER_BYTES)
         try:
             frames: NDArray[np.uint8] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
         except ValueError as error:

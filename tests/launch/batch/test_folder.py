@@ -203,6 +203,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "cut off": lambda path: os.truncate(path, 9000),
     "empty": lambda path: os.truncate(path, 0),
     "an npz": an_npz,
+    "too large to be read": lambda path: os.truncate(path, 1 << 40),
     "a folder": a_folder,
     "a pipe": a_pipe,
     "a link to nothing": lambda path: (path.unlink(), path.symlink_to("nothing")),
