@@ -101,17 +101,15 @@ class FiniteCheck:
 
 
 class Stage:
-    """The layers that are held here and what is held for the videos in flight.
-
-    Args:
-        model: the layers.
-        attention: what KV views attend with.
-        rank: number of this process, for the name of its file in a checkpoint.
-        place: plain JSON values that tell this process's shard of a checkpoint from those of others.
-    """
+    """The layers that are held here and what is held for the videos in flight."""
 
     def __init__(
-        self, model: VideoModel, attention: Attention, *, rank: int = 0, place: Mapping[str, int] | None = None
+        self,
+        model: VideoModel,  # the layers
+        attention: Attention,  # what KV views attend with
+        *,
+        rank: int = 0,  # number of this process, for the name of its file in a checkpoint
+        place: Mapping[str, int] | None = None,  # tells this process's shard of a checkpoint from those of others
     ) -> None:
         self.model, self._attention, self._file = model, attention, rank_file(rank)
         self._place = {"layers": [model.kv.layers.start, model.kv.layers.stop], **(place or {})}

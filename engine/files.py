@@ -100,7 +100,7 @@ def write_sealed(path: Path, content: bytes | memoryview) -> None:
 
 
 def read_sealed(path: Path, most: int) -> bytes:
-    """What `write_sealed` was given, at `most` so many bytes; a Damaged if the file is missing, too large or changed."""
+    """What `write_sealed` was given, at `most` so many bytes; a Damaged if the file is missing or another one."""
     with _read_errors(path):
         if (size := path.stat().st_size) > most + _DIGEST_BYTES:
             raise Damaged(f"{path} has {size:,} bytes, more than were ever written")

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from models.errors import InputError
 
-State = dict[str, float]
 POLICIES = ("none", "flowcache", "teacache")
 KINDS = ("residual", "velocity", "extrapolate")
 
@@ -69,7 +68,7 @@ class Policy:
     def forget(self, chunk: int) -> None:
         """A chunk has left the window."""
 
-    def state(self) -> State:
+    def state(self) -> dict[str, float]:
         """All that the next decisions depend on."""
         return {}
 
@@ -82,7 +81,12 @@ class _Accumulator(Policy):
 
     observes = True
 
-    def __init__(self, threshold: float, warmup_steps: int, extrapolate_from: float = 1.0) -> None:
+    def __init__(
+        self,
+        threshold: float,  # epsilon, bound of a sum
+        warmup_steps: int,  # m, first steps of a chunk or ticks of the window, which are computed; so is the last tick
+        extrapolate_from: float = 1.0,  # share of the threshold above which a step is extrapolated and not just reused
+    ) -> None:
         if not 0 <= extrapolate_from <= 1:
             raise InputError(f"extrapolation from {extrapolate_from} of the threshold on: give a share of 0 to 1")
         if not threshold >= 0:
@@ -104,7 +108,7 @@ class _Accumulator(Policy):
         """Drop its sum."""
         self._sums.pop(str(chunk), None)
 
-    def state(self) -> State:
+    def state(self) -> dict[str, float]:
         """The sums."""
         return dict(self._sums)
 
@@ -114,13 +118,7 @@ class _Accumulator(Policy):
 
 
 class ChunkPolicy(_Accumulator):
-    """FlowCache: each chunk sums its own distances and is reused while the sum stays within the threshold (Eq. 8).
-
-    Args:
-        threshold: epsilon.
-        warmup_steps: m, a chunk's first steps, which are computed. The last tick of the video is computed too.
-        extrapolate_from: share of the threshold above which a step is extrapolated and not just reused.
-    """
+    """FlowCache: each chunk sums its own distances and is reused while the sum stays within the threshold (Eq. 8)."""
 
     def decide(self, observations: Sequence[Observation]) -> list[Decision]:
         """Decide for each chunk on its own."""
@@ -131,13 +129,7 @@ class ChunkPolicy(_Accumulator):
 
 
 class WindowPolicy(_Accumulator):
-    """TeaCache on a window: one sum and one decision for all chunks. A chunk in its first step is computed anyway.
-
-    Args:
-        threshold: bound of the sum of the window's relative L1 distances since it was last computed.
-        warmup_steps: ticks at the start of the video that are computed, and the last one.
-        extrapolate_from: as in `ChunkPolicy`.
-    """
+    """TeaCache on a window: one sum and one decision for all chunks. A chunk in its first step is computed anyway."""
 
     scope = "window"
 
