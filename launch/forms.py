@@ -29,6 +29,7 @@ class Opt:
     shown: str | None = None  # default in words, where the field's own default is None
     within: tuple[float, float | None] | None = None  # smallest and largest value
     hint: str = ""  # follows the error of a value out of bounds
+    variable: str | None = None  # of the environment, where nothing is given
     argument: bool = False  # given by its place, not by a name
     batch: bool = True  # `flowcache batch` has it too
     line: bool = False  # it is of one video, so a line of a batch file has it
@@ -55,7 +56,8 @@ class Opt:
         else:
             name = f"{self.flag}/--no-{self.flag[2:]}" if self.value_type is bool else self.flag
             shown = True if self.shown is None else self.shown
-            info = typer.Option(name, **words, show_default=shown, rich_help_panel=self.panel)
+            words |= {"envvar": self.variable, "rich_help_panel": self.panel}
+            info = typer.Option(name, **words, show_default=shown)
         return Parameter(self.name, Parameter.KEYWORD_ONLY, default=self.default, annotation=Annotated[self.kind, info])
 
     def convert(self, value: Any) -> Any:
@@ -93,12 +95,13 @@ def option(
     metavar: str | None = None,
     shown: str | None = None,
     hint: str = "",
+    variable: str | None = None,
     argument: bool = False,
     batch: bool = True,
     line: bool = False,
 ) -> Any:
     """A field that is an option; arguments as in `Opt`, and its default."""
-    opt = Opt(help, panel, metavar, shown, within, hint, argument, batch, line)
+    opt = Opt(help, panel, metavar, shown, within, hint, variable, argument, batch, line)
     return field(default=default, metadata={"option": opt})
 
 

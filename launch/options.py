@@ -19,6 +19,7 @@ from models.errors import InputError
 _video, _start = partial(option, "The video"), partial(option, "Start from something")
 _reuse, _passes, _memory = partial(option, "Reuse"), partial(option, "Extra passes"), partial(option, "Memory")
 _record, _ranks = partial(option, "Record"), partial(option, "Ranks")
+_text = partial(option, "Text and guidance")
 _files, _compute = partial(option, "Model files"), partial(option, "How to compute")
 _gangs, _safety = partial(option, "Gangs"), partial(option, "When something goes wrong")
 TRACE_FILE = "trace.json"  # in the folder of a record
@@ -67,16 +68,48 @@ class Options:
         line=True,
     )
 
+    fps: int | None = _video(
+        "Frames of a second of video, which the autoencoder's tiles follow; the model's own by default.",
+        within=(16, 120),
+    )
+    window: int | None = _video(
+        "Chunks that are denoised at once; fewer need less memory. The model's own by default.", within=(1, 64)
+    )
+    special: str | None = _text(
+        "Released models: what kind of video is wanted, from HQ, DURATION, STATIC, DYNAMIC, BORDERNESS, 3D and 2D; or "
+        "none.",
+        metavar="NAMES",
+        shown="HQ,DURATION",
+    )
+    negative: bool = _text(
+        "Released models: put the learned tokens of captions, logos, cuts and borders into the text that guidance "
+        "leads away from.",
+        default=False,
+    )
+    text_scales: str | None = _text(
+        "Released base models: how strongly the text guides, one number or one for each of the times.",
+        metavar="NUMBERS",
+        shown="7.5,7.5,7.5,0,0",
+    )
+    chunk_scales: str | None = _text(
+        "Likewise, how strongly the chunks before guide.", metavar="NUMBERS", shown="1.5,1.5,1.5,1,1"
+    )
+    guidance_times: str | None = _text(
+        "Times from which each of these numbers holds, 0 noise and 1 clean.",
+        metavar="NUMBERS",
+        shown="0,0.0217,0.1,0.3,0.999",
+    )
     image: Path | None = _start("A picture that the video begins with.", batch=False, line=True)
     video: Path | None = _start("A clip that the video goes on from.", batch=False, line=True)
 
-    cache: CacheName = _reuse(
+    cache: CacheName | None = _reuse(
         "Which steps are left out. [bold]flowcache-slow[/bold] and [bold]flowcache-fast[/bold] leave out those "
         "before which a chunk has hardly changed, each chunk for itself: slow stays close to the full computation, "
         "fast saves more. [bold]teacache[/bold] decides once for all chunks of the window, for comparison. "
-        "[bold]none[/bold] computes everything. The options below change single figures of the preset.",
-        default="flowcache-slow",
+        "[bold]none[/bold] computes everything. The options below change single figures of the preset. Released "
+        "models have the figures that were published for them.",
         metavar="PRESET",
+        shown="flowcache-slow for magi-pocket, none for released models",
     )
     cache_threshold: float | None = _reuse(
         "How much a chunk may change (relative L1, summed up) before it is computed again. Higher is faster, "
@@ -94,7 +127,7 @@ class Options:
     reuse: ReuseKind | None = _reuse(
         "What stands in for a step that is left out. [bold]residual[/bold]: the change of the last computed step "
         "once more, as published. [bold]velocity[/bold]: its velocity times the size of this step. "
-        "[bold]extrapolate[/bold]: the last two velocities, continued to this step.",
+        "[bold]extrapolate[/bold]: the last two velocities, continued to this step; measured on magi-pocket only.",
         metavar="KIND",
     )
     extrapolate_from: float | None = _reuse(
@@ -110,6 +143,10 @@ class Options:
     copy_pass: bool | None = _passes(
         "Distilled models: run the cleanest chunk twice, once without its past, and blend the two. With --cache "
         "none it is on; the presets of reuse leave it out, as published."
+    )
+
+    copy_weight: float | None = _passes(
+        "Weight of that copy, which does not see the past, in the blend.", within=(0, 1), shown="0.3"
     )
 
     kv_budget: int | None = _memory(
@@ -174,8 +211,22 @@ class Options:
 
     config: Path | None = _files("A released MAGI-1 JSON, as it is, in place of --model.")
     weights: Path | None = _files(
-        "Folder of the weights, in place of the configured one; an autoencoder in its sub-folder vae and "
-        "text encoders in t5 are taken first."
+        "Folder of the weights, as downloaded, such as MAGI-1/ckpt/magi/4.5B_distill. Without --model the model is "
+        "recognised. An autoencoder is searched in its sub-folder vae and around it (ckpt/vae), text encoders in t5."
+    )
+    special_tokens: Path | None = _files(
+        "The special_tokens.npz of MAGI-1, if it is neither in the folder of the weights nor in example/assets.",
+        metavar="FILE.npz",
+        variable="SPECIAL_TOKEN_PATH",
+    )
+    t5_device: Literal["cpu", "cuda"] | None = _files(
+        "Where T5 reads prompts; as the released configuration says by default."
+    )
+    t5_dtype: Literal["float32", "bfloat16"] | None = _files("Of T5; by default as its files have it.")
+    prompt_cache: Path | None = _files(
+        "Folder where encoded prompts are kept, so that T5 is not needed for them again.",
+        metavar="DIR",
+        shown="~/.cache/flowcache/prompts",
     )
     attention: str = _compute("auto, sdpa, flash-attn or xformers.", default="sdpa")
     precision: Literal["reference", "fast"] = _compute(
@@ -183,7 +234,7 @@ class Options:
         default="reference",
     )
     threads: int | None = _compute(
-        "CPU threads; by default all cores, shared evenly among ranks (torchrun: 1 each).",
+        "CPU threads; by default all cores, shared evenly among ranks (torchrun and Ray, so a batch: 1 each).",
         within=(1, 1024),
         hint=f"; this machine has {os.cpu_count()} cores",
     )
@@ -246,6 +297,16 @@ def together(options: Options, videos: int, *, ranks: bool | None = None) -> int
     """
     on_ranks = options.pp * options.cp > 1 if ranks is None else ranks
     return min(videos, options.concurrency or (max(2, (options.pp + 1) // 2) if on_ranks else 1))
+
+
+def ray_address() -> str | None:
+    """Where the Ray cluster is to be joined; None for one that is started on this machine."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+def threads_of_a_rank(options: Options) -> int:
+    """CPU threads of each rank on Ray; they change the bits of a video, so the default is one wherever it runs."""
+    return options.threads or 1
 
 
 def parse_size(text: str) -> int:

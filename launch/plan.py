@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -21,22 +21,23 @@ from engine.kv.selection import SelectionSettings
 from engine.request import Prefix, Request
 from engine.reuse.policy import ReuseSettings
 from launch.media import read_image, read_video
-from launch.options import CacheName, Options, ReuseKind, together
+from launch.memory import Job, vae_bytes
+from launch.options import CacheName, Options, ReuseKind, ray_address, together
 from models.attention import attention_backend
 from models.errors import InputError
 from models.magi.config import MagiConfig
-from models.magi.presets import find_preset
-from models.magi.sampling import MagiSampling
+from models.magi.folder import find_files, recognise
+from models.magi.presets import POCKET, find_preset, preset_of
+from models.magi.sampling import COPY_WEIGHT, MagiSampling
+from models.magi.text import SPECIAL, SpecialToken, TextLoading
 from models.pocket.text import parse_prompt
 from parallel.cluster.config import MagiSource, video_size
 from parallel.cluster.messages import VideoOrder
 from parallel.cluster.scheduler import VideoSize
 from parallel.mesh import Layout, stage_sizes
+from parallel.ranks.environment import prompt_cache
 
 _LETTERS = 40  # of a prompt in a name; file systems take 255 bytes
-_STREAMS = 4  # copies of the hidden states that a layer holds at once: input, normed, attention's, output
-_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-DEFAULT_MODEL = "magi-pocket"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +47,7 @@ class ModelPlan:
     name: str  # for people
     source: MagiSource  # what each rank loads its part of
     device: str  # where to, without ranks
+    cache: CacheName  # preset of reuse
     reuse: ReuseSettings  # which steps are reused
     kv: KVSettings  # how much of the past is held
 
@@ -83,27 +85,38 @@ def layout_of(options: Options) -> Layout:
 
 def plan_model(options: Options) -> ModelPlan:
     """Which model to load, and how to use it; what was given of a video is not looked at."""
-    if options.config is not None and options.model is not None:
-        raise InputError("--model and --config both name a model: give one of them")
-    name = str(options.config or options.model or DEFAULT_MODEL)
-    config = find_preset(name).config() if options.config is None else MagiConfig.from_json(options.config)
+    name, config = _model(options)
     stage_sizes(config, options.pp, options.split)  # says whether the stages fit
     if (heads := config.model_config.num_query_groups) % options.cp:
         raise InputError(f"--cp {options.cp} does not divide the model's {heads} key heads")
+    config = _changed(config, options)
     num_steps = options.steps or config.runtime_config.num_steps
     sampling = MagiSampling(config=config, num_steps=num_steps)  # says whether the steps fit
-    reuse = reuse_settings(options, num_steps=num_steps, guided=sampling.guided)
+    if config.runtime_config.t5_pretrained is None:
+        _check_no_text_options(options, name)
+    figures = POCKET_FIGURES if config.runtime_config.t5_pretrained is None else MAGI_1_FIGURES
+    reuse = reuse_settings(options, figures, num_steps=num_steps, guided=sampling.guided)
     attention_backend(options.attention)  # says whether it can run here
     _check_weights(options, config, name)
     source = MagiSource(
         config=config,
         weights=options.weights,
+        text=TextLoading(
+            tokens=options.special_tokens,
+            device=options.t5_device,
+            dtype=options.t5_dtype,
+            special=_special(options.special),
+            negative=options.negative,
+            cache=options.prompt_cache or prompt_cache(),
+        ),
+        copy_weight=COPY_WEIGHT if options.copy_weight is None else options.copy_weight,
         split=options.split,
         precise=options.precision == "reference",
         attention=options.attention,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return ModelPlan(name=name, source=source, device=device, reuse=reuse, kv=kv_settings(options))
+    cache = options.cache or figures.default
+    return ModelPlan(name=name, source=source, device=device, cache=cache, reuse=reuse, kv=kv_settings(options))
 
 
 def plan_videos(options: Options) -> list[Plan]:
@@ -139,6 +152,8 @@ def plan_requests(options: Options, outs: Sequence[Path]) -> list[Plan]:
     if not options.prompts:
         raise InputError("there is no prompt: say what the video shows")
     first = plan_video(options, out=outs[0], at_a_time=together(options, len(options.prompts)))
+    text = replace(first.model.source.text, prompts=tuple(options.prompts))
+    first = replace(first, model=replace(first.model, source=replace(first.model.source, text=text)))
     plans = []
     for place, (prompt, out) in enumerate(zip(options.prompts, outs, strict=True)):
         _check_prompt(first.model.config, prompt)
@@ -166,10 +181,30 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
     )
     _check_prompt(config, request.prompt)
     plan = Plan(options=options, model=model, request=request, out=out, record=options.record)
-    if model.device == "cpu" and options.launcher != "ray":  # whose ranks may be anywhere
-        what = f"a video of {request.width}x{request.height} pixels and {request.chunks:,} chunks"
-        check_memory(what if at_a_time == 1 else f"{what}, {at_a_time} at a time,", at_a_time * bytes_needed(plan))
+    if not runtime.noise2clean_kvrange and model.kv.budget is None:
+        raise InputError(
+            f"{model.name} looks back at the whole video (noise2clean_kvrange is empty), so that {request.chunks:,} "
+            f"chunks hold {plan.size.kv_bytes / 1e9:,.1f} GB of keys and values: give --kv-budget CHUNKS"
+        )
+    if options.launcher != "ray" or (model.device == "cpu" and not ray_address()):  # whose ranks may be anywhere
+        job(plan, at_a_time).check(model.device)
     return replace(plan, request=replace(request, prefix=_prefix(options, request, fps=runtime.fps)))
+
+
+def job(plan: Plan, videos: int = 1) -> Job:
+    """What takes memory when so many such videos are made at a time."""
+    model, options = plan.model, plan.options
+    files = find_files(model.config, options.weights, tokens=options.special_tokens)
+    return Job(
+        config=model.config,
+        vae_bytes=vae_bytes(model.config, files.vae),
+        request=plan.request,
+        reuse=model.reuse,
+        kv=model.kv,
+        layout=layout_of(options),
+        split=options.split,
+        videos=videos,
+    )
 
 
 def slug(text: str) -> str:
@@ -192,6 +227,74 @@ def _check_prompt(config: MagiConfig, prompt: str) -> None:
         parse_prompt(prompt)
 
 
+def _model(options: Options) -> tuple[str, MagiConfig]:
+    """Which model is meant, in a word, and its configuration."""
+    if options.config is not None and options.model is not None:
+        raise InputError("--model and --config both name a model: give one of them")
+    if options.config is not None:
+        return str(options.config), MagiConfig.from_json(options.config)
+    if options.model is None and options.weights is not None:
+        config = recognise(options.weights)
+        preset = preset_of(config)
+        return str(options.weights) if preset is None else preset.name, config
+    name = options.model or POCKET
+    return name, find_preset(name).config()
+
+
+def _changed(config: MagiConfig, options: Options) -> MagiConfig:
+    """The configuration with the sampling settings that were given in place of its own."""
+    runtime = config.runtime_config
+    guidance = {
+        "cfg_t_range": ("--guidance-times", options.guidance_times),
+        "prev_chunk_scales": ("--chunk-scales", options.chunk_scales),
+        "text_scales": ("--text-scales", options.text_scales),
+    }
+    given = {key: _numbers(name, text) for key, (name, text) in guidance.items() if text is not None}
+    if given and runtime.cfg_number == 1:
+        raise InputError(f"{guidance[next(iter(given))][0]} is for models with guidance, this one is distilled")
+    changes = _given(options, {"fps": "fps", "window": "window_size"})
+    if given:
+        count = len(given.get("cfg_t_range", runtime.cfg_t_range))
+        for key, (name, _) in guidance.items():
+            numbers = given.get(key, list(getattr(runtime, key)))
+            if len(numbers) not in (1, count):
+                raise InputError(f"{name} has {len(numbers)} numbers, but there are {count} times: give 1 or {count}")
+            changes[key] = numbers * count if len(numbers) == 1 else numbers
+    if not changes:
+        return config
+    values = config.to_dict()
+    values["runtime_config"] |= changes
+    return MagiConfig.from_dict(values, source="these options")
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{name} {text} is not a list of numbers such as 7.5,7.5,0") from None
+    if not all(map(math.isfinite, numbers)):
+        raise InputError(f"{name} {text} has a number that is not finite")
+    return numbers
+
+
+def _check_no_text_options(options: Options, name: str) -> None:
+    for option in ("special", "special_tokens", "t5_device", "t5_dtype", "prompt_cache"):
+        if getattr(options, option) is not None or options.negative:
+            flag = "negative" if options.negative else option.replace("_", "-")
+            raise InputError(f"--{flag} is for models that read prompts with T5, {name} does not: leave it out")
+
+
+def _special(text: str | None) -> tuple[SpecialToken, ...]:
+    """Names of special tokens, of a text such as `HQ,3D`."""
+    if text is None:
+        return SPECIAL
+    known = get_args(SpecialToken)
+    names = [] if text == "none" else text.upper().split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"--special {text}: {unknown[0]!r} is not known: choose from {', '.join(known)}, or none")
+    return tuple(name for name in known if name in names)
+
+
 def _chunks(options: Options, config: MagiConfig) -> int:
     """Length in chunks; seconds are rounded up, as the released code rounds frames (specification 7.1)."""
     if options.seconds is not None and options.chunks is not None:
@@ -207,17 +310,13 @@ def _chunks(options: Options, config: MagiConfig) -> int:
 
 
 def _check_weights(options: Options, config: MagiConfig, name: str) -> None:
-    """Say at once that there are no weights; what is in the folder is checked when they are loaded."""
-    if options.weights is not None:
-        if not options.weights.is_dir():
-            raise InputError(f"cannot read the weights: there is no folder {options.weights}")
-        return
+    """Say at once what of the files is not there; what is in them is checked when they are loaded."""
     load = config.runtime_config.load
-    if load is None or Path(load).is_dir():
-        return
-    source = None if options.config is not None else find_preset(name).folder
-    where = "" if source is None else f"download {source} from huggingface.co/sand-ai/MAGI-1 to there, or "
-    raise InputError(f"{name} has no weights in {load}: {where}give their folder with --weights")
+    if options.weights is None and load is not None and not Path(load).is_dir():
+        folder = None if options.config is not None else find_preset(name).folder
+        where = "" if folder is None else f"download {folder} from huggingface.co/sand-ai/MAGI-1 to there, or "
+        raise InputError(f"{name} has no weights in {load}: {where}give their folder with --weights")
+    find_files(config, options.weights, tokens=options.special_tokens)
 
 
 def _prefix(options: Options, request: Request, *, fps: int) -> Prefix | None:
@@ -227,45 +326,6 @@ def _prefix(options: Options, request: Request, *, fps: int) -> Prefix | None:
     if options.video is not None:
         return Prefix(frames=read_video(options.video, fps=fps, height=height, width=width))
     return None
-
-
-# ---- memory
-
-
-def free_bytes() -> int | None:
-    """Bytes of memory that this process may still take, swap included; None where the system does not say."""
-    try:
-        lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines() if ":" in line)
-        free = sum(int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
-    except (OSError, KeyError, ValueError, IndexError):
-        return None
-    try:
-        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
-
-
-def bytes_needed(plan: Plan) -> int:
-    """Bytes that a video takes on the rank that holds most layers: its KV, and what a pass through a layer works with.
-
-    A rough lower bound, since weights and the autoencoder come on top.
-    """
-    request, config = plan.request, plan.model.config
-    model = config.model_config
-    width = _STREAMS * model.hidden_size + model.ffn_hidden_size
-    working = config.chunk_tokens(request.height, request.width) * width * model.dtype.itemsize
-    return plan.size.kv_bytes + math.ceil(working / plan.options.cp)
-
-
-def check_memory(what: str, needed: int) -> None:
-    """See that the machine has so many bytes of memory; if not, an `InputError` says both figures."""
-    free = free_bytes()
-    if free is not None and needed > free:
-        raise InputError(
-            f"{what} needs {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free: "
-            "ask for a smaller --height and --width, or a --kv-budget"
-        )
 
 
 # ---- presets of reuse, and the KV buffer
@@ -279,30 +339,31 @@ class ReuseFigures:
     slow: float  # threshold of `flowcache-slow`
     fast: float  # threshold of `flowcache-fast`
     teacache: float  # threshold of `teacache`
-    reuse: ReuseKind = "extrapolate"  # stands in for a step that is left out; docs/reuse.md has the figures
+    default: CacheName  # what holds where no preset is asked for
+    reuse: ReuseKind  # stands in for a step that is left out; docs/reuse.md has the figures
     extrapolate_from: float = 1.0  # share of the threshold above which a step is extrapolated in place of that; 1 never
 
 
-_MAGI_1 = ReuseFigures(warmup_steps=5, slow=0.01, fast=0.015, teacache=0.01)  # FlowCache, below Eq. 8
-
-# Models with figures of their own, and not those of MAGI-1. magi-pocket's thresholds are for 16 steps;
-# benchmarks.quality measures what they mean.
-REUSE_FIGURES = {"magi-pocket": ReuseFigures(warmup_steps=3, slow=0.0629, fast=0.0994, teacache=0.0657)}
+# As published (FlowCache, below Eq. 8). Extrapolation was measured on magi-pocket only.
+MAGI_1_FIGURES = ReuseFigures(warmup_steps=5, slow=0.01, fast=0.015, teacache=0.01, default="none", reuse="residual")
+# Thresholds for 16 steps; benchmarks.quality measures what they mean.
+POCKET_FIGURES = ReuseFigures(
+    warmup_steps=3, slow=0.0629, fast=0.0994, teacache=0.0657, default="flowcache-slow", reuse="extrapolate"
+)
 # Options that change a figure of a preset, and that figure.
 _CHANGES = {"cache_threshold": "threshold", "cache_warmup": "warmup_steps"} | {
     name: name for name in ("reuse", "extrapolate_from")
 }
 
 
-def reuse_preset(name: CacheName, model: str | None) -> ReuseSettings:
-    """What a name of `--cache` stands for.
+def reuse_preset(name: CacheName, figures: ReuseFigures) -> ReuseSettings:
+    """What a name of `--cache` stands for with a model's figures.
 
     The published runs with reuse leave out the clean pass and the copy pass, and so do the presets; a run without
-    reuse has both. A configuration file (`model` None) is one of MAGI-1.
+    reuse has both.
     """
     if name == "none":
         return ReuseSettings()
-    figures = REUSE_FIGURES.get(model or "", _MAGI_1)
     return ReuseSettings(
         policy=name.partition("-")[0],
         threshold={"flowcache-slow": figures.slow, "flowcache-fast": figures.fast}.get(name, figures.teacache),
@@ -314,15 +375,16 @@ def reuse_preset(name: CacheName, model: str | None) -> ReuseSettings:
     )
 
 
-def reuse_settings(options: Options, *, num_steps: int, guided: bool) -> ReuseSettings:
+def reuse_settings(options: Options, figures: ReuseFigures, *, num_steps: int, guided: bool) -> ReuseSettings:
     """The preset that was asked for, with what was given on top of it; a model with guidance has no copy pass."""
     changes = _given(options, _CHANGES)
-    if options.cache == "none" and changes:
+    cache = options.cache or figures.default
+    if cache == "none" and changes:
         names = " and ".join("--" + option.replace("_", "-") for option, name in _CHANGES.items() if name in changes)
         raise InputError(f"--cache none reuses nothing: leave out {names}, or choose another --cache")
     if options.copy_pass and guided:
         raise InputError("--copy-pass is for distilled models, this one has guidance: leave it out")
-    settings = reuse_preset(options.cache, None if options.config is not None else options.model or DEFAULT_MODEL)
+    settings = reuse_preset(cache, figures)
     warmup = options.cache_warmup
     if warmup is not None and settings.policy == "flowcache" and warmup >= num_steps:  # teacache counts all ticks
         raise InputError(f"--cache-warmup {warmup} computes all {num_steps} steps: give less, or --cache none")

@@ -15,7 +15,9 @@ import os
 import re
 import shutil
 import struct
+import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -160,13 +162,16 @@ class ChunkFiles:
         np.save(content, frames)
         write_sealed(path, content.getbuffer())
 
-    def encode(self, path: Path, chunks: int, *, fps: int) -> None:
+    def encode(self, path: Path, chunks: int, fps: int, stop: threading.Event) -> None:
         """Make the video file of all chunks. It appears when it is complete; errors as in `write`.
 
-        A Damaged says which file has come to harm since it was written; `count` deletes it.
+        A Damaged says which file has come to harm since it was written; `count` deletes it. A CancelledError if it is
+        to `stop`: there is no file then.
         """
         with VideoWriter(path, fps=fps, height=self.height, width=self.width) as writer:
             for index in range(chunks):
+                if stop.is_set():
+                    raise CancelledError
                 writer.write(self._read(index))
 
     def remove(self) -> None:

@@ -156,7 +156,7 @@ def summary_text(summaries: Sequence[Summary], *, making: float, ranks: str | No
     on = "" if ranks is None else "on the leader "
     gpu = "" if last.gpu_memory is None else f", on the GPU {_size(last.gpu_memory)}"
     memory = f"{on}keys and values {_size(last.kv_bytes)}, peak memory {_size(last.memory)}{gpu}"
-    lines.append(f"{computed:.0%} of the steps computed ({last.plan.options.cache}); {memory}")
+    lines.append(f"{computed:.0%} of the steps computed ({last.plan.model.cache}); {memory}")
     return "\n".join([*lines, *([] if ranks is None else [ranks])])
 
 
@@ -267,10 +267,13 @@ def render(rows: Sequence[Row], *, height: int) -> RenderableType:
     return Group(table, Text(count, style="bold", no_wrap=True, overflow="ellipsis"))
 
 
-def summary(rows: Sequence[Row], *, seconds: float) -> str:
-    """What became of a batch in so many seconds, for people: a line for all, and one for each video that failed."""
+def summary(rows: Sequence[Row], *, seconds: float, restarts: int) -> str:
+    """What became of a batch in so many seconds, for people: a line for all, and one for each video that failed.
+
+    Gangs were started again `restarts` times; each may have had several of the videos.
+    """
     made = [row for row in rows if row.state is not State.KEPT]
-    chunks, restarts = sum(row.chunks_done for row in made), sum(row.restarts for row in made)
+    chunks = sum(row.chunks_done for row in made)
     text = f"{_counts(rows)}; {chunks} chunks in {clock(seconds)}"
     if chunks:
         text += f", {seconds / chunks:.2f} s per chunk"
@@ -279,7 +282,7 @@ def summary(rows: Sequence[Row], *, seconds: float) -> str:
         mean = sum(share * count for share, count in shares) / sum(count for _, count in shares)
         text += f", {mean:.0%} of the steps computed"
     if restarts:
-        text += f", {restarts} restart{'s' if restarts > 1 else ''}"
+        text += ", a gang started again" if restarts == 1 else f", gangs started again {restarts} times"
     failed = [row for row in rows if row.state is State.FAILED]
     return "\n".join([text, *(_news(row) for row in sorted(failed, key=lambda row: row.line))])
 
@@ -326,10 +329,10 @@ Disk: the DiT and the autoencoder as stored; of a released model also T5 (19 GB)
 Memory: an estimate for one video of that size on one device: weights, and keys and values of the window and one \
 finished chunk (twice with guidance). What the layers work with comes on top; so does T5 (19 GB), of CPU memory for \
 4.5B and of GPU memory for 24B.
-Weights of released models: huggingface.co/sand-ai/MAGI-1. Put the folder above at downloads/ and its last name, \
-ckpt/vae at downloads/vae and ckpt/t5 at downloads/t5_pretrained, as the released configurations say, or name a folder \
-with --weights. special_tokens.npz, from the MAGI-1 code's example/assets, goes into the DiT's folder; T5 needs \
-pip install 'flowcache-engine[t5]'."""
+Weights of released models: huggingface.co/sand-ai/MAGI-1. Download the folder above, ckpt/vae and ckpt/t5, and name \
+the first with --weights; flowcache inspect says what is missing. special_tokens.npz, of the MAGI-1 code's \
+example/assets, is found in a checkout around it, or goes into the folder. \
+T5 needs pip install 'flowcache-engine[t5]'."""
 
 
 def show_models() -> None:

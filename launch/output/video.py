@@ -283,7 +283,7 @@ def record_settings(summary: Summary) -> dict[str, Any]:
         "pp": options.pp,
         "cp": options.cp,
         "layers": list(stage_sizes(config, options.pp, options.split)),
-        "cache_preset": options.cache,
+        "cache_preset": plan.model.cache,
         "cache": asdict(plan.model.reuse),
         "kv": asdict(plan.model.kv),
         "computed_fraction": summary.computed,

@@ -36,7 +36,7 @@ _DTYPES = {"torch.bfloat16": torch.bfloat16, "torch.float16": torch.float16, "to
 class ModelConfig:
     """Shapes of the DiT (`model_config`)."""
 
-    model_name: str
+    model_name: Literal["videodit_ardf"]
     num_layers: _Count
     hidden_size: _Width
     ffn_hidden_size: _Width
@@ -44,7 +44,7 @@ class ModelConfig:
     num_query_groups: _Count
     kv_channels: _Width
     layernorm_epsilon: Annotated[float, Field(gt=0, le=1)]
-    apply_layernorm_1p: bool
+    apply_layernorm_1p: Literal[True]
     x_rescale_factor: _Scale
     half_channel_vae: bool
     params_dtype: Literal["torch.bfloat16", "torch.float16", "torch.float32"]
@@ -126,7 +126,7 @@ class RuntimeConfig:
     t5_device: str
     vae_pretrained: str | None
     scale_factor: _Scale
-    temporal_downsample_factor: Annotated[int, Field(ge=1, le=64)]
+    temporal_downsample_factor: Literal[4]  # CELL_FRAMES, as of every autoencoder there is
     load: str | None
 
     @model_validator(mode="after")
@@ -143,7 +143,8 @@ class RuntimeConfig:
 @dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class EngineConfig:
     """Settings of the released runtime (`engine_config`). This engine reads `distill`, `fp8_quant`, `shortcut_mode`
-    and `distill_nearly_clean_chunk_threshold`; the layout over GPUs comes from the command line."""
+    and `distill_nearly_clean_chunk_threshold`; what changes no numbers, the layout over GPUs, the backend and its
+    timeout, where keys and values lie, comes from the command line."""
 
     distributed_backend: str
     distributed_timeout_minutes: int

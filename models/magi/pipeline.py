@@ -8,22 +8,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from models.attention import Attention
-from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
-from models.magi.sampling import MagiSampling
-from models.magi.text import T5Encoder, counter_rows, read_special_tokens
+from models.magi.folder import dit_folder, find_files
+from models.magi.sampling import COPY_WEIGHT, MagiSampling
+from models.magi.text import SpecialTokens, T5Encoder, TextLoading
 from models.magi.vae import TiledVAE
 from models.magi.weights import Checkpoint, Loading
 from models.pocket.text import PocketEncoder
 from models.protocols import Autoencoder, CaptionTable
 
+_TEXT = TextLoading()
+
 
 class MagiPipeline:
-    """A DiT with what turns prompts into captions (`tokens`: the special ones) and latents into frames.
+    """A DiT with what turns prompts into captions (`tokens`: the special ones, `text`: which of them) and latents into
+    frames; `copy_weight` as in `MagiSampling`.
 
     Without an encoder captions are brought, and without an autoencoder a video ends with latents.
     """
@@ -35,10 +37,14 @@ class MagiPipeline:
         autoencoder: Autoencoder | None = None,
         encoder: T5Encoder | PocketEncoder | None = None,
         *,
-        tokens: Tensor | None = None,
+        tokens: SpecialTokens | None = None,
+        text: TextLoading = _TEXT,
+        copy_weight: float = COPY_WEIGHT,
     ) -> None:
         self.config, self.model = config, model
-        self._autoencoder, self._encoder, self._tokens = autoencoder, encoder, tokens
+        self._autoencoder, self._encoder, self._copy_weight = autoencoder, encoder, copy_weight
+        self._counters = None if tokens is None else tokens.counter_rows(text.special)
+        self._null = model.null_text() if tokens is None or not text.negative else tokens.negative(model.null_text())
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -53,67 +59,64 @@ class MagiPipeline:
 
     def sampling(self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True) -> MagiSampling:
         """How to denoise with that many steps, with or without the passes that reuse may leave out."""
-        return MagiSampling(config=self.config, num_steps=num_steps, clean_pass=clean_pass, copy_pass=copy_pass)
+        return MagiSampling(
+            config=self.config,
+            num_steps=num_steps,
+            clean_pass=clean_pass,
+            copy_pass=copy_pass,
+            copy_weight=self._copy_weight,
+        )
 
     def captions(self, prompt: str) -> CaptionTable:
         """Encode a prompt; an `InputError` if the encoder cannot take it."""
         assert self._encoder is not None
         text = self._encoder.encode(prompt)
-        self._encoder.release()
-        counters = None if self._tokens is None else counter_rows(self._tokens)
         length = self.config.model_config.caption_max_length
-        table = CaptionTable(text=text, null=self.model.null_text(), counters=counters, max_length=length)
+        table = CaptionTable(text=text, null=self._null, counters=self._counters, max_length=length)
         return table.to(self.model.device)
 
 
-def load_pipeline(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiPipeline:
+def load_pipeline(
+    config: MagiConfig,
+    weights: Path | None,
+    loading: Loading,
+    text: TextLoading = _TEXT,
+    *,
+    copy_weight: float = COPY_WEIGHT,
+) -> MagiPipeline:
     """Load a model whole, or with the layers that are asked for: DiT, autoencoder and text encoder.
 
     What is missing of the smaller files is said before the large ones are read.
 
     Args:
         config: of the model. One without T5 is magi-pocket's, which has a fixed vocabulary.
-        weights: folder in place of the configuration's `load`; an autoencoder in its sub-folder `vae` and text
-            encoders in `t5` are taken before those of the configuration. `special_tokens.npz` lies in it.
+        weights: folder in place of the configuration's `load`; `find_files` says where the other parts are searched.
         loading: device, precision, attention, layers.
+        text: how prompts are read. Those that are known are encoded before the DiT takes its memory.
+        copy_weight: as in `MagiSampling`.
 
     Raises:
         InputError: something is missing or damaged.
     """
-    runtime = config.runtime_config
-    root = _root(config, weights)
+    files, runtime, model = find_files(config, weights, tokens=text.tokens), config.runtime_config, config.model_config
     encoder: T5Encoder | PocketEncoder = PocketEncoder()
     tokens = None
-    if runtime.t5_pretrained is not None:
-        t5 = root / "t5" if (root / "t5").is_dir() else Path(runtime.t5_pretrained)
-        tokens = read_special_tokens(root / "special_tokens.npz")
-        encoder = T5Encoder(t5, device=runtime.t5_device, max_length=config.model_config.caption_max_length)
-    folder = root / "vae" if (root / "vae").is_dir() else _folder(runtime.vae_pretrained, "vae_pretrained")
+    if files.t5 is not None and files.tokens is not None:
+        tokens = SpecialTokens.from_npz(files.tokens, channels=model.caption_channels)
+        device = text.device or (runtime.t5_device if torch.cuda.is_available() else "cpu")
+        length, dtype = model.caption_max_length, text.dtype
+        encoder = T5Encoder(files.t5, device=device, dtype=dtype, max_length=length, cache=text.cache)
+        for prompt in text.prompts:
+            encoder.encode(prompt)
+        encoder.release()
     # The released autoencoder runs in bf16 whatever the DiT's dtype (1.1); fp32 models keep theirs.
-    dtype = torch.float32 if config.model_config.dtype == torch.float32 else torch.bfloat16
-    vae = Checkpoint(folder).vae(dtype=dtype, device=loading.device)
+    of_vae = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
+    vae = Checkpoint(files.vae).vae(dtype=of_vae, device=loading.device)
     autoencoder = TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
-    return MagiPipeline(config, load_stage(config, weights, loading), autoencoder, encoder, tokens=tokens)
+    dit = Checkpoint(files.dit).dit(config, loading)
+    return MagiPipeline(config, dit, autoencoder, encoder, tokens=tokens, text=text, copy_weight=copy_weight)
 
 
 def load_stage(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiDiT:
     """Load the DiT alone, all of it or the layers that are asked for, from exactly their tensors; errors as above."""
-    root = _root(config, weights)
-    inner = weights_folder(config, root)
-    return Checkpoint(inner if inner.is_dir() or weights is None else root).dit(config, loading)
-
-
-def weights_folder(config: MagiConfig, load: Path) -> Path:
-    """The folder of the DiT's weights inside `runtime_config.load` (5.1)."""
-    kind = (".fp8" if config.engine_config.fp8_quant else "") + (".distill" if config.engine_config.distill else "")
-    return load / f"inference_weight{kind}"
-
-
-def _root(config: MagiConfig, weights: Path | None) -> Path:
-    return weights or _folder(config.runtime_config.load, "load")
-
-
-def _folder(path: str | None, key: str) -> Path:
-    if path is None:
-        raise InputError(f"the configuration has no {key}: give --weights DIR")
-    return Path(path)
+    return Checkpoint(dit_folder(config, weights)).dit(config, loading)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the configuration pulls in torch, which a listing of names 
     from models.magi.config import MagiConfig
 
 
+POCKET = "magi-pocket"
 _T5_BYTES = 19_000_000_000  # specification 2.1; fp32
 
 
@@ -50,6 +51,17 @@ def find_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise InputError(f"unknown model {name!r}: choose from {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def preset_of(config: MagiConfig) -> Preset | None:
+    """The preset of a configuration: the one of its sizes and kind."""
+    for preset in PRESETS.values():
+        known, kind = preset.config(), config.engine_config
+        if known.model_config == config.model_config and (kind.distill, kind.fp8_quant) == (
+            known.engine_config.distill, known.engine_config.fp8_quant,
+        ):  # fmt: skip
+            return preset
+    return None
 
 
 def released_config(name: str) -> MagiConfig:
@@ -156,7 +168,7 @@ _RELEASED = (
 
 def _presets() -> Iterator[Preset]:
     yield Preset(
-        name="magi-pocket",
+        name=POCKET,
         summary="small and trained here: coloured shapes that move, on a laptop's CPU",
         config=_pocket,
         parameters=3_401_702,

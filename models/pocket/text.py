@@ -89,6 +89,3 @@ class PocketEncoder:
     def encode(self, prompt: str) -> Tensor:
         """Encode one prompt; shape and errors as in `encode_prompt`."""
         return encode_prompt(prompt)
-
-    def release(self) -> None:
-        """Nothing is held."""

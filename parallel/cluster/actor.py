@@ -46,8 +46,7 @@ class RankActor:
         """Work as one rank until the leader ends the session; a failure is returned, not raised."""
         os.environ.update(env.variables())
         settle_heap()
-        if task.threads is not None:
-            torch.set_num_threads(task.threads)
+        torch.set_num_threads(task.threads)
         loop = CommandLoop()
         try:
             connection = connect(address, loop.handle, self._on_end)

@@ -17,14 +17,14 @@ from typing import Any
 
 import ray
 import torch.distributed as dist
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from models.errors import InputError
 from parallel.cluster.actor import RankActor
 from parallel.cluster.config import ClusterSettings
 from parallel.cluster.connection import Connection, Listener
 from parallel.cluster.messages import Command, GangReady, RankStarted, SentByGang
-from parallel.cluster.placement import Place, Placement, alive_nodes, kill_process, plan_strategies, threads_per_rank
+from parallel.cluster.placement import Place, Placement, alive_nodes, kill_process, plan_strategies
 from parallel.comm.groups import connect, store_at
 from parallel.health import timeouts
 from parallel.health.errors import Failure
@@ -34,7 +34,6 @@ from parallel.mesh import Mesh
 from parallel.ranks.environment import RankEnv
 
 _QUIET = 2  # attempts on a node that is gone before they count as losses
-_LOST = (RayActorError, RayTaskError, GetTimeoutError)  # what Ray raises for a rank that is gone
 
 
 class GangBroken(Exception):  # noqa: N818 - reads as what it says
@@ -155,13 +154,13 @@ class Gang:
             if not self._retries_quietly(error):
                 raise
 
-    def stop(self) -> None:
-        """Kill all ranks at once, also those that hang or are stopped."""
+    def stop(self, *, head: bool = True) -> None:
+        """Kill all ranks at once, also those that hang or are stopped; without Ray's `head` those of this machine."""
         ranks, self._ranks = self._ranks, []
         for rank in ranks:
             rank.connection.close()
             if rank.pid is not None:
-                kill_process(rank.pid, rank.place.node)
+                kill_process(rank.pid, rank.place.node, here=not head)
             ray.kill(rank.actor, no_restart=True)
         if self._heartbeats is not None:
             self._heartbeats.close(timeouts.READER_ENDS_SECONDS)
@@ -172,11 +171,12 @@ class Gang:
         self.attempt += 1
         self.state, self._looked = GangState.WAITING, 0.0
 
-    def give_up(self) -> None:
-        """Do not start again; what it has reserved is free."""
-        self.stop()
+    def give_up(self, *, head: bool = True) -> None:
+        """Do not start again; what it has reserved is free, if there is Ray's `head` to know of it."""
+        self.stop(head=head)
         self.state = GangState.DOWN
-        self._release()
+        if head:
+            self._release()
 
     # ---- placing and starting
 
@@ -213,21 +213,18 @@ class Gang:
         limits = self._settings.task.timeouts
         self._heartbeats = Heartbeats(connect(envs[0], limits.silent), self._mesh, limits)
         self._heartbeats.start()
-        nodes = alive_nodes()
-        for env, place in zip(envs, places, strict=True):
-            self._ranks.append(self._start(env, place, nodes.get(place.node, {})))
+        self._ranks += [self._start(env, place) for env, place in zip(envs, places, strict=True)]
 
     def _env(self, rank: int, place: Place, host: str, port: int) -> RankEnv:
         world, local = self._mesh.layout.world_size, place.local_rank
         env = RankEnv(rank=rank, world_size=world, local_rank=local, host=host, port=port, attempt=self.attempt)
         return replace(env, launcher_serves=True, launcher_speaks=True)
 
-    def _start(self, env: RankEnv, place: Place, node: dict[str, float]) -> _Rank:
+    def _start(self, env: RankEnv, place: Place) -> _Rank:
         assert self._placement is not None
-        shape, task, ranks = self._settings.shape, self._settings.task, self._settings.gangs * place.local_world_size
-        threads = task.threads or threads_per_rank(node, ranks, gpus=shape.gpus)
-        # Ray sets one thread for ranks that reserve one CPU, and hides the other GPUs; torchrun does neither.
-        variables = {"OMP_NUM_THREADS": str(threads), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+        shape, task = self._settings.shape, self._settings.task
+        # Ray sets as many threads as a rank reserves CPUs, and hides the other GPUs; torchrun does neither.
+        variables = {"OMP_NUM_THREADS": str(task.threads), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
         rank = _Rank(place=place)
         rank.connection, address = self._listener.expect(rank.inbox.append, rank.end)
         remote: Any = ray.remote(max_restarts=0, max_task_retries=0)(RankActor)
@@ -237,7 +234,7 @@ class Gang:
             scheduling_strategy=self._placement.at(place),
             runtime_env={"env_vars": variables},
         ).remote()
-        rank.run = rank.actor.run.remote(env, replace(task, threads=threads), address)
+        rank.run = rank.actor.run.remote(env, task, address)
         return rank
 
     def _release(self) -> None:
@@ -298,7 +295,7 @@ class Gang:
         for run in ready:
             try:
                 failure: Failure | None = ray.get(run, timeout=timeouts.RAY_ANSWER_SECONDS)
-            except _LOST as error:
+            except RayError as error:
                 dead.append(self._died(runs[run], error))
                 continue
             if failure is not None:
@@ -316,6 +313,8 @@ class Gang:
     def _died(self, number: int, error: Exception) -> GangBroken | InputError:
         """Why a rank has died: what the ranks have reported, if anything."""
         name, rank = self._mesh.name(number), self._ranks[number]
+        if isinstance(error, OutOfMemoryError):
+            return GangBroken(f"{name} was ended by Ray, as its node has run out of memory")
         if isinstance(error, RayTaskError):
             return GangBroken(f"{name}: {error.cause}")
         assert self._heartbeats is not None

@@ -10,12 +10,18 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from models.errors import InputError
 
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SPEAKS = "FLOWCACHE_LAUNCHER_SPEAKS"
 _LAUNCHED = "FLOWCACHE_LAUNCHED"
+
+
+def prompt_cache() -> Path:
+    """Where encoded prompts are kept unless another folder is named, by the XDG base directory specification."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowcache" / "prompts"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

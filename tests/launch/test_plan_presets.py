@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -11,15 +10,19 @@ from engine.kv.layout import KVSettings
 from engine.kv.selection import Granularity, SelectionSettings
 from engine.reuse.policy import KINDS, ReuseSettings
 from launch.options import CacheName, Options, ReuseKind, TokenUnit
-from launch.plan import kv_settings, reuse_preset, reuse_settings
+from launch.plan import (
+    MAGI_1_FIGURES,
+    POCKET_FIGURES,
+    ReuseFigures,
+    kv_settings,
+    reuse_preset,
+    reuse_settings,
+)
 from models.errors import InputError
-from models.magi.presets import PRESETS
-
-MAGI_1 = [None, *(name for name in PRESETS if name != "magi-pocket")]
 
 
 def _settings(options: Options, *, num_steps: int = 16, guided: bool = False) -> ReuseSettings:
-    return reuse_settings(replace(options, model="magi-4.5b-distill"), num_steps=num_steps, guided=guided)
+    return reuse_settings(options, MAGI_1_FIGURES, num_steps=num_steps, guided=guided)
 
 
 def test_names_are_those_of_the_engine() -> None:
@@ -27,7 +30,6 @@ def test_names_are_those_of_the_engine() -> None:
     assert get_args(TokenUnit) == get_args(Granularity)
 
 
-@pytest.mark.parametrize("model", MAGI_1)
 @pytest.mark.parametrize(
     ("name", "policy", "threshold"),
     [
@@ -36,23 +38,32 @@ def test_names_are_those_of_the_engine() -> None:
         ("flowcache-fast", "flowcache", 0.015),
     ],
 )
-def test_magi_1_has_the_figures_of_the_paper(name: CacheName, model: str, policy: str, threshold: float) -> None:
-    settings = reuse_preset(name, model)
+def test_magi_1_has_the_figures_of_the_paper(name: CacheName, policy: str, threshold: float) -> None:
+    settings = reuse_preset(name, MAGI_1_FIGURES)
     assert (settings.policy, settings.threshold, settings.warmup_steps) == (policy, threshold, 5)
+    assert settings.reuse == "residual" and settings.extrapolate_from == 1
     assert not settings.clean_pass and not settings.copy_pass
 
 
 def test_magi_pocket_has_its_own() -> None:
-    slow, fast = (reuse_preset(name, "magi-pocket") for name in ("flowcache-slow", "flowcache-fast"))
+    names = ("flowcache-slow", "flowcache-fast")
+    slow, fast = (reuse_preset(name, POCKET_FIGURES) for name in names)
     assert slow.policy == fast.policy == "flowcache"
-    assert reuse_preset("flowcache-slow", "magi-4.5b").threshold < slow.threshold < fast.threshold
+    assert reuse_preset("flowcache-slow", MAGI_1_FIGURES).threshold < slow.threshold < fast.threshold
     assert slow.warmup_steps == fast.warmup_steps < 16
 
 
-@pytest.mark.parametrize("model", PRESETS)
-def test_without_reuse_nothing_is_left_out(model: str) -> None:
-    settings = reuse_preset("none", model)
+@pytest.mark.parametrize("figures", [MAGI_1_FIGURES, POCKET_FIGURES])
+def test_without_reuse_nothing_is_left_out(figures: ReuseFigures) -> None:
+    settings = reuse_preset("none", figures)
     assert settings == ReuseSettings() and settings.clean_pass and settings.copy_pass
+
+
+def test_released_models_reuse_nothing_unless_asked() -> None:
+    assert _settings(Options()) == ReuseSettings()
+    assert reuse_settings(Options(), POCKET_FIGURES, num_steps=16, guided=False).policy == "flowcache"
+    with pytest.raises(InputError, match="--cache none reuses nothing"):
+        _settings(Options(cache_threshold=0.2))
 
 
 def test_options_change_single_figures() -> None:
@@ -86,7 +97,7 @@ def test_passes_can_be_left_out_without_reuse() -> None:
             "--cache-threshold and --cache-warmup, or",
         ),
         (Options(cache="none", extrapolate_from=0.5), "leave out --extrapolate-from"),
-        (Options(cache_warmup=16), "computes all 16 steps"),
+        (Options(cache="flowcache-slow", cache_warmup=16), "computes all 16 steps"),
     ],
 )
 def test_options_that_do_not_fit(options: Options, said: str) -> None:

@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -225,13 +226,13 @@ def test_a_damaged_chunk_is_said_deleted_and_written_again(tmp_path: Path, damag
     assert files.count() == 3 and not said
     damage(path)
     with pytest.raises(Damaged, match=r"000001\.npy"):
-        files.encode(tmp_path / "video.mp4", 3, fps=24)
+        files.encode(tmp_path / "video.mp4", 3, 24, threading.Event())
     assert [path.name for path in tmp_path.iterdir()] == ["parts"]
     assert files.count() == 1
     assert len(said) == 1 and said[0].startswith(str(path)) and "\n" not in said[0]
     files.write(1, chunk(1))
     assert files.count() == 3
-    files.encode(tmp_path / "video.mp4", 3, fps=24)
+    files.encode(tmp_path / "video.mp4", 3, 24, threading.Event())
     assert frames(tmp_path / "video.mp4") == 12
 
 
