@@ -221,3 +221,7 @@ class ReuseSettings:
     def new_memory(self) -> ReuseMemory:
         """An empty memory, for one request."""
         return ReuseMemory(self.reuse, both=self.extrapolate_from < 1)
+
+    def with_threshold(self, threshold: float) -> ReuseSettings:
+        """The same with another threshold."""
+        return replace(self, threshold=threshold)

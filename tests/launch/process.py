@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 from safetensors.torch import load_file, save_file
 
@@ -34,7 +35,11 @@ def overflowing_weights(folder: Path, name: str, column: slice = slice(None)) ->
 
 
 def flowcache_process(
-    folder: Path, *arguments: object, largest_file: int | None = None, extra: Mapping[str, str] | None = None
+    folder: Path,
+    *arguments: object,
+    largest_file: int | None = None,
+    extra: Mapping[str, str] | None = None,
+    output: int | TextIO = subprocess.PIPE,
 ) -> subprocess.Popen[str]:
     """Start `python -m launch ...`.
 
@@ -43,12 +48,13 @@ def flowcache_process(
         arguments: of the command line.
         largest_file: bytes; the kernel refuses to let a file grow beyond.
         extra: variables of the environment.
+        output: standard output.
     """
 
     def prepare() -> None:
         # A test run in the background may have been started with signals ignored, and children inherit that.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
@@ -56,7 +62,7 @@ def flowcache_process(
         [sys.executable, "-m", "launch", *map(str, arguments)],
         cwd=folder,
         env={**environment(), **(extra or {})},
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=prepare,
