@@ -205,6 +205,13 @@ def test_a_bad_prompt_of_a_real_process(flowcache: Flowcache, tmp_path: Path) ->
     assert os.listdir(tmp_path) == []
 
 
+def test_threads_that_wait_leave_the_cores_to_others(tmp_path: Path) -> None:
+    """OpenMP says how it was set up when torch is loaded; what the user has chosen stays."""
+    for given, kept in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")):
+        process = flowcache_process(tmp_path, "generate", "", extra={"OMP_DISPLAY_ENV": "TRUE", **given})
+        assert f"OMP_WAIT_POLICY = '{kept}'" in process.communicate(timeout=60)[1]
+
+
 @pytest.mark.slow
 def test_no_space_left_is_one_line_and_leaves_nothing(tmp_path: Path, random_weights: Path) -> None:
     """The kernel refuses to let files grow beyond 30 kB, in the middle of the video."""
