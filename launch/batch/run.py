@@ -94,9 +94,7 @@ class _Batch:
                 if waiting:
                     self._make(waiting, display)
                 self._settle(wait=True)
-            except (KeyboardInterrupt, SystemExit) as stopped:
-                if isinstance(stopped, SystemExit):  # the command line says the other
-                    self._say("flowcache: stopped")
+            except (KeyboardInterrupt, SystemExit):
                 self._stopping.set()
                 raise
             finally:
@@ -172,7 +170,7 @@ class _Batch:
             case messages.Progressed():
                 self._progress(self._videos[event.video], event)
             case messages.VideoFailed():
-                self._fail(self._videos[event.video], event.message)
+                self._fail(self._videos[event.video], InputError(event.message))
             case messages.VideoDone():
                 video = self._videos[event.video]
                 video.computed = event.computed
@@ -183,11 +181,9 @@ class _Batch:
         try:
             video.files.write(chunk.index, chunk.frames)
             video.chunks_done = chunk.index + 1
-        except DiskFull:  # for all of them
-            raise
         except InputError as error:
+            self._fail(video, error)
             backend.cancel(chunk.video)
-            self._fail(video, str(error))
 
     def _progress(self, video: _Video, event: messages.Progressed) -> None:
         now, share = time.monotonic(), event.progress.tick / event.progress.ticks
@@ -220,10 +216,8 @@ class _Batch:
                 ending.result()
             except futures.CancelledError:
                 continue
-            except DiskFull:
-                raise
             except InputError as error:
-                self._fail(video, str(error))
+                self._fail(video, error)
                 continue
             self._clean(video)
             video.state, video.seconds_left = State.DONE, None
@@ -237,8 +231,11 @@ class _Batch:
             with suppress(OSError):
                 video.checkpoints.parent.rmdir()  # unless there are those of others
 
-    def _fail(self, video: _Video, message: str) -> None:
-        video.state, video.error = State.FAILED, message
+    def _fail(self, video: _Video, error: InputError) -> None:
+        """Go on without a video; a full disk is raised, as it is one for all of them."""
+        if isinstance(error, DiskFull):
+            raise error
+        video.state, video.error = State.FAILED, str(error)
         self._record(video)
 
     def _record(self, video: _Video) -> None:

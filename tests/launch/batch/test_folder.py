@@ -7,7 +7,9 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -153,5 +155,17 @@ def test_a_full_disk_leaves_nothing_of_a_chunk(tmp_path: Path) -> None:
         files.write(0, np.zeros((1, 4, 4, 3), dtype=np.uint8))
         with pytest.raises(DiskFull, match=r"000001\.npy: no space left there, .* MB are free"):
             files.write(1, np.zeros((8, 16, 16, 3), dtype=np.uint8))
-    assert files.count() == 1
-    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["000000.npy"]
+        files.write(1, np.zeros((1, 4, 4, 3), dtype=np.uint8))
+        with pytest.raises(DiskFull, match=r"a\.mp4: no space left there"):
+            files.encode(tmp_path / "a.mp4", 24, threading.Event())
+    assert files.count() == 2
+    assert {path.name for path in tmp_path.rglob("*")} == {"parts", "000000.npy", "000001.npy"}
+
+
+def test_a_video_that_is_not_wanted_any_more_leaves_no_file(tmp_path: Path) -> None:
+    files, stop = ChunkFiles(folder=tmp_path / "parts"), threading.Event()
+    files.write(0, np.zeros((1, 4, 4, 3), dtype=np.uint8))
+    stop.set()
+    with pytest.raises(CancelledError):
+        files.encode(tmp_path / "a.mp4", 24, stop)
+    assert {path.name for path in tmp_path.rglob("*")} == {"parts", "000000.npy"}
