@@ -19,11 +19,11 @@ from typing import Protocol
 import torch
 
 from engine.engine import Engine
-from engine.files import atomic_write, write_errors
+from engine.files import atomic_write, remove_stale_parts, write_errors
 from engine.progress import Progress
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
-from launch.ending import CommandFailed, check_signals
+from launch.ending import CommandFailed, check_signals, unwinding_signals
 from launch.forms import arguments
 from launch.options import TRACE_FILE, Options, together
 from launch.output.display import Display, rank_line, summary_text
@@ -33,6 +33,7 @@ from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.messages import Event, VideoOrder
 from parallel.health.errors import GangError
+from parallel.health.exit_codes import NO_OUTPUT
 from parallel.mesh import Layout, Mesh
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
@@ -176,9 +177,11 @@ def start_ranks(given: Sequence[str], options: Options) -> None:
     """Run this command line once for each rank, on this machine, and wait for all; `CommandFailed` if one fails."""
     command = [sys.executable, "-m", "launch", *given]
     try:
-        run_ranks(command, layout_of(options), threads=options.threads)
+        with unwinding_signals():
+            run_ranks(command, layout_of(options), threads=options.threads)
     except GangError as error:
-        raise CommandFailed(str(error), status=error.failure.status, shown_here=True) from None
+        status = error.failure.status  # of lost output rank 0 alone knows, and has said so
+        raise CommandFailed(str(error), status=status, shown_here=status != NO_OUTPUT) from None
 
 
 @contextmanager
@@ -198,7 +201,7 @@ def started_ranks(options: Options) -> Iterator[Gang]:
 def join_ranks(env: RankEnv, options: Options, *, trace: bool = False) -> Iterator[Gang]:
     """Join the other ranks, with a `trace` of what each does when; `CommandFailed` if one fails."""
     try:
-        with open_gang(env, layout_of(options), trace=trace) as gang:
+        with unwinding_signals(), open_gang(env, layout_of(options), trace=trace) as gang:
             yield gang
     except GangError as error:
         mine = not env.launcher_speaks and error.failure.reporter == env.rank
@@ -232,8 +235,11 @@ def generate(options: Options, arguments: Sequence[str]) -> str | None:
         if env is not None:
             return _as_rank(options, env)
         if needs_ranks(options):
-            plan_videos(options)  # what can be checked is said before ranks are started
-            start_ranks(arguments, options)
+            plans = plan_videos(options)  # what can be checked is said before ranks are started
+            try:
+                start_ranks(arguments, options)
+            finally:
+                remove_stale_parts(plans[0].out.parent)  # of a rank that was killed
             return None
         return _make_here(options)
     except torch.OutOfMemoryError:
@@ -294,7 +300,7 @@ def _make(backend: AbstractContextManager[Backend], plans: Sequence[Plan]) -> st
     on = f" on {ranks} ranks (pp {options.pp} x cp {options.cp})" if ranks > 1 else ""
     with Display() as display:
         display.phase(f"loading {plans[0].model.name}{on}")
-        with backend as opened:
+        with backend as opened, unwinding_signals():
             made = make_with(opened, plans, display, began)
     counters = opened.counters if isinstance(opened, EngineBackend) else ()
     return summary_text(made.summaries, making=made.making, ranks=rank_line(options, counters) if counters else None)

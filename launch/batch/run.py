@@ -19,7 +19,7 @@ from engine.files import DiskFull
 from launch.batch.file import BatchItem, read_batch
 from launch.batch.folder import ChunkFiles, OutputFolder
 from launch.cluster import on_ray
-from launch.ending import check_signals
+from launch.ending import check_signals, unwinding_signals
 from launch.generate import Backend, make_videos
 from launch.options import BatchOptions, parse_size
 from launch.output.display import BatchDisplay, Row, State, summary
@@ -44,7 +44,7 @@ def run_batch(options: BatchOptions, *, say: Callable[[str], None]) -> int:
                 return BAD_INPUT
             raise InputError(f"{options.file} has no lines: write a JSON object for each video")
         batch = _Batch(options, folder, items, say)
-        with BatchDisplay() as display:
+        with BatchDisplay() as display, unwinding_signals():
             batch.make(display)
         say(summary(batch.rows, seconds=time.monotonic() - began, restarts=batch.restarts))
     failed = any(row.state is State.FAILED for row in batch.rows)

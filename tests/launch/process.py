@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).parents[2]
 Result = subprocess.CompletedProcess[str]
@@ -20,7 +21,11 @@ def environment() -> dict[str, str]:
 
 
 def flowcache_process(
-    folder: Path, *arguments: object, largest_file: int | None = None, extra: Mapping[str, str] | None = None
+    folder: Path,
+    *arguments: object,
+    largest_file: int | None = None,
+    extra: Mapping[str, str] | None = None,
+    output: int | TextIO = subprocess.PIPE,
 ) -> subprocess.Popen[str]:
     """Start `python -m launch ...`.
 
@@ -29,12 +34,13 @@ def flowcache_process(
         arguments: of the command line.
         largest_file: bytes; the kernel refuses to let a file grow beyond.
         extra: variables of the environment.
+        output: standard output.
     """
 
     def prepare() -> None:
         # A test run in the background may have been started with signals ignored, and children inherit that.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
@@ -42,7 +48,7 @@ def flowcache_process(
         [sys.executable, "-m", "launch", *map(str, arguments)],
         cwd=folder,
         env={**environment(), **(extra or {})},
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=prepare,

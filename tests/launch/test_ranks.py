@@ -230,7 +230,25 @@ def test_a_signal_ends_ranks_that_the_command_has_started(
     finally:
         process.kill()
     assert process.returncode == status and "Traceback" not in shown
-    assert (shown.splitlines()[-1] == "flowcache: stopped") == (sent is signal.SIGINT)
+    assert shown.splitlines()[-1] == "flowcache: stopped"
+    assert os.listdir(tmp_path) == []
+
+
+def test_nothing_is_left_of_a_rank_that_is_killed(tmp_path: Path, random_weights: Path) -> None:
+    """Rank 0 writes the video; the command that has started it removes what it leaves."""
+    options = ["--chunks", 5000, "--steps", 4, "--weights", random_weights, "--out", "long.mp4", "--pp", 2]
+    process = flowcache_process(tmp_path, "generate", PROMPT, *options)
+    try:
+        deadline, parts = time.monotonic() + 90, list[Path]()
+        while not parts:
+            assert process.poll() is None and time.monotonic() < deadline, "no file was begun"
+            time.sleep(0.05)
+            parts = list(tmp_path.glob(".long.mp4.*"))
+        os.kill(int(parts[0].stem.rpartition("-")[2]), signal.SIGKILL)
+        _, shown = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "rank 0 (stage 0 of 2) " in shown.splitlines()[-1]
     assert os.listdir(tmp_path) == []
 
 
