@@ -19,7 +19,7 @@ from engine.machine import settle_heap
 from launch import __version__
 from launch.ending import CommandFailed, handle_as_rank, shows_bad_input, speaks_for_all, stopped_by
 from launch.forms import command, declared
-from launch.options import GOLDEN_FILES, BatchOptions, Options
+from launch.options import GOLDEN_DEVICE, GOLDEN_FILES, BatchOptions, Options
 from models.errors import InputError
 from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED, NO_OUTPUT, OK
 from parallel.ranks.environment import RankEnv, settle_libraries
@@ -136,11 +136,11 @@ def _batch(_: Sequence[str], given: dict[str, Any]) -> None:
 
 
 def _conformance(arguments: Sequence[str], given: dict[str, Any]) -> None:
-    files = given.pop("files")
+    files, device = given.pop("files"), given.pop("device")
     options = Options(**given)
-    from launch.conformance import check_conformance
+    from launch.conformance.command import check_conformance
 
-    raise typer.Exit(check_conformance(files, options, arguments, report_error=lambda error: _show_error(str(error))))
+    raise typer.Exit(check_conformance(files, options, arguments, device=device, report_error=_show_error))
 
 
 app.command("generate", help=_GENERATE_HELP)(command(declared(Options), _generate))
@@ -186,7 +186,7 @@ app.command(
     "conformance",
     help="Recompute golden files of the published code and compare.\n\n"
     "One line for each file. Exit status 0 if all pass, 1 if one fails, 2 if one cannot be read.",
-)(command([GOLDEN_FILES, *(one for one in declared(Options) if one.name in _OF_RANKS)], _conformance))
+)(command([GOLDEN_FILES, GOLDEN_DEVICE, *(one for one in declared(Options) if one.name in _OF_RANKS)], _conformance))
 _SHARED = [one for one in declared(Options) if one.batch]  # options of `generate` that `batch` has too
 app.command("batch", help=_BATCH_HELP)(command([*declared(BatchOptions), *_SHARED], _batch))
 app.add_typer(plots, name="plot")

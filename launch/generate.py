@@ -198,10 +198,12 @@ def started_ranks(options: Options) -> Iterator[Gang]:
 
 
 @contextmanager
-def join_ranks(env: RankEnv, options: Options, *, trace: bool = False) -> Iterator[Gang]:
+def join_ranks(
+    env: RankEnv, options: Options, *, trace: bool = False, device: torch.device | None = None
+) -> Iterator[Gang]:
     """Join the other ranks, with a `trace` of what each does when; `CommandFailed` if one fails."""
     try:
-        with unwinding_signals(), open_gang(env, layout_of(options), trace=trace) as gang:
+        with unwinding_signals(), open_gang(env, layout_of(options), trace=trace, device=device) as gang:
             yield gang
     except GangError as error:
         mine = not env.launcher_speaks and error.failure.reporter == env.rank

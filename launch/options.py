@@ -27,6 +27,7 @@ TRACE_FILE = "trace.json"  # in the folder of a record
 
 CacheName = Literal["none", "teacache", "flowcache-slow", "flowcache-fast"]
 ReuseKind = Literal["residual", "velocity", "extrapolate"]
+Arithmetic = Literal["fp32", "bf16"]
 TokenUnit = Literal["token", "frame", "chunk"]
 
 _PROMPTS = Opt(
@@ -135,6 +136,11 @@ class Options:
         "says. 1 never does.",
         within=(0, 1),
         metavar="SHARE",
+    )
+    distance: Arithmetic | None = _reuse(
+        "How far a chunk has changed is taken in [bold]fp32[/bold], or in [bold]bf16[/bold] with every step rounded, "
+        "as the published FlowCache does.",
+        metavar="DTYPE",
     )
     clean_pass: bool | None = _passes(
         "Run each finished chunk once more, without noise, before others look back at it. With --cache none it "
@@ -286,6 +292,14 @@ class BatchOptions:
 
 GOLDEN_FILES = Opt("Golden files; their weights file lies beside them.", argument=True, name="files", kind=list[Path])
 """What `flowcache conformance` is given."""
+GOLDEN_DEVICE = Opt(
+    "Where to compute. On ranks: the CPU, or a GPU for each as far as there are GPUs.",
+    shown="the CPU; on ranks GPUs if there are any",
+    name="device",
+    kind=Literal["cpu", "cuda"] | None,
+    default=None,
+)
+"""The same, beside the options of ranks."""
 
 
 def together(options: Options, videos: int, *, ranks: bool | None = None) -> int:

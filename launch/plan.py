@@ -352,7 +352,7 @@ POCKET_FIGURES = ReuseFigures(
 )
 # Options that change a figure of a preset, and that figure.
 _CHANGES = {"cache_threshold": "threshold", "cache_warmup": "warmup_steps"} | {
-    name: name for name in ("reuse", "extrapolate_from")
+    name: name for name in ("reuse", "extrapolate_from", "distance")
 }
 
 

@@ -24,6 +24,8 @@ from models.errors import InputError
 State = dict[str, float]
 POLICIES = ("none", "flowcache", "teacache")
 KINDS = ("residual", "velocity", "extrapolate")
+DISTANCES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Arithmetics of distances, by name; the published code takes them in bf16, where each of its steps is rounded."""
 
 
 class Decision(Enum):
@@ -45,13 +47,25 @@ class Observation:
     change: float | None
     """L1 norm of the difference of its patch embeddings of this tick and the one before; None at step 0."""
     scale: float | None  # L1 norm of the patch embeddings of the tick before; None at step 0
+    rounded: bool = False  # the distance is rounded to bf16, as the two norms are
 
     @property
     def distance(self) -> float | None:
         """Relative L1 distance (FlowCache, Eq. 5)."""
         if self.change is None or self.scale is None:
             return None
-        return self.change / self.scale if self.scale else float("inf")
+        quotient = self.change / self.scale if self.scale else float("inf")
+        return torch.tensor(quotient, dtype=torch.bfloat16).item() if self.rounded else quotient
+
+
+def change_norms(then: Tensor, now: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """L1 norms (of the change, of what was before) of patch embeddings, in an arithmetic of `DISTANCES`.
+
+    In bf16 the difference and both means are rounded, and 1e-8 is added to the second, as published.
+    """
+    then, now = then.to(dtype), now.to(dtype)
+    change, scale = ((part.abs().float().mean()).to(dtype) for part in (now - then, then))
+    return change, scale + 1e-8 if dtype == torch.bfloat16 else scale
 
 
 class Policy:
@@ -94,7 +108,7 @@ class _Accumulator(Policy):
 
     def add(self, key: str, distance: float | None, *, forced: bool) -> Decision:
         total = self._sums.get(key, 0.0) + (float("inf") if distance is None else distance)
-        if forced or not total <= self.threshold:
+        if forced or not total < self.threshold:
             self._sums[key] = 0.0
             return Decision.COMPUTE
         self._sums[key] = total
@@ -114,7 +128,7 @@ class _Accumulator(Policy):
 
 
 class ChunkPolicy(_Accumulator):
-    """FlowCache: each chunk sums its own distances and is reused while the sum stays within the threshold (Eq. 8).
+    """FlowCache: each chunk sums its own distances and is reused while the sum stays below the threshold (Eq. 8).
 
     Args:
         threshold: epsilon.
@@ -211,6 +225,7 @@ class ReuseSettings:
     warmup_steps: int = 1  # m, first steps that are always computed
     reuse: str = "residual"  # one of `KINDS`
     extrapolate_from: float = 1.0  # share of the threshold above which a step is extrapolated; 1 never does
+    distance: str = "fp32"  # arithmetic of distances, one of `DISTANCES`
     clean_pass: bool = True  # renew the KV of a finished chunk by a pass of its own; the published runs do not
     copy_pass: bool = True  # the context-free pass of the cleanest chunk of a distilled model
 
@@ -219,6 +234,10 @@ class ReuseSettings:
             raise InputError(f"unknown reuse policy {self.policy!r}: choose from {', '.join(POLICIES)}")
         if self.reuse not in KINDS:
             raise InputError(f"unknown kind of reuse {self.reuse!r}: choose from {', '.join(KINDS)}")
+        if self.distance not in DISTANCES:
+            raise InputError(f"unknown arithmetic of distances {self.distance!r}: choose from {', '.join(DISTANCES)}")
+        if self.distance == "bf16" and self.policy == "teacache":
+            raise InputError("distances in bf16 are those of one chunk, as FlowCache takes them: not for teacache")
         self.new_policy()  # checks the figures
 
     def new_policy(self) -> Policy:

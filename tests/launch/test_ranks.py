@@ -260,6 +260,6 @@ def test_conformance_on_ranks(flowcache: Flowcache) -> None:
     result = flowcache("conformance", "missing.safetensors", GOLDENS / "t2v_fullkv_window2.safetensors", "--pp", 2)
     assert result.returncode == 2
     (line,) = result.stdout.splitlines()
-    assert line.startswith("t2v_fullkv_window2 ") and line.endswith("4 chunks, pp 2 x cp 1  PASS")
+    assert line.startswith("t2v_fullkv_window2 ") and line.endswith("4 comparisons, pp 2 x cp 1  PASS")
     assert len(errors(result)) == 1 and "missing.safetensors" in errors(result)[0]
     assert len(result.stderr.splitlines()) == 1

@@ -180,7 +180,7 @@ def separate_payloads(gang):
 
 
 def goldens(gang, values, out):
-    from launch.conformance import check_on_gang  # which takes as long to import as half of the rest
+    from launch.conformance.command import check_on_gang  # which takes as long to import as half of the rest
 
     verdicts = []
     files = [Path(path) for path in values["files"]]
