@@ -218,7 +218,8 @@ class Options:
     config: Path | None = _files("A released MAGI-1 JSON, as it is, in place of --model.")
     weights: Path | None = _files(
         "Folder of the weights, as downloaded, such as MAGI-1/ckpt/magi/4.5B_distill. Without --model the model is "
-        "recognised. An autoencoder is searched in its sub-folder vae and around it (ckpt/vae), text encoders in t5."
+        "recognised. [bold]random[/bold]: random numbers of the model's sizes, to try a layout or to measure before a "
+        "download. An autoencoder is searched in its sub-folder vae and around it (ckpt/vae), text encoders in t5."
     )
     special_tokens: Path | None = _files(
         "The special_tokens.npz of MAGI-1, if it is neither in the folder of the weights nor in example/assets.",
