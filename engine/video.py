@@ -268,8 +268,14 @@ class VideoRun:
         )
 
     def restore(self, state: VideoState) -> None:
-        """Go on from the state of a run of the same request; in place of `prefix_work` and the ticks before."""
-        device = self._device
+        """Go on from the state of a run of the same request; in place of `prefix_work` and the ticks before.
+
+        A ValueError if its latents are not those of the request.
+        """
+        device, shape = self._device, (1, self._shape.channels, *self.grid)
+        for part in (*state.latents.values(), *state.before.values()):
+            if part.shape != shape or part.dtype != torch.float32:
+                raise ValueError(f"it has latents of {part.dtype} {tuple(part.shape)} and not of fp32 {shape}")
         self._latents = {chunk: part.to(device) for chunk, part in state.latents.items()}
         self._before = {chunk: part.to(device) for chunk, part in state.before.items()}
         self._ops, self._leaving = list(state.ops), set(state.leaving)

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 
 from engine.engine import Engine
+from engine.executor import NotFinite
 from engine.files import atomic_write, remove_stale_parts, write_errors
 from engine.progress import Progress
 from engine.record import Recorder
@@ -119,7 +120,13 @@ class EngineBackend:
         return messages.Admitted(video=video, number=number, first=0)
 
     def _step(self) -> Iterator[Event]:
-        made = self._engine.step()
+        try:
+            made = self._engine.step()
+        except NotFinite as error:
+            video = self._running[error.video]
+            self.cancel(video)
+            yield messages.VideoFailed(video=video, message=str(error))
+            return
         while self._news:
             yield self._news.popleft()
         for result in made:
@@ -202,10 +209,13 @@ def started_ranks(options: Options) -> Iterator[Gang]:
 def join_ranks(
     env: RankEnv, options: Options, *, trace: bool = False, device: torch.device | None = None
 ) -> Iterator[Gang]:
-    """Join the other ranks, with a `trace` of what each does when; `CommandFailed` if one fails."""
+    """Join the other ranks, with a `trace` of what each does when; `CommandFailed` if one fails, or a video does."""
     try:
         with unwinding_signals(), open_gang(env, layout_of(options), trace=trace, device=device) as gang:
-            yield gang
+            try:
+                yield gang
+            except CommandFailed as ended:
+                raise GangError(gang.monitor.fail(str(ended), status=ended.status)) from None
     except GangError as error:
         mine = not env.launcher_speaks and error.failure.reporter == env.rank
         raise CommandFailed(str(error), status=error.failure.status, shown_here=mine) from None

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from models.errors import InputError
 
-State = dict[str, float]
 POLICIES = ("none", "flowcache", "teacache")
 KINDS = ("residual", "velocity", "extrapolate")
 DISTANCES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -83,7 +82,7 @@ class Policy:
     def forget(self, chunk: int) -> None:
         """A chunk has left the window."""
 
-    def state(self) -> State:
+    def state(self) -> dict[str, float]:
         """All that the next decisions depend on."""
         return {}
 
@@ -96,7 +95,12 @@ class _Accumulator(Policy):
 
     observes = True
 
-    def __init__(self, threshold: float, warmup_steps: int, extrapolate_from: float = 1.0) -> None:
+    def __init__(
+        self,
+        threshold: float,  # epsilon, bound of a sum
+        warmup_steps: int,  # m, first steps of a chunk or ticks of the window, which are computed; so is the last tick
+        extrapolate_from: float = 1.0,  # share of the threshold above which a step is extrapolated and not just reused
+    ) -> None:
         if not 0 <= extrapolate_from <= 1:
             raise InputError(f"extrapolation from {extrapolate_from} of the threshold on: give a share of 0 to 1")
         if not threshold >= 0:
@@ -118,7 +122,7 @@ class _Accumulator(Policy):
         """Drop its sum."""
         self._sums.pop(str(chunk), None)
 
-    def state(self) -> State:
+    def state(self) -> dict[str, float]:
         """The sums."""
         return dict(self._sums)
 
@@ -128,13 +132,7 @@ class _Accumulator(Policy):
 
 
 class ChunkPolicy(_Accumulator):
-    """FlowCache: each chunk sums its own distances and is reused while the sum stays below the threshold (Eq. 8).
-
-    Args:
-        threshold: epsilon.
-        warmup_steps: m, a chunk's first steps, which are computed. The last tick of the video is computed too.
-        extrapolate_from: share of the threshold above which a step is extrapolated and not just reused.
-    """
+    """FlowCache: each chunk sums its own distances and is reused while the sum stays below the threshold (Eq. 8)."""
 
     def decide(self, observations: Sequence[Observation]) -> list[Decision]:
         """Decide for each chunk on its own."""
@@ -145,13 +143,7 @@ class ChunkPolicy(_Accumulator):
 
 
 class WindowPolicy(_Accumulator):
-    """TeaCache on a window: one sum and one decision for all chunks. A chunk in its first step is computed anyway.
-
-    Args:
-        threshold: bound of the sum of the window's relative L1 distances since it was last computed.
-        warmup_steps: ticks at the start of the video that are computed, and the last one.
-        extrapolate_from: as in `ChunkPolicy`.
-    """
+    """TeaCache on a window: one sum and one decision for all chunks. A chunk in its first step is computed anyway."""
 
     scope = "window"
 
@@ -179,9 +171,7 @@ class ReuseMemory:
     """The last computed velocities of every chunk of the window; two each if a policy may extrapolate (`both`)."""
 
     def __init__(self, kind: str, *, both: bool = False) -> None:
-        if kind not in KINDS:
-            raise InputError(f"unknown kind of reuse {kind!r}: choose from {', '.join(KINDS)}")
-        self._kind = kind
+        self._kind = kind  # one of `KINDS`
         self._keep = 2 if both or kind == "extrapolate" else 1
         self._held: dict[int, tuple[ComputedStep, ...]] = {}
 

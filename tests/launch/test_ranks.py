@@ -18,7 +18,7 @@ from PIL import Image
 from engine.record import RunRecord
 from launch.cli import run
 from launch.options import Options
-from tests.launch.process import ROOT, Result, environment, flowcache_process
+from tests.launch.process import ROOT, Result, environment, flowcache_process, overflowing_weights
 from tests.launch.videos import generate_video
 
 GOLDENS = ROOT / "tests" / "data" / "goldens"
@@ -53,6 +53,25 @@ def made(tmp_path_factory: pytest.TempPathFactory, random_weights: Path) -> tupl
 
 
 # ---- one video
+
+
+SMALL = ["--chunks", 2, "--steps", 8, "--height", 64, "--width", 64, "--threads", 1]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("layer", [1, 4])
+def test_what_comes_to_nan_ends_with_tick_chunk_and_rank(
+    flowcache: Flowcache, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, ranks: int, layer: int
+) -> None:
+    """The rank that holds the layer, whichever sees it in the end."""
+    folder = tmp_path_factory.mktemp("overflowing") / "weights"
+    weights = overflowing_weights(folder, f"videodit_blocks.layers.{layer}.mlp.linear_fc2.weight")
+    result = flowcache("generate", PROMPT, "--pp", ranks, "--weights", weights, *SMALL)
+    rank = int(ranks == 2 and layer == 4)
+    text = f"flowcache: error: rank {rank} has computed NaN or infinity at tick 0, chunk 0: check the weights, "
+    assert result.returncode == 1 and result.stdout == ""
+    assert errors(result) == [text + "and the device of that rank"]
+    assert os.listdir(tmp_path) == []
 
 
 def test_ranks_make_the_video_of_one_process(made: tuple[Path, Result], random_weights: Path, tmp_path: Path) -> None:
