@@ -19,7 +19,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Self
 
@@ -54,12 +53,11 @@ class OutputFolder:
         with write_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._results = _open_results(self._folder / RESULTS)
-            for path in sorted(self._folder.iterdir()):
+            for path in self._folder.iterdir():
                 if (video := _VIDEO.fullmatch(path.name)) and is_whole(path):
                     self.done.add(video[1])
-            self.recorded |= {
-                digest for line in (self._folder / RESULTS).read_bytes().split(b"\n") if (digest := _done(line))
-            }
+            lines = (self._folder / RESULTS).read_bytes().split(b"\n")
+            self.recorded |= {digest for line in lines if (digest := _done(line))}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -120,8 +118,8 @@ def is_whole(path: Path) -> bool:
     return found and at == size
 
 
-def _open_results(path: Path) -> FileIO:
-    file = FileIO(path, "a+")  # without a buffer, which would keep what a full disk has refused
+def _open_results(path: Path) -> io.FileIO:
+    file = io.FileIO(path, "a+")  # without a buffer, which would keep what a full disk has refused
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
