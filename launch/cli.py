@@ -267,4 +267,5 @@ def _lost_output() -> bool:
 
 def _show_error(text: str) -> None:
     if text:  # no arguments at all: typer has shown the help instead
-        typer.echo(f"flowcache: error: {' '.join(text.replace('Value error, ', '').split())}", err=True)
+        ours = text.replace("Value error, ", "").replace("Input should be", "it must be")  # pydantic's words
+        typer.echo(f"flowcache: error: {' '.join(ours.split())}", err=True)

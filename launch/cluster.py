@@ -28,8 +28,9 @@ import typer
 
 from engine.files import part_of, remove_stale_parts
 from launch.ending import CommandFailed, check_signals, deferred_signals, unwinding_signals
+from launch.model import layout_of
 from launch.options import ray_address, threads_of_a_rank, together
-from launch.plan import Plan, layout_of
+from launch.plan import Plan
 from models.errors import InputError
 from parallel.cluster.config import ClusterSettings, RankTask
 from parallel.cluster.controller import ClusterLost, Controller

@@ -26,10 +26,11 @@ from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
 from launch.ending import CommandFailed, check_signals, unwinding_signals
 from launch.forms import arguments
+from launch.model import ModelPlan, layout_of, plan_model
 from launch.options import TRACE_FILE, Options, together
 from launch.output.display import Display, rank_line, summary_text
 from launch.output.video import VideoSinks
-from launch.plan import ModelPlan, Plan, layout_of, plan_model, plan_videos
+from launch.plan import Plan, plan_videos
 from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.messages import Event, VideoOrder

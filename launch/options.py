@@ -330,3 +330,9 @@ def parse_size(text: str) -> int:
     if found is None:
         raise InputError(f"{text!r} is no size: write one such as 8GB")
     return int(float(found[1]) * 1000 ** " kmgt".index(found[2] or " "))
+
+
+def size_text(count: int) -> str:
+    """Bytes as text, such as `8.0 GB`."""
+    unit, name = next(((unit, name) for unit, name in ((10**9, "GB"), (10**6, "MB")) if count >= unit), (1000, "kB"))
+    return f"{count / unit:,.1f} {name}"
