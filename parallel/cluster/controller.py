@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -117,7 +117,7 @@ class Controller:
         del self._videos[video]
         self._out = deque(event for event in self._out if getattr(event, "video", None) != video)
 
-    def run(self) -> Iterator[messages.Event]:
+    def run(self) -> Generator[messages.Event, None, None]:
         """Make the videos that were submitted; more may be submitted meanwhile.
 
         Yields:
