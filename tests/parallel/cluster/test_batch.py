@@ -166,9 +166,12 @@ def test_a_batch_that_was_ended_goes_on_where_it_was(tmp_path, temporary, monkey
     digest = next(iter(made)).stem[-12:]
     for left in (f".{digest}.parts", f".checkpoints/{digest}/pp2/quantum-00000001-01234567"):
         (videos / left).mkdir(parents=True)
+    (videos / "results.jsonl").unlink()  # what is known is written again
     runs.start()
     status, text = runs.end()
     assert status == 1 and "2 there already" in text
+    results = [json.loads(line) for line in (videos / "results.jsonl").read_text().splitlines()]
+    assert [(result["line"], result["status"]) for result in results] == [(1, "done"), (2, "done")]
     assert {path: path.stat().st_mtime_ns for path in videos.glob("*.mp4")} == made
     assert len(list(videos.iterdir())) == 3
 
