@@ -16,7 +16,7 @@ import zlib
 from base64 import b64decode, b64encode
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -127,12 +127,10 @@ class Tracer:
 def shipped_events(store: Store, session: int, rank: int) -> Iterator[str]:
     """The events that a rank has shipped, each as JSON; they are deleted from the store."""
     end = _trace_key(session, rank)
-    store.wait([end])
     for number in range(int(store.get(end))):
         key = _trace_key(session, rank, number)
         block = zlib.decompress(b64decode(store.get(key))).decode()
-        with suppress(RuntimeError):  # not every kind of store can delete
-            store.delete_key(key)
+        store.delete_key(key)
         yield from block.splitlines()
 
 
@@ -185,7 +183,6 @@ def publish_counters(store: Store, session: int, counters: RankCounters) -> None
 def collect_counters(store: Store, session: int, ranks: int) -> list[RankCounters]:
     """The counters of all ranks, once each has published its own."""
     keys = [f"counters/{session}/{rank}" for rank in range(ranks)]
-    store.wait(keys)
     loaded = [json.loads(raw) for raw in store.multi_get(keys)]
     return [RankCounters(**{**values, "layers": tuple(values["layers"])}) for values in loaded]
 

@@ -86,6 +86,7 @@ class RankTask:
     reuse: ReuseSettings  # which steps are reused
     kv: KVSettings  # how much of the past is held
     timeouts: Timeouts  # how long to wait for others
+    interface: str | None = None  # network interface to listen at, on all nodes; None takes Ray's address of each
     threads: int | None = None  # CPU threads of each rank; None shares the cores of its node among the ranks there
 
 

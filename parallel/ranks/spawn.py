@@ -15,9 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-import torch.distributed as dist
-
-from parallel.comm.groups import store_at
+from parallel.comm.store import StoreServer
 from parallel.health.errors import ErrorStore, Failure, GangError
 from parallel.health.exit_codes import FAILED, INTERRUPTED
 from parallel.health.timeouts import POLL_SECONDS, RANKS_END_SECONDS
@@ -36,8 +34,8 @@ def run_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = N
         GangError: a rank has failed; the text names it.
         KeyboardInterrupt: Ctrl-C; all ranks have ended.
     """
-    store = store_at(_HOST)
-    errors = ErrorStore(dist.PrefixStore("flowcache/0", store))
+    store = StoreServer(_HOST)
+    errors = ErrorStore(store.values)
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(layout.world_size):
@@ -49,6 +47,7 @@ def run_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = N
         raise
     finally:
         _kill(ranks)
+        store.close()
 
 
 @contextmanager
@@ -58,7 +57,7 @@ def worker_ranks(command: Sequence[str], layout: Layout, *, threads: int | None 
     Yields:
         The env of rank 0.
     """
-    store = store_at(_HOST)
+    store = StoreServer(_HOST)
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(1, layout.world_size):
@@ -67,10 +66,13 @@ def worker_ranks(command: Sequence[str], layout: Layout, *, threads: int | None 
         _wait_for_all(ranks)
     finally:
         _kill(ranks)
+        store.close()
 
 
-def _env(rank: int, layout: Layout, store: dist.TCPStore) -> RankEnv:
-    env = RankEnv(rank=rank, world_size=layout.world_size, local_rank=rank, host=_HOST, port=store.port)
+def _env(rank: int, layout: Layout, store: StoreServer) -> RankEnv:
+    at = store.address
+    env = RankEnv(rank=rank, world_size=layout.world_size, local_rank=rank, host=at.host, port=at.port)
+    env = replace(env, secret=at.secret, one_machine=True)
     return replace(env, launcher_serves=True, launcher_speaks=True, launched=True)
 
 
