@@ -22,7 +22,7 @@ from launch.forms import command, declared
 from launch.options import GOLDEN_FILES, BatchOptions, Launcher, Options
 from models.errors import InputError
 from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED
-from parallel.ranks.environment import RankEnv
+from parallel.ranks.environment import RankEnv, keep_ray_local
 
 _HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 _OF_RANKS = ("pp", "cp", "split")
@@ -139,6 +139,7 @@ def _generate(call: _Call, given: dict[str, Any]) -> None:
 def _batch(call: _Call, given: dict[str, Any]) -> None:
     own = {one.name: given.pop(one.name) for one in declared(BatchOptions)}
     options = BatchOptions(**own, base=Options(**given, launcher=Launcher.RAY))
+    keep_ray_local()
     from launch.batch.run import run_batch
 
     call.imported()

@@ -54,7 +54,13 @@ def on_ray(
             gangs=gangs,
             shape=GangShape(layout=layout, gpus=cluster_has_gpus(), cpus=cpus),
             task=RankTask(
-                layout=layout, source=source, reuse=model.reuse, kv=model.kv, timeouts=timeouts, threads=threads
+                layout=layout,
+                source=source,
+                reuse=model.reuse,
+                kv=model.kv,
+                timeouts=timeouts,
+                interface=options.interface,
+                threads=threads,
             ),
             size=_gang_size(plans, kv_bytes),
             max_restarts=max_restarts,

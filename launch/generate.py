@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 
 from engine.engine import Engine
-from engine.files import atomic_write, write_errors
+from engine.files import atomic_write, remove_stale_parts, write_errors
 from engine.progress import Progress
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
@@ -34,7 +34,7 @@ from parallel.cluster import messages
 from parallel.cluster.messages import Event, VideoOrder
 from parallel.health.errors import GangError
 from parallel.mesh import Layout, Mesh
-from parallel.ranks.environment import RankEnv
+from parallel.ranks.environment import RankEnv, keep_ray_local
 from parallel.ranks.gang import Gang, open_gang
 from parallel.ranks.spawn import run_ranks, worker_ranks
 from parallel.trace import RankCounters, Tracer
@@ -198,7 +198,7 @@ def started_ranks(options: Options) -> Iterator[Gang]:
 def join_ranks(env: RankEnv, options: Options, *, trace: bool = False) -> Iterator[Gang]:
     """Join the other ranks, with a `trace` of what each does when; `CommandFailed` if one fails."""
     try:
-        with open_gang(env, layout_of(options), trace=trace) as gang:
+        with open_gang(env, layout_of(options), trace=trace, interface=options.interface) as gang:
             yield gang
     except GangError as error:
         mine = not env.launcher_speaks and error.failure.reporter == env.rank
@@ -232,8 +232,12 @@ def generate(options: Options, arguments: Sequence[str]) -> str | None:
         if env is not None:
             return _as_rank(options, env)
         if needs_ranks(options):
-            plan_videos(options)  # what can be checked is said before ranks are started
-            start_ranks(arguments, options)
+            plans = plan_videos(options)  # what can be checked is said before ranks are started
+            try:
+                start_ranks(arguments, options)
+            finally:
+                for folder in {plan.out.parent for plan in plans}:
+                    remove_stale_parts(folder)  # of a leader that was killed
             return None
         return _make_here(options)
     except torch.OutOfMemoryError:
@@ -254,6 +258,7 @@ def _make_here(options: Options) -> str:
 
 
 def _make_on_ray(options: Options) -> str:
+    keep_ray_local()
     from launch.cluster import on_ray
 
     if options.record is not None or options.trace is not None:

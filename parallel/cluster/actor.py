@@ -60,10 +60,8 @@ class RankActor:
             return Failure(message=text, reporter=env.rank)
         connection.send(messages.RankStarted(pid=os.getpid()))
         try:
-            own = None if env.one_machine else interface_of(ray.util.get_node_ip_address())
-            with open_gang(
-                env, task.layout, timeouts=task.timeouts, device=_own_device(), interface=task.interface or own
-            ) as gang:
+            interface = task.interface or interface_of(ray.util.get_node_ip_address())
+            with open_gang(env, task.layout, timeouts=task.timeouts, device=_own_device(), interface=interface) as gang:
                 self._gang = gang
                 _work(gang, task, loop, connection.send)
         except GangError as error:

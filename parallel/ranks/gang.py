@@ -104,7 +104,7 @@ def open_gang(
     timeouts: Timeouts = _DEFAULTS,  # how long to wait for others
     trace: bool = False,  # remember what is done when
     device: torch.device | None = None,  # in place of the env's own
-    interface: str | None = None,  # the network interface to listen at, in place of PyTorch's choice
+    interface: str | None = None,  # network interface to listen at, of ranks on several machines
 ) -> Iterator[Gang]:
     """Join the other ranks.
 
@@ -117,7 +117,7 @@ def open_gang(
     layout.check_world(env.world_size)
     mesh = Mesh(layout=layout, rank=env.rank)
     try:
-        listen_at(interface or (interface_of("127.0.0.1") if env.one_machine else None))
+        listen_at(interface_of("127.0.0.1") if env.one_machine else interface)
         server, address = meet(env, interface, timeouts.first)
         store, groups_store = connect(env, address, timeouts.first), connect(env, address, timeouts.first)
         own = connect(env, address, timeouts.silent)
