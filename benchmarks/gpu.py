@@ -31,7 +31,8 @@ from engine.kv.selection import Granularity, SelectionSettings, select
 from models.attention import Attention, attention_backend, available_backends
 from models.errors import InputError
 from models.magi.config import MagiConfig, ModelConfig, VaeConfig
-from models.magi.dit import MagiDiT, apply_rotary
+from models.magi.dit import MagiDiT
+from models.magi.layers import apply_rotary
 from models.magi.presets import released_config
 from models.magi.vae import TiledVAE, ViTVAE
 from models.magi.weights import dit_dtype
@@ -296,7 +297,7 @@ def decode(bench: Bench) -> Iterator[Row]:
     vae.load_state_dict(state, assign=True)
     tiled = TiledVAE(vae.requires_grad_(False), scale_factor=1.0, fps=24)
     latents = bench.random(1, bench.vae.z_chans, *bench.grid, dtype=torch.float32)
-    tiles = len(tiled.decode_grid(*bench.grid).tiles)
+    tiles = len(tiled.decode_grid(*bench.grid))
     seconds = bench.seconds(lambda: tiled.decode(latents), repeats=2)
     yield {"tiles": tiles, "dtype": str(dtype), "ms": 1e3 * seconds, "ms a tile": 1e3 * seconds / tiles}
 
@@ -305,7 +306,7 @@ PARTS = (peaks, attention, projection, layer, layer_compiled, passes, selection,
 
 
 def _bench(preset: str, device: torch.device) -> Bench:
-    config = released_config(large=False, distill=True)
+    config = released_config("4.5B_distill")
     vae = VaeConfig(
         video_size=256, video_length=16, z_chans=16, embed_dim=1024, depth=24, num_heads=16,
         qkv_bias=True, ln_in_attn=True, conv_last_layer=True,

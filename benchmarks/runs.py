@@ -37,7 +37,7 @@ from engine.record import Recorder, RunRecord
 from engine.request import Request
 from engine.reuse.policy import ChunkPolicy, Decision, Observation, ReuseSettings
 from engine.video import Work, WorkItem
-from launch.plan import CacheName, reuse_preset
+from launch.plan import POCKET_FIGURES, reuse_preset
 from models.attention import Attention
 from models.errors import InputError
 from models.magi.dit import MagiDiT
@@ -269,7 +269,7 @@ class TimedRunner(LocalRunner):
 def reuse_for(workload: Workload, fraction: float) -> ReuseSettings:
     """Flowcache: magi-pocket's own, or with a threshold that computes about a share of the steps, if there is one."""
     if workload.model.name == POCKET:
-        return reuse_preset(CacheName.FLOWCACHE_SLOW, POCKET)
+        return reuse_preset("flowcache-slow", POCKET_FIGURES)
     if not _WARMUP / workload.steps < fraction < 1:
         raise InputError(f"--fraction {fraction:g} cannot be had with {_WARMUP} warm-up steps of {workload.steps}")
     reuse = ReuseSettings(

@@ -34,8 +34,7 @@ from models.magi.sampling import MagiSampling
 from models.magi.weights import Loading
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
-from models.pocket.text import PocketEncoder
-from models.pocket.words import COLOURS, MOTIONS, SHAPES, Scene
+from models.pocket.text import COLOURS, MOTIONS, SHAPES, PocketEncoder, Scene
 
 Flags = tuple[tuple[int, ...], ...]
 """What was decided of a video's steps, [ticks][chunks] as in a record."""

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +22,11 @@ from models.errors import InputError
 _PART = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)\.part")
 _LONG, _BEGINNING = 200, 40  # bytes of a name, of 255; characters that stay of a longer one
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NUMBER = re.compile(r"\(os error (\d+)\)|requested and \d+ written")  # as libraries in Rust and NumPy say it
+
+
+class DiskFull(InputError):
+    """There is no room for a file. Another one may fit elsewhere, but here it is of no use to go on."""
 
 
 def part_of(path: Path) -> Path:
@@ -67,11 +73,26 @@ def write_errors(
     try:
         yield
     except expected as error:
-        if getattr(error, "errno", None) in _FULL:
-            reason = "no space left there (the unfinished file was removed)"
-        else:
-            reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot write {what + ' ' if what else ''}{path}: {reason}{advice}") from None
+        start = f"cannot write {what + ' ' if what else ''}{path}"
+        if _number(error) in _FULL:
+            text = f"{start}: no space left there, {_free(path)} (the unfinished file was removed){advice}"
+            raise DiskFull(text) from None
+        raise InputError(f"{start}: {getattr(error, 'strerror', None) or str(error)}{advice}") from None
+
+
+def _number(error: Exception) -> int | None:
+    """The system's number of an error, if it has one."""
+    if (found := _NUMBER.search(str(error))) is not None:
+        return int(found[1] or errno.ENOSPC)
+    return getattr(error, "errno", None)
+
+
+def _free(path: Path) -> str:
+    try:
+        standing = next(place for place in path.absolute().parents if place.exists())
+        return f"{shutil.disk_usage(standing).free / 1e6:,.1f} MB are free"
+    except (OSError, StopIteration):
+        return "nobody knows how much is free"
 
 
 def check_target(path: Path, *, suffix: str, what: str) -> None:

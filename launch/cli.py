@@ -19,7 +19,7 @@ from engine.machine import settle_heap
 from launch import __version__
 from launch.ending import CommandFailed, shows_bad_input, speaks_for_all, unwind_on_signals
 from launch.forms import command, declared
-from launch.options import GOLDEN_FILES, BatchOptions, Launcher, Options
+from launch.options import GOLDEN_FILES, BatchOptions, Options
 from models.errors import InputError
 from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED
 from parallel.ranks.environment import RankEnv, keep_ray_local
@@ -49,7 +49,7 @@ On four processes or GPUs, and several videos that share them:
 [cyan]flowcache generate "a red circle moving right" "a blue cross moving up" --pp 4 --out videos[/cyan]
 
 A released model, after downloading its weights ([cyan]flowcache models[/cyan] says which):
-[cyan]flowcache generate "a cat on a roof" --model magi-4.5b-distill --steps 16[/cyan]
+[cyan]flowcache generate "a cat on a roof" --weights MAGI-1/ckpt/magi/4.5B_distill --steps 16[/cyan]
 [cyan]flowcache generate "a cat on a roof" --config 4.5B_base_config.json --weights ckpt/magi/4.5B_base[/cyan]
 """
 
@@ -138,7 +138,7 @@ def _generate(call: _Call, given: dict[str, Any]) -> None:
 
 def _batch(call: _Call, given: dict[str, Any]) -> None:
     own = {one.name: given.pop(one.name) for one in declared(BatchOptions)}
-    options = BatchOptions(**own, base=Options(**given, launcher=Launcher.RAY))
+    options = BatchOptions(**own, base=Options(**given, launcher="ray"))
     keep_ray_local()
     from launch.batch.run import run_batch
 
@@ -161,9 +161,37 @@ app.command("generate", help=_GENERATE_HELP)(command(declared(Options), _generat
 @app.command()
 def models() -> None:
     """List the models that can be asked for by name, their sizes, and what each needs."""
-    from launch.sizes import show_models
+    from launch.output.display import show_models
 
     show_models()
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of weights, as for [cyan]--weights[/cyan].")],
+    height: Annotated[int | None, typer.Option(help="Pixels of the video that memory is worked out for.")] = None,
+    width: Annotated[int | None, typer.Option(help="Likewise.")] = None,
+    chunks: Annotated[int | None, typer.Option(help="Its length.", show_default="10")] = None,
+    kv_budget: Annotated[int | None, typer.Option(metavar="CHUNKS", help="As in [cyan]generate[/cyan].")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all weights, and compare with checksums that lie beside them.")
+    ] = False,
+    special_tokens: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.npz", envvar="SPECIAL_TOKEN_PATH", help="As in [cyan]generate[/cyan]."),
+    ] = None,
+) -> None:
+    """Say what a folder of weights holds: which model, what is missing, and what each layout takes of memory.
+
+    Exit status 0 if it is complete, 1 if something is missing or damaged, 2 if there is no model in it.
+
+    [cyan]flowcache inspect MAGI-1/ckpt/magi/4.5B_distill[/cyan]
+    """
+    from launch.inspect import Wanted, inspect_folder
+
+    size = Options(height=height, width=width, chunks=chunks, kv_budget=kv_budget)  # says what is out of bounds
+    wanted = Wanted(height=size.height, width=size.width, chunks=size.chunks, kv_budget=size.kv_budget)
+    raise typer.Exit(inspect_folder(folder, wanted, tokens=special_tokens, verify=verify))
 
 
 app.command(

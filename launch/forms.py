@@ -8,10 +8,9 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
-from enum import Enum
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -30,6 +29,7 @@ class Opt:
     shown: str | None = None  # default in words, where the field's own default is None
     within: tuple[float, float | None] | None = None  # smallest and largest value
     hint: str = ""  # follows the error of a value out of bounds
+    variable: str | None = None  # of the environment, where nothing is given
     argument: bool = False  # given by its place, not by a name
     batch: bool = True  # `flowcache batch` has it too
     line: bool = False  # it is of one video, so a line of a batch file has it
@@ -56,21 +56,25 @@ class Opt:
         else:
             name = f"{self.flag}/--no-{self.flag[2:]}" if self.value_type is bool else self.flag
             shown = True if self.shown is None else self.shown
-            info = typer.Option(name, **words, show_default=shown, rich_help_panel=self.panel)
+            words |= {"envvar": self.variable, "rich_help_panel": self.panel}
+            info = typer.Option(name, **words, show_default=shown)
         return Parameter(self.name, Parameter.KEYWORD_ONLY, default=self.default, annotation=Annotated[self.kind, info])
 
     def convert(self, value: Any) -> Any:
         """A value of the option's type, of one that a script gives; an `InputError` if it is of another kind."""
         kind = self.value_type
-        if value is None or get_origin(kind) is not None:
+        if value is None or get_origin(kind) is list:
+            return value
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        if value in choices:
             return value
         try:
-            if isinstance(value, bool) != (kind is bool) or (kind is int and value != int(value)):
+            if choices or isinstance(value, bool) != (kind is bool) or (kind is int and value != int(value)):
                 raise ValueError
             return kind(value)
         except (TypeError, ValueError):
-            choices = f": choose from {', '.join(kind)}" if issubclass(kind, Enum) else f", not of type {kind.__name__}"
-            raise InputError(f"{self.name}={value!r} cannot be used{choices}") from None
+            why = f": choose from {', '.join(choices)}" if choices else f", not of type {kind.__name__}"
+            raise InputError(f"{self.name}={value!r} cannot be used{why}") from None
 
     def check(self, value: Any) -> None:
         """Raise an `InputError` for a value out of bounds."""
@@ -91,12 +95,13 @@ def option(
     metavar: str | None = None,
     shown: str | None = None,
     hint: str = "",
+    variable: str | None = None,
     argument: bool = False,
     batch: bool = True,
     line: bool = False,
 ) -> Any:
     """A field that is an option; arguments as in `Opt`, and its default."""
-    opt = Opt(help, panel, metavar, shown, within, hint, argument, batch, line)
+    opt = Opt(help, panel, metavar, shown, within, hint, variable, argument, batch, line)
     return field(default=default, metadata={"option": opt})
 
 

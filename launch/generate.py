@@ -25,7 +25,7 @@ from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
 from launch.ending import CommandFailed, check_signals
 from launch.forms import arguments
-from launch.options import TRACE_FILE, Launcher, Options, together
+from launch.options import TRACE_FILE, Options, together
 from launch.output.display import Display, rank_line, summary_text
 from launch.output.video import VideoSinks
 from launch.plan import ModelPlan, Plan, layout_of, plan_model, plan_videos
@@ -225,7 +225,7 @@ def generate(options: Options, arguments: Sequence[str]) -> str | None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
-        if options.launcher is Launcher.RAY:
+        if options.launcher == "ray":
             if env is not None:
                 raise InputError("--launcher ray starts the ranks itself: leave torchrun out, or --launcher")
             return _make_on_ray(options)

@@ -98,13 +98,8 @@ def _graph(first: VideoFrame, stream: av.VideoStream, *, fps: int | None, height
         steps.append(("fps", str(fps)))
     steps += [("scale", f"{width}:{height}:flags=bicubic"), ("format", "rgb24")]
     graph = Graph()
-    last = graph.add_buffer(template=stream, width=first.width, height=first.height, format=first.format)
-    for name, settings in steps:
-        step = graph.add(name, settings)
-        last.link_to(step)
-        last = step
-    last.link_to(graph.add("buffersink"))
-    graph.configure()
+    source = graph.add_buffer(template=stream, width=first.width, height=first.height, format=first.format)
+    graph.link_nodes(source, *(graph.add(*step) for step in steps), graph.add("buffersink")).configure()
     return graph
 
 

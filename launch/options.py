@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import MISSING, dataclass, field
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from launch.forms import Opt, check_bounds, option
 from models.errors import InputError
@@ -22,47 +22,11 @@ _record, _ranks = partial(option, "Record"), partial(option, "Ranks")
 _files, _compute = partial(option, "Model files"), partial(option, "How to compute")
 _gangs, _safety = partial(option, "Gangs"), partial(option, "When something goes wrong")
 TRACE_FILE = "trace.json"  # in the folder of a record
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
-class CacheName(StrEnum):
-    """Names of `--cache`."""
-
-    NONE = "none"
-    TEACACHE = "teacache"
-    FLOWCACHE_SLOW = "flowcache-slow"
-    FLOWCACHE_FAST = "flowcache-fast"
-
-
-class ReuseKind(StrEnum):
-    """Names of `--reuse`."""
-
-    RESIDUAL = "residual"
-    VELOCITY = "velocity"
-    EXTRAPOLATE = "extrapolate"
-
-
-class TokenUnit(StrEnum):
-    """Names of `--kv-retention` and `--kv-queries`."""
-
-    TOKEN = "token"
-    FRAME = "frame"
-    CHUNK = "chunk"
-
-
-class Launcher(StrEnum):
-    """Names of `--launcher`."""
-
-    LOCAL = "local"
-    RAY = "ray"
-
-
-class Precision(StrEnum):
-    """Names of `--precision`."""
-
-    REFERENCE = "reference"
-    FAST = "fast"
-
+CacheName = Literal["none", "teacache", "flowcache-slow", "flowcache-fast"]
+ReuseKind = Literal["residual", "velocity", "extrapolate"]
+TokenUnit = Literal["token", "frame", "chunk"]
 
 _PROMPTS = Opt(
     'What the video shows. magi-pocket knows a colour, a shape and a motion: "a red circle moving right". '
@@ -106,13 +70,14 @@ class Options:
     image: Path | None = _start("A picture that the video begins with.", batch=False, line=True)
     video: Path | None = _start("A clip that the video goes on from.", batch=False, line=True)
 
-    cache: CacheName = _reuse(
+    cache: CacheName | None = _reuse(
         "Which steps are left out. [bold]flowcache-slow[/bold] and [bold]flowcache-fast[/bold] leave out those "
         "before which a chunk has hardly changed, each chunk for itself: slow stays close to the full computation, "
         "fast saves more. [bold]teacache[/bold] decides once for all chunks of the window, for comparison. "
-        "[bold]none[/bold] computes everything. The options below change single figures of the preset.",
-        default=CacheName.FLOWCACHE_SLOW,
+        "[bold]none[/bold] computes everything. The options below change single figures of the preset. Released "
+        "models have the figures that were published for them.",
         metavar="PRESET",
+        shown="flowcache-slow for magi-pocket, none for released models",
     )
     cache_threshold: float | None = _reuse(
         "How much a chunk may change (relative L1, summed up) before it is computed again. Higher is faster, "
@@ -130,7 +95,7 @@ class Options:
     reuse: ReuseKind | None = _reuse(
         "What stands in for a step that is left out. [bold]residual[/bold]: the change of the last computed step "
         "once more, as published. [bold]velocity[/bold]: its velocity times the size of this step. "
-        "[bold]extrapolate[/bold]: the last two velocities, continued to this step.",
+        "[bold]extrapolate[/bold]: the last two velocities, continued to this step; measured on magi-pocket only.",
         metavar="KIND",
     )
     extrapolate_from: float | None = _reuse(
@@ -195,10 +160,10 @@ class Options:
         metavar="VIDEOS",
         shown="2 on ranks, more from 5 stages on; 1 without ranks",
     )
-    launcher: Launcher = _ranks(
+    launcher: Literal["local", "ray"] = _ranks(
         "Who starts the ranks. local: torchrun, or this command on this machine. ray: a Ray cluster, the one that "
         "RAY_ADDRESS names, or one that is started here.",
-        default=Launcher.LOCAL,
+        default="local",
         batch=False,
     )
     interface: str | None = _ranks(
@@ -216,13 +181,27 @@ class Options:
 
     config: Path | None = _files("A released MAGI-1 JSON, as it is, in place of --model.")
     weights: Path | None = _files(
-        "Folder of the weights, in place of the configured one; an autoencoder in its sub-folder vae and "
-        "text encoders in t5 are taken first."
+        "Folder of the weights, as downloaded, such as MAGI-1/ckpt/magi/4.5B_distill. Without --model the model is "
+        "recognised. An autoencoder is searched in its sub-folder vae and around it (ckpt/vae), text encoders in t5."
+    )
+    special_tokens: Path | None = _files(
+        "The special_tokens.npz of MAGI-1, if it is neither in the folder of the weights nor in example/assets.",
+        metavar="FILE.npz",
+        variable="SPECIAL_TOKEN_PATH",
+    )
+    t5_device: Literal["cpu", "cuda"] | None = _files(
+        "Where T5 reads prompts; as the released configuration says by default."
+    )
+    t5_dtype: Literal["float32", "bfloat16"] | None = _files("Of T5; by default as its files have it.")
+    prompt_cache: Path | None = _files(
+        "Folder where encoded prompts are kept, so that T5 is not needed for them again.",
+        metavar="DIR",
+        shown="~/.cache/flowcache/prompts",
     )
     attention: str = _compute("auto, sdpa, flash-attn or xformers.", default="sdpa")
-    precision: Precision = _compute(
+    precision: Literal["reference", "fast"] = _compute(
         "reference computes what was released; fast leaves out its fp32 output projections.",
-        default=Precision.REFERENCE,
+        default="reference",
     )
     threads: int | None = _compute(
         "CPU threads; by default all cores, shared evenly among ranks (torchrun: 1 each).",
@@ -295,4 +274,4 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", text.lower())
     if found is None:
         raise InputError(f"{text!r} is no size: write one such as 8GB")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(float(found[1]) * 1000 ** " kmgt".index(found[2] or " "))

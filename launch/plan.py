@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,23 @@ from engine.kv.selection import SelectionSettings
 from engine.request import Prefix, Request
 from engine.reuse.policy import ReuseSettings
 from launch.media import read_image, read_video
-from launch.options import CacheName, Launcher, Options, Precision, ReuseKind, together
-from launch.sizes import check_memory
+from launch.memory import Job, vae_bytes
+from launch.options import CacheName, Options, ReuseKind, together
 from models.attention import attention_backend
 from models.errors import InputError
 from models.magi.config import MagiConfig
-from models.magi.presets import find_preset
+from models.magi.folder import find_files, recognise
+from models.magi.presets import POCKET, find_preset, preset_of
 from models.magi.sampling import MagiSampling
-from models.pocket.words import parse_prompt
+from models.magi.text import TextLoading
+from models.pocket.text import parse_prompt
 from parallel.cluster.config import MagiSource, video_size
 from parallel.cluster.messages import VideoOrder
 from parallel.cluster.scheduler import VideoSize
 from parallel.mesh import Layout, stage_sizes
+from parallel.ranks.environment import prompt_cache
 
 _LETTERS = 40  # of a prompt in a name; file systems take 255 bytes
-_STREAMS = 4  # copies of the hidden states that a layer holds at once: input, normed, attention's, output
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +47,7 @@ class ModelPlan:
     name: str  # for people
     source: MagiSource  # what each rank loads its part of
     device: str  # where to, without ranks
+    cache: CacheName  # preset of reuse
     reuse: ReuseSettings  # which steps are reused
     kv: KVSettings  # how much of the past is held
 
@@ -82,26 +85,32 @@ def layout_of(options: Options) -> Layout:
 
 def plan_model(options: Options) -> ModelPlan:
     """Which model to load, and how to use it; what was given of a video is not looked at."""
-    if options.config is not None and options.model is not None:
-        raise InputError("--model and --config both name a model: give one of them")
-    if options.config is not None:
-        config = MagiConfig.from_json(options.config)
-    else:
-        config = find_preset(options.model or DEFAULT_MODEL).config()
+    name, config = _model(options)
     stage_sizes(config, options.pp, options.split)  # says whether the stages fit
     if (heads := config.model_config.num_query_groups) % options.cp:
         raise InputError(f"--cp {options.cp} does not divide the model's {heads} key heads")
-    num_steps = config.runtime_config.num_steps if options.steps is None else options.steps
+    num_steps = options.steps or config.runtime_config.num_steps
     sampling = MagiSampling(config=config, num_steps=num_steps)  # says whether the steps fit
-    reuse = reuse_settings(options, num_steps=num_steps, guided=sampling.guided)
+    figures = POCKET_FIGURES if config.runtime_config.t5_pretrained is None else MAGI_1_FIGURES
+    reuse = reuse_settings(options, figures, num_steps=num_steps, guided=sampling.guided)
     attention_backend(options.attention)  # says whether it can run here
-    _check_weights(options, config)
-    precise = options.precision is Precision.REFERENCE
+    _check_weights(options, config, name)
     source = MagiSource(
-        config=config, weights=options.weights, split=options.split, precise=precise, attention=options.attention
+        config=config,
+        weights=options.weights,
+        text=TextLoading(
+            tokens=options.special_tokens,
+            device=options.t5_device,
+            dtype=options.t5_dtype,
+            cache=options.prompt_cache or prompt_cache(),
+        ),
+        split=options.split,
+        precise=options.precision == "reference",
+        attention=options.attention,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return ModelPlan(name=_name(options), source=source, device=device, reuse=reuse, kv=kv_settings(options))
+    cache = options.cache or figures.default
+    return ModelPlan(name=name, source=source, device=device, cache=cache, reuse=reuse, kv=kv_settings(options))
 
 
 def plan_videos(options: Options) -> list[Plan]:
@@ -119,14 +128,11 @@ def plan_videos(options: Options) -> list[Plan]:
         out = options.out or Path("video.mp4")
         check_target(out, suffix=".mp4", what="video")
         return plan_requests(options, [out])
-    folder = options.out or Path("videos")
+    folder, names = options.out or Path("videos"), video_names(prompts)
     if folder.suffix.lower() == ".mp4":
         raise InputError(f"--out {folder} names one video, but there are {len(prompts)} prompts: give a folder")
     check_folder(folder)
-    names = video_names(prompts)
     outs = [folder / f"{name}.mp4" for name in names]
-    standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    check_target(standing / outs[-1].name, suffix=".mp4", what="video")
     if taken := next((path for path in outs if path.exists() and not path.is_file()), None):
         raise InputError(f"cannot write {taken}: there is something of that name that is not a file")
     plans = plan_requests(options, outs)
@@ -140,6 +146,8 @@ def plan_requests(options: Options, outs: Sequence[Path]) -> list[Plan]:
     if not options.prompts:
         raise InputError("there is no prompt: say what the video shows")
     first = plan_video(options, out=outs[0], at_a_time=together(options, len(options.prompts)))
+    text = replace(first.model.source.text, prompts=tuple(options.prompts))
+    first = replace(first, model=replace(first.model, source=replace(first.model.source, text=text)))
     plans = []
     for place, (prompt, out) in enumerate(zip(options.prompts, outs, strict=True)):
         _check_prompt(first.model.config, prompt)
@@ -160,29 +168,37 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
     request = Request(
         prompt=options.prompts[0],
         chunks=_chunks(options, config),
-        height=runtime.video_size_h if options.height is None else options.height,
-        width=runtime.video_size_w if options.width is None else options.width,
-        num_steps=runtime.num_steps if options.steps is None else options.steps,
+        height=options.height or runtime.video_size_h,
+        width=options.width or runtime.video_size_w,
+        num_steps=options.steps or runtime.num_steps,
         seed=options.seed,
     )
     _check_prompt(config, request.prompt)
     plan = Plan(options=options, model=model, request=request, out=out, record=options.record)
-    if model.device == "cpu" and options.launcher is not Launcher.RAY:  # whose ranks may be anywhere
-        what = f"a video of {request.width}x{request.height} pixels and {request.chunks:,} chunks"
-        check_memory(what if at_a_time == 1 else f"{what}, {at_a_time} at a time,", at_a_time * bytes_needed(plan))
+    if not runtime.noise2clean_kvrange and model.kv.budget is None:
+        raise InputError(
+            f"{model.name} looks back at the whole video (noise2clean_kvrange is empty), so that {request.chunks:,} "
+            f"chunks hold {plan.size.kv_bytes / 1e9:,.1f} GB of keys and values: give --kv-budget CHUNKS"
+        )
+    if options.launcher != "ray":  # whose ranks may be anywhere
+        job(plan, at_a_time).check(model.device)
     return replace(plan, request=replace(request, prefix=_prefix(options, request, fps=runtime.fps)))
 
 
-def bytes_needed(plan: Plan) -> int:
-    """Bytes that a video takes on the rank that holds most layers: its KV, and what a pass through a layer works with.
-
-    A rough lower bound, since weights and the autoencoder come on top.
-    """
-    request, config = plan.request, plan.model.config
-    model = config.model_config
-    width = _STREAMS * model.hidden_size + model.ffn_hidden_size
-    working = config.chunk_tokens(request.height, request.width) * width * model.dtype.itemsize
-    return plan.size.kv_bytes + math.ceil(working / plan.options.cp)
+def job(plan: Plan, videos: int = 1) -> Job:
+    """What takes memory when so many such videos are made at a time."""
+    model, options = plan.model, plan.options
+    files = find_files(model.config, options.weights, tokens=options.special_tokens)
+    return Job(
+        config=model.config,
+        vae_bytes=vae_bytes(model.config, files.vae),
+        request=plan.request,
+        reuse=model.reuse,
+        kv=model.kv,
+        layout=layout_of(options),
+        split=options.split,
+        videos=videos,
+    )
 
 
 def slug(text: str) -> str:
@@ -205,8 +221,18 @@ def _check_prompt(config: MagiConfig, prompt: str) -> None:
         parse_prompt(prompt)
 
 
-def _name(options: Options) -> str:
-    return str(options.config) if options.config is not None else options.model or DEFAULT_MODEL
+def _model(options: Options) -> tuple[str, MagiConfig]:
+    """Which model is meant, in a word, and its configuration."""
+    if options.config is not None and options.model is not None:
+        raise InputError("--model and --config both name a model: give one of them")
+    if options.config is not None:
+        return str(options.config), MagiConfig.from_json(options.config)
+    if options.model is None and options.weights is not None:
+        config = recognise(options.weights)
+        preset = preset_of(config)
+        return str(options.weights) if preset is None else preset.name, config
+    name = options.model or POCKET
+    return name, find_preset(name).config()
 
 
 def _chunks(options: Options, config: MagiConfig) -> int:
@@ -223,33 +249,26 @@ def _chunks(options: Options, config: MagiConfig) -> int:
     return math.ceil(round(options.seconds * runtime.fps, 3) / chunk_frames)
 
 
-def _check_weights(options: Options, config: MagiConfig) -> None:
-    """Say at once that there are no weights; what is in the folder is checked when they are loaded."""
-    if options.weights is not None:
-        if not options.weights.is_dir():
-            raise InputError(f"cannot read the weights: there is no folder {options.weights}")
-        return
+def _check_weights(options: Options, config: MagiConfig, name: str) -> None:
+    """Say at once what of the files is not there; what is in them is checked when they are loaded."""
     load = config.runtime_config.load
-    if load is None or Path(load).is_dir():
-        return
-    source = None if options.config is not None else find_preset(options.model or DEFAULT_MODEL).folder
-    where = "" if source is None else f"download {source} from huggingface.co/sand-ai/MAGI-1 to there, or "
-    raise InputError(f"{_name(options)} has no weights in {load}: {where}give their folder with --weights")
+    if options.weights is None and load is not None and not Path(load).is_dir():
+        folder = None if options.config is not None else find_preset(name).folder
+        where = "" if folder is None else f"download {folder} from huggingface.co/sand-ai/MAGI-1 to there, or "
+        raise InputError(f"{name} has no weights in {load}: {where}give their folder with --weights")
+    find_files(config, options.weights, tokens=options.special_tokens)
 
 
 def _prefix(options: Options, request: Request, *, fps: int) -> Prefix | None:
-    size = {"height": request.height, "width": request.width}
+    height, width = request.height, request.width
     if options.image is not None:
-        return Prefix(frames=read_image(options.image, **size))
+        return Prefix(frames=read_image(options.image, height=height, width=width))
     if options.video is not None:
-        return Prefix(frames=read_video(options.video, fps=fps, **size))
+        return Prefix(frames=read_video(options.video, fps=fps, height=height, width=width))
     return None
 
 
 # ---- presets of reuse, and the KV buffer
-
-
-DEFAULT_MODEL = "magi-pocket"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,75 +279,69 @@ class ReuseFigures:
     slow: float  # threshold of `flowcache-slow`
     fast: float  # threshold of `flowcache-fast`
     teacache: float  # threshold of `teacache`
-    reuse: ReuseKind = ReuseKind.EXTRAPOLATE  # stands in for a step that is left out; docs/reuse.md has the figures
+    default: CacheName  # what holds where no preset is asked for
+    reuse: ReuseKind  # stands in for a step that is left out; docs/reuse.md has the figures
     extrapolate_from: float = 1.0  # share of the threshold above which a step is extrapolated in place of that; 1 never
 
 
-_MAGI_1 = ReuseFigures(warmup_steps=5, slow=0.01, fast=0.015, teacache=0.01)  # FlowCache, below Eq. 8
+# As published (FlowCache, below Eq. 8). Extrapolation was measured on magi-pocket only.
+MAGI_1_FIGURES = ReuseFigures(warmup_steps=5, slow=0.01, fast=0.015, teacache=0.01, default="none", reuse="residual")
+# Thresholds for 16 steps; benchmarks.quality measures what they mean.
+POCKET_FIGURES = ReuseFigures(
+    warmup_steps=3, slow=0.0629, fast=0.0994, teacache=0.0657, default="flowcache-slow", reuse="extrapolate"
+)
+# Options that change a figure of a preset, and that figure.
+_CHANGES = {"cache_threshold": "threshold", "cache_warmup": "warmup_steps"} | {
+    name: name for name in ("reuse", "extrapolate_from")
+}
 
-# Models with figures of their own, and not those of MAGI-1. magi-pocket's thresholds are for 16 steps;
-# benchmarks.quality measures what they mean.
-REUSE_FIGURES = {"magi-pocket": ReuseFigures(warmup_steps=3, slow=0.0629, fast=0.0994, teacache=0.0657)}
 
-
-def reuse_preset(name: CacheName, model: str | None) -> ReuseSettings:
-    """What a name of `--cache` stands for.
+def reuse_preset(name: CacheName, figures: ReuseFigures) -> ReuseSettings:
+    """What a name of `--cache` stands for with a model's figures.
 
     The published runs with reuse leave out the clean pass and the copy pass, and so do the presets; a run without
-    reuse has both. A configuration file (`model` None) is one of MAGI-1.
+    reuse has both.
     """
-    if name is CacheName.NONE:
+    if name == "none":
         return ReuseSettings()
-    figures = REUSE_FIGURES.get(model or "", _MAGI_1)
-    policy, threshold = {
-        CacheName.TEACACHE: ("teacache", figures.teacache),
-        CacheName.FLOWCACHE_SLOW: ("flowcache", figures.slow),
-        CacheName.FLOWCACHE_FAST: ("flowcache", figures.fast),
-    }[name]
     return ReuseSettings(
-        policy=policy,
-        threshold=threshold,
+        policy=name.partition("-")[0],
+        threshold={"flowcache-slow": figures.slow, "flowcache-fast": figures.fast}.get(name, figures.teacache),
         warmup_steps=figures.warmup_steps,
-        reuse=figures.reuse.value,
+        reuse=figures.reuse,
         extrapolate_from=figures.extrapolate_from,
         clean_pass=False,
         copy_pass=False,
     )
 
 
-def reuse_settings(options: Options, *, num_steps: int, guided: bool) -> ReuseSettings:
+def reuse_settings(options: Options, figures: ReuseFigures, *, num_steps: int, guided: bool) -> ReuseSettings:
     """The preset that was asked for, with what was given on top of it; a model with guidance has no copy pass."""
-    names = [
-        "--" + name.replace("_", "-")
-        for name in ("cache_threshold", "cache_warmup", "reuse", "extrapolate_from")
-        if getattr(options, name) is not None
-    ]
-    if options.cache is CacheName.NONE and names:
-        raise InputError(f"--cache none reuses nothing: leave out {' and '.join(names)}, or choose another --cache")
+    changes = _given(options, _CHANGES)
+    cache = options.cache or figures.default
+    if cache == "none" and changes:
+        names = " and ".join("--" + option.replace("_", "-") for option, name in _CHANGES.items() if name in changes)
+        raise InputError(f"--cache none reuses nothing: leave out {names}, or choose another --cache")
     if options.copy_pass and guided:
         raise InputError("--copy-pass is for distilled models, this one has guidance: leave it out")
-    settings = reuse_preset(options.cache, None if options.config is not None else options.model or DEFAULT_MODEL)
-    if options.cache_threshold is not None:
-        settings = settings.with_threshold(options.cache_threshold)
+    settings = reuse_preset(cache, figures)
     warmup = options.cache_warmup
     if warmup is not None and settings.policy == "flowcache" and warmup >= num_steps:  # teacache counts all ticks
         raise InputError(f"--cache-warmup {warmup} computes all {num_steps} steps: give less, or --cache none")
-    given: dict[str, Any] = {
-        "warmup_steps": warmup,
-        "reuse": None if options.reuse is None else options.reuse.value,
-        "extrapolate_from": options.extrapolate_from,
-        "clean_pass": options.clean_pass,
-        "copy_pass": options.copy_pass,
-    }
-    return replace(settings, **{name: value for name, value in given.items() if value is not None})
+    passes = _given(options, {"clean_pass": "clean_pass", "copy_pass": "copy_pass"})
+    return replace(settings, **changes, **passes)
 
 
 def kv_settings(options: Options) -> KVSettings:
     """How much of the past is held, and how it is cut down. An `InputError` says which options do not fit."""
-    retention, queries = options.kv_retention, options.kv_queries
-    if options.kv_budget is None and (retention is not None or queries is not None):
-        name = "--kv-queries" if retention is None else "--kv-retention"
+    chosen = _given(options, {"kv_retention": "retention", "kv_queries": "queries"})
+    if options.kv_budget is None and chosen:
+        name = f"--kv-{next(iter(chosen))}"
         raise InputError(f"{name} says how the past is compressed: give --kv-budget CHUNKS with it, or leave it out")
-    given: dict[str, Any] = {"retention": retention, "queries": queries}
-    chosen = {name: unit.value for name, unit in given.items() if unit is not None}
-    return KVSettings(budget=options.kv_budget, selection=replace(SelectionSettings(), **chosen))
+    return KVSettings(budget=options.kv_budget, selection=SelectionSettings(**chosen))
+
+
+def _given(options: Options, names: Mapping[str, str]) -> dict[str, Any]:
+    """Values of those options that were given, under other names."""
+    values = {name: getattr(options, option) for option, name in names.items()}
+    return {name: value for name, value in values.items() if value is not None}

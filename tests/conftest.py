@@ -1,4 +1,8 @@
-"""Which tests share a worker when several run at a time."""
+"""Which tests share a worker when several run at a time; and a home for what is cached."""
+
+import os
+import shutil
+import tempfile
 
 import pytest
 
@@ -9,6 +13,17 @@ RAY = (
     "tests/launch/test_cluster.py",
     "tests/parallel/cluster/",
 )
+
+
+def pytest_configure(config):
+    """What the commands keep for the next run (encoded prompts) goes to a folder of this run, and with it."""
+    config.cache_home = tempfile.mkdtemp(prefix="flowcache-tests-")
+    os.environ["XDG_CACHE_HOME"] = config.cache_home
+
+
+def pytest_unconfigure(config):
+    """Remove it."""
+    shutil.rmtree(config.cache_home, ignore_errors=True)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import torch
 import typer
@@ -33,7 +33,7 @@ from benchmarks.quality.trial import Results, TrialRunner, image_metrics
 from benchmarks.workload import MOST_PROMPTS, POCKET, Steps, pocket_requests
 from engine.request import Request
 from launch.options import CacheName
-from launch.plan import REUSE_FIGURES, reuse_preset
+from launch.plan import POCKET_FIGURES, reuse_preset
 from models.errors import InputError
 from models.magi.pipeline import MagiPipeline, load_pipeline
 from models.magi.weights import Loading
@@ -76,8 +76,8 @@ def run(
     """Measure what reuse and KV compression save, and what they cost in quality."""
     if model != POCKET:
         raise InputError(f"quality is measured on {POCKET}, whose prompts can be checked, not on {model!r}")
-    figures = REUSE_FIGURES[POCKET]
-    grid = Grid(warmup=warmup or figures.warmup_steps, chosen=(figures.reuse.value, figures.extrapolate_from))
+    figures = POCKET_FIGURES
+    grid = Grid(warmup=warmup or figures.warmup_steps, chosen=(figures.reuse, figures.extrapolate_from))
     if quick:
         grid = replace(grid, fractions=(0.85, 0.65, 0.5), budgets=(1, 2, 4), rungs=5)
     image_metrics()  # says at once if it is missing
@@ -100,8 +100,8 @@ def run(
 
 def _presets(grid: Grid) -> dict[str, Setting]:
     """The thresholds of `--cache`, with the warm-up of the grid."""
-    presets = {name: reuse_preset(name, POCKET) for name in CacheName if name is not CacheName.NONE}
-    return {name.value: grid.reuse(one.policy, grid.chosen, one.threshold) for name, one in presets.items()}
+    presets = {name: reuse_preset(name, POCKET_FIGURES) for name in get_args(CacheName) if name != "none"}
+    return {name: grid.reuse(one.policy, grid.chosen, one.threshold) for name, one in presets.items()}
 
 
 def _run_trials(runner: TrialRunner, results: Results, requests: Sequence[Request]) -> None:

@@ -34,7 +34,7 @@ from engine.record import Recorder
 from engine.request import Request, encode
 from models.errors import InputError
 from models.magi.pipeline import MagiPipeline
-from models.pocket.words import parse_prompt
+from models.pocket.text import parse_prompt
 
 _T = TypeVar("_T")
 IDENTICAL = 100.0  # dB, in place of infinity where two videos do not differ at all

@@ -141,10 +141,11 @@ def newest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def discard(folder: Path) -> None:
-    """Delete all checkpoints of a request, whole or not."""
+def discard(folder: Path, *, whole: bool = True) -> None:
+    """Delete all checkpoints of a request; those alone that were never finished, if not the `whole` ones too."""
     for place in _folders(folder):
-        shutil.rmtree(place, ignore_errors=True)
+        if whole or _load_manifest(place) is None:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 class Checkpointer:

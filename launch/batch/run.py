@@ -9,9 +9,12 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from engine.checkpoint.files import CheckpointConfig
+from engine.checkpoint.files import CheckpointConfig, discard
+from engine.files import DiskFull
 from launch.batch.file import BatchItem, read_batch
 from launch.batch.folder import ChunkFiles, OutputFolder
 from launch.cluster import on_ray
@@ -52,15 +55,10 @@ class _Video(Row):
 
     item: BatchItem
     files: ChunkFiles
-    checkpoint: CheckpointConfig | None
+    checkpoints: Path  # folder of all, with one for each layout in it
     began: float | None = None
     share: float = 0.0
     ending: Future[None] | None = None
-
-    @property
-    def order(self) -> VideoOrder:
-        order, priority = self.item.plan.order(self.item.digest), self.item.priority
-        return replace(order, checkpoint=self.checkpoint, stored=self.chunks_done, priority=priority)
 
 
 class _Batch:
@@ -78,18 +76,21 @@ class _Batch:
             self.rows.append(video)
             if item.digest in folder.done:
                 video.state, video.chunks_done = State.KEPT, video.chunks
+                self._clean(video)
             else:
                 self._videos[item.digest] = video
+                self._discard_useless(video)
 
     def make(self, display: BatchDisplay) -> None:
         """Make what is missing."""
         display.update(self.rows)
         with self._pool:
-            waiting = [video for video in self._videos.values() if not self._end_if_complete(video)]
-            if waiting:
-                self._make(waiting, display)
-            for video in self._videos.values():
-                self._settle(video, wait=True)
+            try:
+                waiting = [video for video in self._videos.values() if not self._end_if_complete(video)]
+                if waiting:
+                    self._make(waiting, display)
+            finally:
+                self._settle(wait=True)
                 display.update(self.rows)
 
     def _make(self, waiting: list[_Video], display: BatchDisplay) -> None:
@@ -99,22 +100,45 @@ class _Batch:
 
             def handle(event: Event) -> None:
                 self._handle(backend, event)
-                for video in self._videos.values():
-                    self._settle(video, wait=False)
+                self._settle(wait=False)
                 display.update(self.rows)
 
-            make_videos(backend, [video.order for video in waiting], handle)
+            make_videos(backend, [self._order(video) for video in waiting], handle)
+            self._settle(wait=True)  # whatever becomes of the cluster now
 
     def _video(self, item: BatchItem) -> _Video:
-        options, plan, checkpoint = self._options, item.plan, None
-        if options.checkpoint_every:
-            folder = (options.checkpoints or options.out / ".checkpoints") / item.digest
-            checkpoint = CheckpointConfig(folder=folder.absolute(), every=options.checkpoint_every)
-        files = ChunkFiles(folder=options.out / f".{item.digest}.parts")
-        state, title, chunks = State.QUEUED, plan.request.prompt, plan.size.chunks
+        options, plan = self._options, item.plan
         return _Video(
-            line=item.line, title=title, state=state, chunks=chunks, item=item, files=files, checkpoint=checkpoint
+            line=item.line,
+            title=plan.request.prompt,
+            state=State.QUEUED,
+            chunks=plan.size.chunks,
+            item=item,
+            files=ChunkFiles(folder=options.out / f".{item.digest}.parts"),
+            checkpoints=((options.checkpoints or options.out / ".checkpoints") / item.digest).absolute(),
         )
+
+    def _order(self, video: _Video) -> VideoOrder:
+        item, every = video.item, self._options.checkpoint_every
+        checkpoint = CheckpointConfig(folder=self._own_checkpoints(video), every=every) if every else None
+        order = item.plan.order(item.digest)
+        return replace(order, checkpoint=checkpoint, stored=video.chunks_done, priority=item.priority)
+
+    def _own_checkpoints(self, video: _Video) -> Path:
+        """Those of this layout: each rank goes on with its own layers alone."""
+        base = self._options.base
+        return video.checkpoints / (f"pp{base.pp}" if base.split is None else f"pp{base.pp}-{base.split}")
+
+    def _discard_useless(self, video: _Video) -> None:
+        """Make room before it is needed: of what earlier runs have left, whole checkpoints of this layout stay."""
+        own, wanted = self._own_checkpoints(video), bool(self._options.checkpoint_every)
+        others = [path for path in video.checkpoints.glob("*") if path != own or not wanted]
+        for path in others:
+            shutil.rmtree(path, ignore_errors=True)
+        discard(own, whole=False)
+        if others and wanted:
+            anew = "computed again from its first chunk on, as its checkpoints are of another --pp or --split"
+            self._say(f"line {video.line} is {anew}; the chunks that are finished are kept")
 
     def _handle(self, backend: Backend, event: Event) -> None:
         match event:
@@ -144,11 +168,12 @@ class _Batch:
         video = self._videos[chunk.video]
         try:
             video.files.write(chunk.index, chunk.frames)
+            video.chunks_done = chunk.index + 1
+        except DiskFull:  # for all of them
+            raise
         except InputError as error:
             backend.cancel(chunk.video)
             self._fail(video, str(error))
-            return
-        video.chunks_done = chunk.index + 1
 
     def _progress(self, video: _Video, event: messages.Progressed) -> None:
         now, share = time.monotonic(), event.progress.tick / event.progress.ticks
@@ -167,22 +192,29 @@ class _Batch:
         video.ending = self._pool.submit(video.files.encode, plan.out, fps=plan.model.config.runtime_config.fps)
         return True
 
-    def _settle(self, video: _Video, *, wait: bool) -> None:
-        """Take note of a video that is encoded, or could not be."""
-        ending = video.ending
-        if ending is None or not (wait or ending.done()):
-            return
-        video.ending = None
-        try:
-            ending.result()
-        except InputError as error:
-            self._fail(video, str(error))
-            return
+    def _settle(self, *, wait: bool) -> None:
+        """Take note of videos that are encoded, or could not be."""
+        for video in self._videos.values():
+            if (ending := video.ending) is None or not (wait or ending.done()):
+                continue
+            video.ending = None
+            try:
+                ending.result()
+            except DiskFull:
+                raise
+            except InputError as error:
+                self._fail(video, str(error))
+                continue
+            self._clean(video)
+            video.state, video.seconds_left = State.DONE, None
+            self._record(video)
+
+    def _clean(self, video: _Video) -> None:
+        """The video is there: what it was made of is not needed any more."""
         video.files.remove()
-        if video.checkpoint is not None:
-            shutil.rmtree(video.checkpoint.folder, ignore_errors=True)
-        video.state, video.seconds_left = State.DONE, None
-        self._record(video)
+        shutil.rmtree(video.checkpoints, ignore_errors=True)
+        with suppress(OSError):
+            video.checkpoints.parent.rmdir()  # unless there are those of others
 
     def _fail(self, video: _Video, message: str) -> None:
         video.state, video.error = State.FAILED, message

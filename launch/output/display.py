@@ -1,16 +1,17 @@
-"""What is shown of videos: how far they are, in a terminal live bars or a table and elsewhere plain lines; summaries.
+"""What is shown: how far videos are, in a terminal live bars or a table and elsewhere plain lines; summaries; models.
 
-It writes to standard error alone, and makes no files.
+Progress goes to standard error; no files are made here.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Generic, Self, TypeVar
+from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -20,12 +21,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
+from engine.kv.layout import KVSettings
 from engine.progress import Progress
+from engine.request import Request
+from engine.reuse.policy import ReuseSettings
 from launch.options import Options
 from launch.plan import Plan
+from models.magi.presets import PRESETS, Preset
+from parallel.cluster.config import video_size
+from parallel.mesh import Layout
 from parallel.trace import RankCounters
-
-_Live = TypeVar("_Live", Bars, Live)
 
 _TRANSFERS = {
     "nccl": "over NCCL",
@@ -48,87 +53,78 @@ def one_line(text: str) -> str:
     return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
 
 
-class _Screen(Generic[_Live]):
-    """A console, and what is redrawn in place on it where it is a terminal; as a context."""
-
-    def __init__(self, console: Console, live: _Live) -> None:
-        self._console = console
-        self._live: _Live | None = live if console.is_terminal else None
-
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def _say(self, text: str) -> None:
-        """Print a line as it is: neither wrapped nor read as markup."""
-        self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+def _say(console: Console, text: str) -> None:
+    """Print a line as it is: neither wrapped nor read as markup."""
+    console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 # ---- the videos of one command
 
 
-class Display(_Screen[Bars]):
+@dataclass(slots=True)
+class _Bar:
+    """What is shown of one video."""
+
+    task: TaskID
+    name: str  # empty if it is the only one
+    began: float
+    said: float = -math.inf  # when its last plain line came
+
+
+class Display:
     """Where progress is shown, as a context: a bar for each video in flight in a terminal, else lines."""
 
     def __init__(self, console: Console | None = None) -> None:
-        console = console or Console(stderr=True)
+        self._console = console or Console(stderr=True)
+        self._live = self._console.is_interactive  # a terminal, and not a dumb one
         note = TextColumn("{task.percentage:>3.0f}%  {task.fields[note]}")
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), note)
-        super().__init__(console, Bars(*columns, console=console, transient=True))
-        self._phase: TaskID | None = None
-        self._tasks: dict[int, TaskID] = {}
-        self._names: dict[int, str] = {}
-        self._began: dict[int, float] = {}
-        self._shown: dict[int, float] = {}
+        self._bars = Bars(*columns, console=self._console, transient=True, disable=not self._live)
+        self._phase = self._bars.add_task("", total=None, note="", visible=False)
+        self._videos: dict[int, _Bar] = {}
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
 
     def phase(self, text: str) -> None:
         """Say what is done now, before the first video begins; later it is a line among the bars."""
-        if self._live is None or self._tasks:
-            self._say(text)
-        elif self._phase is None:
-            self._phase = self._live.add_task(text, total=None, note="")
+        if self._live and not self._videos:
+            self._bars.update(self._phase, description=text, visible=True)
         else:
-            self._live.update(self._phase, description=text)
+            _say(self._console, text)
 
     def begin(self, video: int, name: str = "") -> None:
         """A video begins; of several, each has a name."""
-        self._names[video], self._began[video] = name, time.monotonic()
-        if self._live is not None:
-            if self._phase is not None:
-                self._live.remove_task(self._phase)
-                self._phase = None
-            self._tasks[video] = self._live.add_task(name, total=None, note="")
+        self._bars.update(self._phase, visible=False)
+        self._videos[video] = _Bar(self._bars.add_task(name, total=None, note=""), name, time.monotonic())
 
     def update(self, progress: Progress, video: int = 0) -> None:
         """Show how far a video is; plain lines come some seconds apart."""
         done, total = progress.steps_done, progress.chunks * progress.num_steps
-        if video not in self._names:
+        if video not in self._videos:
             self.begin(video)
-        now, name = time.monotonic(), self._names[video]
-        left = clock((now - self._began[video]) * (total - done) / done)
+        bar, now = self._videos[video], time.monotonic()
+        left = clock((now - bar.began) * (total - done) / done)
         chunks, step = f"chunks {progress.chunks_done}/{progress.chunks}", f"step {progress.step}/{progress.num_steps}"
         costs = f"{progress.computed_fraction:.0%} computed, KV {progress.kv_fill:.0%} full"
-        if self._live is not None:
-            text = f"{name}  {chunks}  {step}" if name else f"{chunks}  {step}"
-            note = f"{costs}  {left} left"
-            self._live.update(self._tasks[video], total=total, completed=done, description=text, note=note)
-        elif now - self._shown.get(video, float("-inf")) >= _PLAIN_EVERY or progress.tick == progress.ticks:
-            self._shown[video] = now
-            start = f"{name}: " if name else ""
-            self._say(f"{start}{chunks}, {step}, {done / total:.0%}, {costs}, {left} left")
+        if self._live:
+            text, note = "  ".join([bar.name, chunks, step]).strip(), f"{costs}  {left} left"
+            self._bars.update(bar.task, total=total, completed=done, description=text, note=note)
+        elif now - bar.said >= _PLAIN_EVERY or progress.tick == progress.ticks:
+            bar.said = now
+            start = f"{bar.name}: " if bar.name else ""
+            _say(self._console, f"{start}{chunks}, {step}, {done / total:.0%}, {costs}, {left} left")
 
     def end(self, video: int, text: str = "") -> None:
         """A video is complete: its bar goes, and a line stays."""
-        self._names.pop(video, None)
-        if self._live is not None and (task := self._tasks.pop(video, None)) is not None:
-            self._live.remove_task(task)
+        if (bar := self._videos.pop(video, None)) is not None:
+            self._bars.remove_task(bar.task)
         if text:
-            self._say(text)
+            _say(self._console, text)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,7 +156,7 @@ def summary_text(summaries: Sequence[Summary], *, making: float, ranks: str | No
     on = "" if ranks is None else "on the leader "
     gpu = "" if last.gpu_memory is None else f", on the GPU {_size(last.gpu_memory)}"
     memory = f"{on}keys and values {_size(last.kv_bytes)}, peak memory {_size(last.memory)}{gpu}"
-    lines.append(f"{computed:.0%} of the steps computed ({last.plan.options.cache}); {memory}")
+    lines.append(f"{computed:.0%} of the steps computed ({last.plan.model.cache}); {memory}")
     return "\n".join([*lines, *([] if ranks is None else [ranks])])
 
 
@@ -194,14 +190,7 @@ class State(StrEnum):
     KEPT = "there already"
 
 
-_STYLES = {
-    State.RUNNING: "cyan",
-    State.RESTARTING: "yellow",
-    State.FAILED: "red",
-    State.QUEUED: "dim",
-    State.DONE: "green",
-    State.KEPT: "green dim",
-}
+_STYLES = dict(zip(State, ("cyan", "yellow", "red", "dim", "green", "green dim"), strict=True))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -220,7 +209,7 @@ class Row:
     error: str | None = None  # why it failed; None if it did not
 
 
-class BatchDisplay(_Screen[Live]):
+class BatchDisplay:
     """Where a batch is shown, as a context; `now` is a clock in seconds.
 
     A terminal gets a table that is redrawn in place and is gone at the end; anything else gets a line whenever a video
@@ -228,28 +217,32 @@ class BatchDisplay(_Screen[Live]):
     """
 
     def __init__(self, console: Console | None = None, now: Callable[[], float] = time.monotonic) -> None:
-        console = console or Console(stderr=True)
-        super().__init__(console, Live(console=console, transient=True, refresh_per_second=4))
+        self._console = console or Console(stderr=True)
+        self._table = Live(console=self._console, transient=True, refresh_per_second=4)
         self._states: dict[int, State] = {}
         self._now, self._said = now, now()
 
+    def __enter__(self) -> Self:
+        if self._console.is_interactive:
+            self._table.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._table.stop()
+
     def update(self, rows: Sequence[Row]) -> None:
         """Show all videos of the batch as they are now; to be called as often as one likes."""
-        if self._live is not None:
-            self._live.update(render(rows, height=self._console.size.height))
+        if self._console.is_interactive:
+            self._table.update(render(rows, height=self._console.size.height))
             return
-        for row in rows:
-            before = self._states.get(row.line, State.QUEUED)
-            self._states[row.line] = row.state
-            if row.state is not before:
-                self._say(_news(row))
-        if self._now() - self._said >= _BATCH_EVERY:
+        news = [_news(row) for row in rows if row.state is not self._states.get(row.line, State.QUEUED)]
+        self._states = {row.line: row.state for row in rows}
+        if not news and self._now() - self._said >= _BATCH_EVERY:
             done, total = sum(row.chunks_done for row in rows), sum(row.chunks for row in rows)
-            self._say(f"{_counts(rows)}; {done} of {total} chunks")
-
-    def _say(self, text: str) -> None:
-        self._said = self._now()
-        super()._say(text)
+            news = [f"{_counts(rows)}; {done} of {total} chunks"]
+        for text in news:
+            self._said = self._now()
+            _say(self._console, text)
 
 
 def render(rows: Sequence[Row], *, height: int) -> RenderableType:
@@ -323,3 +316,47 @@ def _counts(rows: Sequence[Row]) -> str:
     found = Counter(row.state for row in rows)
     parts = [f"{found[state]} {state.value}" for state in State if found[state]]
     return f"{len(rows)} video{'' if len(rows) == 1 else 's'}" + (f": {', '.join(parts)}" if parts else "")
+
+
+# ---- the models
+
+
+_NOTES = """\
+Disk: the DiT and the autoencoder as stored; of a released model also T5 (19 GB). Those share autoencoder and T5.
+Memory: an estimate for one video of that size on one device: weights, and keys and values of the window and one \
+finished chunk (twice with guidance). What the layers work with comes on top; so does T5 (19 GB), of CPU memory for \
+4.5B and of GPU memory for 24B.
+Weights of released models: huggingface.co/sand-ai/MAGI-1. Download the folder above, ckpt/vae and ckpt/t5, and name \
+the first with --weights; flowcache inspect says what is missing. special_tokens.npz, of the MAGI-1 code's \
+example/assets, is found in a checkout around it, or goes into the folder. \
+T5 needs pip install 'flowcache-engine[t5]'."""
+
+
+def show_models() -> None:
+    """Print the presets, their sizes, and what each needs."""
+    console = Console()
+    sizes = Table("Model", "Parameters", "Video", "Steps", "Disk", "Memory")
+    kinds = Table("Model", "What it is", "Weights")
+    kinds.columns[0].no_wrap = kinds.columns[2].no_wrap = True
+    for preset in PRESETS.values():
+        run, count = preset.config().runtime_config, preset.parameters
+        parameters = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+        disk, memory = (
+            f"{n / 1e9:.0f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB" for n in (preset.disk, _memory(preset))
+        )
+        size = f"{run.video_size_w}x{run.video_size_h}"
+        sizes.add_row(preset.name, parameters, size, str(run.num_steps), disk, memory)
+        kinds.add_row(preset.name, preset.summary, preset.folder or "ship with the project")
+    console.print(sizes)
+    console.print(kinds)
+    console.print(_NOTES, highlight=False, markup=False)
+
+
+def _memory(preset: Preset) -> int:
+    """Bytes on one device for one video of the preset's size: weights, and keys and values."""
+    config = preset.config()
+    run = config.runtime_config
+    size: dict[str, Any] = {"height": run.video_size_h, "width": run.video_size_w}
+    request = Request(prompt="-", chunks=2 * run.window_size, num_steps=run.num_steps, seed=0, **size)
+    video = video_size(config, request, reuse=ReuseSettings(), kv=KVSettings(), layout=Layout())
+    return preset.weight_bytes + video.kv_bytes

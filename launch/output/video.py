@@ -30,16 +30,8 @@ from launch.ending import CommandFailed
 from launch.output.display import Display, Summary
 from launch.plan import Plan
 from models.errors import InputError
-from parallel.cluster.messages import (
-    Admitted,
-    ChunkMade,
-    Event,
-    GangLost,
-    GangReady,
-    Progressed,
-    VideoDone,
-    VideoFailed,
-)
+from parallel.cluster import messages
+from parallel.cluster.messages import ChunkMade, Event, VideoDone
 from parallel.health.exit_codes import FAILED
 from parallel.mesh import stage_sizes
 
@@ -111,6 +103,7 @@ class BackgroundWriter:
         self._writer, self._depth = writer, depth
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="video")
         self._waiting: deque[Future[Any]] = deque()
+        self._closed = self.whole = False  # `whole`: the file is there
 
     def __enter__(self) -> Self:
         self._waiting.append(self._pool.submit(self._writer.__enter__))
@@ -123,11 +116,14 @@ class BackgroundWriter:
             self._waiting.popleft().result()
 
     def __exit__(self, *error: Any) -> None:
+        """End the file, once: an end that was interrupted goes on, and this waits for it."""
         with self._pool:
-            if error[0] is not None:
-                for block in self._waiting:
-                    block.cancel()
-            self._pool.submit(self._end, error).result()
+            if not self._closed:
+                self._closed = True
+                if error[0] is not None:
+                    for block in self._waiting:
+                        block.cancel()
+                self._pool.submit(self._end, error).result()
 
     def _end(self, error: tuple[Any, ...]) -> None:
         """End the file, on the thread, after all that was handed over; without one if that could not be written."""
@@ -136,6 +132,7 @@ class BackgroundWriter:
         self._writer.__exit__(*(error if failed is None else (type(failed), failed, failed.__traceback__)))
         if failed is not None:
             raise failed
+        self.whole = error[0] is None
 
 
 # ---- the events
@@ -147,10 +144,15 @@ class _Video:
 
     plan: Plan
     recorder: Recorder | None  # for its record; None for none
-    writer: BackgroundWriter | None = None
+    writer: BackgroundWriter | None = None  # None before it begins
+    summary: Summary | None = None  # None before its end
     began: float = 0.0
     chunks: int = 0
     frames: int = 0
+
+    @property
+    def whole(self) -> bool:
+        return self.writer is not None and self.writer.whole
 
 
 class VideoSinks:
@@ -165,17 +167,15 @@ class VideoSinks:
     ) -> None:
         self._display, self._began = display, began
         self._videos = [_Video(plan, recorder) for plan, recorder in zip(plans, recorders, strict=True)]
-        self._several = len(plans) > 1
-        self._summaries: dict[int, Summary] = {}
-        self._made_folder: Path | None = None
+        self._folder = plans[0].out.parent if len(plans) > 1 else None  # of several
+        self._made_folder = False
         self._ready: float | None = None
         self.making = 0.0  # seconds from the loaded model to the last file
 
     def __enter__(self) -> Self:
-        folder = self._videos[0].plan.out.parent
-        if self._several and not folder.exists():
-            folder.mkdir(parents=True)
-            self._made_folder = folder
+        if self._folder is not None and not self._folder.exists():
+            self._folder.mkdir(parents=True)
+            self._made_folder = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -183,40 +183,39 @@ class VideoSinks:
             if video.writer is not None:
                 with suppress(InputError):  # it has been said already
                     video.writer.__exit__(kind or InputError, None, None)
-                video.writer = None
-        if kind is None or not self._several:
+        if kind is None or self._folder is None:
             return
-        if self._made_folder is not None and not self._summaries:
-            with suppress(OSError):
-                self._made_folder.rmdir()
-        missing = [video.plan.out.name for index, video in enumerate(self._videos) if index not in self._summaries]
+        if self._made_folder:
+            with suppress(OSError):  # there are videos in it
+                self._folder.rmdir()
+        missing = [video.plan.out.name for video in self._videos if not video.whole]
         if missing:
-            folder = self._videos[0].plan.out.parent
-            whole = f"{len(self._summaries)} of {len(self._videos)} videos in {folder} are complete"
-            self._display.end(-1, f"{whole}; missing: {', '.join(missing)}")
+            count = len(self._videos)
+            text = f"{count - len(missing)} of {count} videos in {self._folder} are complete"
+            self._display.end(-1, f"{text}; missing: {', '.join(missing)}")
 
     @property
     def summaries(self) -> list[Summary]:
         """Of the videos that are complete, in order."""
-        return [self._summaries[index] for index in sorted(self._summaries)]
+        return [video.summary for video in self._videos if video.summary is not None]
 
     def handle(self, event: Event) -> None:
         """Put what an event brings where it belongs; `InputError` if a file cannot be written."""
         match event:
-            case GangReady() if self._ready is None:
+            case messages.GangReady() if self._ready is None:
                 self._ready = time.monotonic()
                 prefix = self._videos[0].plan.request.prefix
                 self._display.phase("reading the prompt" + (" and what to start from" if prefix is not None else ""))
-            case GangLost():
+            case messages.GangLost():
                 self._display.phase(f"starting again: {event.message}")
-            case VideoFailed():
+            case messages.VideoFailed():
                 raise CommandFailed(event.message, status=FAILED, shown_here=True)
-            case Admitted():
+            case messages.Admitted():
                 self._begin(int(event.video))
-            case Progressed():
+            case messages.Progressed():
                 self._display.update(event.progress, int(event.video))
             case ChunkMade():
-                self._write(int(event.video), event)
+                self._write(self._videos[int(event.video)], event)
             case VideoDone():
                 self._end(int(event.video), event)
 
@@ -227,13 +226,11 @@ class VideoSinks:
             return
         out, request, fps = video.plan.out, video.plan.request, video.plan.model.config.runtime_config.fps
         video.began = time.monotonic()
-        self._display.begin(index, out.stem if self._several else "")
-        video.writer = BackgroundWriter(
-            VideoWriter(out, fps=fps, height=request.height, width=request.width)
-        ).__enter__()
+        self._display.begin(index, out.stem if self._folder is not None else "")
+        writer = VideoWriter(out, fps=fps, height=request.height, width=request.width)
+        video.writer = BackgroundWriter(writer).__enter__()
 
-    def _write(self, index: int, chunk: ChunkMade) -> None:
-        video = self._videos[index]
+    def _write(self, video: _Video, chunk: ChunkMade) -> None:
         assert video.writer is not None
         video.writer.write(chunk.frames)
         video.chunks, video.frames = video.chunks + 1, video.frames + len(chunk.frames)
@@ -242,10 +239,9 @@ class VideoSinks:
         """A video has all of its chunks: its file and its record appear."""
         video = self._videos[index]
         assert video.writer is not None and self._ready is not None
-        plan, writer, video.writer = video.plan, video.writer, None
-        writer.__exit__(None, None, None)
-        summary = Summary(
-            plan=plan,
+        video.writer.__exit__(None, None, None)
+        video.summary = Summary(
+            plan=video.plan,
             frames=video.frames,
             chunks=video.chunks,
             loading=self._ready - self._began,
@@ -255,11 +251,11 @@ class VideoSinks:
             memory=peak_memory(),
             gpu_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         )
-        self._summaries[index], self.making = summary, time.monotonic() - self._ready
-        whole = f"{plan.out} is complete ({len(self._summaries)} of {len(self._videos)})"
-        self._display.end(index, whole if self._several else "")
-        if plan.record is not None and video.recorder is not None:
-            video.recorder.finish(record_settings(summary)).save(plan.record)
+        self.making = time.monotonic() - self._ready
+        whole = f"{video.plan.out} is complete ({len(self.summaries)} of {len(self._videos)})"
+        self._display.end(index, whole if self._folder is not None else "")
+        if video.plan.record is not None and video.recorder is not None:
+            video.recorder.finish(record_settings(video.summary)).save(video.plan.record)
 
 
 def peak_memory() -> int:
@@ -287,7 +283,7 @@ def record_settings(summary: Summary) -> dict[str, Any]:
         "pp": options.pp,
         "cp": options.cp,
         "layers": list(stage_sizes(config, options.pp, options.split)),
-        "cache_preset": options.cache.value,
+        "cache_preset": plan.model.cache,
         "cache": asdict(plan.model.reuse),
         "kv": asdict(plan.model.kv),
         "computed_fraction": summary.computed,

@@ -1,4 +1,4 @@
-"""The DiT of MAGI-1, a `VideoModel`, from its norms up: layers, embeddings, output (specification 5.3 and part 6).
+"""The DiT of MAGI-1, a `VideoModel`: layers, embeddings, output (specification 5.3 and part 6).
 
 The model's parts are called one by one, since a stage of a pipeline runs only some of them. What a layer attends to is
 behind `KVView`: it hands over keys and values, then asks with queries. Nothing here knows ranks, requests or caches, or
@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from models.attention import Attention, attention_backend
 from models.magi.config import ModelConfig
-from models.magi.fp8 import Fp8ChannelLinear, Fp8TensorLinear
+from models.magi.layers import (
+    Fp8Linear,
+    LayerNorm,
+    LayerNorm1p,
+    RotaryBands,
+    apply_rotary,
+    linear_fp32,
+    product_in_fp32,
+)
 from models.protocols import KVGeometry, KVView, PassCondition
 
 NULL_TEXT_ROWS = 50
@@ -29,91 +37,13 @@ _FREQUENCIES = 128
 # ---- a layer
 
 
-class LayerNorm(nn.LayerNorm):
-    """Ordinary layer norm that computes in its parameters' dtype (specification 6.3, steps 1 and 9)."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise the last dimension."""
-        return super().forward(input.to(self.weight.dtype))
-
-
-class LayerNorm1p(nn.Module):
-    """Layer norm with an effective gain of weight + 1, in the dtype of its parameters.
-
-    The parameters are fp32 after promotion, but those of the cross-attention stay in the model's dtype, and weight + 1
-    is then rounded to it (specification 5.5 and 6.3, step 5).
-    """
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(size))
-        self.bias = nn.Parameter(torch.zeros(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension; the result has the parameters' dtype."""
-        return F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight + 1, self.bias, self.eps)
-
-
-class RotaryBands(nn.Module):
-    """Learned bands of three-axis rotary positions, shared by the axes: head size / 8, at first 10000^(-i/n) (6.2).
-
-    A table is made for one chunk from its own index, so nothing grows with the length of the video. The released code
-    scales the time axis by (f - 1) and back; that is the identity up to one rounding, and is left out here.
-    """
-
-    def __init__(self, head_size: int) -> None:
-        super().__init__()
-        count = head_size // 8
-        self.bands = nn.Parameter(10000.0 ** -(torch.arange(count, dtype=torch.float32, device="cpu") / count))
-
-    def table(self, first_frame: int, grid: tuple[int, int, int]) -> Tensor:
-        """Sines and cosines of the tokens of latent frames first_frame .. first_frame + T - 1.
-
-        Returns:
-            [2, S, 3n] fp32: sines, cosines; tokens in (T, H, W) order; angles are n of time, n of height, n of width.
-        """
-        bands = self.bands.float()
-        frames, height, width = grid
-        shrink = math.sqrt(height * width / 256)
-        axes = [
-            first_frame + torch.arange(frames, dtype=torch.float32, device=bands.device),
-            _centred(height, shrink, bands.device),
-            _centred(width, shrink, bands.device),
-        ]
-        angles = [axis[:, None] * bands for axis in axes]
-        time = angles[0][:, None, None].expand(-1, height, width, -1)
-        rows = angles[1][None, :, None].expand(frames, -1, width, -1)
-        columns = angles[2][None, None].expand(frames, height, -1, -1)
-        table = torch.cat([time, rows, columns], dim=-1).flatten(0, 2)
-        return torch.stack([table.sin(), table.cos()])
-
-
-def _centred(size: int, shrink: float, device: torch.device) -> Tensor:
-    coordinate = torch.arange(size, dtype=torch.float32, device=device) - (size - 1) / 2
-    return coordinate / (size - 1) * (size / shrink - 1) if size > 1 else coordinate
-
-
-def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the first 6n values of each head in halves (a, b); the rest passes through.
-
-    Args:
-        x: [B, S, H, d] fp32.
-        table: [2, S, 3n].
-    """
-    sin, cos = table[0][:, None], table[1][:, None]
-    half = sin.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
-
-
 class _ProjectionIn(nn.Module):
     """`linear_qkv`: a pre-norm and four projections, for self-attention (q, k, v) and cross-attention (qx)."""
 
     def __init__(self, config: ModelConfig, fp8: bool) -> None:
         super().__init__()
         dim, keys = config.hidden_size, config.num_query_groups * config.kv_channels
-        linear = Fp8TensorLinear if fp8 else _linear
+        linear = Fp8Linear if fp8 else _linear
         self.layer_norm = LayerNorm(dim, eps=config.layernorm_epsilon)
         self.q = linear(dim, dim)
         self.qx = linear(dim, dim)
@@ -130,7 +60,7 @@ class _Attention(nn.Module):
         self.groups, self.head_size, self.precise = config.num_query_groups, d, precise and not fp8
         self.linear_qkv = _ProjectionIn(config, fp8)
         self.linear_kv_xattn = _linear(int(dim * config.xattn_cond_hidden_ratio), 2 * self.groups * d)
-        self.linear_proj = Fp8ChannelLinear(2 * dim, dim) if fp8 else _linear(2 * dim, dim)
+        self.linear_proj = Fp8Linear(2 * dim, dim, smooth=True) if fp8 else _linear(2 * dim, dim)
         self.q_layernorm = LayerNorm1p(d, eps)
         self.k_layernorm = LayerNorm1p(d, eps)
         self.q_layernorm_xattn = LayerNorm1p(d, eps)
@@ -165,14 +95,6 @@ class _Attention(nn.Module):
         return product_in_fp32(mixed, self.linear_proj.weight) if self.precise else self.linear_proj(mixed)
 
 
-def product_in_fp32(x: Tensor, weight: Tensor) -> Tensor:
-    """x [.., n] times the transpose of weight [m, n], in fp32. On a GPU bf16 operands are not cast: their products are
-    exact and added up in fp32 all the same, 16 times as fast (docs/performance.md)."""
-    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
-        return torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
-    return F.linear(x.float(), weight.float())
-
-
 class _Mlp(nn.Module):
     def __init__(self, config: ModelConfig, fp8: bool) -> None:
         super().__init__()
@@ -180,8 +102,8 @@ class _Mlp(nn.Module):
         self.gated = config.gated_linear_unit
         self.layer_norm = LayerNorm(dim, eps=config.layernorm_epsilon)
         wide = 2 * hidden if self.gated else hidden
-        self.linear_fc1 = Fp8TensorLinear(dim, wide) if fp8 else _linear(dim, wide)
-        self.linear_fc2 = Fp8ChannelLinear(hidden, dim) if fp8 else _linear(hidden, dim)
+        self.linear_fc1 = Fp8Linear(dim, wide) if fp8 else _linear(dim, wide)
+        self.linear_fc2 = Fp8Linear(hidden, dim, smooth=True) if fp8 else _linear(hidden, dim)
 
     def forward(self, h_BSD: Tensor) -> Tensor:
         x = self.linear_fc1(self.layer_norm(h_BSD))
@@ -274,7 +196,7 @@ class _TimestepEmbedder(nn.Module):
         """[..] -> [.., C] fp32. The sinusoid is rounded to the model's dtype before the fp32 MLP (6.1, step 3)."""
         angles = t.float()[..., None] * _frequencies(t.device) * 1000
         wave = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype)
-        return _linear_fp32(self.mlp[2], F.silu(_linear_fp32(self.mlp[0], wave)))
+        return linear_fp32(self.mlp[2], F.silu(linear_fp32(self.mlp[0], wave)))
 
 
 class _CaptionEmbedder(nn.Module):
@@ -297,13 +219,6 @@ class _Blocks(nn.Module):
         )
         if final:
             self.final_layernorm = LayerNorm1p(config.hidden_size, config.layernorm_epsilon)
-
-
-class _FinalLinear(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        values = config.patch_size**2 * config.t_patch_size * config.out_channels
-        self.linear = nn.Linear(config.hidden_size, values, bias=False)
 
 
 class MagiDiT(nn.Module):
@@ -332,14 +247,15 @@ class MagiDiT(nn.Module):
         embeds, reads_out = 0 in self.held, config.num_layers - 1 in self.held
         self.attention: Attention = attention_backend(attention)
         if embeds:
-            size = (config.t_patch_size, config.patch_size, config.patch_size)
+            size = (1, config.patch_size, config.patch_size)
             self.x_embedder = nn.Conv3d(config.in_channels, config.hidden_size, size, size, bias=False)
         self.t_embedder = _TimestepEmbedder(config)
         self.y_embedder = _CaptionEmbedder(config)
         self.rope = RotaryBands(config.kv_channels)
         self.videodit_blocks = _Blocks(config, self.held, final=reads_out, fp8=fp8, precise=precise)
         if reads_out:
-            self.final_linear = _FinalLinear(config)
+            values = config.patch_size**2 * config.out_channels
+            self.final_linear = nn.ModuleDict({"linear": _linear(config.hidden_size, values)})
 
     @property
     def device(self) -> torch.device:
@@ -398,12 +314,12 @@ class MagiDiT(nn.Module):
         if distill is not None:
             embedded = embedded + self.t_embedder(torch.full_like(t, distill))
         row = self.y_embedder.null_caption_embedding[-1 if null else -2]
-        text = _linear_fp32(self.y_embedder.y_proj_adaln[0], row)
+        text = linear_fp32(self.y_embedder.y_proj_adaln[0], row)
         return (embedded + text).to(self.config.dtype)
 
     def embed_text(self, y: Tensor) -> Tensor:
         """Caption tokens that count, [B, N, caption channels] -> [B, N, D] (6.1, step 6)."""
-        return F.silu(_linear_fp32(self.y_embedder.y_proj_xattn[0], y)).to(self.config.dtype)
+        return F.silu(linear_fp32(self.y_embedder.y_proj_xattn[0], y)).to(self.config.dtype)
 
     def layers(
         self,
@@ -440,14 +356,8 @@ class MagiDiT(nn.Module):
     def velocity(self, h_BSD: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Velocity [B, channels, T, h, w] fp32 of the last hidden states (6.4). `grid` is of the latent, (T, h, w)."""
         normed = self.videodit_blocks.final_layernorm(h_BSD.float())
-        x = F.linear(normed.float(), self.final_linear.linear.weight.float())
+        x = linear_fp32(self.final_linear["linear"], normed)
         (frames, height, width), p = self.token_grid(grid), self.config.patch_size
         x = x.reshape(-1, frames, height, width, p, p, self.config.out_channels)
         x = x.permute(0, 6, 1, 2, 4, 3, 5).reshape(-1, self.config.out_channels, frames, height * p, width * p)
         return x[:, : self.config.latent_channels] / self.config.x_rescale_factor
-
-
-def _linear_fp32(layer: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer in fp32, whatever its parameters are stored in (6.1)."""
-    assert isinstance(layer, nn.Linear)
-    return F.linear(x.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())

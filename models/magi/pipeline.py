@@ -8,21 +8,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from models.attention import Attention
-from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
+from models.magi.folder import dit_folder, find_files
 from models.magi.sampling import MagiSampling
-from models.magi.text import SpecialTokens, T5Encoder, TextEncoder
+from models.magi.text import T5Encoder, TextLoading, counter_rows, read_special_tokens
 from models.magi.vae import TiledVAE
 from models.magi.weights import Checkpoint, Loading
 from models.pocket.text import PocketEncoder
 from models.protocols import Autoencoder, CaptionTable
 
+_TEXT = TextLoading()
+
 
 class MagiPipeline:
-    """A DiT with what turns prompts into captions (`tokens`: the released special ones) and latents into frames.
+    """A DiT with what turns prompts into captions (`tokens`: the special ones) and latents into frames.
 
     Without an encoder captions are brought, and without an autoencoder a video ends with latents.
     """
@@ -32,9 +35,9 @@ class MagiPipeline:
         config: MagiConfig,
         model: MagiDiT,
         autoencoder: Autoencoder | None = None,
-        encoder: TextEncoder | None = None,
+        encoder: T5Encoder | PocketEncoder | None = None,
         *,
-        tokens: SpecialTokens | None = None,
+        tokens: Tensor | None = None,
     ) -> None:
         self.config, self.model = config, model
         self._autoencoder, self._encoder, self._tokens = autoencoder, encoder, tokens
@@ -58,68 +61,46 @@ class MagiPipeline:
         """Encode a prompt; an `InputError` if the encoder cannot take it."""
         assert self._encoder is not None
         text = self._encoder.encode(prompt)
-        self._encoder.release()
-        counters, length = None, None
-        if self._tokens is not None:
-            counters = self._tokens.counters().to(text)
-            length = self.config.model_config.caption_max_length
+        counters = None if self._tokens is None else counter_rows(self._tokens)
+        length = self.config.model_config.caption_max_length
         table = CaptionTable(text=text, null=self.model.null_text(), counters=counters, max_length=length)
         return table.to(self.model.device)
 
 
-def load_pipeline(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiPipeline:
+def load_pipeline(
+    config: MagiConfig, weights: Path | None, loading: Loading, text: TextLoading = _TEXT
+) -> MagiPipeline:
     """Load a model whole, or with the layers that are asked for: DiT, autoencoder and text encoder.
 
     What is missing of the smaller files is said before the large ones are read.
 
     Args:
         config: of the model. One without T5 is magi-pocket's, which has a fixed vocabulary.
-        weights: folder in place of the configuration's `load`; an autoencoder in its sub-folder `vae` and text
-            encoders in `t5` are taken before those of the configuration. `special_tokens.npz` lies in it.
+        weights: folder in place of the configuration's `load`; `find_files` says where the other parts are searched.
         loading: device, precision, attention, layers.
+        text: how prompts are read. Those that are known are encoded before the DiT takes its memory.
 
     Raises:
         InputError: something is missing or damaged.
     """
-    runtime = config.runtime_config
-    encoder: TextEncoder = PocketEncoder()
-    tokens = None
-    if runtime.t5_pretrained is not None:
-        root = weights or _folder(runtime.load, "load")
-        t5 = root / "t5" if (root / "t5").is_dir() else Path(runtime.t5_pretrained)
-        tokens = SpecialTokens.from_npz(root / "special_tokens.npz")
-        encoder = T5Encoder(t5, device=runtime.t5_device, max_length=config.model_config.caption_max_length)
-    autoencoder = _load_autoencoder(config, weights, loading)
-    return MagiPipeline(config, load_stage(config, weights, loading), autoencoder, encoder, tokens=tokens)
+    files, runtime, model = find_files(config, weights, tokens=text.tokens), config.runtime_config, config.model_config
+    encoder: T5Encoder | PocketEncoder = PocketEncoder()
+    special = None
+    if files.t5 is not None and files.tokens is not None:
+        special = read_special_tokens(files.tokens, channels=model.caption_channels)
+        device = text.device or (runtime.t5_device if torch.cuda.is_available() else "cpu")
+        length, dtype = model.caption_max_length, text.dtype
+        encoder = T5Encoder(files.t5, device=device, dtype=dtype, max_length=length, cache=text.cache)
+        for prompt in text.prompts:
+            encoder.encode(prompt)
+        encoder.release()
+    # The released autoencoder runs in bf16 whatever the DiT's dtype (1.1); fp32 models keep theirs.
+    of_vae = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
+    vae = Checkpoint(files.vae).vae(dtype=of_vae, device=loading.device)
+    autoencoder = TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
+    return MagiPipeline(config, Checkpoint(files.dit).dit(config, loading), autoencoder, encoder, tokens=special)
 
 
 def load_stage(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiDiT:
     """Load the DiT alone, all of it or the layers that are asked for, from exactly their tensors; errors as above."""
-    root = weights or _folder(config.runtime_config.load, "load")
-    inner = weights_folder(config, root)
-    return Checkpoint(inner if inner.is_dir() or weights is None else root).dit(config, loading)
-
-
-def _load_autoencoder(config: MagiConfig, weights: Path | None, loading: Loading) -> TiledVAE:
-    runtime = config.runtime_config
-    root = weights or _folder(runtime.load, "load")
-    folder = root / "vae" if (root / "vae").is_dir() else _folder(runtime.vae_pretrained, "vae_pretrained")
-    # The released autoencoder runs in bf16 whatever the DiT's dtype (1.1); fp32 models keep theirs.
-    dtype = torch.float32 if config.model_config.dtype == torch.float32 else torch.bfloat16
-    vae = Checkpoint(folder).vae(dtype=dtype, device=loading.device)
-    return TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
-
-
-def _folder(path: str | None, key: str) -> Path:
-    if path is None:
-        raise InputError(f"the configuration has no {key}: give --weights DIR")
-    return Path(path)
-
-
-def weights_folder(config: MagiConfig, load: Path) -> Path:
-    """The folder of the DiT's weights inside `runtime_config.load` (5.1)."""
-    kind = (".fp8" if config.engine_config.fp8_quant else "") + (".distill" if config.engine_config.distill else "")
-    return load / f"inference_weight{kind}"
-
-
-# ---- checkpoints
+    return Checkpoint(dit_folder(config, weights)).dit(config, loading)

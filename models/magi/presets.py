@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the configuration pulls in torch, which a listing of names 
     from models.magi.config import MagiConfig
 
 
+POCKET = "magi-pocket"
 _T5_BYTES = 19_000_000_000  # specification 2.1; fp32
 
 
@@ -52,21 +53,28 @@ def find_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def released_config(*, large: bool, distill: bool = False, quant: bool = False) -> MagiConfig:
-    """The configuration file of a released model: 24B (`large`) or 4.5B, distilled or not, with fp8 weights or not."""
+def preset_of(config: MagiConfig) -> Preset | None:
+    """The preset of a configuration: the one of its sizes and kind."""
+    for preset in PRESETS.values():
+        known, kind = preset.config(), config.engine_config
+        if known.model_config == config.model_config and (kind.distill, kind.fp8_quant) == (
+            known.engine_config.distill, known.engine_config.fp8_quant,
+        ):  # fmt: skip
+            return preset
+    return None
+
+
+def released_config(name: str) -> MagiConfig:
+    """The configuration file of a released model, by the name of its folder: `4.5B_base`, `24B_distill_quant` ..."""
     from models.magi.config import MagiConfig
 
-    name = _released_name(large=large, distill=distill, quant=quant)
+    large, distill = name.startswith("24B"), "_distill" in name
     values = {
         "model_config": _model_values(large=large),
         "runtime_config": _runtime_values(name, large=large, distill=distill),
-        "engine_config": _engine_values(large=large, distill=distill, quant=quant),
+        "engine_config": _engine_values(large=large, distill=distill, quant=name.endswith("_quant")),
     }
     return MagiConfig.from_dict(values, source=f"preset {name}")
-
-
-def _released_name(*, large: bool, distill: bool, quant: bool) -> str:
-    return ("24B" if large else "4.5B") + ("_distill" if distill else "_base") + ("_quant" if quant else "")
 
 
 def _model_values(*, large: bool) -> dict[str, object]:
@@ -147,20 +155,20 @@ def _pocket() -> MagiConfig:
     return pocket_config()
 
 
-# What it is good for, parameters, bytes on disk, 24B, distilled, fp8
+# Folder, what it is good for, parameters, bytes on disk
 _RELEASED = (
-    ("guidance in three branches, 64 steps", 4_459_898_128, 8_960_177_216, False, False, False),
-    ("one pass a step; give --steps 16 or 12 or 8", 4_459_898_128, 8_960_177_216, False, True, False),
-    ("distilled, fp8 weights; give --steps 16 or 12 or 8", 4_460_979_760, 5_139_298_496, False, True, True),
-    ("the large model: guidance in three branches, 32 steps", 23_899_281_936, 47_876_704_320, True, False, False),
-    ("the large model, one pass a step, 16 steps", 23_899_281_936, 47_876_704_320, True, True, False),
-    ("the large model, distilled, fp8 weights", 23_902_014_382, 26_471_517_880, True, True, True),
+    ("4.5B_base", "guidance in three branches, 64 steps", 4_459_898_128, 8_960_177_216),
+    ("4.5B_distill", "one pass a step; give --steps 16 or 12 or 8", 4_459_898_128, 8_960_177_216),
+    ("4.5B_distill_quant", "distilled, fp8 weights; give --steps 16 or 12 or 8", 4_460_979_760, 5_139_298_496),
+    ("24B_base", "the large model: guidance in three branches, 32 steps", 23_899_281_936, 47_876_704_320),
+    ("24B_distill", "the large model, one pass a step, 16 steps", 23_899_281_936, 47_876_704_320),
+    ("24B_distill_quant", "the large model, distilled, fp8 weights", 23_902_014_382, 26_471_517_880),
 )
 
 
 def _presets() -> Iterator[Preset]:
     yield Preset(
-        name="magi-pocket",
+        name=POCKET,
         summary="small and trained here: coloured shapes that move, on a laptop's CPU",
         config=_pocket,
         parameters=3_401_702,
@@ -168,12 +176,11 @@ def _presets() -> Iterator[Preset]:
         folder=None,
         vae_parameters=5_310_823,
     )
-    for summary, parameters, stored, large, distill, quant in _RELEASED:
-        released = _released_name(large=large, distill=distill, quant=quant)
+    for released, summary, parameters, stored in _RELEASED:
         yield Preset(
             name="magi-" + released.lower().removesuffix("_base").replace("_", "-"),
             summary=summary,
-            config=partial(released_config, large=large, distill=distill, quant=quant),
+            config=partial(released_config, released),
             parameters=parameters,
             stored=stored,
             folder=f"ckpt/magi/{released}",

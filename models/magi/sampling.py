@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -125,42 +125,42 @@ class MagiSampling:
 
     def step_passes(self, step: int, *, oldest: bool, text_needed: bool) -> tuple[Pass, ...]:
         """Passes of a denoising step (7.5). Branches whose weight is zero and whose KV nobody reads are left out."""
-        distill = self._distill(step % (self.num_steps // self.window))
-        time = self.time(step)
-
-        def one(
-            name: str, caption: CaptionKind, weight: float, *, drop: bool, branch: int = 0, isolated: bool = False
-        ) -> Pass:
-            condition = PassCondition(t=time, distill=distill, drop=drop)
-            return Pass(
-                name=name, caption=caption, branch=branch, isolated=isolated, weight=weight, condition=condition
-            )
-
+        time, distill = self.time(step), self._distill(step % (self.num_steps // self.window))
+        one = partial(_pass, t=time, distill=distill)
         if not self.guided:
             threshold = self.config.engine_config.distill_nearly_clean_chunk_threshold
             if not (oldest and self.copy_pass and time > threshold):
-                return (one("denoise", "text", 1.0, drop=False),)
-            return (
-                one("denoise", "text", 1 - _COPY_WEIGHT, drop=False),
-                one("copy", "text", _COPY_WEIGHT, drop=False, isolated=True),
-            )
+                return (one("denoise", "text", 1.0),)
+            return one("denoise", "text", 1 - _COPY_WEIGHT), one("copy", "text", _COPY_WEIGHT, isolated=True)
         previous, text = self._scales(step)
         passes = [one("null", "null", previous - text, drop=True)]
         if previous != 1:
             passes.insert(0, one("context_free", "null", 1 - previous, drop=True, isolated=True))
         if text_needed:
-            passes.append(one("text", "text", text, drop=False, branch=1))
+            passes.append(one("text", "text", text, branch=1))
         return tuple(passes)
 
     def clean_passes(self, step_in_quantum: int, *, prefix: bool, text_needed: bool) -> tuple[Pass, ...]:
         """Passes of a finished or a prefix chunk: null text, t = clean_t (7.4, step 2; 7.6)."""
         if not prefix and not self.clean_pass:
             return ()
-        distill = self._distill(step_in_quantum)
-        t = self.config.runtime_config.clean_t
-        drop = PassCondition(t=t, distill=distill, drop=self.guided)
-        passes = [Pass(name="clean", caption="null", branch=0, isolated=False, weight=0.0, condition=drop)]
+        one = partial(_pass, t=self.config.runtime_config.clean_t, distill=self._distill(step_in_quantum))
+        clean = one("clean", "null", 0.0, drop=self.guided)
         if text_needed and self.guided and not prefix:
-            keep = PassCondition(t=t, distill=distill, drop=False)
-            passes.append(Pass(name="clean_text", caption="null", branch=1, isolated=False, weight=0.0, condition=keep))
-        return tuple(passes)
+            return clean, one("clean_text", "null", 0.0, branch=1)
+        return (clean,)
+
+
+def _pass(
+    name: str,
+    caption: CaptionKind,
+    weight: float,
+    *,
+    t: float,
+    distill: float | None,
+    drop: bool = False,
+    branch: int = 0,
+    isolated: bool = False,
+) -> Pass:
+    condition = PassCondition(t=t, distill=distill, drop=drop)
+    return Pass(name=name, caption=caption, branch=branch, isolated=isolated, weight=weight, condition=condition)

@@ -12,18 +12,24 @@ import hashlib
 import html
 import importlib
 import io
+import os
 import re
 import urllib.parse
 import warnings
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from threading import Lock
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.errors import InputError
@@ -34,80 +40,75 @@ T5_FOLDER = "t5-v1_1-xxl"
 SPECIAL_TOKENS_SHA256 = "b54bc664d5f4a722dfd8bb22201c025df61f22acddc07c0a2529d7b5cd6be5a7"
 """Digest of the released `special_tokens.npz`."""
 
+_KNOWN, _KEPT = 256, 1000  # encoded prompts in memory and on the disk, of 13 MB at most
+_RELEASED_CHANNELS = 4096  # of T5 v1.1 XXL
+
 _TOKEN_ROWS = 100
 _HQ_ROW = 1
 _DURATION_ROW = 7  # for the last chunk; the next row for the one before it, and so on
 _DURATION_ROWS = 8
 
 
-class TextEncoder(Protocol):
-    """What turns a prompt into a caption."""
+def read_special_tokens(path: Path, *, channels: int) -> Tensor:
+    """The learned vectors of `special_tokens.npz` that say what kind of video is wanted: `other_tokens`, [100, C] fp32.
 
-    def encode(self, prompt: str) -> Tensor:
-        """Encode one prompt: [N, C] fp32.
+    With the channels of released models it must be the released file. An `InputError` if it is not, cannot be read, or
+    lacks the vectors.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the special tokens {path}: {error.strerror}") from None
+    digest = hashlib.sha256(content).hexdigest()
+    if channels == _RELEASED_CHANNELS and digest != SPECIAL_TOKENS_SHA256:
+        raise InputError(
+            f"{path} is not the released special_tokens.npz: its SHA-256 is {digest}, not {SPECIAL_TOKENS_SHA256}"
+        )
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            rows = arrays["other_tokens"]
+    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} holds no array other_tokens: {error}") from None
+    if rows.shape != (_TOKEN_ROWS, channels):
+        raise InputError(f"{path}: other_tokens has shape {list(rows.shape)}, expected [{_TOKEN_ROWS}, {channels}]")
+    if rows.dtype.kind != "f":
+        raise InputError(f"{path}: other_tokens holds {rows.dtype} and not floating-point numbers")
+    # Through fp16, as released: the vectors that the DiT was trained with were rounded to it.
+    return torch.from_numpy(rows.astype(np.float16).astype(np.float32))
 
-        Raises:
-            InputError: the prompt cannot be encoded.
-        """
 
-    def release(self) -> None:
-        """Let go of the encoder's weights until the next prompt."""
+def counter_rows(tokens: Tensor) -> Tensor:
+    """Rows in front of the text: how much of the video is left, and that high quality is wanted (2.3).
+
+    Of special tokens [100, C]: [8, 2, C], by how many chunks come after the chunk; more than 7 count as 7.
+    """
+    return torch.stack([tokens[[_DURATION_ROW + left, _HQ_ROW]] for left in range(_DURATION_ROWS)])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SpecialTokens:
-    """Learned vectors that say what kind of video is wanted: `other` is [100, C] fp32, rows as in specification 2.3."""
+class TextLoading:
+    """How prompts are read."""
 
-    other: Tensor
-
-    @classmethod
-    def from_npz(cls, path: Path, *, sha256: str = SPECIAL_TOKENS_SHA256) -> SpecialTokens:
-        """Read `special_tokens.npz`.
-
-        Args:
-            path: the file.
-            sha256: the digest that it must have, that of the released file by default.
-
-        Raises:
-            InputError: the file cannot be read, is another one, or lacks the vectors.
-        """
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"cannot read the special tokens {path}: {error.strerror}") from None
-        digest = hashlib.sha256(content).hexdigest()
-        if digest != sha256:
-            raise InputError(f"{path} is not the released special_tokens.npz: its SHA-256 is {digest}, not {sha256}")
-        try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-                rows = arrays["other_tokens"]
-        except (KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} holds no array other_tokens: {error}") from None
-        if rows.ndim != 2 or rows.shape[0] != _TOKEN_ROWS:
-            raise InputError(f"{path}: other_tokens has shape {list(rows.shape)}, expected [{_TOKEN_ROWS}, channels]")
-        # Through fp16, as released: the vectors that the DiT was trained with were rounded to it.
-        return cls(other=torch.from_numpy(rows.astype(np.float16).astype(np.float32)))
-
-    def counters(self) -> Tensor:
-        """Rows in front of the text: how much of the video is left, and that high quality is wanted (2.3).
-
-        Returns:
-            [8, 2, C] fp32, by how many chunks come after the chunk; more than 7 count as 7.
-        """
-        return torch.stack([self.other[[_DURATION_ROW + left, _HQ_ROW]] for left in range(_DURATION_ROWS)])
+    tokens: Path | None = None  # special_tokens.npz; None searches it, as `find_files` does
+    device: str | None = None  # where T5 encodes; None is what the configuration says, on the CPU if there is no GPU
+    dtype: Literal["float32", "bfloat16"] | None = None  # of T5; None is as its files have it
+    cache: Path | None = None  # folder where encoded prompts are kept; None keeps none
+    prompts: tuple[str, ...] = ()  # known before the model is loaded: T5 reads them first, and is let go
 
 
 class T5Encoder:
-    """The T5 v1.1 XXL encoder (19 GB in fp32), read at the first prompt and again after `release`.
+    """The T5 v1.1 XXL encoder (19 GB in fp32, as released), read when a prompt needs it.
 
     The released code pads every prompt to `max_length` tokens and masks the padding. Masked positions weigh exactly
     zero, so nothing is padded here: the same result up to the order of summation, and a short prompt is far cheaper.
+    May be called by several threads.
 
     Args:
         folder: `t5_pretrained`, the folder that holds `t5-v1_1-xxl`.
         device: where to encode.
+        dtype: of the weights; None is as the files have it.
         max_length: most tokens of a caption; longer prompts are cut.
-        dtype: dtype of the weights, fp32 as released.
+        cache: folder where results are kept, by what they depend on; None keeps none.
 
     Raises:
         InputError: the folder or a package is missing.
@@ -117,15 +118,19 @@ class T5Encoder:
         self,
         folder: Path,
         *,
-        device: torch.device | str = "cpu",
+        device: str = "cpu",
+        dtype: Literal["float32", "bfloat16"] | None = None,
         max_length: int = 800,
-        dtype: torch.dtype = torch.float32,
+        cache: Path | None = None,
     ) -> None:
-        self.folder, self.device, self.max_length, self.dtype = folder / T5_FOLDER, device, max_length, dtype
+        self.folder, self.device, self.dtype, self.max_length = folder / T5_FOLDER, device, dtype, max_length
         # Without the first two the released `spiece.model` cannot be read.
         *_, self._transformers = (_package(name) for name in ("sentencepiece", "google.protobuf", "transformers"))
         if not self.folder.is_dir():
             raise InputError(f"no T5 encoder at {self.folder}: t5_pretrained must hold the folder {T5_FOLDER}")
+        check_t5(self.folder)
+        self._cache, self._known = cache, dict[str, Tensor]()
+        self._lock = Lock()
         self._tokenizer: Any = None
         self._model: Any = None
 
@@ -135,27 +140,98 @@ class T5Encoder:
         Raises:
             InputError: the files in the folder cannot be used.
         """
-        if self._model is None:
-            self._load()
-        ids = self._tokenizer(clean_prompt(prompt), max_length=self.max_length, truncation=True, return_tensors="pt")
-        with torch.no_grad():
-            rows = self._model(ids["input_ids"].to(self.device)).last_hidden_state[0]
-        return rows.float()
+        text = clean_prompt(prompt)
+        with self._lock:
+            if text not in self._known:
+                kept = None if self._cache is None else self._cache / f"{self._key(text)}.safetensors"
+                rows = None if kept is None else _read_rows(kept)
+                if rows is None:
+                    rows = self._compute(text)
+                    if kept is not None:
+                        _keep_rows(kept, rows)
+                if len(self._known) >= _KNOWN:
+                    self._known.pop(next(iter(self._known)))
+                self._known[text] = rows
+            return self._known[text]
 
     def release(self) -> None:
-        """Free the weights. Another `encode` reads them again."""
-        self._tokenizer = self._model = None
-        if torch.device(self.device).type == "cuda":
-            torch.cuda.empty_cache()
+        """Free the weights. What was encoded stays; another prompt reads them again."""
+        with self._lock:
+            self._tokenizer = self._model = None
+            if torch.device(self.device).type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _key(self, text: str) -> str:
+        """Names an encoded prompt by all that it depends on."""
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(self.folder.iterdir())]
+        kind = torch.device(self.device).type
+        return hashlib.sha256(repr((1, files, kind, self.dtype, self.max_length, text)).encode()).hexdigest()
+
+    def _compute(self, text: str) -> Tensor:
+        if self._model is None:
+            self._load()
+        ids = self._tokenizer(text, max_length=self.max_length, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            rows = self._model(ids["input_ids"].to(self.device)).last_hidden_state[0]
+        return rows.float().cpu()
 
     def _load(self) -> None:
+        self._transformers.utils.logging.disable_progress_bar()  # this command shows its own
         try:
             self._tokenizer = self._transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-            model = self._transformers.T5EncoderModel.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
+            model, info = self._transformers.T5EncoderModel.from_pretrained(
+                self.folder, local_files_only=True, output_loading_info=True, dtype=self.dtype or "auto"
+            )
+        except (OSError, ValueError, ImportError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"cannot load the T5 encoder from {self.folder}: {reason}") from None
-        self._model = model.to(device=self.device, dtype=self.dtype).requires_grad_(False).eval()
+        if missing := sorted(info["missing_keys"]):  # they would be random numbers
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise InputError(f"cannot load the T5 encoder from {self.folder}: it lacks {missing[0]}{more}")
+        self._model = model.to(self.device).requires_grad_(False).eval()
+
+
+def _read_rows(path: Path) -> Tensor | None:
+    """An encoded prompt that was kept; None if it is not there, or damaged."""
+    try:
+        rows = load_file(path)["text"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return rows if rows.ndim == 2 and rows.dtype == torch.float32 and rows.isfinite().all() else None
+
+
+def _keep_rows(path: Path, rows: Tensor) -> None:
+    """Keep an encoded prompt for the next run, and no more than the newest; where that is impossible, do without."""
+    own = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"text": rows.contiguous()}, own)
+        own.replace(path)
+        for old in sorted(path.parent.glob("*.safetensors"), key=lambda one: one.stat().st_mtime)[:-_KEPT]:
+            old.unlink()
+    except (OSError, SafetensorError):
+        with suppress(OSError):
+            own.unlink()
+
+
+def check_t5(folder: Path) -> int:
+    """See that a folder holds what T5 is read from: description, vocabulary and weights.
+
+    Returns:
+        Bytes of the weights.
+
+    Raises:
+        InputError: something is missing. The library would make up a vocabulary, and say nothing.
+    """
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    for what, held in {
+        "config.json": (folder / "config.json").is_file(),
+        "spiece.model": (folder / "spiece.model").is_file() or (folder / "tokenizer.json").is_file(),
+        "weights (*.safetensors or pytorch_model*.bin)": weights,
+    }.items():
+        if not held:
+            raise InputError(f"cannot load the T5 encoder from {folder}: it lacks {what}")
+    return sum(path.stat().st_size for path in weights)
 
 
 # Cleaning of prompts: patterns and their replacements, in order.
@@ -170,8 +246,8 @@ _ADDRESS = (
     r"\b((?:{scheme}:(?:\/{{1,3}}|[a-zA-Z0-9%])|[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b\/?(?!@)))"
 )
 _DASHES = (
-    "\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63"
-    "\uff0d"
+    r"\-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0"
+    r"\ufe31\ufe32\ufe58\ufe63\uff0d"
 )
 _FILE_ENDINGS = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 
@@ -181,14 +257,8 @@ _ADDRESSES = _rules((_ADDRESS.format(scheme="https?"), ""), (_ADDRESS.format(sch
 # Steps 5 to 17: marks, dashes, quotes and what a web page leaves behind.
 _MARKS = _rules(
     (r"@[\w\d]+\b", ""),
-    (r"[\u31c0-\u31ef]+", ""),
-    (r"[\u31f0-\u31ff]+", ""),
-    (r"[\u3200-\u32ff]+", ""),
-    (r"[\u3300-\u33ff]+", ""),
-    (r"[\u3400-\u4dbf]+", ""),
-    (r"[\u4dc0-\u4dff]+", ""),
-    (r"[\u4e00-\u9fff]+", ""),
-    (rf"[{re.escape(_DASHES[0])}{_DASHES[1:]}]+", "-"),
+    (r"[\u31c0-\u9fff]+", ""),  # seven blocks in a row
+    (rf"[{_DASHES}]+", "-"),
     (r"[`´«»“”¨]", '"'),
     (r"[‘’]", "'"),
     (r"&quot;?", ""),

@@ -1,9 +1,7 @@
 """The ViT autoencoder of MAGI-1: whole videos to latents and back, tile by tile (specification part 1).
 
 `ViTVAE` codes one tile; its parameter names are those of the released checkpoint. `TiledVAE` cuts a video into tiles
-that overlap in space, codes each alone, and blends the overlaps (1.6 to 1.8). Which tiles there are is a pure function
-(`plan_tiles`), and coding and blending are separate methods, so tiles can be spread over ranks; the module knows no
-ranks and no files.
+that overlap in space, codes each alone, and blends the overlaps (1.6 to 1.8). It knows no ranks and no files.
 
 Shapes: B batch, F T frames, H W pixels, t h w latent frames and cells, z latent channels, L = t*h*w tokens,
 E embed_dim. All tiles are [1, channels, time, rows, columns].
@@ -71,16 +69,6 @@ class _Block(nn.Module):
         return x_BLE + self.mlp(self.norm2(x_BLE))
 
 
-class _PatchEmbed(nn.Module):
-    def __init__(self, config: VaeConfig) -> None:
-        super().__init__()
-        size = (config.patch_length, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(config.in_chans, config.embed_dim, kernel_size=size, stride=size)
-
-    def forward(self, video: Tensor) -> Tensor:
-        return self.proj(video)
-
-
 class _Trunk(nn.Module):
     """What encoder and decoder share: class token, position embedding, blocks, norm."""
 
@@ -112,11 +100,13 @@ class _Trunk(nn.Module):
 class _Encoder(_Trunk):
     def __init__(self, config: VaeConfig) -> None:
         super().__init__(config)
-        self.patch_embed = _PatchEmbed(config)
+        size = (config.patch_length, config.patch_size, config.patch_size)
+        patches = nn.Conv3d(config.in_chans, config.embed_dim, kernel_size=size, stride=size)
+        self.patch_embed = nn.ModuleDict({"proj": patches})
         self.last_layer = nn.Linear(config.embed_dim, 2 * config.z_chans)
 
     def forward(self, video: Tensor) -> Tensor:
-        patches = self.patch_embed(video)
+        patches = self.patch_embed["proj"](video)
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         x = self.run_trunk(patches.flatten(2).transpose(1, 2), grid)
         return self.last_layer(x)[:, 1:].transpose(1, 2).unflatten(2, grid)
@@ -156,26 +146,16 @@ class ViTVAE(nn.Module):
         """The dtype of the parameters."""
         return self.encoder.cls_token.dtype
 
-    def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the posterior.
+    def encode(self, video: Tensor) -> Tensor:
+        """The posterior mode [B, z, t, h, w] of a video [B, 3, T, H, W] in -1..1 (1.4: inference never samples).
 
-        Args:
-            video: [B, 3, T, H, W] in -1..1; T a multiple of the patch length, or 1.
-
-        Returns:
-            Two tensors [B, z, t, h, w]; the log-variance is clamped to -30..20.
+        T is a multiple of the patch length, or 1: an image is coded as equal frames, of which one latent frame is kept.
         """
         image = video.shape[2] == 1
         if image:
             video = video.expand(-1, -1, self.config.patch_length, -1, -1)
-        mean, logvar = self.encoder(video.to(self.dtype)).chunk(2, dim=1)
-        if image:
-            mean, logvar = mean[:, :, :1], logvar[:, :, :1]
-        return mean, logvar.clamp(-30, 20)
-
-    def encode(self, video: Tensor) -> Tensor:
-        """The posterior mode, [B, z, t, h, w], of a video as in `moments` (1.4: inference never samples)."""
-        return self.moments(video)[0]
+        mean = self.encoder(video.to(self.dtype)).chunk(2, dim=1)[0]
+        return mean[:, :, :1] if image else mean
 
     def decode(self, latent: Tensor) -> Tensor:
         """Video [B, 3, 4t, 8h, 8w] of a latent [B, z, t, h, w]; one latent frame gives one frame (1.5)."""
@@ -187,39 +167,24 @@ class ViTVAE(nn.Module):
 class Tile:
     """One tile: its place in the grid of tiles and its slices of the input."""
 
-    index: int
     place: Size
     time: slice
     rows: slice
     columns: slice
 
-    @property
-    def size(self) -> Size:
-        """Extent in the input."""
-        time, rows, columns = (part.stop - part.start for part in (self.time, self.rows, self.columns))
-        return time, rows, columns
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TileGrid:
-    """All tiles in raster order (time, then rows, then columns), and how many there are per axis."""
-
-    tiles: tuple[Tile, ...]
-    counts: Size
-
-
-def plan_tiles(size: Size, *, tile: Size, stride: Size) -> TileGrid:
-    """Tiles that start every `stride` and are clipped by the border (1.8).
+def plan_tiles(size: Size, *, tile: Size, stride: Size) -> list[Tile]:
+    """Tiles that start every `stride` and are clipped by the border (1.8), in raster order: time, rows, columns.
 
     Even an input of exactly one tile is cut in two where tiles overlap, as released.
     """
-    frames, rows, columns = (math.ceil(whole / step) for whole, step in zip(size, stride, strict=True))
-    tiles: list[Tile] = []
-    for place in itertools.product(range(frames), range(rows), range(columns)):
+    frames, rows, columns = (range(math.ceil(whole / step)) for whole, step in zip(size, stride, strict=True))
+    tiles = []
+    for place in itertools.product(frames, rows, columns):
         starts = (at * step for at, step in zip(place, stride, strict=True))
         cuts = [slice(a, min(a + n, end)) for a, n, end in zip(starts, tile, size, strict=True)]
-        tiles.append(Tile(index=len(tiles), place=place, time=cuts[0], rows=cuts[1], columns=cuts[2]))
-    return TileGrid(tiles=tuple(tiles), counts=(frames, rows, columns))
+        tiles.append(Tile(place=place, time=cuts[0], rows=cuts[1], columns=cuts[2]))
+    return tiles
 
 
 class TiledVAE:
@@ -255,7 +220,7 @@ class TiledVAE:
         rest = frames % self._pixel_tile[0]
         return frames - rest + 1 if 1 < rest < self._time else frames
 
-    def encode_grid(self, frames: int, height: int, width: int) -> TileGrid:
+    def encode_grid(self, frames: int, height: int, width: int) -> list[Tile]:
         """Tiles of a video.
 
         Raises:
@@ -271,7 +236,7 @@ class TiledVAE:
             )
         return plan_tiles((frames, height, width), tile=self._pixel_tile, stride=self._pixel_stride)
 
-    def decode_grid(self, t: int, h: int, w: int) -> TileGrid:
+    def decode_grid(self, t: int, h: int, w: int) -> list[Tile]:
         """Tiles of a latent of t frames of h x w cells."""
         return plan_tiles((t, h, w), tile=self._latent_tile, stride=self._latent_stride)
 
@@ -287,14 +252,14 @@ class TiledVAE:
         part = latents[:, :, tile.time, tile.rows, tile.columns].to(self._device())
         return self.vae.decode(part.float() / self.scale_factor)
 
-    def merge_latents(self, grid: TileGrid, tiles: Sequence[Tensor]) -> Tensor:
+    def merge_latents(self, grid: Sequence[Tile], tiles: Sequence[Tensor]) -> Tensor:
         """Blend encoded tiles, given in the grid's order, into latents [1, z, t, h, w], unscaled.
 
         Here a tile is blended with neighbours that are blended already, and every product is rounded (1.8).
         """
         return _merge(grid, tiles, tile=self._latent_tile, stride=self._latent_stride, stepwise=True)
 
-    def merge_frames(self, grid: TileGrid, tiles: Sequence[Tensor]) -> Tensor:
+    def merge_frames(self, grid: Sequence[Tile], tiles: Sequence[Tensor]) -> Tensor:
         """Blend decoded tiles, given in the grid's order, into pixels [1, 3, F, H, W].
 
         Here a tile is blended with neighbours as they were decoded, and rounded once per blend (1.8).
@@ -317,7 +282,7 @@ class TiledVAE:
         """
         frames, height, width, _ = video.shape
         grid = self.encode_grid(frames, height, width)
-        merged = self.merge_latents(grid, [self.encode_tile(video, tile) for tile in grid.tiles])
+        merged = self.merge_latents(grid, [self.encode_tile(video, tile) for tile in grid])
         return merged * self.scale_factor
 
     @torch.no_grad()
@@ -332,7 +297,7 @@ class TiledVAE:
         """
         t, h, w = latents.shape[2:]
         grid = self.decode_grid(t, h, w)
-        merged = self.merge_frames(grid, [self.decode_tile(latents, tile) for tile in grid.tiles])
+        merged = self.merge_frames(grid, [self.decode_tile(latents, tile) for tile in grid])
         return to_uint8(merged)[0].permute(1, 2, 3, 0).contiguous()
 
     def _device(self) -> torch.device:
@@ -348,19 +313,24 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return (pixels * 127.5 + 127.5).clamp(0, 255).to(torch.uint8)
 
 
-def _merge(grid: TileGrid, tiles: Sequence[Tensor], *, tile: Size, stride: Size, stepwise: bool) -> Tensor:
-    """Blend tiles with those above and to the left of them, and join them; `stepwise` as in `merge_latents`."""
+def _merge(grid: Sequence[Tile], tiles: Sequence[Tensor], *, tile: Size, stride: Size, stepwise: bool) -> Tensor:
+    """Blend tiles with those above and to the left of them, crop each to its stride, and join them.
+
+    `stepwise` as in `merge_latents`.
+    """
     overlap = tile[1] - stride[1]
     merged: dict[Size, Tensor] = {}
-    seen = merged if stepwise else {one.place: tiles[one.index] for one in grid.tiles}
-    for one in grid.tiles:
+    seen = merged if stepwise else {one.place: part for one, part in zip(grid, tiles, strict=True)}
+    for one, part in zip(grid, tiles, strict=True):
         f, i, j = one.place
-        part = tiles[one.index]
         for neighbour, dim in (((f, i - 1, j), 3), ((f, i, j - 1), 4)):
             if neighbour in seen:
                 part = _blend(seen[neighbour], part, overlap, dim, stepwise=stepwise)
         merged[one.place] = part
-    return _assemble(grid, merged, keep=stride)
+    frames, rows, columns = (range(last + 1) for last in grid[-1].place)
+    kept = {place: part[:, :, : stride[0], : stride[1], : stride[2]] for place, part in merged.items()}
+    lines = [[torch.cat([kept[f, i, j] for j in columns], dim=4) for i in rows] for f in frames]
+    return torch.cat([torch.cat(slab, dim=3) for slab in lines], dim=2)
 
 
 def _blend(a: Tensor, b: Tensor, extent: int, dim: int, *, stepwise: bool) -> Tensor:
@@ -378,15 +348,3 @@ def _blend(a: Tensor, b: Tensor, extent: int, dim: int, *, stepwise: bool) -> Te
     new = b.narrow(dim, 0, extent).float() * fade_in
     lines = old.to(b.dtype) + new.to(b.dtype) if stepwise else (old + new).to(b.dtype)
     return torch.cat([lines, b.narrow(dim, extent, b.shape[dim] - extent)], dim=dim)
-
-
-def _assemble(grid: TileGrid, parts: dict[Size, Tensor], *, keep: Size) -> Tensor:
-    """Crop each tile to its first `keep` cells (or frames and pixels) and join: columns, then rows, then time."""
-    frames, rows, columns = grid.counts
-
-    def line(f: int, i: int) -> Tensor:
-        cropped = [parts[f, i, j][:, :, : keep[0], : keep[1], : keep[2]] for j in range(columns)]
-        return torch.cat(cropped, dim=4)
-
-    slabs = [torch.cat([line(f, i) for i in range(rows)], dim=3) for f in range(frames)]
-    return torch.cat(slabs, dim=2)

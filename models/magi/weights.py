@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,8 +26,8 @@ from models.protocols import CELL_FRAMES, CELL_PIXELS
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 _VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _FP8 = "F8_E4M3"
 _FLOATING = ("F64", "F32", "F16", "BF16", _FP8)
@@ -51,13 +51,14 @@ class Loading:
 _WHOLE = Loading()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Stored:
+class Stored(NamedTuple):
     """What a safetensors file says about one of its tensors."""
 
-    path: Path
+    path: Path  # of the file
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str  # as the format writes it, such as BF16
+    start: int  # first byte of the file's data
+    end: int  # the one after its last
 
 
 class Checkpoint:
@@ -85,11 +86,19 @@ class Checkpoint:
             InputError: a file is missing, damaged or truncated, or a tensor is missing, too many, or of a wrong shape
                 or kind.
         """
-        shapes, layers, fp8 = config.model_config, loading.layers, config.engine_config.fp8_quant
-        with torch.device("meta"):
-            model = MagiDiT(shapes, layers=layers, fp8=fp8, precise=loading.precise, attention=loading.attention)
-        dtypes = {name: dit_dtype(name, tensor, shapes.dtype) for name, tensor in model.state_dict().items()}
-        return self._fill(model, dtypes, loading.device, all_used=layers is None)
+        model, dtypes = _empty_dit(config, loading)
+        return self._fill(model, dtypes, loading.device, all_used=loading.layers is None)
+
+    def check_dit(self, config: MagiConfig) -> dict[str, Stored]:
+        """The tensors of a whole DiT, seen to fit the configuration by their headers; errors as in `dit`."""
+        model, dtypes = _empty_dit(config, _WHOLE)
+        return self._fitting(model, dtypes, all_used=True)
+
+    def stored(self) -> dict[str, Stored]:
+        """All tensors, from the headers of the files; an `InputError` if one is missing or damaged."""
+        index = self.source / INDEX
+        names = _read_index(index) if index.is_file() else _read_header(self._single())
+        return self._locate(names, all_used=False)
 
     def vae(self, *, dtype: torch.dtype, device: str = "cpu") -> ViTVAE:
         """Build the autoencoder of a released folder (1.1), all in one `dtype`, whatever is stored.
@@ -97,6 +106,17 @@ class Checkpoint:
         Raises:
             InputError: as in `dit`; also a description of another class of autoencoder.
         """
+        vae = self._empty_vae()
+        weights = Checkpoint(self.source / _VAE_WEIGHTS)
+        return weights._fill(vae, dict.fromkeys(vae.state_dict(), dtype), device, all_used=True)
+
+    def check_vae(self) -> dict[str, Stored]:
+        """The tensors of an autoencoder, seen to fit its description; errors as in `vae`."""
+        vae = self._empty_vae()
+        weights = Checkpoint(self.source / _VAE_WEIGHTS)
+        return weights._fitting(vae, dict.fromkeys(vae.state_dict(), torch.float32), all_used=True)
+
+    def _empty_vae(self) -> ViTVAE:
         path = self.source / "config.json"
         values = read_json(path, "the autoencoder's configuration")
         for key, known in {"_class_name": "ViTVAE", "model_type": "vit"}.items():
@@ -108,34 +128,39 @@ class Checkpoint:
         if (config.patch_size, config.patch_length) != (CELL_PIXELS, CELL_FRAMES):
             raise InputError(f"{path}: patch_size must be {CELL_PIXELS} and patch_length {CELL_FRAMES}")
         with torch.device("meta"):
-            vae = ViTVAE(config)
-        weights = Checkpoint(self.source / _VAE_WEIGHTS)
-        return weights._fill(vae, dict.fromkeys(vae.state_dict(), dtype), device, all_used=True)
+            return ViTVAE(config)
 
     def _fill(self, model: _Network, dtypes: Mapping[str, torch.dtype], device: str, *, all_used: bool) -> _Network:
         """Give a network on the meta device its tensors, in these dtypes."""
-        found = self._locate(dtypes, all_used=all_used)
-        for name, declared in model.state_dict().items():
-            entry, shape, quantised = found[name], tuple(declared.shape), dtypes[name] == torch.float8_e4m3fn
-            if entry.shape != shape:
-                stored = list(entry.shape)
-                raise InputError(f"{entry.path}: {name} has shape {stored}, but the model needs {list(shape)}")
-            if entry.dtype not in _FLOATING:
-                raise InputError(f"{entry.path}: {name} is {entry.dtype}: weights are floating-point numbers")
-            if (entry.dtype == _FP8) != quantised:
-                needed = _FP8 if quantised else "an unquantised dtype"
-                raise InputError(f"{entry.path}: {name} is {entry.dtype}, but the configuration asks for {needed}")
+        found = self._fitting(model, dtypes, all_used=all_used)
         model.load_state_dict(_read(found, device, dtypes), assign=True)
         return model.requires_grad_(False).eval()
 
-    def _locate(self, names: Collection[str], *, all_used: bool) -> dict[str, _Stored]:
+    def _fitting(self, model: nn.Module, dtypes: Mapping[str, torch.dtype], *, all_used: bool) -> dict[str, Stored]:
+        """The stored tensors of a network on the meta device, seen to be of its shapes and kinds."""
+        found = self._locate(dtypes, all_used=all_used)
+        for name, declared in model.state_dict().items():
+            entry, quantised = found[name], dtypes[name] == torch.float8_e4m3fn
+            shape, needed = list(declared.shape), _FP8 if quantised else "an unquantised dtype"
+            if list(entry.shape) != shape:
+                raise InputError(f"{entry.path}: {name} has shape {list(entry.shape)}, but the model needs {shape}")
+            if entry.dtype not in _FLOATING:
+                raise InputError(f"{entry.path}: {name} is {entry.dtype}: weights are floating-point numbers")
+            if (entry.dtype == _FP8) != quantised:
+                raise InputError(f"{entry.path}: {name} is {entry.dtype}, but the configuration asks for {needed}")
+        return found
+
+    def _single(self) -> Path:
+        return self.source if self.source.suffix == ".safetensors" else self.source / SINGLE
+
+    def _locate(self, names: Collection[str], *, all_used: bool) -> dict[str, Stored]:
         """Find tensors in a folder or a file. Only files that hold one of them are opened."""
-        index = self.source / _INDEX
+        index = self.source / INDEX
         if index.is_file():
             shards = _read_index(index)
             where, held = index, set(shards)
         else:
-            where = self.source / _SINGLE if self.source.suffix != ".safetensors" else self.source
+            where = self._single()
             shards = {}
             held = set(_read_header(where))
         if missing := sorted(set(names) - held):
@@ -162,21 +187,51 @@ def dit_dtype(name: str, declared: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if promoted else dtype
 
 
-def _read(found: Mapping[str, _Stored], device: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+def stage_bytes(config: MagiConfig, layers: range) -> int:
+    """Bytes that the DiT with these layers takes once it is loaded."""
+    model, dtypes = _empty_dit(config, Loading(layers=layers))
+    return sum(tensor.numel() * dtypes[name].itemsize for name, tensor in model.state_dict().items())
+
+
+def _empty_dit(config: MagiConfig, loading: Loading) -> tuple[MagiDiT, dict[str, torch.dtype]]:
+    """A DiT on the meta device, and the dtypes that its parameters are used in."""
+    shapes, fp8 = config.model_config, config.engine_config.fp8_quant
+    with torch.device("meta"):
+        model = MagiDiT(shapes, layers=loading.layers, fp8=fp8, precise=loading.precise, attention=loading.attention)
+    return model, {name: dit_dtype(name, tensor, shapes.dtype) for name, tensor in model.state_dict().items()}
+
+
+def read_through(found: Mapping[str, Stored]) -> Iterator[str]:
+    """Read tensors one by one, and see that their values are numbers; yields the name of each when it is through.
+
+    Raises:
+        InputError: a file cannot be read, or a value is not a finite number.
+    """
+    for path in sorted({entry.path for entry in found.values()}):
+        for name, _ in _tensors(path, [name for name, entry in found.items() if entry.path == path], "cpu"):
+            yield name
+
+
+def _read(found: Mapping[str, Stored], device: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """Read tensors, file by file; each is converted before the next is read."""
     tensors = {}
     for path in sorted({entry.path for entry in found.values()}):
-        try:
-            with safe_open(path, framework="pt", device=device) as file:
-                for name, entry in found.items():
-                    if entry.path == path:
-                        stored = file.get_tensor(name)
-                        if not _finite(stored):
-                            raise InputError(f"{path}: {name} holds values that are not numbers, or are infinite")
-                        tensors[name] = stored.to(dtypes[name])
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"cannot read {path}: {error}") from None
+        for name, stored in _tensors(path, [name for name, entry in found.items() if entry.path == path], device):
+            tensors[name] = stored.to(dtypes[name])
     return tensors
+
+
+def _tensors(path: Path, names: Iterable[str], device: str) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of one file, one at a time, with values that are numbers."""
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            for name in names:
+                stored = file.get_tensor(name)
+                if not _finite(stored):
+                    raise InputError(f"{path}: {name} holds values that are not numbers, or are infinite")
+                yield name, stored
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -197,7 +252,7 @@ def _read_index(path: Path) -> dict[str, Path]:
     return {name: path.parent / shard for name, shard in shards.items()}
 
 
-def _read_header(path: Path) -> dict[str, _Stored]:
+def _read_header(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file: 8 bytes of header length, a JSON header, and the tensors' bytes."""
     try:
         size = path.stat().st_size
@@ -209,18 +264,17 @@ def _read_header(path: Path) -> dict[str, _Stored]:
     try:
         header = json.loads(content)
         header.pop("__metadata__", None)
-        spans = {name: tuple(map(int, entry["data_offsets"])) for name, entry in header.items()}
         tensors = {
-            name: _Stored(path=path, shape=tuple(map(int, entry["shape"])), dtype=str(entry["dtype"]))
+            name: Stored(path, tuple(map(int, entry["shape"])), str(entry["dtype"]), *map(int, entry["data_offsets"]))
             for name, entry in header.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path} is not a complete safetensors file ({size:,} bytes): download it again") from None
     data = size - 8 - length
     # In the order of the bytes, so that the first bad tensor is the one where the file ends.
-    for name, (_, end) in sorted(spans.items(), key=lambda item: item[1]):
-        if end > data:
-            short = max(last for _, last in spans.values()) - data
+    for name, entry in sorted(tensors.items(), key=lambda item: item[1].end):
+        if entry.end > data:
+            short = max(last.end for last in tensors.values()) - data
             raise InputError(f"{path} is truncated: it lacks {short:,} bytes, from {name} on; download it again")
     return tensors
 
@@ -229,8 +283,8 @@ def _unreadable(path: Path, reason: str) -> str:
     packed = path.with_name(path.name + ".zst")
     if packed.is_file():
         return f"{packed} is compressed: unpack it with zstd -d {packed}"
-    if path.name == _SINGLE and not path.exists():
-        return f"no weights in {path.parent}: it needs {_INDEX} with its shards, or {_SINGLE}"
+    if path.name == SINGLE and not path.exists():
+        return f"no weights in {path.parent}: it needs {INDEX} with its shards, or {SINGLE}"
     return f"cannot read the weights {path}: {reason}"
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.pocket.words import COLOURS, MOTIONS, SHAPES
+from models.pocket.text import COLOURS, MOTIONS, SHAPES
 
 SIDE = 64  # pixels
 RADIUS = 12.0  # pixels, of every object of the DiT's clips

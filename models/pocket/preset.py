@@ -13,7 +13,7 @@ from models.pocket.clips import SIDE
 from models.pocket.text import CAPTION_CHANNELS
 
 WEIGHTS = Path(__file__).parent / "weights"
-_RELEASED = released_config(large=False, distill=True)
+_RELEASED = released_config("4.5B_distill")
 POCKET_DIT = replace(
     _RELEASED.model_config,
     num_layers=6,

@@ -20,9 +20,8 @@ from models.magi.dit import NULL_TEXT_ROWS, MagiDiT
 from models.magi.vae import ViTVAE
 from models.pocket.clips import draw_background, draw_objects, render
 from models.pocket.preset import POCKET_DIT
-from models.pocket.text import encode_prompt
+from models.pocket.text import COLOURS, MOTIONS, SHAPES, Scene, encode_prompt
 from models.pocket.trainer import Run, Trainer, linear_decay
-from models.pocket.words import COLOURS, MOTIONS, SHAPES, Scene
 
 CHUNK_FRAMES = 6  # latent
 CHUNK_PIXELS = 24  # frames
@@ -76,7 +75,7 @@ def new_dit(seed: int) -> MagiDiT:
             nn.init.normal_(parameter, std=0.5, generator=generator)
         elif parameter.dim() > 1:
             nn.init.normal_(parameter, std=1 / math.sqrt(parameter[0].numel()), generator=generator)
-    nn.init.zeros_(dit.final_linear.linear.weight)
+    nn.init.zeros_(dit.get_parameter("final_linear.linear.weight"))
     for name, parameter in dit.named_parameters():
         if name.endswith("ada_modulate_layer.proj.0.bias"):
             nn.init.ones_(parameter)

@@ -43,22 +43,6 @@ def linear_decay(steps: int, *, warmup: int, hold: float) -> Callable[[int], flo
     return factor
 
 
-class Ema(Generic[Module]):
-    """Exponential moving average of a module's weights, with a decay that starts low."""
-
-    def __init__(self, module: Module, decay: float) -> None:
-        self.decay = decay
-        self.module = deepcopy(module).requires_grad_(False)
-
-    @torch.no_grad()
-    def update(self, module: Module, step: int) -> None:
-        """Take the module's present weights in."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        averages: list[Tensor] = list(self.module.parameters())
-        values = [p.detach() for p in module.parameters()]
-        torch._foreach_lerp_(averages, values, 1 - decay)
-
-
 class Trainer(Generic[Module]):
     """Runs steps and can be stopped and started at any time: a checkpoint holds all that a step depends on.
 
@@ -83,7 +67,8 @@ class Trainer(Generic[Module]):
         decay: float,
         seed: int | None = None,
     ) -> None:
-        self._checkpoint, self._module, self._ema = run.out / name, module, Ema(module, decay)
+        self._checkpoint, self._module, self._decay = run.out / name, module, decay
+        self._averaged = deepcopy(module).requires_grad_(False)
         self._optimizers, self._schedule = optimizers, schedule
         self._base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self._seed, self._report = run.seed if seed is None else seed, run.report
@@ -118,7 +103,7 @@ class Trainer(Generic[Module]):
             if time.monotonic() - last_save > _SAVE_EVERY or self._step == steps:
                 self._save()
                 last_save = time.monotonic()
-        return self._ema.module
+        return self._averaged
 
     def _take(self, step: Step, parameters: list[nn.Parameter]) -> dict[str, float]:
         for optimizer, base in zip(self._optimizers, self._base, strict=True):
@@ -132,15 +117,23 @@ class Trainer(Generic[Module]):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self._step += 1
-        self._ema.update(self._module, self._step)
+        self._average()
         return figures
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Take the present weights into the moving average, whose decay starts low."""
+        decay = min(self._decay, (1 + self._step) / (10 + self._step))
+        averages: list[Tensor] = list(self._averaged.parameters())
+        values = [p.detach() for p in self._module.parameters()]
+        torch._foreach_lerp_(averages, values, 1 - decay)
 
     def _save(self) -> None:
         state = {
             "step": self._step,
             "seed": self._seed,
             "module": self._module.state_dict(),
-            "ema": self._ema.module.state_dict(),
+            "ema": self._averaged.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "history": self.history,
         }
@@ -154,7 +147,7 @@ class Trainer(Generic[Module]):
             raise ValueError(f"{self._checkpoint} was trained with seed {state['seed']}, not {self._seed}")
         self._step, self.history = state["step"], state["history"]
         self._module.load_state_dict(state["module"])
-        self._ema.module.load_state_dict(state["ema"])
+        self._averaged.load_state_dict(state["ema"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self._report(f"going on from step {self._step} of {self._checkpoint}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,6 +21,7 @@ from engine.schedule import Schedule
 from models.magi.config import MagiConfig
 from models.magi.pipeline import load_pipeline, load_stage
 from models.magi.sampling import MagiSampling
+from models.magi.text import TextLoading
 from models.magi.weights import Loading
 from models.protocols import CELL_FRAMES, Pipeline
 from parallel.cluster.scheduler import GangSize, VideoSize
@@ -53,6 +54,7 @@ class MagiSource:
 
     config: MagiConfig  # values of the configuration file
     weights: Path | None = None  # folder in place of the configured one; every node must see it
+    text: TextLoading = field(default_factory=TextLoading)  # how prompts are read
     split: str | None = None  # layers of each stage, as in `9,9,8,8`; None balances them
     precise: bool = True  # fp32 output projections, as released
     attention: str = "sdpa"  # name of the attention backend
@@ -60,12 +62,13 @@ class MagiSource:
     @property
     def identity(self) -> str:
         """A digest of all fields."""
-        values = [self.config.to_dict(), str(self.weights), self.split, self.precise, self.attention]
+        files = [str(self.weights), str(self.text.tokens), self.text.dtype]
+        values = [self.config.to_dict(), *files, self.split, self.precise, self.attention]
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def lead(self, mesh: Mesh, device: str) -> Pipeline:
         """The first stage's layers, the text encoder and the autoencoder; an `InputError` says what is missing."""
-        return load_pipeline(self.config, self.weights, self._loading(mesh, device))
+        return load_pipeline(self.config, self.weights, self._loading(mesh, device), self.text)
 
     def stage(self, mesh: Mesh, device: str) -> StageModel:
         """A rank's layers; errors as in `lead`."""

@@ -108,7 +108,7 @@ class Controller:
             comes after it committed.
 
         Raises:
-            InputError: the ranks cannot start with what they were given.
+            InputError: with what they were given the ranks cannot start, or not go on: there is no room on a disk.
         """
         while not self._scheduler.idle or self._out:
             self._round()

@@ -153,7 +153,7 @@ class Gang:
 
         Raises:
             GangBroken: a rank is gone, hangs, or has reported a failure; call `stop`.
-            InputError: the ranks cannot start with what they were given.
+            InputError: with what they were given the ranks cannot start, or not go on: there is no room on a disk.
         """
         try:
             if self._ranks:
@@ -299,7 +299,7 @@ class Gang:
             # The ranks end by themselves and say so: messages that they sent before are received first.
             self._failed_at = self._failed_at or now
             if now - self._failed_at > 2 * limits.grace:
-                raise self._error(failure)
+                raise _error(failure)
         elif (found := self._heartbeats.diagnosis) is not None:
             raise GangBroken(found.message)
 
@@ -308,7 +308,7 @@ class Gang:
         now = time.monotonic()
         runs = {rank.run: number for number, rank in enumerate(self._ranks)}
         ready, _ = ray.wait(list(runs), num_returns=len(runs), timeout=0)
-        dead: list[GangBroken] = []
+        dead: list[GangBroken | InputError] = []
         for run in ready:
             try:
                 failure: Failure | None = ray.get(run, timeout=timeouts.RAY_ANSWER_SECONDS)
@@ -316,7 +316,7 @@ class Gang:
                 dead.append(self._died(runs[run], error))
                 continue
             if failure is not None:
-                raise self._error(failure)
+                raise _error(failure)
         if dead:
             raise dead[0]
         for number, rank in enumerate(self._ranks):
@@ -327,17 +327,18 @@ class Gang:
             ):
                 raise GangBroken(f"{self._mesh.name(number)} has closed its connection")
 
-    def _error(self, failure: Failure) -> GangBroken | InputError:
-        bad_input = failure.status == BAD_INPUT and self.state is GangState.STARTING
-        return InputError(failure.message) if bad_input else GangBroken(failure.message)
-
-    def _died(self, number: int, error: Exception) -> GangBroken:
+    def _died(self, number: int, error: Exception) -> GangBroken | InputError:
         """Why a rank has died: what the ranks have reported, if anything."""
         name, rank = self._mesh.name(number), self._ranks[number]
         if isinstance(error, RayTaskError):
             return GangBroken(f"{name}: {error.cause}")
         assert self._heartbeats is not None
         if self._heartbeats.failure is not None:
-            return GangBroken(self._heartbeats.failure.message)
+            return _error(self._heartbeats.failure)
         never_seen = isinstance(error, RayActorError) and rank.pid is None
         return GangBroken(f"{name} has died", unsure=isinstance(error, ActorUnavailableError) or never_seen)
+
+
+def _error(failure: Failure) -> GangBroken | InputError:
+    """Bad input, a full disk among it, would end new ranks in the same way."""
+    return InputError(failure.message) if failure.status == BAD_INPUT else GangBroken(failure.message)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from models.errors import InputError
 
@@ -17,6 +18,11 @@ _SECRET = "FLOWCACHE_SECRET"
 _SERVES, _SPEAKS = "FLOWCACHE_LAUNCHER_SERVES", "FLOWCACHE_LAUNCHER_SPEAKS"
 _LAUNCHED = "FLOWCACHE_LAUNCHED"
 _LOOPBACK = "127.0.0.1", "::1", "localhost"
+
+
+def prompt_cache() -> Path:
+    """Where encoded prompts are kept unless another folder is named, by the XDG base directory specification."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowcache" / "prompts"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

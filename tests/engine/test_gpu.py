@@ -7,7 +7,7 @@ import torch
 
 from launch.conformance import check_file
 from models.attention import attention_backend, available_backends
-from models.magi.dit import product_in_fp32
+from models.magi.layers import product_in_fp32
 
 GOLDENS = Path(__file__).parent.parent / "data" / "goldens"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

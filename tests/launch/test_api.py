@@ -13,7 +13,7 @@ import pytest
 
 from engine.record import RunRecord
 from launch.api import VideoEngine, load
-from launch.options import CacheName, Options
+from launch.options import Options
 from models.errors import InputError
 from tests.launch.process import ROOT, environment
 from tests.launch.videos import generate_video
@@ -57,7 +57,7 @@ def test_several_videos_have_seeds_of_their_own(engine: VideoEngine) -> None:
 
 def test_a_file_is_that_of_the_command_line(engine: VideoEngine, random_weights: Path, tmp_path: Path) -> None:
     (summary,) = engine.save(PROMPT, tmp_path / "a.mp4", record=tmp_path / "run", seed=2, **SHORT)
-    options = Options(prompts=[PROMPT], out=tmp_path / "b.mp4", weights=random_weights, cache=CacheName.NONE, seed=2)
+    options = Options(prompts=[PROMPT], out=tmp_path / "b.mp4", weights=random_weights, cache="none", seed=2)
     generate_video(Options(**{**_values(options), **SHORT, "threads": 1}))
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     assert summary.frames == 48 and RunRecord.load(tmp_path / "run").settings["prompt"] == PROMPT

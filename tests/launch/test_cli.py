@@ -125,7 +125,7 @@ def test_models_lists_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
         ([PROMPT, "--out", "/proc/video.mp4"], "cannot write /proc/video.mp4"),
         ([PROMPT, "--out", "video.gif"], "must end in .mp4"),
         ([PROMPT, "--weights", "missing"], "there is no folder missing"),
-        ([PROMPT, "--weights", "."], "weights in ."),
+        ([PROMPT, "--weights", "."], "holds no model"),
         ([PROMPT, "--attention", "magic"], "unknown attention backend 'magic'"),
         ([PROMPT, "--precision", "low"], "Invalid value for '--precision'"),
         ([PROMPT, "--steps", "many"], "Invalid value for '--steps'"),

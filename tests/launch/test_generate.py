@@ -13,7 +13,7 @@ from PIL import Image
 
 from launch.generate import generate
 from launch.media import read_video
-from launch.options import CacheName, Options, TokenUnit
+from launch.options import Options
 from launch.output.display import summary_text
 from launch.output.video import VideoWriter
 from tests.launch.videos import generate_video
@@ -45,14 +45,14 @@ def test_a_video_is_as_long_as_asked(options: Options) -> None:
 
 
 def test_reuse_leaves_steps_out(options: Options) -> None:
-    assert generate_video(replace(options, steps=8, cache=CacheName.NONE)).computed == 1
+    assert generate_video(replace(options, steps=8, cache="none")).computed == 1
     summary = generate_video(replace(options, steps=8, cache_threshold=1e6, cache_warmup=1))
     assert summary.computed == (4 + 1) / 32  # each first step, and the last tick
 
 
 @pytest.mark.slow
 def test_a_budget_bounds_the_memory_of_a_long_video(options: Options) -> None:
-    kv = {"kv_budget": 1, "kv_retention": TokenUnit.FRAME, "kv_queries": TokenUnit.CHUNK}
+    kv = {"kv_budget": 1, "kv_retention": "frame", "kv_queries": "chunk"}
     sizes = [generate_video(replace(options, chunks=chunks, **kv)).kv_bytes for chunks in (5, 9)]
     assert sizes[0] == sizes[1] > 1_000_000
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -55,7 +56,7 @@ def test_gangs_need_someone_to_work() -> None:
     threshold=st.none() | st.floats(0, 1e9),
     clean=st.none() | st.booleans(),
     prompt=st.text(min_size=1, max_size=20).filter(lambda text: "\0" not in text),
-    cache=st.sampled_from(CacheName),
+    cache=st.sampled_from(get_args(CacheName)),
 )
 def test_arguments_give_the_options_that_they_are_made_of(
     chunks: int | None, seed: int, threshold: float | None, clean: bool | None, prompt: str, cache: CacheName
@@ -71,7 +72,7 @@ def test_arguments_give_the_options_that_they_are_made_of(
         flag = name.removeprefix("--").removeprefix("no-").replace("-", "_")
         given_again[flag] = value or not name.startswith("--no-")
     kinds = {one.name: one.value_type for one in declared(Options)}
-    values = {name: text if kinds[name] is bool else kinds[name](text) for name, text in given_again.items()}
+    values = {name: kinds[name](text) if kinds[name] in (int, float) else text for name, text in given_again.items()}
     assert from_values(Options, prompts=line[rest + 1 :], **values) == options
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 from engine.kv.layout import KVSettings
 from engine.reuse.policy import ReuseSettings
 from launch.cli import run
-from launch.options import CacheName, Options, Precision, together
-from launch.plan import Plan, plan_videos, reuse_preset, video_names
+from launch.options import Options, together
+from launch.plan import POCKET_FIGURES, Plan, plan_videos, reuse_preset, video_names
 from models.errors import InputError
 from models.pocket.preset import pocket_config
 
@@ -55,20 +55,14 @@ def test_seconds_of_another_frame_rate(options: Options, tmp_path: Path) -> None
 
 
 def test_precision_and_attention_reach_the_model(options: Options) -> None:
-    source = _plan(options, precision=Precision.FAST, attention="auto").model.source
+    source = _plan(options, precision="fast", attention="auto").model.source
     assert (source.precise, source.attention) == (False, "auto")
 
 
 def test_reuse_is_on_unless_it_is_turned_off(options: Options) -> None:
-    assert _plan(options).model.reuse == reuse_preset(CacheName.FLOWCACHE_SLOW, "magi-pocket")
-    assert _plan(options, cache=CacheName.NONE).model.reuse == ReuseSettings()
+    assert _plan(options).model.reuse == reuse_preset("flowcache-slow", POCKET_FIGURES)
+    assert _plan(options, cache="none").model.reuse == ReuseSettings()
     assert _plan(options).model.kv == KVSettings()
-
-
-def test_a_configuration_file_has_the_figures_of_magi_1(options: Options, tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(pocket_config().to_dict()))
-    assert _plan(options, config=path).model.reuse == reuse_preset(CacheName.FLOWCACHE_SLOW, "magi-4.5b")
 
 
 def test_a_guided_model_has_no_copy_pass(options: Options) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -11,56 +10,68 @@ from engine.kv.layout import KVSettings
 from engine.kv.selection import Granularity, SelectionSettings
 from engine.reuse.policy import KINDS, ReuseSettings
 from launch.options import CacheName, Options, ReuseKind, TokenUnit
-from launch.plan import kv_settings, reuse_preset, reuse_settings
+from launch.plan import (
+    MAGI_1_FIGURES,
+    POCKET_FIGURES,
+    ReuseFigures,
+    kv_settings,
+    reuse_preset,
+    reuse_settings,
+)
 from models.errors import InputError
-from models.magi.presets import PRESETS
-
-MAGI_1 = [None, *(name for name in PRESETS if name != "magi-pocket")]
 
 
 def _settings(options: Options, *, num_steps: int = 16, guided: bool = False) -> ReuseSettings:
-    return reuse_settings(replace(options, model="magi-4.5b-distill"), num_steps=num_steps, guided=guided)
+    return reuse_settings(options, MAGI_1_FIGURES, num_steps=num_steps, guided=guided)
 
 
 def test_names_are_those_of_the_engine() -> None:
-    assert tuple(ReuseKind) == KINDS
-    assert tuple(TokenUnit) == get_args(Granularity)
+    assert get_args(ReuseKind) == KINDS
+    assert get_args(TokenUnit) == get_args(Granularity)
 
 
-@pytest.mark.parametrize("model", MAGI_1)
 @pytest.mark.parametrize(
     ("name", "policy", "threshold"),
     [
-        (CacheName.TEACACHE, "teacache", 0.01),
-        (CacheName.FLOWCACHE_SLOW, "flowcache", 0.01),
-        (CacheName.FLOWCACHE_FAST, "flowcache", 0.015),
+        ("teacache", "teacache", 0.01),
+        ("flowcache-slow", "flowcache", 0.01),
+        ("flowcache-fast", "flowcache", 0.015),
     ],
 )
-def test_magi_1_has_the_figures_of_the_paper(name: CacheName, model: str, policy: str, threshold: float) -> None:
-    settings = reuse_preset(name, model)
+def test_magi_1_has_the_figures_of_the_paper(name: CacheName, policy: str, threshold: float) -> None:
+    settings = reuse_preset(name, MAGI_1_FIGURES)
     assert (settings.policy, settings.threshold, settings.warmup_steps) == (policy, threshold, 5)
+    assert settings.reuse == "residual" and settings.extrapolate_from == 1
     assert not settings.clean_pass and not settings.copy_pass
 
 
 def test_magi_pocket_has_its_own() -> None:
-    slow, fast = (reuse_preset(name, "magi-pocket") for name in (CacheName.FLOWCACHE_SLOW, CacheName.FLOWCACHE_FAST))
+    names = ("flowcache-slow", "flowcache-fast")
+    slow, fast = (reuse_preset(name, POCKET_FIGURES) for name in names)
     assert slow.policy == fast.policy == "flowcache"
-    assert reuse_preset(CacheName.FLOWCACHE_SLOW, "magi-4.5b").threshold < slow.threshold < fast.threshold
+    assert reuse_preset("flowcache-slow", MAGI_1_FIGURES).threshold < slow.threshold < fast.threshold
     assert slow.warmup_steps == fast.warmup_steps < 16
 
 
-@pytest.mark.parametrize("model", PRESETS)
-def test_without_reuse_nothing_is_left_out(model: str) -> None:
-    settings = reuse_preset(CacheName.NONE, model)
+@pytest.mark.parametrize("figures", [MAGI_1_FIGURES, POCKET_FIGURES])
+def test_without_reuse_nothing_is_left_out(figures: ReuseFigures) -> None:
+    settings = reuse_preset("none", figures)
     assert settings == ReuseSettings() and settings.clean_pass and settings.copy_pass
+
+
+def test_released_models_reuse_nothing_unless_asked() -> None:
+    assert _settings(Options()) == ReuseSettings()
+    assert reuse_settings(Options(), POCKET_FIGURES, num_steps=16, guided=False).policy == "flowcache"
+    with pytest.raises(InputError, match="--cache none reuses nothing"):
+        _settings(Options(cache_threshold=0.2))
 
 
 def test_options_change_single_figures() -> None:
     options = Options(
-        cache=CacheName.FLOWCACHE_FAST,
+        cache="flowcache-fast",
         cache_threshold=0.2,
         cache_warmup=2,
-        reuse=ReuseKind.VELOCITY,
+        reuse="velocity",
         extrapolate_from=0.5,
         clean_pass=True,
         copy_pass=True,
@@ -68,25 +79,25 @@ def test_options_change_single_figures() -> None:
     assert _settings(options) == ReuseSettings(
         policy="flowcache", threshold=0.2, warmup_steps=2, reuse="velocity", extrapolate_from=0.5
     )
-    one = _settings(Options(cache=CacheName.FLOWCACHE_FAST, cache_warmup=2))
+    one = _settings(Options(cache="flowcache-fast", cache_warmup=2))
     assert (one.threshold, one.warmup_steps, one.clean_pass) == (0.015, 2, False)
 
 
 def test_passes_can_be_left_out_without_reuse() -> None:
-    settings = _settings(Options(cache=CacheName.NONE, clean_pass=False, copy_pass=False))
+    settings = _settings(Options(cache="none", clean_pass=False, copy_pass=False))
     assert settings == ReuseSettings(clean_pass=False, copy_pass=False)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (Options(cache=CacheName.NONE, cache_threshold=0.1), "leave out --cache-threshold, or"),
+        (Options(cache="none", cache_threshold=0.1), "leave out --cache-threshold, or"),
         (
-            Options(cache=CacheName.NONE, cache_threshold=0.1, cache_warmup=3),
+            Options(cache="none", cache_threshold=0.1, cache_warmup=3),
             "--cache-threshold and --cache-warmup, or",
         ),
-        (Options(cache=CacheName.NONE, extrapolate_from=0.5), "leave out --extrapolate-from"),
-        (Options(cache_warmup=16), "computes all 16 steps"),
+        (Options(cache="none", extrapolate_from=0.5), "leave out --extrapolate-from"),
+        (Options(cache="flowcache-slow", cache_warmup=16), "computes all 16 steps"),
     ],
 )
 def test_options_that_do_not_fit(options: Options, said: str) -> None:
@@ -95,7 +106,7 @@ def test_options_that_do_not_fit(options: Options, said: str) -> None:
 
 
 def test_teacache_warms_up_once_for_the_whole_video() -> None:
-    options = Options(cache=CacheName.TEACACHE, cache_warmup=20)
+    options = Options(cache="teacache", cache_warmup=20)
     assert _settings(options, num_steps=16).warmup_steps == 20
 
 
@@ -107,15 +118,15 @@ def test_a_copy_pass_needs_a_distilled_model() -> None:
 
 def test_memory() -> None:
     assert kv_settings(Options()) == KVSettings()
-    options = Options(kv_budget=3, kv_retention=TokenUnit.CHUNK, kv_queries=TokenUnit.FRAME)
+    options = Options(kv_budget=3, kv_retention="chunk", kv_queries="frame")
     assert kv_settings(options) == KVSettings(budget=3, selection=SelectionSettings(retention="chunk", queries="frame"))
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (Options(kv_retention=TokenUnit.CHUNK), "--kv-retention says how the past is compressed: give --kv-budget"),
-        (Options(kv_queries=TokenUnit.CHUNK), "--kv-queries says how the past is compressed: give --kv-budget"),
+        (Options(kv_retention="chunk"), "--kv-retention says how the past is compressed: give --kv-budget"),
+        (Options(kv_queries="chunk"), "--kv-queries says how the past is compressed: give --kv-budget"),
     ],
 )
 def test_memory_that_does_not_fit(options: Options, said: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launch.batch.file import BatchItem, read_batch
-from launch.options import CacheName, Options, Precision
+from launch.options import Options
 from launch.output.video import VideoWriter
 from models.errors import InputError
 from tests.launch.output.test_video import _noise
@@ -134,7 +134,7 @@ def test_a_file_that_cannot_be_read_is_an_error(folder: Path) -> None:
         read(folder, {"prompt": CIRCLE}, options=base(model="no-such-model"))
 
 
-def test_the_digest_covers_what_the_video_depends_on_and_nothing_else(folder: Path) -> None:
+def test_the_digest_covers_what_the_video_depends_on_and_nothing_else(folder: Path, random_weights: Path) -> None:
     clip(folder / "one.mp4")
     clip(folder / "two.mp4", height=32)
     plain = {"prompt": CIRCLE, "chunks": 2}
@@ -147,11 +147,11 @@ def test_the_digest_covers_what_the_video_depends_on_and_nothing_else(folder: Pa
     others += [{**plain, "image": "one.mp4"}, {**plain, "prompt": "a blue circle moving right"}]
     digests = [only(folder, line).digest for line in others]
     for options in (
-        base(cache=CacheName.NONE),
+        base(cache="none"),
         base(cache_threshold=0.5),
         base(kv_budget=2),
-        base(precision=Precision.FAST),
-        base(weights=folder),
+        base(precision="fast"),
+        base(weights=random_weights),
     ):
         digests.append(only(folder, plain, options).digest)
     assert len({first, *digests}) == 1 + len(digests)

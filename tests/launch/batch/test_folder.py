@@ -16,7 +16,7 @@ import av
 import numpy as np
 import pytest
 
-from engine.files import part_of
+from engine.files import DiskFull, part_of
 from launch.batch.folder import RESULTS, ChunkFiles, OutputFolder, is_whole
 from launch.output.display import Row, State
 from launch.output.video import VideoWriter
@@ -151,7 +151,7 @@ def test_a_full_disk_leaves_nothing_of_a_chunk(tmp_path: Path) -> None:
     files = ChunkFiles(folder=tmp_path / "parts")
     with short_files():
         files.write(0, np.zeros((1, 4, 4, 3), dtype=np.uint8))
-        with pytest.raises(InputError, match=r"000001\.npy"):
+        with pytest.raises(DiskFull, match=r"000001\.npy: no space left there, .* MB are free"):
             files.write(1, np.zeros((8, 16, 16, 3), dtype=np.uint8))
     assert files.count() == 1
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["000000.npy"]

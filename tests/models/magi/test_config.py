@@ -112,7 +112,7 @@ def test_a_part_that_is_no_object_is_said_in_our_words(value: object) -> None:
     ("part", "field"),
     [
         *(("model_config", field) for field in ("num_layers", "num_query_groups", "num_attention_heads", "patch_size")),
-        *(("runtime_config", field) for field in ("chunk_width", "window_size", "temporal_downsample_factor")),
+        *(("runtime_config", field) for field in ("chunk_width", "window_size")),
         *(("runtime_config", field) for field in ("fps", "num_steps", "video_size_h", "video_size_w", "num_frames")),
     ],
 )

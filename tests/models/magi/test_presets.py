@@ -66,7 +66,7 @@ def test_what_differs_between_released_models(
 
 
 def test_the_large_model_has_its_own_shape() -> None:
-    small, large = released_config(large=False).model_config, released_config(large=True).model_config
+    small, large = released_config("4.5B_base").model_config, released_config("24B_base").model_config
     assert (small.num_layers, small.hidden_size, small.latent_channels) == (34, 3072, 16)
     assert (large.num_layers, large.hidden_size, large.latent_channels) == (48, 6144, 16)
     assert large.half_channel_vae and large.gated_linear_unit and large.x_rescale_factor == 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import sentencepiece
 import torch
 
 from models.errors import InputError
-from models.magi.text import SpecialTokens, T5Encoder, TextEncoder, clean_prompt
+from models.magi.text import T5Encoder, clean_prompt, counter_rows, read_special_tokens
 from models.protocols import CaptionTable
+from tests.models.downloaded import write_t5, write_tokens
 
 CHANNELS = 16
 CORPUS = """a cat sits on a red mat
@@ -88,36 +90,8 @@ def test_an_ordinary_prompt_is_only_lowered() -> None:
 
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Laid out as the released folder: a sentencepiece model, and no tokenizer.json."""
-    from transformers import T5Config, T5EncoderModel  # seconds, for which no other test should wait
-
     root = tmp_path_factory.mktemp("t5")
-    folder = root / "t5-v1_1-xxl"
-    folder.mkdir()
-    (root / "corpus.txt").write_text(CORPUS)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(root / "corpus.txt"),
-        model_prefix=str(folder / "spiece"),
-        vocab_size=50,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    (folder / "spiece.vocab").unlink()
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 0}')
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=50,
-        d_model=CHANNELS,
-        d_kv=4,
-        d_ff=32,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-    )
-    T5EncoderModel(config).save_pretrained(folder)
+    write_t5(root, channels=CHANNELS, corpus=CORPUS)
     return root
 
 
@@ -125,7 +99,7 @@ def test_t5_gives_the_rows_that_count_of_a_padded_encoding(t5_folder: Path) -> N
     from transformers import T5EncoderModel, T5Tokenizer
 
     prompt = "A cat sits on a Red mat"
-    encoder: TextEncoder = T5Encoder(t5_folder, max_length=40)
+    encoder = T5Encoder(t5_folder, max_length=40)
     rows = encoder.encode(prompt)
     tokenizer = T5Tokenizer.from_pretrained(t5_folder / "t5-v1_1-xxl")
     model = T5EncoderModel.from_pretrained(t5_folder / "t5-v1_1-xxl").eval()
@@ -160,6 +134,52 @@ def test_t5_can_be_released_and_used_again(t5_folder: Path) -> None:
     assert torch.equal(encoder.encode("a cat"), before)
 
 
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """A list that grows by one entry with each load of a T5; the model that is loaded is the real one."""
+    from transformers import T5EncoderModel
+
+    loads, load = list[object](), T5EncoderModel.from_pretrained
+
+    def counting(folder, **how):
+        loads.append(folder)
+        return load(folder, **how)
+
+    monkeypatch.setattr(T5EncoderModel, "from_pretrained", counting)
+    return loads
+
+
+def test_several_prompts_load_t5_once_and_known_ones_not_at_all(
+    t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = counted(monkeypatch)
+    encoder = T5Encoder(t5_folder, cache=tmp_path / "prompts")
+    cat, dog = encoder.encode("a cat"), encoder.encode("a dog")
+    assert len(loads) == 1
+    encoder.release()
+    assert encoder.encode("A  CAT") is cat and len(loads) == 1  # the same once it is cleaned
+    again = T5Encoder(t5_folder, cache=tmp_path / "prompts")
+    assert torch.equal(again.encode("a dog"), dog) and len(loads) == 1  # from the disk
+    other = T5Encoder(t5_folder, cache=tmp_path / "prompts", max_length=2, dtype="bfloat16")
+    assert other.encode("a dog").shape == (2, CHANNELS) and len(loads) == 2  # what it depends on counts
+    for path in (tmp_path / "prompts").iterdir():
+        path.write_bytes(path.read_bytes()[:-9])
+    assert torch.equal(T5Encoder(t5_folder, cache=tmp_path / "prompts").encode("a dog"), dog) and len(loads) == 3
+    full = T5Encoder(t5_folder, cache=Path("/dev/null/prompts"))  # where nothing can be kept
+    assert torch.equal(full.encode("a dog"), dog)
+
+
+def test_bf16_is_an_option_and_what_the_files_have_the_default(t5_folder: Path, tmp_path: Path) -> None:
+    from transformers import T5EncoderModel
+
+    exact, rounded = (T5Encoder(t5_folder, dtype=dtype).encode("a cat") for dtype in ("float32", "bfloat16"))
+    assert exact.dtype == rounded.dtype == torch.float32
+    assert 0 < (exact - rounded).abs().max() < 0.1 * exact.abs().max()
+    assert torch.equal(T5Encoder(t5_folder).encode("a cat"), exact)
+    shutil.copytree(t5_folder / "t5-v1_1-xxl", tmp_path / "t5-v1_1-xxl")
+    T5EncoderModel.from_pretrained(t5_folder / "t5-v1_1-xxl").bfloat16().save_pretrained(tmp_path / "t5-v1_1-xxl")
+    assert torch.equal(T5Encoder(tmp_path).encode("a cat"), rounded)
+
+
 def test_an_empty_prompt_still_has_its_end_token(t5_folder: Path) -> None:
     assert T5Encoder(t5_folder).encode("").shape == (1, CHANNELS)
 
@@ -187,45 +207,42 @@ def test_cleaning_names_a_missing_package(package: str, monkeypatch: pytest.Monk
         clean_prompt("a cat")
 
 
-def write_tokens(path: Path, rows: int = 100) -> tuple[np.ndarray, str]:
-    other = np.random.default_rng(0).standard_normal((rows, CHANNELS))
-    one = np.ones((1, CHANNELS))
-    np.savez(path, caption_token=one, logo_token=one, other_tokens=other)
-    return other, hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def test_special_tokens_are_rounded_to_fp16(tmp_path: Path) -> None:
-    other, digest = write_tokens(tmp_path / "tokens.npz")
-    tokens = SpecialTokens.from_npz(tmp_path / "tokens.npz", sha256=digest)
-    assert tokens.other.dtype == torch.float32
-    assert np.array_equal(tokens.other.numpy(), other.astype(np.float16).astype(np.float32))
-    assert not np.array_equal(tokens.other.numpy(), other.astype(np.float32))
+    write_tokens(tmp_path / "tokens.npz", channels=CHANNELS)
+    other = np.load(tmp_path / "tokens.npz")["other_tokens"]
+    tokens = read_special_tokens(tmp_path / "tokens.npz", channels=CHANNELS)
+    assert tokens.dtype == torch.float32
+    assert np.array_equal(tokens.numpy(), other.astype(np.float16).astype(np.float32))
+    assert not np.array_equal(tokens.numpy(), other.astype(np.float32))
 
 
 def test_other_special_tokens_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "tokens.npz"
-    with pytest.raises(InputError, match="cannot read the special tokens .*tokens.npz"):
-        SpecialTokens.from_npz(path)
-    _, digest = write_tokens(path, rows=7)
-    with pytest.raises(InputError, match=f"its SHA-256 is {digest}, not b54bc664"):
-        SpecialTokens.from_npz(path)
-    with pytest.raises(InputError, match=r"other_tokens has shape \[7, 16\]"):
-        SpecialTokens.from_npz(path, sha256=digest)
-    np.savez(path, tokens=np.ones(3))
+
+    def message(channels: int = CHANNELS) -> str:
+        with pytest.raises(InputError) as caught:
+            read_special_tokens(path, channels=channels)
+        return str(caught.value)
+
+    assert message().startswith(f"cannot read the special tokens {path}")
+    write_tokens(path, channels=7)
+    assert "other_tokens has shape [100, 7], expected [100, 16]" in message()
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    with pytest.raises(InputError, match="holds no array other_tokens"):
-        SpecialTokens.from_npz(path, sha256=digest)
+    assert f"its SHA-256 is {digest}, not b54bc664" in message(channels=4096)  # of the released models
+    np.savez(path, other_tokens=np.ones((100, CHANNELS), dtype=int))
+    assert "int64 and not floating-point" in message()
+    np.savez(path, tokens=np.ones(3))
+    assert "holds no array other_tokens" in message()
     path.write_text("no archive")
-    with pytest.raises(InputError, match="holds no array other_tokens"):
-        SpecialTokens.from_npz(path, sha256=hashlib.sha256(b"no archive").hexdigest())
+    assert "holds no array other_tokens" in message()
 
 
 def numbered(max_length: int = 800) -> CaptionTable:
     """Text rows hold -1, -2, -3, row r of the special tokens holds r, the null text -9."""
-    tokens = SpecialTokens(other=torch.arange(100.0)[:, None].expand(100, CHANNELS))
+    tokens = torch.arange(100.0)[:, None].expand(100, CHANNELS)
     text = -torch.arange(1.0, 4.0)[:, None].expand(3, CHANNELS)
     null = torch.full((2, CHANNELS), -9.0)
-    return CaptionTable(text=text, null=null, counters=tokens.counters(), max_length=max_length)
+    return CaptionTable(text=text, null=null, counters=counter_rows(tokens), max_length=max_length)
 
 
 def test_special_tokens_come_first_duration_before_quality() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import cache
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.magi.config import VaeConfig
-from models.magi.vae import TiledVAE, ViTVAE, plan_tiles, to_uint8
+from models.magi.vae import Size, Tile, TiledVAE, ViTVAE, plan_tiles, to_uint8
 
 SCALE = 0.18215
 TILE = 64  # pixels: tiles of 8 x 8 cells that start every 6
@@ -153,7 +154,7 @@ def test_cascade_on_encode_differs_from_no_cascade() -> None:
     """The two blends are told apart by this input, so the tests above can fail for either."""
     tiles, video = tiled(), random_video(12, 112, 112)
     grid = tiles.encode_grid(12, 112, 112)
-    parts = [tiles.encode_tile(video, tile) for tile in grid.tiles]
+    parts = [tiles.encode_tile(video, tile) for tile in grid]
     nested = [[parts[i * 3 : i * 3 + 3] for i in range(3)]]
     plain = blended(nested, TILE // 32, (3, 6), cascade=False)
     assert not torch.allclose(tiles.merge_latents(grid, parts), plain, rtol=1e-3, atol=1e-3)
@@ -162,9 +163,14 @@ def test_cascade_on_encode_differs_from_no_cascade() -> None:
 def test_tiles_can_be_coded_in_any_order() -> None:
     tiles, latents = tiled(), random_latents(4, 9, 10)
     grid = tiles.decode_grid(4, 9, 10)
-    done = {tile.index: tiles.decode_tile(latents, tile) for tile in reversed(grid.tiles)}
-    merged = tiles.merge_frames(grid, [done[i] for i in range(len(grid.tiles))])
+    done = {tile.place: tiles.decode_tile(latents, tile) for tile in reversed(grid)}
+    merged = tiles.merge_frames(grid, [done[tile.place] for tile in grid])
     assert torch.equal(to_uint8(merged)[0].permute(1, 2, 3, 0), tiles.decode(latents))
+
+
+def size_of(tile: Tile) -> Size:
+    time, rows, columns = (part.stop - part.start for part in (tile.time, tile.rows, tile.columns))
+    return time, rows, columns
 
 
 @settings(max_examples=50, deadline=None)
@@ -172,25 +178,23 @@ def test_tiles_can_be_coded_in_any_order() -> None:
 def test_the_plan_covers_everything_in_raster_order(size: tuple[int, int, int]) -> None:
     tile, stride = (12, 256, 256), (12, 192, 192)
     grid = plan_tiles(size, tile=tile, stride=stride)
-    assert grid.counts == tuple(math.ceil(n / s) for n, s in zip(size, stride, strict=True))
-    assert len(grid.tiles) == math.prod(grid.counts)
-    for part in grid.tiles:
-        f, i, j = part.place
-        assert part.index == (f * grid.counts[1] + i) * grid.counts[2] + j
+    counts = [range(math.ceil(n / s)) for n, s in zip(size, stride, strict=True)]
+    assert [part.place for part in grid] == list(itertools.product(*counts))
+    for part in grid:
         for cut, at, n, s, whole in zip(
             (part.time, part.rows, part.columns), part.place, tile, stride, size, strict=True
         ):
             assert (cut.start, cut.stop) == (at * s, min(at * s + n, whole))
-        assert math.prod(part.size) > 0
+        assert math.prod(size_of(part)) > 0
 
 
 def test_a_released_tile_is_cut_in_four() -> None:
     """256 x 256 pixels: tiles start every 192, so the second ones are 64 wide (1.8)."""
     released = TiledVAE(small_vae(), scale_factor=SCALE, fps=24)
     grid = released.encode_grid(12, 256, 256)
-    assert grid.counts == (1, 2, 2)
-    assert [part.size for part in grid.tiles] == [(12, 256, 256), (12, 256, 64), (12, 64, 256), (12, 64, 64)]
-    assert [part.size for part in released.decode_grid(6, 8, 8).tiles] == [(3, 8, 8), (3, 8, 8)]
+    assert grid[-1].place == (0, 1, 1)
+    assert [size_of(part) for part in grid] == [(12, 256, 256), (12, 256, 64), (12, 64, 256), (12, 64, 64)]
+    assert [size_of(part) for part in released.decode_grid(6, 8, 8)] == [(3, 8, 8), (3, 8, 8)]
 
 
 @pytest.mark.parametrize(("frames", "latents"), [(1, 1), (12, 3), (24, 6), (32, 8), (36, 9), (7, 1), (13, 4), (96, 24)])
@@ -222,13 +226,13 @@ def test_equal_tiles_stay_equal_across_blends() -> None:
     """Weights of a blend add to one: constant tiles give a constant video."""
     tiles = tiled()
     grid = tiles.decode_grid(6, 20, 15)
-    sizes = [part.size for part in grid.tiles]
+    sizes = [size_of(part) for part in grid]
     constant = [torch.full((1, 3, t * 4, h * 8, w * 8), 0.3) for t, h, w in sizes]
     merged = tiles.merge_frames(grid, constant)
     assert merged.shape == (1, 3, 24, 160, 120)
     torch.testing.assert_close(merged, torch.full_like(merged, 0.3))
     grid = tiles.encode_grid(24, 160, 120)
-    constant = [torch.full((1, 2, t // 4, h // 8, w // 8), -0.7) for t, h, w in (part.size for part in grid.tiles)]
+    constant = [torch.full((1, 2, t // 4, h // 8, w // 8), -0.7) for t, h, w in map(size_of, grid)]
     merged = tiles.merge_latents(grid, constant)
     assert merged.shape == (1, 2, 6, 20, 15)
     torch.testing.assert_close(merged, torch.full_like(merged, -0.7))
@@ -238,7 +242,7 @@ def test_a_blend_runs_from_the_old_tile_to_the_new_one() -> None:
     """Two columns of tiles with values 0 and 1: the overlap of 16 pixels is the ramp i / 16."""
     tiles = tiled()
     grid = tiles.decode_grid(3, 4, 12)
-    parts = [torch.full((1, 3, 12, 32, part.size[2] * 8), float(part.index)) for part in grid.tiles]
+    parts = [torch.full((1, 3, 12, 32, size_of(part)[2] * 8), float(part.place[2])) for part in grid]
     line = tiles.merge_frames(grid, parts)[0, 0, 0, 0]
     assert line.shape == (96,)
     torch.testing.assert_close(line[:48], torch.zeros(48))

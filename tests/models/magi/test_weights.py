@@ -14,7 +14,6 @@ from torch import Tensor
 from models.errors import InputError
 from models.magi.config import MagiConfig, VaeConfig
 from models.magi.dit import MagiDiT
-from models.magi.pipeline import weights_folder
 from models.magi.vae import ViTVAE
 from models.magi.weights import Checkpoint, Loading
 from tests.models.released import GOLDENS, random_weights, released_config, tiny_config
@@ -300,18 +299,6 @@ def meta_state(name: str) -> dict[str, Tensor]:
     config = released_config(name)
     with torch.device("meta"):
         return MagiDiT(config.model_config, fp8=config.engine_config.fp8_quant).state_dict()
-
-
-@pytest.mark.parametrize(
-    ("name", "folder"),
-    [
-        ("4.5B_base", "inference_weight"),
-        ("4.5B_distill", "inference_weight.distill"),
-        ("24B_distill_quant", "inference_weight.fp8.distill"),
-    ],
-)
-def test_weights_folder(name: str, folder: str) -> None:
-    assert weights_folder(released_config(name), Path("down")) == Path("down") / folder
 
 
 DDCONFIG = {"video_size": 64, "z_chans": 16, "embed_dim": 256, "depth": 1, "num_heads": 4}

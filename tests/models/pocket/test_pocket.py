@@ -12,12 +12,20 @@ from models.attention import attention_backend
 from models.errors import InputError
 from models.pocket.clips import SIDE, SPEED, draw_background, draw_objects, render
 from models.pocket.preset import POCKET_DIT, WEIGHTS
-from models.pocket.text import CAPTION_CHANNELS, encode_prompt
+from models.pocket.text import (
+    CAPTION_CHANNELS,
+    COLOURS,
+    MOTIONS,
+    SHAPES,
+    VOCABULARY,
+    Scene,
+    encode_prompt,
+    parse_prompt,
+)
 from models.pocket.train import latent_statistics, normalise_latents
 from models.pocket.train_dit import WINDOW_KINDS, Latents, new_dit, window_loss, window_velocity
 from models.pocket.train_vae import new_vae, tiles
 from models.pocket.trainer import Run, Trainer, linear_decay
-from models.pocket.words import COLOURS, MOTIONS, SHAPES, VOCABULARY, Scene, parse_prompt
 
 scenes = st.builds(
     Scene, colour=st.sampled_from(list(COLOURS)), shape=st.sampled_from(SHAPES), motion=st.sampled_from(list(MOTIONS))

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -111,6 +113,44 @@ def test_a_video_on_ray_is_that_of_one_process_whatever_strangers_send(tmp_path,
     assert "b.mp4: 48 frames of 64x64" in text
     generate(options, [])
     assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 2 MB, and a function that makes it larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o"]
+    if subprocess.run([*mount, "size=2m", "tmpfs", folder], capture_output=True, check=False).returncode:
+        pytest.skip("a full disk is a small tmpfs here, which only root may mount")
+    try:
+        yield folder, lambda: subprocess.run([*mount, "remount,size=64m", "tmpfs", folder], check=True)
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_ends_a_batch_with_one_line_and_the_next_run_goes_on_with_another_layout(
+    tmp_path, small_disk, monkeypatch
+):
+    disk, enlarge = small_disk
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "prompts.jsonl", {"prompt": PROMPTS[0], "chunks": 6})
+    command = ["batch", "prompts.jsonl", "--out", disk / "videos", "--steps", 8, "--threads", 1]
+    command += ["--checkpoint-every", 1]
+    full = flowcache_process(tmp_path, *command)
+    _, text = full.communicate(timeout=90)
+    assert full.returncode == 2, text
+    assert re.search(r"error: cannot write .*\.checkpoints/.*: no space left there, \d\.\d MB are free", text), text
+    assert "was lost" not in text and "Traceback" not in text
+    enlarge()
+    again = flowcache_process(tmp_path, *command, "--pp", 2)
+    _, text = again.communicate(timeout=90)
+    assert again.returncode == 0, text
+    assert "computed again from its first chunk on" in text
+    [video] = (disk / "videos").glob("*.mp4")
+    assert {path.name for path in (disk / "videos").iterdir()} == {video.name, "results.jsonl"}
+    generate(Options(prompts=PROMPTS[:1], out=Path("a.mp4"), chunks=6, steps=8, threads=1), [])
+    assert video.read_bytes() == Path("a.mp4").read_bytes()
 
 
 def test_a_file_of_bad_lines_only_is_bad_input(tmp_path):

@@ -1,0 +1,139 @@
+"""What a video takes of a rank's memory, worked out before anything is allocated; and what would make it fit.
+
+An estimate: weights, keys and values are exact, what passes through a layer and through the autoencoder is rounded up
+from its largest tensors. `flowcache inspect` prints it, `flowcache generate` refuses by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from engine.kv.layout import KVSettings
+from engine.request import Request
+from engine.reuse.policy import ReuseSettings
+from models.errors import InputError
+from models.magi.config import MagiConfig
+from models.magi.weights import Checkpoint, stage_bytes
+from parallel.cluster.config import video_size
+from parallel.mesh import Layout, stage_layers, stage_sizes
+
+_STREAMS = 4  # copies of the hidden states that a layer holds at once: input, normed, attention's, output
+_FRAME_COPIES = 8  # bytes for each value of a chunk's frames: as tiles, blended, in fp32 or bf16, and as uint8
+_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+_BUDGETS, _STAGES = (4, 2, 1), (2, 4, 8)  # what is tried for advice
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """Bytes on one rank."""
+
+    weights: int  # of its layers, and on the leader of the autoencoder
+    kv: int  # of all videos that are made at a time
+    work: int  # what passes through a layer, or through the autoencoder
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.kv + self.work
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What is to be made, of which model and how."""
+
+    config: MagiConfig
+    vae_bytes: int  # of the autoencoder's weights as they are loaded
+    request: Request
+    reuse: ReuseSettings
+    kv: KVSettings
+    layout: Layout
+    split: str | None = None  # layers of each stage; None balances them
+    videos: int = 1  # made at a time
+
+    def stages(self) -> list[Needs]:
+        """What a rank of each stage needs; an `InputError` if the model cannot make the video, or does not fit."""
+        sizes = stage_sizes(self.config, self.layout.pp, self.split)
+        size = video_size(self.config, self.request, reuse=self.reuse, kv=self.kv, layout=self.layout, split=self.split)
+        model, runtime, request = self.config.model_config, self.config.runtime_config, self.request
+        tokens = math.ceil(self.config.chunk_tokens(request.height, request.width) / self.layout.cp)
+        hidden = tokens * (_STREAMS * model.hidden_size + model.ffn_hidden_size) * model.dtype.itemsize
+        frames = runtime.chunk_width * runtime.temporal_downsample_factor * request.height * request.width * 3
+        weights = [stage_bytes(self.config, stage_layers(sizes, stage)) for stage in range(len(sizes))]
+        kv = self.videos * size.kv_bytes
+        leader = Needs(weights=weights[0] + self.vae_bytes, kv=kv, work=max(hidden, _FRAME_COPIES * frames))
+        return [leader, *(Needs(weights=of_stage, kv=kv, work=hidden) for of_stage in weights[1:])]
+
+    def total(self, *, shared: bool) -> int:
+        """Bytes on the rank that needs most, or of all ranks together if they share one memory."""
+        stages = [stage.total for stage in self.stages()]
+        return self.layout.cp * sum(stages) if shared else max(stages)
+
+    def check(self, device: str) -> None:
+        """See that it fits into what is free, of this machine or of the GPU; an `InputError` has the figures, and what
+        would fit. A GPU that this process does not use is not asked."""
+        shared = device == "cpu"
+        free = free_bytes() if shared else _free_gpu_bytes(alone=self.layout.world_size == 1)
+        needed = self.total(shared=shared)
+        if free is None or needed <= free:
+            return
+        size = f"{self.request.width}x{self.request.height} pixels and {self.request.chunks:,} chunks"
+        together = f", {self.videos} at a time," if self.videos > 1 else ""
+        advice = ", ".join(self._advice(free, shared=shared)) or "ask for a smaller --height and --width"
+        each = " a GPU" if not shared and self.layout.world_size > 1 else ""
+        raise InputError(f"a video of {size}{together} needs {_gb(needed)}{each}, {_gb(free)} are free: {advice}")
+
+    def _advice(self, free: int, *, shared: bool) -> Iterator[str]:
+        """Of each kind of change the first that fits, with what it needs."""
+        yield from _first([(f"--kv-budget {budget}", self._with_budget(budget)) for budget in _BUDGETS], free, shared)
+        if not shared:  # more processes on one machine need more memory, not less
+            layouts = [Layout(pp=pp, cp=self.layout.cp) for pp in _STAGES if pp > self.layout.pp]
+            more = [(f"--pp {layout.pp}", replace(self, layout=layout, split=None)) for layout in layouts]
+            yield from (f"{text} a GPU" for text in _first(more, free, shared))
+
+    def _with_budget(self, budget: int) -> Job:
+        return replace(self, kv=replace(self.kv, budget=budget))
+
+
+def free_bytes() -> int | None:
+    """Bytes of memory that this process may still take, swap included; None where the system does not say."""
+    try:
+        lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines() if ":" in line)
+        free = sum(int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
+    except (OSError, KeyError, ValueError, IndexError):
+        return None
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+
+
+def vae_bytes(config: MagiConfig, folder: Path) -> int:
+    """Bytes of an autoencoder's weights once they are loaded, fp32 beside an fp32 model and else bf16."""
+    each = 4 if config.model_config.dtype.itemsize == 4 else 2
+    return each * sum(math.prod(one.shape) for one in Checkpoint(folder).check_vae().values())
+
+
+def _free_gpu_bytes(*, alone: bool) -> int | None:
+    # Asking takes memory of the GPU, so whoever only starts ranks must not.
+    return torch.cuda.mem_get_info()[0] if alone or torch.cuda.is_initialized() else None
+
+
+def _first(changes: list[tuple[str, Job]], free: int, shared: bool) -> Iterator[str]:
+    for option, job in changes:
+        try:
+            needed = job.total(shared=shared)
+        except InputError:  # the model cannot be laid out so
+            continue
+        if needed <= free:
+            yield f"{option} needs {_gb(needed)}"
+            return
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB"

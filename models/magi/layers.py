@@ -1,0 +1,131 @@
+"""What MAGI-1's layers are made of and PyTorch has not: norms, rotary positions, products in fp32, fp8 linear layers.
+
+Shapes: B batch, S tokens, T H W the grid of tokens, H heads, d head size, n rotary bands.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_FP8_MAX = 448.0
+
+
+class LayerNorm(nn.LayerNorm):
+    """Ordinary layer norm that computes in its parameters' dtype (specification 6.3, steps 1 and 9)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return super().forward(input.to(self.weight.dtype))
+
+
+class LayerNorm1p(nn.Module):
+    """Layer norm with an effective gain of weight + 1, in the dtype of its parameters.
+
+    The parameters are fp32 after promotion, but those of the cross-attention stay in the model's dtype, and weight + 1
+    is then rounded to it (specification 5.5 and 6.3, step 5).
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension; the result has the parameters' dtype."""
+        return F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight + 1, self.bias, self.eps)
+
+
+class RotaryBands(nn.Module):
+    """Learned bands of three-axis rotary positions, shared by the axes: head size / 8, at first 10000^(-i/n) (6.2)."""
+
+    def __init__(self, head_size: int) -> None:
+        super().__init__()
+        count = head_size // 8
+        self.bands = nn.Parameter(10000.0 ** -(torch.arange(count, dtype=torch.float32, device="cpu") / count))
+
+    def table(self, first_frame: int, grid: tuple[int, int, int]) -> Tensor:
+        """Sines and cosines of the tokens of latent frames first_frame .. first_frame + T - 1.
+
+        A table is made for one chunk from its own index, so nothing grows with the length of the video. The released
+        code scales the time axis by (f - 1) and back; that is the identity up to one rounding, and is left out here.
+
+        Returns:
+            [2, S, 3n] fp32: sines, cosines; tokens in (T, H, W) order; angles are n of time, n of height, n of width.
+        """
+        bands = self.bands.float()
+        frames, height, width = grid
+        shrink = math.sqrt(height * width / 256)
+        time = first_frame + torch.arange(frames, dtype=torch.float32, device=bands.device)
+        axes = (time, _centred(height, shrink, bands.device), _centred(width, shrink, bands.device))
+        of_time, of_rows, of_columns = (axis[:, None] * bands for axis in axes)
+        parts = (of_time[:, None, None], of_rows[:, None], of_columns)
+        angles = torch.cat([part.expand(*grid, -1) for part in parts], dim=-1).flatten(0, 2)
+        return torch.stack([angles.sin(), angles.cos()])
+
+
+def _centred(size: int, shrink: float, device: torch.device) -> Tensor:
+    coordinate = torch.arange(size, dtype=torch.float32, device=device) - (size - 1) / 2
+    return coordinate / (size - 1) * (size / shrink - 1) if size > 1 else coordinate
+
+
+def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate the first 6n values of each head of x [B, S, H, d] in halves (a, b); the rest passes through.
+
+    fp32, as the table [2, S, 3n] is.
+    """
+    sin, cos = table[0][:, None], table[1][:, None]
+    half = sin.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
+
+
+def linear_fp32(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer in fp32, whatever its parameters are stored in (6.1)."""
+    assert isinstance(layer, nn.Linear)
+    return F.linear(x.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())
+
+
+def product_in_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    """x [.., n] times the transpose of weight [m, n], in fp32. On a GPU bf16 operands are not cast: their products are
+    exact and added up in fp32 all the same, 16 times as fast (docs/performance.md)."""
+    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
+        return torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
+    return F.linear(x.float(), weight.float())
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer of a quantised checkpoint (5.3): [.., inputs] -> [.., outputs] bf16.
+
+    Products of two fp8 values are exact in bf16 and sums are taken in fp32, so it gives the released results up to the
+    order of summation on any device; the released kernel (a scaled fp8 matrix product) is faster on GPUs that have it.
+
+    Args:
+        inputs: values of a token.
+        outputs: the same, of the result.
+        smooth: inputs are divided by `smooth_scale`, by channel, before they are quantised: `linear_proj` and
+            `mlp.linear_fc2`. The others are divided by their `input_scale`, which is stored as a vector, of which the
+            product reads the first element only, as the released kernel does.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, smooth: bool = False) -> None:
+        super().__init__()
+        weight = torch.zeros(1, outputs, inputs, dtype=torch.float8_e4m3fn)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.input_scale = nn.Parameter(torch.ones(1 if smooth else inputs), requires_grad=False)
+        self.smooth_scale = nn.Parameter(torch.ones(1, inputs), requires_grad=False) if smooth else None
+
+    def quantise(self, x: Tensor) -> Tensor:
+        """Clamp to the fp8 range, with the released detour over bf16 (two roundings)."""
+        scale = self.input_scale if self.smooth_scale is None else self.smooth_scale[0]
+        return (x.float() / scale).clamp(-_FP8_MAX, _FP8_MAX).bfloat16().to(torch.float8_e4m3fn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantise, multiply, and scale back."""
+        y = self.quantise(x).float() @ self.weight[0].float().T
+        return (y * (self.input_scale[0] * self.weight_scale[0])).bfloat16()
