@@ -219,7 +219,7 @@ class Gang:
         host = ray.util.get_node_ip_address() if interface is None else interface_address(interface)
         self._server = StoreServer(host, opened=self._opened)
         self._began, self.state = now, GangState.STARTING
-        self._heartbeats = Heartbeats(self._server.values, self._mesh, self._settings.task.timeouts)
+        self._heartbeats = Heartbeats(self._server.store, self._mesh, self._settings.task.timeouts)
         self._heartbeats.start()
         nodes = alive_nodes()
         self._ranks = [_Rank(place, self._news) for place in places]

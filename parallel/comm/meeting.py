@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from models.errors import InputError
 from parallel.comm.sockets import Address
-from parallel.comm.store import StoreClient, StoreServer
+from parallel.comm.store import RunStore, StoreServer, connect_store
 from parallel.health.timeouts import STORE_SECONDS
 from parallel.ranks.environment import RankEnv
 
@@ -73,10 +73,10 @@ def meet(env: RankEnv, interface: str | None, timeout: float) -> tuple[StoreServ
     return server, Address(host=host, port=port, secret=secret)
 
 
-def connect(env: RankEnv, address: Address, timeout: float) -> StoreClient:
+def connect(env: RankEnv, address: Address, timeout: float) -> RunStore:
     """A connection to the ranks' store; a StoreError if it is not there."""
     patience = min(timeout, STORE_SECONDS) if env.launcher_serves else timeout
-    return StoreClient(address, patience=patience, timeout=timeout)
+    return connect_store(address, patience=patience, timeout=timeout)
 
 
 def _proof(secret: str, key: str, text: str) -> str:

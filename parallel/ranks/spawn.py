@@ -35,7 +35,7 @@ def run_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = N
         KeyboardInterrupt: Ctrl-C; all ranks have ended.
     """
     store = StoreServer(_HOST)
-    errors = ErrorStore(store.values)
+    errors = ErrorStore(store.store)
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(layout.world_size):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.errors import InputError
-from parallel.comm.store import Values
+from parallel.comm.store import StoreServer
 from parallel.trace import DeviceTimer, Tracer, merge_traces, shipped_events
 from tests.engine.reuse.test_flags import item
 
@@ -55,7 +55,7 @@ def test_nothing_is_recorded_that_nobody_wants():
 
 def test_a_long_trace_is_shipped_in_blocks_and_deleted():
     """More than a block, recorded by two threads while it is being read."""
-    tracer, where = Tracer(1, "rank 1", wanted=True), Values()
+    tracer, where = Tracer(1, "rank 1", wanted=True), StoreServer("127.0.0.1").store
 
     def record():
         for _ in range(12000):

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from parallel.comm.store import StoreClient, StoreServer
+from parallel.comm.store import StoreServer, connect_store
 from parallel.health.errors import ErrorStore, Failure
 from parallel.health.hang_detector import Heartbeat
 from parallel.health.heartbeats import Heartbeats
@@ -15,7 +15,7 @@ TIMES = Timeouts(silent=0.8, first=60.0, step=0.8, grace=0.1)
 
 
 def connected(address):
-    return StoreClient(address, patience=10.0, timeout=10.0)
+    return connect_store(address, patience=10.0, timeout=10.0)
 
 
 class Rank:

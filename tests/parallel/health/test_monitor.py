@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from parallel.comm.store import Values
+from parallel.comm.store import StoreServer
 from parallel.health.errors import GangError
 from parallel.health.monitor import Monitor
 from parallel.health.timeouts import Timeouts
@@ -18,7 +18,7 @@ def monitor():
     """The monitor of a gang of one rank; the test serves the store."""
     env = RankEnv(rank=0, world_size=1, local_rank=0, host="", port=0, launcher_serves=True)
     timeouts = Timeouts(silent=1.0, first=60.0, step=0.5, grace=5.0)
-    monitor = Monitor(Values(), Mesh(layout=Layout(), rank=0), timeouts, env)
+    monitor = Monitor(StoreServer("127.0.0.1").store, Mesh(layout=Layout(), rank=0), timeouts, env)
     monitor.start()
     yield monitor
     monitor.hand_over()
