@@ -1,6 +1,6 @@
 """What every benchmark is made of: its command, tables, verdicts, files, a plot's style, a search, fresh processes.
 
-It knows no benchmark. Memory of a process is resident memory; its peak can be set back on Linux only.
+It knows no benchmark. Memory of a process is resident memory, as Linux counts it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import math
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import track
 
 from engine.files import atomic_write
 from models.errors import InputError
@@ -44,7 +43,6 @@ Row = dict[str, Cell]
 """A line of a table, cells by their headers; all lines of a table have the same headers."""
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
 """The option of every command that says where results go."""
-COLOURS = ("#27548a", "#d55e00", "#009e73", "#cc79a7", "#f3b23f", "#444444", "#56b4e9", "#8c564b", "#e377c2", "#7f7f7f")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +64,16 @@ def _cell(value: Cell) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table; no text where there are none."""
-    return markdown_table(list(rows[0]), [list(row.values()) for row in rows]) if rows else ""
+    """Rows as a Markdown table that is also legible as plain text; no text where there are none.
 
-
-def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A Markdown table that is also legible as plain text; columns of numbers are right-aligned."""
-    columns = list(zip(headers, *rows, strict=True))
-    numbers = [
-        len(column) > 1 and all(isinstance(one, int | float) and not isinstance(one, bool) for one in column[1:])
-        for column in columns
-    ]
+    Columns of numbers are right-aligned, and headers have spaces for underscores.
+    """
     made = []
-    for column, right in zip(columns, numbers, strict=True):
-        cells = [_cell(value).replace("|", "\\|") for value in column]
+    for name in rows[0] if rows else ():
+        values = [row[name] for row in rows]
+        cells = [name.replace("_", " "), *(_cell(value).replace("|", "\\|") for value in values)]
         width = max(3, *map(len, cells))
+        right = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
         rule = "-" * (width - 1) + ":" if right else "-" * width
         made.append([(cell.rjust if right else cell.ljust)(width) for cell in (cells[0], rule, *cells[1:])])
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*made, strict=True))
@@ -107,26 +100,19 @@ def publish(
     data: Sequence[Row] = (),
     figures: Mapping[str, Figure] | None = None,
 ) -> int:
-    """Write what a benchmark has found, and print it.
+    """Write what a benchmark has found into a folder, and print it: Markdown, CSV, plots by the names of their files.
 
-    Args:
-        out: folder of the results, which is there.
-        name: of the Markdown and CSV files, without ending.
-        title: one line.
-        about: what was measured.
-        verdicts: come first.
-        sections: other parts by their headings, in Markdown or as rows of a table; empty ones are left out.
-        data: rows of the CSV file.
-        figures: plots by the names of their files, without ending.
-
-    Returns:
-        The exit status: 0 if no verdict has failed, else 1.
+    Sections are Markdown or rows of a table by their headings, and come after the verdicts; empty ones are left out.
+    `data` are the rows of the CSV file. Returns the exit status: 0 if no verdict has failed, else 1.
     """
     parts = [f"# {title}", about]
     if verdicts:
         words = {None: "", True: "PASS", False: "FAIL"}
-        rows = [(one.name, one.measured, one.wanted, words[one.passed]) for one in verdicts]
-        parts.append(f"## Verdicts\n\n{markdown_table(('figure', 'measured', 'wanted', 'verdict'), rows)}")
+        rows: list[Row] = [
+            {"figure": one.name, "measured": one.measured, "wanted": one.wanted, "verdict": words[one.passed]}
+            for one in verdicts
+        ]
+        parts.append(f"## Verdicts\n\n{table(rows)}")
     for heading, part in (sections or {}).items():
         if part:
             parts.append(f"## {heading}\n\n{part if isinstance(part, str) else table(part)}")
@@ -140,16 +126,11 @@ def publish(
     return int(any(one.passed is False for one in verdicts))
 
 
-def renamed(row: Row, names: Sequence[str]) -> Row:
-    """A row's cells under other headers, in their order."""
-    return dict(zip(names, row.values(), strict=True))
-
-
 def machine_line() -> str:
     """The machine and the software that figures were measured with, in one line."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     parts = (
-        f"{os.cpu_count()} cores {_cpu_name()}",
+        f"{os.cpu_count()} cores {_field('/proc/cpuinfo', 'model name') or platform.processor()}",
         f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else "no GPU",
         f"{platform.system()} {platform.machine()}",
         f"Python {platform.python_version()}",
@@ -159,13 +140,13 @@ def machine_line() -> str:
     return ", ".join(parts)
 
 
-def _cpu_name() -> str:
+def _field(path: str, name: str) -> str | None:
+    """The first line of that name in a file of the kernel; None if there is none, or this is not Linux."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+        lines = [line.partition(":") for line in Path(path).read_text().splitlines()]
+    except OSError:
+        return None
+    return next((value.strip() for key, _, value in lines if key.strip() == name), None)
 
 
 def output_folder(path: Path) -> Path:
@@ -190,14 +171,9 @@ def new_plot(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(9, 6.2), layout="constrained")
     axes = figure.add_subplot()
     axes.set(title=title, xlabel=x, ylabel=y)
-    light_grid(axes)
-    return figure, axes
-
-
-def light_grid(axes: Axes) -> None:
-    """Draw a grid behind what is plotted."""
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
+    return figure, axes
 
 
 def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
@@ -232,10 +208,9 @@ def new_log() -> Callable[[str], None]:
     return partial(Console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
 
 
-def progress_bar() -> Progress:
-    """A progress bar on standard error."""
-    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*shown, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+def progress(items: Iterable[_T], what: str, total: int) -> Iterable[_T]:
+    """The items, with a progress bar on standard error."""
+    return track(items, what, total, console=Console(stderr=True))
 
 
 def search(
@@ -247,13 +222,12 @@ def search(
     near: float = 0.0,
     geometric: bool = False,
 ) -> dict[float, float]:
-    """Search the place where something that falls reaches a value, by halving.
+    """Search the place where something that falls reaches a value, by halving between known places or doubling beyond.
 
     Args:
         measure: the value at a place; it may jump, and rise a little where it should fall.
         target: the value that is wanted.
-        known: values by place, from which the search begins; a bound that is not measured has an infinite one. Beyond
-            the known places it goes on by doubling.
+        known: values by place, from which the search begins; a bound that is not measured has an infinite one.
         tries: most measurements.
         near: a value that is no further from the target ends the search.
         geometric: halve ratios in place of differences, and measure at three digits, as a preset would have them.
@@ -271,7 +245,7 @@ def search(
         else:
             low, high = places[above - 1 : above + 1]
             place = math.sqrt(low * high) if geometric else (low + high) / 2
-        place = rounded(place) if geometric else place
+        place = float(f"{place:.3g}") if geometric else place
         if place in known:
             break
         known[place] = measure(place)
@@ -281,11 +255,6 @@ def search(
 def nearest(known: Mapping[float, float], target: float) -> float:
     """The place whose value is nearest to a target; of equals the least."""
     return min(known, key=lambda place: (abs(known[place] - target), place))
-
-
-def rounded(value: float) -> float:
-    """To three digits, as it would be written in a preset."""
-    return float(f"{value:.3g}")
 
 
 def in_fresh_processes(copies: int, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> list[_T]:
@@ -315,19 +284,16 @@ def in_fresh_process(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kw
 
 
 def rss() -> int:
-    """Resident bytes of this process now; memory that was freed is given back to the system first where it can be."""
+    """Resident bytes of this process now; memory that was freed is given back to the system first."""
     gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-    return _status("VmRSS") or peak_rss()
+    with suppress(AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
 
 
 def peak_rss() -> int:
     """Highest resident bytes of this process, since `reset_peak` where that works."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return _status("VmHWM")
 
 
 def reset_peak() -> bool:
@@ -339,13 +305,11 @@ def reset_peak() -> bool:
     return True
 
 
-def _status(name: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:  # not Linux
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
-    return int(found[0]) * 1024 if found else None
+def _status(name: str) -> int:
+    found = _field("/proc/self/status", name)
+    if found is None:
+        raise InputError("memory is read from /proc: run this on Linux")
+    return int(found.split()[0]) * 1024
 
 
 def median(values: Iterable[float]) -> float:

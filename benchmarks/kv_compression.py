@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,29 +26,13 @@ from torch import Tensor
 from benchmarks import common
 from benchmarks.common import Out, Row, Verdict, median
 from engine.kv.selection import SelectionSettings, redundancy, select
-from models.errors import InputError
 
 _FASTER, _EQUAL = 50, 1e-5
 _QUERIES = 50
 _REPEATS = {"naive": 1, "linear": 9, "selection": 9}  # of each form
 _CHUNKS, _FRAMES = 3, 6  # how keys are structured: chunks of 6 latent frames
+_DIM, _HEADS, _QUERY_HEADS = 128, 8, 24  # size of a head, key heads, query heads that ask
 _PAPER = (("redundancy, naive (paper)", 10.26, 17.79), ("redundancy, linear (paper)", 0.077, 0.30))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """Sizes of what is measured."""
-
-    keys: int  # L, tokens of the past
-    dim: int  # of a head
-    heads: int  # key heads
-    query_heads: int  # that ask, for the selection
-    device: str  # where to compute
-
-    @property
-    def keep(self) -> int:
-        """Tokens that the selection keeps."""
-        return 2 * self.keys // 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,53 +46,39 @@ class Measured:
 
 def run(
     keys: Annotated[int, typer.Option(min=2, help="Tokens of the past (L).")] = 24300,
-    dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 128,
-    heads: Annotated[int, typer.Option(min=1, help="Key heads.")] = 8,
-    query_heads: Annotated[int, typer.Option(min=1, help="Query heads, for the selection.")] = 24,
-    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     out: Out = Path("results/kv_compression"),
 ) -> int:
     """Time and memory of the redundancy score and of the selection."""
-    if query_heads % heads:
-        raise InputError(f"{query_heads} query heads are no multiple of {heads} key heads")
-    problem = Problem(keys=keys, dim=dim, heads=heads, query_heads=query_heads, device=device)
     common.output_folder(out)
     measured = {}
     with Console(stderr=True).status("") as status:
         for form in _REPEATS:
             status.update(f"measuring: {form}")
-            measured[form] = common.in_fresh_process(measure, form, problem, torch.get_num_threads())
-    return report(out, problem, measured)
+            measured[form] = common.in_fresh_process(measure, form, keys, torch.get_num_threads())
+    return report(out, keys, measured)
 
 
-def measure(form: str, problem: Problem, threads: int) -> Measured:
+def measure(form: str, length: int, threads: int) -> Measured:
     """Measure one of the forms in this process."""
     torch.set_num_threads(threads)
-    keys = structured_keys(problem).to(problem.device)
-    generator = torch.Generator().manual_seed(1)
-    queries = torch.randn(_QUERIES, problem.query_heads, problem.dim, generator=generator).to(problem.device)
+    keys = structured_keys(length)
+    queries = torch.randn(_QUERIES, _QUERY_HEADS, _DIM, generator=torch.Generator().manual_seed(1))
     settings = SelectionSettings(query_tokens=_QUERIES)
 
     def selection(some: Tensor) -> Tensor:
-        keep = min(len(some), problem.keep)
+        keep = min(len(some), 2 * length // 3)
         return select(queries, some, keep=keep, frame_tokens=1, chunk_tokens=len(some), settings=settings)
 
-    forms: dict[str, Callable[[Tensor], Tensor]] = {
-        "naive": naive_redundancy,
-        "linear": redundancy,
-        "selection": selection,
-    }
+    forms = {"naive": naive_redundancy, "linear": redundancy, "selection": selection}
     forms[form](keys[:64])  # what is loaded at the first call is not the form's own
-    before = _start(keys.device)
-    seconds = []
+    before, seconds = common.rss(), []
+    common.reset_peak()
     for _ in range(_REPEATS[form]):
         began = time.perf_counter()
         result = forms[form](keys)
-        if keys.is_cuda:
-            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    peak = (torch.cuda.max_memory_allocated() if keys.is_cuda else common.peak_rss()) - before
-    return Measured(seconds=median(seconds), peak=max(0, peak), scores=None if form == "selection" else result.cpu())
+    peak = max(0, common.peak_rss() - before)
+    return Measured(seconds=median(seconds), peak=peak, scores=None if form == "selection" else result)
 
 
 def naive_redundancy(keys: Tensor) -> Tensor:
@@ -124,35 +94,22 @@ def naive_redundancy(keys: Tensor) -> Tensor:
     return torch.stack(parts).softmax(-1)
 
 
-def structured_keys(problem: Problem) -> Tensor:
+def structured_keys(length: int) -> Tensor:
     """Keys [L, G, d] that are alike within a head, a chunk and a frame, more so for some tokens than for others.
 
     Keys that are only noise all score the same, and any two ways to score them agree.
     """
     generator = torch.Generator().manual_seed(0)
-    length, shape = problem.keys, (problem.heads, problem.dim)
-    chunk = torch.arange(length) * _CHUNKS // length
-    frame = torch.arange(length) * _CHUNKS * _FRAMES // length
-    shared = torch.randn(1, *shape, generator=generator)
-    chunks = torch.randn(_CHUNKS, *shape, generator=generator)[chunk]
-    frames = torch.randn(_CHUNKS * _FRAMES, *shape, generator=generator)[frame]
-    noise = torch.randn(length, *shape, generator=generator)
-    amount = 2 * torch.rand(length, problem.heads, 1, generator=generator)
-    return shared + chunks + frames + amount * noise
+
+    def shared(parts: int) -> Tensor:
+        place = torch.arange(length) * parts // length
+        return torch.randn(parts, _HEADS, _DIM, generator=generator)[place]
+
+    amount = 2 * torch.rand(length, _HEADS, 1, generator=generator)
+    return shared(1) + shared(_CHUNKS) + shared(_CHUNKS * _FRAMES) + amount * shared(length)
 
 
-def _start(device: torch.device) -> int:
-    """Bytes in use before a form runs; peaks count from here."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    before = common.rss()
-    common.reset_peak()
-    return before
-
-
-def report(out: Path, problem: Problem, measured: Mapping[str, Measured]) -> int:
+def report(out: Path, length: int, measured: Mapping[str, Measured]) -> int:
     """Write and print what was measured; the exit status."""
     naive, linear, selection = (measured[form] for form in _REPEATS)
     assert naive.scores is not None and linear.scores is not None
@@ -165,7 +122,7 @@ def report(out: Path, problem: Problem, measured: Mapping[str, Measured]) -> int
         Verdict("largest relative difference of a score", apart, f"<= {_EQUAL:g}", difference <= _EQUAL),
     ]
     rows: list[Row] = [
-        {"what": what, "seconds": seconds, "peak memory (GiB)": peak}
+        {"what": what, "seconds": seconds, "peak_GiB": peak}
         for what, seconds, peak in (
             ("redundancy, naive", naive.seconds, naive.peak / 2**30),
             ("redundancy, linear", linear.seconds, linear.peak / 2**30),
@@ -173,21 +130,21 @@ def report(out: Path, problem: Problem, measured: Mapping[str, Measured]) -> int
             *_PAPER,
         )
     ]
-    matrix = 4 * problem.keys**2 / 2**30
+    matrix = 4 * length**2 / 2**30
     return common.publish(
         out,
         "kv_compression",
         title="Scoring and selecting tokens of the past",
         about=(
-            f"L = {problem.keys}, d = {problem.dim}, {problem.heads} key heads, {problem.query_heads} query heads, "
-            f"{_QUERIES} queries, keep {problem.keep}, {problem.device}. {common.machine_line()}.\n\n"
+            f"L = {length}, d = {_DIM}, {_HEADS} key heads, {_QUERY_HEADS} query heads, {_QUERIES} queries, "
+            f"keep two thirds. {common.machine_line()}.\n\n"
             "Peak memory is what comes on top of the keys. Naive: head by head, each 1 / heads of the matrix of all; "
-            f"{matrix:.2f} GiB a matrix, {problem.heads * matrix:.2f} GiB for all heads. The paper's figures are from "
+            f"{matrix:.2f} GiB a matrix, {_HEADS * matrix:.2f} GiB for all heads. The paper's figures are from "
             "its own GPU, at L = 24,300 and d = 128; its memory is in GB as printed."
         ),
         verdicts=verdicts,
         sections={"Forms": rows},
-        data=[common.renamed(row, ("what", "seconds", "peak_gib")) for row in rows],
+        data=rows,
     )
 
 

@@ -22,7 +22,7 @@ import typer
 from benchmarks import common
 from benchmarks.common import Out, Row, Verdict, median
 from benchmarks.flops import CountingRunner
-from benchmarks.workload import PROMPT, Steps
+from benchmarks.workload import PROMPT
 from engine.engine import Engine
 from engine.kv.layout import KVSettings
 from engine.machine import settle_heap
@@ -62,18 +62,16 @@ class LongVideo:
     @property
     def row(self) -> Row:
         """A line of the table."""
-        row: Row = {"chunks": self.chunks, "kv budget": self.budget or "own range"}
-        sizes = {"KV": self.kv_bytes, "warm": self.warm_rss, "end": self.end_rss, "peak": self.peak_rss}
-        row |= {f"{name} (MiB)": f"{value / 2**20:.1f}" for name, value in sizes.items()}
-        return row | {"early (s/chunk)": self.early, "late (s/chunk)": self.late}
+        row: Row = {"chunks": self.chunks, "kv": self.kv}
+        sizes = {"kv": self.kv_bytes, "warm": self.warm_rss, "end": self.end_rss, "peak": self.peak_rss}
+        row |= {f"{name}_MiB": f"{value / 2**20:.1f}" for name, value in sizes.items()}
+        return row | {"early_s": self.early, "late_s": self.late}
 
 
 def run(
     chunks: Annotated[tuple[int, int], typer.Option(help="Lengths to compare with the budget.")] = (20, 600),
     kv_budget: Annotated[int, typer.Option(min=1, help="KV budget, in chunks.")] = 2,
     own_range: Annotated[tuple[int, int], typer.Option(help="Lengths to compare without a budget.")] = (10, 60),
-    steps: Steps = 16,
-    weights: Annotated[Path | None, typer.Option(help="Folder of weights, in place of those that ship.")] = None,
     out: Out = Path("results/memory"),
 ) -> int:
     """Make short and long videos and compare what they take."""
@@ -82,46 +80,39 @@ def run(
             advice = "give 5 chunks or more, then more than that"
             raise InputError(f"lengths {short} and {long} cannot be compared: {advice}")
     common.output_folder(out)
-    made = []
-    for count, budget in [(one, kv_budget) for one in chunks] + [(one, None) for one in own_range]:
-        threads = torch.get_num_threads()
-        made.append(
-            common.in_fresh_process(make_long_video, count, budget, steps=steps, weights=weights, threads=threads)
-        )
+    videos = [(one, kv_budget) for one in chunks] + [(one, None) for one in own_range]
+    threads = torch.get_num_threads()
+    made = [common.in_fresh_process(make_long_video, length, budget, threads) for length, budget in videos]
     rows = [one.row for one in made]
-    names = ("chunks", "kv_budget", "kv_mib", "warm_mib", "end_mib", "peak_mib", "early_s", "late_s")
     return common.publish(
         out,
         "memory",
         title="Memory of long videos",
-        about=f"magi-pocket, {SIDE}x{SIDE} pixels, {steps} steps, no reuse. {common.machine_line()}.\n\n{_NOTES}",
+        about=f"magi-pocket, {SIDE}x{SIDE} pixels, no reuse. {common.machine_line()}.\n\n{_NOTES}",
         verdicts=[*verdicts(*made[:2]), *verdicts(*made[2:])],
         sections={"Videos": rows},
-        data=[common.renamed(row, names) for row in rows],
+        data=rows,
     )
 
 
-def make_long_video(chunks: int, budget: int | None, *, steps: int, weights: Path | None, threads: int) -> LongVideo:
+def make_long_video(chunks: int, budget: int | None, threads: int) -> LongVideo:
     """Make one video in this process, with a progress bar on standard error."""
     settle_heap()  # as the command line does
     torch.set_num_threads(threads)
     config = pocket_config()
-    pipeline = load_pipeline(config, weights, Loading())
+    pipeline = load_pipeline(config, None, Loading())
     runner = CountingRunner(pipeline.model, pipeline.attention, config.model_config)
     engine = Engine(pipeline, runner, kv=KVSettings(budget=budget))
+    steps, window = config.runtime_config.num_steps, config.runtime_config.window_size
     request = Request(prompt=PROMPT, chunks=chunks, height=SIDE, width=SIDE, num_steps=steps, seed=0)
-    seconds, kv_bytes, warm_rss = [], 0, 0
-    with common.progress_bar() as bar:
-        task = bar.add_task(f"{chunks} chunks, KV budget {budget or 'of its own range'}", total=chunks)
+    what = f"{chunks} chunks, KV budget {budget or 'of its own range'}"
+    seconds, kv_bytes, warm_rss, began = [], 0, 0, time.perf_counter()
+    for chunk in common.progress(engine.generate(request), what, chunks):
+        seconds.append(time.perf_counter() - began)
+        kv_bytes = max(kv_bytes, runner.kv_bytes)
+        if chunk.index + 1 == min(_WARM, chunks // 2):
+            warm_rss = common.rss()
         began = time.perf_counter()
-        for chunk in engine.generate(request):
-            seconds.append(time.perf_counter() - began)
-            kv_bytes = max(kv_bytes, runner.kv_bytes)
-            if chunk.index + 1 == min(_WARM, chunks // 2):
-                warm_rss = common.rss()
-            bar.update(task, advance=1)
-            began = time.perf_counter()
-    window = config.runtime_config.window_size
     return LongVideo(
         chunks=chunks,
         budget=budget,

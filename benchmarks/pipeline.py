@@ -2,7 +2,7 @@
 
     python -m benchmarks.pipeline --out results/pipeline            # as many ranks as there are cores
     python -m benchmarks.pipeline --quick --out /tmp/pipeline       # small videos, no speed to speak of
-    python -m benchmarks.pipeline --model magi-pocket --side 64
+    python -m benchmarks.pipeline --model magi-pocket
 
 The same videos are made by one process (the base), by a gang of one rank (what the loop costs), and by gangs of several
 ranks; with and without reuse, one or more videos in flight, with a barrier for comparison. One process and gangs
@@ -10,8 +10,9 @@ alternate in every repeat, and each rank has one thread. Seconds are of denoisin
 video to its last chunk: starting, loading and a video that warms up are not counted, and nothing is decoded.
 
 The default model has random weights and a size at which a call of one of two stages takes some tens of milliseconds.
-Exit status 0 if two stages are as much faster as they should be and every rank did exactly the work that it had to, 1
-if not, 2 for bad input.
+Calls, bytes and flags of every rank are compared with those that the schedule and the decisions ask for. Exit status 0
+if two stages are as much faster as they should be and every rank did exactly the work that it had to, 1 if not, 2 for
+bad input.
 """
 
 from __future__ import annotations
@@ -25,42 +26,32 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks import common
-from benchmarks.common import COLOURS, Out, Row, Verdict, median
+from benchmarks.common import Out, Row, Verdict, median
 from benchmarks.runs import alone, on_ranks, reuse_for
-from benchmarks.simulate.stages import predict, problems, take_timings
-from benchmarks.workload import (
-    Chunks,
-    Fraction,
-    Layers,
-    Made,
-    Model,
-    ModelSpec,
-    Side,
-    Steps,
-    Timing,
-    Width,
-    Workload,
-    model_config,
-)
-from parallel.mesh import Layout, stage_sizes
+from benchmarks.simulate.clock import plans_of
+from benchmarks.workload import POCKET, QUICK, Chunks, Flags, Made, ModelSpec, Steps, Workload, model_config
+from engine.reuse.flags import FlagLog
+from engine.schedule import Schedule
+from models.magi.config import MagiConfig
+from models.protocols import CELL_PIXELS
+from parallel.comm.messages import HEADER_BYTES
+from parallel.comm.ulysses import TokenSplit
+from parallel.mesh import Layout, Mesh
 
-_LAYOUTS = ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (4, 2), (2, 4))
-_PINGS = 30
+_POWERS = (1, 2, 4, 8, 16, 32, 64)
 _PLAIN, _REUSED = 1.75, 1.7  # speed-ups of two stages that are wanted, of one video and of two that reuse
+_FLOAT = 4  # bytes of a value
 _NOTES = """\
-- s: seconds of denoising, from the submission of the first video to its last chunk, median; starting, loading and
-  warming up apart. s of 1 process: the same videos one after another in one process, one thread. speed-up: median of
-  the repeats, each against the process that ran in the same repeat; of each: those.
+- seconds: of denoising, from the submission of the first video to its last chunk, median; starting, loading and
+  warming up apart. alone: the same videos one after another in one process, one thread. speed-up: median of the
+  repeats, each against the process that ran in the same repeat; of each: those.
 - computed: chunk-steps that are computed, as a share of all. Without reuse there are a clean pass for each chunk and a
   context-free copy of the cleanest one besides; with reuse there are neither, on one process as on a gang.
-- stages busy: share of the time in the layers. leader else: seconds that the leader is neither there nor waiting."""
-_PROFILE = """\
-Simulated from what calls take in one process on a quiet machine; in two processes that do the same at once; with
-messages and the leader's own work besides; and what was measured. Speed-ups are over one process on a quiet machine."""
+- stages busy: share of the time in the layers. leader else: seconds that the leader is neither there nor waiting.
+- calls: of each stage. sent: megabytes, by all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,66 +90,58 @@ class Gang:
         return [statistics.fmean(share for at, share in shares if at == stage) for stage in range(self.layout.pp)]
 
     @property
-    def other(self) -> float:
-        """Seconds that the leader was neither in its layers nor waiting, median."""
-        return median(one.seconds - one.ranks[0]["busy"] - one.ranks[0]["waiting"] for one in self.made)
-
-    @property
-    def sent(self) -> float:
-        """Megabytes that all ranks have sent."""
-        return sum(rank["sent_bytes"] for rank in self.made[0].ranks) / 1e6
-
-    @property
-    def calls(self) -> int:
-        """Of each stage."""
-        return int(self.made[0].ranks[0]["items"])
-
-    @property
     def kind(self) -> tuple[int, bool, bool]:
         """Videos, with reuse, with a barrier."""
         return self.workload.videos, self.workload.reuses, self.workload.barrier
 
     @property
-    def names(self) -> Row:
-        """What stands first in every table."""
-        layout = f"pp {self.layout.pp}" + (f" x cp {self.layout.cp}" if self.layout.cp > 1 else "")
-        return {"layout": layout, "videos": self.workload.videos, "computed": f"{self.made[0].computed:.2f}"}
+    def name(self) -> str:
+        """The layout in words."""
+        return f"pp {self.layout.pp}" + (f" x cp {self.layout.cp}" if self.layout.cp > 1 else "")
+
+    @property
+    def row(self) -> Row:
+        """A line of the table."""
+        first, other = self.made[0], [one.seconds - one.ranks[0]["busy"] - one.ranks[0]["waiting"] for one in self.made]
+        row: Row = {"layout": self.name, "videos": self.workload.videos, "computed": f"{first.computed:.2f}"}
+        row |= {"barrier": self.workload.barrier, "seconds": f"{median(self.seconds):.2f}"}
+        row |= {"alone": f"{median(self.alone):.2f}", "speed-up": f"{self.speed_up:.2f}"}
+        row |= {"of_each": " ".join(f"{one:.2f}" for one in self.speed_ups)}
+        row |= {"stages_busy": " ".join(f"{share:.0%}" for share in self.utilisation)}
+        row |= {"leader_else": f"{median(other):.2f}", "calls": int(first.ranks[0]["items"])}
+        return row | {"sent": f"{sum(rank['sent_bytes'] for rank in first.ranks) / 1e6:.2f}"}
 
     def problems(self) -> list[str]:
         """What is not as it must be, over all repeats."""
-        where = f"pp {self.layout.pp}, cp {self.layout.cp}, {self.workload.name}: "
+        where = f"{self.name}, {self.workload.name}: "
         pairs = zip(self.made, self.beside, strict=True)
         return [where + what for one, other in pairs for what in problems(self.layout, self.workload, one, other)]
 
 
 def run(
-    model: Model = "random",
-    layers: Layers = 8,
-    width: Width = 384,
-    side: Side = 64,
+    model: Annotated[str, typer.Option(help="random or magi-pocket.")] = "random",
     chunks: Chunks = 10,
     steps: Steps = 16,
     videos: Annotated[int, typer.Option(min=1, help="Most videos in flight.")] = 4,
     ranks: Annotated[int | None, typer.Option(min=1, help="Most ranks; as many as cores by default.")] = None,
-    fraction: Fraction = 0.55,
     repeats: Annotated[int, typer.Option(min=1, help="How often everything is measured.")] = 3,
-    profile: Annotated[bool, typer.Option(help="Say where the time of two stages goes.")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="One repeat of small videos.")] = False,
     out: Out = Path("results/pipeline"),
 ) -> int:
     """Measure gangs against one process."""
+    spec = ModelSpec(name=model)
     if quick:
         chunks, steps, videos, repeats = min(chunks, 4), min(steps, 8), min(videos, 2), 1
-    spec = ModelSpec(name=model, layers=layers, width=width, side=side)
+        spec = spec if model == POCKET else replace(QUICK, name=model)
     plain = Workload(model=spec, chunks=chunks, steps=steps, videos=videos)
-    layouts = layouts_for(plain, ranks or _cores())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    layouts, _ = layouts_for(model_config(spec), ranks or cores), plain.sampling  # which checks the steps
     common.output_folder(out)
     with Console(stderr=True).status("starting") as status:
-        kinds = (plain, replace(plain, reuse=reuse_for(plain, fraction)))
+        kinds = (plain, replace(plain, reuse=reuse_for(spec)))
         gangs = _measure(kinds, layouts, repeats, status.update)
-        parts = _profiles(gangs, status.update) if profile else []
     title, found = f"{plain.size}, {repeats} repeats", [what for one in gangs for what in one.problems()]
-    free = [one for one in gangs if not one.workload.barrier]
+    rows = [one.row for one in gangs]
     return common.publish(
         out,
         "pipeline",
@@ -166,34 +149,23 @@ def run(
         about=f"{title}. {common.machine_line()}; one thread per rank.\n\n{_NOTES}",
         verdicts=verdicts(gangs, found),
         sections={
-            "Speed": [speed_row(one) for one in free],
+            "Speed": rows,
             "A barrier per tick": barrier_rows(gangs),
-            "Calls and bytes": [
-                one.names | {"calls of each stage": one.calls, "MB sent by all ranks": f"{one.sent:.2f}"}
-                for one in free
-            ],
-            "Where the time of two stages goes": "\n\n".join(parts),
             "What differs": "\n".join(f"- {one}" for one in found),
         },
-        data=[csv_row(one) for one in gangs],
-        figures={"pipeline": speed_figure(gangs, f"Speed-up of ranks over one process\n{title}")},
+        data=rows,
     )
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def layouts_for(workload: Workload, ranks: int) -> list[Layout]:
-    """One rank, and the gangs that the model and a number of ranks allow; an `InputError` if the videos cannot be."""
-    model, _ = model_config(workload.model).model_config, workload.sampling  # which checks the steps
-    fits = [
+def layouts_for(config: MagiConfig, ranks: int) -> list[Layout]:
+    """Powers of two that a model and a number of ranks allow."""
+    model = config.model_config
+    return [
         Layout(pp=pp, cp=cp)
-        for pp, cp in _LAYOUTS
-        if pp * cp <= ranks and pp <= model.num_layers and model.num_query_groups % cp == 0
+        for pp in _POWERS
+        for cp in _POWERS
+        if pp * cp <= ranks and pp <= model.num_layers and not model.num_query_groups % cp
     ]
-    return [Layout(), *fits]
 
 
 def _workloads(layout: Layout, kinds: Sequence[Workload]) -> list[Workload]:
@@ -213,89 +185,27 @@ def _measure(
     for repeat in range(repeats):
         where = f"repeat {repeat + 1} of {repeats}: "
         log(where + "one process")
-        ((plain, reused),) = alone(kinds)
+        plain, reused = alone(kinds)
         for layout in layouts if repeat % 2 == 0 else layouts[::-1]:
             log(f"{where}pp {layout.pp}, cp {layout.cp}")
             own = gangs[layout]
-            for one, made in zip(own, on_ranks(layout, [one.workload for one in own], pings=_PINGS), strict=True):
+            for one, made in zip(own, on_ranks(layout, [one.workload for one in own]), strict=True):
                 one.made.append(made)
                 one.beside.append(reused if one.workload.reuses else plain)
     return [one for own in gangs.values() for one in own]
 
 
-def _profiles(gangs: Sequence[Gang], log: Callable[[str], None]) -> list[str]:
-    """Where the time of two stages goes: of one video without reuse, and of two with it."""
-    own = [one for one in gangs if one.layout == Layout(pp=2) and one.kind in ((1, False, False), (2, True, False))]
-    if not own:
-        return []
-    log("where the time goes")
-    workloads = [one.workload for one in own]
-    quiet, busy = take_timings(workloads, stage_sizes(model_config(workloads[0].model), 2))
-    parts = [_PROFILE]
-    for one, alone_timing, busy_timing in zip(own, quiet, busy, strict=True):
-        rest = (
-            f"{1e3 * alone_timing.rest:.2f} ms per call outside of calls in one process, "
-            f"{1e3 * alone_timing.embed:.2f} ms for a patch embedding."
-        )
-        rows = profile_rows(one, alone_timing, busy_timing)
-        parts.append(f"### pp 2, {one.workload.name}\n\n{common.table(rows)}\n\n{rest}")
-    return [*parts, f"A message from one rank to the other takes {1e3 * own[0].made[0].hop:.2f} ms."]
-
-
-def profile_rows(gang: Gang, quiet: Timing, busy: Timing) -> list[Row]:
-    """From what passes allow, one cost after the other, to what was measured in the repeat of the median.
-
-    What is left between the last prediction and the measurement is what ranks cost each other besides: threads that
-    want the interpreter, and processes that the system moves about. Times of the passes were taken in one process with
-    nothing else to do, and with all cores busy.
-    """
-    middle = sorted(range(len(gang.made)), key=gang.seconds.__getitem__)[len(gang.made) // 2]
-    made, base, flags = gang.made[middle], gang.alone[middle], gang.beside[middle].flags
-
-    def row(name: str, seconds: float, shares: Sequence[float], calls: Sequence[float]) -> Row:
-        return {
-            "": name,
-            "s": f"{seconds:.2f}",
-            "speed-up": f"{base / seconds:.2f}",
-            "stages busy": " ".join(f"{share:.0%}" for share in shares),
-            "ms of a call, by stage": " ".join(f"{1e3 * one:.2f}" for one in calls),
-        }
-
-    rows = []
-    for name, timing, hop in (
-        ("calls alone", quiet, None),
-        ("calls with all cores busy", busy, None),
-        ("and messages, and the leader's own work", busy, made.hop),
-    ):
-        outcome = predict(gang.workload, timing, flags[: gang.workload.videos], hop=hop)
-        rows.append(row(name, outcome.seconds, outcome.utilisation, timing.means))
-    ranks = [one for one in made.ranks if one["cp_rank"] == 0]
-    shares, calls = [one["busy"] / made.seconds for one in ranks], [one["busy"] / one["items"] for one in ranks]
-    return [*rows, row("measured", made.seconds, shares, calls)]
-
-
-def speed_row(gang: Gang) -> Row:
-    """A gang without a barrier as a line of the table."""
-    return gang.names | {
-        "s": f"{median(gang.seconds):.2f}",
-        "s of 1 process": f"{median(gang.alone):.2f}",
-        "speed-up": f"{gang.speed_up:.2f}",
-        "of each": " ".join(f"{one:.2f}" for one in gang.speed_ups),
-        "stages busy": " ".join(f"{share:.0%}" for share in gang.utilisation),
-        "leader else (s)": f"{gang.other:.2f}",
-    }
-
-
 def barrier_rows(gangs: Sequence[Gang]) -> list[Row]:
     """What waiting for every tick costs, where something was made both ways."""
     free = {(one.layout, one.kind): one for one in gangs}
-    rows = []
+    rows = list[Row]()
     for one in gangs:
         other = free.get((one.layout, (*one.kind[:2], False)))
         if one.workload.barrier and other is not None:
             loss = 1 - median(a / b for a, b in zip(other.seconds, one.seconds, strict=True))
-            speeds = {"speed-up": f"{other.speed_up:.2f}", "with a barrier": f"{one.speed_up:.2f}"}
-            rows.append(one.names | speeds | {"lost": f"{loss:.0%}"})
+            row: Row = {"layout": one.name, "videos": one.workload.videos, "reuse": one.workload.reuses}
+            row |= {"speed-up": f"{other.speed_up:.2f}", "with_a_barrier": f"{one.speed_up:.2f}"}
+            rows.append(row | {"lost": f"{loss:.0%}"})
     return rows
 
 
@@ -314,35 +224,56 @@ def verdicts(gangs: Sequence[Gang], found: Sequence[str]) -> list[Verdict]:
     return [*held, Verdict(name, measured, "as worked out", not found)]
 
 
-def csv_row(gang: Gang) -> Row:
-    """A line of the CSV file."""
-    row: Row = {"pp": gang.layout.pp, "cp": gang.layout.cp, "videos": gang.workload.videos}
-    row |= {"reuse": int(gang.workload.reuses), "barrier": int(gang.workload.barrier)}
-    row |= {"seconds": median(gang.seconds), "fastest": min(gang.seconds), "slowest": max(gang.seconds)}
-    row |= {"alone_seconds": median(gang.alone), "speedup": gang.speed_up}
-    row |= {"first_chunk_s": median(one.first_chunk for one in gang.made)}
-    row |= {"utilisation": " ".join(f"{share:.4f}" for share in gang.utilisation), "leader_other_s": gang.other}
-    return row | {"sent_mb": gang.sent, "stage_calls": gang.calls, "computed": gang.made[0].computed}
+def flag_digest(schedule: Schedule, flags: Flags | None) -> str:
+    """What every rank's log of flags must end with, as hexadecimal."""
+    log = FlagLog(schedule)
+    log.add(flags[tick.index][chunk] if flags else 0 for tick in schedule for chunk, _ in tick.active)
+    return log.digest.hex()
 
 
-def speed_figure(gangs: Sequence[Gang], title: str) -> Figure:
-    """Speed-up over videos in flight, a line for each layout, full without reuse and dashed with it."""
-    figure, axes = common.new_plot(title, "videos in flight", "speed-up over one process with the same videos (x)")
-    groups: dict[tuple[Layout, bool, bool], list[Gang]] = {}
-    for one in gangs:
-        groups.setdefault((one.layout, *one.kind[1:]), []).append(one)
-    layouts = list(dict.fromkeys(one.layout for one in gangs))
-    for (layout, reuses, barrier), own in groups.items():
-        label = f"{own[0].names['layout']}{', reuse' * reuses}{', barrier' * barrier}"
-        xs, ys = [one.workload.videos for one in own], [one.speed_up for one in own]
-        colour, marker = COLOURS[layouts.index(layout) % len(COLOURS)], "x" if barrier else "o"
-        axes.plot(xs, ys, "" if barrier else "--" if reuses else "-", marker=marker, color=colour, label=label)
-    for wanted in (_PLAIN, _REUSED):
-        axes.axhline(wanted, color="#888888", linewidth=1, linestyle=":")
-    axes.set_xticks(sorted({one.workload.videos for one in gangs}))
-    axes.set_ylim(bottom=0)
-    common.legend_below(figure, axes, 3)
-    return figure
+def problems(layout: Layout, workload: Workload, made: Made, alone: Made) -> list[str]:
+    """What is not as it must be of a gang's videos: calls and bytes of every rank, flags, and latents.
+
+    One process has made the same videos, or more.
+    """
+    flags = alone.flags[: workload.videos]
+    plans = plans_of(workload, lambda what, step: (1.0,), flags)
+    calls, returning = sum(plan.calls for plan in plans), sum(plan.returning for plan in plans)
+    given = flags or [None] * workload.videos
+    digests = {str(number): flag_digest(workload.schedule, one) for number, one in enumerate(given)}
+    hidden, velocity = _chunk_bytes(workload, layout)
+    found = []
+    for counters in made.ranks:
+        rank = f"rank {counters['rank']}"
+        wanted = _item_bytes(hidden, Mesh(layout=layout, rank=counters["rank"]), calls, returning)
+        if counters["items"] != calls:
+            found.append(f"{rank}: {counters['items']} calls, not {calls}")
+        if counters["item_bytes"] != wanted:
+            found.append(f"{rank}: {counters['item_bytes']} bytes received with items, not {wanted}")
+        if counters["digests"] != digests:
+            found.append(f"{rank}: other flags than those of one process")
+    velocities = returning * (HEADER_BYTES + velocity) if layout.pp > 1 else 0
+    if made.ranks[0]["velocity_bytes"] != velocities:
+        found.append(f"rank 0: {made.ranks[0]['velocity_bytes']} bytes of velocities, not {velocities}")
+    if layout.cp == 1 and made.latents != alone.latents[: workload.videos]:
+        found.append("latents are not those of one process")
+    return found
+
+
+def _chunk_bytes(workload: Workload, layout: Layout) -> tuple[list[int], int]:
+    """Bytes of a chunk's hidden states on each cp_rank of a stage, and of its velocity."""
+    config, cells = model_config(workload.model), (workload.model.side // CELL_PIXELS) ** 2
+    frames, model = config.runtime_config.chunk_width, config.model_config
+    split = TokenSplit(frames * cells // model.patch_size**2, layout.cp)
+    return [count * model.hidden_size * _FLOAT for count in split.counts], frames * cells * model.in_channels * _FLOAT
+
+
+def _item_bytes(hidden: Sequence[int], mesh: Mesh, calls: int, returning: int) -> int:
+    """Bytes that a rank receives with items: its tokens, and on the tail those of its stage for reading out."""
+    received = 0 if mesh.leads else calls * (HEADER_BYTES + hidden[mesh.cp_rank])
+    if mesh.stage == mesh.last_stage and mesh.cp_rank == 0:
+        received += returning * sum(HEADER_BYTES + size for size in hidden[1:])
+    return received
 
 
 if __name__ == "__main__":

@@ -21,9 +21,7 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from benchmarks import common
@@ -41,9 +39,8 @@ _COLOUR, _DIRECTION, _PIXELS = 0.9, 0.8, 2.0  # what the project holds itself to
 _CHUNK = 24  # frames
 _TITLE = "magi-pocket: do videos show what their prompts say?"
 _CAPTION, _HEADER, _GAP = 225, 34, 4  # pixels of the contact sheet: left of a row, above all, around a frame
-_COLUMNS = (-215, -135)  # where a caption's lines begin
 _RIGHT, _WRONG = "#222222", "#c00000"
-_INCH = 75  # pixels of the sheet per inch of the figure, which makes a line of 7.5 points a sixth of a row
+_INCH = 75  # pixels of the sheet per inch of the figure, which makes a line of 7 points a sixth of a row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,14 +56,13 @@ def run(
     prompts: Annotated[int, typer.Option(min=1, max=MOST_PROMPTS, help="How many prompts.")] = 60,
     chunks: Annotated[int, typer.Option(min=2, help="Length of each video, in chunks of 24 frames.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of prompts and of all noise.")] = 9001,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own by default.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Folder of weights, in place of those that ship.")] = None,
     out: Out = Path("results/pocket_quality"),
 ) -> int:
     """Make videos of many prompts with magi-pocket and measure whether they show what was asked for."""
     common.output_folder(out)
     config = pocket_config()
-    num_steps = steps or config.runtime_config.num_steps
+    num_steps = config.runtime_config.num_steps
     engine = Engine(load_pipeline(config, weights, Loading()))
     requests = pocket_requests(prompts, chunks=chunks, num_steps=num_steps, seed=seed)
     strips = measure(make_videos(engine, requests), prompts)
@@ -85,19 +81,14 @@ def make_videos(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[s
 
 def measure(videos: Iterable[tuple[str, Tensor, float]], count: int) -> list[Strip]:
     """Measure videos as they come; only the frames that the sheet shows stay in memory."""
-    strips: list[Strip] = []
-    with common.progress_bar() as bar:
-        task = bar.add_task("videos", total=count)
-        for prompt, frames, seconds in videos:
-            measured, shown = adherence(frames, parse_prompt(prompt)), frames[sampled_frames(len(frames))]
-            strips.append(Strip(frames=shown, measured=measured, seconds=seconds))
-            colours, motions = (
-                sum(s.measured.colour_right for s in strips),
-                sum(s.measured.motion_right for s in strips),
-            )
-            tally = f"colour {colours}/{len(strips)}, direction {motions}/{len(strips)}"
-            bar.update(task, advance=1, description=tally)
-    return strips
+    return [
+        Strip(
+            frames=frames[sampled_frames(len(frames))],
+            measured=adherence(frames, parse_prompt(prompt)),
+            seconds=seconds,
+        )
+        for prompt, frames, seconds in common.progress(videos, "videos", count)
+    ]
 
 
 def report(out: Path, strips: Sequence[Strip], source: str) -> int:
@@ -201,44 +192,31 @@ def contact_sheet(strips: Sequence[Strip], title: str) -> Figure:
     axes.set_axis_off()
     axes.imshow(canvas.numpy(), interpolation="nearest", aspect="auto")
     axes.set(xlim=(-_CAPTION, canvas.shape[1]), ylim=(canvas.shape[0], -_HEADER))
-    axes.text(_COLUMNS[0], 5 - _HEADER, title, fontsize=9, fontweight="bold", va="top")
+    axes.text(8 - _CAPTION, 5 - _HEADER, title, fontsize=9, fontweight="bold", va="top")
     for place, frame in enumerate(sampled_frames(_CHUNK * count)[:count]):
         axes.text((place + 0.5) * width, -3, str(frame), fontsize=7.5, ha="center", va="bottom", color="#555555")
         if place and frame % _CHUNK == 0:
             axes.vlines(place * width, 0, canvas.shape[0], color="#222222", linewidth=1.5)
     for row, strip in enumerate(strips):
-        _caption(axes, row, row * height, height, strip.measured)
+        text, right = _caption(strip.measured)
+        middle = (row + 0.5) * height
+        axes.text(8 - _CAPTION, middle, text, fontsize=7, color=_RIGHT if right else _WRONG, va="center")
     return figure
 
 
-def _caption(axes: Axes, row: int, top: int, height: int, measured: Adherence) -> None:
-    """Four lines: prompt, colour and motion, shape, boundaries; in red and crossed where they are not as asked."""
-    x, y = measured.velocity
-    errors = " ".join(f"{error:.1f}" for error in measured.boundary_errors)
-    joined = max(measured.boundary_errors, default=0.0) <= _PIXELS
-    right = measured.colour_right and measured.motion_right and measured.shape_right and joined
-    if not right:
-        axes.add_patch(Rectangle((1 - _CAPTION, top), 4, height, color=_WRONG))
-    colour = f"{measured.colour or 'no colour'} {measured.colour_share:.0%}"
-    motion = f"{measured.motion or 'unclear'}  {x:+.2f}, {y:+.2f} px/frame"
-    shape = f"overlap {measured.overlap:.2f}, stray {measured.stray:.0%}"
-    lines: tuple[tuple[tuple[str, bool], ...], ...] = (
-        ((f"{row + 1}  {measured.scene.prompt}", right),),
-        ((colour, measured.colour_right), (motion, measured.motion_right)),
-        ((measured.shape or "no shape", measured.shape_right), (shape, True)),
-        (("boundaries", joined), (f"{errors or 'none'} px", joined)),
+def _caption(one: Adherence) -> tuple[str, bool]:
+    """What stands beside a row: prompt, colour and motion, shape, boundaries; and whether all is as asked."""
+    x, y = one.velocity
+    joined = max(one.boundary_errors, default=0.0) <= _PIXELS
+    lines = (
+        (one.scene.prompt, True),
+        (f"{one.colour or 'no colour'} {one.colour_share:.0%}", one.colour_right),
+        (f"{one.motion or 'unclear'} {x:+.2f}, {y:+.2f} px/frame", one.motion_right),
+        (f"{one.shape or 'no shape'}, overlap {one.overlap:.2f}, stray {one.stray:.0%}", one.shape_right),
+        (f"boundaries {' '.join(f'{error:.1f}' for error in one.boundary_errors) or 'none'} px", joined),
     )
-    for i, line in enumerate(lines):
-        for left, (text, good) in zip(_COLUMNS, line, strict=False):
-            axes.text(
-                left,
-                top + height * (i + 0.5) / len(lines),
-                text if good or not i else f"\N{BALLOT X} {text}",
-                fontsize=7.5 if i else 8.5,
-                fontweight="normal" if i else "bold",
-                color=_RIGHT if good else _WRONG,
-                va="center",
-            )
+    text = "\n".join(line if right else f"\N{BALLOT X} {line}" for line, right in lines)
+    return text, all(right for _, right in lines)
 
 
 if __name__ == "__main__":

@@ -44,23 +44,23 @@ MOST_PROMPTS = 1000  # of one run; its noise has as many seeds to itself
 _HEAD, _KEY_HEADS = 48, 4  # size of an attention head, and heads of keys
 _GAIN = 0.3 - 1  # of post-norms, which have an offset of one
 
-Model = Annotated[str, typer.Option(help="random or magi-pocket.")]
-Layers = Annotated[int, typer.Option(min=1, help="Layers of the random model.")]
-Width = Annotated[int, typer.Option(min=1, help="Width of the random model, a multiple of 192.")]
-Side = Annotated[int, typer.Option(min=1, help="Pixels of a frame's side.")]
 Chunks = Annotated[int, typer.Option(min=1, help="Length of a video.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps of a chunk.")]
-Fraction = Annotated[float, typer.Option(help="Share to compute with reuse, for random weights.")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
-    """Which model."""
+    """Which model: `random` or `magi-pocket`, which has a size of its own."""
 
-    name: str = "random"  # `random` or `magi-pocket`
-    layers: int = 8  # of a random model
-    width: int = 384  # of a random model
+    name: str = "random"
+    layers: int = 8
+    width: int = 384  # a multiple of 192
     side: int = 64  # pixels of a frame's side
+    threshold: float = 0.08  # of reuse that computes about half of the steps of random weights
+
+
+QUICK = ModelSpec(layers=2, width=192, side=32, threshold=0.3)
+"""So small that only the process matters, not the time that it takes."""
 
 
 class _NoFrames:
@@ -77,17 +77,10 @@ class _NoFrames:
 
 def model_config(spec: ModelSpec) -> MagiConfig:
     """The configuration of a model; an `InputError` if there is no such model."""
-    if spec.side < 16 or spec.side % 16:
-        raise InputError(f"frames of {spec.side} pixels: give --side as a multiple of 16")
     if spec.name == POCKET:
-        if spec.side != SIDE:
-            raise InputError(f"magi-pocket makes frames of {SIDE} pixels, not {spec.side}: leave out --side")
         return pocket_config()
     if spec.name != "random":
         raise InputError(f"unknown model {spec.name!r}: choose random or magi-pocket")
-    step = _HEAD * _KEY_HEADS
-    if spec.width < step or spec.width % step:
-        raise InputError(f"a width of {spec.width}: give --width as a multiple of {step}")
     values = pocket_config().to_dict()
     heads, width = spec.width // _HEAD, spec.width
     shape = {"num_layers": spec.layers, "hidden_size": width, "ffn_hidden_size": 4 * width, "kv_channels": _HEAD}
@@ -179,42 +172,15 @@ class Workload:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TimedCall:
-    """Mean times of the passes of one name and step."""
-
-    name: str  # of the pass
-    step: int | None  # of the chunk; None for a pass over a finished chunk
-    count: int  # how many there were
-    seconds: tuple[float, ...]  # on each stage of the split
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Timing:
-    """Where the time of one process goes."""
-
-    calls: tuple[TimedCall, ...]  # what passes take, stage by stage, embedding and reading out counted in
-    embed: float  # seconds of one patch embedding
-    rest: float  # seconds per pass outside of calls: decisions and distances, steps, bookkeeping
-
-    @property
-    def means(self) -> tuple[float, ...]:
-        """Mean seconds of a pass on each stage."""
-        seconds, counts = [call.seconds for call in self.calls], [call.count for call in self.calls]
-        return tuple(np.average(seconds, axis=0, weights=counts).tolist())
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Made:
     """What came of a workload."""
 
     seconds: float  # from the first video's submission to the last chunk
     latents: tuple[tuple[str, ...], ...]  # digests of each video's chunks
-    first_chunk: float = 0.0  # seconds until the first chunk of the first video
     videos: tuple[float, ...] = ()  # seconds of each video, where one was made after another
     flags: tuple[Flags, ...] = ()  # of each video; nothing where no step may be reused
     ranks: tuple[dict[str, Any], ...] = ()  # the counters of all ranks of a gang
     hop: float = 0.0  # seconds of a message with hidden states from one rank to another, if it was measured
-    timing: Timing | None = None  # of one process, if wanted
     start: float | None = None  # seconds until all ranks of a cluster were warm
     losses: tuple[str, ...] = ()  # why gangs of a cluster were lost; there should be none
 

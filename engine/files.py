@@ -139,13 +139,13 @@ def _try_part(path: Path) -> None:
 
 
 def remove_stale_parts(folder: Path) -> None:
-    """Remove the unfinished files of processes of this machine that are gone. Of others nothing is known."""
+    """Remove what processes of this machine that are gone have left unfinished. Of others nothing is known."""
     machine = _machine()
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             found = _PART.fullmatch(path.name)
             if found is not None and found[1] == machine and not runs(int(found[2])):
-                path.unlink(missing_ok=True)
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _machine() -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from parallel.ranks.environment import RankEnv
@@ -29,10 +31,12 @@ class _Unwind:
 
     def __init__(self) -> None:
         self._received: int | None = None
+        self.deferred = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self._received = number
-        self.check()
+        if not self.deferred:
+            self.check()
 
     def check(self) -> None:
         """Raise for a signal that came, again if a library has swallowed the exception."""
@@ -42,6 +46,9 @@ class _Unwind:
             sys.exit(_SIGNAL_BASE + self._received)
 
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def unwind_on_signals() -> None:
     """From now on Ctrl-C, SIGTERM and SIGHUP (a closed terminal) unwind this process; nothing is left behind.
 
@@ -49,16 +56,35 @@ def unwind_on_signals() -> None:
     and SIGHUP from its gang, which first finds out why.
     """
     handler, alone = _Unwind(), RankEnv.from_environment() is None
-    for number in (signal.SIGINT, *((signal.SIGTERM, signal.SIGHUP) if alone else ())):
+    for number in _ENDING if alone else _ENDING[:1]:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
 
 
 def check_signals() -> None:
     """Raise if a signal came that should have ended this process; to be called in every long loop."""
-    handler = signal.getsignal(signal.SIGINT)
-    if isinstance(handler, _Unwind):
+    if (handler := _handler()) is not None:
         handler.check()
+
+
+@contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Within, a signal interrupts nothing, as libraries could not bear it: `check_signals` raises, and the end does."""
+    handler = _handler()
+    if handler is None:
+        yield
+        return
+    handler.deferred = True
+    try:
+        yield
+    finally:
+        handler.deferred = False
+    handler.check()
+
+
+def _handler() -> _Unwind | None:
+    found = (signal.getsignal(number) for number in _ENDING)
+    return next((handler for handler in found if isinstance(handler, _Unwind)), None)
 
 
 def speaks_for_all(env: RankEnv | None) -> bool:

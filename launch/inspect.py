@@ -21,7 +21,7 @@ from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.folder import ModelFiles, dit_folder, find_files, recognise
 from models.magi.presets import preset_of
-from models.magi.text import T5_FOLDER, check_t5, read_special_tokens
+from models.magi.text import T5_FOLDER, SpecialTokens, check_t5
 from models.magi.weights import Checkpoint, Stored, read_through
 from parallel.mesh import Layout
 
@@ -124,7 +124,7 @@ def _parameters(stored: Stored) -> int:
 
 
 def _special(path: Path, config: MagiConfig) -> str:
-    read_special_tokens(path, channels=config.model_config.caption_channels)
+    SpecialTokens.from_npz(path, channels=config.model_config.caption_channels)
     return "quality and duration"
 
 

@@ -19,6 +19,7 @@ from models.errors import InputError
 _video, _start = partial(option, "The video"), partial(option, "Start from something")
 _reuse, _passes, _memory = partial(option, "Reuse"), partial(option, "Extra passes"), partial(option, "Memory")
 _record, _ranks = partial(option, "Record"), partial(option, "Ranks")
+_text = partial(option, "Text and guidance")
 _files, _compute = partial(option, "Model files"), partial(option, "How to compute")
 _gangs, _safety = partial(option, "Gangs"), partial(option, "When something goes wrong")
 TRACE_FILE = "trace.json"  # in the folder of a record
@@ -67,6 +68,37 @@ class Options:
         line=True,
     )
 
+    fps: int | None = _video(
+        "Frames of a second of video, which the autoencoder's tiles follow; the model's own by default.",
+        within=(16, 120),
+    )
+    window: int | None = _video(
+        "Chunks that are denoised at once; fewer need less memory. The model's own by default.", within=(1, 64)
+    )
+    special: str | None = _text(
+        "Released models: what kind of video is wanted, from HQ, DURATION, STATIC, DYNAMIC, BORDERNESS, 3D and 2D; or "
+        "none.",
+        metavar="NAMES",
+        shown="HQ,DURATION",
+    )
+    negative: bool = _text(
+        "Released models: put the learned tokens of captions, logos, cuts and borders into the text that guidance "
+        "leads away from.",
+        default=False,
+    )
+    text_scales: str | None = _text(
+        "Released base models: how strongly the text guides, one number or one for each of the times.",
+        metavar="NUMBERS",
+        shown="7.5,7.5,7.5,0,0",
+    )
+    chunk_scales: str | None = _text(
+        "Likewise, how strongly the chunks before guide.", metavar="NUMBERS", shown="1.5,1.5,1.5,1,1"
+    )
+    guidance_times: str | None = _text(
+        "Times from which each of these numbers holds, 0 noise and 1 clean.",
+        metavar="NUMBERS",
+        shown="0,0.0217,0.1,0.3,0.999",
+    )
     image: Path | None = _start("A picture that the video begins with.", batch=False, line=True)
     video: Path | None = _start("A clip that the video goes on from.", batch=False, line=True)
 
@@ -111,6 +143,10 @@ class Options:
     copy_pass: bool | None = _passes(
         "Distilled models: run the cleanest chunk twice, once without its past, and blend the two. With --cache "
         "none it is on; the presets of reuse leave it out, as published."
+    )
+
+    copy_weight: float | None = _passes(
+        "Weight of that copy, which does not see the past, in the blend.", within=(0, 1), shown="0.3"
     )
 
     kv_budget: int | None = _memory(
@@ -204,7 +240,7 @@ class Options:
         default="reference",
     )
     threads: int | None = _compute(
-        "CPU threads; by default all cores, shared evenly among ranks (torchrun: 1 each).",
+        "CPU threads; by default all cores, shared evenly among ranks (torchrun and Ray, so a batch: 1 each).",
         within=(1, 1024),
         hint=f"; this machine has {os.cpu_count()} cores",
     )
@@ -267,6 +303,16 @@ def together(options: Options, videos: int, *, ranks: bool | None = None) -> int
     """
     on_ranks = options.pp * options.cp > 1 if ranks is None else ranks
     return min(videos, options.concurrency or (max(2, (options.pp + 1) // 2) if on_ranks else 1))
+
+
+def ray_address() -> str | None:
+    """Where the Ray cluster is to be joined; None for one that is started on this machine."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+def threads_of_a_rank(options: Options) -> int:
+    """CPU threads of each rank on Ray; they change the bits of a video, so the default is one wherever it runs."""
+    return options.threads or 1
 
 
 def parse_size(text: str) -> int:

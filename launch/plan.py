@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -22,14 +22,14 @@ from engine.request import Prefix, Request
 from engine.reuse.policy import ReuseSettings
 from launch.media import read_image, read_video
 from launch.memory import Job, vae_bytes
-from launch.options import CacheName, Options, ReuseKind, together
+from launch.options import CacheName, Options, ReuseKind, ray_address, together
 from models.attention import attention_backend
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.folder import find_files, recognise
 from models.magi.presets import POCKET, find_preset, preset_of
-from models.magi.sampling import MagiSampling
-from models.magi.text import TextLoading
+from models.magi.sampling import COPY_WEIGHT, MagiSampling
+from models.magi.text import SPECIAL, SpecialToken, TextLoading
 from models.pocket.text import parse_prompt
 from parallel.cluster.config import MagiSource, video_size
 from parallel.cluster.messages import VideoOrder
@@ -89,8 +89,11 @@ def plan_model(options: Options) -> ModelPlan:
     stage_sizes(config, options.pp, options.split)  # says whether the stages fit
     if (heads := config.model_config.num_query_groups) % options.cp:
         raise InputError(f"--cp {options.cp} does not divide the model's {heads} key heads")
+    config = _changed(config, options)
     num_steps = options.steps or config.runtime_config.num_steps
     sampling = MagiSampling(config=config, num_steps=num_steps)  # says whether the steps fit
+    if config.runtime_config.t5_pretrained is None:
+        _check_no_text_options(options, name)
     figures = POCKET_FIGURES if config.runtime_config.t5_pretrained is None else MAGI_1_FIGURES
     reuse = reuse_settings(options, figures, num_steps=num_steps, guided=sampling.guided)
     attention_backend(options.attention)  # says whether it can run here
@@ -102,8 +105,11 @@ def plan_model(options: Options) -> ModelPlan:
             tokens=options.special_tokens,
             device=options.t5_device,
             dtype=options.t5_dtype,
+            special=_special(options.special),
+            negative=options.negative,
             cache=options.prompt_cache or prompt_cache(),
         ),
+        copy_weight=COPY_WEIGHT if options.copy_weight is None else options.copy_weight,
         split=options.split,
         precise=options.precision == "reference",
         attention=options.attention,
@@ -180,7 +186,7 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
             f"{model.name} looks back at the whole video (noise2clean_kvrange is empty), so that {request.chunks:,} "
             f"chunks hold {plan.size.kv_bytes / 1e9:,.1f} GB of keys and values: give --kv-budget CHUNKS"
         )
-    if options.launcher != "ray":  # whose ranks may be anywhere
+    if options.launcher != "ray" or (model.device == "cpu" and not ray_address()):  # whose ranks may be anywhere
         job(plan, at_a_time).check(model.device)
     return replace(plan, request=replace(request, prefix=_prefix(options, request, fps=runtime.fps)))
 
@@ -233,6 +239,60 @@ def _model(options: Options) -> tuple[str, MagiConfig]:
         return str(options.weights) if preset is None else preset.name, config
     name = options.model or POCKET
     return name, find_preset(name).config()
+
+
+def _changed(config: MagiConfig, options: Options) -> MagiConfig:
+    """The configuration with the sampling settings that were given in place of its own."""
+    runtime = config.runtime_config
+    guidance = {
+        "cfg_t_range": ("--guidance-times", options.guidance_times),
+        "prev_chunk_scales": ("--chunk-scales", options.chunk_scales),
+        "text_scales": ("--text-scales", options.text_scales),
+    }
+    given = {key: _numbers(name, text) for key, (name, text) in guidance.items() if text is not None}
+    if given and runtime.cfg_number == 1:
+        raise InputError(f"{guidance[next(iter(given))][0]} is for models with guidance, this one is distilled")
+    changes = _given(options, {"fps": "fps", "window": "window_size"})
+    if given:
+        count = len(given.get("cfg_t_range", runtime.cfg_t_range))
+        for key, (name, _) in guidance.items():
+            numbers = given.get(key, list(getattr(runtime, key)))
+            if len(numbers) not in (1, count):
+                raise InputError(f"{name} has {len(numbers)} numbers, but there are {count} times: give 1 or {count}")
+            changes[key] = numbers * count if len(numbers) == 1 else numbers
+    if not changes:
+        return config
+    values = config.to_dict()
+    values["runtime_config"] |= changes
+    return MagiConfig.from_dict(values, source="these options")
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{name} {text} is not a list of numbers such as 7.5,7.5,0") from None
+    if not all(map(math.isfinite, numbers)):
+        raise InputError(f"{name} {text} has a number that is not finite")
+    return numbers
+
+
+def _check_no_text_options(options: Options, name: str) -> None:
+    for option in ("special", "special_tokens", "t5_device", "t5_dtype", "prompt_cache"):
+        if getattr(options, option) is not None or options.negative:
+            flag = "negative" if options.negative else option.replace("_", "-")
+            raise InputError(f"--{flag} is for models that read prompts with T5, {name} does not: leave it out")
+
+
+def _special(text: str | None) -> tuple[SpecialToken, ...]:
+    """Names of special tokens, of a text such as `HQ,3D`."""
+    if text is None:
+        return SPECIAL
+    known = get_args(SpecialToken)
+    names = [] if text == "none" else text.upper().split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"--special {text}: {unknown[0]!r} is not known: choose from {', '.join(known)}, or none")
+    return tuple(name for name in known if name in names)
 
 
 def _chunks(options: Options, config: MagiConfig) -> int:

@@ -1,6 +1,6 @@
-"""Do videos survive when processes and machines fail? Causes failures while a batch is made, and keeps account.
+"""Do videos survive when processes, machines and disks fail? Causes failures while they are made, and keeps account.
 
-    python -m benchmarks.chaos --out results/chaos                     # 20 failures, some minutes
+    python -m benchmarks.chaos --out results/chaos                     # 20 failures and five around `batch`
     python -m benchmarks.chaos --quick --out /tmp/chaos                # 3 failures
     python -m benchmarks.chaos --failures 50 --kinds rank,gang --seed 7
 
@@ -8,6 +8,7 @@ Gangs make videos on a Ray cluster of several nodes, all of them on this machine
 then the same videos again and again until all failures were caused. Ranks, whole gangs and nodes fail, chosen by seed:
 killed, stopped, or cut off as by a loss of power. Most failures wait until the gang that was hit before works again,
 some do not. An account is kept from the log of events and from the checkpoints on the disk at the moment of each loss.
+The other kinds (driver, part, checkpoint, disk, gcs) hit `flowcache batch`, once each: see `benchmarks.chaos.batch`.
 
 Exit status 0 if every video is complete with the latents of the undisturbed run, no work from before a checkpoint was
 done again, and no process is left; 1 if not, 2 for bad input.
@@ -15,23 +16,25 @@ done again, and no process is left; 1 if not, 2 for bad input.
 
 from __future__ import annotations
 
-import _thread
 import shutil
+import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
 
 from benchmarks.chaos.account import Account, ChaosRun, Mark, facts, fault_rows, verdicts
+from benchmarks.chaos.batch import run_batches
 from benchmarks.chaos.faults import (
+    GANG_KINDS,
     Injector,
     Kind,
     Nodes,
@@ -42,13 +45,12 @@ from benchmarks.chaos.faults import (
     simulated_cluster,
     survivors,
 )
-from benchmarks.common import Out, machine_line, new_log, output_folder, publish, renamed, run_command, table
-from benchmarks.ray_runs import GangSetup, warm_up
+from benchmarks.cluster import GangSetup, warm_up
+from benchmarks.common import Out, machine_line, new_log, output_folder, publish, run_command
 from benchmarks.runs import reuse_for
-from benchmarks.workload import Chunks, Fraction, Layers, Model, ModelSpec, Side, Steps, Width, Workload
+from benchmarks.workload import QUICK, ModelSpec, Workload
 from engine.checkpoint.files import CheckpointConfig, newest
 from engine.kv.layout import KVSettings
-from models.errors import InputError
 from parallel.cluster.controller import Controller
 from parallel.cluster.messages import Event, GangDown, GangLost, GangReady, VideoDone, VideoOrder
 from parallel.health.timeouts import Timeouts
@@ -57,6 +59,7 @@ from parallel.mesh import Layout
 _TIMEOUTS = Timeouts(silent=5.0, first=90.0, step=40.0, grace=1.0)
 _RANKS_END, _ALL_END = 10.0, 30.0
 _SPARE_RESTARTS = 20
+_LAYOUT, _GANGS, _KV_BUDGET = Layout(pp=2), 2, 3
 _NOTES = """\
 Seconds after the failure until the controller knew of it, until the gang waited for work again, and until it had done a
 quantum again. Quanta again, chunks again: of the videos that were hit; what a gang's loss has cost stands with the
@@ -68,77 +71,60 @@ class Setup:
     """What is made, and what is to happen to it."""
 
     gangs: GangSetup
-    every: int  # chunks from one checkpoint to the next
     nodes: int
     plan: tuple[PlannedFault, ...]
-    limit: float  # seconds after which the run is broken off
+    limit: int  # seconds after which the run is broken off
 
 
 def run(
-    model: Model = "random",
-    layers: Layers = 8,
-    width: Width = 384,
-    side: Side = 64,
     videos: Annotated[int, typer.Option(min=1, help="Videos of the batch.")] = 8,
-    chunks: Chunks = 6,
-    steps: Steps = 16,
-    fraction: Fraction = 0.55,
-    kv_budget: Annotated[int, typer.Option(min=1, help="Finished chunks that are held.")] = 3,
-    gangs: Annotated[int, typer.Option(min=1, help="Gangs.")] = 2,
-    pp: Annotated[int, typer.Option(min=1, help="Stages of a gang.")] = 2,
-    cp: Annotated[int, typer.Option(min=1, help="Ranks of a stage.")] = 1,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes, each with room for one gang.")] = 3,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Chunks from one checkpoint to the next.")] = 1,
     failures: Annotated[int, typer.Option(min=1, help="How many failures.")] = 20,
-    kinds: Annotated[str, typer.Option(help="What fails: of rank, gang and node.")] = "rank,gang,node",
+    kinds: Annotated[str, typer.Option(help="What fails, with commas between.")] = ",".join(Kind),
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of failures.")] = 0,
-    limit: Annotated[float, typer.Option(min=1, help="Seconds after which the run is broken off.")] = 900.0,
-    quick: Annotated[bool, typer.Option("--quick", help="Three failures, and small videos.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="Seconds after which the run is broken off.")] = 900,
+    quick: Annotated[bool, typer.Option("--quick", help="At most three failures, and small videos.")] = False,
     out: Out = Path("results/chaos"),
 ) -> int:
-    """Disturb a batch of videos."""
-    if quick:
-        failures, videos, layers, steps = min(failures, 3), min(videos, 4), min(layers, 4), min(steps, 8)
+    """Disturb videos while they are made."""
     chosen = parse_kinds(kinds)
-    if nodes < gangs + (Kind.NODE in chosen):
-        raise InputError(f"--nodes {nodes} are too few for --gangs {gangs}: one for each, and one more if nodes fail")
-    spec = ModelSpec(name=model, layers=layers, width=width, side=side)
-    workload = Workload(model=spec, chunks=chunks, steps=steps, videos=videos, kv=KVSettings(budget=kv_budget))
-    layout, restarts = Layout(pp=pp, cp=cp), gangs * failures + _SPARE_RESTARTS
-    pool = GangSetup(workload=workload, layout=layout, gangs=gangs, timeouts=_TIMEOUTS, max_restarts=restarts)
-    _ = pool.settings  # checks all of it
+    of_gangs, others = [[kind for kind in chosen if (kind in GANG_KINDS) is own] for own in (True, False)]
     output_folder(out)
-    log = new_log()
-    log("looking for a threshold of reuse")
-    reuse = reuse_for(replace(workload, kv=KVSettings()), fraction)
-    setup = Setup(
-        gangs=replace(pool, workload=replace(workload, reuse=reuse)),
-        every=checkpoint_every,
-        nodes=nodes,
-        plan=tuple(plan_faults(failures, chosen, seed)),
-        limit=limit,
-    )
+    log, status = new_log(), 0
     with (out / "ray.log").open("w") as file, redirect_stdout(file):  # Ray prints every process that it has lost
-        found = _disturb(setup, log)
-    return _write(out, setup, found, seed)
+        if of_gangs:
+            setup = _setup(of_gangs, failures, videos, seed, limit, quick)
+            found = _disturb(setup, log)
+    if of_gangs:
+        status = _write(out, setup, found, seed)
+    return status | (run_batches(out, others, log) if others else 0)
+
+
+def _setup(kinds: Sequence[Kind], failures: int, videos: int, seed: int, limit: int, quick: bool) -> Setup:
+    model, chunks, steps = ModelSpec(), 6, 16
+    if quick:
+        model, chunks, steps, failures, videos = QUICK, 4, 8, min(failures, 3), min(videos, 4)
+    plain = Workload(model=model, chunks=chunks, steps=steps, videos=videos)
+    workload = replace(plain, kv=KVSettings(budget=_KV_BUDGET), reuse=reuse_for(model))
+    restarts = _GANGS * failures + _SPARE_RESTARTS
+    gangs = GangSetup(workload=workload, layout=_LAYOUT, gangs=_GANGS, timeouts=_TIMEOUTS, max_restarts=restarts)
+    nodes = _GANGS + (Kind.NODE in kinds)  # each with room for one gang
+    return Setup(gangs=gangs, nodes=nodes, plan=tuple(plan_faults(failures, kinds, seed)), limit=limit)
 
 
 def _write(out: Path, setup: Setup, found: ChaosRun, seed: int) -> int:
-    layout, made = setup.gangs.layout, setup.gangs.workload
+    workload = setup.gangs.workload
     about = (
-        f"{setup.gangs.gangs} gangs of pp {layout.pp} x cp {layout.cp} on {setup.nodes} simulated nodes; videos of "
-        f"{made.chunks} chunks and {made.steps} steps, a checkpoint every {setup.every} chunks; seed {seed}. "
-        f"{machine_line()}; one thread per rank."
+        f"{_GANGS} gangs of pp {_LAYOUT.pp} on {setup.nodes} simulated nodes; videos of {workload.chunks} chunks and "
+        f"{workload.steps} steps, a checkpoint at every chunk; seed {seed}. {machine_line()}; one thread per rank."
     )
     rows = fault_rows(found)
-    named = [renamed(row, [name.replace("_", " ") for name in row]) for row in rows]
     return publish(
         out,
         "chaos",
-        title="Failures during a batch",
-        about=about,
+        title="Failures of gangs",
+        about=f"{about}\n\n{_NOTES}",
         verdicts=verdicts(found),
-        sections={"Failures": f"{_NOTES}\n\n{table(named)}", "What it cost": facts(found)},
+        sections={"Failures": rows, "What it cost": facts(found)},
         data=rows,
     )
 
@@ -149,33 +135,22 @@ def _disturb(setup: Setup, log: Callable[[str], None]) -> ChaosRun:
         runner = _Runner(setup, Path(name), log)
         found = runner.found
         log(f"starting {setup.nodes} nodes")
-        cpus = setup.gangs.layout.world_size
-        with simulated_cluster(setup.nodes, cpus, mark) as nodes, _limit(setup.limit, found):
+        with simulated_cluster(setup.nodes, setup.gangs.layout.world_size, mark) as nodes:
+            signal.signal(signal.SIGALRM, _too_long)
+            signal.alarm(setup.limit)
             try:
                 runner.run(nodes)
-            except KeyboardInterrupt:
-                if not found.unfinished:
-                    raise
+            except TimeoutError:
+                found.unfinished = f"not through after {setup.limit} s"
+            finally:
+                signal.alarm(0)
             left = survivors(mark, _RANKS_END, runner.pids)
         found.left = {**left, **survivors(mark, _ALL_END)}
         return found
 
 
-@contextmanager
-def _limit(seconds: float, found: ChaosRun) -> Iterator[None]:
-    """Break off what takes too long."""
-
-    def end() -> None:
-        found.unfinished = f"not through after {seconds:.0f} s"
-        _thread.interrupt_main()
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+def _too_long(number: int, frame: FrameType | None) -> None:
+    raise TimeoutError
 
 
 def _mark(folder: Path) -> Mark | None:
@@ -192,7 +167,7 @@ class _Runner:
         self._requests = setup.gangs.workload.requests
         account = Account(lambda video: _mark(folder / video))
         distinct = len(self._requests)
-        self.found = ChaosRun(wanted=len(setup.plan), every=setup.every, distinct=distinct, account=account)
+        self.found = ChaosRun(wanted=len(setup.plan), distinct=distinct, account=account)
         self._done: deque[str] = deque()
         self.pids: set[int] = set()
         """Of all ranks that were ever seen."""
@@ -260,7 +235,7 @@ class _Runner:
         return self._order(f"video-{number}", number % self.found.distinct)
 
     def _order(self, video: str, number: int) -> VideoOrder:
-        checkpoint = CheckpointConfig(folder=self._folder / video, every=self._setup.every)
+        checkpoint = CheckpointConfig(folder=self._folder / video, every=1)
         return self._setup.gangs.order(video, self._requests[number], checkpoint)
 
     def _show(self, event: Event) -> None:

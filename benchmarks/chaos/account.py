@@ -6,12 +6,13 @@ code with what decides where videos go on. It causes nothing, and knows neither 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.cluster import Outcome
 from benchmarks.common import Row, Verdict
-from benchmarks.ray_runs import Outcome
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +65,7 @@ class Account:
 
     def __init__(self, newest: Callable[[str], Mark | None]) -> None:
         self._newest = newest
-        self._videos: dict[str, _Video] = {}
+        self._videos: dict[str, _Video] = defaultdict(_Video)
         self.losses: list[Loss] = []
         """In their order."""
         self.restarts = 0
@@ -89,10 +90,6 @@ class Account:
                 self._lost(gang, seconds, entry["message"], tuple(entry["videos"]))
             case "Restarted":
                 self.restarts += 1
-            case "Admitted":
-                self._admitted(entry["video"], entry["first"])
-            case "QuantumReady":
-                self._ready(entry["video"], entry["quantum"])
             case "QuantumDone":
                 self._done(entry["video"], entry["quantum"], gang, seconds)
             case "ChunkMade":
@@ -102,9 +99,6 @@ class Account:
         """Whether a gang was lost after a time, and works again. May be asked by any thread."""
         return gang in self.working and any(loss.gang == gang and loss.seconds >= since for loss in tuple(self.losses))
 
-    def _video(self, name: str) -> _Video:
-        return self._videos.setdefault(name, _Video())
-
     def _open(self, gang: str) -> list[Loss]:
         return [loss for loss in self.losses if loss.gang == gang and loss.works is None]
 
@@ -113,31 +107,15 @@ class Account:
         loss = Loss(gang=gang, seconds=seconds, message=message, videos=videos)
         self.losses.append(loss)
         for name in videos:
-            video, found = self._video(name), self._newest(name) or Mark()
-            safe = video.safe
-            if found.quantum < safe.quantum:
-                gone = f"its checkpoint of quantum {safe.quantum} is gone"
-                self._blame(name, f"{gone}; there is one of quantum {found.quantum}")
-            if found.chunks > video.made:
-                self._blame(name, f"its checkpoint is after chunk {found.chunks - 1}, which was not handed in")
-            chunks = max(safe.chunks, min(found.chunks, video.made))
-            video.safe = Mark(quantum=max(safe.quantum, found.quantum), chunks=chunks)
+            video, found = self._videos[name], self._newest(name) or Mark()
+            video.safe = Mark(
+                quantum=max(video.safe.quantum, found.quantum),
+                chunks=max(video.safe.chunks, min(found.chunks, video.made)),
+            )
             video.loss, video.again = loss, 0
 
-    def _admitted(self, name: str, first: int) -> None:
-        video = self._video(name)
-        if first < video.safe.chunks:
-            self._blame(name, f"it goes on with chunk {first}, though those before {video.safe.chunks} are safe")
-        if first > video.made:
-            self._blame(name, f"it goes on with chunk {first}, and {video.made} was not handed in")
-
-    def _ready(self, name: str, quantum: int) -> None:
-        video = self._video(name)
-        if quantum < video.safe.quantum:
-            self._blame(name, f"it goes on with quantum {quantum}, though those before {video.safe.quantum} are safe")
-
     def _done(self, name: str, quantum: int, gang: str, seconds: float) -> None:
-        video = self._video(name)
+        video = self._videos[name]
         self.quanta += 1
         self.working.add(gang)
         for loss in self._open(gang):
@@ -157,7 +135,7 @@ class Account:
         video.loss.worst = max(video.loss.worst, video.again)
 
     def _made(self, name: str, index: int) -> None:
-        video = self._video(name)
+        video = self._videos[name]
         if index < video.safe.chunks:
             self._blame(name, f"chunk {index} was made again, though those before {video.safe.chunks} are safe")
         if index > video.made:
@@ -188,7 +166,6 @@ class ChaosRun:
     """All that came of a run: first a batch without failures, then the same videos again and again with them."""
 
     wanted: int  # failures that were to be caused
-    every: int  # chunks from one checkpoint to the next
     distinct: int  # videos that differ
     account: Account
     undisturbed: Outcome = field(default_factory=Outcome)  # of the batch without failures
@@ -217,16 +194,6 @@ class ChaosRun:
         both = zip(self.faults, matched(self.faults, self.account.losses), strict=True)
         return sum(len(losses) == len(one.gangs) and all(loss.works for loss in losses) for one, losses in both)
 
-    @property
-    def not_hit(self) -> list[Loss]:
-        """Gangs that were lost though nothing had hit them since they were last ready."""
-        return [loss for loss in self.account.losses if not self._was_hit(loss)]
-
-    def _was_hit(self, loss: Loss) -> bool:
-        own = [one.ready for one in self.account.losses if one.gang == loss.gang and one.ready is not None]
-        since = max((ready for ready in own if ready <= loss.seconds), default=0.0)
-        return any(loss.gang in one.gangs and since <= one.seconds <= loss.seconds for one in self.faults)
-
 
 def verdicts(run: ChaosRun) -> list[Verdict]:
     """What the run is held to."""
@@ -234,7 +201,7 @@ def verdicts(run: ChaosRun) -> list[Verdict]:
     videos, done = len(run.disturbed.chunks), len(run.disturbed.done)
     worst = max((loss.worst for loss in account.losses), default=0)
     wrong = len(account.violations) + len(run.disturbed.problems)
-    same, most = videos - len(different), 2 * run.every
+    same, most = videos - len(different), 2
     return [
         Verdict("failures caused", str(faults), str(run.wanted), faults >= run.wanted),
         Verdict("made good", str(run.good), f"all {faults}", run.good == faults),
@@ -282,22 +249,10 @@ def facts(run: ChaosRun) -> str:
         f"{len(run.disturbed.chunks)} in {run.seconds:.1f} s, {quanta} quanta",
         f"{account.quanta_again} quanta were done again ({again} of all); a quantum is the work of one chunk",
         f"{account.chunks_again} finished chunks came again, which were not yet covered by a checkpoint",
-        f"gangs were started again {account.restarts} times, and did no work for {_down(account.losses):.0f} s, all "
-        "gangs together",
+        f"gangs were started again {account.restarts} times",
         f"undisturbed the same videos would have taken {needed:.0f} s: {run.seconds - needed:.0f} s were lost",
-        f"gangs lost that nothing had hit: {len(run.not_hit)}",
     ]
     lines += [*account.violations, *run.disturbed.problems, *(f"left: {pid} {name}" for pid, name in run.left.items())]
     lines += [f"other latents: {name}" for name in run.different]
     lines += [f"{name} failed: {why}" for name, why in run.disturbed.failed.items()]
-    lines += [f"{loss.gang} at {loss.seconds:.1f} s, not hit: {loss.message}" for loss in run.not_hit]
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _down(losses: Sequence[Loss]) -> float:
-    """Seconds in which gangs did no work; losses of a gang before it worked again run together."""
-    total, until = 0.0, dict.fromkeys((loss.gang for loss in losses), 0.0)
-    for loss in losses:
-        if loss.works is not None and loss.seconds >= until[loss.gang]:
-            total, until[loss.gang] = total + loss.works - loss.seconds, loss.works
-    return total

@@ -44,6 +44,15 @@ class Kind(StrEnum):
     RANK = "rank"
     GANG = "gang"
     NODE = "node"
+    DRIVER = "driver"
+    PART = "part"
+    CHECKPOINT = "checkpoint"
+    DISK = "disk"
+    GCS = "gcs"
+
+
+GANG_KINDS = (Kind.RANK, Kind.GANG, Kind.NODE)
+"""Those that a gang is hit by; the others are of `benchmarks.chaos.batch`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,38 +8,38 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.common import Cell, Row, Verdict, legend_below, median, new_plot, renamed, table
-from benchmarks.quality.sweep import WORK, Setting, mean
-from benchmarks.quality.trial import Trial
+from benchmarks.common import Cell, Row, Verdict, legend_below, median, new_plot, table
+from benchmarks.quality.trial import WORK, Setting, Trial
 
 FRACTIONS = (0.8, 0.65, 0.5)
 """Computed fractions at which curves are compared."""
 _WORK_TOLERANCE = 0.02
 _SPEED_SHARE = 0.9
 _MOST_PROMPTS = 0.75  # share of the prompts that a comparison must rest on
-_COLOURS = {"residual": "#d55e00", "velocity": "#0072b2", "extrapolate": "#009e73"}
-_OTHER_COLOURS = ("#cc79a7", "#000000")
+_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#000000")  # of what stands in
 _STYLES = {"flowcache": ("-", "o", "chunk by chunk"), "teacache": ("--", "s", "whole window")}
 
 Way = tuple[str, str]
 """A method and the label of what stands in for a reused step; a curve for each."""
 
 
+def mean(values: Sequence[float]) -> float:
+    """The mean; not a number where there are no values."""
+    return statistics.fmean(values) if values else math.nan
+
+
 def _mean(name: str) -> Callable[[Sequence[Trial]], Cell]:
     return lambda same: mean([getattr(one, name) for one in same])
-
-
-def _median(name: str) -> Callable[[Sequence[Trial]], Cell]:
-    return lambda same: median(getattr(one, name) for one in same)
 
 
 def speed_up(same: Sequence[Trial]) -> float:
@@ -53,8 +53,7 @@ _MEASURED: dict[str, Callable[[Sequence[Trial]], Cell]] = {
     "passes_run": _mean("items"),
     "tflop": _mean("tflop"),
     "flop_vs_vanilla": _mean("work"),
-    "seconds": _median("seconds"),
-    "decode_seconds": _median("decode_seconds"),
+    "seconds": lambda same: median(one.seconds for one in same),
     "speedup": speed_up,
     "speedup_vs_vanilla": lambda same: median(one.vanilla_seconds / one.seconds for one in same),
     "psnr": _mean("psnr"),
@@ -63,48 +62,18 @@ _MEASURED: dict[str, Callable[[Sequence[Trial]], Cell]] = {
     "latent_error": _mean("latent_error"),
     "psnr_uncompressed": _mean("psnr_uncompressed"),
     "psnr_vs_vanilla": _mean("psnr_vanilla"),
-    "ssim_vs_vanilla": _mean("ssim_vanilla"),
     "colour_right": _mean("colour_right"),
     "direction_right": _mean("motion_right"),
     "whole_shape": _mean("whole"),
-    "boundary_error_px": _median("boundary_error"),
 }
-_COST = ("computed", "tflop", "flop_vs_vanilla", "seconds", "speedup", "speedup_vs_vanilla")
-_FOLLOWS = ("colour_right", "direction_right", "whole_shape")
-_TABLES: tuple[tuple[str, tuple[str, ...], Callable[[Setting], bool]], ...] = (
-    (
-        "Without reuse",
-        (*_COST, "psnr_vs_vanilla", "ssim_vs_vanilla", *_FOLLOWS),
-        lambda setting: not setting.reuses and setting.budget is None,
-    ),
-    (
-        "Reuse",
-        (*_COST, "psnr", "psnr_worst", "ssim", "latent_error", "psnr_vs_vanilla", *_FOLLOWS),
-        lambda setting: setting.reuses and setting.budget is None,
-    ),
-    (
-        "Compressed KV",
-        (*_COST, "psnr", "ssim", "psnr_uncompressed", "psnr_vs_vanilla", *_FOLLOWS),
-        lambda setting: setting.budget is not None,
-    ),
-)
 
 
-def setting_tables(trials: Sequence[Trial], presets: Mapping[str, Setting]) -> dict[str, list[Row]]:
-    """A row for each setting: without reuse, with reuse, and with compressed KV; the presets' have their names."""
-    groups, found = _by_setting(trials), {}
-    for title, names, belongs in _TABLES:
-        rows = [_row(setting, same, names, presets) for setting, same in groups.items() if belongs(setting)]
-        found[title] = [renamed(row, [name.replace("_", " ") for name in row]) for row in rows]
-    return found
+def setting_rows(trials: Sequence[Trial], presets: Mapping[str, Setting]) -> list[Row]:
+    """All figures, a row per setting; the presets' have their names."""
+    return [_row(setting, same, presets) for setting, same in _by_setting(trials).items()]
 
 
-def csv_rows(trials: Sequence[Trial], presets: Mapping[str, Setting]) -> list[Row]:
-    """All figures, a row per setting."""
-    return [_row(setting, same, tuple(_MEASURED), presets) for setting, same in _by_setting(trials).items()]
-
-
-def _row(setting: Setting, same: Sequence[Trial], names: Sequence[str], presets: Mapping[str, Setting]) -> Row:
+def _row(setting: Setting, same: Sequence[Trial], presets: Mapping[str, Setting]) -> Row:
     row: Row = {"method": "none", "stands_in": "", "threshold": ""}
     if setting.reuses:
         own = Setting(reuse=replace(setting.reuse, clean_pass=False, copy_pass=False))
@@ -112,7 +81,7 @@ def _row(setting: Setting, same: Sequence[Trial], names: Sequence[str], presets:
         method = (*named, setting.reuse.policy)[0]
         row = {"method": method, "stands_in": setting.label, "threshold": setting.reuse.threshold}
     row |= {"passes": "lean" if setting.lean else "vanilla", "kv_budget": setting.budget or "own range"}
-    return row | {name: _MEASURED[name](same) for name in names}
+    return row | {name: figure(same) for name, figure in _MEASURED.items()}
 
 
 def _by_setting(trials: Sequence[Trial]) -> dict[Setting, list[Trial]]:
@@ -125,10 +94,6 @@ def _by_setting(trials: Sequence[Trial]) -> dict[Setting, list[Trial]]:
     for one in sorted(trials, key=order):
         groups[one.setting].append(one)
     return dict(groups)
-
-
-def _groups(trials: Sequence[Trial]) -> list[list[Trial]]:
-    return list(_by_setting(trials).values())
 
 
 def _curves(trials: Sequence[Trial]) -> dict[Way, list[Trial]]:
@@ -154,22 +119,10 @@ def psnr_at(trials: Sequence[Trial], way: Way, fraction: float) -> dict[tuple[st
     return found
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
-    """Two ways at equal computed fraction, prompt by prompt."""
-
-    first: float  # mean PSNR of one, dB; nan where there is no prompt to compare on
-    second: float  # of the other
-    better: int  # prompts on which the first has more
-    prompts: int  # that were compared
-
-
-def compare(trials: Sequence[Trial], first: Way, second: Way, fraction: float) -> Comparison:
-    """Compare two ways at a computed fraction."""
+def compare(trials: Sequence[Trial], first: Way, second: Way, fraction: float) -> list[tuple[float, float]]:
+    """PSNR of two ways at a computed fraction, for each prompt on which both curves reach it."""
     one, other = psnr_at(trials, first, fraction), psnr_at(trials, second, fraction)
-    both = [(one[case], other[case]) for case in one if case in other]
-    means = mean([a for a, _ in both]), mean([b for _, b in both])
-    return Comparison(first=means[0], second=means[1], better=sum(a > b for a, b in both), prompts=len(both))
+    return [(one[case], other[case]) for case in one if case in other]
 
 
 def curve_table(trials: Sequence[Trial]) -> str:
@@ -189,31 +142,33 @@ def curve_table(trials: Sequence[Trial]) -> str:
 
 def verdicts(trials: Sequence[Trial], chosen: str, presets: Mapping[str, Setting]) -> list[Verdict]:
     """What the project holds itself to; `chosen` is the label of what stands in for a reused step in the presets."""
-    prompts = len({one.case for one in trials})
     found = []
     for label, at in itertools.product(dict.fromkeys(("residual", chosen)), FRACTIONS):
-        pair = compare(trials, ("flowcache", label), ("teacache", label), at)
         name = f"PSNR at {at:.0%} computed, {label}: chunk by chunk against whole window"
-        found.append(_compared(name, pair, "more", pair.first > pair.second, prompts))
+        found.append(_compared(name, trials, ("flowcache", label), ("teacache", label), at, operator.gt))
     for at in FRACTIONS if chosen != "residual" else ():
-        pair = compare(trials, ("flowcache", chosen), ("flowcache", "residual"), at)
         name = f"PSNR at {at:.0%} computed, chunk by chunk: {chosen} against residual"
-        found.append(_compared(name, pair, "as much or more", pair.first >= pair.second, prompts))
+        found.append(_compared(name, trials, ("flowcache", chosen), ("flowcache", "residual"), at, operator.ge))
     groups = _by_setting(trials)
     return [*found, _speed_verdict(trials), *(_work_verdict(name, presets[name], groups) for name in WORK)]
 
 
-def _compared(name: str, pair: Comparison, wanted: str, holds: bool, prompts: int) -> Verdict:
+def _compared(
+    name: str, trials: Sequence[Trial], first: Way, second: Way, at: float, holds: Callable[[float, float], bool]
+) -> Verdict:
     """A comparison counts if it rests on most of the prompts."""
-    measured = f"{pair.first:.2f} against {pair.second:.2f} dB, better on {pair.better} of {pair.prompts} prompts"
-    if not pair.prompts:
+    pairs = compare(trials, first, second, at)
+    one, other, better = mean([a for a, _ in pairs]), mean([b for _, b in pairs]), sum(a > b for a, b in pairs)
+    measured = f"{one:.2f} against {other:.2f} dB, better on {better} of {len(pairs)} prompts"
+    if not pairs:
         measured = "no prompt with both curves there"
-    return Verdict(name, measured, wanted, holds and pair.prompts >= _MOST_PROMPTS * prompts)
+    enough = len(pairs) >= _MOST_PROMPTS * len({trial.case for trial in trials})
+    return Verdict(name, measured, "more" if holds is operator.gt else "as much or more", holds(one, other) and enough)
 
 
 def _speed_verdict(trials: Sequence[Trial]) -> Verdict:
     """Speed-up times computed fraction would be 1 if deciding and bookkeeping cost nothing."""
-    groups = [same for own in _curves(trials).values() for same in _groups(own)]
+    groups = [same for own in _curves(trials).values() for same in _by_setting(own).values()]
     shares = [speed_up(same) * mean([one.computed for one in same]) for same in groups]
     lowest = min(shares, default=math.nan)
     name = f"speed-up x computed fraction, least of {len(shares)} settings with reuse"
@@ -261,7 +216,10 @@ def _points(trials: Sequence[Trial]) -> dict[Way, list[tuple[float, float, float
     """One point per threshold: mean fraction and PSNR, median speed-up over the prompts; by rising fraction."""
     found = {}
     for way, own in _curves(trials).items():
-        same = [(mean([t.computed for t in one]), mean([t.psnr for t in one]), speed_up(one)) for one in _groups(own)]
+        same = [
+            (mean([t.computed for t in one]), mean([t.psnr for t in one]), speed_up(one))
+            for one in _by_setting(own).values()
+        ]
         points = sorted(point for point in same if point[0] < 1)
         if points:
             found[way] = points
@@ -270,8 +228,7 @@ def _points(trials: Sequence[Trial]) -> dict[Way, list[tuple[float, float, float
 
 def _draw(axes: Axes, curves: Mapping[Way, Sequence[tuple[float, float]]], *, joined: bool) -> None:
     """A line or points for every way; fractions are drawn in percent."""
-    others = itertools.cycle(_OTHER_COLOURS)
-    colours = {label: _COLOURS.get(label) or next(others) for label in dict.fromkeys(label for _, label in curves)}
+    labels = list(dict.fromkeys(label for _, label in curves))
     for (method, label), points in curves.items():
         style, marker, name = _STYLES[method]
         axes.plot(
@@ -280,6 +237,6 @@ def _draw(axes: Axes, curves: Mapping[Way, Sequence[tuple[float, float]]], *, jo
             linestyle=style if joined else "",
             marker=marker,
             markersize=5,
-            color=colours[label],
+            color=_COLOURS[labels.index(label)],
             label=f"{method} ({name}), {label}",
         )

@@ -1,4 +1,4 @@
-"""Makes one prompt's videos with many settings, side by side, and compares each with the videos without reuse.
+"""Settings, and one prompt's videos with many of them, side by side, each compared with the videos without reuse.
 
 Times are those of the denoising: captions are encoded before, frames decoded after. Settings are run in small groups;
 each group starts with a new run of the videos that its settings are measured against, so that a machine which
@@ -8,15 +8,12 @@ slows down for a minute slows both. Results are kept on disk, so that a long ben
 from __future__ import annotations
 
 import importlib
-import json
-import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
 
 import torch
 from pydantic import TypeAdapter
@@ -25,28 +22,61 @@ from torch import Tensor
 from benchmarks.adherence import adherence
 from benchmarks.common import save_text
 from benchmarks.flops import CountingRunner
-from benchmarks.quality.sweep import LEAN, ObservationLog, Plan, Probe, Setting, Ticks
 from engine.engine import Engine, Submission
-from engine.files import atomic_write
 from engine.kv.layout import KVSettings
 from engine.progress import Progress
-from engine.record import Recorder
 from engine.request import Request, encode
+from engine.reuse.policy import ReuseSettings
 from models.errors import InputError
 from models.magi.pipeline import MagiPipeline
 from models.pocket.text import parse_prompt
 
-_T = TypeVar("_T")
+VANILLA, LEAN = ReuseSettings(), ReuseSettings(clean_pass=False, copy_pass=False)
+"""No reuse, with the clean and the context-free passes and without them, as the published reuse runs."""
+WORK = {"flowcache-slow": 0.53, "flowcache-fast": 0.46}
+"""Counted operations of the presets as a share of vanilla's, as in the paper."""
 IDENTICAL = 100.0  # dB, in place of infinity where two videos do not differ at all
 _GROUP = 6  # settings between two runs of what they are compared with
-_LADDER_PROMPTS, _CALIBRATION_PROMPTS = 2, 4  # prompts that thresholds are found on
+
+
+def label_of(kind: str, extrapolate_from: float) -> str:
+    """What stands in for a reused step, as it is called in tables and legends."""
+    return kind if extrapolate_from >= 1 else f"{kind}, extrapolate from {extrapolate_from:g}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """One way to make a video."""
+
+    reuse: ReuseSettings = VANILLA
+    budget: int | None = None  # of the KV buffer in chunks; None holds what the model's own range asks for
+
+    @property
+    def lean(self) -> bool:
+        """Without the clean and the context-free passes."""
+        return not self.reuse.clean_pass
+
+    @property
+    def reuses(self) -> bool:
+        """Whether steps may be reused."""
+        return self.reuse.policy != "none"
+
+    @property
+    def label(self) -> str:
+        """What stands in for a reused step, in words."""
+        return label_of(self.reuse.reuse, self.reuse.extrapolate_from)
+
+    @property
+    def plain(self) -> Setting:
+        """The same passes and KV without reuse."""
+        return Setting(reuse=LEAN if self.lean else VANILLA, budget=self.budget)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Video:
     """Latents [1, C, T, h, w] of a whole video and what they cost."""
 
-    latents: Tensor  # on the CPU
+    latents: Tensor
     seconds: float
     computed: float  # computed chunk-steps as a share of all
     items: int  # passes through the layers
@@ -65,7 +95,6 @@ class Trial:
     tflop: float  # their operations, in 10^12
     work: float  # the same as a share of vanilla
     seconds: float
-    decode_seconds: float  # of turning the latents into frames
     plain_seconds: float  # of denoising without reuse, with the same passes and KV, in the same minute
     vanilla_seconds: float  # the same with vanilla
     psnr: float  # of the frames against those without reuse, with the same passes and KV
@@ -73,16 +102,17 @@ class Trial:
     latent_error: float  # relative L2, likewise
     psnr_uncompressed: float  # against no reuse and no compression, with the same passes
     psnr_vanilla: float  # against vanilla
-    ssim_vanilla: float  # likewise
     colour_right: bool  # the prompt's colour was seen
     motion_right: bool  # the object moves as asked
     whole: bool  # one object of the right shape
-    boundary_error: float  # mean jump at chunk boundaries, pixels
 
     @property
     def case(self) -> tuple[str, int]:
         """What was made: prompt and seed."""
         return self.prompt, self.seed
+
+
+_TRIAL = TypeAdapter(Trial)
 
 
 def image_metrics() -> ModuleType:
@@ -122,7 +152,7 @@ class TrialRunner:
     def __init__(self, pipeline: MagiPipeline) -> None:
         self._pipeline = pipeline
 
-    def make(self, setting: Setting, request: Request, recorder: Recorder | None = None) -> Video:
+    def make(self, setting: Setting, request: Request) -> Video:
         """Denoise a video."""
         pipeline = self._pipeline
         runner = CountingRunner(pipeline.model, pipeline.attention, pipeline.config.model_config)
@@ -134,38 +164,14 @@ class TrialRunner:
 
         began = time.perf_counter()
         what = Submission(request=request, encoded=encoded)
-        made = (chunk.latents for chunk in engine.generate(what, watch, recorder, decode=False))
-        latents = torch.cat([part.cpu() for part in made], dim=2)  # the copy waits for the device
+        latents = torch.cat([chunk.latents for chunk in engine.generate(what, watch, decode=False)], dim=2)
         seconds = time.perf_counter() - began
         return Video(latents=latents, seconds=seconds, computed=computed[0], items=runner.items, flops=runner.flops)
-
-    def observe(self, request: Request) -> Ticks:
-        """What policies would see of a video without reuse, tick by tick."""
-        log = ObservationLog()
-        self.make(Setting(reuse=LEAN), request, log)
-        return log.ticks
-
-    def probe(self, requests: Sequence[Request]) -> Probe:
-        """What thresholds are found with: the first few of the videos."""
-        few, more = requests[:_LADDER_PROMPTS], requests[:_CALIBRATION_PROMPTS]
-        vanilla: dict[Request, int] = {}
-
-        def work(setting: Setting) -> float:
-            for one in more:
-                vanilla[one] = vanilla.get(one) or self.make(Setting(), one).flops
-            return statistics.fmean(self.make(setting, one).flops / vanilla[one] for one in more)
-
-        return Probe(
-            observe=lambda: [self.observe(one) for one in few],
-            computed=lambda setting: statistics.fmean(self.make(setting, one).computed for one in few),
-            work=work,
-        )
 
     def decode(self, video: Video) -> Tensor:
         """Frames, uint8 [F, H, W, 3]; chunk by chunk as the engine does it."""
         width = self._pipeline.config.runtime_config.chunk_width
-        parts = video.latents.to(self._pipeline.model.kv.device).split(width, dim=2)
-        return torch.cat([self._pipeline.autoencoder.decode(part).cpu() for part in parts])
+        return torch.cat([self._pipeline.autoencoder.decode(part) for part in video.latents.split(width, dim=2)])
 
     def trials(self, request: Request, settings: Sequence[Setting]) -> Iterator[Trial]:
         """Run settings on one prompt, group by group; in another order than given."""
@@ -196,9 +202,7 @@ class TrialRunner:
     ) -> Trial:
         """Run a setting and compare it with the videos without reuse that are held."""
         video, plain = self.make(setting, request), setting.plain
-        began = time.perf_counter()
         frames = self.decode(video)
-        decode_seconds = time.perf_counter() - began
         (plain_video, plain_frames), (vanilla, vanilla_frames) = held[plain], held[Setting()]
         seen = adherence(frames, parse_prompt(request.prompt))
         return Trial(
@@ -210,7 +214,6 @@ class TrialRunner:
             tflop=video.flops / 1e12,
             work=video.flops / vanilla.flops,
             seconds=video.seconds,
-            decode_seconds=decode_seconds,
             plain_seconds=plain_seconds,
             vanilla_seconds=vanilla_seconds,
             psnr=frames_psnr(frames, plain_frames),
@@ -218,70 +221,36 @@ class TrialRunner:
             latent_error=latent_error(video.latents, plain_video.latents),
             psnr_uncompressed=frames_psnr(frames, held[Setting(reuse=plain.reuse)][1]),
             psnr_vanilla=frames_psnr(frames, vanilla_frames),
-            ssim_vanilla=frames_ssim(frames, vanilla_frames),
             colour_right=seen.colour_right,
             motion_right=seen.motion_right,
             whole=seen.whole,
-            boundary_error=statistics.fmean(seen.boundary_errors) if seen.boundary_errors else 0.0,
         )
 
 
 class Results:
-    """The results in one folder: `plan.json` says what is run, `trials.jsonl` has a line for each finished trial.
+    """The finished trials of a run, one a line of a file; what stands there is not made again.
 
-    Args:
-        folder: it is there already.
-        run: what the results depend on; results of another run are refused.
-
-    Raises:
-        InputError: the folder holds another run, or files that are damaged.
+    A last line that was cut off when the run was stopped goes. A file that is damaged is an `InputError`.
     """
 
-    def __init__(self, folder: Path, run: dict[str, Any]) -> None:
-        self._plan_file, self._trials_file = folder / "plan.json", folder / "trials.jsonl"
-        self.plan: Plan | None = None
-        self.trials: list[Trial] = []
-        if not self._plan_file.exists():
-            return
-        (self.plan,) = _read(Plan, self._plan_file, [self._plan_file.read_text()])
-        for key in sorted({*self.plan.run, *run}):
-            before, now = self.plan.run.get(key), run.get(key)
-            if before != now:
-                raise InputError(
-                    f"{folder} holds results of another run ({key} was {before}, is now {now}): remove it, or choose "
-                    "another folder with --out"
-                )
-        if self._trials_file.exists():
-            text = self._trials_file.read_text()
-            whole = text[: text.rfind("\n") + 1]  # a last line that was cut off when the run was stopped goes
-            if whole != text:
-                with atomic_write(self._trials_file) as file:
-                    file.write(whole.encode())
-            self.trials = _read(Trial, self._trials_file, whole.splitlines())
-
-    def begin(self, plan: Plan) -> None:
-        """Note what will be run; older results go."""
-        self._trials_file.unlink(missing_ok=True)
-        save_text(self._plan_file, json.dumps(asdict(plan), indent=1))
-        self.plan, self.trials = plan, []
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            save_text(path, whole)
+        try:
+            self.trials = [_TRIAL.validate_json(line) for line in whole.splitlines()]
+        except ValueError as error:
+            raise InputError(f"{path} is damaged ({error}): remove it") from None
 
     def add(self, trial: Trial) -> None:
         """Note a finished trial."""
-        with self._trials_file.open("a") as file:
-            file.write(json.dumps(asdict(trial)) + "\n")
+        with self._path.open("ab") as file:
+            file.write(_TRIAL.dump_json(trial) + b"\n")
         self.trials.append(trial)
 
-    def missing(self, request: Request) -> list[Setting]:
+    def missing(self, settings: Iterable[Setting], request: Request) -> list[Setting]:
         """Settings that are still to be run on a video."""
-        assert self.plan is not None
         done = {one.setting for one in self.trials if one.case == (request.prompt, request.seed)}
-        return [setting for setting in self.plan.settings if setting not in done]
-
-
-def _read(kind: type[_T], path: Path, texts: Sequence[str]) -> list[_T]:
-    """What stands in a file; JSON that may hold infinite figures."""
-    adapter = TypeAdapter(kind)
-    try:
-        return [adapter.validate_python(json.loads(text)) for text in texts]
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): remove the folder") from None
+        return [setting for setting in settings if setting not in done]

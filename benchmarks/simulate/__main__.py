@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks import common
-from benchmarks.common import COLOURS, Cell, Out, Row
+from benchmarks.common import Out, Row
+from benchmarks.simulate.check import check_stages
 from benchmarks.simulate.layouts import (
     Cluster,
     Reuse,
@@ -32,10 +32,8 @@ from benchmarks.simulate.layouts import (
     run_study,
     sampled_reuse,
 )
-from benchmarks.simulate.stages import check_stages
 from benchmarks.workload import Chunks, Steps
 from models.errors import InputError
-from models.magi.config import MagiConfig
 from models.magi.presets import find_preset
 from parallel.mesh import Layout
 
@@ -51,15 +49,9 @@ def run(
     model: Annotated[str, typer.Option(help="A preset of MAGI-1.")] = "magi-4.5b-distill",
     chunks: Chunks = 10,
     steps: Steps = 64,
-    window: Annotated[int | None, typer.Option(min=1, help="Chunks of the window, in place of the model's.")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of the machine.")] = 8,
     concurrency: Annotated[list[int] | None, typer.Option(help="Videos in flight; give it several times.")] = None,
     pass_seconds: Annotated[float, typer.Option(help="Seconds of a full pass of a chunk on one GPU.")] = 3.6,
-    mfu: Annotated[float, typer.Option(help="Share of the peak that it reaches.")] = 0.34,
-    cp_doubling: Annotated[float, typer.Option(help="Share of the speed kept when cp doubles.")] = 0.95,
-    kv_budget: Annotated[int, typer.Option(min=0, help="KV budget, in chunks.")] = 5,
-    warmup: Annotated[int, typer.Option(min=1, help="First steps of a chunk that are computed.")] = 5,
-    fraction: Annotated[list[float] | None, typer.Option(help="Operations with reuse, as a share of all.")] = None,
     record: Annotated[Path | None, typer.Option(help="Folder of a record, whose reuse is taken.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Check the simulation on this machine instead.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Short videos, few in flight.")] = False,
@@ -71,17 +63,16 @@ def run(
         return check_stages(out, quick=quick)
     if quick:
         chunks, concurrency = min(chunks, 5), concurrency or [1, 4]
-    for name, value in (("--pass-seconds", pass_seconds), ("--mfu", mfu), ("--cp-doubling", cp_doubling)):
-        if not value > 0:
-            raise InputError(f"{name} {value:g} must be more than zero")
-    config = _config(model, window)
-    cluster = Cluster(
-        config=config, pass_seconds=pass_seconds, mfu=mfu, budget=kv_budget, gpus=gpus, doubling=cp_doubling
-    )
-    wanted, layouts = tuple(concurrency or _CONCURRENCY), layouts_on(config, gpus)
+    if not pass_seconds > 0:
+        raise InputError(f"--pass-seconds {pass_seconds:g} must be more than zero")
+    cluster = Cluster(config=find_preset(model).config(), pass_seconds=pass_seconds, gpus=gpus)
+    wanted, layouts = tuple(concurrency or _CONCURRENCY), layouts_on(cluster.config, gpus)
     study = Study(cluster=cluster, chunks=chunks, steps=steps, layouts=layouts, concurrency=wanted)
     with Console(stderr=True).status("simulating"):
-        reuses = _reuses(study, warmup, fraction or _FRACTIONS, record)
+        kinds = (
+            [sampled_reuse(study, one) for one in _FRACTIONS] if record is None else [reuse_of_record(study, record)]
+        )
+        reuses = [Reuse(name="no reuse"), *kinds]
         runs = run_study(study, reuses)
         tables = sections(study, reuses, runs)
     return common.publish(
@@ -91,24 +82,7 @@ def run(
         about=about(study, reuses, model),
         sections=tables,
         data=[csv_row(study, run) for run in runs],
-        figures={"simulate": throughput_figure(study, runs, f"Simulated: {model} on {gpus} GPUs")},
     )
-
-
-def _config(model: str, window: int | None) -> MagiConfig:
-    config = find_preset(model).config()
-    if window is None:
-        return config
-    values = config.to_dict()
-    values["runtime_config"]["window_size"] = window
-    return MagiConfig.from_dict(values, source=f"{model} with a window of {window}")
-
-
-def _reuses(study: Study, warmup: int, fractions: Sequence[float], record: Path | None) -> list[Reuse]:
-    none = Reuse(name="no reuse")
-    if record is not None:
-        return [none, reuse_of_record(study, record)]
-    return [none, *(sampled_reuse(study, fraction, warmup) for fraction in fractions)]
 
 
 def about(study: Study, reuses: Sequence[Reuse], model: str) -> str:
@@ -130,10 +104,10 @@ def about(study: Study, reuses: Sequence[Reuse], model: str) -> str:
 def sections(study: Study, reuses: Sequence[Reuse], runs: Sequence[Run]) -> dict[str, str | Sequence[Row]]:
     """All tables, by heading."""
     parts: dict[str, str | Sequence[Row]] = {"Best": [_best(study, one.name, runs) for one in reuses]}
-    parts["One video"] = _one_video(study, reuses, runs)
     for one in reuses:
+        parts[f"One video, {one.name}"] = [_one_video(study, one, runs, layout) for layout in study.layouts]
         parts[f"Many videos, {one.name}: chunks per minute"] = _many(study, one, runs)
-    parts["If cp costs more"] = f"{_SENSITIVITY}\n\n{_sensitivity(study, reuses)}"
+    parts["If cp costs more"] = f"{_SENSITIVITY}\n\n{common.table(_sensitivity(study, reuses))}"
     return parts | {"What cp costs": _cp_rows(study), "Memory of the fullest rank": _memory(study)}
 
 
@@ -166,19 +140,12 @@ def _best(study: Study, reuse: str, runs: Sequence[Run]) -> Row:
     }
 
 
-def _one_video(study: Study, reuses: Sequence[Reuse], runs: Sequence[Run]) -> str:
-    headers = ["layout"]
-    for reuse in reuses:
-        headers += [f"{reuse.name}: s per chunk", "first chunk (s)", "speed-up", "stages busy"]
-    rows: list[list[Cell]] = []
-    for layout in study.layouts:
-        row: list[Cell] = [_layout(layout)]
-        for reuse in reuses:
-            found = _find(runs, layout, reuse.name, min(study.concurrency))
-            busy = "-".join(f"{one(found.utilisation):.0%}" for one in ((min, max) if layout.pp > 1 else (min,)))
-            row += [f"{found.per_chunk:.1f}", f"{found.first_chunk:.0f}", f"{found.speed_up:.2f}", busy]
-        rows.append(row)
-    return common.markdown_table(headers, rows)
+def _one_video(study: Study, reuse: Reuse, runs: Sequence[Run], layout: Layout) -> Row:
+    found = _find(runs, layout, reuse.name, min(study.concurrency))
+    busy = "-".join(f"{one(found.utilisation):.0%}" for one in ((min, max) if layout.pp > 1 else (min,)))
+    row: Row = {"layout": _layout(layout), "s per chunk": f"{found.per_chunk:.1f}"}
+    row |= {"first chunk (s)": f"{found.first_chunk:.0f}", "speed-up": f"{found.speed_up:.2f}"}
+    return row | {"stages busy": busy}
 
 
 def _many(study: Study, reuse: Reuse, runs: Sequence[Run]) -> list[Row]:
@@ -193,20 +160,18 @@ def _many(study: Study, reuse: Reuse, runs: Sequence[Run]) -> list[Row]:
     return rows
 
 
-def _sensitivity(study: Study, reuses: Sequence[Reuse]) -> str:
+def _sensitivity(study: Study, reuses: Sequence[Reuse]) -> list[Row]:
     whole = tuple(layout for layout in study.layouts if study.gangs(layout) == 1)
-    rows: list[list[Cell]] = []
+    rows = list[Row]()
     for doubling in _DOUBLINGS:
         cluster = replace(study.cluster, doubling=doubling)
-        other = replace(study, cluster=cluster, layouts=whole, concurrency=(1,))
-        runs = run_study(other, reuses)
+        runs = run_study(replace(study, cluster=cluster, layouts=whole, concurrency=(1,)), reuses)
         for reuse in reuses:
-            own = [run.per_chunk for run in runs if run.reuse == reuse.name]
-            cells = [
-                f"**{one:.1f}**" if place == own.index(min(own)) else f"{one:.1f}" for place, one in enumerate(own)
-            ]
-            rows.append([f"{doubling:.2f}", reuse.name, *cells])
-    return common.markdown_table(("doubling", "", *map(_layout, whole)), rows)
+            own = {_layout(run.layout): run.per_chunk for run in runs if run.reuse == reuse.name}
+            best = min(own, key=own.__getitem__)
+            cells = {name: f"**{one:.1f}**" if name == best else f"{one:.1f}" for name, one in own.items()}
+            rows.append({"doubling": f"{doubling:.2f}", "": reuse.name, **cells})
+    return rows
 
 
 def _cp_rows(study: Study) -> list[Row]:
@@ -238,29 +203,6 @@ def csv_row(study: Study, run: Run) -> Row:
     row |= {"first_chunk_s": run.first_chunk, "speedup": run.speed_up}
     row |= {"utilisation": " ".join(f"{share:.4f}" for share in run.utilisation)}
     return row | {"gb_per_rank": study.rank_bytes(run.layout, run.videos) / 1e9}
-
-
-def throughput_figure(study: Study, runs: Sequence[Run], title: str) -> Figure:
-    """Chunks per minute over videos in flight; a panel for each kind of reuse, a line for each layout."""
-    names = list(dict.fromkeys(run.reuse for run in runs))
-    figure = Figure(figsize=(4.4 * len(names) + 0.6, 5.6), layout="constrained")
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for panel, name in zip(panels, names, strict=True):
-        for place, layout in enumerate(study.layouts):
-            own = [run for run in runs if (run.layout, run.reuse) == (layout, name)]
-            xs, ys = [run.videos for run in own], [60 / run.per_chunk for run in own]
-            line = "-" if study.gangs(layout) == 1 else "--"
-            colour, label = COLOURS[place % len(COLOURS)], _name(study, layout)
-            panel.plot(xs, ys, line, marker="o", markersize=4, color=colour, label=label)
-        panel.set(title=name, xlabel="videos in flight")
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(study.concurrency, [str(count) for count in study.concurrency])
-        common.light_grid(panel)
-    panels[0].set_ylabel("chunks per minute")
-    panels[0].set_ylim(bottom=0)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    common.legend_below(figure, panels[0], 4)
-    return figure
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Videos on a pipeline of stages, in simulated time: when each stage works, and when each chunk is finished.
 
 The order of work is `engine.order.WorkOrder`, which a virtual clock drives here as the leader of a gang drives it:
-several videos first ready first. What a pass takes on each stage, and what a link takes, is handed in.
+several videos first ready first. The passes of a video are asked once of a real `VideoRun` on latents of one cell, with
+the decisions given as flags; so nothing about them is written a second time here. What a pass takes on each stage, and
+what a link takes, is handed in.
 
 Stages and links serve in order of arrival and nothing is lost or overtaken, so a pass's whole way through the pipeline
 is known when the leader begins it; only the leader has to be stepped through. There is no randomness.
@@ -10,14 +12,166 @@ is known when the leader begins it; only the leader has to be stepped through. T
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, cast
 
-from benchmarks.simulate.plan import VideoPlan
+import numpy as np
+import torch
+
+from benchmarks.workload import Flags, Workload
 from engine.order import WorkOrder
-from engine.reuse.policy import Decision, Observation
-from engine.video import VideoRun, Work
+from engine.reuse.policy import Decision, Observation, Policy, ReuseMemory
+from engine.schedule import Schedule, Tick
+from engine.video import Reuse, VideoRun, VideoShape, Work
+from models.errors import InputError
+from models.protocols import Pass, Sampling
+
+Seconds = Callable[[Pass, int | None], tuple[float, ...]]
+"""What a pass takes on each stage; with the chunk's own step, or None for a pass over a finished chunk. It may depend
+on the pass by its name alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoPlan:
+    """One video as a plan, and what each pass takes.
+
+    It looks like a `VideoRun` to `WorkOrder`, and gives out what it holds: no tensor is computed.
+    """
+
+    schedule: Schedule
+    seconds: Seconds
+    renews: bool  # the KV of a finished chunk is renewed
+    whole_window: bool  # all chunks of a tick are decided at once
+    clean: Mapping[int, tuple[Work, ...]]  # by tick: passes that renew the KV of the chunk that retires
+    decided: Mapping[tuple[int, int], tuple[Observation, Decision]]  # by (tick, chunk)
+    steps: Mapping[tuple[int, int], tuple[Work, ...]]  # by (tick, chunk): passes of a step; none if it is reused
+    _known: dict[tuple[str, int | None], tuple[float, ...]] = field(default_factory=dict)
+
+    def cost(self, work: Work) -> tuple[float, ...]:
+        """Seconds of a pass on each stage."""
+        key = work.item.what.name, work.item.step
+        if key not in self._known:
+            self._known[key] = self.seconds(work.item.what, work.item.step)
+        return self._known[key]
+
+    def timed(self, seconds: Seconds) -> VideoPlan:
+        """The same work with other times."""
+        return replace(self, seconds=seconds, _known={})
+
+    def prefix_work(self) -> list[Work]:
+        """Passes over chunks that are given: there are none."""
+        return []
+
+    def begin(self, tick: Tick) -> list[Work]:
+        """The clean passes of a tick."""
+        return list(self.clean[tick.index])
+
+    def decide(self, tick: Tick, chunks: Sequence[int]) -> list[tuple[Observation, Decision]]:
+        """What was decided for some of a tick's chunks."""
+        return [self.decided[tick.index, chunk] for chunk in chunks]
+
+    def open(self, tick: Tick, chunk: int, step: int) -> list[Work]:
+        """The passes of a step."""
+        return list(self.steps[tick.index, chunk])
+
+    def close(self, chunk: int, step: int, passes: Sequence[Pass], velocities: Sequence[torch.Tensor]) -> None:
+        """A step was taken."""
+
+    def seal(self, tick: Tick) -> None:
+        """All work of a tick was given out."""
+
+    def finish(self, chunk: int) -> torch.Tensor:
+        """A finished chunk: nothing."""
+        return torch.empty(0)
+
+    @property
+    def work(self) -> list[Work]:
+        """All passes; not in the order in which they are run."""
+        return [one for group in (*self.clean.values(), *self.steps.values()) for one in group]
+
+    @property
+    def calls(self) -> int:
+        """Passes, which is how often each stage is called."""
+        return len(self.work)
+
+    @property
+    def returning(self) -> int:
+        """Passes whose velocity goes back to the leader."""
+        return sum(bool(one.item.what.weight) for one in self.work)
+
+    @property
+    def total(self) -> float:
+        """Seconds of all passes on all stages."""
+        return sum(sum(self.cost(one)) for one in self.work)
+
+
+class _FlagPolicy(Policy):
+    """Decides as flags [ticks, chunks] say; None computes everything."""
+
+    def __init__(self, flags: np.ndarray | None, *, whole_window: bool) -> None:
+        self.scope: Literal["chunk", "window"] = "window" if whole_window else "chunk"
+        self._flags = flags
+
+    def decide(self, observations: Sequence[Observation]) -> list[Decision]:
+        """What stands in the flags."""
+        if self._flags is None:
+            return [Decision.COMPUTE] * len(observations)
+        return [Decision(int(self._flags[one.tick, one.chunk])) for one in observations]
+
+
+def plan_video(
+    schedule: Schedule,
+    sampling: Sampling,
+    seconds: Seconds,
+    flags: np.ndarray | None = None,
+    *,
+    whole_window: bool = False,
+) -> VideoPlan:
+    """The plan of one video, whose passes the sampling names.
+
+    Flags are [ticks, chunks] of the schedule, 0 where a step is computed; None computes all. With `whole_window` the
+    reuse policy decides for all chunks of a tick at once.
+    """
+    if flags is not None and flags.shape != (schedule.ticks, schedule.chunks):
+        wanted = f"{schedule.ticks} ticks of {schedule.chunks} chunks"
+        raise InputError(f"reuse flags of {flags.shape[0]} ticks and {flags.shape[1]} chunks do not fit {wanted}")
+    run = _run(schedule, sampling, _FlagPolicy(flags, whole_window=whole_window))
+    clean, steps, decided = {}, {}, {}
+    for tick in schedule:
+        clean[tick.index] = tuple(run.begin(tick))
+        for seen, decision in run.decide(tick):
+            decided[tick.index, seen.chunk] = seen, decision
+            if decision is Decision.COMPUTE:
+                work = steps[tick.index, seen.chunk] = tuple(run.open(tick, seen.chunk, seen.step))
+                run.close(seen.chunk, seen.step, [one.item.what for one in work], [one.x for one in work])
+        run.seal(tick)
+        if tick.finishing is not None:
+            run.finish(tick.finishing)
+    return VideoPlan(
+        schedule=schedule,
+        seconds=seconds,
+        renews=run.renews,
+        whole_window=run.whole_window,
+        clean=clean,
+        decided=decided,
+        steps=steps,
+    )
+
+
+def _run(schedule: Schedule, sampling: Sampling, policy: Policy) -> VideoRun:
+    """A real run with one cell in each latent frame."""
+    shape = VideoShape(channels=1, chunks=schedule.chunks, prefix_frames=0, height=1, width=1)
+    reuse = Reuse(policy=policy, memory=ReuseMemory("residual"), patches=lambda x: x, observe=False)
+    noise, cpu = (lambda _, size: torch.zeros(size)), torch.device("cpu")
+    return VideoRun(0, shape, sampling, noise, reuse, prefix=None, compressed=False, device=cpu)
+
+
+def plans_of(workload: Workload, seconds: Seconds, flags: Sequence[Flags]) -> list[VideoPlan]:
+    """The plan of each video; without flags every step is computed."""
+    schedule, whole = workload.schedule, workload.reuse.new_policy().scope == "window"
+    tables = [np.array(flags[number], dtype=np.uint8) if flags else None for number in range(workload.videos)]
+    return [plan_video(schedule, workload.sampling, seconds, one, whole_window=whole) for one in tables]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,8 +188,7 @@ class Machine:
     barrier: bool = False  # begin a tick only when the one before is done; for comparison
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """A pass on a stage."""
 
     stage: int
@@ -55,7 +208,7 @@ class Outcome:
     busy: tuple[float, ...]  # of each stage, seconds in passes
     chunks: tuple[tuple[float, ...], ...]  # of each video, when each of its chunks was finished
     calls: int  # of every stage
-    spans: tuple[Span, ...] = ()  # what each stage did when, if wanted
+    spans: Sequence[Span]  # what each stage did when
 
     @property
     def utilisation(self) -> tuple[float, ...]:
@@ -71,10 +224,10 @@ class Outcome:
 class _Pipeline:
     """Stages and links behind each other; each is free again at some time."""
 
-    def __init__(self, machine: Machine, *, spans: bool) -> None:
+    def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.busy, self.free, self._links = ([0.0] * machine.stages for _ in range(3))
-        self.spans: list[Span] | None = [] if spans else None
+        self.spans: list[Span] = []
         self.calls = 0
 
     def send(self, now: float, work: Work, seconds: Sequence[float], video: int) -> tuple[float, float | None]:
@@ -87,8 +240,7 @@ class _Pipeline:
             start = max(end, self.free[stage])
             end = self.free[stage] = start + spent
             self.busy[stage] += spent
-            if self.spans is not None:
-                self.spans.append(Span(stage, start, end, video, item.tick, item.chunk, item.what.name))
+            self.spans.append(Span(stage, start, end, video, item.tick, item.chunk, item.what.name))
         if not item.what.weight:
             return self.free[0], None
         if machine.stages > 1:
@@ -171,8 +323,8 @@ class _Leader:
         return first
 
 
-def simulate(videos: Sequence[VideoPlan], machine: Machine, *, spans: bool = False) -> Outcome:
-    """Make videos, which are all known and begun at the start; with `spans`, remember what each stage did when.
+def simulate(videos: Sequence[VideoPlan], machine: Machine) -> Outcome:
+    """Make videos, which are all known and begun at the start.
 
     Raises:
         ValueError: a pass has times for another number of stages than the machine has.
@@ -181,7 +333,7 @@ def simulate(videos: Sequence[VideoPlan], machine: Machine, *, spans: bool = Fal
         for count in {len(plan.cost(work)) for work in plan.work}:
             if count != machine.stages:
                 raise ValueError(f"a call has times for {count} stages, the machine has {machine.stages}")
-    pipeline = _Pipeline(machine, spans=spans)
+    pipeline = _Pipeline(machine)
     leader = _Leader(pipeline, videos)
     leader.run()
     return Outcome(
@@ -189,5 +341,5 @@ def simulate(videos: Sequence[VideoPlan], machine: Machine, *, spans: bool = Fal
         busy=tuple(pipeline.busy),
         chunks=tuple(tuple(video.finished) for video in leader.videos),
         calls=pipeline.calls,
-        spans=tuple(pipeline.spans or ()),
+        spans=pipeline.spans,
     )

@@ -8,32 +8,37 @@ the assumptions.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.common import search
 from benchmarks.flops import pass_flops
-from benchmarks.simulate.clock import Machine, simulate
-from benchmarks.simulate.plan import Seconds, VideoPlan, modelled_flags, plan_video, recorded_flags
-from engine.kv.layout import KVPlan
-from engine.record import RunRecord
+from benchmarks.pipeline import layouts_for
+from benchmarks.simulate.clock import Machine, Seconds, VideoPlan, plan_video, simulate
+from engine.kv.layout import KVSettings, plan_kv
+from engine.record import NOT_ACTIVE, RunRecord
+from engine.reuse.policy import ChunkPolicy, Decision, Observation
 from engine.schedule import Schedule
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.sampling import MagiSampling
-from models.protocols import KVGeometry, Pass
+from models.protocols import Pass, Sampling
+from parallel.comm.ulysses import local_heads
 from parallel.mesh import Layout, stage_sizes
 
 _WIDTH = 2  # bytes of bf16
 _TEXT = 100  # caption tokens that count
 _VAE_BYTES = 2 * 613_755_239
 _SEEDS = 4  # different videos; more of them are the same again
-_POWERS = (1, 2, 4, 8, 16, 32, 64)
+_JITTER, _HALVINGS = 0.2, 40
+_WARMUP = 5  # first steps of a chunk that are computed
 _SHARE = 0.9  # of a GPU's memory that weights and KV may take
 
 
@@ -147,23 +152,12 @@ class Cluster:
             held = sum(self._weights[layer] for layer in range(start, start + size)) + self._weights[None]
             weights.append(held + (0 if start else _VAE_BYTES))
             start += size
-        plan = KVPlan(
-            chunk_tokens=self.tokens,
-            frame_tokens=self.tokens // run.chunk_width,
-            clean_tokens=self.budget * self.tokens,
-            window=run.window_size,
-            chunks=self.budget + run.window_size,
-            branches=2 if run.cfg_number > 1 else 1,
-            selection=None,
+        schedule = Schedule(
+            first=0, chunks=self.budget + run.window_size, num_steps=run.num_steps, window=run.window_size
         )
-        geometry = KVGeometry(
-            layers=range(max(sizes)),
-            query_heads=model.num_attention_heads // layout.cp,
-            key_heads=model.num_query_groups // layout.cp,
-            head_size=model.kv_channels,
-            dtype=torch.bfloat16,
-            device=torch.device("meta"),
-        )
+        sampling = MagiSampling(config=self.config, num_steps=run.num_steps)
+        plan = replace(plan_kv(sampling, schedule, KVSettings(budget=self.budget), self.tokens), selection=None)
+        geometry = local_heads(model.kv_geometry(range(max(sizes)), torch.device("meta")), layout.cp)
         return max(weights), plan.nbytes(geometry)
 
     def petaflops(self, plan: VideoPlan) -> float:
@@ -278,23 +272,17 @@ class Run:
 
 
 def layouts_on(config: MagiConfig, gpus: int) -> tuple[Layout, ...]:
-    """Powers of two that the model allows and the GPUs hold, and whose gangs fill them."""
-    model = config.model_config
-    return tuple(
-        Layout(pp=pp, cp=cp)
-        for pp in _POWERS
-        for cp in _POWERS
-        if pp <= model.num_layers and not model.num_query_groups % cp and pp * cp <= gpus and not gpus % (pp * cp)
-    )
+    """Those that the model allows and whose gangs fill the GPUs."""
+    return tuple(one for one in layouts_for(config, gpus) if not gpus % one.world_size)
 
 
-def sampled_reuse(study: Study, fraction: float, warmup: int) -> Reuse:
+def sampled_reuse(study: Study, fraction: float) -> Reuse:
     """Reuse that leaves a share of the operations of a run without reuse, whose clean and copy passes count."""
     sampling, schedule = study.sampling(lean=True), study.schedule
     whole = study.plan(None, Layout()).total
     lean = plan_video(schedule, sampling, study.cluster.seconds(Layout())).total
     share = min(1.0, fraction * whole / lean)
-    flags = [modelled_flags(schedule, sampling, fraction=share, warmup=warmup, seed=seed) for seed in range(_SEEDS)]
+    flags = [modelled_flags(schedule, sampling, fraction=share, warmup=_WARMUP, seed=seed) for seed in range(_SEEDS)]
     return Reuse(name=f"reuse {fraction:g}", flags=tuple(flags))
 
 
@@ -303,6 +291,54 @@ def reuse_of_record(study: Study, folder: Path) -> Reuse:
     record = RunRecord.load(folder)
     flags = recorded_flags(record.flags, study.schedule, record.schedule)
     return Reuse(name=f"record {folder.name}", flags=(flags,))
+
+
+def recorded_flags(flags: np.ndarray, schedule: Schedule, recorded: Schedule) -> np.ndarray:
+    """Flags of a record, repeated or cut to another number of chunks; chunk by chunk and step by step."""
+    if (recorded.num_steps, recorded.window) != (schedule.num_steps, schedule.window):
+        has = f"the record has {recorded.num_steps} steps in a window of {recorded.window}"
+        wanted = f"{schedule.num_steps} in {schedule.window}"
+        raise InputError(f"{has}, not {wanted}: give --steps {recorded.num_steps}")
+    made = np.full((schedule.ticks, schedule.chunks), NOT_ACTIVE, dtype=np.uint8)
+    count = recorded.chunks - recorded.first
+    for tick in schedule:
+        for chunk, step in tick.active:
+            source = recorded.first + (chunk - schedule.first) % count
+            made[tick.index, chunk] = flags[recorded.tick_of(source, step), source]
+    return made
+
+
+def modelled_flags(
+    schedule: Schedule, sampling: Sampling, *, fraction: float, warmup: int, seed: int = 0
+) -> np.ndarray:
+    """Flags in which a given share of the chunk-steps is computed.
+
+    A chunk moves from step to step by the step's size, give or take a fifth, and FlowCache's policy sums that up to a
+    threshold, which is searched for. MAGI-1's steps grow towards the clean end, so the cleanest chunk reuses least. The
+    variation, of a seed, keeps chunks from reusing in step. A warm-up that alone computes more is an `InputError`.
+    """
+    dice, seen = random.Random(seed), []
+    for tick in schedule:
+        for chunk, step in tick.active:
+            last, moved = tick.index == schedule.ticks - 1, None
+            if step:
+                moved = abs(sampling.step_size(step - 1)) * dice.uniform(1 - _JITTER, 1 + _JITTER)
+            one = Observation(
+                chunk=chunk, step=step, tick=tick.index, last_tick=last, change=moved, scale=1.0 if step else None
+            )
+            seen.append(one)
+    if not warmup / schedule.num_steps <= fraction <= 1:
+        raise InputError(f"a computed share of {fraction:g} cannot be had with {warmup} warm-up steps of a chunk")
+
+    def computed(threshold: float) -> float:
+        return float(ChunkPolicy(threshold, warmup).decide(seen).count(Decision.COMPUTE))
+
+    known = search(computed, fraction * len(seen), {0.0: math.inf, 1.0: -math.inf}, tries=_HALVINGS)
+    threshold = list(known)[-1]  # the last one, within rounding where the share jumps
+    flags = np.full((schedule.ticks, schedule.chunks), NOT_ACTIVE, dtype=np.uint8)
+    for one, decision in zip(seen, ChunkPolicy(threshold, warmup).decide(seen), strict=True):
+        flags[one.tick, one.chunk] = decision.value
+    return flags
 
 
 def run_study(study: Study, reuses: Sequence[Reuse]) -> list[Run]:

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from launch.forms import declared
-from launch.options import Options
+from launch.options import Options, threads_of_a_rank
 from launch.output.display import one_line
 from launch.plan import Plan, plan_model, plan_video, slug
 from models.errors import InputError
@@ -24,7 +24,7 @@ from models.errors import InputError
 DIGEST_LENGTH = 12
 """Hexadecimal digits in a file name: 48 bits, so that even 100,000 videos do not meet."""
 _EITHER = {("seconds", "chunks"): "how long it is", ("image", "video"): "what it starts from"}
-_DIGEST_FORM = 1  # to be raised when the same options begin to make another video
+_DIGEST_FORM = 2  # to be raised when the same options begin to make another video
 
 
 def _line_model() -> type[BaseModel]:
@@ -124,6 +124,8 @@ def _digest(plan: Plan, repeat: int) -> str:
         "prefix": None if prefix is None else hashlib.sha256(prefix.frames.numpy().tobytes()).hexdigest(),
         "model": asdict(model.config),
         "weights": None if source.weights is None else str(source.weights.resolve()),
+        "cp": plan.options.cp,  # sums are taken in another order; pp and split change nothing
+        "threads": threads_of_a_rank(plan.options),
         "attention": source.attention,
         "precise": source.precise,
         "cache": asdict(model.reuse),

@@ -14,6 +14,8 @@ import os
 import re
 import shutil
 import struct
+import threading
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -142,12 +144,17 @@ class ChunkFiles:
         with atomic_write(path) as file:
             np.save(file, frames)
 
-    def encode(self, path: Path, *, fps: int) -> None:
-        """Make the video file of all chunks. It appears when it is complete; errors as in `write`."""
+    def encode(self, path: Path, fps: int, stop: threading.Event) -> None:
+        """Make the video file of all chunks. It appears when it is complete; errors as in `write`.
+
+        A CancelledError if it is to `stop`: there is no file then.
+        """
         files = [self._file(index) for index in range(self.count())]
         _, height, width, _ = np.load(files[0], mmap_mode="r").shape
         with VideoWriter(path, fps=fps, height=height, width=width) as writer:
             for file in files:
+                if stop.is_set():
+                    raise CancelledError
                 writer.write(np.load(file))
 
     def remove(self) -> None:

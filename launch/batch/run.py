@@ -6,9 +6,10 @@ It puts the batch file, the folder of videos, the cluster and the display togeth
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from engine.files import DiskFull
 from launch.batch.file import BatchItem, read_batch
 from launch.batch.folder import ChunkFiles, OutputFolder
 from launch.cluster import on_ray
+from launch.ending import check_signals
 from launch.generate import Backend, make_videos
 from launch.options import BatchOptions, parse_size
 from launch.output.display import BatchDisplay, Row, State, summary
@@ -44,7 +46,7 @@ def run_batch(options: BatchOptions, *, say: Callable[[str], None]) -> int:
         batch = _Batch(options, folder, items, say)
         with BatchDisplay() as display:
             batch.make(display)
-        say(summary(batch.rows, seconds=time.monotonic() - began))
+        say(summary(batch.rows, seconds=time.monotonic() - began, restarts=batch.restarts))
     failed = any(row.state is State.FAILED for row in batch.rows)
     return FAILED if problems or failed else OK
 
@@ -58,7 +60,7 @@ class _Video(Row):
     checkpoints: Path  # folder of all, with one for each layout in it
     began: float | None = None
     share: float = 0.0
-    ending: Future[None] | None = None
+    ending: futures.Future[None] | None = None
 
 
 class _Batch:
@@ -69,8 +71,10 @@ class _Batch:
     ) -> None:
         self._options, self._folder, self._say = options, folder, say
         self.rows: list[Row] = []  # all videos, by line
+        self.restarts = 0  # of gangs
         self._videos: dict[str, _Video] = {}  # those to make
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._stopping = threading.Event()
         for item in items:
             video = self._video(item)
             self.rows.append(video)
@@ -89,13 +93,21 @@ class _Batch:
                 waiting = [video for video in self._videos.values() if not self._end_if_complete(video)]
                 if waiting:
                     self._make(waiting, display)
-            finally:
                 self._settle(wait=True)
+            except (KeyboardInterrupt, SystemExit) as stopped:
+                if isinstance(stopped, SystemExit):  # the command line says the other
+                    self._say("flowcache: stopped")
+                self._stopping.set()
+                raise
+            finally:
+                self._settle(wait=not self._stopping.is_set())
                 display.update(self.rows)
 
     def _make(self, waiting: list[_Video], display: BatchDisplay) -> None:
         options, plans = self._options, [video.item.plan for video in waiting]
         kv_bytes = None if options.kv_memory is None else parse_size(options.kv_memory)
+        if (count := len(waiting)) < options.gangs:
+            self._say(f"of --gangs {options.gangs} no more than {count} can have work: one for each video to make")
         with on_ray(plans, gangs=options.gangs, kv_bytes=kv_bytes, max_restarts=options.max_restarts) as backend:
 
             def handle(event: Event) -> None:
@@ -149,6 +161,8 @@ class _Batch:
                 for name in event.videos:
                     lost = self._videos[name]
                     lost.state, lost.gang, lost.restarts = State.RESTARTING, None, lost.restarts + 1
+            case messages.Restarted():
+                self.restarts += 1
             case messages.ChunkMade():
                 self._keep(backend, event)
             case messages.Admitted():
@@ -189,17 +203,23 @@ class _Batch:
         if video.chunks_done < video.chunks:
             return False
         plan = video.item.plan
-        video.ending = self._pool.submit(video.files.encode, plan.out, fps=plan.model.config.runtime_config.fps)
+        video.ending = self._pool.submit(
+            video.files.encode, plan.out, plan.model.config.runtime_config.fps, self._stopping
+        )
         return True
 
     def _settle(self, *, wait: bool) -> None:
         """Take note of videos that are encoded, or could not be."""
+        while wait and futures.wait([video.ending for video in self._videos.values() if video.ending], 0.2).not_done:
+            check_signals()
         for video in self._videos.values():
-            if (ending := video.ending) is None or not (wait or ending.done()):
+            if (ending := video.ending) is None or not ending.done():
                 continue
             video.ending = None
             try:
                 ending.result()
+            except futures.CancelledError:
+                continue
             except DiskFull:
                 raise
             except InputError as error:
@@ -213,8 +233,9 @@ class _Batch:
         """The video is there: what it was made of is not needed any more."""
         video.files.remove()
         shutil.rmtree(video.checkpoints, ignore_errors=True)
-        with suppress(OSError):
-            video.checkpoints.parent.rmdir()  # unless there are those of others
+        if self._options.checkpoints is None:
+            with suppress(OSError):
+                video.checkpoints.parent.rmdir()  # unless there are those of others
 
     def _fail(self, video: _Video, message: str) -> None:
         video.state, video.error = State.FAILED, message

@@ -267,10 +267,13 @@ def render(rows: Sequence[Row], *, height: int) -> RenderableType:
     return Group(table, Text(count, style="bold", no_wrap=True, overflow="ellipsis"))
 
 
-def summary(rows: Sequence[Row], *, seconds: float) -> str:
-    """What became of a batch in so many seconds, for people: a line for all, and one for each video that failed."""
+def summary(rows: Sequence[Row], *, seconds: float, restarts: int) -> str:
+    """What became of a batch in so many seconds, for people: a line for all, and one for each video that failed.
+
+    Gangs were started again `restarts` times; each may have had several of the videos.
+    """
     made = [row for row in rows if row.state is not State.KEPT]
-    chunks, restarts = sum(row.chunks_done for row in made), sum(row.restarts for row in made)
+    chunks = sum(row.chunks_done for row in made)
     text = f"{_counts(rows)}; {chunks} chunks in {clock(seconds)}"
     if chunks:
         text += f", {seconds / chunks:.2f} s per chunk"
@@ -279,7 +282,7 @@ def summary(rows: Sequence[Row], *, seconds: float) -> str:
         mean = sum(share * count for share, count in shares) / sum(count for _, count in shares)
         text += f", {mean:.0%} of the steps computed"
     if restarts:
-        text += f", {restarts} restart{'s' if restarts > 1 else ''}"
+        text += ", a gang started again" if restarts == 1 else f", gangs started again {restarts} times"
     failed = [row for row in rows if row.state is State.FAILED]
     return "\n".join([text, *(_news(row) for row in sorted(failed, key=lambda row: row.line))])
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from models.attention import Attention
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.folder import dit_folder, find_files
-from models.magi.sampling import MagiSampling
-from models.magi.text import T5Encoder, TextLoading, counter_rows, read_special_tokens
+from models.magi.sampling import COPY_WEIGHT, MagiSampling
+from models.magi.text import SpecialTokens, T5Encoder, TextLoading
 from models.magi.vae import TiledVAE
 from models.magi.weights import Checkpoint, Loading
 from models.pocket.text import PocketEncoder
@@ -25,7 +24,8 @@ _TEXT = TextLoading()
 
 
 class MagiPipeline:
-    """A DiT with what turns prompts into captions (`tokens`: the special ones) and latents into frames.
+    """A DiT with what turns prompts into captions (`tokens`: the special ones, `text`: which of them) and latents into
+    frames; `copy_weight` as in `MagiSampling`.
 
     Without an encoder captions are brought, and without an autoencoder a video ends with latents.
     """
@@ -37,10 +37,14 @@ class MagiPipeline:
         autoencoder: Autoencoder | None = None,
         encoder: T5Encoder | PocketEncoder | None = None,
         *,
-        tokens: Tensor | None = None,
+        tokens: SpecialTokens | None = None,
+        text: TextLoading = _TEXT,
+        copy_weight: float = COPY_WEIGHT,
     ) -> None:
         self.config, self.model = config, model
-        self._autoencoder, self._encoder, self._tokens = autoencoder, encoder, tokens
+        self._autoencoder, self._encoder, self._copy_weight = autoencoder, encoder, copy_weight
+        self._counters = None if tokens is None else tokens.counter_rows(text.special)
+        self._null = model.null_text() if tokens is None or not text.negative else tokens.negative(model.null_text())
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -55,20 +59,30 @@ class MagiPipeline:
 
     def sampling(self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True) -> MagiSampling:
         """How to denoise with that many steps, with or without the passes that reuse may leave out."""
-        return MagiSampling(config=self.config, num_steps=num_steps, clean_pass=clean_pass, copy_pass=copy_pass)
+        return MagiSampling(
+            config=self.config,
+            num_steps=num_steps,
+            clean_pass=clean_pass,
+            copy_pass=copy_pass,
+            copy_weight=self._copy_weight,
+        )
 
     def captions(self, prompt: str) -> CaptionTable:
         """Encode a prompt; an `InputError` if the encoder cannot take it."""
         assert self._encoder is not None
         text = self._encoder.encode(prompt)
-        counters = None if self._tokens is None else counter_rows(self._tokens)
         length = self.config.model_config.caption_max_length
-        table = CaptionTable(text=text, null=self.model.null_text(), counters=counters, max_length=length)
+        table = CaptionTable(text=text, null=self._null, counters=self._counters, max_length=length)
         return table.to(self.model.device)
 
 
 def load_pipeline(
-    config: MagiConfig, weights: Path | None, loading: Loading, text: TextLoading = _TEXT
+    config: MagiConfig,
+    weights: Path | None,
+    loading: Loading,
+    text: TextLoading = _TEXT,
+    *,
+    copy_weight: float = COPY_WEIGHT,
 ) -> MagiPipeline:
     """Load a model whole, or with the layers that are asked for: DiT, autoencoder and text encoder.
 
@@ -79,15 +93,16 @@ def load_pipeline(
         weights: folder in place of the configuration's `load`; `find_files` says where the other parts are searched.
         loading: device, precision, attention, layers.
         text: how prompts are read. Those that are known are encoded before the DiT takes its memory.
+        copy_weight: as in `MagiSampling`.
 
     Raises:
         InputError: something is missing or damaged.
     """
     files, runtime, model = find_files(config, weights, tokens=text.tokens), config.runtime_config, config.model_config
     encoder: T5Encoder | PocketEncoder = PocketEncoder()
-    special = None
+    tokens = None
     if files.t5 is not None and files.tokens is not None:
-        special = read_special_tokens(files.tokens, channels=model.caption_channels)
+        tokens = SpecialTokens.from_npz(files.tokens, channels=model.caption_channels)
         device = text.device or (runtime.t5_device if torch.cuda.is_available() else "cpu")
         length, dtype = model.caption_max_length, text.dtype
         encoder = T5Encoder(files.t5, device=device, dtype=dtype, max_length=length, cache=text.cache)
@@ -98,7 +113,8 @@ def load_pipeline(
     of_vae = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
     vae = Checkpoint(files.vae).vae(dtype=of_vae, device=loading.device)
     autoencoder = TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
-    return MagiPipeline(config, Checkpoint(files.dit).dit(config, loading), autoencoder, encoder, tokens=special)
+    dit = Checkpoint(files.dit).dit(config, loading)
+    return MagiPipeline(config, dit, autoencoder, encoder, tokens=tokens, text=text, copy_weight=copy_weight)
 
 
 def load_stage(config: MagiConfig, weights: Path | None, loading: Loading) -> MagiDiT:

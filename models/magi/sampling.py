@@ -19,7 +19,7 @@ _SHORTCUT_STEPS = 12
 _SHORTCUTS = {"16,16,8": ((0.0, 1 / 16, 2 / 16), (1, 1, 2))}
 _DEFAULT_SHORTCUT = ((0.0, 2 / 16, 3 / 16), (2, 1, 1))  # "8,16,16", and whatever else is given
 _PREFIX_FALLBACK = 8  # chunks a prefix chunk looks back where neither range says so (7.6)
-_COPY_WEIGHT = 0.3  # of the copy pass in the sum: 1 - the released `prev_chunks_scale` (7.5)
+COPY_WEIGHT = 0.3  # of the copy pass in the sum: 1 - the released `prev_chunks_scale` (7.5)
 
 
 def timesteps(num_steps: int, shortcut_mode: str) -> torch.Tensor:
@@ -42,6 +42,7 @@ class MagiSampling:
     num_steps: int  # denoising steps, in place of the configuration's
     clean_pass: bool = True  # renew the KV of a finished chunk by a pass at `clean_t`
     copy_pass: bool = True  # blend in a copy of a distilled model's cleanest chunk that sees itself only
+    copy_weight: float = COPY_WEIGHT  # of that copy
 
     def __post_init__(self) -> None:
         if self.num_steps < 1 or self.num_steps % self.window:
@@ -131,7 +132,8 @@ class MagiSampling:
             threshold = self.config.engine_config.distill_nearly_clean_chunk_threshold
             if not (oldest and self.copy_pass and time > threshold):
                 return (one("denoise", "text", 1.0),)
-            return one("denoise", "text", 1 - _COPY_WEIGHT), one("copy", "text", _COPY_WEIGHT, isolated=True)
+            weight = self.copy_weight
+            return one("denoise", "text", 1 - weight), one("copy", "text", weight, isolated=True)
         previous, text = self._scales(step)
         passes = [one("null", "null", previous - text, drop=True)]
         if previous != 1:

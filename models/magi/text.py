@@ -17,7 +17,7 @@ import re
 import urllib.parse
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,45 +44,70 @@ _KNOWN, _KEPT = 256, 1000  # encoded prompts in memory and on the disk, of 13 MB
 _RELEASED_CHANNELS = 4096  # of T5 v1.1 XXL
 
 _TOKEN_ROWS = 100
-_HQ_ROW = 1
-_DURATION_ROW = 7  # for the last chunk; the next row for the one before it, and so on
-_DURATION_ROWS = 8
+SpecialToken = Literal["HQ", "DURATION", "STATIC", "DYNAMIC", "BORDERNESS", "3D", "2D"]
+SPECIAL: tuple[SpecialToken, ...] = ("HQ", "DURATION")  # as the released run.sh has it
+_ROWS = {"HQ": 1, "STATIC": 2, "DYNAMIC": 3, "BORDERNESS": 4, "DURATION": 7, "3D": 15, "2D": 16}
+_TRANS = 0
+_DURATIONS = 8  # rows from that of DURATION on: the last chunk's, then those of the chunks before it
+# The released code puts one after the other in front of the text, in the opposite order (2.3).
+_FRONT: tuple[SpecialToken, ...] = ("DURATION", "2D", "3D", "HQ", "BORDERNESS", "DYNAMIC", "STATIC")
 
 
-def read_special_tokens(path: Path, *, channels: int) -> Tensor:
-    """The learned vectors of `special_tokens.npz` that say what kind of video is wanted: `other_tokens`, [100, C] fp32.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpecialTokens:
+    """Learned vectors that say what kind of video is wanted (2.3), in fp32."""
 
-    With the channels of released models it must be the released file. An `InputError` if it is not, cannot be read, or
-    lacks the vectors.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read the special tokens {path}: {error.strerror}") from None
-    digest = hashlib.sha256(content).hexdigest()
-    if channels == _RELEASED_CHANNELS and digest != SPECIAL_TOKENS_SHA256:
-        raise InputError(
-            f"{path} is not the released special_tokens.npz: its SHA-256 is {digest}, not {SPECIAL_TOKENS_SHA256}"
-        )
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            rows = arrays["other_tokens"]
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} holds no array other_tokens: {error}") from None
-    if rows.shape != (_TOKEN_ROWS, channels):
-        raise InputError(f"{path}: other_tokens has shape {list(rows.shape)}, expected [{_TOKEN_ROWS}, {channels}]")
-    if rows.dtype.kind != "f":
-        raise InputError(f"{path}: other_tokens holds {rows.dtype} and not floating-point numbers")
-    # Through fp16, as released: the vectors that the DiT was trained with were rounded to it.
-    return torch.from_numpy(rows.astype(np.float16).astype(np.float32))
+    other: Tensor  # [100, C], by row
+    caption: Tensor  # [1, C]
+    logo: Tensor  # [1, C]
 
+    @classmethod
+    def from_npz(cls, path: Path, *, channels: int) -> SpecialTokens:
+        """Read `special_tokens.npz`. With the channels of released models it must be the released file.
 
-def counter_rows(tokens: Tensor) -> Tensor:
-    """Rows in front of the text: how much of the video is left, and that high quality is wanted (2.3).
+        Raises:
+            InputError: it is another file, cannot be read, or lacks the vectors.
+        """
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot read the special tokens {path}: {error.strerror}") from None
+        digest = hashlib.sha256(content).hexdigest()
+        if channels == _RELEASED_CHANNELS and digest != SPECIAL_TOKENS_SHA256:
+            raise InputError(
+                f"{path} is not the released special_tokens.npz: its SHA-256 is {digest}, not {SPECIAL_TOKENS_SHA256}"
+            )
+        found = {}
+        for name, rows in {"other_tokens": _TOKEN_ROWS, "caption_token": 1, "logo_token": 1}.items():
+            try:
+                with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                    values = arrays[name]
+            except (KeyError, ValueError, zipfile.BadZipFile) as error:
+                raise InputError(f"{path} holds no array {name}: {error}") from None
+            if values.shape != (rows, channels):
+                raise InputError(f"{path}: {name} has shape {list(values.shape)}, expected [{rows}, {channels}]")
+            if values.dtype.kind != "f":
+                raise InputError(f"{path}: {name} holds {values.dtype} and not floating-point numbers")
+            # Through fp16, as released: the vectors that the DiT was trained with were rounded to it.
+            found[name] = torch.from_numpy(values.astype(np.float16).astype(np.float32))
+        return cls(other=found["other_tokens"], caption=found["caption_token"], logo=found["logo_token"])
 
-    Of special tokens [100, C]: [8, 2, C], by how many chunks come after the chunk; more than 7 count as 7.
-    """
-    return torch.stack([tokens[[_DURATION_ROW + left, _HQ_ROW]] for left in range(_DURATION_ROWS)])
+    def counter_rows(self, names: Collection[SpecialToken]) -> Tensor | None:
+        """Rows in front of the text: what is wanted, and with `DURATION` how much of the video is left.
+
+        Returns:
+            [8, P, C], by how many chunks come after the chunk; more than 7 count as 7. None without names.
+        """
+        chosen = [name for name in _FRONT if name in names]
+        if not chosen:
+            return None
+        rows = [[_ROWS[name] + (left if name == "DURATION" else 0) for name in chosen] for left in range(_DURATIONS)]
+        return torch.stack([self.other[row] for row in rows])
+
+    def negative(self, null: Tensor) -> Tensor:
+        """The text of "no text" [M, C] with what is not wanted in front, as the released NEG_PROMPT has it (2.4)."""
+        unwanted = [self.other[_ROWS["BORDERNESS"]][None], self.other[_TRANS][None], self.logo, self.caption]
+        return torch.cat([row.to(null) for row in unwanted] + [null])[: len(null)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +118,8 @@ class TextLoading:
     device: str | None = None  # where T5 encodes; None is what the configuration says, on the CPU if there is no GPU
     dtype: Literal["float32", "bfloat16"] | None = None  # of T5; None is as its files have it
     cache: Path | None = None  # folder where encoded prompts are kept; None keeps none
+    special: tuple[SpecialToken, ...] = SPECIAL  # what kind of video is wanted
+    negative: bool = False  # what is not wanted stands in front of the text of "no text"
     prompts: tuple[str, ...] = ()  # known before the model is loaded: T5 reads them first, and is let go
 
 

@@ -48,8 +48,7 @@ class RankActor:
         """Work as one rank until the leader ends the session; a failure is returned, not raised."""
         os.environ.update(env.variables())
         settle_heap()
-        if task.threads is not None:
-            torch.set_num_threads(task.threads)
+        torch.set_num_threads(task.threads)
         loop = CommandLoop()
         try:
             address = Address(host=env.host, port=env.port, secret=env.secret)

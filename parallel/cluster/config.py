@@ -20,13 +20,13 @@ from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from models.magi.config import MagiConfig
 from models.magi.pipeline import load_pipeline, load_stage
-from models.magi.sampling import MagiSampling
+from models.magi.sampling import COPY_WEIGHT, MagiSampling
 from models.magi.text import TextLoading
 from models.magi.weights import Loading
 from models.protocols import CELL_FRAMES, Pipeline
 from parallel.cluster.scheduler import GangSize, VideoSize
 from parallel.comm.ulysses import local_heads
-from parallel.health.timeouts import Timeouts
+from parallel.health.timeouts import HEAD_SECONDS, Timeouts
 from parallel.mesh import Layout, Mesh, stage_range, stage_sizes
 from parallel.ranks.worker import StageModel
 
@@ -55,6 +55,7 @@ class MagiSource:
     config: MagiConfig  # values of the configuration file
     weights: Path | None = None  # folder in place of the configured one; every node must see it
     text: TextLoading = field(default_factory=TextLoading)  # how prompts are read
+    copy_weight: float = COPY_WEIGHT  # as in `MagiSampling`
     split: str | None = None  # layers of each stage, as in `9,9,8,8`; None balances them
     precise: bool = True  # fp32 output projections, as released
     attention: str = "sdpa"  # name of the attention backend
@@ -62,13 +63,16 @@ class MagiSource:
     @property
     def identity(self) -> str:
         """A digest of all fields."""
-        files = [str(self.weights), str(self.text.tokens), self.text.dtype]
-        values = [self.config.to_dict(), *files, self.split, self.precise, self.attention]
+        text = [str(self.text.tokens), self.text.dtype, self.text.special, self.text.negative]
+        how = [self.copy_weight, self.split, self.precise, self.attention]
+        values = [self.config.to_dict(), str(self.weights), text, how]
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def lead(self, mesh: Mesh, device: str) -> Pipeline:
         """The first stage's layers, the text encoder and the autoencoder; an `InputError` says what is missing."""
-        return load_pipeline(self.config, self.weights, self._loading(mesh, device), self.text)
+        return load_pipeline(
+            self.config, self.weights, self._loading(mesh, device), self.text, copy_weight=self.copy_weight
+        )
 
     def stage(self, mesh: Mesh, device: str) -> StageModel:
         """A rank's layers; errors as in `lead`."""
@@ -90,7 +94,7 @@ class RankTask:
     kv: KVSettings  # how much of the past is held
     timeouts: Timeouts  # how long to wait for others
     interface: str | None = None  # network interface to listen at, on all nodes; None takes Ray's address of each
-    threads: int | None = None  # CPU threads of each rank; None shares the cores of its node among the ranks there
+    threads: int = 1  # CPU threads of each rank: another number makes other bits, so nothing but a person changes it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +107,7 @@ class ClusterSettings:
     size: GangSize  # slots and memory that each has for videos
     max_restarts: int = 20  # of all gangs together
     node_wait: float = 300.0  # seconds to wait for nodes when no gang has room any more
+    head_wait: float = HEAD_SECONDS  # seconds for which Ray's head may not answer
 
 
 def video_size(

@@ -24,11 +24,13 @@ from ray.util.metrics import Counter, Gauge
 from parallel.cluster import messages
 from parallel.cluster.config import ClusterSettings
 from parallel.cluster.gang import Gang, GangBroken, GangState, GangView
-from parallel.cluster.placement import alive_nodes, plan_strategies
+from parallel.cluster.placement import alive_nodes, head_answers, plan_strategies
 from parallel.cluster.scheduler import Figures, Permit, RequestState, Scheduler
-from parallel.health.timeouts import GANGS_END_SECONDS, METRICS_SECONDS, NEWS_SECONDS, POLL_SECONDS
+from parallel.health.timeouts import GANGS_END_SECONDS, METRICS_SECONDS, NEWS_SECONDS, NODES_SECONDS, POLL_SECONDS
 
 _FAILED_STARTS = 4  # attempts in a row to start a gang, none of which gets it ready, before it is given up
+_MEMORY = re.compile(r"(out of|not enough|allocate) memory", re.IGNORECASE)  # in what Ray, torch or a rank says
+_TOO_LARGE = "its ranks run out of memory: ask for a smaller --height and --width, or a --kv-budget"
 _BLAMED = re.compile(r": request (\d+), tick \d+, chunk \d+ \(\w+\): (\w+: .*)$")
 """What a rank says of an error within an item: the number of the video, and the error."""
 
@@ -42,16 +44,25 @@ class _Video:
     number: int = -1  # that its gang has given it, which failures name
 
 
+class ClusterLost(Exception):  # noqa: N818 - reads as what it says
+    """Nothing more can be made on this cluster; its text is one line that says why."""
+
+
 class Controller:
     """Makes videos on a cluster that this process has joined with `ray.init`. A context: gangs live as long.
 
-    `log` is called with everything that happens, as plain values, without frames.
+    `log` is called with everything that happens, as plain values, without frames. `check` is called several times a
+    second while videos are made, and may raise to end that.
     """
 
     def __init__(
-        self, settings: ClusterSettings, *, log: Callable[[dict[str, Any]], None] = lambda entry: None
+        self,
+        settings: ClusterSettings,
+        *,
+        log: Callable[[dict[str, Any]], None] = lambda entry: None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._settings, self._metrics, self._log = settings, _Metrics(), log
+        self._settings, self._metrics, self._log, self._check = settings, _Metrics(), log, check
         self._scheduler = Scheduler([settings.size])
         self._news = threading.Event()
         self._gangs: dict[str, Gang] = {}
@@ -60,7 +71,8 @@ class Controller:
         self._began = time.monotonic()
         self.restarts = 0
         """How often a gang was started again."""
-        self._counted = self._roomless = 0.0
+        self._counted = self._roomless = self._looked = 0.0
+        self._answered = self._began  # when Ray's head has answered last
 
     def __enter__(self) -> Self:
         """Reserve resources, and begin to start the gangs; an InputError if the cluster has not so much."""
@@ -79,8 +91,9 @@ class Controller:
             deadline = time.monotonic() + GANGS_END_SECONDS
             while not all(gang.ended for gang in up) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
+        head = kind is not ClusterLost and head_answers()
         for gang in self._gangs.values():
-            gang.give_up()
+            gang.give_up(head=head)
 
     # ---- for the caller
 
@@ -108,6 +121,7 @@ class Controller:
             comes after it committed.
 
         Raises:
+            ClusterLost: the head of the cluster is gone.
             InputError: with what they were given the ranks cannot start, or not go on: there is no room on a disk.
         """
         while not self._scheduler.idle or self._out:
@@ -133,6 +147,8 @@ class Controller:
         self._carry_out()  # what was submitted since the last round does not wait for an event
         self._news.wait(NEWS_SECONDS)
         self._news.clear()
+        self._check()
+        self._check_head()
         for gang in self._gangs.values():
             if gang.state is GangState.DOWN:
                 continue
@@ -206,11 +222,7 @@ class Controller:
     def _lose(self, gang: Gang, message: str) -> None:
         """A gang has failed: its videos go back to the queue, and it is started again."""
         gang.stop()
-        blamed: dict[str, str] = {}
-        if found := _BLAMED.search(message):
-            for name, video in self._videos.items():
-                if video.number == int(found[1]) and self._scheduler.entry(name).gang == gang.name:
-                    blamed[name] = found[2]
+        blamed = self._blamed(gang, message)
         lost = self._scheduler.gang_down(gang.name, blamed=blamed)
         self._say(messages.GangLost(gang=gang.name, message=message, videos=tuple(entry.request for entry in lost)))
         for entry in lost:
@@ -225,6 +237,25 @@ class Controller:
         gang.restart()
         self._say(messages.Restarted(gang=gang.name, attempt=gang.attempt))
         self._metrics.restarts.inc(1, tags={"gang": gang.name})
+
+    def _blamed(self, gang: Gang, message: str) -> dict[str, str]:
+        """The video that a failure names, or the one that takes most where memory was short, and what it has done."""
+        held = {name: video for name, video in self._videos.items() if self._scheduler.entry(name).gang == gang.name}
+        if held and _MEMORY.search(message):
+            return {max(held, key=lambda name: held[name].order.size.kv_bytes): _TOO_LARGE}
+        found = _BLAMED.search(message)
+        return {} if found is None else {name: found[2] for name in held if held[name].number == int(found[1])}
+
+    def _check_head(self) -> None:
+        """Before a call of Ray's hangs."""
+        now = time.monotonic()
+        if now - self._looked < NODES_SECONDS:
+            return
+        self._looked = now
+        if head_answers():
+            self._answered = now
+        elif now - self._answered > self._settings.head_wait:
+            raise ClusterLost("the head of the Ray cluster (its GCS) is gone")
 
     def _give_up_if_roomless(self) -> None:
         """Wait for nodes for so long, and no longer."""

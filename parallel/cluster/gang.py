@@ -17,14 +17,14 @@ from enum import StrEnum
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from models.errors import InputError
 from parallel.cluster.actor import RankActor
 from parallel.cluster.config import ClusterSettings
 from parallel.cluster.connection import Connection
 from parallel.cluster.messages import Command, GangReady, RankStarted, SentByGang
-from parallel.cluster.placement import Place, Placement, alive_nodes, kill_process, plan_strategies, threads_per_rank
+from parallel.cluster.placement import Place, Placement, alive_nodes, kill_process, plan_strategies
 from parallel.comm.meeting import interface_address
 from parallel.comm.sockets import Address, Stream
 from parallel.comm.store import StoreServer
@@ -36,7 +36,6 @@ from parallel.mesh import Mesh
 from parallel.ranks.environment import RankEnv
 
 _QUIET = 2  # attempts on a node that is gone before they count as losses
-_LOST = (RayActorError, RayTaskError, GetTimeoutError)  # what Ray raises for a rank that is gone
 
 
 class GangBroken(Exception):  # noqa: N818 - reads as what it says
@@ -162,14 +161,15 @@ class Gang:
             if not self._retries_quietly(error):
                 raise
 
-    def stop(self) -> None:
-        """Kill all ranks at once, also those that hang or are stopped."""
+    def stop(self, *, head: bool = True) -> None:
+        """Kill all ranks at once, also those that hang or are stopped; without Ray's `head` those of this machine."""
         ranks, self._ranks = self._ranks, []
         for rank in ranks:
             rank.connection.close()
             if rank.pid is not None:
-                kill_process(rank.pid, rank.place.node)
-            ray.kill(rank.actor, no_restart=True)
+                kill_process(rank.pid, rank.place.node, here=not head)
+            if rank.actor is not None:
+                ray.kill(rank.actor, no_restart=True)
         if self._heartbeats is not None:
             self._heartbeats.close(timeouts.READER_ENDS_SECONDS)
         if self._server is not None:
@@ -181,11 +181,12 @@ class Gang:
         self.attempt += 1
         self.state, self._looked = GangState.WAITING, 0.0
 
-    def give_up(self) -> None:
-        """Do not start again; what it has reserved is free."""
-        self.stop()
+    def give_up(self, *, head: bool = True) -> None:
+        """Do not start again; what it has reserved is free, if there is Ray's `head` to know of it."""
+        self.stop(head=head)
         self.state = GangState.DOWN
-        self._release()
+        if head:
+            self._release()
 
     # ---- placing and starting
 
@@ -221,15 +222,14 @@ class Gang:
         self._began, self.state = now, GangState.STARTING
         self._heartbeats = Heartbeats(self._server.store, self._mesh, self._settings.task.timeouts)
         self._heartbeats.start()
-        nodes = alive_nodes()
         self._ranks = [_Rank(place, self._news) for place in places]
         for number, rank in enumerate(self._ranks):
-            self._start(self._env(number, rank.place, self._server.address), rank, nodes.get(rank.place.node, {}))
+            self._start(self._env(number, rank.place, self._server.address), rank)
 
     def _env(self, rank: int, place: Place, at: Address) -> RankEnv:
-        world = self._mesh.layout.world_size
+        world, nodes = self._mesh.layout.world_size, {rank.place.node for rank in self._ranks}
         env = RankEnv(rank=rank, world_size=world, local_rank=place.local_rank, host=at.host, port=at.port)
-        env = replace(env, secret=at.secret, one_machine=place.local_world_size == world, attempt=self.attempt)
+        env = replace(env, secret=at.secret, one_machine=len(nodes) == 1, attempt=self.attempt)
         return replace(env, launcher_serves=True, launcher_speaks=True)
 
     def _opened(self, rank: int, stream: Stream) -> None:
@@ -240,21 +240,19 @@ class Gang:
         else:
             stream.end()
 
-    def _start(self, env: RankEnv, rank: _Rank, node: dict[str, float]) -> None:
+    def _start(self, env: RankEnv, rank: _Rank) -> None:
         assert self._placement is not None
-        place = rank.place
-        shape, task, ranks = self._settings.shape, self._settings.task, self._settings.gangs * place.local_world_size
-        threads = task.threads or threads_per_rank(node, ranks, gpus=shape.gpus)
-        # Ray sets one thread for ranks that reserve one CPU, and hides the other GPUs; torchrun does neither.
-        variables = {"OMP_NUM_THREADS": str(threads), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+        shape, task = self._settings.shape, self._settings.task
+        # Ray sets as many threads as a rank reserves CPUs, and hides the other GPUs; torchrun does neither.
+        variables = {"OMP_NUM_THREADS": str(task.threads), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
         remote: Any = ray.remote(max_restarts=0, max_task_retries=0)(RankActor)
         rank.actor = remote.options(
             num_cpus=shape.cpus,
             num_gpus=1 if shape.gpus else 0,
-            scheduling_strategy=self._placement.at(place),
+            scheduling_strategy=self._placement.at(rank.place),
             runtime_env={"env_vars": variables},
         ).remote()
-        rank.run = rank.actor.run.remote(env, replace(task, threads=threads))
+        rank.run = rank.actor.run.remote(env, task)
 
     def _release(self) -> None:
         if self._placement is not None:
@@ -312,7 +310,7 @@ class Gang:
         for run in ready:
             try:
                 failure: Failure | None = ray.get(run, timeout=timeouts.RAY_ANSWER_SECONDS)
-            except _LOST as error:
+            except RayError as error:
                 dead.append(self._died(runs[run], error))
                 continue
             if failure is not None:
@@ -330,6 +328,8 @@ class Gang:
     def _died(self, number: int, error: Exception) -> GangBroken | InputError:
         """Why a rank has died: what the ranks have reported, if anything."""
         name, rank = self._mesh.name(number), self._ranks[number]
+        if isinstance(error, OutOfMemoryError):
+            return GangBroken(f"{name} was ended by Ray, as its node has run out of memory")
         if isinstance(error, RayTaskError):
             return GangBroken(f"{name}: {error.cause}")
         assert self._heartbeats is not None

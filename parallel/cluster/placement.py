@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from models.errors import InputError
+from parallel.health.timeouts import HEAD_ANSWERS_SECONDS
 from parallel.mesh import Layout
 
 
@@ -43,7 +45,6 @@ class Place:
     bundle: int  # of the placement group
     node: str  # id
     local_rank: int  # among the gang's ranks of that node
-    local_world_size: int  # how many those are
 
 
 def alive_nodes() -> dict[str, dict[str, float]]:
@@ -51,23 +52,17 @@ def alive_nodes() -> dict[str, dict[str, float]]:
     return {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
 
 
-def threads_per_rank(resources: Mapping[str, float], ranks: int, *, gpus: bool) -> int:
-    """CPU threads of each rank of a node, so that those that may be there share its cores."""
-    cores = int(resources.get("CPU", 1))
-    devices = int(resources.get("GPU", 0)) if gpus else cores
-    return max(1, cores // max(1, min(ranks, devices)))
-
-
-def kill_process(pid: int, node: str) -> None:
+def kill_process(pid: int, node: str, *, here: bool = False) -> None:
     """End a process of a node for certain, also one that is stopped and does not listen to Ray.
 
+    With `here`, for a cluster that is gone, only if the node is this one.
     It stands in this file because the other node has to import it: that takes no torch.
     """
     if node == ray.get_runtime_context().get_node_id():
         _kill(pid)
-        return
-    where = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-    ray.remote(_kill).options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote(pid)
+    elif not here:
+        where = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+        ray.remote(_kill).options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote(pid)
 
 
 def _kill(pid: int) -> None:
@@ -78,6 +73,14 @@ def _kill(pid: int) -> None:
 def cluster_has_gpus() -> bool:
     """Whether any node has a GPU."""
     return any(resources.get("GPU", 0) >= 1 for resources in alive_nodes().values())
+
+
+def head_answers() -> bool:
+    """Whether somebody takes connections at the head of the cluster; without it Ray's calls hang for a minute."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    with suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_ANSWERS_SECONDS):
+        return True
+    return False
 
 
 def plan_strategies(nodes: Mapping[str, Mapping[str, float]], shape: GangShape, gangs: int) -> list[str]:
@@ -110,8 +113,7 @@ def assign_places(bundle_nodes: Mapping[int, str], layout: Layout, *, first_node
     nodes = [bundle_nodes[bundle] for bundle in order for _ in range(layout.cp)]
     places = []
     for rank, node in enumerate(nodes):
-        before, there = nodes[:rank].count(node), nodes.count(node)
-        places.append(Place(bundle=order[rank // layout.cp], node=node, local_rank=before, local_world_size=there))
+        places.append(Place(bundle=order[rank // layout.cp], node=node, local_rank=nodes[:rank].count(node)))
     return places
 
 

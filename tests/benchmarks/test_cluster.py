@@ -5,9 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.cluster import Part, run
+from benchmarks.cluster import BenchSource, GangSetup, Outcome, Part, run
 from benchmarks.common import run_command, table
-from benchmarks.ray_runs import BenchSource, GangSetup, Outcome
 from benchmarks.runs import alone, on_ranks
 from benchmarks.workload import Made, ModelSpec, Workload, differing, digest
 from engine.reuse.policy import ReuseSettings
@@ -57,11 +56,11 @@ def test_verdicts_hold_each_figure_for_itself():
     assert passed(overhead(problems=["run 2: gang-0: it has died"])) == [True, True, False]
 
 
-def test_tables_have_every_way_and_files_every_run():
+def test_tables_have_every_way_and_every_repeat():
     text = table([*throughput().rows, *overhead().rows])
     assert text.count("\n") == 5 and "10.00 12.00 11.00" in text
-    rows = [*throughput().csv_rows, *overhead().csv_rows]
-    assert len(rows) == 12 and (rows[1]["seconds"], rows[1]["videos_per_minute"]) == (12, 60)
+    first = throughput().rows[0]
+    assert (first["seconds"], first["videos_per_minute"], first["start_s"]) == (11, 65.45, 9)
 
 
 def test_latents_are_compared_chunk_by_chunk():
@@ -109,9 +108,7 @@ def test_an_outcome_notes_chunks_that_come_out_of_order():
 def test_bad_input_is_one_line(tmp_path, capsys):
     cases = (
         (["--parts", "speed"], "there is no part 'speed'"),
-        (["--steps", "18"], "18 steps"),
-        (["--width", "200"], "multiple of 192"),
-        (["--overhead-side", "40"], "multiple of 16"),
+        (["--repeats", "0"], "repeats"),
     )
     for arguments, said in cases:
         assert run_command(run, "cluster", [*arguments, "--out", str(tmp_path)]) == 2
@@ -123,15 +120,14 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 def test_ranks_make_the_videos_of_one_process():
     reuse = ReuseSettings(clean_pass=False, copy_pass=False)
     workload = Workload(model=SPEC, chunks=2, steps=8, videos=2, reuse=reuse)
-    (made,), ((wanted,),) = on_ranks(Layout(pp=2), [workload], torchrun=True), alone([workload])
+    (made,), (wanted,) = on_ranks(Layout(pp=2), [workload], torchrun=True), alone([workload])
     assert differing([made], wanted) == [] and made.seconds > 0 and 0 < made.item < made.seconds
 
 
 @pytest.mark.slow
 def test_the_command_writes_everything(tmp_path):
     pytest.importorskip("ray")
-    arguments = ["--quick", "--layers", "2", "--width", "192", "--side", "32", "--overhead-side", "32", "--videos", "2"]
-    status = run_command(run, "cluster", [*arguments, "--parts", "throughput", "--out", str(tmp_path)])
+    status = run_command(run, "cluster", ["--quick", "--parts", "throughput", "--out", str(tmp_path)])
     text = (tmp_path / "cluster.md").read_text()
     assert status in (0, 1) and "0 differ" in text  # how fast it is depends on the machine
     assert len((tmp_path / "cluster.csv").read_text().splitlines()) == 1 + 2

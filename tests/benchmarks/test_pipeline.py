@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from benchmarks.common import run_command
-from benchmarks.pipeline import Gang, barrier_rows, csv_row, layouts_for, run, speed_row, verdicts
-from benchmarks.runs import find_threshold, make_alone, on_ranks
-from benchmarks.simulate.stages import flag_digest, predict, problems
-from benchmarks.workload import Made, ModelSpec, Workload, build
+from benchmarks.pipeline import Gang, barrier_rows, flag_digest, layouts_for, problems, run, verdicts
+from benchmarks.runs import make_alone, on_ranks, reuse_for
+from benchmarks.workload import QUICK, Made, ModelSpec, Workload, build, model_config
 from engine.reuse.policy import ReuseSettings
-from models.errors import InputError
 from parallel.comm.messages import HEADER_BYTES
 from parallel.mesh import Layout, balanced_split, stage_layers
 from parallel.trace import RankCounters
@@ -41,35 +39,17 @@ def test_a_stage_has_the_weights_of_the_whole():
 
 
 def test_gangs_are_those_that_the_ranks_allow():
-    assert layouts_for(PLAIN, 1) == [Layout()]
-    assert layouts_for(PLAIN, 2) == [Layout(), Layout(pp=2), Layout(cp=2)]
-    assert Layout(pp=4) not in layouts_for(PLAIN, 8)  # of three layers
-    assert Layout(pp=2, cp=4) in layouts_for(PLAIN, 8)
-    with pytest.raises(InputError, match="9 steps"):
-        layouts_for(replace(PLAIN, steps=9), 2)
+    config = model_config(SPEC)
+    assert layouts_for(config, 1) == [Layout()]
+    assert set(layouts_for(config, 2)) == {Layout(), Layout(pp=2), Layout(cp=2)}
+    assert Layout(pp=4) not in layouts_for(config, 8)  # of three layers
+    assert Layout(pp=2, cp=4) in layouts_for(config, 8)
 
 
-def test_a_threshold_computes_about_the_share_that_was_asked_for():
-    longer, reuse = replace(PLAIN, chunks=4, steps=16), replace(FLOWCACHE, warmup_steps=3)
-    threshold = find_threshold(longer, reuse, 0.55)
-    made = make_alone(replace(longer, reuse=reuse.with_threshold(threshold)), build(SPEC))
+def test_reuse_computes_about_half_of_the_steps():
+    quick = Workload(model=QUICK, chunks=4, steps=8)
+    made = make_alone(replace(quick, reuse=reuse_for(QUICK)), build(QUICK))
     assert made.computed == pytest.approx(0.55, abs=0.06)
-
-
-def test_times_of_stages_add_up():
-    made = make_alone(PLAIN, build(SPEC), (1, 2))
-    timing = made.timing
-    counts = {name: sum(call.count for call in timing.calls if call.name == name) for name in ("denoise", "clean")}
-    assert counts == {"denoise": 2 * 8, "clean": 1}
-    spent = sum(call.count * sum(call.seconds) for call in timing.calls)
-    passes = sum(call.count for call in timing.calls)
-    assert 0.5 * made.seconds < spent <= 1.3 * made.seconds  # what both stages do is counted for each
-    assert spent + timing.rest * passes >= made.seconds * 0.99
-    assert 0 < timing.embed < timing.calls[0].seconds[0]
-    outcome = predict(PLAIN, timing, (), hop=None)
-    assert outcome.calls == passes
-    assert max(outcome.busy) <= outcome.seconds <= spent
-    assert predict(PLAIN, timing, (), hop=0.1).seconds > outcome.seconds + 1
 
 
 def counts(layout):
@@ -104,10 +84,10 @@ def counts(layout):
 
 def reported(reports, seconds=2.0):
     ranks = tuple(asdict(report) for report in reports)
-    return Made(seconds=seconds, first_chunk=1.0, latents=(("same",),), ranks=ranks)
+    return Made(seconds=seconds, latents=(("same",),), ranks=ranks)
 
 
-ALONE = Made(seconds=3.0, videos=(3.0,), first_chunk=1.5, latents=(("same",),))
+ALONE = Made(seconds=3.0, videos=(3.0,), latents=(("same",),))
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(pp=2), Layout(cp=2), Layout(pp=2, cp=2)])
@@ -164,8 +144,7 @@ def test_a_gang_puts_repeats_together():
     made = Gang(layout=LAYOUT, workload=PLAIN, made=REPEATS, beside=BESIDE)
     assert made.speed_up == pytest.approx(3.4 / 1.9)
     assert made.utilisation == pytest.approx([1.5 * (1 / 2 + 1 / 1.9 + 1 / 2.2) / 3] * 2)
-    assert made.other == pytest.approx(0.25)
-    assert (made.sent, made.calls, made.made[0].computed) == (20 / 1e6, 21, 1.0)
+    assert (made.row["leader_else"], made.row["calls"], made.row["computed"]) == ("0.25", 21, "1.00")
     assert gangs()[1].made[0].computed == 0.5
 
 
@@ -178,13 +157,11 @@ def test_verdicts_hold_each_figure_for_itself():
 
 
 def test_tables_say_what_was_measured():
-    row = speed_row(gangs()[0])
-    assert row["of each"] == "1.80 0.50 9.00" and speed_row(gang(PLAIN, (2.0,), (3.6,)))["stages busy"] == "75% 75%"
+    assert gangs()[0].row["of_each"] == "1.80 0.50 9.00"
+    assert gang(PLAIN, (2.0,), (3.6,)).row["stages_busy"] == "75% 75%"
     (barrier,) = barrier_rows(gangs())
-    assert (barrier["with a barrier"], barrier["lost"]) == ("1.40", "50%")
+    assert (barrier["with_a_barrier"], barrier["lost"]) == ("1.40", "50%")
     assert barrier_rows(gangs()[:1]) == []
-    first = csv_row(gangs()[0])
-    assert [first[name] for name in ("pp", "videos", "reuse", "stage_calls")] == [2, 1, 0, 21]
 
 
 @pytest.mark.slow
@@ -195,22 +172,23 @@ def test_two_ranks_do_the_work_of_one_process():
     for workload, one, other in zip(workloads, made, alone, strict=True):
         assert problems(LAYOUT, workload, one, other) == []
         assert one.flags == other.flags
-        assert one.hop > 0 and one.seconds >= one.first_chunk > 0
+        assert one.hop > 0 and one.seconds > 0
     assert 0 < made[1].computed < 1 and len(made[1].latents) == 2
 
 
 @pytest.mark.slow
 def test_the_command_writes_everything(tmp_path):
-    arguments = ["--quick", "--layers", "2", "--width", "192", "--side", "32", "--ranks", "2", "--out", str(tmp_path)]
-    assert run_command(run, "pipeline", arguments) in (0, 1)  # how fast it is depends on the machine
+    assert run_command(run, "pipeline", ["--quick", "--ranks", "2", "--out", str(tmp_path)]) in (
+        0,
+        1,
+    )  # how fast it is depends on the machine
     text = (tmp_path / "pipeline.md").read_text()
-    assert "14 runs as worked out" in text and "pp 1 x cp 2" in text and "Where the time of two stages goes" in text
+    assert "14 runs as worked out" in text and "pp 1 x cp 2" in text and "A barrier per tick" in text
     assert len((tmp_path / "pipeline.csv").read_text().splitlines()) == 1 + 14
-    assert (tmp_path / "pipeline.png").stat().st_size > 1000
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
-    for arguments in (["--model", "magi-6b"], ["--steps", "18"], ["--fraction", "1.5"]):
+    for arguments in (["--model", "magi-6b"], ["--steps", "18"], ["--ranks", "0"]):
         assert run_command(run, "pipeline", [*arguments, "--out", str(tmp_path)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("pipeline: error: ") and error.count("\n") == 1

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.simulate.clock import Machine, simulate
-from benchmarks.simulate.plan import plan_video
+from benchmarks.simulate.clock import Machine, plan_video, simulate
 from engine.schedule import Schedule
 from models.protocols import Pass, PassCondition
 
@@ -216,7 +215,7 @@ def test_what_is_faster_never_makes_one_video_slower(plan, machine, factor):
 @given(st.lists(small, min_size=1, max_size=3), machines)
 def test_no_work_is_lost_or_done_twice_or_at_the_same_time(plans, machine):
     # Plans of one gang have the same stages, but not the same times.
-    made = simulate(plans, machine, spans=True)
+    made = simulate(plans, machine)
     assert made.calls == sum(plan.calls for plan in plans)
     assert sum(made.busy) == pytest.approx(sum(plan.total for plan in plans))
     assert made.seconds >= max(made.busy) - 1e-9
@@ -239,6 +238,6 @@ def test_no_work_is_lost_or_done_twice_or_at_the_same_time(plans, machine):
 def test_the_leader_never_idles_while_work_is_ready(chunks, seconds, every, clean):
     """Two videos on one stage, which has no one to wait for, leave no gap."""
     plan = video(chunks, (seconds,), steps=8, computed=lambda chunk, step: step % every == 0, clean=clean)
-    made = simulate([plan, plan], Machine(stages=1), spans=True)
+    made = simulate([plan, plan], Machine(stages=1))
     assert made.seconds == pytest.approx(2 * plan.total)
     assert all(b.start == pytest.approx(a.end) for a, b in pairwise(made.spans))

@@ -7,7 +7,6 @@ import pytest
 
 from benchmarks.common import run_command
 from benchmarks.simulate.__main__ import run
-from benchmarks.simulate.clock import Outcome
 from benchmarks.simulate.layouts import (
     Cluster,
     Reuse,
@@ -17,8 +16,6 @@ from benchmarks.simulate.layouts import (
     run_study,
     sampled_reuse,
 )
-from benchmarks.simulate.stages import Compared
-from benchmarks.workload import Made, ModelSpec, Workload
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
 from models.errors import InputError
@@ -102,10 +99,10 @@ def test_layouts_fill_the_gpus():
 
 def test_reuse_leaves_the_share_of_the_operations():
     whole = study(chunks=10)
-    reuse = sampled_reuse(whole, 0.5, 3)
+    reuse = sampled_reuse(whole, 0.6)
     plans = [whole.plan(flags, Layout()).total for flags in reuse.flags]
-    assert plans[0] / whole.plan(None, Layout()).total == pytest.approx(0.5, abs=0.02)
-    assert 0.5 < reuse.computed < 0.65  # clean and copy passes are gone besides
+    assert plans[0] / whole.plan(None, Layout()).total == pytest.approx(0.6, abs=0.02)
+    assert 0.6 < reuse.computed < 0.75  # clean and copy passes are gone besides
 
 
 def test_the_reuse_of_a_record_is_taken(tmp_path):
@@ -134,7 +131,7 @@ def test_many_videos_fill_what_one_leaves_idle():
         assert made.speed_up < 8 and max(made.utilisation) <= 1
 
 
-def test_the_command_writes_tables_and_a_figure(tmp_path):
+def test_the_command_writes_tables(tmp_path):
     arguments = ["--quick", "--steps", "16", "--gpus", "4", "--out", str(tmp_path)]
     assert run_command(run, "simulate", arguments) == 0
     text = (tmp_path / "simulate.md").read_text()
@@ -142,7 +139,6 @@ def test_the_command_writes_tables_and_a_figure(tmp_path):
     rows = list(csv.DictReader((tmp_path / "simulate.csv").read_text().splitlines()))
     assert len(rows) == 3 * 6 * 2  # kinds of reuse, layouts, concurrencies
     assert {row["reuse"] for row in rows} == {"no reuse", "reuse 0.53", "reuse 0.46"}
-    assert (tmp_path / "simulate.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
@@ -151,7 +147,7 @@ def test_the_command_writes_tables_and_a_figure(tmp_path):
         (["--model", "magi-5b"], "unknown model"),
         (["--steps", "17"], "17 steps"),
         (["--record", "nowhere"], "no record"),
-        (["--fraction", "0.01"], "cannot be had"),
+        (["--steps", "8"], "cannot be had"),
         (["--pass-seconds", "0"], "--pass-seconds"),
         (["--concurrency", "0"], "concurrency"),
     ],
@@ -160,13 +156,3 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, said):
     assert run_command(run, "simulate", [*arguments, "--quick", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
-
-
-@pytest.mark.parametrize(("predicted", "passed"), [(0.95, True), (1.09, True), (1.12, False), (0.85, False)])
-def test_a_prediction_holds_within_a_tenth(predicted, passed):
-    one = Compared(
-        workload=Workload(model=ModelSpec(), chunks=1, steps=16),
-        predicted=[Outcome(seconds=seconds, busy=(), chunks=(), calls=0) for seconds in (9.0, predicted, 0.1)],
-        measured=[Made(seconds=seconds, latents=()) for seconds in (1.0, 0.5, 2.0)],
-    )
-    assert one.verdict.passed is passed

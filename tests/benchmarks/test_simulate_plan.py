@@ -2,14 +2,12 @@
 
 import numpy as np
 import pytest
-import torch
 
-from benchmarks.simulate.clock import Machine, simulate
-from benchmarks.simulate.plan import modelled_flags, plan_video, recorded_flags
+from benchmarks.simulate.clock import Machine, plan_video, simulate
+from benchmarks.simulate.layouts import modelled_flags, recorded_flags
 from engine.engine import Engine
 from engine.executor import LocalRunner
 from engine.record import NOT_ACTIVE, Recorder
-from engine.request import Prefix
 from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from models.errors import InputError
@@ -24,7 +22,6 @@ CASES = {
     "one step per stage": {"config": {"num_steps": 4}, "request": {"num_steps": 4}},
     "flowcache": {"reuse": FLOWCACHE},
     "teacache": {"reuse": ReuseSettings(policy="teacache", threshold=0.1, warmup_steps=3)},
-    "clip, guided": {"config": {"guided": True}, "prefix": 32},
 }
 
 
@@ -46,8 +43,7 @@ def sampling_of(pipeline, wanted, reuse):
 def test_a_plan_has_the_passes_of_the_engine_in_its_order(case):
     one_thread()
     pipeline, reuse = SmallPipeline(small_config(2, **case.get("config", {}))), case.get("reuse", ReuseSettings())
-    prefix = Prefix(frames=torch.zeros(case["prefix"], 32, 48, 3, dtype=torch.uint8)) if "prefix" in case else None
-    wanted = request(chunks=6, prefix=prefix, **case.get("request", {}))
+    wanted = request(chunks=6, **case.get("request", {}))
     runner, recorder = Recording(pipeline), Recorder()
     for _ in Engine(pipeline, runner, reuse=reuse).generate(wanted, recorder=recorder):
         pass
@@ -59,7 +55,7 @@ def test_a_plan_has_the_passes_of_the_engine_in_its_order(case):
         record.flags,
         whole_window=reuse.policy == "teacache",
     )
-    spans = simulate([plan], Machine(stages=2), spans=True).spans
+    spans = simulate([plan], Machine(stages=2)).spans
     planned = [(span.tick, span.chunk, span.name) for span in spans if span.stage == 0]
     made = [(item.tick, item.chunk, item.what.name) for item in runner.items]
     assert planned == made

@@ -66,7 +66,7 @@ def test_what_killed_processes_have_left_is_removed(tmp_path: Path) -> None:
         path.write_bytes(b"x")
     check_target(tmp_path / "good.mp4", suffix=".mp4", what="video")
     assert os.listdir(tmp_path) == [other.name]
-    stale.write_bytes(b"x")
+    (stale / "below").mkdir(parents=True)
     check_folder(tmp_path)
     assert os.listdir(tmp_path) == [other.name]
 

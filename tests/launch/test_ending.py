@@ -31,6 +31,18 @@ os.kill(os.getpid(), signal.SIGHUP)
 check_signals()
 print("went on")
 """
+DEFERRED = """
+import os, sys
+from launch.ending import check_signals, deferred_signals, unwind_on_signals
+unwind_on_signals()
+with deferred_signals():
+    os.kill(os.getpid(), int(sys.argv[1]))
+    print("went on")
+    if len(sys.argv) > 2:
+        check_signals()
+        print("not reached")
+print("not reached")
+"""
 
 
 def _run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -42,6 +54,13 @@ def _run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def test_a_swallowed_signal_ends_the_next_round(number: int, kind: str, status: int) -> None:
     done = _run(SWALLOWED, number)
     assert (done.stdout, done.returncode) == (f"swallowed {kind}\n", status)
+
+
+@pytest.mark.parametrize("looks", [(), ("looks",)])
+@pytest.mark.parametrize(("number", "status"), [(1, 129), (2, -2), (15, 143)])
+def test_a_deferred_signal_is_seen_by_who_looks_and_at_the_end(number: int, status: int, looks: tuple[str]) -> None:
+    done = _run(DEFERRED, number, *looks)
+    assert (done.stdout, done.returncode) == ("went on\n", status)
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from launch.options import Options, together
 from launch.plan import POCKET_FIGURES, Plan, plan_videos, reuse_preset, video_names
 from models.errors import InputError
 from models.pocket.preset import pocket_config
+from parallel.cluster.config import MagiSource
+from tests.models.downloaded import download
 
 PROMPT, OTHER = "a red circle moving right", "a blue cross moving up"
 
@@ -166,3 +169,51 @@ def test_bad_input_is_said_before_ranks_are_started(
     shown = capsys.readouterr().err
     assert shown.startswith("flowcache: error: ") and said in shown and shown.count("\n") == 1
     assert os.listdir(tmp_path) == ["file"]
+
+
+def _released(tmp_path: Path, name: str, **given: object) -> MagiSource:
+    folder = tmp_path / "ckpt" / "magi" / name
+    if not folder.is_dir():
+        download(tmp_path, name)
+    options = Options(prompts=["a cat"], weights=folder, height=32, width=32, steps=8, **given)
+    return plan_videos(replace(options, out=tmp_path / "x.mp4"))[0].model.source
+
+
+def test_settings_of_a_released_model_are_changed_one_by_one(tmp_path: Path) -> None:
+    source = _released(tmp_path, "4.5B_base", fps=30, window=2, text_scales="3", chunk_scales="1,1,2,2,1")
+    runtime = source.config.runtime_config
+    assert (runtime.fps, runtime.window_size) == (30, 2)
+    assert (runtime.text_scales, runtime.prev_chunk_scales) == ((3,) * 5, (1, 1, 2, 2, 1))
+    shorter = _released(tmp_path, "4.5B_base", guidance_times="0,0.3", text_scales="5,1", chunk_scales="1")
+    assert shorter.config.runtime_config.cfg_t_range == (0, 0.3)
+    assert shorter.config.runtime_config.prev_chunk_scales == (1, 1)
+    text = _released(tmp_path, "4.5B_distill", special="3d,hq", negative=True, copy_weight=0.9, t5_dtype="bfloat16")
+    assert (text.text.special, text.text.negative, text.text.dtype) == (("HQ", "3D"), True, "bfloat16")
+    assert text.copy_weight == 0.9
+    assert _released(tmp_path, "4.5B_distill").text.special == ("HQ", "DURATION")
+    assert _released(tmp_path, "4.5B_distill", special="none").text.special == ()
+    plain = _released(tmp_path, "4.5B_distill")
+    assert len({one.identity for one in (source, shorter, text, plain)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("4.5B_base", {"text_scales": "3,2"}, "--text-scales has 2 numbers, but there are 5 times: give 1 or 5"),
+        ("4.5B_base", {"text_scales": "much"}, "--text-scales much is not a list of numbers"),
+        ("4.5B_base", {"chunk_scales": "nan"}, "--chunk-scales nan has a number that is not finite"),
+        ("4.5B_base", {"guidance_times": "0,0.5"}, "has 5 numbers, but there are 2 times"),
+        ("4.5B_distill", {"text_scales": "3"}, "--text-scales is for models with guidance, this one is distilled"),
+        ("4.5B_distill", {"special": "HQ,4D"}, "--special HQ,4D: '4D' is not known: choose from HQ,"),
+        ("4.5B_distill", {"window": 3}, "8 steps do not divide into the window of 3 chunks"),
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path: Path, name: str, given: dict[str, object], said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        _released(tmp_path, name, **given)
+
+
+@pytest.mark.parametrize("given", [{"special": "HQ"}, {"negative": True}, {"t5_dtype": "bfloat16"}])
+def test_a_model_without_t5_has_no_text_settings(options: Options, given: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=f"--{next(iter(given)).replace('_', '-')} is for models that read prompts"):
+        _plan(options, **given)

@@ -118,6 +118,17 @@ def test_blank_lines_are_skipped_and_broken_ones_do_not_stop_the_others(folder: 
     assert items[1].plan.out.name.startswith("019-übung-1-")
 
 
+def test_a_line_that_fits_into_no_memory_is_refused_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("launch.memory.free_bytes", lambda: 10**10)
+    large = {"prompt": CIRCLE, "height": 16_384, "width": 16_384}
+    items, said = read(folder, {"prompt": CIRCLE}, large, options=base(launcher="ray"))
+    assert [item.line for item in items] == [1]
+    assert re.search(r"line 2: a video of 16384x16384 pixels .* needs \d\d\d\.\d GB, 10\.0 GB are free", said[2])
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # the ranks are elsewhere
+    assert not read(folder, large, options=base(launcher="ray"))[1]
+
+
 def test_not_utf8_is_said_of_the_line_alone(folder: Path) -> None:
     path = folder / "prompts.jsonl"
     good = json.dumps({"prompt": CIRCLE}).encode()
@@ -142,6 +153,8 @@ def test_the_digest_covers_what_the_video_depends_on_and_nothing_else(folder: Pa
     same = [{**plain, "priority": 3}, {**plain, "name": "x"}, {**plain, "seed": 0}, {**plain, "height": 64}]
     same += [{"prompt": CIRCLE, "seconds": 2}, {**plain, "steps": None}]
     assert {only(folder, line).digest for line in same} == {first}
+    layouts = base(pp=2), base(pp=2, split="2,4"), base(threads=1)  # with the same bits
+    assert {only(folder, plain, options).digest for options in layouts} == {first}
     others = [{**plain, "seed": 1}, {**plain, "chunks": 3}, {**plain, "height": 32}, {**plain, "width": 32}]
     others += [{**plain, "steps": 8}, {**plain, "video": "one.mp4"}, {**plain, "video": "two.mp4"}]
     others += [{**plain, "image": "one.mp4"}, {**plain, "prompt": "a blue circle moving right"}]
@@ -152,6 +165,8 @@ def test_the_digest_covers_what_the_video_depends_on_and_nothing_else(folder: Pa
         base(kv_budget=2),
         base(precision="fast"),
         base(weights=random_weights),
+        base(threads=2),
+        base(cp=2),
     ):
         digests.append(only(folder, plain, options).digest)
     assert len({first, *digests}) == 1 + len(digests)

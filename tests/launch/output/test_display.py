@@ -188,9 +188,10 @@ def test_a_pipe_gets_lines(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_summary_counts_costs_and_names_what_failed() -> None:
-    assert summary(MIXED, seconds=150).splitlines() == [
+    assert summary(MIXED, seconds=150, restarts=2).splitlines() == [
         "6 videos: 1 running, 1 restarting, 1 failed, 1 queued, 1 done, 1 there already; 15 chunks in 2:30, "
-        "10.00 s per chunk, 49% of the steps computed, 3 restarts",
+        "10.00 s per chunk, 49% of the steps computed, gangs started again 2 times",
         "line 4 (video 4): failed: no space left",
     ]
-    assert summary([], seconds=0) == "0 videos; 0 chunks in 0:00"
+    assert summary([], seconds=0, restarts=0) == "0 videos; 0 chunks in 0:00"
+    assert summary([], seconds=0, restarts=1) == "0 videos; 0 chunks in 0:00, a gang started again"

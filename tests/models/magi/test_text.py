@@ -13,7 +13,7 @@ import sentencepiece
 import torch
 
 from models.errors import InputError
-from models.magi.text import T5Encoder, clean_prompt, counter_rows, read_special_tokens
+from models.magi.text import SPECIAL, SpecialToken, SpecialTokens, T5Encoder, clean_prompt
 from models.protocols import CaptionTable
 from tests.models.downloaded import write_t5, write_tokens
 
@@ -210,7 +210,7 @@ def test_cleaning_names_a_missing_package(package: str, monkeypatch: pytest.Monk
 def test_special_tokens_are_rounded_to_fp16(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens.npz", channels=CHANNELS)
     other = np.load(tmp_path / "tokens.npz")["other_tokens"]
-    tokens = read_special_tokens(tmp_path / "tokens.npz", channels=CHANNELS)
+    tokens = SpecialTokens.from_npz(tmp_path / "tokens.npz", channels=CHANNELS).other
     assert tokens.dtype == torch.float32
     assert np.array_equal(tokens.numpy(), other.astype(np.float16).astype(np.float32))
     assert not np.array_equal(tokens.numpy(), other.astype(np.float32))
@@ -221,7 +221,7 @@ def test_other_special_tokens_are_reported(tmp_path: Path) -> None:
 
     def message(channels: int = CHANNELS) -> str:
         with pytest.raises(InputError) as caught:
-            read_special_tokens(path, channels=channels)
+            SpecialTokens.from_npz(path, channels=channels)
         return str(caught.value)
 
     assert message().startswith(f"cannot read the special tokens {path}")
@@ -237,12 +237,20 @@ def test_other_special_tokens_are_reported(tmp_path: Path) -> None:
     assert "holds no array other_tokens" in message()
 
 
-def numbered(max_length: int = 800) -> CaptionTable:
+def numbers(*rows: float) -> torch.Tensor:
+    return torch.tensor(rows)[:, None].expand(len(rows), CHANNELS)
+
+
+def special_tokens() -> SpecialTokens:
+    """Row r of the tokens holds r, those of captions and logos hold 200 and 300."""
+    return SpecialTokens(other=numbers(*map(float, range(100))), caption=numbers(200.0), logo=numbers(300.0))
+
+
+def numbered(max_length: int = 800, names: tuple[SpecialToken, ...] = SPECIAL) -> CaptionTable:
     """Text rows hold -1, -2, -3, row r of the special tokens holds r, the null text -9."""
-    tokens = torch.arange(100.0)[:, None].expand(100, CHANNELS)
     text = -torch.arange(1.0, 4.0)[:, None].expand(3, CHANNELS)
     null = torch.full((2, CHANNELS), -9.0)
-    return CaptionTable(text=text, null=null, counters=counter_rows(tokens), max_length=max_length)
+    return CaptionTable(text=text, null=null, counters=special_tokens().counter_rows(names), max_length=max_length)
 
 
 def test_special_tokens_come_first_duration_before_quality() -> None:
@@ -257,3 +265,15 @@ def test_the_duration_token_counts_chunks_down(chunks_left: int, row: int) -> No
 
 def test_the_end_of_a_long_text_falls_off() -> None:
     assert numbered(4).get("text", 0)[:, 0].tolist() == [7, 1, -1, -2]
+
+
+def test_every_special_token_has_its_row_in_the_published_order() -> None:
+    names: tuple[SpecialToken, ...] = ("HQ", "STATIC", "DYNAMIC", "BORDERNESS", "3D", "2D", "DURATION")
+    assert numbered(names=names).get("text", 3)[:, 0].tolist() == [10, 16, 15, 1, 4, 3, 2, -1, -2, -3]
+    assert numbered(names=("3D",)).get("text", 3)[:, 0].tolist() == [15, -1, -2, -3]
+    assert numbered(names=()).get("text", 3)[:, 0].tolist() == [-1, -2, -3]
+
+
+def test_what_is_not_wanted_stands_in_front_of_no_text_and_pushes_its_end_out() -> None:
+    null = special_tokens().negative(numbers(*map(float, range(-1, -51, -1))))
+    assert null[:, 0].tolist() == [4, 0, 300, 200, *range(-1, -47, -1)]

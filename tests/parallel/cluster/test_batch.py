@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -42,40 +44,106 @@ def children(pid):
     return found
 
 
-def test_a_killed_batch_goes_on_where_it_was(tmp_path):
-    write(tmp_path / "prompts.jsonl", *({"prompt": prompt, "chunks": 4} for prompt in PROMPTS), "{broken")
+@pytest.fixture
+def temporary():
+    """A short name, as Ray's sockets are in there."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="t"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+class Runs:
+    """One command, started again and again."""
+
+    def __init__(self, folder, temporary, *command):
+        self.folder, self.temporary, self.command = folder, temporary, command
+        self.videos = folder / "videos"
+
+    def start(self):
+        self.process = flowcache_process(self.folder, *self.command, extra={"TMPDIR": str(self.temporary)})
+
+    def when(self, condition):
+        """What a condition gives as soon as that is true."""
+        deadline = time.monotonic() + 90
+        while not (found := condition()):
+            assert self.process.poll() is None, self.process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return found
+
+    def below(self, name, but=()):
+        return [pid for pid in children(self.process.pid) if name in _command(pid) and pid not in but]
+
+    def end(self, seconds=30):
+        out, text = self.process.communicate(timeout=seconds)
+        assert out == "" and "Traceback" not in text
+        return self.process.returncode, text
+
+    def lose_the_command(self):
+        self.start()
+        try:
+            self.when(lambda: list(self.videos.glob(".*.parts/000000.npy")))
+            below = self.below("")
+            assert any("RankActor" in _command(pid) for pid in below)
+        finally:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.communicate()
+        deadline = time.monotonic() + 20
+        while left := [pid for pid in below if _command(pid) and "Agent" not in _command(pid)]:  # Ray's own take longer
+            assert time.monotonic() < deadline, [_command(pid) for pid in left]
+            time.sleep(0.2)
+        assert list(self.temporary.glob(".r*"))
+
+    def lose_the_head(self):
+        self.start()
+        os.kill(self.when(lambda: self.below("RankActor") and self.below("gcs_server"))[0], signal.SIGKILL)
+        status, text = self.end()
+        last = text.splitlines()[-1]
+        assert status == 1 and last.startswith("flowcache: error: the head of the Ray cluster (its GCS) is gone"), text
+
+    def lose_a_rank_and_stop(self):
+        self.start()
+        self.when(lambda: len(self.below("RankActor")) == 2)
+        ranks = self.below("RankActor")
+        os.kill(ranks[0], signal.SIGKILL)
+        self.when(lambda: self.below("RankActor", but=ranks))
+        below = self.below("")
+        self.process.send_signal(signal.SIGTERM)
+        status, text = self.end()
+        assert status == 143 and "flowcache: stopped" in text and "SIGTERM received" not in text, (status, text)
+        assert "gang-0 was lost" in text
+        assert "raylet" in Path(re.search("what Ray said is in (.*)", text)[1]).read_text()
+        assert not [_command(pid) for pid in below if _command(pid)]
+        assert [path.suffix for path in self.temporary.iterdir()] == [".log"]
+
+
+def test_a_batch_that_was_ended_goes_on_where_it_was(tmp_path, temporary):
+    write(tmp_path / "prompts.jsonl", *({"prompt": prompt, "chunks": 6} for prompt in PROMPTS), "{broken")
     command = ["batch", "prompts.jsonl", "--out", "videos", "--pp", "2", "--steps", "8", "--height", "64"]
     command += ["--width", "64", "--checkpoint-every", "1", "--cache", "none", "--concurrency", "2"]
-    first = flowcache_process(tmp_path, *command)
-    deadline = time.monotonic() + 90
-    try:
-        while not list((tmp_path / "videos").glob(".*.parts/000001.npy")):
-            assert first.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        below = children(first.pid)
-    finally:
-        first.send_signal(signal.SIGKILL)
-        _, text = first.communicate()
-    assert any("RankActor" in _command(pid) for pid in below), text
-    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "videos").glob(".*.parts/*.npy")}
-    deadline = time.monotonic() + 20
-    while left := [pid for pid in below if _command(pid) and "Agent" not in _command(pid)]:  # Ray's own take longer
-        assert time.monotonic() < deadline, [_command(pid) for pid in left]
-        time.sleep(0.2)
-    second = flowcache_process(tmp_path, *command)
-    _, text = second.communicate(timeout=120)
-    assert second.returncode == 1, text  # of the broken line
+    runs, videos = Runs(tmp_path, temporary, *command), tmp_path / "videos"
+    runs.lose_the_command()
+    runs.lose_the_head()
+    runs.lose_a_rank_and_stop()
+    assert list(videos.glob(".*.parts/*.npy"))
+    runs.start()
+    status, text = runs.end(120)
+    assert status == 1, text  # of the broken line
     assert "prompts.jsonl line 3: this is not JSON" in text and "2 done" in text
-    videos = sorted((tmp_path / "videos").glob("*.mp4"))
-    assert len(videos) == 2 and parts
-    assert not list((tmp_path / "videos").glob(".*.parts"))
-    results = [json.loads(line) for line in (tmp_path / "videos" / "results.jsonl").read_text().splitlines()]
-    assert {result["status"] for result in results} == {"done"} and {result["chunks"] for result in results} == {4}
-    made = {path: path.stat().st_mtime_ns for path in videos}
-    third = flowcache_process(tmp_path, *command)
-    _, text = third.communicate(timeout=60)
-    assert third.returncode == 1 and "2 there already" in text
-    assert {path: path.stat().st_mtime_ns for path in videos} == made
+    made = {path: path.stat().st_mtime_ns for path in videos.glob("*.mp4")}
+    assert len(made) == 2
+    assert {path.name for path in videos.iterdir()} == {"results.jsonl", *(path.name for path in made)}
+    results = [json.loads(line) for line in (videos / "results.jsonl").read_text().splitlines()]
+    assert {result["status"] for result in results} == {"done"} and {result["chunks"] for result in results} == {6}
+
+    digest = next(iter(made)).stem[-12:]
+    for left in (f".{digest}.parts", f".checkpoints/{digest}/pp2/quantum-00000001-01234567"):
+        (videos / left).mkdir(parents=True)
+    runs.start()
+    status, text = runs.end(60)
+    assert status == 1 and "2 there already" in text
+    assert {path: path.stat().st_mtime_ns for path in videos.glob("*.mp4")} == made
+    assert len(list(videos.iterdir())) == 3
 
 
 def _command(pid):
@@ -90,8 +158,9 @@ def test_a_batch_joins_the_cluster_that_it_is_told_of(cluster, tmp_path, monkeyp
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     write(tmp_path / "prompts.jsonl", {"prompt": PROMPTS[0], "chunks": 1})
     size = ["--steps", "8", "--height", "64", "--width", "64"]
-    wide = flowcache_process(tmp_path, "batch", "prompts.jsonl", "--threads", "99", *size)
+    wide = flowcache_process(tmp_path, "batch", "prompts.jsonl", "--threads", "99", "--gangs", "4", *size)
     _, text = wide.communicate(timeout=60)
+    assert "of --gangs 4 no more than 1 can have work" in text
     assert wide.returncode == 2 and "1 gang of --pp 1 x --cp 1 needs 99 CPUs; the cluster has" in text
     made = flowcache_process(tmp_path, "batch", "prompts.jsonl", *size)
     _, text = made.communicate(timeout=90)

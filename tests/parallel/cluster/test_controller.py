@@ -1,11 +1,12 @@
 """The controller with gangs that are not there: what it hands out, what it sends, and what it keeps."""
 
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from parallel.cluster.controller import Controller
+from parallel.cluster.controller import ClusterLost, Controller
 from parallel.cluster.gang import GangBroken, GangState
 from parallel.cluster.messages import (
     Admitted,
@@ -31,6 +32,7 @@ class FakeGang:
 
     def __init__(self):
         self.rounds, self.sent, self.stops = deque([[GangReady()]]), [], 0
+        self.head = True
 
     def poll(self):
         events = self.rounds.popleft() if self.rounds else []
@@ -51,7 +53,7 @@ class FakeGang:
         self.attempt += 1
         self.rounds.appendleft([GangReady()])
 
-    def give_up(self):
+    def give_up(self, *, head=True):
         self.state = GangState.DOWN
 
 
@@ -61,7 +63,8 @@ def gang():
 
 
 @pytest.fixture
-def controller(gang):
+def controller(gang, monkeypatch):
+    monkeypatch.setattr("parallel.cluster.controller.head_answers", lambda: gang.head)
     made = Controller(settings(gangs=1, max_restarts=2))
     made._gangs = {"gang-0": gang}
     made._news.set()  # nothing is waited for
@@ -137,6 +140,32 @@ def test_a_video_that_a_failure_names_twice_is_set_aside(controller, gang):
     [failed] = [event for event in seen if isinstance(event, VideoFailed)]
     assert (failed.video, failed.message) == ("bad", "ValueError: the caption is no number")
     assert controller.restarts == 2
+
+
+def test_of_videos_that_run_out_of_memory_the_largest_is_set_aside(controller, gang):
+    large, small = request(height=64), request()
+    controller.submit(order("large", large))
+    controller.submit(order("small", small))
+    admitted = [replace(ADMITTED, video=video) for video in ("large", "small")]
+    for _ in range(2):
+        gang.rounds += [[], admitted, GangBroken("rank 0 has died: its node has run out of memory")]
+    gang.rounds += [[], [admitted[1], chunk(0, "small")], [replace(DONE, video="small")]]
+    events = list(controller.run())
+    [failed] = [event for event in events if isinstance(event, VideoFailed)]
+    assert failed.video == "large" and "out of memory" in failed.message and "--height" in failed.message
+    assert [event.video for event in events if isinstance(event, VideoDone)] == ["small"]
+
+
+def test_without_its_head_a_cluster_is_given_up_before_ray_hangs(controller, gang, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("parallel.cluster.controller.time.monotonic", lambda: now[0])
+    controller._answered = 0.0
+    controller.submit(order("a", request(chunks=1)))
+    gang.head, gang.rounds = False, deque([[]] * 100)
+    with pytest.raises(ClusterLost, match="head of the Ray cluster"):
+        for now[0] in range(100):
+            controller._round()
+    assert now[0] == 31
 
 
 def test_without_restarts_left_the_rest_fails(controller, gang):

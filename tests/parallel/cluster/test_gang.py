@@ -10,7 +10,6 @@ from models.errors import InputError
 from parallel.cluster import gang as gang_module
 from parallel.cluster.gang import Gang, GangBroken, GangState
 from parallel.cluster.messages import ChunkMade, GangReady, RankStarted
-from parallel.cluster.placement import threads_per_rank
 from parallel.health.errors import Failure
 from parallel.health.exit_codes import BAD_INPUT
 from tests.parallel.cluster.helpers import settings
@@ -45,7 +44,7 @@ def gang(monkeypatch, ranks):
         kill=lambda actor, no_restart: None,
     )
     monkeypatch.setattr(gang_module, "ray", fake)
-    monkeypatch.setattr(gang_module, "kill_process", lambda pid, node: ranks.killed.append(pid))
+    monkeypatch.setattr(gang_module, "kill_process", lambda pid, node, here: ranks.killed.append(pid))
     monkeypatch.setattr(gang_module, "Placement", lambda shape, strategy: SimpleNamespace(remove=lambda: None))
     news = threading.Event()
     made = Gang("gang-0", settings(), "PACK", news)
@@ -114,11 +113,3 @@ def test_a_gang_that_does_not_come_up_is_broken(gang):
     gang._began = -1000.0
     with pytest.raises(GangBroken, match="have not met within 60 s"):
         gang.check()
-
-
-def test_ranks_share_the_cores_of_their_node():
-    node = {"CPU": 64.0, "GPU": 8.0}
-    assert threads_per_rank(node, 4, gpus=True) == 16
-    assert threads_per_rank(node, 32, gpus=True) == 8
-    assert threads_per_rank({"CPU": 2.0}, 8, gpus=False) == 1
-    assert threads_per_rank({"CPU": 1.0}, 1, gpus=True) == 1

@@ -1,1 +1,0 @@
-"""Failures during a batch of videos."""

@@ -1,1 +1,0 @@
-"""What reuse and KV compression save, and what they spoil."""

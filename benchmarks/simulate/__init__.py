@@ -1,1 +1,0 @@
-"""Layouts that are not at hand: the order of work of the engine on a virtual clock."""

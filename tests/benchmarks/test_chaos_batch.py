@@ -1,0 +1,48 @@
+"""Failures around a batch: the small disk, damage, and what each kind is held to."""
+
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.chaos.batch import DISK, Harm, Place, small_disk
+from benchmarks.chaos.faults import Kind
+from models.errors import InputError
+
+GOOD = Harm(kind=Kind.DRIVER, status=143, seconds=0.5, again=0, right=3, left=0, said="stopped by SIGTERM")
+
+
+def test_each_figure_fails_for_itself():
+    assert GOOD.verdict.passed and GOOD.row["ended_after_s"] == 0.5
+    for changes in ({"status": 0}, {"again": 1}, {"right": 2}, {"left": 1}, {"said": ""}):
+        assert not replace(GOOD, **changes).verdict.passed
+    assert replace(GOOD, kind=Kind.DISK, status=2).verdict.passed
+    assert replace(GOOD, kind=Kind.GCS, status=1).verdict.passed
+
+
+def test_files_come_oldest_first_and_videos_have_digests(tmp_path):
+    place = Place(folder=tmp_path, inside=tmp_path)
+    for name in ("b", "a"):
+        (tmp_path / f".{name}.parts").mkdir()
+        (tmp_path / f".{name}.parts" / "000000.npy").write_text(name)
+    assert [path.read_text() for path in place.files(".*.parts/*.npy")] == ["b", "a"]
+    (tmp_path / "x.mp4").write_text("x")
+    assert list(place.videos()) == ["x.mp4"] and len(place.videos()["x.mp4"]) == 64
+
+
+def test_a_small_disk_is_full_for_those_inside_and_gone_afterwards(tmp_path):
+    try:
+        with small_disk(tmp_path) as place:
+            command = ["dd", "if=/dev/zero", f"of={place.inside.parent}/filler", "bs=1M", f"count={DISK + 1}"]
+            ended = subprocess.run([*place.enter, *command], capture_output=True, text=True, check=False)
+            assert ended.returncode and "No space left" in ended.stderr
+            filler = place.folder.parent / "filler"
+            assert filler.stat().st_size == DISK * 2**20
+            filler.unlink()
+            assert (
+                subprocess.run([*place.enter, *command[:-1], "count=1"], capture_output=True, check=False).returncode
+                == 0
+            )
+            assert not list((tmp_path / "disk").iterdir())  # it is mounted for those inside alone
+    except InputError as error:
+        pytest.skip(str(error))
