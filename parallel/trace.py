@@ -13,7 +13,6 @@ import tempfile
 import threading
 import time
 import zlib
-from base64 import b64decode, b64encode
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,10 +22,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch.distributed import Store
 
 from engine.files import atomic_write
 from engine.video import WorkItem
+from parallel.comm.store import RunStore
 
 _BLOCK = 1 << 20  # bytes of lines that are shipped at once
 OnMeasured = Callable[[float, float], None]
@@ -88,13 +87,13 @@ class Tracer:
         for block in self._blocks():
             yield from block.decode().splitlines()
 
-    def ship(self, store: Store, session: int) -> None:
+    def ship(self, store: RunStore, session: int) -> None:
         """Leave the events that were not read yet in the store, in compressed blocks, for `shipped_events`."""
         if not self.wanted:
             return
         count = 0
         for block in self._blocks():
-            store.set(_trace_key(session, self._rank, count), b64encode(zlib.compress(block)).decode())
+            store.set(_trace_key(session, self._rank, count), zlib.compress(block))
             count += 1
         store.set(_trace_key(session, self._rank), str(count))
 
@@ -124,12 +123,12 @@ class Tracer:
             self._spool.write(line.encode() + b"\n")
 
 
-def shipped_events(store: Store, session: int, rank: int) -> Iterator[str]:
+def shipped_events(store: RunStore, session: int, rank: int) -> Iterator[str]:
     """The events that a rank has shipped, each as JSON; they are deleted from the store."""
     end = _trace_key(session, rank)
     for number in range(int(store.get(end))):
         key = _trace_key(session, rank, number)
-        block = zlib.decompress(b64decode(store.get(key))).decode()
+        block = zlib.decompress(store.get(key)).decode()
         store.delete_key(key)
         yield from block.splitlines()
 
@@ -175,12 +174,12 @@ class RankCounters:
     digests: dict[str, str] = field(default_factory=dict)  # of the reuse flags of each finished request, as hexadecimal
 
 
-def publish_counters(store: Store, session: int, counters: RankCounters) -> None:
+def publish_counters(store: RunStore, session: int, counters: RankCounters) -> None:
     """Leave a rank's counters in the store for the leader."""
     store.set(f"counters/{session}/{counters.rank}", json.dumps(asdict(counters)))
 
 
-def collect_counters(store: Store, session: int, ranks: int) -> list[RankCounters]:
+def collect_counters(store: RunStore, session: int, ranks: int) -> list[RankCounters]:
     """The counters of all ranks, once each has published its own."""
     keys = [f"counters/{session}/{rank}" for rank in range(ranks)]
     loaded = [json.loads(raw) for raw in store.multi_get(keys)]

@@ -152,7 +152,7 @@ class StoreServer:
         self._streams.append(stream)
         try:
             while True:
-                stream.send(json.dumps(self._values.answer(*json.loads(stream.receive()))).encode())
+                stream.send(_packed(self._values.answer(*json.loads(stream.receive()))))
         except (EOFError, OSError, ValueError, TypeError):
             pass  # the other end is gone, or is of another version
         finally:
@@ -182,12 +182,16 @@ def connect_store(address: Address, *, patience: float, timeout: float) -> RunSt
     def ask(*request: Any) -> Any:
         try:
             with lock:
-                stream.send(json.dumps(request).encode())
+                stream.send(_packed(request))
                 return json.loads(stream.receive())
         except (EOFError, OSError) as error:
             raise StoreError(f"the store has closed its connections: {error}") from None
 
     return RunStore(ask, timeout)
+
+
+def _packed(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
 
 
 def _text(value: str | bytes) -> str:

@@ -174,7 +174,9 @@ def test_a_video_on_ray_is_that_of_one_process_whatever_strangers_send(tmp_path,
     monkeypatch.chdir(tmp_path)
     options = Options(prompts=[PROMPTS[0]], out=Path("a.mp4"), chunks=2, steps=8, height=64, width=64, threads=1)
     size = ["--chunks", 2, "--steps", 8, "--height", 64, "--width", 64, "--threads", 1]
-    made = flowcache_process(tmp_path, "generate", PROMPTS[0], "--pp", 2, "--launcher", "ray", "--out", "b.mp4", *size)
+    made = flowcache_process(
+        tmp_path, "generate", PROMPTS[0], "--pp", 2, "--launcher", "ray", "--out", "b.mp4", *size, "--interface", "lo"
+    )
     fuzzer = Fuzzer(made.pid, spares=lambda pid: pid != made.pid and "RankActor" not in _command(pid))
     text, errors = made.communicate(timeout=120)
     assert fuzzer.stop() == {"127.0.0.1"} and len(fuzzer.ports) >= 4
