@@ -1,4 +1,4 @@
-"""`flowcache inspect`: what a folder of weights holds, what is missing, and what it takes of memory to run it."""
+"""`flowcache models` and `flowcache inspect`: what models there are, what a folder of weights holds, what they take."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from engine.kv.layout import KVSettings
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from launch.memory import Job, vae_bytes
+from launch.options import size_text
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.folder import ModelFiles, dit_folder, find_files, recognise
-from models.magi.presets import preset_of
+from models.magi.presets import PRESETS, Preset, preset_of
 from models.magi.text import T5_FOLDER, SpecialTokens, check_t5
 from models.magi.weights import Checkpoint, Stored, read_through
+from parallel.cluster.config import video_size
 from parallel.mesh import Layout
 
 _BLOCK = 1 << 24  # bytes that are hashed at once
@@ -83,7 +85,7 @@ def inspect_folder(folder: Path, wanted: Wanted, *, tokens: Path | None, verify:
         found = files
         report.look("autoencoder", found.vae, lambda: _tensors(of_vae, Checkpoint(found.vae).check_vae()))
         if (t5 := found.t5) is not None:
-            report.look("T5", t5 / T5_FOLDER, lambda: f"weights of {_size(check_t5(t5 / T5_FOLDER))}")
+            report.look("T5", t5 / T5_FOLDER, lambda: f"weights of {size_text(check_t5(t5 / T5_FOLDER))}")
         if (special := found.tokens) is not None:
             report.look("special tokens", special, lambda: _special(special, config))
     console.print(report.table, highlight=False)
@@ -112,7 +114,7 @@ def _tensors(into: dict[str, Stored], found: Mapping[str, Stored]) -> str:
     for one in found.values():
         dtypes[one.dtype] += one.end - one.start
     count = sum(_parameters(one) for one in found.values())
-    shares = ", ".join(f"{dtype} {_size(size)}" for dtype, size in dtypes.most_common())
+    shares = ", ".join(f"{dtype} {size_text(size)}" for dtype, size in dtypes.most_common())
     return f"{len(found)} tensors, {count:,} parameters: {shares}"
 
 
@@ -154,7 +156,7 @@ def _print_memory(console: Console, config: MagiConfig, vae_bytes: int, wanted: 
             if (pp, cp) == (1, 1):
                 raise
             continue
-        table.add_row(f"{pp} x {cp}", *map(_size, (most.weights, most.kv, most.work, most.total)))
+        table.add_row(f"{pp} x {cp}", *map(size_text, (most.weights, most.kv, most.work, most.total)))
     console.print(table, highlight=False)
     if config.runtime_config.t5_pretrained is not None:
         console.print(f"T5 encodes on {runtime.t5_device!r} before that, and is let go.", highlight=False)
@@ -212,8 +214,43 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _size(count: int) -> str:
-    for unit, name in ((10**9, "GB"), (10**6, "MB")):
-        if count >= unit:
-            return f"{count / unit:,.1f} {name}"
-    return f"{count / 1000:,.1f} kB"
+# ---- the presets
+
+
+_NOTES = """\
+Disk: the DiT and the autoencoder as stored; of a released model also T5 (19 GB). Those share autoencoder and T5.
+Memory: an estimate for one video of that size on one device: weights, and keys and values of the window and one \
+finished chunk (twice with guidance). What the layers work with comes on top; so does T5 (19 GB), of CPU memory for \
+4.5B and of GPU memory for 24B.
+Weights of released models: huggingface.co/sand-ai/MAGI-1. Download the folder above, ckpt/vae and ckpt/t5, and name \
+the first with --weights; flowcache inspect says what is missing. special_tokens.npz, of the MAGI-1 code's \
+example/assets, is found in a checkout around it, or goes into the folder. \
+T5 needs pip install 'flowcache-engine[t5]'."""
+
+
+def show_models() -> None:
+    """Print the presets, their sizes, and what each needs."""
+    console = Console()
+    sizes = Table("Model", "Parameters", "Video", "Steps", "Disk", "Memory")
+    kinds = Table("Model", "What it is", "Weights")
+    kinds.columns[0].no_wrap = kinds.columns[2].no_wrap = True
+    for preset in PRESETS.values():
+        run, count = preset.config().runtime_config, preset.parameters
+        parameters = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+        disk, memory = size_text(preset.disk), size_text(_preset_memory(preset))
+        size = f"{run.video_size_w}x{run.video_size_h}"
+        sizes.add_row(preset.name, parameters, size, str(run.num_steps), disk, memory)
+        kinds.add_row(preset.name, preset.summary, preset.folder or "ship with the project")
+    console.print(sizes)
+    console.print(kinds)
+    console.print(_NOTES, highlight=False, markup=False)
+
+
+def _preset_memory(preset: Preset) -> int:
+    """Bytes on one device for one video of the preset's size: weights, and keys and values."""
+    config = preset.config()
+    run = config.runtime_config
+    height, width, chunks = run.video_size_h, run.video_size_w, 2 * run.window_size
+    request = Request(prompt="-", chunks=chunks, height=height, width=width, num_steps=run.num_steps, seed=0)
+    video = video_size(config, request, reuse=ReuseSettings(), kv=KVSettings(), layout=Layout())
+    return preset.weight_bytes + video.kv_bytes

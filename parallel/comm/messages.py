@@ -35,10 +35,10 @@ from models.protocols import CaptionTable
 
 HEADER_BYTES = 2048
 _DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
-_MAGIC = b"FLC2"
+_MAGIC = b"FLC3"
 _PROOF_BYTES = 16
-_FIXED = struct.Struct("<4sBBHQiHH8s16sI5I")
-"""Magic, kind, dtype, dimensions, number, request, flags, item's bytes, two digests, size of the next buffer, shape."""
+_FIXED = struct.Struct("<4sBBHQihHH8s16sI5I")
+"""Magic, kind, dtype, dimensions, number, request, not_finite, flags, item's bytes, two digests, next buffer, shape."""
 _CONTENT_BYTES = HEADER_BYTES - _PROOF_BYTES
 _DIMENSIONS = 5
 _PLAIN = ("video", "schedule", "kv", "grid", "checkpoint")  # fields of an admission without tensors
@@ -65,6 +65,7 @@ class Header:
     number: int = 0  # messages of an edge are counted from 0
     request: int = -1  # whose it is; -1 for none
     item: WorkItem | None = None  # what to run, or what was run
+    not_finite: int = -1  # the first rank of those so far at which something of the request was not; -1 for none
     flags: tuple[int, ...] = ()
     """Reuse flags since the last header of the request, as in `Work`."""
     digest: bytes = bytes(8)  # of all flags of the request so far
@@ -86,7 +87,7 @@ class Header:
         item = b"" if self.item is None else to_plain(self.item)
         dtype, dimensions = _DTYPES.index(self.dtype), len(self.shape)
         shape = (*self.shape, *(0,) * (_DIMENSIONS - dimensions))
-        counts = (number, self.request, len(self.flags), len(item))
+        counts = (number, self.request, self.not_finite, len(self.flags), len(item))
         digests = self.digest, self.payload_digest
         fixed = _FIXED.pack(_MAGIC, self.kind, dtype, dimensions, *counts, *digests, self.next_buffer, *shape)
         content = fixed + item + _pack_flags(self.flags)
@@ -103,8 +104,8 @@ class Header:
         content, proof = proven[:_CONTENT_BYTES], proven[_CONTENT_BYTES:]
         if not hmac.compare_digest(proof, _proof(key, content)):
             raise ValueError("the bytes received are no header of this run")
-        fixed = _FIXED.unpack_from(content)
-        magic, kind, dtype, dimensions, number, request, flags, length, digest, payload, following, *shape = fixed
+        magic, kind, dtype, dimensions, number, request, *fields = _FIXED.unpack_from(content)
+        not_finite, flags, length, digest, payload, following, *shape = fields
         start, end = _FIXED.size, _FIXED.size + length
         size = end + (flags + 3) // 4
         if magic != _MAGIC or dtype >= len(_DTYPES) or dimensions > _DIMENSIONS or size > _CONTENT_BYTES:
@@ -113,6 +114,7 @@ class Header:
             kind=Kind(kind),
             number=number,
             request=request,
+            not_finite=not_finite,
             item=from_plain(WorkItem, content[start:end]) if length else None,
             flags=_unpack_flags(content[end:size], flags),
             digest=digest,

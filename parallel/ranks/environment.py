@@ -85,6 +85,19 @@ class RankEnv:
         }
 
 
+def settle_libraries() -> None:
+    """Set what libraries read when they are loaded, here and in processes that are started; what the user set stays.
+
+    OpenMP's threads wait for each other without computing: where other processes want the cores, those that wait
+    would take them from those that are waited for. Ray leaves signals to us. A Ray that is started here listens at the
+    loopback address alone: it does so where it cannot form clusters, and has no other way to ask for it.
+    """
+    if "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+
+
 def child_environment(env: RankEnv, *, threads: int) -> dict[str, str]:
     """The environment of a process that is started for an env: this one's, with the env and a number of threads."""
     return {**os.environ, **env.variables(), "OMP_NUM_THREADS": str(threads)}
@@ -95,15 +108,6 @@ def listen_at(interface: str | None) -> None:
     if interface is not None:
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, interface)
-
-
-def keep_ray_local() -> None:
-    """Have a Ray that is started on this machine listen at the loopback address alone; to be called before its import.
-
-    Ray does so where it cannot form clusters, and has no other way to ask for it.
-    """
-    if "RAY_ADDRESS" not in os.environ:
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 def _number(found: Mapping[str, str], name: str) -> int:
