@@ -25,6 +25,8 @@ _gangs, _safety = partial(option, "Gangs"), partial(option, "When something goes
 TRACE_FILE = "trace.json"  # in the folder of a record
 
 
+Fit = Literal["stretch", "crop", "pad"]
+ClipEnd = Literal["start", "end"]
 CacheName = Literal["none", "teacache", "flowcache-slow", "flowcache-fast"]
 ReuseKind = Literal["residual", "velocity", "extrapolate"]
 Arithmetic = Literal["fp32", "bf16"]
@@ -102,6 +104,14 @@ class Options:
     )
     image: Path | None = _start("A picture that the video begins with.", batch=False, line=True)
     video: Path | None = _start("A clip that the video goes on from.", batch=False, line=True)
+    video_from: ClipEnd = _start(
+        "Which 32 frames of it: the last ones, or the first ones as in the released code.", default="end"
+    )
+    fit: Fit = _start(
+        "How a picture or clip of another shape is made to fit. [bold]stretch[/bold] as in the released code, "
+        "[bold]crop[/bold] cuts its longer sides, [bold]pad[/bold] adds black edges.",
+        default="stretch",
+    )
 
     cache: CacheName | None = _reuse(
         "Which steps are left out. [bold]flowcache-slow[/bold] and [bold]flowcache-fast[/bold] leave out those "

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from engine.files import check_folder, check_target
 from engine.request import Prefix, Request
-from launch.media import read_image, read_video
+from launch.media import Frame, read_image, read_video
 from launch.memory import Job, vae_bytes
 from launch.model import ModelPlan, layout_of, plan_model
 from launch.options import Options, ray_address, together
@@ -176,9 +176,9 @@ def _chunks(options: Options, config: MagiConfig) -> int:
 
 
 def _prefix(options: Options, request: Request, *, fps: int) -> Prefix | None:
-    height, width = request.height, request.width
+    frame = Frame(height=request.height, width=request.width, fit=options.fit)
     if options.image is not None:
-        return Prefix(frames=read_image(options.image, height=height, width=width))
+        return Prefix(frames=read_image(options.image, frame))
     if options.video is not None:
-        return Prefix(frames=read_video(options.video, fps=fps, height=height, width=width))
+        return Prefix(frames=read_video(options.video, frame, fps=fps, end=options.video_from))
     return None

@@ -31,7 +31,7 @@ _MANIFEST = "manifest.json"
 _WHAT = "the checkpoint file"
 _ADVICE = "; make room there or choose another folder. The checkpoint before it, if there is one, is still whole"
 _FOLDER = re.compile(r"quantum-(\d{8})-[0-9a-f]{8}")
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading a manifest that is not whole can raise."""
 
 
@@ -224,6 +224,8 @@ def _load(folder: Path) -> Checkpoint | None:
     """What the manifest says, None without one; a Damaged if it is not as it was written."""
     path = folder / _MANIFEST
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is not a file")
         loaded = json.loads(path.read_text())
         body = loaded["manifest"]
         if loaded["digest"] != _digest_of(body):

@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -72,7 +72,7 @@ class Controller:
         self.restarts = 0
         """How often a gang was started again."""
         self._counted = self._roomless = self._looked = 0.0
-        self._answered = self._began  # when Ray's head has answered last
+        self._answered: float | None = None  # when Ray's head has answered last, if this process reaches it at all
 
     def __enter__(self) -> Self:
         """Reserve resources, and begin to start the gangs; an InputError if the cluster has not so much."""
@@ -113,7 +113,7 @@ class Controller:
         del self._videos[video]
         self._out = deque(event for event in self._out if getattr(event, "video", None) != video)
 
-    def run(self) -> Iterator[messages.Event]:
+    def run(self) -> Generator[messages.Event, None, None]:
         """Make the videos that were submitted; more may be submitted meanwhile.
 
         Yields:
@@ -254,7 +254,7 @@ class Controller:
         self._looked = now
         if head_answers():
             self._answered = now
-        elif now - self._answered > self._settings.head_wait:
+        elif self._answered is not None and now - self._answered > self._settings.head_wait:
             raise ClusterLost("the head of the Ray cluster (its GCS) is gone")
 
     def _give_up_if_roomless(self) -> None:
