@@ -151,7 +151,7 @@ def test_a_batch_that_was_ended_goes_on_where_it_was(tmp_path, temporary, monkey
     status, text = runs.end()
     assert status == 1, text  # of the broken line
     assert "prompts.jsonl line 3: this is not JSON" in text and "2 done" in text
-    assert all(f"{path} does not match its checksum; " in text for path in damaged), text
+    assert all(f"{path} is damaged: it does not match its checksum; " in text for path in damaged), text
     made = {path: path.stat().st_mtime_ns for path in videos.glob("*.mp4")}
     assert len(made) == 2
     assert {path.name for path in videos.iterdir()} == {"results.jsonl", *(path.name for path in made)}
