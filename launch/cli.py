@@ -36,7 +36,7 @@ The file appears under its name when it is complete; stop with Ctrl-C and nothin
 A clip of four seconds from the small model, on a CPU:
 [cyan]flowcache generate "a red circle moving right" --seconds 4 --out demo.mp4[/cyan]
 
-From a picture, and on from a clip (its first 32 frames):
+From a picture, and on from the end of a clip:
 [cyan]flowcache generate "a blue cross moving up" --image start.png[/cyan]
 [cyan]flowcache generate "a blue cross moving up" --video start.mp4[/cyan]
 
