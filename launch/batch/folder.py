@@ -196,10 +196,10 @@ class ChunkFiles:
         try:
             frames: NDArray[np.uint8] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
         except ValueError as error:
-            raise Damaged(f"{path} holds no array: {error}") from None
+            raise Damaged(path, f"it holds no array: {error}") from None
         size = (self.height, self.width, 3)
         if frames.dtype != np.uint8 or frames.shape[1:] != size or not 0 < len(frames) <= self.frames:
-            raise Damaged(f"{path} holds {frames.dtype} {frames.shape} and no frames of this video")
+            raise Damaged(path, f"it holds {frames.dtype} {frames.shape} and no frames of this video")
         return frames
 
     def _file(self, index: int) -> Path:
