@@ -212,7 +212,8 @@ def join_ranks(
 ) -> Iterator[Gang]:
     """Join the other ranks, with a `trace` of what each does when; `CommandFailed` if one fails, or a video does."""
     try:
-        with unwinding_signals(), open_gang(env, layout_of(options), trace=trace, device=device) as gang:
+        opened = open_gang(env, layout_of(options), trace=trace, device=device, interface=options.interface)
+        with unwinding_signals(), opened as gang:
             try:
                 yield gang
             except CommandFailed as ended:

@@ -17,6 +17,7 @@ from launch.generate import generate
 from launch.options import Options
 from models.pocket.text import VOCABULARY
 from tests.launch.process import flowcache_process, overflowing_weights
+from tests.parallel.strangers import Fuzzer
 
 pytestmark = pytest.mark.slow
 PROMPTS = ["a red circle moving right", "a blue cross moving up"]
@@ -206,12 +207,18 @@ def test_a_batch_joins_the_cluster_that_it_is_told_of(cluster, tmp_path, monkeyp
     assert "was lost" not in text
 
 
-def test_a_video_on_ray_is_that_of_one_process(tmp_path, monkeypatch):
+def test_a_video_on_ray_is_that_of_one_process_whatever_strangers_send(tmp_path, monkeypatch):
+    """Somebody sends garbage to all ports of the command and its ranks; with Ray's they are at the loopback address."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.chdir(tmp_path)
     options = Options(prompts=[PROMPTS[0]], out=Path("a.mp4"), chunks=2, steps=8, height=64, width=64, threads=1)
     size = ["--chunks", 2, "--steps", 8, "--height", 64, "--width", 64, "--threads", 1]
-    made = flowcache_process(tmp_path, "generate", PROMPTS[0], "--pp", 2, "--launcher", "ray", "--out", "b.mp4", *size)
+    made = flowcache_process(
+        tmp_path, "generate", PROMPTS[0], "--pp", 2, "--launcher", "ray", "--out", "b.mp4", *size, "--interface", "lo"
+    )
+    fuzzer = Fuzzer(made.pid, spares=lambda pid: pid != made.pid and "RankActor" not in _command(pid))
     text, errors = made.communicate(timeout=120)
+    assert fuzzer.stop() == {"127.0.0.1"} and len(fuzzer.ports) >= 4
     assert made.returncode == 0, errors
     assert "b.mp4: 48 frames of 64x64" in text
     generate(options, [])
