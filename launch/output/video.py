@@ -274,7 +274,7 @@ def record_settings(summary: Summary) -> dict[str, Any]:
         "prompt": request.prompt,
         "seed": request.seed,
         "chunks": request.chunks,
-        "prefix_frames": 0 if request.prefix is None else len(request.prefix.frames),
+        "prefix_frames": 0 if request.prefix is None else len(request.prefix),
         "height": request.height,
         "width": request.width,
         "steps": request.num_steps,
