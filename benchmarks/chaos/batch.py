@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.chaos.faults import Kind, marked, processes_of, survivors
+from benchmarks.chaos.faults import MARK, Kind, marked, processes_of, survivors
 from benchmarks.common import Row, Verdict, machine_line, publish
 from models.errors import InputError
 from parallel.health.exit_codes import BAD_INPUT, FAILED
@@ -108,8 +108,9 @@ def small_disk(work: Path) -> Iterator[Place]:
     inside.mkdir()
     mount = f"mount -t tmpfs -o size={DISK}m flowcache '{inside}' && echo ready && exec sleep infinity"
     command = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount)
+    unmarked = {name: value for name, value in os.environ.items() if name != MARK}
     try:
-        holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=unmarked)
     except FileNotFoundError:
         raise InputError("there is no unshare here, which belongs to util-linux") from None
     assert holder.stdout is not None
