@@ -11,18 +11,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from models.protocols import Autoencoder
 
-_AHEAD = 4
-"""Chunks that wait to be decoded before denoising is held up."""
+_AHEAD = 4  # chunks that wait to be decoded before denoising is held up
 _CHECK_SECONDS = 0.25  # between two looks whether decoding has failed or hangs
-FIRST_CHUNK_SECONDS = 900.0  # to decode the first chunk, whose kernels may be compiled
-CHUNK_SECONDS = 180.0  # to decode any other
+_LIMITS = (900.0, 180.0)  # seconds to decode the first chunk, whose kernels may be compiled, and any other
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,12 +38,6 @@ class DecoderHung(Exception):  # noqa: N818 - reads as what it says
     """The autoencoder has been at one chunk for too long."""
 
 
-@dataclass(slots=True)
-class _Video:
-    left: int = 0  # chunks that are still to be decoded
-    ready: deque[Chunk] | None = field(default_factory=deque)  # None once nobody wants them
-
-
 class Decoder:
     """A thread with an autoencoder."""
 
@@ -54,29 +48,28 @@ class Decoder:
         *,
         on_decoded: Callable[[float], None],  # in the thread after each chunk, with `perf_counter()` at its start
         check: Callable[[], None],  # called while the caller waits; raises if the run has failed elsewhere
-        limits: tuple[float, float] = (FIRST_CHUNK_SECONDS, CHUNK_SECONDS),  # seconds of the first chunk and of others
+        limits: tuple[float, float] = _LIMITS,  # seconds of the first chunk and of others
     ) -> None:
         self._autoencoder, self._device, self._on_decoded, self._check = autoencoder, device, on_decoded, check
-        self._waiting: queue.Queue[tuple[int, int, Tensor, torch.cuda.Event | None] | None] = queue.Queue(_AHEAD)
-        self._changed, self._limits, self._decoded = threading.Condition(), limits, 0
-        self._videos: dict[int, _Video] = {}
+        self._limits, self._decoded = limits, 0
+        self._began: float | None = None  # the chunk that is decoded now
+        self._waiting: queue.Queue[tuple[Future[Chunk], int, Tensor, torch.cuda.Event | None] | None]
+        self._waiting = queue.Queue(_AHEAD)
+        self._videos: dict[int, deque[Future[Chunk]]] = {}  # chunks that were not taken
         self._error: BaseException | None = None
-        self._began: float | None = None
-        self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)  # it may hang
         self._thread.start()
 
     def put(self, video: int, index: int, latents: Tensor) -> None:
         """Have a finished chunk [1, C, t, h, w] decoded; waits while too many are undecoded, and raises as `get`."""
-        with self._changed:
-            held = self._videos.setdefault(video, _Video())
-            held.left += 1
-        latents, ready = latents.detach(), None
+        chunk, ready = Future[Chunk](), None
+        self._videos.setdefault(video, deque()).append(chunk)
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._device))
         while True:
             try:
-                self._waiting.put((video, index, latents, ready), timeout=_CHECK_SECONDS)
+                self._waiting.put((chunk, index, latents.detach(), ready), timeout=_CHECK_SECONDS)
                 return
             except queue.Full:
                 self._check_alive()
@@ -86,40 +79,33 @@ class Decoder:
 
         Raises a DecoderHung if a chunk does not come out, and whatever decoding has raised.
         """
-        with self._changed:
-            while True:
-                self._check_alive()
-                held = self._videos.get(video)
-                if held is None:
-                    return None
-                if held.ready or not wait or not held.left:
-                    chunk = held.ready.popleft() if held.ready else None
-                    self._forget_if_done(video)
-                    return chunk
-                self._changed.wait(_CHECK_SECONDS)
+        self._check_alive()
+        if not (chunks := self._videos.get(video)):
+            return None
+        while wait and not chunks[0].done():
+            with suppress(TimeoutError):
+                chunks[0].exception(_CHECK_SECONDS)
+            self._check_alive()
+        if not chunks[0].done():
+            return None
+        chunk = chunks.popleft().result()
+        if not chunks:
+            del self._videos[video]
+        return chunk
 
     def pending(self, video: int) -> bool:
         """Whether chunks of a video are still to be decoded or taken."""
-        with self._changed:
-            held = self._videos.get(video)
-            return held is not None and bool(held.left or held.ready)
+        return video in self._videos
 
     def forget(self, video: int) -> None:
         """Nobody wants the rest of a video's chunks."""
-        with self._changed:
-            if (held := self._videos.get(video)) is not None:
-                held.ready = None
-                self._forget_if_done(video)
+        for chunk in self._videos.pop(video, ()):
+            chunk.cancel()
 
     def close(self) -> None:
         """End the thread, after what it has been given."""
         self._waiting.put(None)
         self._thread.join()
-
-    def _forget_if_done(self, video: int) -> None:
-        held = self._videos[video]
-        if not held.left and not held.ready:
-            del self._videos[video]
 
     def _check_alive(self) -> None:
         if self._error is not None:
@@ -135,21 +121,14 @@ class Decoder:
             torch.cuda.set_device(self._device)
             stream = torch.cuda.Stream(self._device)
         while (given := self._waiting.get()) is not None:
-            video, index, latents, ready = given
-            chunk = None
+            chunk, index, latents, ready = given
+            if self._error is not None or not chunk.set_running_or_notify_cancel():
+                continue
             try:
-                if self._error is None and self._videos[video].ready is not None:
-                    chunk = self._decode(index, latents, ready, stream)
+                chunk.set_result(self._decode(index, latents, ready, stream))
             except BaseException as error:  # noqa: BLE001 - raised where the frames are asked for
                 self._error = error
-            with self._changed:
-                held = self._videos[video]
-                held.left -= 1
-                if chunk is not None and held.ready is not None:
-                    held.ready.append(chunk)
-                if held.ready is None:
-                    self._forget_if_done(video)
-                self._changed.notify_all()
+                chunk.set_exception(error)
 
     @torch.no_grad()
     def _decode(

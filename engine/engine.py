@@ -6,20 +6,23 @@ hands finished chunks out. A `Runner` runs the items. Nothing waits as long as a
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from engine.checkpoint.contents import RUN_FILE, fingerprint, pack_run, unpack_run
 from engine.checkpoint.files import Checkpoint, CheckpointConfig, Checkpointer, discard, newest, read_contents
 from engine.decoder import Chunk, Decoder
-from engine.executor import LocalRunner, Runner
+from engine.executor import LocalRunner, NotFinite, Runner
+from engine.files import Damaged
 from engine.kv.layout import KVSettings
 from engine.order import AdmissionGate, WorkOrder
 from engine.progress import OnProgress, ProgressReporter
@@ -53,6 +56,12 @@ class Submission:
     fingerprint: Mapping[str, object] = field(default_factory=dict)
     found: Checkpoint | None = None  # the checkpoint to go on from
     state: VideoState | None = None  # what that holds of the run
+    damage: tuple[str, ...] = ()  # a line for each damaged checkpoint that was deleted
+
+    @property
+    def first(self) -> int:
+        """Index of the first chunk that is handed out: more than 0 if it goes on from a checkpoint."""
+        return 0 if self.found is None else self.found.counts["chunks"]
 
 
 @dataclass(slots=True)
@@ -64,13 +73,9 @@ class _Video:
     decodes: bool
     stored: Callable[[], int] | None
     handed_out: int  # index of the next chunk
-    resumed: int = field(init=False)  # the first of them
     chunks: deque[Chunk] = field(default_factory=deque)  # of a video that is not decoded
     ready_since: float | None = None
     released: bool = False  # the runner has let go of it
-
-    def __post_init__(self) -> None:
-        self.resumed = self.handed_out
 
     @property
     def writing(self) -> bool:
@@ -97,6 +102,7 @@ class Engine:
         self._barrier, self._on_decoded, self._wake = barrier, on_decoded, threading.Event()
         self._decoder: Decoder | None = None
         self._videos: dict[int, _Video] = {}
+        self._not_finite: dict[int, NotFinite] = {}  # videos with a bad chunk, to be said with the next step
         self._numbers = 0
 
     @property
@@ -108,10 +114,6 @@ class Engine:
         """Whether a video is in flight."""
         return video in self._videos
 
-    def resumed(self, video: int) -> int:
-        """Index of the first chunk that a video in flight hands out: more than 0 if it goes on from a checkpoint."""
-        return self._videos[video].resumed
-
     def wake(self) -> None:
         """A gate has opened, so `step` need not wait any more. May be called by any thread."""
         self._wake.set()
@@ -122,7 +124,8 @@ class Engine:
         """Encode a request and look for its last checkpoint: what takes long before a video can begin.
 
         It touches no video in flight, and so may be called by another thread while this one steps. `stored` chunks are
-        in safe hands, None for all; a checkpoint after them is of no use and is deleted.
+        in safe hands, None for all; a checkpoint after them is of no use. A damaged one is deleted, and the one before
+        it taken.
 
         Raises:
             InputError: the model cannot take it, or the checkpoint is of another request, model, layout or setting.
@@ -131,28 +134,37 @@ class Engine:
         if checkpoint is None:
             return Submission(request=request, encoded=encoded)
         own = fingerprint(request, self._pipeline, self._identity, self._runner.layout, self._reuse, self._kv)
-        read = Submission(request=request, encoded=encoded, checkpoint=checkpoint, fingerprint=own)
-        found = newest(checkpoint.folder)
-        if found is None:
-            return read
-        if stored is not None and found.counts["chunks"] > stored:
-            discard(checkpoint.folder)
-            return read
-        found.check_fits(own)
-        return replace(read, found=found, state=unpack_run(read_contents(found.folder / RUN_FILE)))
+        damage: list[str] = []
+
+        def on_damage(folder: Path, error: Damaged) -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            damage.append(f"{error}; this checkpoint was deleted, and what comes after the one before it is made again")
+
+        found, state = newest(checkpoint.folder, stored=stored, on_damage=on_damage), None
+        if found is not None:
+            found.check_fits(own)
+            state = unpack_run(read_contents(found.folder, RUN_FILE))
+        return Submission(
+            request=request,
+            encoded=encoded,
+            checkpoint=checkpoint,
+            fingerprint=own,
+            found=found,
+            state=state,
+            damage=tuple(damage),
+        )
 
     def submit(
         self,
-        what: Request | Submission,  # to make; a request is read first, see `read`
+        what: Request | Submission,  # to make; a request is read first, without a checkpoint
         *,
         on_progress: OnProgress | None = None,  # called after every tick
         recorder: Recorder | None = None,  # takes what happens, for a record
-        checkpoint: CheckpointConfig | None = None,  # of a request, where and how often to keep how far it is
         stored: Callable[[], int] | None = None,  # the next chunk not in safe hands; None for the next one to hand out
         gate: AdmissionGate | None = None,  # lets its quanta begin, see `wake`; None lets all
         decode: bool = True,  # whether frames are wanted
     ) -> int:
-        """Begin a video besides those in flight, or go on with it if there is a checkpoint of it.
+        """Begin a video besides those in flight, or go on with it from the checkpoint that was found.
 
         A record of a video that goes on from a checkpoint has the rest only. A checkpoint is only made whole when all
         chunks before it are in safe hands.
@@ -162,9 +174,10 @@ class Engine:
 
         Raises:
             InputError: the model cannot make what is asked for; the videos in flight are not touched.
+            Damaged: a file of the checkpoint has come to harm since it was found.
         """
         if isinstance(what, Request):
-            what = self.read(what, checkpoint, stored=None if stored is None else stored())
+            what = self.read(what)
         number, found, runner = self._numbers, what.found, self._runner
         start, counts, folder = (0, {}, None) if found is None else (found.quantum, found.counts, found.folder)
         self._numbers += 1
@@ -179,17 +192,19 @@ class Engine:
             checkpoint=folder,
         )
         if what.state is not None:
-            run.restore(what.state)
+            try:
+                run.restore(what.state)
+            except ValueError as error:
+                raise InputError(f"the checkpoint {folder} does not fit: {error}; delete it to start anew") from None
         runner.admit(admission)
         reporter = ProgressReporter(run.schedule, partial(runner.kv, number), on_progress, recorder, counts)
         keeper = None
         if what.checkpoint is not None:
             save, saved = partial(self._save, number), partial(runner.saved, number)
             keeper = Checkpointer(what.checkpoint, what.fingerprint, start, save, saved)
-        decided, barrier = reporter.decided, self._barrier
-        order = WorkOrder(run, barrier=barrier, on_decision=decided, gate=gate, checkpointer=keeper, start=start)
-        first = reporter.counts["chunks"]
-        self._videos[number] = _Video(run, order, reporter, keeper, decode, stored, handed_out=first)
+        decided = None if recorder is None else recorder.decided
+        order = WorkOrder(run, barrier=self._barrier, on_decision=decided, gate=gate, checkpointer=keeper, start=start)
+        self._videos[number] = _Video(run, order, reporter, keeper, decode, stored, handed_out=what.first)
         return number
 
     def step(self) -> list[ChunkResult]:
@@ -200,10 +215,13 @@ class Engine:
 
         Raises:
             GangError: a rank has failed.
+            NotFinite: one of the videos cannot be made, and is to be cancelled; the others go on.
             DecoderHung: the autoencoder does not come on.
             InputError: a checkpoint cannot be written, which ends the gang.
         """
-        for video in self._videos.values():
+        for number, video in self._videos.items():
+            if number in self._not_finite:
+                self._give_up(self._not_finite[number])
             if video.checkpointer is not None:
                 video.checkpointer.poll(video.handed_out if video.stored is None else video.stored())
         if not self._idle():
@@ -223,6 +241,7 @@ class Engine:
         held = self._videos.pop(video, None)
         if held is None:
             return
+        self._not_finite.pop(video, None)
         if self._decoder is not None:
             self._decoder.forget(video)
         if not held.released:
@@ -313,6 +332,15 @@ class Engine:
             video = self._videos.get(item.request)
             if video is not None:
                 video.order.returned(item, velocity)
+        for number in self._videos:
+            if (error := self._runner.not_finite(number)) is not None:
+                self._give_up(error)
+
+    def _give_up(self, error: NotFinite) -> None:
+        """Raise it. The video's checkpoints are deleted, as nobody knows since when it was wrong."""
+        if (checkpointer := self._videos[error.video].checkpointer) is not None:
+            discard(checkpointer.folder)
+        raise error
 
     def _collect(self, number: int, video: _Video) -> None:
         """Report what has happened to a video since the last look, and let go of it if all of its work is done."""
@@ -339,9 +367,19 @@ class Engine:
         self._decoder.put(number, index, latents)
 
     def _next_chunk(self, number: int, video: _Video, *, wait: bool) -> Chunk | None:
+        if number in self._not_finite:
+            return None
         if video.chunks:
             return video.chunks.popleft()
-        return None if self._decoder is None else self._decoder.get(number, wait=wait)
+        chunk = None if self._decoder is None else self._decoder.get(number, wait=wait)
+        # The runner of a GPU may learn of what is not finite too late. These latents are on the host in any case.
+        if chunk is not None and not torch.isfinite(chunk.latents.sum()):
+            schedule = video.run.schedule
+            index = schedule.first + chunk.index
+            tick = schedule.tick_of(index, schedule.num_steps - 1)
+            self._not_finite[number] = NotFinite(number, rank=0, tick=tick, chunk=index)
+            return None
+        return chunk
 
     def _save(self, number: int, folder: Path) -> Mapping[str, int]:
         """Have all ranks keep what a video has come to."""

@@ -7,6 +7,8 @@ leader of a gang where ranks share it.
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -47,40 +49,92 @@ class _Held:
     flags: FlagLog
 
 
-class Stage:
-    """The layers that are held here and what is held for the videos in flight.
+class NotFinite(RuntimeError):
+    """A video has come to NaN or infinity and cannot be made; the line names rank, tick and chunk. Others can go on."""
 
-    Args:
-        model: the layers.
-        attention: what KV views attend with.
-        rank: number of this process, for the name of its file in a checkpoint.
-        place: plain JSON values that tell this process's shard of a checkpoint from those of others.
+    def __init__(self, video: int, *, rank: int, tick: int, chunk: int) -> None:
+        super().__init__(
+            f"rank {rank} has computed NaN or infinity at tick {tick}, chunk {chunk}: "
+            "check the weights, and the device of that rank"
+        )
+        self.video = video
+
+
+class FiniteCheck:
+    """Finds the first item of each video whose result is not finite, and never waits for the device.
+
+    On a GPU, for which `new_event` makes an event, each answer is copied to the host behind its item and read once the
+    device has passed it; so it is known some items late.
     """
 
+    def __init__(self, new_event: Callable[[], torch.cuda.Event] | None) -> None:
+        self._new_event = new_event
+        self._open: deque[tuple[WorkItem, Tensor, torch.cuda.Event]] = deque()
+        self._found: dict[int, WorkItem] = {}
+
+    def look(self, item: WorkItem, result: Tensor) -> None:
+        """Take the result of an item, of any shape."""
+        total = result.sum(dtype=torch.float32)  # finite if all of them are
+        if self._new_event is None:
+            self._note(item, total)
+            return
+        host = torch.empty((), pin_memory=total.is_cuda).copy_(total, non_blocking=True)
+        event = self._new_event()
+        event.record()
+        self._open.append((item, host, event))
+
+    def found(self, video: int) -> WorkItem | None:
+        """The first such item of a video, as far as is known."""
+        while self._open and self._open[0][2].query():
+            item, total, _ = self._open.popleft()
+            self._note(item, total)
+        return self._found.get(video)
+
+    def forget(self, video: int) -> None:
+        """The video is not held any more."""
+        self._found.pop(video, None)
+        self._open = deque(one for one in self._open if one[0].request != video)
+
+    def _note(self, item: WorkItem, total: Tensor) -> None:
+        if not math.isfinite(total):
+            self._found.setdefault(item.request, item)
+
+
+class Stage:
+    """The layers that are held here and what is held for the videos in flight."""
+
     def __init__(
-        self, model: VideoModel, attention: Attention, *, rank: int = 0, place: Mapping[str, int] | None = None
+        self,
+        model: VideoModel,  # the layers
+        attention: Attention,  # what KV views attend with
+        *,
+        rank: int = 0,  # number of this process, for the name of its file in a checkpoint
+        place: Mapping[str, int] | None = None,  # tells this process's shard of a checkpoint from those of others
     ) -> None:
         self.model, self._attention, self._file = model, attention, rank_file(rank)
         self._place = {"layers": [model.kv.layers.start, model.kv.layers.stop], **(place or {})}
         self._videos: dict[int, _Held] = {}
+        self.finite = FiniteCheck(torch.cuda.Event if model.kv.device.type == "cuda" else None)
 
     def admit(
         self, admission: Admission, *, geometry: KVGeometry | None = None, shard: TokenShard | None = None
     ) -> None:
-        """Take a video in: allocate for it, and read its shard of a checkpoint; an InputError if that does not fit.
+        """Take a video in: allocate for it, and read its shard of a checkpoint.
 
+        An InputError if that does not fit, a Damaged if it has come to harm since the checkpoint was found.
         `geometry` is of the KV that is held here, if not the model's; `shard` the tokens computed here, if not all.
         """
         geometry = geometry or self.model.kv
         kv, flags = KVBuffer(admission.kv, geometry, self._attention), FlagLog(admission.schedule)
         if admission.checkpoint is not None:
-            self._restore(Path(admission.checkpoint) / self._file, kv, flags)
+            self._restore(Path(admission.checkpoint), kv, flags)
         captions = admission.captions.to(geometry.device)
         self._videos[admission.video] = _Held(kv=kv, captions=captions, grid=admission.grid, shard=shard, flags=flags)
 
     def release(self, video: int) -> None:
         """Let go of a video's buffers."""
         self._videos.pop(video, None)
+        self.finite.forget(video)
 
     def kv(self, video: int) -> KVBuffer:
         """The KV buffers of a video."""
@@ -111,20 +165,24 @@ class Stage:
         first_frame, tokens = item.chunk * held.grid[0], slice(None)
         if held.shard is not None:
             view, tokens = held.shard.view(view), held.shard.tokens
-        return self.model.layers(hidden, what.condition, caption, first_frame, held.grid, view, tokens=tokens)
+        hidden = self.model.layers(hidden, what.condition, caption, first_frame, held.grid, view, tokens=tokens)
+        self.finite.look(item, hidden)
+        return hidden
 
     @torch.no_grad()
     def velocity(self, item: WorkItem, hidden: Tensor) -> Tensor:
         """Velocity [1, C, T, h, w] fp32 of an item's last hidden states; where the last layer is held."""
-        return self.model.velocity(hidden, self._videos[item.request].grid).contiguous()
+        velocity = self.model.velocity(hidden, self._videos[item.request].grid).contiguous()
+        self.finite.look(item, velocity)
+        return velocity
 
     def snapshot(self, video: int) -> dict[str, Contents]:
         """This process's file of a checkpoint: copies, which later items do not touch."""
         held = self._videos[video]
         return {self._file: pack_shard(held.kv.state(), held.flags.state(), self._place)}
 
-    def _restore(self, path: Path, kv: KVBuffer, flags: FlagLog) -> None:
-        contents = read_contents(path)
+    def _restore(self, folder: Path, kv: KVBuffer, flags: FlagLog) -> None:
+        path, contents = folder / self._file, read_contents(folder, self._file)
         then = contents.values.get("about")
         if then != self._place:
             raise InputError(
@@ -156,6 +214,9 @@ class Runner(Protocol):
 
     def results(self, *, wait: bool) -> Iterable[tuple[WorkItem, Tensor]]:
         """Velocities that have come back; with `wait`, at least one message is waited for."""
+
+    def not_finite(self, video: int) -> NotFinite | None:
+        """What says that a video cannot be made, if that is known by now; it is not waited for."""
 
     def kv(self, video: int) -> KVBuffer:
         """The KV buffers of a video, those of the first stage."""
@@ -218,6 +279,11 @@ class LocalRunner(Runner):
         """The velocities of what was begun."""
         taken, self._results = self._results, []
         return taken
+
+    def not_finite(self, video: int) -> NotFinite | None:
+        """What says that a video cannot be made."""
+        item = self._stage.finite.found(video)
+        return None if item is None else NotFinite(video, rank=0, tick=item.tick, chunk=item.chunk)
 
     def kv(self, video: int) -> KVBuffer:
         """The KV buffers of a video."""

@@ -2,6 +2,9 @@
 
 The hidden name carries the machine and the number of the process, which tell the remains of a killed process from a
 file that another one is writing, here or on another machine that shares the folder.
+
+What is read back later has a checksum, BLAKE2b of all its bytes: at its end (`write_sealed`), or in a list of files
+(`digest_of_file`, `check_file`). It is checked before anything in the file is believed.
 """
 
 from __future__ import annotations
@@ -22,11 +25,16 @@ from models.errors import InputError
 _PART = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)\.part")
 _LONG, _BEGINNING = 200, 40  # bytes of a name, of 255; characters that stay of a longer one
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DIGEST_BYTES = 16
 _NUMBER = re.compile(r"\(os error (\d+)\)|requested and \d+ written")  # as libraries in Rust and NumPy say it
 
 
 class DiskFull(InputError):
     """There is no room for a file. Another one may fit elsewhere, but here it is of no use to go on."""
+
+
+class Damaged(Exception):  # noqa: N818 - reads as what it says
+    """A file that is read back is not as it was written. The message names it and says what is wrong with it."""
 
 
 def part_of(path: Path) -> Path:
@@ -64,6 +72,55 @@ def atomic_write(path: Path, what: str = "", advice: str = "") -> Iterator[Binar
                 part.unlink(missing_ok=True)
 
 
+def digest_of(content: bytes | memoryview) -> bytes:
+    """The checksum of some bytes."""
+    return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
+
+
+def digest_of_file(path: Path) -> str:
+    """The checksum of a file, as hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=_DIGEST_BYTES)).hexdigest()
+
+
+def check_file(path: Path, nbytes: int, digest: str) -> None:
+    """See that a file is as it was written; a Damaged if it is not."""
+    with _read_errors(path):
+        if (found := path.stat().st_size) != nbytes:
+            raise Damaged(f"{path} has {found:,} of its {nbytes:,} bytes")
+        if digest_of_file(path) != digest:
+            raise Damaged(f"{path} does not match its checksum")
+
+
+def write_sealed(path: Path, content: bytes | memoryview) -> None:
+    """Write a file with its checksum at the end; errors as in `atomic_write`."""
+    with atomic_write(path) as file:
+        file.write(content)
+        file.write(digest_of(content))
+
+
+def read_sealed(path: Path, most: int) -> bytes:
+    """What `write_sealed` was given, at `most` so many bytes; a Damaged if the file is missing or another one."""
+    with _read_errors(path):
+        if (size := path.stat().st_size) > most + _DIGEST_BYTES:
+            raise Damaged(f"{path} has {size:,} bytes, more than were ever written")
+        content = path.read_bytes()
+    body, seal = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    if digest_of(body) != seal:
+        raise Damaged(f"{path} does not match its checksum" if content else f"{path} is empty")
+    return body
+
+
+@contextlib.contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise Damaged(f"{path} is not a file")
+        yield
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read: {error.strerror or error}") from None
+
+
 @contextlib.contextmanager
 def write_errors(
     path: Path, what: str = "", kinds: tuple[type[Exception], ...] = (), advice: str = ""
@@ -96,14 +153,10 @@ def _free(path: Path) -> str:
 
 
 def check_target(path: Path, *, suffix: str, what: str) -> None:
-    """See that a file can be written there, by making and removing one in the same folder.
+    """See that a file can be written there, by making and removing one in the same folder; an InputError if not.
 
-    What processes of this machine that were killed have left unfinished in that folder is removed. The name must end in
-    `suffix`; `what` says what it is, for people.
-
-    Raises:
-        InputError: the name ends otherwise, the folder is missing or not writable, or the name is taken by something
-            that is not a file.
+    What killed processes of this machine have left unfinished in that folder is removed. The name must end in `suffix`,
+    and may be taken by a file only; `what` says what it is, for people.
     """
     if path.suffix.lower() != suffix:
         raise InputError(f"cannot write {path}: the name of the {what} must end in {suffix}")

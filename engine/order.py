@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.checkpoint.files import Checkpointer
 from engine.reuse.policy import Decision, Observation
-from engine.schedule import Quantum, Tick
+from engine.schedule import Tick
 from engine.video import VideoRun, Work, WorkItem
 from models.protocols import Pass
 
@@ -31,10 +31,10 @@ OnDecision = Callable[[Observation, Decision], None]
 class AdmissionGate(Protocol):
     """Says when the quanta of one video may begin. It is called by the thread that works off the video."""
 
-    def announce(self, quantum: Quantum) -> None:
+    def announce(self, quantum: int) -> None:
         """A quantum comes next: the last tick of the one before has begun, or the video has been submitted."""
 
-    def open(self, quantum: Quantum) -> bool:
+    def open(self, quantum: int) -> bool:
         """Whether a quantum may begin; asked again and again until it may, so it must answer at once."""
 
 
@@ -65,7 +65,7 @@ class WorkOrder:
         run: VideoRun,  # the video
         *,
         barrier: bool,  # begin a tick only when all chunks of the one before have taken their step; for comparison
-        on_decision: OnDecision,  # called with every decision, in order
+        on_decision: OnDecision | None,  # called with every decision, in order; None for nobody
         gate: AdmissionGate | None = None,  # lets quanta begin; None lets all
         checkpointer: Checkpointer | None = None,  # keeps how far the video is between quanta
         start: int = 0,  # the first quantum, to which the run was restored if it is not 0
@@ -82,7 +82,7 @@ class WorkOrder:
         self._peeked: Work | None = None
         self._walk, self._over, self._before = self._issue(), False, time.perf_counter()
         if gate is not None:
-            gate.announce(run.schedule.quantum(start))
+            gate.announce(start)
 
     @property
     def over(self) -> bool:
@@ -127,16 +127,16 @@ class WorkOrder:
     def _issue(self) -> Iterator[Work | None]:
         """Work in order; None where the next one has to wait."""
         schedule = self._run.schedule
-        for index in range(self._start, schedule.quanta):
-            yield from self._hold(schedule.quantum(index))
-            if not index:
+        for quantum in range(self._start, schedule.quanta):
+            yield from self._hold(quantum)
+            if not quantum:
                 yield from self._run.prefix_work()
-            ticks = schedule.ticks_of_quantum(index)
+            ticks = schedule.ticks_of_quantum(quantum)
             for tick in ticks:
-                last = tick == ticks[-1] and index < schedule.quanta - 1
-                yield from self._tick(schedule.tick(tick), schedule.quantum(index + 1) if last else None)
+                last = tick == ticks[-1] and quantum < schedule.quanta - 1
+                yield from self._tick(schedule.tick(tick), quantum + 1 if last else None)
 
-    def _hold(self, quantum: Quantum) -> Iterator[None]:
+    def _hold(self, quantum: int) -> Iterator[None]:
         """Before a quantum: do what is due, and wait until it may begin."""
         if self._checkpointer is not None and self._checkpointer.due(quantum):
             yield from self._until(list(self._steps))
@@ -148,7 +148,7 @@ class WorkOrder:
             yield None
         self.held = False
 
-    def _tick(self, tick: Tick, coming: Quantum | None) -> Iterator[Work | None]:
+    def _tick(self, tick: Tick, coming: int | None) -> Iterator[Work | None]:
         """A tick's work; `coming` is the quantum to announce when it has begun."""
         run, opened = self._run, TickProgress(tick=tick, left=len(tick.active))
         if self._barrier:
@@ -166,7 +166,8 @@ class WorkOrder:
             chunks = [chunk for chunk, _ in group]
             yield from self._until(chunks)
             for seen, decision in run.decide(tick, chunks):
-                self._on_decision(seen, decision)
+                if self._on_decision is not None:
+                    self._on_decision(seen, decision)
                 if decision is Decision.COMPUTE:
                     yield from self._open(opened, seen.chunk, seen.step)
                 else:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from engine.kv.buffer import KVBuffer
 from engine.order import TickProgress
 from engine.record import Recorder
-from engine.reuse.policy import Decision, Observation
 from engine.schedule import Schedule
 
 OnProgress = Callable[["Progress"], None]
@@ -47,11 +46,6 @@ class ProgressReporter:
         """Passes (`items`), `computed` steps, all `steps`, chunks `done`; `chunks`, index of the next to hand out."""
         if recorder is not None:
             recorder.begin(schedule)
-
-    def decided(self, seen: Observation, decision: Decision) -> None:
-        """A chunk's step was decided."""
-        if self._recorder is not None:
-            self._recorder.decided(seen, decision)
 
     def retired(self, chunks: Sequence[int]) -> None:
         """Chunks have left the window for the clean region, which was cut down to its size."""

@@ -109,6 +109,8 @@ class RunRecord:
             settings = json.loads((folder / _SETTINGS_FILE).read_text())
             if not isinstance(settings, dict):
                 raise ValueError(f"{_SETTINGS_FILE} is not a JSON object")
+            if not isinstance(settings.get("prompt"), str):
+                raise ValueError(f"{_SETTINGS_FILE} has no prompt, so it is no record's")
             record = cls(settings=settings, **_read_arrays(folder / _ARRAYS_FILE))
             record._check()
         except FileNotFoundError as error:
@@ -179,9 +181,7 @@ class Recorder:
             self._arrays[name][tick] = figure
 
     def retired(self, chunk: int, shares: np.ndarray) -> None:
-        """A chunk has left the window; these shares of chunks 0 .. chunk are still held. Given chunks are not noted."""
-        if chunk < self._first:
-            return
+        """A chunk that was made has left the window; these shares of chunks 0 .. chunk are still held."""
         (alive,) = np.nonzero(shares)
         self._held.append(np.stack([np.full(len(alive), chunk), alive, shares[alive]], axis=1).astype(np.float64))
 

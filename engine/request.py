@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.kv.layout import KVPlan, KVSettings, plan_kv
-from engine.reuse.policy import ReuseSettings
+from engine.reuse.policy import DISTANCES, ReuseSettings
 from engine.schedule import Schedule
 from engine.video import Noise, Reuse, VideoRun, VideoShape, seeded_noise
 from models.errors import InputError
@@ -118,7 +118,13 @@ def prepare(
         height=request.height // CELL_PIXELS,
         width=request.width // CELL_PIXELS,
     )
-    how = Reuse(policy=reuse.new_policy(), memory=reuse.new_memory(), patches=model.patches, observe=observe)
+    how = Reuse(
+        policy=reuse.new_policy(),
+        memory=reuse.new_memory(),
+        patches=model.patches,
+        observe=observe,
+        dtype=DISTANCES[reuse.distance],
+    )
     run = VideoRun(
         number,
         shape,

@@ -2,9 +2,9 @@
 
 Plain Python: chunks and steps in, ticks out. It knows no model, no times and no tensors.
 
-A quantum is the stretch of ticks from one chunk boundary to the next. At a boundary the window moves on: a chunk
-enters, or at the end of the video one leaves and none enters. The passes of given chunks (prefix) belong to the first
-quantum.
+A quantum is the stretch of ticks from one chunk boundary to the next, counted from 0. At a boundary the window moves
+on: a chunk enters, or at the end of the video one leaves and none enters. The passes of given chunks (prefix) belong to
+the first quantum.
 """
 
 from __future__ import annotations
@@ -25,15 +25,6 @@ class Tick:
     entering: int | None  # the chunk that enters with this tick
     retiring: int | None  # the chunk that has just finished and leaves the window; its KV is still to be renewed
     finishing: int | None  # the chunk that takes its last step in this tick
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Quantum:
-    """The ticks from one chunk boundary to the next."""
-
-    index: int  # quanta are counted from 0
-    chunk: int | None  # the chunk that enters with it; None once all have
-    slots: int  # chunks that are active in it, in each of its ticks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,16 +59,15 @@ class Schedule:
         """How many quanta there are; the window moves on with each."""
         return self.chunks - self.first + self.window - 1
 
-    def quantum(self, index: int) -> Quantum:
-        """One quantum, in constant time; an IndexError if the video does not have so many."""
-        if not 0 <= index < self.quanta:
-            raise IndexError(f"quantum {index} of {self.quanta}")
-        newest, active = self.first + index, self._window(index)
-        return Quantum(index=index, chunk=newest if newest < self.chunks else None, slots=len(active))
+    def slots(self, quantum: int) -> int:
+        """Chunks that are active in each tick of a quantum; an IndexError if the video does not have so many."""
+        if not 0 <= quantum < self.quanta:
+            raise IndexError(f"quantum {quantum} of {self.quanta}")
+        return len(self._window(quantum))
 
-    def ticks_of_quantum(self, index: int) -> range:
+    def ticks_of_quantum(self, quantum: int) -> range:
         """Ticks of a quantum."""
-        return range(index * self.quantum_ticks, (index + 1) * self.quantum_ticks)
+        return range(quantum * self.quantum_ticks, (quantum + 1) * self.quantum_ticks)
 
     def tick(self, index: int) -> Tick:
         """One tick, in constant time."""

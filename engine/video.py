@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from engine.reuse.flags import FlagLog, FlagState
-from engine.reuse.policy import ComputedStep, Decision, Observation, Policy, ReuseMemory
+from engine.reuse.policy import ComputedStep, Decision, Observation, Policy, ReuseMemory, change_norms
 from engine.schedule import Schedule, Tick
 from models.protocols import Pass, Sampling
 
@@ -116,6 +117,7 @@ class Reuse:
     memory: ReuseMemory  # what stands in for a step
     patches: Callable[[Tensor], Tensor]  # patch embedding of a latent, which distances are taken between
     observe: bool  # take distances even if the policy does not look at them, for a record
+    dtype: torch.dtype = torch.float32  # of the distances' arithmetic
 
 
 class VideoRun:
@@ -206,12 +208,11 @@ class VideoRun:
         last = tick.index == self.schedule.ticks - 1
         looks = self._reuse.policy.observes or self._reuse.observe
         norms = self._observe([chunk for chunk, _ in active]) if looks else {}
-        seen = []
+        seen, rounded = [], self._reuse.dtype == torch.bfloat16
+        see = partial(Observation, tick=tick.index, last_tick=last, rounded=rounded)
         for chunk, step in active:
             change, scale = norms.get(chunk, (None, None))
-            seen.append(
-                Observation(chunk=chunk, step=step, tick=tick.index, last_tick=last, change=change, scale=scale)
-            )
+            seen.append(see(chunk=chunk, step=step, change=change, scale=scale))
         for one, decision in zip(seen, self._reuse.policy.decide(seen), strict=True):
             self._flags.add([decision.value])
             self._unsent.append(decision.value)
@@ -267,8 +268,14 @@ class VideoRun:
         )
 
     def restore(self, state: VideoState) -> None:
-        """Go on from the state of a run of the same request; in place of `prefix_work` and the ticks before."""
-        device = self._device
+        """Go on from the state of a run of the same request; in place of `prefix_work` and the ticks before.
+
+        A ValueError if its latents are not those of the request.
+        """
+        device, shape = self._device, (1, self._shape.channels, *self.grid)
+        for part in (*state.latents.values(), *state.before.values()):
+            if part.shape != shape or part.dtype != torch.float32:
+                raise ValueError(f"it has latents of {part.dtype} {tuple(part.shape)} and not of fp32 {shape}")
         self._latents = {chunk: part.to(device) for chunk, part in state.latents.items()}
         self._before = {chunk: part.to(device) for chunk, part in state.before.items()}
         self._ops, self._leaving = list(state.ops), set(state.leaving)
@@ -279,12 +286,11 @@ class VideoRun:
 
     def _observe(self, chunks: Sequence[int]) -> dict[int, tuple[float, float]]:
         """L1 norms (of the change, of what was before) of the chunks' patch embeddings; one copy from the device."""
-        norms, known = [], []
+        norms, known = list[Tensor](), []
         for chunk in chunks:
             x = self._model_input(chunk)
             if (before := self._before.get(chunk)) is not None:
-                then, now = self._reuse.patches(before).float(), self._reuse.patches(x).float()
-                norms += [(now - then).abs().mean(), then.abs().mean()]
+                norms += change_norms(self._reuse.patches(before), self._reuse.patches(x), self._reuse.dtype)
                 known.append(chunk)
             self._before[chunk] = x
         values = torch.stack(norms).tolist() if norms else []

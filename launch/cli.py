@@ -1,15 +1,15 @@
 """The commands, their help, and how errors are shown; options are declared in `launch/options.py`.
 
 Every command does its work elsewhere and is imported when it is called, so that help is there at once. An error that
-the input caused is one line on standard error and exit status 2; a failure of ranks is one line and status 1; Ctrl-C
-is exit status 130. Of several ranks one shows the line.
+the input caused is one line on standard error and exit status 2; a failure of ranks is one line and status 1; a signal
+is one line and status 128 and its number. Of several ranks one shows the line.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -17,12 +17,12 @@ import typer
 
 from engine.machine import settle_heap
 from launch import __version__
-from launch.ending import CommandFailed, shows_bad_input, speaks_for_all, unwind_on_signals
+from launch.ending import CommandFailed, handle_as_rank, shows_bad_input, speaks_for_all, stopped_by
 from launch.forms import command, declared
-from launch.options import GOLDEN_FILES, BatchOptions, Options
+from launch.options import GOLDEN_DEVICE, GOLDEN_FILES, BatchOptions, Options
 from models.errors import InputError
-from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED
-from parallel.ranks.environment import RankEnv
+from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED, NO_OUTPUT, OK
+from parallel.ranks.environment import RankEnv, settle_libraries
 
 _HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 _OF_RANKS = ("pp", "cp", "split")
@@ -104,14 +104,6 @@ plots = typer.Typer(
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Call:
-    """What a command is told beside its options."""
-
-    arguments: Sequence[str]  # the whole command line, for ranks that are started with it
-    imported: Callable[[], None]  # to be called once all is imported; a signal then unwinds what the command does
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"flowcache {__version__}")
@@ -127,31 +119,28 @@ def _root(
     pass
 
 
-def _generate(call: _Call, given: dict[str, Any]) -> None:
+def _generate(arguments: Sequence[str], given: dict[str, Any]) -> None:
     options = Options(**given)
     from launch.generate import generate
 
-    call.imported()
-    if (text := generate(options, call.arguments)) is not None:
+    if (text := generate(options, arguments)) is not None:
         typer.echo(text)
 
 
-def _batch(call: _Call, given: dict[str, Any]) -> None:
+def _batch(_: Sequence[str], given: dict[str, Any]) -> None:
     own = {one.name: given.pop(one.name) for one in declared(BatchOptions)}
     options = BatchOptions(**own, base=Options(**given, launcher="ray"))
     from launch.batch.run import run_batch
 
-    call.imported()
     raise typer.Exit(run_batch(options, say=lambda text: typer.echo(text, err=True)))
 
 
-def _conformance(call: _Call, given: dict[str, Any]) -> None:
-    files = given.pop("files")
+def _conformance(arguments: Sequence[str], given: dict[str, Any]) -> None:
+    files, device = given.pop("files"), given.pop("device")
     options = Options(**given)
-    from launch.conformance import check_conformance
+    from launch.conformance.command import check_conformance
 
-    call.imported()
-    raise typer.Exit(check_conformance(files, options, call.arguments, report_error=_show_error))
+    raise typer.Exit(check_conformance(files, options, arguments, device=device, report_error=_show_error))
 
 
 app.command("generate", help=_GENERATE_HELP)(command(declared(Options), _generate))
@@ -160,7 +149,7 @@ app.command("generate", help=_GENERATE_HELP)(command(declared(Options), _generat
 @app.command()
 def models() -> None:
     """List the models that can be asked for by name, their sizes, and what each needs."""
-    from launch.output.display import show_models
+    from launch.inspect import show_models
 
     show_models()
 
@@ -197,19 +186,16 @@ app.command(
     "conformance",
     help="Recompute golden files of the published code and compare.\n\n"
     "One line for each file. Exit status 0 if all pass, 1 if one fails, 2 if one cannot be read.",
-)(command([GOLDEN_FILES, *(one for one in declared(Options) if one.name in _OF_RANKS)], _conformance))
+)(command([GOLDEN_FILES, GOLDEN_DEVICE, *(one for one in declared(Options) if one.name in _OF_RANKS)], _conformance))
 _SHARED = [one for one in declared(Options) if one.batch]  # options of `generate` that `batch` has too
 app.command("batch", help=_BATCH_HELP)(command([*declared(BatchOptions), *_SHARED], _batch))
 app.add_typer(plots, name="plot")
 
 
 def _plot_command(kind: str) -> Callable[..., None]:
-    def draw(
-        context: typer.Context, run_dir: Annotated[Path, _RUN_DIR], out: Annotated[Path | None, _PICTURE] = None
-    ) -> None:
+    def draw(run_dir: Annotated[Path, _RUN_DIR], out: Annotated[Path | None, _PICTURE] = None) -> None:
         from launch.plots import plot
 
-        context.obj.imported()
         typer.echo(plot(kind, run_dir, out or run_dir / f"{kind}.png"))
 
     return draw
@@ -222,43 +208,63 @@ for _kind, _help in _PLOT_HELP.items():
 def main() -> NoReturn:
     """Run the command line of this process and exit."""
     settle_heap()
-    try:
-        status: int | str | None = run(sys.argv[1:], imported=unwind_on_signals)
-    except SystemExit as stopped:
-        status = stopped.code
-    if status and "torch.distributed" in sys.modules and RankEnv.from_environment() is not None:
+    settle_libraries()
+    status = run(sys.argv[1:])
+    # What would end in order may wait for ranks that are gone, or for threads that were interrupted.
+    ends_at_once = stopped_by() is not None or (status != OK and RankEnv.from_environment() is not None)
+    if ends_at_once and "torch.distributed" in sys.modules:
         from parallel.health.monitor import leave
 
-        leave(int(status))  # threads that wait for ranks that are gone would hold an orderly exit up
+        leave(status)
     sys.exit(status)
 
 
-def run(arguments: Sequence[str], imported: Callable[[], None] = lambda: None) -> int:
-    """Run one command line; errors of the input are shown, not raised. Calls `imported` before the command's work.
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; errors of the input are shown, not raised.
 
     Returns:
-        The exit status: 0, 1 where a check or a rank failed, 2 for bad input, 130 after Ctrl-C.
+        The exit status: 0, 1 where a check or a rank failed, 2 for bad input, 3 if standard output cannot be written,
+        128 and the number of a signal, such as 130 after Ctrl-C.
     """
     env = None
     try:
         env = RankEnv.from_environment()
-        call = _Call(arguments=arguments, imported=imported)
+        handle_as_rank(env)
         # Typer turns an interrupt into a status by itself.
-        status = app(args=list(arguments), prog_name="flowcache", standalone_mode=False, obj=call) or 0
+        status = int(app(args=list(arguments), prog_name="flowcache", standalone_mode=False, obj=arguments) or OK)
+        sys.stdout.flush()
     except (InputError, typer.TyperException) as error:
-        if shows_bad_input(env):
-            _show_error(error)
-        return BAD_INPUT
+        status = BAD_INPUT
+        if stopped_by() is None and shows_bad_input(env):
+            _show_error(str(error) if isinstance(error, InputError) else error.format_message())
     except CommandFailed as ended:
         status = ended.status
         if ended.shown_here and status != INTERRUPTED:
-            _show_error(ended)
-    if status == INTERRUPTED and speaks_for_all(env):
+            _show_error(str(ended))
+    except SystemExit as ended:
+        status = int(ended.code or OK)
+    except OSError as error:
+        if not _lost_output():
+            raise
+        status = NO_OUTPUT
+        _show_error(f"cannot write to standard output: {error.strerror}; what was made is there")
+    if (number := stopped_by()) is not None:
+        status = 128 + number
+    if (number is not None or status == INTERRUPTED) and speaks_for_all(env):
         typer.echo("flowcache: stopped", err=True)
-    return int(status)
+    return status
 
 
-def _show_error(error: Exception) -> None:
-    text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+def _lost_output() -> bool:
+    """Whether standard output cannot be written; what it was to get is then given up."""
+    try:
+        os.write(1, b"\n")
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return True
+    return False
+
+
+def _show_error(text: str) -> None:
     if text:  # no arguments at all: typer has shown the help instead
-        typer.echo(f"flowcache: error: {' '.join(text.split())}", err=True)
+        typer.echo(f"flowcache: error: {' '.join(text.replace('Value error, ', '').split())}", err=True)

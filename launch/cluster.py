@@ -27,7 +27,7 @@ import torch
 import typer
 
 from engine.files import part_of, remove_stale_parts
-from launch.ending import CommandFailed, check_signals, deferred_signals
+from launch.ending import CommandFailed, check_signals, deferred_signals, unwinding_signals
 from launch.options import ray_address, threads_of_a_rank, together
 from launch.plan import Plan, layout_of
 from models.errors import InputError
@@ -115,7 +115,7 @@ def ray_cluster(*, cpus: int, address: str | None = None) -> Iterator[float]:
         InputError: there is no cluster at the address, which is known within 15 seconds.
     """
     address = address or ray_address()
-    with ExitStack() as stack:
+    with unwinding_signals(), ExitStack() as stack:
         if address:
             _join(address, stack)
         else:

@@ -1,21 +1,29 @@
 """How a command ends before its work is done: signals, failures of ranks, and which process says so, once.
 
-Nothing heavy is imported here. Exit codes are in `parallel/health/errors.py`.
+While there is nothing to clean up (imports, checks, loading) a signal ends the process at once: an exception in the
+middle of that could be swallowed, or leave half a module behind. Later a signal unwinds what is being done. Nothing
+heavy is imported here, since `launch/__main__.py` does so first of all.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import TYPE_CHECKING, Literal
 
-from parallel.ranks.environment import RankEnv
+if TYPE_CHECKING:
+    from parallel.ranks.environment import RankEnv
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_AGAIN = 1.0  # seconds after a signal, from which on another one does not wait for the clean-up
+_IMPORT = 0.02  # seconds between two looks whether an import is over
 _WAIT, _APART = 5.0, 0.5  # seconds
-_SIGNAL_BASE = 128  # a shell's status of a process that a signal has ended
+_Way = Literal["end", "unwind", "defer"]
 
 
 class CommandFailed(Exception):  # noqa: N818 - it may be an interrupt
@@ -26,65 +34,124 @@ class CommandFailed(Exception):  # noqa: N818 - it may be an interrupt
         self.status, self.shown_here = status, shown_here
 
 
-class _Unwind:
-    """A handler that ends the process by an exception, so that every context cleans up behind itself."""
+class _Handler:
+    """What a signal does: end the process at once, unwind it by an exception, or nothing for the moment."""
 
     def __init__(self) -> None:
-        self._received: int | None = None
-        self.deferred = False
+        self.way: _Way = "end"
+        self.speaks = True  # whether this process says that it was stopped
+        self.received: int | None = None  # the first signal
+        self.raised = False
+        self._at = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
-        if not self.deferred:
-            self.check()
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._at = number, now
+        elif number != signal.SIGALRM and now - self._at > _AGAIN:
+            self._end()
+        if not self.raised and self.way != "defer":
+            self.stop(frame)
 
-    def check(self) -> None:
-        """Raise for a signal that came, again if a library has swallowed the exception."""
-        if self._received == signal.SIGINT:
+    def stop(self, frame: FrameType | None = None) -> None:
+        """Do what is to be done if a signal has come; `frame` is what the process was about."""
+        if self.received is None:
+            return
+        if self.way == "end":
+            self._end()
+        if _imports(frame):  # asked again when it is over
+            signal.signal(signal.SIGALRM, self)
+            signal.setitimer(signal.ITIMER_REAL, _IMPORT)
+            return
+        self.raised = True
+        if self.received == signal.SIGINT:
             raise KeyboardInterrupt
-        if self._received is not None:
-            sys.exit(_SIGNAL_BASE + self._received)
+        sys.exit(128 + self.received)
+
+    def _end(self) -> None:
+        assert self.received is not None
+        if self.speaks:
+            with suppress(OSError):
+                clear = b"\r\x1b[K\x1b[?25h" if os.isatty(2) else b""  # a bar, which hides the cursor
+                os.write(2, clear + b"flowcache: stopped\n")
+        os._exit(128 + self.received)
 
 
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+def _imports(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
-def unwind_on_signals() -> None:
-    """From now on Ctrl-C, SIGTERM and SIGHUP (a closed terminal) unwind this process; nothing is left behind.
+def handle_signals() -> None:
+    """From now on Ctrl-C, SIGTERM, SIGHUP (a closed terminal) and SIGQUIT end this process with 128 + their number.
 
-    A signal that whoever started the process has had ignored, as nohup does, stays ignored. A rank learns of SIGTERM
-    and SIGHUP from its gang, which first finds out why.
+    A signal that whoever started the process has had ignored, as nohup does, stays ignored.
     """
-    handler, alone = _Unwind(), RankEnv.from_environment() is None
-    for number in _ENDING if alone else _ENDING[:1]:
+    handler = _Handler()
+    for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
 
 
+def handle_as_rank(env: RankEnv | None) -> None:
+    """Once it is known which rank this is: it learns of all signals but Ctrl-C from its gang, which finds out why."""
+    handler = _handler()
+    if handler is None or env is None:
+        return
+    handler.speaks = speaks_for_all(env)
+    for number in _SIGNALS[1:]:
+        if signal.getsignal(number) is handler:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def stopped_by() -> int | None:
+    """The signal that should end this process, if one has come."""
+    handler = _handler()
+    return None if handler is None else handler.received
+
+
 def check_signals() -> None:
-    """Raise if a signal came that should have ended this process; to be called in every long loop."""
+    """Raise if a signal came that should have ended this process; to be called in every long loop.
+
+    A library may have swallowed the exception that unwinds it.
+    """
     if (handler := _handler()) is not None:
-        handler.check()
+        handler.stop()
+
+
+@contextmanager
+def unwinding_signals() -> Iterator[None]:
+    """Within, there is something to clean up: a signal raises an exception, so that every context does so."""
+    with _way("unwind"):
+        yield
 
 
 @contextmanager
 def deferred_signals() -> Iterator[None]:
     """Within, a signal interrupts nothing, as libraries could not bear it: `check_signals` raises, and the end does."""
+    with _way("defer"):
+        yield
+
+
+@contextmanager
+def _way(way: _Way) -> Iterator[None]:
     handler = _handler()
     if handler is None:
         yield
         return
-    handler.deferred = True
+    before, handler.way = handler.way, way
     try:
         yield
     finally:
-        handler.deferred = False
-    handler.check()
+        handler.way = before
+        if not handler.raised:
+            handler.stop()
 
 
-def _handler() -> _Unwind | None:
-    found = (signal.getsignal(number) for number in _ENDING)
-    return next((handler for handler in found if isinstance(handler, _Unwind)), None)
+def _handler() -> _Handler | None:
+    found = (signal.getsignal(number) for number in _SIGNALS)
+    return next((one for one in found if isinstance(one, _Handler)), None)
 
 
 def speaks_for_all(env: RankEnv | None) -> bool:

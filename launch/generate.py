@@ -19,11 +19,12 @@ from typing import Protocol
 import torch
 
 from engine.engine import Engine
-from engine.files import atomic_write, write_errors
+from engine.executor import NotFinite
+from engine.files import atomic_write, remove_stale_parts, write_errors
 from engine.progress import Progress
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
-from launch.ending import CommandFailed, check_signals
+from launch.ending import CommandFailed, check_signals, unwinding_signals
 from launch.forms import arguments
 from launch.options import TRACE_FILE, Options, together
 from launch.output.display import Display, rank_line, summary_text
@@ -33,6 +34,7 @@ from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.messages import Event, VideoOrder
 from parallel.health.errors import GangError
+from parallel.health.exit_codes import NO_OUTPUT
 from parallel.mesh import Layout, Mesh
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
@@ -117,7 +119,13 @@ class EngineBackend:
         return messages.Admitted(video=video, number=number, first=0)
 
     def _step(self) -> Iterator[Event]:
-        made = self._engine.step()
+        try:
+            made = self._engine.step()
+        except NotFinite as error:
+            video = self._running[error.video]
+            self.cancel(video)
+            yield messages.VideoFailed(video=video, message=str(error))
+            return
         while self._news:
             yield self._news.popleft()
         for result in made:
@@ -176,9 +184,11 @@ def start_ranks(given: Sequence[str], options: Options) -> None:
     """Run this command line once for each rank, on this machine, and wait for all; `CommandFailed` if one fails."""
     command = [sys.executable, "-m", "launch", *given]
     try:
-        run_ranks(command, layout_of(options), threads=options.threads)
+        with unwinding_signals():
+            run_ranks(command, layout_of(options), threads=options.threads)
     except GangError as error:
-        raise CommandFailed(str(error), status=error.failure.status, shown_here=True) from None
+        status = error.failure.status  # of lost output rank 0 alone knows, and has said so
+        raise CommandFailed(str(error), status=status, shown_here=status != NO_OUTPUT) from None
 
 
 @contextmanager
@@ -195,11 +205,16 @@ def started_ranks(options: Options) -> Iterator[Gang]:
 
 
 @contextmanager
-def join_ranks(env: RankEnv, options: Options, *, trace: bool = False) -> Iterator[Gang]:
-    """Join the other ranks, with a `trace` of what each does when; `CommandFailed` if one fails."""
+def join_ranks(
+    env: RankEnv, options: Options, *, trace: bool = False, device: torch.device | None = None
+) -> Iterator[Gang]:
+    """Join the other ranks, with a `trace` of what each does when; `CommandFailed` if one fails, or a video does."""
     try:
-        with open_gang(env, layout_of(options), trace=trace) as gang:
-            yield gang
+        with unwinding_signals(), open_gang(env, layout_of(options), trace=trace, device=device) as gang:
+            try:
+                yield gang
+            except CommandFailed as ended:
+                raise GangError(gang.monitor.fail(str(ended), status=ended.status)) from None
     except GangError as error:
         mine = not env.launcher_speaks and error.failure.reporter == env.rank
         raise CommandFailed(str(error), status=error.failure.status, shown_here=mine) from None
@@ -232,8 +247,11 @@ def generate(options: Options, arguments: Sequence[str]) -> str | None:
         if env is not None:
             return _as_rank(options, env)
         if needs_ranks(options):
-            plan_videos(options)  # what can be checked is said before ranks are started
-            start_ranks(arguments, options)
+            plans = plan_videos(options)  # what can be checked is said before ranks are started
+            try:
+                start_ranks(arguments, options)
+            finally:
+                remove_stale_parts(plans[0].out.parent)  # of a rank that was killed
             return None
         return _make_here(options)
     except torch.OutOfMemoryError:
@@ -294,7 +312,7 @@ def _make(backend: AbstractContextManager[Backend], plans: Sequence[Plan]) -> st
     on = f" on {ranks} ranks (pp {options.pp} x cp {options.cp})" if ranks > 1 else ""
     with Display() as display:
         display.phase(f"loading {plans[0].model.name}{on}")
-        with backend as opened:
+        with backend as opened, unwinding_signals():
             made = make_with(opened, plans, display, began)
     counters = opened.counters if isinstance(opened, EngineBackend) else ()
     return summary_text(made.summaries, making=made.making, ranks=rank_line(options, counters) if counters else None)

@@ -1,4 +1,4 @@
-"""`flowcache inspect`: what a folder of weights holds, what is missing, and what it takes of memory to run it."""
+"""`flowcache models` and `flowcache inspect`: what models there are, what a folder of weights holds, what they take."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from launch.memory import Job, vae_bytes
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.folder import ModelFiles, dit_folder, find_files, recognise
-from models.magi.presets import preset_of
+from models.magi.presets import PRESETS, Preset, preset_of
 from models.magi.text import T5_FOLDER, SpecialTokens, check_t5
 from models.magi.weights import Checkpoint, Stored, read_through
+from parallel.cluster.config import video_size
 from parallel.mesh import Layout
 
 _BLOCK = 1 << 24  # bytes that are hashed at once
@@ -217,3 +218,47 @@ def _size(count: int) -> str:
         if count >= unit:
             return f"{count / unit:,.1f} {name}"
     return f"{count / 1000:,.1f} kB"
+
+
+# ---- the presets
+
+
+_NOTES = """\
+Disk: the DiT and the autoencoder as stored; of a released model also T5 (19 GB). Those share autoencoder and T5.
+Memory: an estimate for one video of that size on one device: weights, and keys and values of the window and one \
+finished chunk (twice with guidance). What the layers work with comes on top; so does T5 (19 GB), of CPU memory for \
+4.5B and of GPU memory for 24B.
+Weights of released models: huggingface.co/sand-ai/MAGI-1. Download the folder above, ckpt/vae and ckpt/t5, and name \
+the first with --weights; flowcache inspect says what is missing. special_tokens.npz, of the MAGI-1 code's \
+example/assets, is found in a checkout around it, or goes into the folder. \
+T5 needs pip install 'flowcache-engine[t5]'."""
+
+
+def show_models() -> None:
+    """Print the presets, their sizes, and what each needs."""
+    console = Console()
+    sizes = Table("Model", "Parameters", "Video", "Steps", "Disk", "Memory")
+    kinds = Table("Model", "What it is", "Weights")
+    kinds.columns[0].no_wrap = kinds.columns[2].no_wrap = True
+    for preset in PRESETS.values():
+        run, count = preset.config().runtime_config, preset.parameters
+        parameters = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+        disk, memory = (
+            f"{n / 1e9:.0f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB" for n in (preset.disk, _preset_memory(preset))
+        )
+        size = f"{run.video_size_w}x{run.video_size_h}"
+        sizes.add_row(preset.name, parameters, size, str(run.num_steps), disk, memory)
+        kinds.add_row(preset.name, preset.summary, preset.folder or "ship with the project")
+    console.print(sizes)
+    console.print(kinds)
+    console.print(_NOTES, highlight=False, markup=False)
+
+
+def _preset_memory(preset: Preset) -> int:
+    """Bytes on one device for one video of the preset's size: weights, and keys and values."""
+    config = preset.config()
+    run = config.runtime_config
+    height, width, chunks = run.video_size_h, run.video_size_w, 2 * run.window_size
+    request = Request(prompt="-", chunks=chunks, height=height, width=width, num_steps=run.num_steps, seed=0)
+    video = video_size(config, request, reuse=ReuseSettings(), kv=KVSettings(), layout=Layout())
+    return preset.weight_bytes + video.kv_bytes

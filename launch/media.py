@@ -6,10 +6,13 @@ by name: no address, no playlist, no script that lists other files.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import av
+import av.logging
 import torch
 from av.filter import Graph
 from av.video.frame import VideoFrame
@@ -19,6 +22,7 @@ from models.errors import InputError
 
 PREFIX_FRAMES = 32
 """How many frames of a clip are continued: the first ones after resampling (specification part 3)."""
+_PIXELS = (2**31 - 1) // 8  # of a picture with 128 more on each side: FFmpeg takes no more
 _LATENT_FRAMES = 4  # one latent frame stands for four frames
 # Names of FFmpeg's demuxers, none of which opens further files.
 _FORMATS = (
@@ -69,10 +73,28 @@ def _read(path: Path, kind: str, *, fps: int | None, height: int, width: int, li
     except av.ArgumentError:  # what FFmpeg says of a format that is not in the list
         raise InputError(f"cannot read the {kind} {path}: it is neither a picture nor a video") from None
     except (OSError, ValueError, av.FFmpegError) as error:
-        raise InputError(f"cannot read the {kind} {path}: {getattr(error, 'strerror', None) or error}") from None
+        if (address := re.match(r"(https?|ftp|rtmp|rtsp|s3|gs):/", str(path))) and not path.exists():
+            name = f"{address[0]}/{path.relative_to(address[0])}"  # a path has lost a slash
+            raise InputError(f"cannot read the {kind} {name}: only files are read, no addresses") from None
+        reason = _refused_size(path) or getattr(error, "strerror", None) or str(error)
+        raise InputError(f"cannot read the {kind} {path}: {reason}") from None
     if not frames:
         raise InputError(f"cannot read the {kind} {path}: no frame in it can be decoded")
     return torch.stack(frames)
+
+
+def _refused_size(path: Path) -> str | None:
+    """What FFmpeg logs of a picture that is too large for it, of a file that cannot be decoded."""
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture() as logged, suppress(OSError, ValueError, av.FFmpegError):
+            next(_decode(path, fps=None, height=16, width=16), None)
+    finally:
+        av.logging.set_level(level)
+    found = (re.match(r"Picture size (\d+x\d+) is invalid", text) for _, _, text in logged)
+    size = next((one[1] for one in found if one), None)
+    return size and f"its {size} pixels are too many, at most {_PIXELS:,} are read"
 
 
 def _decode(path: Path, *, fps: int | None, height: int, width: int) -> Iterator[VideoFrame]:

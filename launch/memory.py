@@ -18,6 +18,7 @@ from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from models.errors import InputError
 from models.magi.config import MagiConfig
+from models.magi.presets import RELEASED_VAE_PARAMETERS
 from models.magi.weights import Checkpoint, stage_bytes
 from parallel.cluster.config import video_size
 from parallel.mesh import Layout, stage_layers, stage_sizes
@@ -113,9 +114,14 @@ def free_bytes() -> int | None:
     return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
 
 
-def vae_bytes(config: MagiConfig, folder: Path) -> int:
-    """Bytes of an autoencoder's weights once they are loaded, fp32 beside an fp32 model and else bf16."""
+def vae_bytes(config: MagiConfig, folder: Path | None) -> int:
+    """Bytes of an autoencoder's weights once they are loaded, fp32 beside an fp32 model and else bf16.
+
+    Without a folder it is of the released size.
+    """
     each = 4 if config.model_config.dtype.itemsize == 4 else 2
+    if folder is None:
+        return each * RELEASED_VAE_PARAMETERS
     return each * sum(math.prod(one.shape) for one in Checkpoint(folder).check_vae().values())
 
 

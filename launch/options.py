@@ -27,6 +27,7 @@ TRACE_FILE = "trace.json"  # in the folder of a record
 
 CacheName = Literal["none", "teacache", "flowcache-slow", "flowcache-fast"]
 ReuseKind = Literal["residual", "velocity", "extrapolate"]
+Arithmetic = Literal["fp32", "bf16"]
 TokenUnit = Literal["token", "frame", "chunk"]
 
 _PROMPTS = Opt(
@@ -136,6 +137,11 @@ class Options:
         within=(0, 1),
         metavar="SHARE",
     )
+    distance: Arithmetic | None = _reuse(
+        "How far a chunk has changed is taken in [bold]fp32[/bold], or in [bold]bf16[/bold] with every step rounded, "
+        "as the published FlowCache does.",
+        metavar="DTYPE",
+    )
     clean_pass: bool | None = _passes(
         "Run each finished chunk once more, without noise, before others look back at it. With --cache none it "
         "is on; the presets of reuse leave it out, as published."
@@ -212,7 +218,8 @@ class Options:
     config: Path | None = _files("A released MAGI-1 JSON, as it is, in place of --model.")
     weights: Path | None = _files(
         "Folder of the weights, as downloaded, such as MAGI-1/ckpt/magi/4.5B_distill. Without --model the model is "
-        "recognised. An autoencoder is searched in its sub-folder vae and around it (ckpt/vae), text encoders in t5."
+        "recognised. [bold]random[/bold]: random numbers of the model's sizes, to try a layout or to measure before a "
+        "download. An autoencoder is searched in its sub-folder vae and around it (ckpt/vae), text encoders in t5."
     )
     special_tokens: Path | None = _files(
         "The special_tokens.npz of MAGI-1, if it is neither in the folder of the weights nor in example/assets.",
@@ -286,6 +293,14 @@ class BatchOptions:
 
 GOLDEN_FILES = Opt("Golden files; their weights file lies beside them.", argument=True, name="files", kind=list[Path])
 """What `flowcache conformance` is given."""
+GOLDEN_DEVICE = Opt(
+    "Where to compute. On ranks: the CPU, or a GPU for each as far as there are GPUs.",
+    shown="the CPU; on ranks GPUs if there are any",
+    name="device",
+    kind=Literal["cpu", "cuda"] | None,
+    default=None,
+)
+"""The same, beside the options of ranks."""
 
 
 def together(options: Options, videos: int, *, ranks: bool | None = None) -> int:

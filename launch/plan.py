@@ -92,15 +92,18 @@ def plan_model(options: Options) -> ModelPlan:
     config = _changed(config, options)
     num_steps = options.steps or config.runtime_config.num_steps
     sampling = MagiSampling(config=config, num_steps=num_steps)  # says whether the steps fit
-    if config.runtime_config.t5_pretrained is None:
+    if config.runtime_config.t5_pretrained is None or _random(options):
         _check_no_text_options(options, name)
     figures = POCKET_FIGURES if config.runtime_config.t5_pretrained is None else MAGI_1_FIGURES
     reuse = reuse_settings(options, figures, num_steps=num_steps, guided=sampling.guided)
     attention_backend(options.attention)  # says whether it can run here
-    _check_weights(options, config, name)
+    random = _random(options)
+    if not random:
+        _check_weights(options, config, name)
     source = MagiSource(
         config=config,
-        weights=options.weights,
+        random=random,
+        weights=None if random else options.weights,
         text=TextLoading(
             tokens=options.special_tokens,
             device=options.t5_device,
@@ -194,10 +197,13 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
 def job(plan: Plan, videos: int = 1) -> Job:
     """What takes memory when so many such videos are made at a time."""
     model, options = plan.model, plan.options
-    files = find_files(model.config, options.weights, tokens=options.special_tokens)
+    if model.source.random:
+        folder = None
+    else:
+        folder = find_files(model.config, options.weights, tokens=options.special_tokens).vae
     return Job(
         config=model.config,
-        vae_bytes=vae_bytes(model.config, files.vae),
+        vae_bytes=vae_bytes(model.config, folder),
         request=plan.request,
         reuse=model.reuse,
         kv=model.kv,
@@ -233,12 +239,17 @@ def _model(options: Options) -> tuple[str, MagiConfig]:
         raise InputError("--model and --config both name a model: give one of them")
     if options.config is not None:
         return str(options.config), MagiConfig.from_json(options.config)
-    if options.model is None and options.weights is not None:
+    if options.model is None and options.weights is not None and not _random(options):
         config = recognise(options.weights)
         preset = preset_of(config)
         return str(options.weights) if preset is None else preset.name, config
     name = options.model or POCKET
     return name, find_preset(name).config()
+
+
+def _random(options: Options) -> bool:
+    """Random weights are asked for, and not a folder of that name."""
+    return options.weights == Path("random") and not Path("random").exists()
 
 
 def _changed(config: MagiConfig, options: Options) -> MagiConfig:
@@ -352,7 +363,7 @@ POCKET_FIGURES = ReuseFigures(
 )
 # Options that change a figure of a preset, and that figure.
 _CHANGES = {"cache_threshold": "threshold", "cache_warmup": "warmup_steps"} | {
-    name: name for name in ("reuse", "extrapolate_from")
+    name: name for name in ("reuse", "extrapolate_from", "distance")
 }
 
 

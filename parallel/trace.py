@@ -25,8 +25,9 @@ from typing import IO, Any
 import torch
 from torch.distributed import Store
 
-from engine.files import atomic_write
+from engine.files import atomic_write, write_errors
 from engine.video import WorkItem
+from models.errors import InputError
 
 _BLOCK = 1 << 20  # bytes of lines that are shipped at once
 OnMeasured = Callable[[float, float], None]
@@ -43,7 +44,11 @@ class Tracer:
         self._rank = rank
         self._offset = time.time() - time.perf_counter()
         self._lock = threading.Lock()
-        self._spool: IO[bytes] | None = tempfile.TemporaryFile(prefix="flowcache-trace-") if wanted else None
+        self._spool: IO[bytes] | None = None
+        try:
+            self._spool = tempfile.TemporaryFile(prefix="flowcache-trace-") if wanted else None
+        except OSError as error:
+            raise InputError(f"cannot write the trace: {error.strerror}") from None
         self._read = 0  # bytes
         self._put("process_name", "M", args={"name": name, **(about or {})})
         self._put("process_sort_index", "M", args={"sort_index": rank})
@@ -120,7 +125,10 @@ class Tracer:
         if self._spool is None:
             return
         line = json.dumps({"name": name, "ph": phase, "pid": self._rank, **values}, separators=(",", ":"))
-        with self._lock:
+        with (
+            self._lock,
+            write_errors(Path(tempfile.gettempdir()), "the trace to", advice="; name another folder by TMPDIR"),
+        ):
             self._spool.write(line.encode() + b"\n")
 
 

@@ -2,14 +2,12 @@
 
 A folder belongs to one request. Each checkpoint is a folder in it, `quantum-<quantum>-<token>`: it goes on with that
 quantum, and the token keeps apart what two attempts at the same quantum write. One without a manifest does not exist.
-Files appear whole. The manifest has size and digest of every file, and a digest of itself. Once it is there, older ones
-are deleted but for the last, which is there if this one's files should be damaged. What is written does not grow with
-the length of the video. The module knows files only, not what is in them.
+The manifest has size and checksum of every file, and a checksum of itself. Once it is there, older ones are deleted but
+for the last, in case this one should come to harm. The module knows files only, not what is in them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import secrets
@@ -26,8 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from engine.checkpoint.contents import Contents
-from engine.files import atomic_write, part_of, publish, write_errors
-from engine.schedule import Quantum
+from engine.files import Damaged, atomic_write, check_file, digest_of, digest_of_file, part_of, publish, write_errors
 from models.errors import InputError
 
 _MANIFEST = "manifest.json"
@@ -56,7 +53,7 @@ class Shard:
 
     file: str  # its name in the checkpoint's folder
     nbytes: int
-    digest: str  # of its bytes, as hexadecimal
+    digest: str  # checksum of its bytes, as hexadecimal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,14 +101,19 @@ def write_async(
     threading.Thread(target=run, name=f"writing {folder.name}", daemon=True).start()
 
 
-def read_contents(path: Path) -> Contents:
-    """Read a file of a checkpoint; an InputError if it is missing or damaged."""
+def read_contents(folder: Path, name: str) -> Contents:
+    """Read a file of a whole checkpoint, whose folder is given; a Damaged if it is not as it was written."""
+    path, checkpoint = folder / name, _load(folder)
+    shards = {} if checkpoint is None else {shard.file: shard for shard in checkpoint.shards}
+    if name not in shards:
+        raise Damaged(f"{path} is in no manifest")
+    check_file(path, shards[name].nbytes, shards[name].digest)
     try:
         with safe_open(path, framework="pt") as file:
             values = json.loads(file.metadata()["values"])
             return Contents(tensors={name: file.get_tensor(name) for name in file.keys()}, values=values)
     except (*_DAMAGE, SafetensorError) as error:
-        raise InputError(f"cannot read the checkpoint file {path}: {error}") from None
+        raise Damaged(f"{path} cannot be read: {error}") from None
 
 
 def commit(checkpoint: Checkpoint) -> None:
@@ -125,26 +127,41 @@ def commit(checkpoint: Checkpoint) -> None:
     path = checkpoint.folder / _MANIFEST
     with atomic_write(path, _WHAT, _ADVICE) as file:
         file.write(text.encode())
-    older = sorted(other for other in _folders(checkpoint.folder.parent) if other.name < checkpoint.folder.name)
-    spare = next((other for other in reversed(older) if _load_manifest(other) is not None), None)
+    older = [other for other in _folders(checkpoint.folder.parent) if other.name < checkpoint.folder.name]
+    spare = max((other for other in older if (other / _MANIFEST).exists()), default=None)
     for other in older:
         if other != spare:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def newest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a request, if any; damaged ones, of which all files are read, are passed over."""
+def newest(
+    folder: Path,
+    *,
+    stored: int | None = None,
+    on_damage: Callable[[Path, Damaged], None] = lambda place, damage: None,
+) -> Checkpoint | None:
+    """The newest whole checkpoint of a request, if any, that comes after no more than the `stored` chunks.
+
+    All its files are read. One that is damaged is passed over, and its folder given to `on_damage`.
+    """
     for place in sorted(_folders(folder), reverse=True):
-        found = _load_manifest(place)
-        if found is not None and all(_is_whole(place, shard) for shard in found.shards):
-            return found
+        try:
+            found = _load(place)
+            if found is None or (stored is not None and found.counts["chunks"] > stored):
+                continue
+            for shard in found.shards:
+                check_file(place / shard.file, shard.nbytes, shard.digest)
+        except Damaged as damage:
+            on_damage(place, damage)
+            continue
+        return found
     return None
 
 
 def discard(folder: Path, *, whole: bool = True) -> None:
     """Delete all checkpoints of a request; those alone that were never finished, if not the `whole` ones too."""
     for place in _folders(folder):
-        if whole or _load_manifest(place) is None:
+        if whole or not (place / _MANIFEST).exists():
             shutil.rmtree(place, ignore_errors=True)
 
 
@@ -164,25 +181,24 @@ class Checkpointer:
         save: Callable[[Path], Mapping[str, int]],  # takes a snapshot, begins to write it, gives counts so far
         saved: Callable[[], tuple[Shard, ...] | None],  # the last one's files, once on the disk
     ) -> None:
-        self._config, self._fingerprint, self._start = config, fingerprint, start
+        self.folder, self._every = config.folder, config.every
+        self._fingerprint, self._start = fingerprint, start
         self._save, self._saved = save, saved
         self._pending: Checkpoint | None = None
         self.writing = False
         """Some rank has a file that is not on the disk yet."""
 
-    def due(self, quantum: Quantum) -> bool:
+    def due(self, quantum: int) -> bool:
         """Whether there is to be a checkpoint before a quantum."""
-        return quantum.index > self._start and quantum.index % self._config.every == 0
+        return quantum > self._start and quantum % self._every == 0
 
-    def reached(self, quantum: Quantum) -> bool:
+    def reached(self, quantum: int) -> bool:
         """Take the snapshot; False while the one before is not whole, to be asked again."""
         if self._pending is not None:
             return False
-        folder = new_folder(self._config.folder, quantum.index)
+        folder = new_folder(self.folder, quantum)
         counts, fingerprint, self.writing = self._save(folder), self._fingerprint, True
-        self._pending = Checkpoint(
-            folder=folder, quantum=quantum.index, counts=counts, fingerprint=fingerprint, shards=()
-        )
+        self._pending = Checkpoint(folder=folder, quantum=quantum, counts=counts, fingerprint=fingerprint, shards=())
         return True
 
     def poll(self, stored: int) -> None:
@@ -204,24 +220,20 @@ def _folders(folder: Path) -> list[Path]:
         return []
 
 
-def _load_manifest(folder: Path) -> Checkpoint | None:
+def _load(folder: Path) -> Checkpoint | None:
+    """What the manifest says, None without one; a Damaged if it is not as it was written."""
+    path = folder / _MANIFEST
     try:
-        loaded = json.loads((folder / _MANIFEST).read_text())
+        loaded = json.loads(path.read_text())
         body = loaded["manifest"]
         if loaded["digest"] != _digest_of(body):
-            return None
+            raise Damaged(f"{path} does not match its checksum")
         shards = tuple(Shard(**shard) for shard in body.pop("shards"))
         return Checkpoint(folder=folder, shards=shards, **body)
-    except _DAMAGE:
+    except FileNotFoundError:
         return None
-
-
-def _is_whole(folder: Path, shard: Shard) -> bool:
-    try:
-        path = folder / shard.file
-        return path.stat().st_size == shard.nbytes and _digest(path) == shard.digest
-    except OSError:
-        return False
+    except _DAMAGE as error:
+        raise Damaged(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _write(path: Path, contents: Contents) -> Shard:
@@ -231,7 +243,7 @@ def _write(path: Path, contents: Contents) -> Shard:
             path.parent.mkdir(parents=True, exist_ok=True)
             with torch.no_grad():
                 save_file(dict(contents.tensors), part, metadata={"values": json.dumps(dict(contents.values))})
-            shard = Shard(file=path.name, nbytes=part.stat().st_size, digest=_digest(part))
+            shard = Shard(file=path.name, nbytes=part.stat().st_size, digest=digest_of_file(part))
             publish(part, path)
         finally:
             with suppress(OSError):
@@ -239,10 +251,5 @@ def _write(path: Path, contents: Contents) -> Shard:
     return shard
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
 def _digest_of(body: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return digest_of(json.dumps(body, sort_keys=True).encode()).hex()

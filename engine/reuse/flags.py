@@ -28,10 +28,10 @@ class FlagMismatch(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlagState:
-    """How far a log is."""
+    """How far a log is: the digest of all flags so far, and how many there were."""
 
-    digest: bytes  # of all flags so far
-    count: int  # how many there were
+    digest: bytes
+    count: int
 
 
 class FlagLog:
@@ -69,8 +69,7 @@ class FlagLog:
     def check(self, item: WorkItem | None, digest: bytes) -> None:
         """Compare with the leader's digest of the flags up to an item, or of all that it has sent.
 
-        Raises:
-            FlagMismatch: the flags differ, or the item is not the chunk-step that was decided last.
+        A FlagMismatch if the flags differ, or the item is not the chunk-step that was decided last.
         """
         where = "" if item is None else f" at tick {item.tick}, chunk {item.chunk}"
         if self.digest != digest:

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from models.errors import InputError
 
-State = dict[str, float]
 POLICIES = ("none", "flowcache", "teacache")
 KINDS = ("residual", "velocity", "extrapolate")
+DISTANCES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Arithmetics of distances, by name; the published code takes them in bf16, where each of its steps is rounded."""
 
 
 class Decision(Enum):
@@ -45,13 +46,25 @@ class Observation:
     change: float | None
     """L1 norm of the difference of its patch embeddings of this tick and the one before; None at step 0."""
     scale: float | None  # L1 norm of the patch embeddings of the tick before; None at step 0
+    rounded: bool = False  # the distance is rounded to bf16, as the two norms are
 
     @property
     def distance(self) -> float | None:
         """Relative L1 distance (FlowCache, Eq. 5)."""
         if self.change is None or self.scale is None:
             return None
-        return self.change / self.scale if self.scale else float("inf")
+        quotient = self.change / self.scale if self.scale else float("inf")
+        return torch.tensor(quotient, dtype=torch.bfloat16).item() if self.rounded else quotient
+
+
+def change_norms(then: Tensor, now: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """L1 norms (of the change, of what was before) of patch embeddings, in an arithmetic of `DISTANCES`.
+
+    In bf16 the difference and both means are rounded, and 1e-8 is added to the second, as published.
+    """
+    then, now = then.to(dtype), now.to(dtype)
+    change, scale = ((part.abs().float().mean()).to(dtype) for part in (now - then, then))
+    return change, scale + 1e-8 if dtype == torch.bfloat16 else scale
 
 
 class Policy:
@@ -69,7 +82,7 @@ class Policy:
     def forget(self, chunk: int) -> None:
         """A chunk has left the window."""
 
-    def state(self) -> State:
+    def state(self) -> dict[str, float]:
         """All that the next decisions depend on."""
         return {}
 
@@ -82,7 +95,12 @@ class _Accumulator(Policy):
 
     observes = True
 
-    def __init__(self, threshold: float, warmup_steps: int, extrapolate_from: float = 1.0) -> None:
+    def __init__(
+        self,
+        threshold: float,  # epsilon, bound of a sum
+        warmup_steps: int,  # m, first steps of a chunk or ticks of the window, which are computed; so is the last tick
+        extrapolate_from: float = 1.0,  # share of the threshold above which a step is extrapolated and not just reused
+    ) -> None:
         if not 0 <= extrapolate_from <= 1:
             raise InputError(f"extrapolation from {extrapolate_from} of the threshold on: give a share of 0 to 1")
         if not threshold >= 0:
@@ -94,7 +112,7 @@ class _Accumulator(Policy):
 
     def add(self, key: str, distance: float | None, *, forced: bool) -> Decision:
         total = self._sums.get(key, 0.0) + (float("inf") if distance is None else distance)
-        if forced or not total <= self.threshold:
+        if forced or not total < self.threshold:
             self._sums[key] = 0.0
             return Decision.COMPUTE
         self._sums[key] = total
@@ -104,7 +122,7 @@ class _Accumulator(Policy):
         """Drop its sum."""
         self._sums.pop(str(chunk), None)
 
-    def state(self) -> State:
+    def state(self) -> dict[str, float]:
         """The sums."""
         return dict(self._sums)
 
@@ -114,13 +132,7 @@ class _Accumulator(Policy):
 
 
 class ChunkPolicy(_Accumulator):
-    """FlowCache: each chunk sums its own distances and is reused while the sum stays within the threshold (Eq. 8).
-
-    Args:
-        threshold: epsilon.
-        warmup_steps: m, a chunk's first steps, which are computed. The last tick of the video is computed too.
-        extrapolate_from: share of the threshold above which a step is extrapolated and not just reused.
-    """
+    """FlowCache: each chunk sums its own distances and is reused while the sum stays below the threshold (Eq. 8)."""
 
     def decide(self, observations: Sequence[Observation]) -> list[Decision]:
         """Decide for each chunk on its own."""
@@ -131,13 +143,7 @@ class ChunkPolicy(_Accumulator):
 
 
 class WindowPolicy(_Accumulator):
-    """TeaCache on a window: one sum and one decision for all chunks. A chunk in its first step is computed anyway.
-
-    Args:
-        threshold: bound of the sum of the window's relative L1 distances since it was last computed.
-        warmup_steps: ticks at the start of the video that are computed, and the last one.
-        extrapolate_from: as in `ChunkPolicy`.
-    """
+    """TeaCache on a window: one sum and one decision for all chunks. A chunk in its first step is computed anyway."""
 
     scope = "window"
 
@@ -165,9 +171,7 @@ class ReuseMemory:
     """The last computed velocities of every chunk of the window; two each if a policy may extrapolate (`both`)."""
 
     def __init__(self, kind: str, *, both: bool = False) -> None:
-        if kind not in KINDS:
-            raise InputError(f"unknown kind of reuse {kind!r}: choose from {', '.join(KINDS)}")
-        self._kind = kind
+        self._kind = kind  # one of `KINDS`
         self._keep = 2 if both or kind == "extrapolate" else 1
         self._held: dict[int, tuple[ComputedStep, ...]] = {}
 
@@ -211,6 +215,7 @@ class ReuseSettings:
     warmup_steps: int = 1  # m, first steps that are always computed
     reuse: str = "residual"  # one of `KINDS`
     extrapolate_from: float = 1.0  # share of the threshold above which a step is extrapolated; 1 never does
+    distance: str = "fp32"  # arithmetic of distances, one of `DISTANCES`
     clean_pass: bool = True  # renew the KV of a finished chunk by a pass of its own; the published runs do not
     copy_pass: bool = True  # the context-free pass of the cleanest chunk of a distilled model
 
@@ -219,6 +224,10 @@ class ReuseSettings:
             raise InputError(f"unknown reuse policy {self.policy!r}: choose from {', '.join(POLICIES)}")
         if self.reuse not in KINDS:
             raise InputError(f"unknown kind of reuse {self.reuse!r}: choose from {', '.join(KINDS)}")
+        if self.distance not in DISTANCES:
+            raise InputError(f"unknown arithmetic of distances {self.distance!r}: choose from {', '.join(DISTANCES)}")
+        if self.distance == "bf16" and self.policy == "teacache":
+            raise InputError("distances in bf16 are those of one chunk, as FlowCache takes them: not for teacache")
         self.new_policy()  # checks the figures
 
     def new_policy(self) -> Policy:

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.checkpoint.files import CheckpointConfig, discard
-from engine.files import DiskFull
+from engine.files import Damaged, DiskFull
 from launch.batch.file import BatchItem, read_batch
 from launch.batch.folder import ChunkFiles, OutputFolder
 from launch.cluster import on_ray
-from launch.ending import check_signals
+from launch.ending import check_signals, unwinding_signals
 from launch.generate import Backend, make_videos
 from launch.options import BatchOptions, parse_size
 from launch.output.display import BatchDisplay, Row, State, summary
@@ -44,7 +44,7 @@ def run_batch(options: BatchOptions, *, say: Callable[[str], None]) -> int:
                 return BAD_INPUT
             raise InputError(f"{options.file} has no lines: write a JSON object for each video")
         batch = _Batch(options, folder, items, say)
-        with BatchDisplay() as display:
+        with BatchDisplay() as display, unwinding_signals():
             batch.make(display)
         say(summary(batch.rows, seconds=time.monotonic() - began, restarts=batch.restarts))
     failed = any(row.state is State.FAILED for row in batch.rows)
@@ -61,6 +61,7 @@ class _Video(Row):
     began: float | None = None
     share: float = 0.0
     ending: futures.Future[None] | None = None
+    damaged: bool = False  # a chunk was, when all were there
 
 
 class _Batch:
@@ -90,9 +91,13 @@ class _Batch:
         display.update(self.rows)
         with self._pool:
             try:
-                waiting = [video for video in self._videos.values() if not self._end_if_complete(video)]
-                if waiting:
-                    self._make(waiting, display)
+                while queued := [video for video in self._videos.values() if video.state is State.QUEUED]:
+                    for video in queued:
+                        video.chunks_done = video.files.count()
+                    if waiting := [video for video in queued if not self._end_if_complete(video)]:
+                        self._make(waiting, display)
+                    self._settle(wait=True)  # which queues a video again if a chunk of it is damaged
+                    display.update(self.rows)
                 self._settle(wait=True)
             except (KeyboardInterrupt, SystemExit) as stopped:
                 if isinstance(stopped, SystemExit):  # the command line says the other
@@ -120,13 +125,21 @@ class _Batch:
 
     def _video(self, item: BatchItem) -> _Video:
         options, plan = self._options, item.plan
+        request, runtime = plan.request, plan.model.config.runtime_config
+        files = ChunkFiles(
+            folder=options.out / f".{item.digest}.parts",
+            frames=runtime.chunk_width * runtime.temporal_downsample_factor,
+            height=request.height,
+            width=request.width,
+            say=self._say,
+        )
         return _Video(
             line=item.line,
             title=plan.request.prompt,
             state=State.QUEUED,
             chunks=plan.size.chunks,
             item=item,
-            files=ChunkFiles(folder=options.out / f".{item.digest}.parts"),
+            files=files,
             checkpoints=((options.checkpoints or options.out / ".checkpoints") / item.digest).absolute(),
         )
 
@@ -166,9 +179,7 @@ class _Batch:
             case messages.ChunkMade():
                 self._keep(backend, event)
             case messages.Admitted():
-                video = self._videos[event.video]
-                video.began = video.began or time.monotonic()
-                video.state, video.gang = State.RUNNING, event.gang
+                self._begin(self._videos[event.video], event)
             case messages.Progressed():
                 self._progress(self._videos[event.video], event)
             case messages.VideoFailed():
@@ -177,6 +188,12 @@ class _Batch:
                 video = self._videos[event.video]
                 video.computed = event.computed
                 self._end_if_complete(video)
+
+    def _begin(self, video: _Video, event: messages.Admitted) -> None:
+        for line in event.damage:
+            self._say(line)
+        video.began = video.began or time.monotonic()
+        video.state, video.gang = State.RUNNING, event.gang
 
     def _keep(self, backend: Backend, chunk: messages.ChunkMade) -> None:
         video = self._videos[chunk.video]
@@ -199,13 +216,11 @@ class _Batch:
 
     def _end_if_complete(self, video: _Video) -> bool:
         """Begin to encode a video all of whose chunks are there."""
-        video.chunks_done = video.files.count()
         if video.chunks_done < video.chunks:
             return False
         plan = video.item.plan
-        video.ending = self._pool.submit(
-            video.files.encode, plan.out, plan.model.config.runtime_config.fps, self._stopping
-        )
+        fps = plan.model.config.runtime_config.fps
+        video.ending = self._pool.submit(video.files.encode, plan.out, video.chunks, fps, self._stopping)
         return True
 
     def _settle(self, *, wait: bool) -> None:
@@ -222,6 +237,12 @@ class _Batch:
                 continue
             except DiskFull:
                 raise
+            except Damaged as error:
+                video.state = State.QUEUED
+                if video.damaged:  # once more: its disk is not to be trusted
+                    self._fail(video, str(error))
+                video.damaged = True
+                continue
             except InputError as error:
                 self._fail(video, str(error))
                 continue

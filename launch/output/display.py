@@ -1,6 +1,6 @@
-"""What is shown: how far videos are, in a terminal live bars or a table and elsewhere plain lines; summaries; models.
+"""What is shown: how far videos are, in a terminal live bars or a table and elsewhere plain lines; and summaries.
 
-Progress goes to standard error; no files are made here.
+It writes to standard error alone, and makes no files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -21,15 +21,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from engine.kv.layout import KVSettings
 from engine.progress import Progress
-from engine.request import Request
-from engine.reuse.policy import ReuseSettings
 from launch.options import Options
 from launch.plan import Plan
-from models.magi.presets import PRESETS, Preset
-from parallel.cluster.config import video_size
-from parallel.mesh import Layout
 from parallel.trace import RankCounters
 
 _TRANSFERS = {
@@ -319,47 +313,3 @@ def _counts(rows: Sequence[Row]) -> str:
     found = Counter(row.state for row in rows)
     parts = [f"{found[state]} {state.value}" for state in State if found[state]]
     return f"{len(rows)} video{'' if len(rows) == 1 else 's'}" + (f": {', '.join(parts)}" if parts else "")
-
-
-# ---- the models
-
-
-_NOTES = """\
-Disk: the DiT and the autoencoder as stored; of a released model also T5 (19 GB). Those share autoencoder and T5.
-Memory: an estimate for one video of that size on one device: weights, and keys and values of the window and one \
-finished chunk (twice with guidance). What the layers work with comes on top; so does T5 (19 GB), of CPU memory for \
-4.5B and of GPU memory for 24B.
-Weights of released models: huggingface.co/sand-ai/MAGI-1. Download the folder above, ckpt/vae and ckpt/t5, and name \
-the first with --weights; flowcache inspect says what is missing. special_tokens.npz, of the MAGI-1 code's \
-example/assets, is found in a checkout around it, or goes into the folder. \
-T5 needs pip install 'flowcache-engine[t5]'."""
-
-
-def show_models() -> None:
-    """Print the presets, their sizes, and what each needs."""
-    console = Console()
-    sizes = Table("Model", "Parameters", "Video", "Steps", "Disk", "Memory")
-    kinds = Table("Model", "What it is", "Weights")
-    kinds.columns[0].no_wrap = kinds.columns[2].no_wrap = True
-    for preset in PRESETS.values():
-        run, count = preset.config().runtime_config, preset.parameters
-        parameters = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
-        disk, memory = (
-            f"{n / 1e9:.0f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB" for n in (preset.disk, _memory(preset))
-        )
-        size = f"{run.video_size_w}x{run.video_size_h}"
-        sizes.add_row(preset.name, parameters, size, str(run.num_steps), disk, memory)
-        kinds.add_row(preset.name, preset.summary, preset.folder or "ship with the project")
-    console.print(sizes)
-    console.print(kinds)
-    console.print(_NOTES, highlight=False, markup=False)
-
-
-def _memory(preset: Preset) -> int:
-    """Bytes on one device for one video of the preset's size: weights, and keys and values."""
-    config = preset.config()
-    run = config.runtime_config
-    size: dict[str, Any] = {"height": run.video_size_h, "width": run.video_size_w}
-    request = Request(prompt="-", chunks=2 * run.window_size, num_steps=run.num_steps, seed=0, **size)
-    video = video_size(config, request, reuse=ReuseSettings(), kv=KVSettings(), layout=Layout())
-    return preset.weight_bytes + video.kv_bytes

@@ -182,7 +182,7 @@ class VideoSinks:
         for video in self._videos:
             if video.writer is not None:
                 with suppress(InputError):  # it has been said already
-                    video.writer.__exit__(kind or InputError, None, None)
+                    video.writer.__exit__(InputError, InputError(), None)
         if kind is None or self._folder is None:
             return
         if self._made_folder:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from engine.files import atomic_write, check_target
 from engine.record import RunRecord
+from launch.ending import deferred_signals
 from launch.plots.pipeline import PipelineTrace, pipeline_figure, pipeline_table
 from launch.plots.record import distance_figure, kv_figure, reuse_figure
 
@@ -30,6 +32,7 @@ def plot(kind: str, folder: Path, out: Path) -> str:
     else:
         figure, text = PLOTS[kind](RunRecord.load(folder)), str(out)
     check_target(out, suffix=".png", what="picture")
-    with atomic_write(out) as file:
-        figure.savefig(file, format="png", dpi=150)
+    figure.savefig(picture := BytesIO(), format="png", dpi=150)
+    with deferred_signals(), atomic_write(out) as file:
+        file.write(picture.getbuffer())
     return text

@@ -190,7 +190,7 @@ def kv_figure(record: RunRecord) -> Figure:
     below.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     below.grid(color=GRID, linewidth=0.6)
     size = record.settings.get("kv_bytes")
-    if isinstance(size, int):
+    if isinstance(size, int) and size < 2**63:
         below.text(0.995, 0.06, f"100% = {size / 1e6:,.1f} MB", transform=below.transAxes, ha="right", fontsize=9)
     _add_title(figure, "What of the past is kept", record)
     return figure

@@ -335,7 +335,8 @@ class MagiDiT(nn.Module):
         t = torch.full((1, 1), condition.t, dtype=torch.float32, device=self.device)
         embedded = self.embed_condition(t, distill=condition.distill, null=condition.drop)
         text = self.embed_text(caption[None])
-        rope = self.rope.table(first_frame, self.token_grid(grid))[:, tokens]
+        time = first_frame + torch.arange(grid[0], dtype=torch.float32, device=self.device)
+        rope = self.rope.table(time, self.token_grid(grid)[1:])[:, tokens]
         return self.run_layers(hidden, embedded, text, rope, view)
 
     def run_layers(

@@ -48,23 +48,25 @@ class RotaryBands(nn.Module):
         count = head_size // 8
         self.bands = nn.Parameter(10000.0 ** -(torch.arange(count, dtype=torch.float32, device="cpu") / count))
 
-    def table(self, first_frame: int, grid: tuple[int, int, int]) -> Tensor:
-        """Sines and cosines of the tokens of latent frames first_frame .. first_frame + T - 1.
+    def table(self, time: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Sines and cosines of the tokens of some latent frames.
 
-        A table is made for one chunk from its own index, so nothing grows with the length of the video. The released
-        code scales the time axis by (f - 1) and back; that is the identity up to one rounding, and is left out here.
+        Args:
+            time: fp32 [T], the absolute numbers of the frames. A table is made for one chunk from its own index, so
+                nothing grows with the length of the video. The released code divides them by the number of frames so
+                far, less one, and multiplies again, which is the identity up to two roundings.
+            grid: (H, W) of tokens.
 
         Returns:
             [2, S, 3n] fp32: sines, cosines; tokens in (T, H, W) order; angles are n of time, n of height, n of width.
         """
         bands = self.bands.float()
-        frames, height, width = grid
+        height, width = grid
         shrink = math.sqrt(height * width / 256)
-        time = first_frame + torch.arange(frames, dtype=torch.float32, device=bands.device)
         axes = (time, _centred(height, shrink, bands.device), _centred(width, shrink, bands.device))
         of_time, of_rows, of_columns = (axis[:, None] * bands for axis in axes)
         parts = (of_time[:, None, None], of_rows[:, None], of_columns)
-        angles = torch.cat([part.expand(*grid, -1) for part in parts], dim=-1).flatten(0, 2)
+        angles = torch.cat([part.expand(len(time), *grid, -1) for part in parts], dim=-1).flatten(0, 2)
         return torch.stack([angles.sin(), angles.cos()])
 
 

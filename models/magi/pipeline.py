@@ -14,7 +14,7 @@ from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.folder import dit_folder, find_files
 from models.magi.sampling import COPY_WEIGHT, MagiSampling
-from models.magi.text import SpecialTokens, T5Encoder, TextLoading
+from models.magi.text import SpecialTokens, T5Encoder, TextEncoder, TextLoading
 from models.magi.vae import TiledVAE
 from models.magi.weights import Checkpoint, Loading
 from models.pocket.text import PocketEncoder
@@ -35,7 +35,7 @@ class MagiPipeline:
         config: MagiConfig,
         model: MagiDiT,
         autoencoder: Autoencoder | None = None,
-        encoder: T5Encoder | PocketEncoder | None = None,
+        encoder: TextEncoder | None = None,
         *,
         tokens: SpecialTokens | None = None,
         text: TextLoading = _TEXT,
@@ -99,7 +99,7 @@ def load_pipeline(
         InputError: something is missing or damaged.
     """
     files, runtime, model = find_files(config, weights, tokens=text.tokens), config.runtime_config, config.model_config
-    encoder: T5Encoder | PocketEncoder = PocketEncoder()
+    encoder: TextEncoder = PocketEncoder()
     tokens = None
     if files.t5 is not None and files.tokens is not None:
         tokens = SpecialTokens.from_npz(files.tokens, channels=model.caption_channels)

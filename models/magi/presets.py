@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the configuration pulls in torch, which a listing of names 
 
 
 POCKET = "magi-pocket"
+RELEASED_VAE_PARAMETERS = 613_755_239  # specification 1.1
 _T5_BYTES = 19_000_000_000  # specification 2.1; fp32
 
 
@@ -30,7 +31,7 @@ class Preset:
     parameters: int  # of the DiT, the scales of a quantised model counted
     stored: int  # bytes of the DiT's weights on disk; the embedders are fp32, the layers bf16 or fp8
     folder: str | None  # under sand-ai/MAGI-1, where the weights are; None when they ship with the project, in fp16
-    vae_parameters: int = 613_755_239  # of the autoencoder (specification 1.1)
+    vae_parameters: int = RELEASED_VAE_PARAMETERS  # of the autoencoder
 
     @property
     def disk(self) -> int:

@@ -110,8 +110,7 @@ class MagiSampling:
         if self.num_steps != _SHORTCUT_STEPS:
             return self.num_steps / 4 * 2
         _, intervals = _SHORTCUTS.get(self.config.engine_config.shortcut_mode, _DEFAULT_SHORTCUT)
-        quantum_ticks = self.num_steps // self.window
-        return 8 / intervals[step_in_quantum] if quantum_ticks == len(intervals) else 8.0
+        return 8 / intervals[step_in_quantum % len(intervals)]
 
     def _scales(self, step: int) -> tuple[float, float]:
         """(previous-chunks scale, text scale) at a step's time (7.5)."""

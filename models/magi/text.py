@@ -24,7 +24,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from threading import Lock
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -108,6 +108,13 @@ class SpecialTokens:
         """The text of "no text" [M, C] with what is not wanted in front, as the released NEG_PROMPT has it (2.4)."""
         unwanted = [self.other[_ROWS["BORDERNESS"]][None], self.other[_TRANS][None], self.logo, self.caption]
         return torch.cat([row.to(null) for row in unwanted] + [null])[: len(null)]
+
+
+class TextEncoder(Protocol):
+    """What turns a prompt into a caption."""
+
+    def encode(self, prompt: str) -> Tensor:
+        """Encode one prompt: [N, C] fp32; an `InputError` if it cannot be."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -86,12 +86,12 @@ class Checkpoint:
             InputError: a file is missing, damaged or truncated, or a tensor is missing, too many, or of a wrong shape
                 or kind.
         """
-        model, dtypes = _empty_dit(config, loading)
+        model, dtypes = empty_dit(config, loading)
         return self._fill(model, dtypes, loading.device, all_used=loading.layers is None)
 
     def check_dit(self, config: MagiConfig) -> dict[str, Stored]:
         """The tensors of a whole DiT, seen to fit the configuration by their headers; errors as in `dit`."""
-        model, dtypes = _empty_dit(config, _WHOLE)
+        model, dtypes = empty_dit(config, _WHOLE)
         return self._fitting(model, dtypes, all_used=True)
 
     def stored(self) -> dict[str, Stored]:
@@ -116,7 +116,8 @@ class Checkpoint:
         weights = Checkpoint(self.source / _VAE_WEIGHTS)
         return weights._fitting(vae, dict.fromkeys(vae.state_dict(), torch.float32), all_used=True)
 
-    def _empty_vae(self) -> ViTVAE:
+    def vae_config(self) -> VaeConfig:
+        """The description of an autoencoder; errors as in `vae`."""
         path = self.source / "config.json"
         values = read_json(path, "the autoencoder's configuration")
         for key, known in {"_class_name": "ViTVAE", "model_type": "vit"}.items():
@@ -127,8 +128,11 @@ class Checkpoint:
         config = VaeConfig.from_dict(values["ddconfig"], source=str(path))
         if (config.patch_size, config.patch_length) != (CELL_PIXELS, CELL_FRAMES):
             raise InputError(f"{path}: patch_size must be {CELL_PIXELS} and patch_length {CELL_FRAMES}")
+        return config
+
+    def _empty_vae(self) -> ViTVAE:
         with torch.device("meta"):
-            return ViTVAE(config)
+            return ViTVAE(self.vae_config())
 
     def _fill(self, model: _Network, dtypes: Mapping[str, torch.dtype], device: str, *, all_used: bool) -> _Network:
         """Give a network on the meta device its tensors, in these dtypes."""
@@ -189,11 +193,11 @@ def dit_dtype(name: str, declared: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 def stage_bytes(config: MagiConfig, layers: range) -> int:
     """Bytes that the DiT with these layers takes once it is loaded."""
-    model, dtypes = _empty_dit(config, Loading(layers=layers))
+    model, dtypes = empty_dit(config, Loading(layers=layers))
     return sum(tensor.numel() * dtypes[name].itemsize for name, tensor in model.state_dict().items())
 
 
-def _empty_dit(config: MagiConfig, loading: Loading) -> tuple[MagiDiT, dict[str, torch.dtype]]:
+def empty_dit(config: MagiConfig, loading: Loading) -> tuple[MagiDiT, dict[str, torch.dtype]]:
     """A DiT on the meta device, and the dtypes that its parameters are used in."""
     shapes, fp8 = config.model_config, config.engine_config.fp8_quant
     with torch.device("meta"):

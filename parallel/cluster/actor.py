@@ -19,9 +19,9 @@ import ray
 import torch
 
 from engine.engine import ChunkResult, Engine, Submission
+from engine.executor import NotFinite
 from engine.machine import settle_heap
 from engine.progress import Progress
-from engine.schedule import Quantum
 from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.config import RankTask
@@ -119,13 +119,13 @@ class _Video:
     progress: Progress | None = None  # the latest
     permitted: set[int] = field(default_factory=set)  # quanta
 
-    def announce(self, quantum: Quantum) -> None:
+    def announce(self, quantum: int) -> None:
         """Ask for a quantum."""
-        self.send(messages.QuantumReady(video=self.order.video, quantum=quantum.index))
+        self.send(messages.QuantumReady(video=self.order.video, quantum=quantum))
 
-    def open(self, quantum: Quantum) -> bool:
+    def open(self, quantum: int) -> bool:
         """Whether a quantum is permitted."""
-        return quantum.index in self.permitted
+        return quantum in self.permitted
 
 
 class CommandLoop:
@@ -166,7 +166,12 @@ class CommandLoop:
             if (stalled and not self._finishing) or not self._inbox.empty():
                 self._carry_out(self._inbox.get(), engine)
                 continue
-            for made in engine.step():
+            try:
+                results = engine.step()
+            except NotFinite as error:
+                self._fail(error, engine)
+                continue
+            for made in results:
                 self._hand_out(made)
             for video in list(self._videos.values()):
                 if video.number >= 0 and not engine.running(video.number):
@@ -204,12 +209,19 @@ class CommandLoop:
             return  # cancelled meanwhile
         try:
             progressed = partial(self._progressed, video)
-            video.number = engine.submit(read.result(), on_progress=progressed, gate=video, stored=lambda: video.stored)
+            found = read.result()
+            video.number = engine.submit(found, on_progress=progressed, gate=video, stored=lambda: video.stored)
         except InputError as error:
             del self._videos[name]
             self._post(messages.VideoFailed(video=name, message=str(error)))
             return
-        self._post(messages.Admitted(video=name, number=video.number, first=engine.resumed(video.number)))
+        self._post(messages.Admitted(video=name, number=video.number, first=found.first, damage=found.damage))
+
+    def _fail(self, error: NotFinite, engine: Engine) -> None:
+        engine.cancel(error.video)
+        for name in [name for name, video in self._videos.items() if video.number == error.video]:
+            del self._videos[name]
+            self._post(messages.VideoFailed(video=name, message=str(error)))
 
     def _hand_out(self, made: ChunkResult) -> None:
         chunk = made.chunk

@@ -20,6 +20,7 @@ from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from models.magi.config import MagiConfig
 from models.magi.pipeline import load_pipeline, load_stage
+from models.magi.random import random_dit, random_pipeline
 from models.magi.sampling import COPY_WEIGHT, MagiSampling
 from models.magi.text import TextLoading
 from models.magi.weights import Loading
@@ -53,6 +54,7 @@ class MagiSource:
     """A MAGI-1 model, or magi-pocket."""
 
     config: MagiConfig  # values of the configuration file
+    random: bool = False  # weights are random numbers, and no file is read
     weights: Path | None = None  # folder in place of the configured one; every node must see it
     text: TextLoading = field(default_factory=TextLoading)  # how prompts are read
     copy_weight: float = COPY_WEIGHT  # as in `MagiSampling`
@@ -65,18 +67,20 @@ class MagiSource:
         """A digest of all fields."""
         text = [str(self.text.tokens), self.text.dtype, self.text.special, self.text.negative]
         how = [self.copy_weight, self.split, self.precise, self.attention]
-        values = [self.config.to_dict(), str(self.weights), text, how]
+        values = [self.config.to_dict(), self.random, str(self.weights), text, how]
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def lead(self, mesh: Mesh, device: str) -> Pipeline:
         """The first stage's layers, the text encoder and the autoencoder; an `InputError` says what is missing."""
-        return load_pipeline(
-            self.config, self.weights, self._loading(mesh, device), self.text, copy_weight=self.copy_weight
-        )
+        loading = self._loading(mesh, device)
+        if self.random:
+            return random_pipeline(self.config, loading, copy_weight=self.copy_weight)
+        return load_pipeline(self.config, self.weights, loading, self.text, copy_weight=self.copy_weight)
 
     def stage(self, mesh: Mesh, device: str) -> StageModel:
         """A rank's layers; errors as in `lead`."""
-        model = load_stage(self.config, self.weights, self._loading(mesh, device))
+        loading = self._loading(mesh, device)
+        model = random_dit(self.config, loading) if self.random else load_stage(self.config, self.weights, loading)
         return StageModel(model=model, attention=model.attention)
 
     def _loading(self, mesh: Mesh, device: str) -> Loading:

@@ -103,6 +103,7 @@ class Admitted(VideoEvent):
 
     number: int  # the gang's number of the video, which its failures name
     first: int  # chunk that will be handed out first; more than 0 after a checkpoint
+    damage: tuple[str, ...] = ()  # a line for each damaged checkpoint that was passed over
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -139,7 +139,7 @@ class QueueEntry:
     @property
     def slots(self) -> int:
         """Slots that it occupies. Of two permitted quanta the second waits for the first, so the wider one counts."""
-        return max((self.size.schedule.quantum(quantum).slots for quantum in self.permitted), default=0)
+        return max(map(self.size.schedule.slots, self.permitted), default=0)
 
     @property
     def expected(self) -> int | None:
@@ -347,7 +347,7 @@ class Scheduler:
             return None
         chosen, passed = self._preferred(waiting, gang.passed_quanta, lambda entry: entry.announcement)
         assert chosen.ready is not None
-        if chosen.size.schedule.quantum(chosen.ready).slots - chosen.slots > gang.size.slots - gang.slots_busy:
+        if chosen.size.schedule.slots(chosen.ready) - chosen.slots > gang.size.slots - gang.slots_busy:
             return None
         gang.passed_quanta = passed
         return chosen

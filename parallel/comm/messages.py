@@ -33,9 +33,9 @@ from models.protocols import CaptionTable
 
 HEADER_BYTES = 2048
 _DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
-_MAGIC = b"FLC2"
-_FIXED = struct.Struct("<4sBBHQiHH8sI5I")
-"""Magic, kind, dtype, dimensions, number, request, flags, item's bytes, digest, bytes of the next buffer, shape."""
+_MAGIC = b"FLC3"
+_FIXED = struct.Struct("<4sBBHQihHH8sI5I")
+"""Magic, kind, dtype, dimensions, number, request, not_finite, flags, item's bytes, digest, next buffer, shape."""
 _DIMENSIONS = 5
 _PLAIN = ("video", "schedule", "kv", "grid", "checkpoint")  # fields of an admission without tensors
 
@@ -61,6 +61,7 @@ class Header:
     number: int = 0  # messages of an edge are counted from 0
     request: int = -1  # whose it is; -1 for none
     item: WorkItem | None = None  # what to run, or what was run
+    not_finite: int = -1  # the first rank of those so far at which something of the request was not; -1 for none
     flags: tuple[int, ...] = ()
     """Reuse flags since the last header of the request, as in `Work`."""
     digest: bytes = bytes(8)  # of all flags of the request so far
@@ -81,7 +82,7 @@ class Header:
         item = b"" if self.item is None else to_plain(self.item)
         dtype, dimensions = _DTYPES.index(self.dtype), len(self.shape)
         shape = (*self.shape, *(0,) * (_DIMENSIONS - dimensions))
-        counts = (number, self.request, len(self.flags), len(item))
+        counts = (number, self.request, self.not_finite, len(self.flags), len(item))
         fixed = _FIXED.pack(_MAGIC, self.kind, dtype, dimensions, *counts, self.digest, self.next_buffer, *shape)
         content = fixed + item + _pack_flags(self.flags)
         if len(content) > HEADER_BYTES:
@@ -92,9 +93,8 @@ class Header:
     def read(cls, buffer: Tensor) -> Header:
         """Read it from a buffer that begins with it; a ValueError if it is none."""
         content = buffer[:HEADER_BYTES].numpy().tobytes()
-        magic, kind, dtype, dimensions, number, request, flags, length, digest, following, *shape = _FIXED.unpack_from(
-            content
-        )
+        magic, kind, dtype, dimensions, number, request, *fields = _FIXED.unpack_from(content)
+        not_finite, flags, length, digest, following, *shape = fields
         start, end = _FIXED.size, _FIXED.size + length
         size = end + (flags + 3) // 4
         if magic != _MAGIC or dtype >= len(_DTYPES) or dimensions > _DIMENSIONS or size > HEADER_BYTES:
@@ -103,6 +103,7 @@ class Header:
             kind=Kind(kind),
             number=number,
             request=request,
+            not_finite=not_finite,
             item=from_plain(WorkItem, content[start:end]) if length else None,
             flags=_unpack_flags(content[end:size], flags),
             digest=digest,

@@ -74,6 +74,16 @@ class RankEnv:
         }
 
 
+def settle_libraries() -> None:
+    """Set what libraries read when they are loaded, here and in processes that are started; what the user set stays.
+
+    OpenMP's threads wait for each other without computing: where other processes want the cores, those that wait
+    would take them from those that are waited for. Ray leaves signals to us.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+
+
 def child_environment(env: RankEnv, *, threads: int) -> dict[str, str]:
     """The environment of a process that is started for an env: this one's, with the env and a number of threads."""
     return {**os.environ, **env.variables(), "OMP_NUM_THREADS": str(threads)}

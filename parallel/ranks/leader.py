@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.checkpoint.contents import Contents
 from engine.checkpoint.files import Shard
-from engine.executor import Runner
+from engine.executor import NotFinite, Runner
 from engine.kv.buffer import KVBuffer
 from engine.request import Admission
 from engine.video import Work, WorkItem
@@ -39,6 +39,7 @@ class Leader(Runner):
         self._one_stage = self._edges.reads_velocity  # results are there at once
         self._undelivered: list[tuple[WorkItem, Tensor]] = []
         self._saving: dict[int, Path] = {}
+        self._not_finite: dict[int, NotFinite] = {}
         self._looked, self._outstanding = 0.0, 0
 
     @property
@@ -59,11 +60,12 @@ class Leader(Runner):
         for cp_rank, part in enumerate(others, 1):
             self._edges.to_cp_rank(cp_rank, header, part)
         hidden = worker.run(header, own)
+        header = worker.mark(header)
         self._edges.send_on(header, hidden)
         if not item.what.weight:
             return
         if self._one_stage:
-            self._undelivered.append((item, read_velocity(worker, self._edges, header, hidden)))
+            self._deliver(*read_velocity(worker, self._edges, header, hidden), self._undelivered)
         else:
             self._outstanding += 1
 
@@ -73,12 +75,23 @@ class Leader(Runner):
         if not self._one_stage:
             wait = wait and not results
             while (message := self._edges.receive_result(wait=wait)) is not None:
-                assert message.header.item is not None and message.payload is not None
+                assert message.payload is not None
                 wait = False
                 self._outstanding -= 1
                 self.worker.counters.velocity_bytes += message.nbytes
-                results.append((message.header.item, message.payload))
+                self._deliver(message.header, message.payload, results)
         return results
+
+    def _deliver(self, header: Header, velocity: Tensor, results: list[tuple[WorkItem, Tensor]]) -> None:
+        item, rank = header.item, header.not_finite
+        assert item is not None
+        results.append((item, velocity))
+        if rank >= 0 and item.request not in self._not_finite:
+            self._not_finite[item.request] = NotFinite(item.request, rank=rank, tick=item.tick, chunk=item.chunk)
+
+    def not_finite(self, video: int) -> NotFinite | None:
+        """What says that a video cannot be made; its ranks say it with the velocities."""
+        return self._not_finite.get(video)
 
     def kv(self, video: int) -> KVBuffer:
         """The first stage's KV buffers of a video."""
@@ -112,6 +125,7 @@ class Leader(Runner):
         self._edges.announce(header)
         self.worker.release(header)
         self._saving.pop(video, None)
+        self._not_finite.pop(video, None)
         self._undelivered = [result for result in self._undelivered if result[0].request != video]
 
     def check(self) -> None:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -106,6 +106,12 @@ class StageWorker:
                 hidden = self.stage.forward(item, hidden)
             self.counters.items += 1
         return hidden
+
+    def mark(self, header: Header) -> Header:
+        """A header with this rank in it, if something of the request was not finite here and at no rank before."""
+        if header.not_finite >= 0 or self.stage.finite.found(header.request) is None:
+            return header
+        return replace(header, not_finite=self._mesh.rank)
 
     def _span(self, kind: str, item: WorkItem) -> OnMeasured:
         """Traces a span once the device has passed its end."""
@@ -203,21 +209,28 @@ def serve(worker: StageWorker, edges: Edges, tracer: Tracer) -> None:
 def _run(worker: StageWorker, edges: Edges, message: Message) -> None:
     header = message.header
     assert message.payload is not None and header.item is not None
+    weighs = header.item.what.weight
     hidden = worker.run(header, message.payload)
+    header = worker.mark(header)
     edges.send_on(header, hidden)
-    if not header.item.what.weight:
+    if not weighs:
         return  # run for its KV alone: nobody waits for its velocity
     if edges.reads_velocity:
-        velocity = read_velocity(worker, edges, header, hidden)
-        edges.send_back(Header(kind=Kind.VELOCITY, request=header.request, item=header.item), velocity)
+        header, velocity = read_velocity(worker, edges, header, hidden)
+        edges.send_back(replace(header, kind=Kind.VELOCITY, flags=(), digest=bytes(8)), velocity)
     elif edges.is_tail:
         edges.send_back(header, hidden)
 
 
-def read_velocity(worker: StageWorker, edges: Edges, header: Header, hidden: Tensor) -> Tensor:
-    """The velocity [1, C, T, h, w] of an item, of this rank's hidden states and those of the other cp_ranks."""
+def read_velocity(worker: StageWorker, edges: Edges, header: Header, hidden: Tensor) -> tuple[Header, Tensor]:
+    """The velocity [1, C, T, h, w] of an item, of this rank's hidden states and those of the other cp_ranks.
+
+    With its header, marked by all of these ranks.
+    """
     assert header.item is not None
     parts = edges.receive_parts(header)
     worker.counters.item_bytes += sum(part.nbytes for part in parts)
     others = [part.payload for part in parts if part.payload is not None]
-    return worker.velocity(header.item, [hidden, *others])
+    velocity = worker.velocity(header.item, [hidden, *others])
+    marked = [rank for rank in (header.not_finite, *(part.header.not_finite for part in parts)) if rank >= 0]
+    return worker.mark(replace(header, not_finite=min(marked, default=-1))), velocity

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from engine.checkpoint.files import CheckpointConfig
 from engine.engine import Engine
-from engine.executor import LocalRunner
+from engine.executor import FiniteCheck, LocalRunner, NotFinite
 from engine.kv.layout import KVSettings
 from engine.record import NOT_ACTIVE, Recorder, RunRecord
 from engine.request import Prefix, Request
 from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
+from engine.video import WorkItem
 from models.errors import InputError
+from models.protocols import Pass, PassCondition
 from tests.engine.reference import reference_latents
 from tests.engine.tiny import TinyPipeline, tiny_config
 
@@ -174,6 +177,85 @@ def test_a_cancelled_video_leaves_the_others_alone():
     expected, *_ = reference_latents(pipeline, request(seed=1))
     own = [result.chunk.latents for result in made if result.video == stays]
     assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
+
+
+def spoilt(engine, wanted, **changes):
+    """A request whose second chunk starts from noise that has one NaN in it."""
+    read = engine.read(wanted, **changes)
+
+    def noise(chunk, shape):
+        part = read.encoded.noise(chunk, shape)
+        part[..., 0, 0] += float("nan") if chunk == 1 else 0
+        return part
+
+    return replace(read, encoded=replace(read.encoded, noise=noise))
+
+
+def finish(engine, made):
+    while engine.in_flight:
+        for result in engine.step():
+            made.setdefault(result.video, []).append(result.chunk.latents)
+    return made
+
+
+def test_a_video_that_comes_to_nan_is_named_and_the_others_go_on(tmp_path):
+    """At the first item that is not finite, and without the checkpoints that may be wrong already."""
+    engine, made = Engine(TinyPipeline(tiny_config())), {}
+    good = engine.submit(request(seed=1))
+    bad = engine.submit(spoilt(engine, request(seed=2), checkpoint=CheckpointConfig(folder=tmp_path, every=1)))
+    with pytest.raises(NotFinite, match=r"^rank 0 has computed NaN or infinity at tick 2, chunk 1: ") as caught:
+        finish(engine, made)
+    assert caught.value.video == bad and not list(tmp_path.glob("quantum-*/manifest.json"))
+    engine.cancel(bad)
+    finish(engine, made)
+    expected, *_ = reference_latents(TinyPipeline(tiny_config()), request(seed=1))
+    assert list(made) == [good]
+    assert all(torch.equal(a, b) for a, b in zip(made[good], expected, strict=True))
+
+
+def test_a_chunk_that_is_not_finite_is_not_handed_out(monkeypatch):
+    """Where the runner says nothing, as that of a GPU may say it too late: in its last tick, and before it is used."""
+    monkeypatch.setattr(LocalRunner, "not_finite", lambda self, video: None)
+    engine, made = Engine(TinyPipeline(tiny_config())), {}
+    bad, good = engine.submit(spoilt(engine, request(seed=2))), engine.submit(request(seed=1))
+    with pytest.raises(NotFinite, match=r"at tick 9, chunk 1: "):
+        finish(engine, made)
+    assert len(made[bad]) == 1
+    engine.cancel(bad)
+    assert len(finish(engine, made)[good]) == 4
+
+
+def test_answers_of_a_device_are_read_once_it_has_passed_them():
+    events = []
+
+    class Event:
+        def __init__(self):
+            self.passed = False
+            events.append(self)
+
+        def record(self):
+            pass
+
+        def query(self):
+            return self.passed
+
+    check = FiniteCheck(Event)
+    condition = PassCondition(t=0.0, distill=None, drop=False)
+    what = Pass(name="denoise", caption="text", branch=0, isolated=False, weight=1.0, condition=condition)
+    same = {"chunk": 0, "step": 0, "chunks_left": 0, "what": what, "keys_from": None, "before": ()}
+    items = [WorkItem(request=video, tick=tick, **same) for tick in range(3) for video in (4, 5)]
+    for item in items:
+        bad = item.request == 5 and item.tick > 0
+        check.look(item, torch.tensor([1e30, float("inf") if bad else -1e30]))
+    assert check.found(5) is None
+    for event in events[:3]:
+        event.passed = True
+    assert check.found(5) is None
+    for event in events[3:]:
+        event.passed = True
+    assert check.found(5) == items[3] and check.found(4) is None
+    check.forget(5)
+    assert check.found(5) is None
 
 
 def test_every_kind_of_reuse_makes_a_video():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.conformance import check_file
+from launch.conformance.command import check_file
 from models.attention import attention_backend, available_backends
 from models.magi.layers import product_in_fp32
 
@@ -14,7 +14,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize(
-    "case", ["t2v_distill16", "t2v_base_cfg3", "v2v_prefix9", "flowcache_nodup", "kv_selection", "vae"]
+    "case",
+    [
+        *("t2v_distill16", "t2v_base_cfg3", "v2v_prefix9", "flowcache_nodup", "kv_selection", "vae"),
+        *("sampling_12step_window1", "released_plain", "released_gated", "released_24b_forward", "released_fp8_linear"),
+    ],
 )
 def test_golden_passes_on_a_gpu(case):
     assert check_file(GOLDENS / f"{case}.safetensors", device="cuda").passed

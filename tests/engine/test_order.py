@@ -139,7 +139,7 @@ class Hesitant:
 
     def open(self, quantum):
         assert quantum == self.announced[-1][0]
-        assert all(item.tick < 2 * quantum.index for item in self.executor.items)
+        assert all(item.tick < 2 * quantum for item in self.executor.items)
         self.asked += 1
         if self.asked % 3:
             return False
@@ -154,17 +154,15 @@ def test_quanta_wait_for_their_gate_and_nothing_else_changes(name, latency):
     run, _, executor = start(CASES[name])
     gate = Hesitant(executor)
     order = WorkOrder(run, barrier=False, on_decision=lambda *_: None, gate=gate)
-    assert [quantum.index for quantum, _ in gate.announced] == [0]
+    assert [quantum for quantum, _ in gate.announced] == [0]
     made, *_ = carry_out(order, executor, latency)
-    quanta = [run.schedule.quantum(index) for index in range(run.schedule.quanta)]
+    quanta = list(range(run.schedule.quanta))
     assert gate.opened == [quantum for quantum, _ in gate.announced] == quanta
     assert executor.items == items
     assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
     for quantum, begun in gate.announced[1:]:  # the last tick of the quantum before has begun, and none of its work has
-        assert begun < run.schedule.ticks_of_quantum(quantum.index).start - 1
-    assert (
-        max(begun - run.schedule.ticks_of_quantum(quantum.index).start for quantum, begun in gate.announced[1:]) == -2
-    )
+        assert begun < run.schedule.ticks_of_quantum(quantum).start - 1
+    assert max(begun - run.schedule.ticks_of_quantum(quantum).start for quantum, begun in gate.announced[1:]) == -2
 
 
 class Keeper:
@@ -174,7 +172,7 @@ class Keeper:
         self.run, self.held, self.order, self.saved, self.refusals = run, held, order, {}, 0
 
     def due(self, quantum):
-        return quantum.index > 0
+        return quantum > 0
 
     def reached(self, quantum):
         self.refusals += 1
@@ -183,7 +181,7 @@ class Keeper:
         share = pack_shard(self.held.state(), FlagState(digest=bytes(8), count=0), {})
         contents = [pack_run(self.run.state()), share]
         plain = [Contents(tensors=one.tensors, values=json.loads(json.dumps(one.values))) for one in contents]
-        self.saved[quantum.index] = (plain, len(self.order()))
+        self.saved[quantum] = (plain, len(self.order()))
         return True
 
 

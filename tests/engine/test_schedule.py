@@ -61,20 +61,17 @@ def test_quanta_partition_the_ticks(schedule):
 def test_a_quantum_begins_where_the_window_moves_and_takes_a_slot_for_each_active_chunk(schedule):
     entered = []
     for index in range(schedule.quanta):
-        quantum = schedule.quantum(index)
         first, *rest = (schedule.tick(tick) for tick in schedule.ticks_of_quantum(index))
-        assert quantum.index == index
-        assert quantum.chunk == first.entering
-        assert quantum.slots == max(len(tick.active) for tick in (first, *rest)) <= schedule.window
+        assert schedule.slots(index) == max(len(tick.active) for tick in (first, *rest)) <= schedule.window
         assert all(tick.entering is None and tick.retiring is None for tick in rest)
-        entered += [] if quantum.chunk is None else [quantum.chunk]
+        entered += [] if first.entering is None else [first.entering]
     assert entered == list(range(schedule.first, schedule.chunks))
 
 
 @given(schedules(), st.sampled_from([-1, 0]))
 def test_a_quantum_that_is_not_there_is_refused(schedule, which):
     with pytest.raises(IndexError, match="quantum"):
-        schedule.quantum(schedule.quanta if which == 0 else -1)
+        schedule.slots(schedule.quanta if which == 0 else -1)
 
 
 def test_number_of_ticks_of_the_published_run():

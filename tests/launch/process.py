@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
+
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
 Result = subprocess.CompletedProcess[str]
@@ -19,8 +23,23 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+def overflowing_weights(folder: Path, name: str, column: slice = slice(None)) -> Path:
+    """Magi-pocket's weights in a new folder, a matrix of which is finite and too large: some columns, or all of it."""
+    shutil.copytree(ROOT / "models" / "pocket" / "weights", folder)
+    path = folder / "inference_weight.distill" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name] = tensors[name].float()
+    tensors[name][:, column] *= 1e38
+    save_file(tensors, path)
+    return folder
+
+
 def flowcache_process(
-    folder: Path, *arguments: object, largest_file: int | None = None, extra: Mapping[str, str] | None = None
+    folder: Path,
+    *arguments: object,
+    largest_file: int | None = None,
+    extra: Mapping[str, str] | None = None,
+    output: int | TextIO = subprocess.PIPE,
 ) -> subprocess.Popen[str]:
     """Start `python -m launch ...`.
 
@@ -29,12 +48,13 @@ def flowcache_process(
         arguments: of the command line.
         largest_file: bytes; the kernel refuses to let a file grow beyond.
         extra: variables of the environment.
+        output: standard output.
     """
 
     def prepare() -> None:
         # A test run in the background may have been started with signals ignored, and children inherit that.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
@@ -42,7 +62,7 @@ def flowcache_process(
         [sys.executable, "-m", "launch", *map(str, arguments)],
         cwd=folder,
         env={**environment(), **(extra or {})},
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=prepare,

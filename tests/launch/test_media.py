@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import wave
+import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -120,6 +122,15 @@ def test_files_without_a_picture_are_refused(tmp_path: Path) -> None:
         read_video(text, fps=24, height=64, width=64)
 
 
+def test_a_picture_that_is_too_large_is_told_from_a_damaged_one(tmp_path: Path) -> None:
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
+    path = tmp_path / "large.png"
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    path.write_bytes(start + struct.pack(">I", 1000) + b"IDAT" + bytes(1000))
+    with pytest.raises(InputError, match="large.png: its 20000x20000 pixels are too many, at most 268,435,455 are"):
+        read_image(path, height=64, width=64)
+
+
 @pytest.fixture
 def visits() -> Iterator[tuple[int, list[str]]]:
     """A web server's port, and the paths that it was asked for."""
@@ -154,7 +165,9 @@ def test_no_file_makes_us_open_another(tmp_path: Path, visits: tuple[int, list[s
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match=rf"{name}: (it is neither a picture nor a video|Invalid data)"):
             read_video(tmp_path / name, fps=24, height=64, width=64)
-    for address in (f"{web}/c.mp4", f"concat:{clip}|{clip}", f"file:{clip}", f"subfile,,start,0,end,0,,:{clip}"):
+    with pytest.raises(InputError, match=f"the image {web}/c.mp4: only files are read, no addresses"):
+        read_image(Path(f"{web}/c.mp4"), height=64, width=64)
+    for address in (f"concat:{clip}|{clip}", f"file:{clip}", f"subfile,,start,0,end,0,,:{clip}"):
         with pytest.raises(InputError, match="No such file"):
             read_image(Path(address), height=64, width=64)
     assert asked == []

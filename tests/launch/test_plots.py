@@ -160,11 +160,11 @@ def test_a_single_chunk_keeps_nothing() -> None:
         made_up_record(2, num_steps=4),
         made_up_record(first=3),
         made_up_record(60, num_steps=64),
-        made_up_record(settings={}),
+        made_up_record(settings={"prompt": "", "kv_bytes": 10**400}),
         made_up_record(settings={"prompt": "$x^2 a\ncat \N{CJK UNIFIED IDEOGRAPH-732B} \udc80 " * 9, "kv_bytes": "?"}),
         made_up_record(settings=SETTINGS | {"cache": 3, "kv": [], "cache_preset": None}),
     ],
-    ids=["one chunk", "four steps", "prefix", "60 chunks", "no settings", "odd prompt", "odd settings"],
+    ids=["one chunk", "four steps", "prefix", "60 chunks", "prompt alone", "odd prompt", "odd settings"],
 )
 def test_no_record_makes_trouble(tmp_path: Path, kind: str, record: RunRecord) -> None:
     record.save(tmp_path)
@@ -280,6 +280,8 @@ def _claims(shape: tuple[int, ...]) -> Callable[[], None]:
         (_without("record.npz"), "record.npz is missing"),
         (lambda: Path("run/record.json").write_text("{"), "damaged"),
         (lambda: Path("run/record.json").write_text("[]"), "record.json is not a JSON object"),
+        (lambda: Path("run/record.json").write_text('{"a": []}'), "record.json has no prompt, so it is no record's"),
+        (lambda: Path("run/record.json").write_text('{"prompt": ["a"]}'), "record.json has no prompt"),
         (lambda: Path("run/record.json").write_bytes(b'{"prompt": "\xff"}'), "damaged"),
         (lambda: Path("run/record.npz").write_bytes(b""), "damaged"),
         (lambda: os.truncate("run/record.npz", 900), "damaged"),

@@ -18,7 +18,7 @@ from PIL import Image
 from engine.record import RunRecord
 from launch.cli import run
 from launch.options import Options
-from tests.launch.process import ROOT, Result, environment, flowcache_process
+from tests.launch.process import ROOT, Result, environment, flowcache_process, overflowing_weights
 from tests.launch.videos import generate_video
 
 GOLDENS = ROOT / "tests" / "data" / "goldens"
@@ -53,6 +53,25 @@ def made(tmp_path_factory: pytest.TempPathFactory, random_weights: Path) -> tupl
 
 
 # ---- one video
+
+
+SMALL = ["--chunks", 2, "--steps", 8, "--height", 64, "--width", 64, "--threads", 1]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("layer", [1, 4])
+def test_what_comes_to_nan_ends_with_tick_chunk_and_rank(
+    flowcache: Flowcache, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, ranks: int, layer: int
+) -> None:
+    """The rank that holds the layer, whichever sees it in the end."""
+    folder = tmp_path_factory.mktemp("overflowing") / "weights"
+    weights = overflowing_weights(folder, f"videodit_blocks.layers.{layer}.mlp.linear_fc2.weight")
+    result = flowcache("generate", PROMPT, "--pp", ranks, "--weights", weights, *SMALL)
+    rank = int(ranks == 2 and layer == 4)
+    text = f"flowcache: error: rank {rank} has computed NaN or infinity at tick 0, chunk 0: check the weights, "
+    assert result.returncode == 1 and result.stdout == ""
+    assert errors(result) == [text + "and the device of that rank"]
+    assert os.listdir(tmp_path) == []
 
 
 def test_ranks_make_the_video_of_one_process(made: tuple[Path, Result], random_weights: Path, tmp_path: Path) -> None:
@@ -230,7 +249,25 @@ def test_a_signal_ends_ranks_that_the_command_has_started(
     finally:
         process.kill()
     assert process.returncode == status and "Traceback" not in shown
-    assert (shown.splitlines()[-1] == "flowcache: stopped") == (sent is signal.SIGINT)
+    assert shown.splitlines()[-1] == "flowcache: stopped"
+    assert os.listdir(tmp_path) == []
+
+
+def test_nothing_is_left_of_a_rank_that_is_killed(tmp_path: Path, random_weights: Path) -> None:
+    """Rank 0 writes the video; the command that has started it removes what it leaves."""
+    options = ["--chunks", 5000, "--steps", 4, "--weights", random_weights, "--out", "long.mp4", "--pp", 2]
+    process = flowcache_process(tmp_path, "generate", PROMPT, *options)
+    try:
+        deadline, parts = time.monotonic() + 90, list[Path]()
+        while not parts:
+            assert process.poll() is None and time.monotonic() < deadline, "no file was begun"
+            time.sleep(0.05)
+            parts = list(tmp_path.glob(".long.mp4.*"))
+        os.kill(int(parts[0].stem.rpartition("-")[2]), signal.SIGKILL)
+        _, shown = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "rank 0 (stage 0 of 2) " in shown.splitlines()[-1]
     assert os.listdir(tmp_path) == []
 
 
@@ -242,6 +279,6 @@ def test_conformance_on_ranks(flowcache: Flowcache) -> None:
     result = flowcache("conformance", "missing.safetensors", GOLDENS / "t2v_fullkv_window2.safetensors", "--pp", 2)
     assert result.returncode == 2
     (line,) = result.stdout.splitlines()
-    assert line.startswith("t2v_fullkv_window2 ") and line.endswith("4 chunks, pp 2 x cp 1  PASS")
+    assert line.startswith("t2v_fullkv_window2 ") and line.endswith("4 comparisons, pp 2 x cp 1  PASS")
     assert len(errors(result)) == 1 and "missing.safetensors" in errors(result)[0]
     assert len(result.stderr.splitlines()) == 1

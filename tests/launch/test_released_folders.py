@@ -116,6 +116,18 @@ def test_a_downloaded_folder_makes_a_video_in_one_process_and_on_two_ranks(
     assert "100% of the steps computed (none)" in result.stdout  # the default of released models
 
 
+@pytest.mark.slow
+def test_random_weights_need_no_download_and_are_the_same_on_two_ranks(
+    tmp_path: Path, flowcache: Callable[..., Result]
+) -> None:
+    os.chdir(tmp_path)
+    given = ["a red circle moving right", "--weights", "random", "--steps", "4", "--chunks", "2", "--threads", "1"]
+    assert run(["generate", *given, "--out", "one.mp4"]) == 0
+    result = flowcache("generate", *given, "--pp", 2, "--out", "two.mp4")
+    assert result.returncode == 0, result.stderr
+    assert np.array_equal(frames(Path("one.mp4")), frames(Path("two.mp4")))
+
+
 def test_prompts_of_a_command_are_read_once_before_the_model_is_loaded(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

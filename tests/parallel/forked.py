@@ -71,7 +71,7 @@ def _stand_in(path, arguments):
 
 def serve():
     """Fork a rank for every command that asks, until the process that has started this one has ended."""
-    import launch.conformance  # noqa: F401 - which one scenario imports by itself
+    import launch.conformance.command  # noqa: F401 - which one scenario imports by itself
     from tests.parallel.scenarios import main
 
     listener, ranks = socket.socket(fileno=int(sys.argv[1])), {}

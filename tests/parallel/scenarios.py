@@ -180,7 +180,7 @@ def separate_payloads(gang):
 
 
 def goldens(gang, values, out):
-    from launch.conformance import check_on_gang  # which takes as long to import as half of the rest
+    from launch.conformance.command import check_on_gang  # which takes as long to import as half of the rest
 
     verdicts = []
     files = [Path(path) for path in values["files"]]
@@ -310,9 +310,10 @@ def kept(gang, values, out):
     ]
     wholes = set()
     with gang.lead(pipeline, *settings(values)) as (engine, reports):
-        for one, plan in zip(requests, plans, strict=True):
-            engine.submit(one, checkpoint=plan)
-        resumed = [engine.resumed(video) for video in range(len(requests))]
+        found = [engine.read(one, plan) for one, plan in zip(requests, plans, strict=True)]
+        for one in found:
+            engine.submit(one)
+        resumed = [one.first for one in found]
         while engine.in_flight:
             for made in engine.step():
                 torch.save(made.chunk.latents, folder / f"{made.video}-{made.chunk.index}.pt")
@@ -340,7 +341,7 @@ def cancelled(gang, values, out):
         return
     folder = Path(out).with_name("checkpoints")
     with gang.lead(pipeline) as (engine, _):
-        number = engine.submit(request(chunks=6), checkpoint=CheckpointConfig(folder=folder, every=1))
+        number = engine.submit(engine.read(request(chunks=6), CheckpointConfig(folder=folder, every=1)))
         while not folder.exists():
             engine.step()
         keys = [worker.saved_key(next(folder.iterdir()), rank) for rank in range(2)]
@@ -358,10 +359,10 @@ class _Held:
         self.quantum, self.announced, self.free = quantum, [], threading.Event()
 
     def announce(self, quantum):
-        self.announced.append(quantum.index)
+        self.announced.append(quantum)
 
     def open(self, quantum):
-        return quantum.index < self.quantum or self.free.is_set()
+        return quantum < self.quantum or self.free.is_set()
 
 
 def gated(gang, values, out):

@@ -1,6 +1,9 @@
 """Spans of a trace."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -164,3 +167,26 @@ def test_no_traced_rank_waits_for_its_whole_device():
     for room in ("", "ranks"):
         for path in (Path(__file__).parents[2] / "parallel" / room).glob("*.py"):
             assert "cuda.synchronize" not in path.read_text(), path
+
+
+FULL = """
+import resource, sys, time
+from models.errors import InputError
+from parallel.trace import Tracer
+tracer = Tracer(0, "rank 0", wanted=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    while True:
+        tracer.add("compute", time.perf_counter())
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_full_temporary_folder_is_named(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", FULL], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.startswith(f"cannot write the trace to {tmp_path}: no space left there"), done.stderr
+    assert "name another folder by TMPDIR" in done.stdout

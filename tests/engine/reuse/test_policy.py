@@ -5,7 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.reuse.policy import ChunkPolicy, Decision, Observation, ReuseMemory, ReuseSettings, WindowPolicy
+from engine.reuse.policy import (
+    ChunkPolicy,
+    Decision,
+    Observation,
+    ReuseMemory,
+    ReuseSettings,
+    WindowPolicy,
+    change_norms,
+)
 from models.errors import InputError
 
 
@@ -23,12 +31,35 @@ def test_chunk_policy_is_equation_8(distances, threshold, warmup):
     total = 0.0
     for step, distance in enumerate(distances):
         (decision,) = policy.decide([seen(3, step, distance)])
-        if step < warmup or total + distance > threshold:
+        if step < warmup or total + distance >= threshold:
             total = 0.0
             assert decision is Decision.COMPUTE
         else:
             total += distance
             assert decision is Decision.REUSE
+
+
+def test_a_sum_that_equals_the_threshold_is_computed():
+    policy = ChunkPolicy(0.75, 1)
+    decided = [policy.decide([seen(0, step, 0.25)])[0] for step in range(5)]
+    assert decided == [Decision.COMPUTE, Decision.REUSE, Decision.REUSE, Decision.COMPUTE, Decision.REUSE]
+
+
+def test_the_published_distance_is_rounded_at_every_step():
+    then = torch.tensor([1.0, 1.0]).bfloat16()
+    now = torch.tensor([1.0078125, 1.03125]).bfloat16()
+    change, scale = change_norms(then, now, torch.bfloat16)
+    assert (change.dtype, change.item(), scale.item()) == (torch.bfloat16, 0.01953125, 1.0)
+    third = {"chunk": 0, "step": 3, "tick": 3, "last_tick": False, "change": 0.01953125, "scale": 3.0}
+    assert Observation(**third).distance == 0.01953125 / 3.0
+    assert Observation(**third, rounded=True).distance == torch.tensor(0.01953125 / 3.0).bfloat16().item()
+    # 1 + 2^-8 lies between two numbers of bf16, and 1e-8 is added to a scale of zero.
+    change, scale = change_norms(torch.zeros(2), torch.tensor([1.0, 1.00390625]), torch.bfloat16)
+    assert (change.item(), scale.float().item()) == (1.0, torch.tensor(1e-8).bfloat16().item())
+    assert [norm.item() for norm in change_norms(torch.zeros(2), torch.tensor([1.0, 1.00390625]), torch.float32)] == [
+        1.001953125,
+        0.0,
+    ]
 
 
 def test_chunks_do_not_share_their_sums():
@@ -123,6 +154,8 @@ def test_memory_is_bounded_by_the_chunks_that_are_alive():
         {"policy": "flowcache", "threshold": float("nan")},
         {"policy": "teacache", "warmup_steps": 0},
         {"policy": "flowcache", "extrapolate_from": 1.1},
+        {"policy": "flowcache", "distance": "fp16"},
+        {"policy": "teacache", "distance": "bf16"},
     ],
 )
 def test_bad_settings_are_refused(values):

@@ -62,6 +62,17 @@ def test_a_pipe_gets_plain_lines(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err == "loading\n"
 
 
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    streams = [io.StringIO(), io.StringIO()]
+    one, many = (Console(file=stream, force_terminal=True, width=100) for stream in streams)
+    with Display(one) as display, BatchDisplay(many) as table:
+        display.update(_event(12, done=3))
+        table.update([row(1, State.RUNNING, gang="gang 0")])
+    assert streams[0].getvalue().startswith("chunks 3/3, step 2/8, 100%, ")
+    assert streams[1].getvalue() == "line 1 (video 1): running on gang 0\n"
+
+
 def test_several_videos_have_a_line_each() -> None:
     stream = io.StringIO()
     with Display(Console(file=stream)) as display:

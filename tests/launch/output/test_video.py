@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import threading
+import time
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from engine import files
 from engine.files import part_of
-from launch.output.video import BackgroundWriter, VideoWriter
+from launch.options import Options
+from launch.output.display import Display
+from launch.output.video import BackgroundWriter, VideoSinks, VideoWriter
+from launch.plan import plan_videos, video_names
 from models.errors import InputError
+from parallel.cluster.messages import Admitted, ChunkMade, GangReady, VideoDone
 
 COLOURS = torch.tensor([[224, 33, 33], [31, 189, 51], [38, 64, 235], [237, 219, 36], [31, 209, 219], [128, 128, 128]])
 
@@ -115,3 +125,34 @@ def test_no_thread_outlives_the_writer(tmp_path: Path) -> None:
         writer.write(_bars(1))
         assert any(thread.name.startswith("video") for thread in threading.enumerate())
     assert not any(thread.name.startswith("video") for thread in threading.enumerate())
+
+
+def test_a_video_whose_end_was_interrupted_is_not_called_missing(
+    tmp_path: Path, random_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C reaches the main thread while it waits for the thread that gives the file its name."""
+    prompts = ["a red circle moving right", "a blue cross moving up"]
+    plans = plan_videos(Options(prompts=prompts, out=tmp_path / "videos", weights=random_weights, chunks=1))
+    stream, slow = io.StringIO(), threading.Event()
+    flush = files._flush
+
+    def slowly(path: Path) -> None:
+        slow.set()
+        time.sleep(0.5)
+        flush(path)
+
+    monkeypatch.setattr(files, "_flush", slowly)
+    interrupt = threading.Thread(target=lambda: slow.wait() and signal.raise_signal(signal.SIGINT))
+    interrupt.start()
+    sinks = VideoSinks(plans, [None, None], Display(Console(file=stream, width=200)), 0.0)
+    with pytest.raises(KeyboardInterrupt), sinks:
+        frames, latents = _noise(24).numpy()[:, :, :64], np.zeros((1, 1, 1, 1, 1), dtype=np.float32)
+        sinks.handle(GangReady())
+        for video in ("0", "1"):
+            sinks.handle(Admitted(video=video, number=int(video), first=0))
+            sinks.handle(ChunkMade(video=video, index=0, frames=frames, latents=latents))
+        sinks.handle(VideoDone(video="0", computed=1.0, kv_bytes=1))
+    interrupt.join()
+    first, second = (f"{name}.mp4" for name in video_names(prompts))
+    assert os.listdir(tmp_path / "videos") == [first]
+    assert stream.getvalue().endswith(f"1 of 2 videos in {tmp_path / 'videos'} are complete; missing: {second}\n")

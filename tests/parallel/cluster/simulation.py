@@ -31,7 +31,7 @@ class Held:
 
     @property
     def slots(self) -> int:
-        return self.size.schedule.quantum(self.granted[0]).slots if self.granted else 0
+        return self.size.schedule.slots(self.granted[0]) if self.granted else 0
 
 
 @dataclass

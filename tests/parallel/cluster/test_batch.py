@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.batch.folder import ChunkFiles
 from launch.generate import generate
 from launch.options import Options
-from tests.launch.process import flowcache_process
+from models.pocket.text import VOCABULARY
+from tests.launch.process import flowcache_process, overflowing_weights
 
 pytestmark = pytest.mark.slow
 PROMPTS = ["a red circle moving right", "a blue cross moving up"]
@@ -81,7 +81,7 @@ class Runs:
     def lose_the_command(self):
         self.start()
         try:
-            self.when(lambda: list(self.videos.glob(".*.parts/000000.npy")))
+            self.when(lambda: len(self.parts()) == len(self.wholes()) == 2)
             below = self.below("")
             assert any("RankActor" in _command(pid) for pid in below)
         finally:
@@ -92,6 +92,26 @@ class Runs:
             assert time.monotonic() < deadline, [_command(pid) for pid in left]
             time.sleep(0.2)
         assert list(self.temporary.glob(".r*"))
+
+    def parts(self):
+        """The first chunk of each video that has one."""
+        return sorted(self.videos.glob(".*.parts/000000.npy"))
+
+    def wholes(self):
+        """The last whole checkpoint of each video that has one, by the video's digest."""
+        found = sorted(self.videos.glob(".checkpoints/*/pp2/*/manifest.json"))
+        return {path.parts[-4]: path.parent for path in found}
+
+    def damage(self):
+        """A chunk of one video, which becomes an npz, and a file of the last checkpoint of the other."""
+        part = self.parts()[0]
+        shard = next(path for digest, path in self.wholes().items() if digest not in str(part)) / "rank-1.safetensors"
+        np.savez(self.folder / "frames.npz", frames=np.zeros((24, 64, 64, 3), np.uint8))
+        (self.folder / "frames.npz").replace(part)
+        with shard.open("r+b") as file:
+            file.seek(-5000, os.SEEK_END)
+            file.write(bytes(4000))
+        return part.relative_to(self.folder), shard
 
     def lose_the_head(self):
         self.start()
@@ -116,7 +136,8 @@ class Runs:
         assert [path.suffix for path in self.temporary.iterdir()] == [".log"]
 
 
-def test_a_batch_that_was_ended_goes_on_where_it_was(tmp_path, temporary):
+def test_a_batch_that_was_ended_goes_on_where_it_was(tmp_path, temporary, monkeypatch):
+    """Also with a chunk of one video and a checkpoint of the other damaged: both are made again."""
     write(tmp_path / "prompts.jsonl", *({"prompt": prompt, "chunks": 6} for prompt in PROMPTS), "{broken")
     command = ["batch", "prompts.jsonl", "--out", "videos", "--pp", "2", "--steps", "8", "--height", "64"]
     command += ["--width", "64", "--checkpoint-every", "1", "--cache", "none", "--concurrency", "2"]
@@ -124,16 +145,23 @@ def test_a_batch_that_was_ended_goes_on_where_it_was(tmp_path, temporary):
     runs.lose_the_command()
     runs.lose_the_head()
     runs.lose_a_rank_and_stop()
-    assert list(videos.glob(".*.parts/*.npy"))
+    damaged = runs.damage()
     runs.start()
     status, text = runs.end(120)
     assert status == 1, text  # of the broken line
     assert "prompts.jsonl line 3: this is not JSON" in text and "2 done" in text
+    assert all(f"{path} does not match its checksum; " in text for path in damaged), text
     made = {path: path.stat().st_mtime_ns for path in videos.glob("*.mp4")}
     assert len(made) == 2
     assert {path.name for path in videos.iterdir()} == {"results.jsonl", *(path.name for path in made)}
     results = [json.loads(line) for line in (videos / "results.jsonl").read_text().splitlines()]
     assert {result["status"] for result in results} == {"done"} and {result["chunks"] for result in results} == {6}
+
+    monkeypatch.chdir(tmp_path)
+    for prompt, path in zip(PROMPTS, sorted(made), strict=True):
+        size = {"chunks": 6, "steps": 8, "height": 64, "width": 64, "cache": "none", "threads": 1}
+        generate(Options(prompts=[prompt], out=Path("alone.mp4"), **size), [])
+        assert path.read_bytes() == Path("alone.mp4").read_bytes()
 
     digest = next(iter(made)).stem[-12:]
     for left in (f".{digest}.parts", f".checkpoints/{digest}/pp2/quantum-00000001-01234567"):
@@ -154,17 +182,25 @@ def _command(pid):
 
 
 def test_a_batch_joins_the_cluster_that_it_is_told_of(cluster, tmp_path, monkeypatch):
+    """With weights that one word of a prompt makes overflow: that video is reported, and the other one made."""
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    write(tmp_path / "prompts.jsonl", {"prompt": PROMPTS[0], "chunks": 1})
-    size = ["--steps", "8", "--height", "64", "--width", "64"]
+    word = VOCABULARY.index("blue")
+    weights = overflowing_weights(tmp_path / "weights", "y_embedder.y_proj_xattn.0.weight", slice(word, word + 1))
+    write(tmp_path / "prompts.jsonl", *({"prompt": prompt, "chunks": 1} for prompt in reversed(PROMPTS)))
+    size = ["--steps", "8", "--height", "64", "--width", "64", "--weights", weights, "--pp", "2"]
     wide = flowcache_process(tmp_path, "batch", "prompts.jsonl", "--threads", "99", "--gangs", "4", *size)
     _, text = wide.communicate(timeout=60)
-    assert "of --gangs 4 no more than 1 can have work" in text
-    assert wide.returncode == 2 and "1 gang of --pp 1 x --cp 1 needs 99 CPUs; the cluster has" in text
+    assert "of --gangs 4 no more than 2 can have work" in text
+    assert wide.returncode == 2 and "2 gangs of --pp 2 x --cp 1 need 396 CPUs; the cluster has" in text
     made = flowcache_process(tmp_path, "batch", "prompts.jsonl", *size)
     _, text = made.communicate(timeout=90)
-    assert made.returncode == 0, text
+    assert made.returncode == 1, text
     assert len(list((tmp_path / "videos").glob("*.mp4"))) == 1
+    lines = (tmp_path / "videos" / "results.jsonl").read_text().splitlines()
+    found = {one["prompt"]: one for one in map(json.loads, lines)}
+    assert [found[prompt]["status"] for prompt in PROMPTS] == ["done", "failed"]
+    assert "rank 0 has computed NaN or infinity at tick 0, chunk 0: " in found[PROMPTS[1]]["error"]
+    assert "was lost" not in text
 
 
 def test_a_video_on_ray_is_that_of_one_process(tmp_path, monkeypatch):
@@ -222,13 +258,3 @@ def test_a_file_of_bad_lines_only_is_bad_input(tmp_path):
     process = flowcache_process(tmp_path, "batch", "prompts.jsonl")
     _, text = process.communicate(timeout=60)
     assert process.returncode == 2 and "line 1" in text and "line 2" in text
-
-
-def test_chunks_count_from_the_first_on_and_only_whole_ones(tmp_path):
-    files = ChunkFiles(folder=tmp_path / "parts")
-    frames = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
-    for index in (0, 1, 3):
-        files.write(index, frames)
-    assert files.count() == 2
-    os.truncate(tmp_path / "parts" / "000001.npy", 140)
-    assert files.count() == 1

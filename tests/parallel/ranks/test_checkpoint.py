@@ -22,6 +22,7 @@ from engine.checkpoint.files import (
     read_contents,
     write_async,
 )
+from engine.files import Damaged
 from models.errors import InputError
 from parallel.comm.messages import HEADER_BYTES
 from parallel.health.errors import GangError
@@ -59,7 +60,7 @@ def test_what_was_written_is_read(tmp_path):
     commit(made)
     found = newest(tmp_path / "new" / "video")
     assert found == made
-    read = read_contents(found.folder / "run.safetensors")
+    read = read_contents(found.folder, "run.safetensors")
     assert read.values == contents().values
     for name, part in contents().tensors.items():
         assert torch.equal(read.tensors[name], part)
@@ -112,7 +113,23 @@ def edit(path):
 
 
 SHARD, MANIFEST = "rank-0.safetensors", "manifest.json"
+
+
+def hole(path):
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes(100) + content[middle + 100 :])
+
+
+def folder_for(path):
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGE = {
+    "a shard has zeros in the middle": lambda place: hole(place / SHARD),
+    "a shard is a folder": lambda place: folder_for(place / SHARD),
+    "a shard is a pipe": lambda place: ((place / SHARD).unlink(), os.mkfifo(place / SHARD)),
     "a shard is cut off": lambda place: os.truncate(place / SHARD, 200),
     "a shard is empty": lambda place: os.truncate(place / SHARD, 0),
     "a bit of a shard is flipped": lambda place: flip(place / SHARD, -3),
@@ -122,7 +139,7 @@ DAMAGE = {
     "the manifest is cut off": lambda place: os.truncate(place / MANIFEST, 100),
     "the manifest is another JSON": lambda place: (place / MANIFEST).write_text("[1, 2]"),
     "the manifest is changed": lambda place: edit(place / MANIFEST),
-    "the manifest is a folder": lambda place: ((place / MANIFEST).unlink(), (place / MANIFEST).mkdir()),
+    "the manifest is a folder": lambda place: folder_for(place / MANIFEST),
 }
 
 
@@ -137,15 +154,25 @@ def test_a_damaged_one_is_passed_over(tmp_path, damage):
     assert newest(video) is None
 
 
-@pytest.mark.parametrize("damage", list(DAMAGE.values())[:4], ids=list(DAMAGE)[:4])
-def test_a_damaged_file_is_an_input_error(tmp_path, damage):
-    place = whole(tmp_path / "video", 3)
-    if damage is DAMAGE["a bit of a shard is flipped"]:
-        flip(place / SHARD, 9)  # in its header
-    else:
-        damage(place)
-    with pytest.raises(InputError, match="rank-0.safetensors"):
-        read_contents(place / SHARD)
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_one_is_said_and_not_read(tmp_path, damage):
+    """Of a manifest that is missing nothing is said: every checkpoint begins so."""
+    place, said = whole(tmp_path / "video", 3), []
+    damage(place)
+    assert newest(tmp_path / "video", on_damage=lambda folder, error: said.append((folder, str(error)))) is None
+    missing = not (place / MANIFEST).exists()
+    assert [folder for folder, _ in said] == ([] if missing else [place])
+    assert all(name.split()[0] in (str(place / SHARD), str(place / MANIFEST)) for _, name in said)
+    with pytest.raises(Damaged, match=str(place)):
+        read_contents(place, SHARD)
+
+
+def test_one_that_comes_after_what_is_stored_is_of_no_use(tmp_path):
+    for quantum in (3, 5):
+        whole(tmp_path / "video", quantum)
+    for stored, quantum in ((None, 5), (5, 5), (4, 3), (3, 3)):
+        assert newest(tmp_path / "video", stored=stored).quantum == quantum
+    assert newest(tmp_path / "video", stored=2) is None
 
 
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
