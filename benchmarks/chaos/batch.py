@@ -42,7 +42,8 @@ _TERMINATED = 128 + signal.SIGTERM
 _STATUS = dict.fromkeys((Kind.DRIVER, Kind.PART, Kind.CHECKPOINT), _TERMINATED) | {Kind.DISK: BAD_INPUT}
 _NOTES = """\
 Status and again: of the first run and of the second. Ended after: seconds from the harm to the end of the first run.
-Left: processes after each, and hidden files after both. Said: the last line of the first run; of damage, what the second says."""
+Left: processes after each, and hidden files after both. Said: the last line of the first run; of damage, what the
+second says."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
