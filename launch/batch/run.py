@@ -98,10 +98,7 @@ class _Batch:
                         self._make(waiting, display)
                     self._settle(wait=True)  # which queues a video again if a chunk of it is damaged
                     display.update(self.rows)
-                self._settle(wait=True)
-            except (KeyboardInterrupt, SystemExit) as stopped:
-                if isinstance(stopped, SystemExit):  # the command line says the other
-                    self._say("flowcache: stopped")
+            except (KeyboardInterrupt, SystemExit):
                 self._stopping.set()
                 raise
             finally:
@@ -183,7 +180,7 @@ class _Batch:
             case messages.Progressed():
                 self._progress(self._videos[event.video], event)
             case messages.VideoFailed():
-                self._fail(self._videos[event.video], event.message)
+                self._fail(self._videos[event.video], InputError(event.message))
             case messages.VideoDone():
                 video = self._videos[event.video]
                 video.computed = event.computed
@@ -200,11 +197,9 @@ class _Batch:
         try:
             video.files.write(chunk.index, chunk.frames)
             video.chunks_done = chunk.index + 1
-        except DiskFull:  # for all of them
-            raise
         except InputError as error:
+            self._fail(video, error)
             backend.cancel(chunk.video)
-            self._fail(video, str(error))
 
     def _progress(self, video: _Video, event: messages.Progressed) -> None:
         now, share = time.monotonic(), event.progress.tick / event.progress.ticks
@@ -235,16 +230,11 @@ class _Batch:
                 ending.result()
             except futures.CancelledError:
                 continue
-            except DiskFull:
-                raise
-            except Damaged as error:
-                video.state = State.QUEUED
-                if video.damaged:  # once more: its disk is not to be trusted
-                    self._fail(video, str(error))
-                video.damaged = True
-                continue
             except InputError as error:
-                self._fail(video, str(error))
+                if isinstance(error, Damaged) and not video.damaged:  # a second time its disk is not to be trusted
+                    video.state, video.damaged = State.QUEUED, True
+                else:
+                    self._fail(video, error)
                 continue
             self._clean(video)
             video.state, video.seconds_left = State.DONE, None
@@ -258,8 +248,11 @@ class _Batch:
             with suppress(OSError):
                 video.checkpoints.parent.rmdir()  # unless there are those of others
 
-    def _fail(self, video: _Video, message: str) -> None:
-        video.state, video.error = State.FAILED, message
+    def _fail(self, video: _Video, error: InputError) -> None:
+        """Go on without a video; a full disk is raised, as it is one for all of them."""
+        if isinstance(error, DiskFull):
+            raise error
+        video.state, video.error = State.FAILED, str(error)
         self._record(video)
 
     def _record(self, video: _Video) -> None:

@@ -222,8 +222,11 @@ def make_released_forward(golden: Golden) -> Iterator[tuple[str, Tensor]]:
 
 
 def _latents(golden: Golden, name: str, config: MagiConfig, chunks: int) -> Tensor:
-    frames = chunks * config.runtime_config.chunk_width
-    return golden.tensor(name, (1, config.model_config.latent_channels, frames, None, None))
+    frames, side = chunks * config.runtime_config.chunk_width, config.model_config.patch_size
+    latents = golden.tensor(name, (1, config.model_config.latent_channels, frames, None, None))
+    if any(size % side for size in latents.shape[3:]):
+        raise InputError(f"{golden.path}: {name} has the shape {list(latents.shape)}, not of whole patches")
+    return latents
 
 
 # ---- weights

@@ -324,6 +324,12 @@ def test_conformance_passes_on_golden_files(capsys: pytest.CaptureFixture[str]) 
     assert all("relative error" in line and line.endswith("PASS") for line in lines)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_conformance_on_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["conformance", str(GOLDENS / "vae.safetensors"), "--device", "cuda"]) == 2
+    assert capsys.readouterr().err.startswith("flowcache: error: --device cuda was asked for, but this machine has no")
+
+
 def test_conformance_fails_when_one_number_is_changed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "t2v_fullkv_window2.safetensors"
     shutil.copy(GOLDENS / "weights.safetensors", folder)

@@ -176,6 +176,12 @@ def test_a_file_that_lacks_what_its_kind_promises_cannot_be_read(beside, case, g
         ("t2v_fullkv_window2", "input.noise"),
         ("t2v_fullkv_window2", "input.caption_embs"),
         ("i2v_prefix1", "input.prefix_latents"),
+        ("released_fp8_linear", "input.x"),
+        ("released_fp8_linear", "channel.weight"),
+        ("released_plain", "input.latents"),
+        ("released_gated", "input.context_latents"),
+        ("released_4.5b_forward", "input.keys"),
+        ("released_reuse_bf16", "latents.009"),
     ],
 )
 @pytest.mark.parametrize("shape", [(0,), (3,), (1, 2, 3), (1, 16, 6, 2, 2)], ids=str)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -163,10 +164,22 @@ def chunk(seed: int = 0, frames: int = 4, height: int = 32) -> NDArray[np.uint8]
 def test_a_full_disk_leaves_nothing_of_a_chunk(tmp_path: Path) -> None:
     files = chunk_files(tmp_path)
     files.write(0, chunk())
-    with short_files(), pytest.raises(DiskFull, match=r"000001\.npy: no space left there, .* MB are free"):
-        files.write(1, chunk())
+    with short_files():
+        with pytest.raises(DiskFull, match=r"000001\.npy: no space left there, .* MB are free"):
+            files.write(1, chunk())
+        with pytest.raises(DiskFull, match=r"a\.mp4: no space left there"):
+            files.encode(tmp_path / "a.mp4", 1, 24, threading.Event())
     assert files.count() == 1
-    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["000000.npy"]
+    assert {path.name for path in tmp_path.rglob("*")} == {"parts", "000000.npy"}
+
+
+def test_a_video_that_is_not_wanted_any_more_leaves_no_file(tmp_path: Path) -> None:
+    files, stop = chunk_files(tmp_path), threading.Event()
+    files.write(0, chunk())
+    stop.set()
+    with pytest.raises(CancelledError):
+        files.encode(tmp_path / "a.mp4", 1, 24, stop)
+    assert {path.name for path in tmp_path.rglob("*")} == {"parts", "000000.npy"}
 
 
 def hole(path: Path) -> None:
