@@ -196,7 +196,7 @@ def _harm(kind: Kind, place: Place, work: Path, wanted: dict[str, str], mark: st
         _damage(place.files(_MANIFESTS)[-1].with_name("rank-0.safetensors"))
     again = _end(place.start(work))
     if kind in (Kind.PART, Kind.CHECKPOINT):
-        said = next((line for line in _said(work) if "damaged" in line), "")
+        said = next((line for line in _said(work) if "checksum" in line), "")
     videos = place.videos()
     right = sum(videos.get(name) == digest for name, digest in wanted.items())
     left += [*survivors(mark, _LINGER).values(), *(str(path) for path in place.folder.glob(".*"))]
