@@ -33,7 +33,7 @@ from engine.machine import settle_heap
 from engine.record import Recorder
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
-from launch.plan import POCKET_FIGURES, reuse_preset
+from launch.model import POCKET_FIGURES, reuse_preset
 from models.errors import InputError
 from models.magi.pipeline import MagiPipeline
 from models.protocols import CELL_PIXELS

@@ -36,7 +36,7 @@ The file appears under its name when it is complete; stop with Ctrl-C and nothin
 A clip of four seconds from the small model, on a CPU:
 [cyan]flowcache generate "a red circle moving right" --seconds 4 --out demo.mp4[/cyan]
 
-From a picture, and on from a clip (its first 32 frames):
+From a picture, and on from the end of a clip:
 [cyan]flowcache generate "a blue cross moving up" --image start.png[/cyan]
 [cyan]flowcache generate "a blue cross moving up" --video start.mp4[/cyan]
 
@@ -267,4 +267,5 @@ def _lost_output() -> bool:
 
 def _show_error(text: str) -> None:
     if text:  # no arguments at all: typer has shown the help instead
-        typer.echo(f"flowcache: error: {' '.join(text.replace('Value error, ', '').split())}", err=True)
+        ours = text.replace("Value error, ", "").replace("Input should be", "it must be")  # pydantic's words
+        typer.echo(f"flowcache: error: {' '.join(ours.split())}", err=True)

@@ -28,8 +28,9 @@ import typer
 
 from engine.files import part_of, remove_stale_parts
 from launch.ending import CommandFailed, check_signals, deferred_signals, unwinding_signals
+from launch.model import layout_of
 from launch.options import ray_address, threads_of_a_rank, together
-from launch.plan import Plan, layout_of
+from launch.plan import Plan
 from models.errors import InputError
 from parallel.cluster.config import ClusterSettings, RankTask
 from parallel.cluster.controller import ClusterLost, Controller
@@ -64,7 +65,15 @@ def on_ray(
     layout, source, weights = layout_of(options), model.source, model.source.weights
     source = replace(source, weights=None if weights is None else weights.absolute())
     threads = threads_of_a_rank(options)
-    task = RankTask(layout=layout, source=source, reuse=model.reuse, kv=model.kv, timeouts=Timeouts(), threads=threads)
+    task = RankTask(
+        layout=layout,
+        source=source,
+        reuse=model.reuse,
+        kv=model.kv,
+        timeouts=Timeouts(),
+        interface=options.interface,
+        threads=threads,
+    )
     with _ray_log(), ray_cluster(cpus=gangs * layout.world_size * threads) as head_wait:
         gpus = cluster_has_gpus()
         settings = ClusterSettings(

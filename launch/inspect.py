@@ -17,6 +17,7 @@ from engine.kv.layout import KVSettings
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from launch.memory import Job, vae_bytes
+from launch.options import size_text
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.folder import ModelFiles, dit_folder, find_files, recognise
@@ -84,7 +85,7 @@ def inspect_folder(folder: Path, wanted: Wanted, *, tokens: Path | None, verify:
         found = files
         report.look("autoencoder", found.vae, lambda: _tensors(of_vae, Checkpoint(found.vae).check_vae()))
         if (t5 := found.t5) is not None:
-            report.look("T5", t5 / T5_FOLDER, lambda: f"weights of {_size(check_t5(t5 / T5_FOLDER))}")
+            report.look("T5", t5 / T5_FOLDER, lambda: f"weights of {size_text(check_t5(t5 / T5_FOLDER))}")
         if (special := found.tokens) is not None:
             report.look("special tokens", special, lambda: _special(special, config))
     console.print(report.table, highlight=False)
@@ -113,7 +114,7 @@ def _tensors(into: dict[str, Stored], found: Mapping[str, Stored]) -> str:
     for one in found.values():
         dtypes[one.dtype] += one.end - one.start
     count = sum(_parameters(one) for one in found.values())
-    shares = ", ".join(f"{dtype} {_size(size)}" for dtype, size in dtypes.most_common())
+    shares = ", ".join(f"{dtype} {size_text(size)}" for dtype, size in dtypes.most_common())
     return f"{len(found)} tensors, {count:,} parameters: {shares}"
 
 
@@ -155,7 +156,7 @@ def _print_memory(console: Console, config: MagiConfig, vae_bytes: int, wanted: 
             if (pp, cp) == (1, 1):
                 raise
             continue
-        table.add_row(f"{pp} x {cp}", *map(_size, (most.weights, most.kv, most.work, most.total)))
+        table.add_row(f"{pp} x {cp}", *map(size_text, (most.weights, most.kv, most.work, most.total)))
     console.print(table, highlight=False)
     if config.runtime_config.t5_pretrained is not None:
         console.print(f"T5 encodes on {runtime.t5_device!r} before that, and is let go.", highlight=False)
@@ -213,13 +214,6 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _size(count: int) -> str:
-    for unit, name in ((10**9, "GB"), (10**6, "MB")):
-        if count >= unit:
-            return f"{count / unit:,.1f} {name}"
-    return f"{count / 1000:,.1f} kB"
-
-
 # ---- the presets
 
 
@@ -243,9 +237,7 @@ def show_models() -> None:
     for preset in PRESETS.values():
         run, count = preset.config().runtime_config, preset.parameters
         parameters = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
-        disk, memory = (
-            f"{n / 1e9:.0f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB" for n in (preset.disk, _preset_memory(preset))
-        )
+        disk, memory = size_text(preset.disk), size_text(_preset_memory(preset))
         size = f"{run.video_size_w}x{run.video_size_h}"
         sizes.add_row(preset.name, parameters, size, str(run.num_steps), disk, memory)
         kinds.add_row(preset.name, preset.summary, preset.folder or "ship with the project")

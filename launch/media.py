@@ -7,8 +7,11 @@ by name: no address, no playlist, no script that lists other files.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -18,10 +21,12 @@ from av.filter import Graph
 from av.video.frame import VideoFrame
 from torch import Tensor
 
+from launch.options import ClipEnd, Fit
 from models.errors import InputError
 
 PREFIX_FRAMES = 32
-"""How many frames of a clip are continued: the first ones after resampling (specification part 3)."""
+"""How many frames of a clip are continued, after resampling (specification part 3)."""
+_TAIL = 1.5  # times what is needed is looked at first, at the end of a clip
 _PIXELS = (2**31 - 1) // 8  # of a picture with 128 more on each side: FFmpeg takes no more
 _LATENT_FRAMES = 4  # one latent frame stands for four frames
 # Names of FFmpeg's demuxers, none of which opens further files.
@@ -33,18 +38,28 @@ _FORMATS = (
 _TURNS = {90: ("transpose", "cclock"), 180: ("rotate", "PI"), 270: ("transpose", "clock")}  # to undo a rotation tag
 
 
-def read_image(path: Path, *, height: int, width: int) -> Tensor:
-    """Read an image (or the first frame of a video), stretched to the size, bicubic (specification part 3).
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frame:
+    """The size of a frame in pixels, and how it is filled."""
+
+    height: int
+    width: int
+    fit: Fit = "stretch"
+
+
+def read_image(path: Path, frame: Frame) -> Tensor:
+    """Read an image (or the first frame of a video), scaled bicubically (specification part 3).
 
     Returns uint8 [1, height, width, 3]; an `InputError` says why the file cannot be read or decoded.
     """
-    return _read(path, "image", fps=None, height=height, width=width, limit=1)
+    return _read(path, "image", frame, fps=None, limit=1, end="start")
 
 
-def read_video(path: Path, *, fps: int, height: int, width: int) -> Tensor:
-    """Read the start of a video at a frame rate, stretched to the size, bicubic (specification part 3).
+def read_video(path: Path, frame: Frame, *, fps: int, end: ClipEnd = "end") -> Tensor:
+    """Read 32 frames of a video at a frame rate, scaled bicubically (specification part 3).
 
-    A clip shorter than 32 frames is cut to a multiple of 4, since four frames make one latent frame.
+    The released code takes the first ones; the last ones are what a video goes on from. A clip shorter than 32 frames
+    is cut to a multiple of 4, since four frames make one latent frame.
 
     Returns:
         uint8 [F, height, width, 3], F is 32 or less.
@@ -52,7 +67,7 @@ def read_video(path: Path, *, fps: int, height: int, width: int) -> Tensor:
     Raises:
         InputError: the file cannot be read or decoded, or has fewer than 4 frames.
     """
-    frames = _read(path, "video", fps=fps, height=height, width=width, limit=PREFIX_FRAMES)
+    frames = _read(path, "video", frame, fps=fps, limit=PREFIX_FRAMES, end=end)
     usable = len(frames) // _LATENT_FRAMES * _LATENT_FRAMES
     if not usable:
         found = f"{len(frames)} frame" + ("s" if len(frames) > 1 else "")
@@ -60,16 +75,20 @@ def read_video(path: Path, *, fps: int, height: int, width: int) -> Tensor:
             f"the video {path} has only {found} at {fps} per second: at least {_LATENT_FRAMES} are needed, "
             "or give a still picture with --image"
         )
-    return frames[:usable]
+    return frames[:usable] if end == "start" else frames[-usable:]
 
 
-def _read(path: Path, kind: str, *, fps: int | None, height: int, width: int, limit: int) -> Tensor:
-    frames: list[Tensor] = []
+def _read(path: Path, kind: str, frame: Frame, *, fps: int | None, limit: int, end: ClipEnd) -> Tensor:
     try:
-        for frame in _decode(path, fps=fps, height=height, width=width):
-            frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
-            if len(frames) == limit:
-                break
+        frames: list[VideoFrame] | deque[VideoFrame]
+        if end == "start":
+            frames = list(islice(_decode(path, frame, fps=fps), limit))
+        else:
+            last = _TAIL * limit / fps if fps else None
+            frames = deque(_decode(path, frame, fps=fps, last=last), maxlen=limit)
+            if len(frames) < limit:  # what the file says of its length is not so
+                frames = deque(_decode(path, frame, fps=fps), maxlen=limit)
+        pictures = [torch.from_numpy(one.to_ndarray(format="rgb24")) for one in frames]
     except av.ArgumentError:  # what FFmpeg says of a format that is not in the list
         raise InputError(f"cannot read the {kind} {path}: it is neither a picture nor a video") from None
     except (OSError, ValueError, av.FFmpegError) as error:
@@ -78,9 +97,9 @@ def _read(path: Path, kind: str, *, fps: int | None, height: int, width: int, li
             raise InputError(f"cannot read the {kind} {name}: only files are read, no addresses") from None
         reason = _refused_size(path) or getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot read the {kind} {path}: {reason}") from None
-    if not frames:
+    if not pictures:
         raise InputError(f"cannot read the {kind} {path}: no frame in it can be decoded")
-    return torch.stack(frames)
+    return torch.stack(pictures)
 
 
 def _refused_size(path: Path) -> str | None:
@@ -89,7 +108,7 @@ def _refused_size(path: Path) -> str | None:
     av.logging.set_level(av.logging.ERROR)
     try:
         with av.logging.Capture() as logged, suppress(OSError, ValueError, av.FFmpegError):
-            next(_decode(path, fps=None, height=16, width=16), None)
+            next(_decode(path, Frame(height=16, width=16), fps=None), None)
     finally:
         av.logging.set_level(level)
     found = (re.match(r"Picture size (\d+x\d+) is invalid", text) for _, _, text in logged)
@@ -97,28 +116,44 @@ def _refused_size(path: Path) -> str | None:
     return size and f"its {size} pixels are too many, at most {_PIXELS:,} are read"
 
 
-def _decode(path: Path, *, fps: int | None, height: int, width: int) -> Iterator[VideoFrame]:
+def _decode(path: Path, frame: Frame, *, fps: int | None, last: float | None = None) -> Iterator[VideoFrame]:
+    """The frames of a file in order; with `last`, only those of about so many seconds at its end."""
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "none"}
     with path.open("rb") as file, av.open(file, "r", options=options) as container:
         if not container.streams.video:
             raise ValueError("there is no picture in it")
         stream, graph = container.streams.video[0], None
-        for frame in container.decode(stream):
+        if last is not None and container.duration is not None:
+            begin = container.duration - int(last * av.time_base) + (container.start_time or 0)
+            if begin > 0:
+                with suppress(av.FFmpegError):  # a file that cannot be searched is read from its start
+                    container.seek(begin)
+        for picture in container.decode(stream):
             if graph is None:
-                graph = _graph(frame, stream, fps=fps, height=height, width=width)
-            graph.push(frame)
+                graph = _graph(picture, stream, frame, fps=fps)
+            graph.push(picture)
             yield from _pull(graph)
         if graph is not None:
             graph.push(None)
             yield from _pull(graph)
 
 
-def _graph(first: VideoFrame, stream: av.VideoStream, *, fps: int | None, height: int, width: int) -> Graph:
-    """What the released code asks of ffmpeg: upright, at the frame rate, stretched with the bicubic scaler."""
+def _graph(first: VideoFrame, stream: av.VideoStream, frame: Frame, *, fps: int | None) -> Graph:
+    """What the released code asks of ffmpeg: upright, at the frame rate, scaled with the bicubic scaler, to fit."""
     steps = [_TURNS[first.rotation % 360]] if first.rotation % 360 in _TURNS else []
     if fps is not None:
         steps.append(("fps", str(fps)))
-    steps += [("scale", f"{width}:{height}:flags=bicubic"), ("format", "rgb24")]
+    size = f"{frame.width}:{frame.height}"
+    keep = {
+        "stretch": "",
+        "crop": ":force_original_aspect_ratio=increase",
+        "pad": ":force_original_aspect_ratio=decrease",
+    }
+    steps += [("scale", f"{size}:flags=bicubic{keep[frame.fit]}"), ("format", "rgb24")]
+    if frame.fit == "crop":
+        steps.append(("crop", size))
+    elif frame.fit == "pad":
+        steps.append(("pad", f"{size}:(ow-iw)/2:(oh-ih)/2"))
     graph = Graph()
     source = graph.add_buffer(template=stream, width=first.width, height=first.height, format=first.format)
     graph.link_nodes(source, *(graph.add(*step) for step in steps), graph.add("buffersink")).configure()

@@ -25,6 +25,8 @@ _gangs, _safety = partial(option, "Gangs"), partial(option, "When something goes
 TRACE_FILE = "trace.json"  # in the folder of a record
 
 
+Fit = Literal["stretch", "crop", "pad"]
+ClipEnd = Literal["start", "end"]
 CacheName = Literal["none", "teacache", "flowcache-slow", "flowcache-fast"]
 ReuseKind = Literal["residual", "velocity", "extrapolate"]
 Arithmetic = Literal["fp32", "bf16"]
@@ -102,6 +104,14 @@ class Options:
     )
     image: Path | None = _start("A picture that the video begins with.", batch=False, line=True)
     video: Path | None = _start("A clip that the video goes on from.", batch=False, line=True)
+    video_from: ClipEnd = _start(
+        "Which 32 frames of it: the last ones, or the first ones as in the released code.", default="end"
+    )
+    fit: Fit = _start(
+        "How a picture or clip of another shape is made to fit. [bold]stretch[/bold] as in the released code, "
+        "[bold]crop[/bold] cuts its longer sides, [bold]pad[/bold] adds black edges.",
+        default="stretch",
+    )
 
     cache: CacheName | None = _reuse(
         "Which steps are left out. [bold]flowcache-slow[/bold] and [bold]flowcache-fast[/bold] leave out those "
@@ -207,6 +217,12 @@ class Options:
         "RAY_ADDRESS names, or one that is started here.",
         default="local",
         batch=False,
+    )
+    interface: str | None = _ranks(
+        "Network interface that ranks on several machines listen at, such as eth1. On one machine they listen at "
+        "the loopback address.",
+        metavar="NAME",
+        shown="the one of Ray's address; under torchrun all",
     )
     trace: Path | None = _ranks(
         "Write what each rank did when, for ui.perfetto.dev or chrome://tracing. With --record it is in RUN_DIR "
@@ -330,3 +346,9 @@ def parse_size(text: str) -> int:
     if found is None:
         raise InputError(f"{text!r} is no size: write one such as 8GB")
     return int(float(found[1]) * 1000 ** " kmgt".index(found[2] or " "))
+
+
+def size_text(count: int) -> str:
+    """Bytes as text, such as `8.0 GB`."""
+    unit, name = next(((unit, name) for unit, name in ((10**9, "GB"), (10**6, "MB")) if count >= unit), (1000, "kB"))
+    return f"{count / unit:,.1f} {name}"

@@ -39,8 +39,8 @@ from benchmarks.quality.trial import LEAN, WORK, Results, Setting, Trial, TrialR
 from benchmarks.workload import MOST_PROMPTS, POCKET, Steps, pocket_requests
 from engine.request import Request
 from engine.reuse.policy import KINDS, ReuseSettings
+from launch.model import POCKET_FIGURES, reuse_preset
 from launch.options import CacheName
-from launch.plan import POCKET_FIGURES, reuse_preset
 from models.magi.pipeline import MagiPipeline, load_pipeline
 from models.magi.weights import Loading
 from models.pocket.preset import pocket_config

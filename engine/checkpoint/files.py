@@ -31,7 +31,7 @@ _MANIFEST = "manifest.json"
 _WHAT = "the checkpoint file"
 _ADVICE = "; make room there or choose another folder. The checkpoint before it, if there is one, is still whole"
 _FOLDER = re.compile(r"quantum-(\d{8})-[0-9a-f]{8}")
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading a manifest that is not whole can raise."""
 
 
@@ -106,14 +106,14 @@ def read_contents(folder: Path, name: str) -> Contents:
     path, checkpoint = folder / name, _load(folder)
     shards = {} if checkpoint is None else {shard.file: shard for shard in checkpoint.shards}
     if name not in shards:
-        raise Damaged(f"{path} is in no manifest")
+        raise Damaged(path, "it is in no manifest")
     check_file(path, shards[name].nbytes, shards[name].digest)
     try:
         with safe_open(path, framework="pt") as file:
             values = json.loads(file.metadata()["values"])
             return Contents(tensors={name: file.get_tensor(name) for name in file.keys()}, values=values)
     except (*_DAMAGE, SafetensorError) as error:
-        raise Damaged(f"{path} cannot be read: {error}") from None
+        raise Damaged(path, f"it cannot be read: {error}") from None
 
 
 def commit(checkpoint: Checkpoint) -> None:
@@ -224,16 +224,18 @@ def _load(folder: Path) -> Checkpoint | None:
     """What the manifest says, None without one; a Damaged if it is not as it was written."""
     path = folder / _MANIFEST
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is not a file")
         loaded = json.loads(path.read_text())
         body = loaded["manifest"]
         if loaded["digest"] != _digest_of(body):
-            raise Damaged(f"{path} does not match its checksum")
+            raise Damaged(path, "it does not match its checksum")
         shards = tuple(Shard(**shard) for shard in body.pop("shards"))
         return Checkpoint(folder=folder, shards=shards, **body)
     except FileNotFoundError:
         return None
     except _DAMAGE as error:
-        raise Damaged(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise Damaged(path, f"it cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _write(path: Path, contents: Contents) -> Shard:

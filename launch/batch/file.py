@@ -16,9 +16,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from launch.forms import declared
+from launch.model import plan_model
 from launch.options import Options, threads_of_a_rank
 from launch.output.display import one_line
-from launch.plan import Plan, plan_model, plan_video, slug
+from launch.plan import Plan, plan_video, slug
 from models.errors import InputError
 
 DIGEST_LENGTH = 12

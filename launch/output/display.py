@@ -22,7 +22,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from engine.progress import Progress
-from launch.options import Options
+from launch.options import Options, size_text
 from launch.plan import Plan
 from parallel.trace import RankCounters
 
@@ -148,8 +148,8 @@ def summary_text(summaries: Sequence[Summary], *, making: float, ranks: str | No
     lines.append(f"{made} in {making:.1f} s, {making / chunks:.2f} s per chunk, after {last.loading:.1f} s of loading")
     computed = sum(one.computed * one.chunks for one in summaries) / chunks
     on = "" if ranks is None else "on the leader "
-    gpu = "" if last.gpu_memory is None else f", on the GPU {_size(last.gpu_memory)}"
-    memory = f"{on}keys and values {_size(last.kv_bytes)}, peak memory {_size(last.memory)}{gpu}"
+    gpu = "" if last.gpu_memory is None else f", on the GPU {size_text(last.gpu_memory)}"
+    memory = f"{on}keys and values {size_text(last.kv_bytes)}, peak memory {size_text(last.memory)}{gpu}"
     lines.append(f"{computed:.0%} of the steps computed ({last.plan.model.cache}); {memory}")
     return "\n".join([*lines, *([] if ranks is None else [ranks])])
 
@@ -161,13 +161,9 @@ def rank_line(options: Options, counters: Sequence[RankCounters]) -> str:
     loading = [one.load_seconds for one in counters]
     return (
         f"{len(counters)} rank{'s' if len(counters) > 1 else ''}, pp {options.pp} x cp {options.cp}, layers {layers}; "
-        f"weights {', '.join(_size(one.weight_bytes) for one in counters)}, "
+        f"weights {', '.join(size_text(one.weight_bytes) for one in counters)}, "
         f"loaded in {min(loading):.1f} to {max(loading):.1f} s; tensors moved {_TRANSFERS[counters[0].transfer]}"
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 # ---- the videos of a batch

@@ -128,11 +128,14 @@ def test_models_lists_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
         ([PROMPT, "--weights", "missing"], "there is no folder missing"),
         ([PROMPT, "--weights", "."], "holds no model"),
         ([PROMPT, "--attention", "magic"], "unknown attention backend 'magic'"),
-        ([PROMPT, "--precision", "low"], "Invalid value for '--precision'"),
-        ([PROMPT, "--steps", "many"], "Invalid value for '--steps'"),
+        ([PROMPT, "--precision", "low"], "Invalid value for '--precision': 'low' is not one of"),
+        ([PROMPT, "--steps", "many"], "Invalid value for '--steps': it must be a valid integer"),
         ([PROMPT, "--threads", "0"], "--threads 0 cannot be used: give 1 to 1,024; this machine has"),
         ([PROMPT, "--threads", "100000"], "--threads 100000 cannot be used: give 1 to 1,024; this machine has"),
-        ([PROMPT, "--cache", "fast"], "'fast' is not one of 'none', 'teacache', 'flowcache-slow', 'flowcache-fast'"),
+        (
+            [PROMPT, "--cache", "fast"],
+            "'--cache': 'fast' is not one of 'none', 'teacache', 'flowcache-slow', 'flow",
+        ),
         ([PROMPT, "--cache", "none", "--cache-threshold", "0.1"], "--cache none reuses nothing: leave out --cache-thr"),
         ([PROMPT, "--cache", "none", "--reuse", "velocity"], "--cache none reuses nothing: leave out --reuse"),
         ([PROMPT, "--cache-threshold", "-1"], "--cache-threshold -1.0 cannot be used: give 0"),
@@ -200,6 +203,13 @@ def test_a_bad_prompt_of_a_real_process(flowcache: Flowcache, tmp_path: Path) ->
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "flowcache: error: the prompt is empty: say what the video shows\n"
     assert os.listdir(tmp_path) == []
+
+
+def test_threads_that_wait_leave_the_cores_to_others(tmp_path: Path) -> None:
+    """OpenMP says how it was set up when torch is loaded; what the user has chosen stays."""
+    for given, kept in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")):
+        process = flowcache_process(tmp_path, "generate", "", extra={"OMP_DISPLAY_ENV": "TRUE", **given})
+        assert f"OMP_WAIT_POLICY = '{kept}'" in process.communicate(timeout=60)[1]
 
 
 @pytest.mark.slow

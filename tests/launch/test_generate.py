@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from launch.generate import generate
-from launch.media import read_video
+from launch.media import Frame, read_video
 from launch.options import Options
 from launch.output.display import summary_text
 from launch.output.video import VideoWriter
@@ -34,7 +34,7 @@ def _make(options: Options, **changes: object) -> Path:
 
 def test_a_video_is_as_long_as_asked(options: Options) -> None:
     summary = generate_video(options)
-    frames = read_video(options.out, fps=24, height=64, width=64)
+    frames = read_video(options.out, Frame(height=64, width=64), fps=24, end="start")
     assert (summary.frames, summary.chunks) == (96, 4)
     assert len(frames) == 32 and frames.float().std() > 5  # noise, not a blank screen
     assert summary.making > 0 and summary.loading > 0 and summary.memory > 100_000_000

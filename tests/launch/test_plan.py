@@ -14,8 +14,9 @@ from PIL import Image
 from engine.kv.layout import KVSettings
 from engine.reuse.policy import ReuseSettings
 from launch.cli import run
+from launch.model import POCKET_FIGURES, reuse_preset
 from launch.options import Options, together
-from launch.plan import POCKET_FIGURES, Plan, plan_videos, reuse_preset, video_names
+from launch.plan import Plan, plan_videos, video_names
 from models.errors import InputError
 from models.pocket.preset import pocket_config
 from parallel.cluster.config import MagiSource

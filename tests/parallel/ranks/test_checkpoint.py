@@ -140,6 +140,8 @@ DAMAGE = {
     "the manifest is another JSON": lambda place: (place / MANIFEST).write_text("[1, 2]"),
     "the manifest is changed": lambda place: edit(place / MANIFEST),
     "the manifest is a folder": lambda place: folder_for(place / MANIFEST),
+    "the manifest is a pipe": lambda place: ((place / MANIFEST).unlink(), os.mkfifo(place / MANIFEST)),
+    "the manifest is too deep": lambda place: (place / MANIFEST).write_text("[" * 100_000),
 }
 
 

@@ -9,15 +9,8 @@ import pytest
 from engine.kv.layout import KVSettings
 from engine.kv.selection import Granularity, SelectionSettings
 from engine.reuse.policy import KINDS, ReuseSettings
+from launch.model import MAGI_1_FIGURES, POCKET_FIGURES, ReuseFigures, kv_settings, reuse_preset, reuse_settings
 from launch.options import CacheName, Options, ReuseKind, TokenUnit
-from launch.plan import (
-    MAGI_1_FIGURES,
-    POCKET_FIGURES,
-    ReuseFigures,
-    kv_settings,
-    reuse_preset,
-    reuse_settings,
-)
 from models.errors import InputError
 
 
