@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -170,7 +171,7 @@ def check_target(path: Path, *, suffix: str, what: str) -> None:
             raise InputError(f"cannot write {path}: {path.parent} is not a folder")
         if path.exists() and not path.is_file():
             raise InputError(f"cannot write {path}: there is something of that name that is not a file")
-        _try_part(path)
+        _try(path.parent)
     remove_stale_parts(path.parent)
 
 
@@ -180,18 +181,14 @@ def check_folder(folder: Path) -> None:
         standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not standing.is_dir():
             raise InputError(f"cannot write {folder}: {standing} is not a folder")
-        _try_part(standing / (folder.name or "folder"))
+        _try(standing)
     if standing == folder:
         remove_stale_parts(folder)
 
 
-def _try_part(path: Path) -> None:
-    part = part_of(path)
-    try:
-        part.touch()
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+def _try(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder):  # without a name, where the system has such files: nothing can be left
+        pass
 
 
 def remove_stale_parts(folder: Path) -> None:
