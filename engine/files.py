@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -34,7 +35,10 @@ class DiskFull(InputError):
 
 
 class Damaged(Exception):  # noqa: N818 - reads as what it says
-    """A file that is read back is not as it was written. The message names it and says what is wrong with it."""
+    """A file that is read back is not as it was written. The line names it and says `what` is wrong with it."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"{path} is damaged: {what}")
 
 
 def part_of(path: Path) -> Path:
@@ -87,9 +91,9 @@ def check_file(path: Path, nbytes: int, digest: str) -> None:
     """See that a file is as it was written; a Damaged if it is not."""
     with _read_errors(path):
         if (found := path.stat().st_size) != nbytes:
-            raise Damaged(f"{path} has {found:,} of its {nbytes:,} bytes")
+            raise Damaged(path, f"it has {found:,} of its {nbytes:,} bytes")
         if digest_of_file(path) != digest:
-            raise Damaged(f"{path} does not match its checksum")
+            raise Damaged(path, "it does not match its checksum")
 
 
 def write_sealed(path: Path, content: bytes | memoryview) -> None:
@@ -103,11 +107,11 @@ def read_sealed(path: Path, most: int) -> bytes:
     """What `write_sealed` was given, at `most` so many bytes; a Damaged if the file is missing or another one."""
     with _read_errors(path):
         if (size := path.stat().st_size) > most + _DIGEST_BYTES:
-            raise Damaged(f"{path} has {size:,} bytes, more than were ever written")
+            raise Damaged(path, f"it has {size:,} bytes, more than were ever written")
         content = path.read_bytes()
     body, seal = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
     if digest_of(body) != seal:
-        raise Damaged(f"{path} does not match its checksum" if content else f"{path} is empty")
+        raise Damaged(path, "it does not match its checksum" if content else "it is empty")
     return body
 
 
@@ -115,10 +119,10 @@ def read_sealed(path: Path, most: int) -> bytes:
 def _read_errors(path: Path) -> Iterator[None]:
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise Damaged(f"{path} is not a file")
+            raise Damaged(path, "it is not a file")
         yield
     except OSError as error:
-        raise Damaged(f"{path} cannot be read: {error.strerror or error}") from None
+        raise Damaged(path, f"it cannot be read: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager
@@ -167,7 +171,7 @@ def check_target(path: Path, *, suffix: str, what: str) -> None:
             raise InputError(f"cannot write {path}: {path.parent} is not a folder")
         if path.exists() and not path.is_file():
             raise InputError(f"cannot write {path}: there is something of that name that is not a file")
-        _try_part(path)
+        _try(path.parent)
     remove_stale_parts(path.parent)
 
 
@@ -177,18 +181,14 @@ def check_folder(folder: Path) -> None:
         standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not standing.is_dir():
             raise InputError(f"cannot write {folder}: {standing} is not a folder")
-        _try_part(standing / (folder.name or "folder"))
+        _try(standing)
     if standing == folder:
         remove_stale_parts(folder)
 
 
-def _try_part(path: Path) -> None:
-    part = part_of(path)
-    try:
-        part.touch()
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+def _try(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder):  # without a name, where the system has such files: nothing can be left
+        pass
 
 
 def remove_stale_parts(folder: Path) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
+from launch.ending import CommandFailed
 from launch.forms import declared, from_values
 from launch.generate import Backend, join_ranks, led_ranks, make_with, serve_stage, started_ranks, this_process
 from launch.model import layout_of, plan_model
@@ -31,7 +32,8 @@ from launch.options import Options, together
 from launch.output.display import Display, Summary
 from launch.plan import plan_requests, plan_videos
 from models.errors import InputError
-from parallel.cluster.messages import ChunkMade, VideoOrder
+from parallel.cluster.messages import ChunkMade, VideoFailed, VideoOrder
+from parallel.health.exit_codes import FAILED
 from parallel.ranks.environment import RankEnv
 
 _OF_VIDEO = {one.name for one in declared(Options) if one.line}
@@ -69,7 +71,7 @@ class VideoEngine:
 
     A video's own options are `seconds` or `chunks`, `seed`, `height`, `width`, `steps`, and `image` or `video` to start
     from (paths). Videos are made by one call at a time; what a loop leaves unfinished is dropped. Methods raise
-    `InputError` for what cannot be used or written.
+    `InputError` for what cannot be used or written, and `CommandFailed` for a video that comes to NaN or infinity.
     """
 
     def __init__(self, options: Options) -> None:
@@ -120,9 +122,13 @@ class VideoEngine:
         with self._taken():
             for order in orders:
                 self._backend.submit(order)
-            for event in self._backend.run():
-                if isinstance(event, ChunkMade):
-                    yield Chunk(video=int(event.video), index=event.index, frames=event.frames, latents=event.latents)
+            with closing(self._backend.run()) as events:
+                for event in events:
+                    if isinstance(event, VideoFailed):
+                        raise CommandFailed(event.message, status=FAILED, shown_here=True)
+                    if isinstance(event, ChunkMade):
+                        video, frames, latents = int(event.video), event.frames, event.latents
+                        yield Chunk(video=video, index=event.index, frames=frames, latents=latents)
 
     @contextmanager
     def _taken(self) -> Iterator[None]:

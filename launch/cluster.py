@@ -65,7 +65,15 @@ def on_ray(
     layout, source, weights = layout_of(options), model.source, model.source.weights
     source = replace(source, weights=None if weights is None else weights.absolute())
     threads = threads_of_a_rank(options)
-    task = RankTask(layout=layout, source=source, reuse=model.reuse, kv=model.kv, timeouts=Timeouts(), threads=threads)
+    task = RankTask(
+        layout=layout,
+        source=source,
+        reuse=model.reuse,
+        kv=model.kv,
+        timeouts=Timeouts(),
+        interface=options.interface,
+        threads=threads,
+    )
     with _ray_log(), ray_cluster(cpus=gangs * layout.world_size * threads) as head_wait:
         gpus = cluster_has_gpus()
         settings = ClusterSettings(

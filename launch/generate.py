@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -52,7 +52,7 @@ class Backend(Protocol):
     def cancel(self, video: str) -> None:
         """Make no more of a video; there are no more events of it."""
 
-    def run(self) -> Iterator[Event]:
+    def run(self) -> Generator[Event, None, None]:
         """Make what was submitted, and yield what happens, `GangReady` first; `InputError` if the model cannot make it.
 
         A chunk counts as stored when the next event is asked for.
@@ -66,9 +66,10 @@ def make_videos(backend: Backend, orders: Iterable[VideoOrder], handle: Callable
             backend.submit(order)
         except InputError as error:
             handle(messages.VideoFailed(video=order.video, message=str(error)))
-    for event in backend.run():
-        check_signals()
-        handle(event)
+    with closing(backend.run()) as events:  # after an error, what is under way ends at once
+        for event in events:
+            check_signals()
+            handle(event)
 
 
 class EngineBackend:
@@ -98,7 +99,7 @@ class EngineBackend:
             del self._running[number]
             self._engine.cancel(number)
 
-    def run(self) -> Iterator[Event]:
+    def run(self) -> Generator[Event, None, None]:
         """Make what was submitted; as `Backend.run`. Videos whose events nobody reads any more are cancelled."""
         yield messages.GangReady()
         try:
@@ -211,7 +212,8 @@ def join_ranks(
 ) -> Iterator[Gang]:
     """Join the other ranks, with a `trace` of what each does when; `CommandFailed` if one fails, or a video does."""
     try:
-        with unwinding_signals(), open_gang(env, layout_of(options), trace=trace, device=device) as gang:
+        opened = open_gang(env, layout_of(options), trace=trace, device=device, interface=options.interface)
+        with unwinding_signals(), opened as gang:
             try:
                 yield gang
             except CommandFailed as ended:

@@ -231,6 +231,12 @@ class Options:
         default="local",
         batch=False,
     )
+    interface: str | None = _ranks(
+        "Network interface that ranks on several machines listen at, such as eth1. On one machine they listen at "
+        "the loopback address.",
+        metavar="NAME",
+        shown="the one of Ray's address; under torchrun all",
+    )
     trace: Path | None = _ranks(
         "Write what each rank did when, for ui.perfetto.dev or chrome://tracing. With --record it is in RUN_DIR "
         "as trace.json as well, and [cyan]flowcache plot pipeline RUN_DIR[/cyan] draws it.",

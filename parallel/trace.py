@@ -13,21 +13,20 @@ import tempfile
 import threading
 import time
 import zlib
-from base64 import b64decode, b64encode
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch.distributed import Store
 
 from engine.files import atomic_write, write_errors
 from engine.video import WorkItem
 from models.errors import InputError
+from parallel.comm.store import RunStore
 
 _BLOCK = 1 << 20  # bytes of lines that are shipped at once
 OnMeasured = Callable[[float, float], None]
@@ -93,13 +92,13 @@ class Tracer:
         for block in self._blocks():
             yield from block.decode().splitlines()
 
-    def ship(self, store: Store, session: int) -> None:
+    def ship(self, store: RunStore, session: int) -> None:
         """Leave the events that were not read yet in the store, in compressed blocks, for `shipped_events`."""
         if not self.wanted:
             return
         count = 0
         for block in self._blocks():
-            store.set(_trace_key(session, self._rank, count), b64encode(zlib.compress(block)).decode())
+            store.set(_trace_key(session, self._rank, count), zlib.compress(block))
             count += 1
         store.set(_trace_key(session, self._rank), str(count))
 
@@ -132,15 +131,13 @@ class Tracer:
             self._spool.write(line.encode() + b"\n")
 
 
-def shipped_events(store: Store, session: int, rank: int) -> Iterator[str]:
+def shipped_events(store: RunStore, session: int, rank: int) -> Iterator[str]:
     """The events that a rank has shipped, each as JSON; they are deleted from the store."""
     end = _trace_key(session, rank)
-    store.wait([end])
     for number in range(int(store.get(end))):
         key = _trace_key(session, rank, number)
-        block = zlib.decompress(b64decode(store.get(key))).decode()
-        with suppress(RuntimeError):  # not every kind of store can delete
-            store.delete_key(key)
+        block = zlib.decompress(store.get(key)).decode()
+        store.delete_key(key)
         yield from block.splitlines()
 
 
@@ -185,15 +182,14 @@ class RankCounters:
     digests: dict[str, str] = field(default_factory=dict)  # of the reuse flags of each finished request, as hexadecimal
 
 
-def publish_counters(store: Store, session: int, counters: RankCounters) -> None:
+def publish_counters(store: RunStore, session: int, counters: RankCounters) -> None:
     """Leave a rank's counters in the store for the leader."""
     store.set(f"counters/{session}/{counters.rank}", json.dumps(asdict(counters)))
 
 
-def collect_counters(store: Store, session: int, ranks: int) -> list[RankCounters]:
+def collect_counters(store: RunStore, session: int, ranks: int) -> list[RankCounters]:
     """The counters of all ranks, once each has published its own."""
     keys = [f"counters/{session}/{rank}" for rank in range(ranks)]
-    store.wait(keys)
     loaded = [json.loads(raw) for raw in store.multi_get(keys)]
     return [RankCounters(**{**values, "layers": tuple(values["layers"])}) for values in loaded]
 

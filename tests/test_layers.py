@@ -51,3 +51,44 @@ def test_the_schedule_is_plain_python():
 def test_importing_the_engine_does_not_import_ray():
     code = "import sys, engine.engine, models.magi.pipeline; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+RUNS_WHAT_IT_READS = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+OF_SOCKETS = {"Connection", "send_bytes", "recv_bytes", "deliver_challenge", "answer_challenge"}
+"""All that is used of `multiprocessing`: blocks of bytes and the proof of a secret; its `send` and `recv` pickle."""
+
+
+def calls(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+
+
+@pytest.mark.parametrize("layer", ORDER)
+def test_nothing_that_is_read_or_received_is_run(layer):
+    """Neither files nor messages are unpickled, by whichever name; Ray's own calls are Ray's."""
+    for path in files(layer):
+        imported = set(imported_modules(path))
+        if "pickle.UnpicklingError" in imported:  # what PyTorch raises where `weights_only` finds more than weights
+            imported -= {"pickle", "pickle.UnpicklingError"}
+        for module in imported:
+            assert module.split(".")[0] not in RUNS_WHAT_IT_READS, f"{path} imports {module}"
+            if module.split(".")[0] == "multiprocessing":
+                assert path.name == "sockets.py", f"{path} imports {module}"
+        for name, words in calls(path):
+            last = name.rpartition(".")[2]
+            assert name not in ("eval", "exec", "compile"), f"{path} calls {name}"
+            assert "object" not in last or "dist." not in name, f"{path} calls {name}, which pickles"
+            assert words.get("allow_pickle", "False") == "False", f"{path} lets {name} unpickle"
+            assert name != "torch.load" or words.get("weights_only") == "True", f"{path} lets {name} unpickle"
+
+
+def test_of_multiprocessing_only_bytes_and_proofs_are_used():
+    tree = ast.parse((ROOT / "parallel" / "comm" / "sockets.py").read_text())
+    of_blocks = {"mp", "blocks"}
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in of_blocks
+    }
+    assert used == OF_SOCKETS

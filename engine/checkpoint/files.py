@@ -106,14 +106,14 @@ def read_contents(folder: Path, name: str) -> Contents:
     path, checkpoint = folder / name, _load(folder)
     shards = {} if checkpoint is None else {shard.file: shard for shard in checkpoint.shards}
     if name not in shards:
-        raise Damaged(f"{path} is in no manifest")
+        raise Damaged(path, "it is in no manifest")
     check_file(path, shards[name].nbytes, shards[name].digest)
     try:
         with safe_open(path, framework="pt") as file:
             values = json.loads(file.metadata()["values"])
             return Contents(tensors={name: file.get_tensor(name) for name in file.keys()}, values=values)
     except (*_DAMAGE, SafetensorError) as error:
-        raise Damaged(f"{path} cannot be read: {error}") from None
+        raise Damaged(path, f"it cannot be read: {error}") from None
 
 
 def commit(checkpoint: Checkpoint) -> None:
@@ -229,13 +229,13 @@ def _load(folder: Path) -> Checkpoint | None:
         loaded = json.loads(path.read_text())
         body = loaded["manifest"]
         if loaded["digest"] != _digest_of(body):
-            raise Damaged(f"{path} does not match its checksum")
+            raise Damaged(path, "it does not match its checksum")
         shards = tuple(Shard(**shard) for shard in body.pop("shards"))
         return Checkpoint(folder=folder, shards=shards, **body)
     except FileNotFoundError:
         return None
     except _DAMAGE as error:
-        raise Damaged(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise Damaged(path, f"it cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _write(path: Path, contents: Contents) -> Shard:

@@ -19,7 +19,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Self
 
@@ -45,6 +44,8 @@ class OutputFolder:
         self._folder = folder
         self.done: set[str] = set()
         """Digests of the whole videos that were there at the start, whatever the rest of their names."""
+        self.recorded: set[str] = set()
+        """Those of videos that the results say are done. A command that was killed may have left one out."""
 
     def __enter__(self) -> Self:
         """Take the folder, unless another batch has it; what killed processes have left unfinished is removed."""
@@ -52,9 +53,11 @@ class OutputFolder:
         with write_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._results = _open_results(self._folder / RESULTS)
-            for path in sorted(self._folder.iterdir()):
+            for path in self._folder.iterdir():
                 if (video := _VIDEO.fullmatch(path.name)) and is_whole(path):
                     self.done.add(video[1])
+            lines = (self._folder / RESULTS).read_bytes().split(b"\n")
+            self.recorded |= {digest for line in lines if (digest := _done(line))}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -70,7 +73,7 @@ class OutputFolder:
             "name": name,
             "line": row.line,
             "prompt": row.title,
-            "status": "done" if row.state is State.DONE else "failed",
+            "status": "failed" if row.state is State.FAILED else "done",
             "seconds": seconds,
             "chunks": row.chunks_done,
             "computed": row.computed,
@@ -115,8 +118,8 @@ def is_whole(path: Path) -> bool:
     return found and at == size
 
 
-def _open_results(path: Path) -> FileIO:
-    file = FileIO(path, "a+")  # without a buffer, which would keep what a full disk has refused
+def _open_results(path: Path) -> io.FileIO:
+    file = io.FileIO(path, "a+")  # without a buffer, which would keep what a full disk has refused
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -127,6 +130,15 @@ def _open_results(path: Path) -> FileIO:
     # A batch that was killed while it wrote may have left part of a line.
     file.truncate(path.read_bytes().rfind(b"\n") + 1)
     return file
+
+
+def _done(line: bytes) -> str | None:
+    """The digest of a video, if a line of results says that it is done; anybody may have written to that file."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        result = json.loads(line)
+        if result["status"] == "done" and (video := _VIDEO.fullmatch(result["name"])):
+            return video[1]
+    return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,10 +196,10 @@ class ChunkFiles:
         try:
             frames: NDArray[np.uint8] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
         except ValueError as error:
-            raise Damaged(f"{path} holds no array: {error}") from None
+            raise Damaged(path, f"it holds no array: {error}") from None
         size = (self.height, self.width, 3)
         if frames.dtype != np.uint8 or frames.shape[1:] != size or not 0 < len(frames) <= self.frames:
-            raise Damaged(f"{path} holds {frames.dtype} {frames.shape} and no frames of this video")
+            raise Damaged(path, f"it holds {frames.dtype} {frames.shape} and no frames of this video")
         return frames
 
     def _file(self, index: int) -> Path:

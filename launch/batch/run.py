@@ -82,6 +82,8 @@ class _Batch:
             if item.digest in folder.done:
                 video.state, video.chunks_done = State.KEPT, video.chunks
                 self._clean(video)
+                if item.digest not in folder.recorded:
+                    self._record(video)
             else:
                 self._videos[item.digest] = video
                 self._discard_useless(video)

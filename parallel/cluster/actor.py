@@ -25,7 +25,9 @@ from engine.progress import Progress
 from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.config import RankTask
-from parallel.cluster.connection import Address, connect
+from parallel.cluster.connection import connect
+from parallel.comm.meeting import interface_of
+from parallel.comm.sockets import Address
 from parallel.health.errors import Failure, GangError
 from parallel.health.exit_codes import BAD_INPUT
 from parallel.health.timeouts import LAST_MESSAGES_SECONDS
@@ -42,21 +44,23 @@ class RankActor:
     def __init__(self) -> None:
         self._gang: Gang | None = None
 
-    def run(self, env: RankEnv, task: RankTask, address: Address) -> Failure | None:
+    def run(self, env: RankEnv, task: RankTask) -> Failure | None:
         """Work as one rank until the leader ends the session; a failure is returned, not raised."""
         os.environ.update(env.variables())
         settle_heap()
         torch.set_num_threads(task.threads)
         loop = CommandLoop()
         try:
-            connection = connect(address, loop.handle, self._on_end)
+            address = Address(host=env.host, port=env.port, secret=env.secret)
+            connection = connect(address, env.rank, loop.handle, self._on_end)
         except OSError as error:
-            where = f"the controller at {address.host}:{address.port}"
+            where = f"the controller at {env.host}:{env.port}"
             text = f"rank {env.rank} cannot reach {where}: {error.strerror or error}"
             return Failure(message=text, reporter=env.rank)
         connection.send(messages.RankStarted(pid=os.getpid()))
         try:
-            with open_gang(env, task.layout, timeouts=task.timeouts, device=_own_device()) as gang:
+            interface = task.interface or interface_of(ray.util.get_node_ip_address())
+            with open_gang(env, task.layout, timeouts=task.timeouts, device=_own_device(), interface=interface) as gang:
                 self._gang = gang
                 _work(gang, task, loop, connection.send)
         except GangError as error:

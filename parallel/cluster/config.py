@@ -97,6 +97,7 @@ class RankTask:
     reuse: ReuseSettings  # which steps are reused
     kv: KVSettings  # how much of the past is held
     timeouts: Timeouts  # how long to wait for others
+    interface: str | None = None  # network interface to listen at, on all nodes; None takes Ray's address of each
     threads: int = 1  # CPU threads of each rank: another number makes other bits, so nothing but a person changes it
 
 

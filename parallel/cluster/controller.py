@@ -12,18 +12,17 @@ checkpoint on whichever gang is free. Every chunk is handed to the caller once, 
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-import ray
 from ray.util.metrics import Counter, Gauge
 
 from parallel.cluster import messages
 from parallel.cluster.config import ClusterSettings
-from parallel.cluster.connection import Listener
 from parallel.cluster.gang import Gang, GangBroken, GangState, GangView
 from parallel.cluster.placement import alive_nodes, head_answers, plan_strategies
 from parallel.cluster.scheduler import Figures, Permit, RequestState, Scheduler
@@ -65,7 +64,7 @@ class Controller:
     ) -> None:
         self._settings, self._metrics, self._log, self._check = settings, _Metrics(), log, check
         self._scheduler = Scheduler([settings.size])
-        self._listener: Listener | None = None
+        self._news = threading.Event()
         self._gangs: dict[str, Gang] = {}
         self._videos: dict[str, _Video] = {}
         self._out: deque[messages.Event] = deque()
@@ -73,16 +72,15 @@ class Controller:
         self.restarts = 0
         """How often a gang was started again."""
         self._counted = self._roomless = self._looked = 0.0
-        self._answered = self._began  # when Ray's head has answered last
+        self._answered: float | None = None  # when Ray's head has answered last, if this process reaches it at all
 
     def __enter__(self) -> Self:
         """Reserve resources, and begin to start the gangs; an InputError if the cluster has not so much."""
         settings = self._settings
         strategies = plan_strategies(alive_nodes(), settings.shape, settings.gangs)
-        self._listener = Listener(ray.util.get_node_ip_address())
         for number, strategy in enumerate(strategies):
             name = f"gang-{number}"
-            self._gangs[name] = Gang(name, settings, strategy, self._listener)
+            self._gangs[name] = Gang(name, settings, strategy, self._news)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *about: object) -> None:
@@ -96,8 +94,6 @@ class Controller:
         head = kind is not ClusterLost and head_answers()
         for gang in self._gangs.values():
             gang.give_up(head=head)
-        if self._listener is not None:
-            self._listener.close()
 
     # ---- for the caller
 
@@ -117,7 +113,7 @@ class Controller:
         del self._videos[video]
         self._out = deque(event for event in self._out if getattr(event, "video", None) != video)
 
-    def run(self) -> Iterator[messages.Event]:
+    def run(self) -> Generator[messages.Event, None, None]:
         """Make the videos that were submitted; more may be submitted meanwhile.
 
         Yields:
@@ -149,9 +145,8 @@ class Controller:
     def _round(self) -> None:
         """Wait for news, handle it, and carry out the decisions that follow."""
         self._carry_out()  # what was submitted since the last round does not wait for an event
-        assert self._listener is not None
-        self._listener.news.wait(NEWS_SECONDS)
-        self._listener.news.clear()
+        self._news.wait(NEWS_SECONDS)
+        self._news.clear()
         self._check()
         self._check_head()
         for gang in self._gangs.values():
@@ -259,7 +254,7 @@ class Controller:
         self._looked = now
         if head_answers():
             self._answered = now
-        elif now - self._answered > self._settings.head_wait:
+        elif self._answered is not None and now - self._answered > self._settings.head_wait:
             raise ClusterLost("the head of the Ray cluster (its GCS) is gone")
 
     def _give_up_if_roomless(self) -> None:

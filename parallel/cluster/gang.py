@@ -8,24 +8,26 @@ business.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 import ray
-import torch.distributed as dist
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from models.errors import InputError
 from parallel.cluster.actor import RankActor
 from parallel.cluster.config import ClusterSettings
-from parallel.cluster.connection import Connection, Listener
+from parallel.cluster.connection import Connection
 from parallel.cluster.messages import Command, GangReady, RankStarted, SentByGang
 from parallel.cluster.placement import Place, Placement, alive_nodes, kill_process, plan_strategies
-from parallel.comm.groups import connect, store_at
+from parallel.comm.meeting import interface_address
+from parallel.comm.sockets import Address, Stream
+from parallel.comm.store import StoreServer
 from parallel.health import timeouts
 from parallel.health.errors import Failure
 from parallel.health.exit_codes import BAD_INPUT
@@ -74,35 +76,40 @@ class GangView:
     ranks: tuple[RankView, ...]  # those that are running
 
 
-@dataclass(slots=True)
 class _Rank:
-    """A started rank."""
+    """A rank of an attempt."""
 
-    place: Place
-    connection: Connection = field(init=False)
-    actor: Any = None
-    run: Any = None  # Ray's reference to its one long call
-    inbox: deque[Any] = field(default_factory=deque)  # what it has sent
-    pid: int | None = None
-    gone_at: float | None = None  # when its connection has ended
-    error: Exception | None = None  # why, if not because the rank has closed it or is gone
+    def __init__(self, place: Place, news: threading.Event) -> None:
+        self.place, self._news = place, news
+        self.connection = Connection(self._received, self.end)
+        self.actor: Any = None
+        self.run: Any = None  # Ray's reference to its one long call
+        self.inbox: deque[Any] = deque()  # what it has sent
+        self.pid: int | None = None
+        self.gone_at: float | None = None  # when its connection has ended
+        self.error: Exception | None = None  # why, if not because the rank has closed it or is gone
+
+    def _received(self, message: Any) -> None:
+        self.inbox.append(message)
+        self._news.set()
 
     def end(self, error: Exception | None) -> None:
         """Its connection has ended."""
         self.error, self.gone_at = error, time.monotonic()
+        self._news.set()
 
 
 class Gang:
-    """A gang. `strategy` is Ray's name for how to place it; its ranks connect to `listener`."""
+    """A gang. `strategy` is Ray's name for how to place it; `news` is set when a rank sends something or is gone."""
 
-    def __init__(self, name: str, settings: ClusterSettings, strategy: str, listener: Listener) -> None:
+    def __init__(self, name: str, settings: ClusterSettings, strategy: str, news: threading.Event) -> None:
         self.name, self.attempt, self.state = name, 0, GangState.PLACING
         self.failed_starts = 0  # attempts in a row that ended before the gang was ready for work
-        self._settings, self._listener = settings, listener
+        self._settings, self._news = settings, news
         self._mesh = Mesh(layout=settings.shape.layout, rank=0)
         self._placement: Placement | None = Placement(settings.shape, strategy)
         self._ranks: list[_Rank] = []
-        self._store: dist.TCPStore | None = None
+        self._server: StoreServer | None = None  # of this attempt
         self._heartbeats: Heartbeats | None = None
         self._wait_until = self._looked = self._began = self._ends_at = 0.0
         self._failed_at: float | None = None
@@ -161,10 +168,13 @@ class Gang:
             rank.connection.close()
             if rank.pid is not None:
                 kill_process(rank.pid, rank.place.node, here=not head)
-            ray.kill(rank.actor, no_restart=True)
+            if rank.actor is not None:
+                ray.kill(rank.actor, no_restart=True)
         if self._heartbeats is not None:
             self._heartbeats.close(timeouts.READER_ENDS_SECONDS)
-        self._heartbeats = self._store = self._failed_at = None
+        if self._server is not None:
+            self._server.close()
+        self._heartbeats = self._server = self._failed_at = None
 
     def restart(self) -> None:
         """Start again after `stop`: in the same place, or elsewhere if a node is gone."""
@@ -206,36 +216,43 @@ class Gang:
         places = self._placement.places()
         if places is None:
             return
-        host = ray.util.get_node_ip_address()
-        self._store = store_at(host)
+        interface = self._settings.task.interface
+        host = ray.util.get_node_ip_address() if interface is None else interface_address(interface)
+        self._server = StoreServer(host, opened=self._opened)
         self._began, self.state = now, GangState.STARTING
-        envs = [self._env(rank, place, host, self._store.port) for rank, place in enumerate(places)]
-        limits = self._settings.task.timeouts
-        self._heartbeats = Heartbeats(connect(envs[0], limits.silent), self._mesh, limits)
+        self._heartbeats = Heartbeats(self._server.store, self._mesh, self._settings.task.timeouts)
         self._heartbeats.start()
-        self._ranks += [self._start(env, place) for env, place in zip(envs, places, strict=True)]
+        self._ranks = [_Rank(place, self._news) for place in places]
+        for number, rank in enumerate(self._ranks):
+            self._start(self._env(number, rank.place, self._server.address), rank)
 
-    def _env(self, rank: int, place: Place, host: str, port: int) -> RankEnv:
-        world, local = self._mesh.layout.world_size, place.local_rank
-        env = RankEnv(rank=rank, world_size=world, local_rank=local, host=host, port=port, attempt=self.attempt)
+    def _env(self, rank: int, place: Place, at: Address) -> RankEnv:
+        world, nodes = self._mesh.layout.world_size, {rank.place.node for rank in self._ranks}
+        env = RankEnv(rank=rank, world_size=world, local_rank=place.local_rank, host=at.host, port=at.port)
+        env = replace(env, secret=at.secret, one_machine=len(nodes) == 1, attempt=self.attempt)
         return replace(env, launcher_serves=True, launcher_speaks=True)
 
-    def _start(self, env: RankEnv, place: Place) -> _Rank:
+    def _opened(self, rank: int, stream: Stream) -> None:
+        """A rank has connected, in a thread of its own."""
+        ranks = self._ranks
+        if 0 <= rank < len(ranks):
+            ranks[rank].connection.open(stream)
+        else:
+            stream.end()
+
+    def _start(self, env: RankEnv, rank: _Rank) -> None:
         assert self._placement is not None
         shape, task = self._settings.shape, self._settings.task
         # Ray sets as many threads as a rank reserves CPUs, and hides the other GPUs; torchrun does neither.
         variables = {"OMP_NUM_THREADS": str(task.threads), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-        rank = _Rank(place=place)
-        rank.connection, address = self._listener.expect(rank.inbox.append, rank.end)
         remote: Any = ray.remote(max_restarts=0, max_task_retries=0)(RankActor)
         rank.actor = remote.options(
             num_cpus=shape.cpus,
             num_gpus=1 if shape.gpus else 0,
-            scheduling_strategy=self._placement.at(place),
+            scheduling_strategy=self._placement.at(rank.place),
             runtime_env={"env_vars": variables},
         ).remote()
-        rank.run = rank.actor.run.remote(env, task, address)
-        return rank
+        rank.run = rank.actor.run.remote(env, task)
 
     def _release(self) -> None:
         if self._placement is not None:
@@ -283,8 +300,6 @@ class Gang:
                 raise _error(failure)
         elif (found := self._heartbeats.diagnosis) is not None:
             raise GangBroken(found.message)
-        elif self._heartbeats.lost:
-            raise GangBroken("the ranks' store has closed its connections")
 
     def _check_ends(self) -> None:
         """No rank ends before the leader ends the session."""

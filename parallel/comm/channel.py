@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.distributed import Work
 
 from engine.video import WorkItem
-from parallel.comm.messages import HEADER_BYTES, Header, Kind, Message
+from parallel.comm.messages import HEADER_BYTES, Header, Kind, Message, payload_digest
 from parallel.health.timeouts import CHECK_SECONDS
 
 _TAGS = 1 << 28
@@ -75,6 +75,7 @@ class Link:
     """How messages get from or to a peer."""
 
     peer: int  # rank
+    key: bytes  # of this direction, which nobody else knows
     headers: GroupTransport  # in host memory
     payloads: GroupTransport | None  # between devices; None if payloads go through host memory as headers do
     device: torch.device  # of this rank
@@ -140,11 +141,13 @@ class Outbox:
                 payload = payload.cpu()
             size += payload.nbytes
             header = replace(header, shape=tuple(payload.shape), dtype=payload.dtype)
+            if header.kind not in _DEVICE_KINDS:
+                header = replace(header, payload_digest=payload_digest(payload))
             if self._link.payloads is None and header.kind in _DEVICE_KINDS:
                 next_size = size
         header = replace(header, next_buffer=next_size)
         message = _Outgoing(torch.empty(self._size, dtype=torch.uint8), 2 * self._number % _TAGS, header.item)
-        header.write(message.buffer, self._number)
+        header.write(message.buffer, self._number, self._link.key)
         if payload is not None and self._link.inlines(header, self._size):
             message.buffer[HEADER_BYTES:] = payload.flatten().view(torch.uint8)
         elif payload is not None and payload.numel():
@@ -280,7 +283,10 @@ class Inbox:
             self._room.release()
         if work is not None:
             work.wait()
-        if payload is not None and header.kind in _DEVICE_KINDS:
+        if payload is not None and header.kind not in _DEVICE_KINDS:
+            if payload_digest(payload) != header.payload_digest:
+                raise RuntimeError(f"a payload that rank {self._link.peer} has not sent was received")
+        elif payload is not None:
             payload = payload.to(self._link.device)
             if self._link.payloads is not None:
                 self._next.allocate(payload)
@@ -294,7 +300,7 @@ class Inbox:
                 self._room.acquire()
             buffer = torch.empty(size, dtype=torch.uint8)
             self._link.headers.receive(buffer, 2 * number % _TAGS).wait()
-            header = Header.read(buffer)
+            header = Header.read(buffer, self._link.key)
             if header.number != number:
                 raise RuntimeError(f"message {header.number} was received in place of message {number}: out of step")
             self._arrived.put((header, buffer))

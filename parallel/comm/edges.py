@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
-from torch.distributed import Store
 
 from parallel.comm.channel import AHEAD, Inbox, Outbox
 from parallel.comm.groups import Groups
 from parallel.comm.messages import Header, Kind, Message
+from parallel.comm.store import RunStore
 from parallel.health.monitor import Monitor
 from parallel.health.timeouts import LAST_TRANSFERS_SECONDS
 from parallel.mesh import Mesh
@@ -29,7 +29,7 @@ class RankServices:
 
     mesh: Mesh
     groups: Groups
-    store: Store  # where ranks leave small things for the leader
+    store: RunStore  # where ranks leave small things for the leader
     monitor: Monitor  # notified of what this rank does and of lost peers; checked while waiting
     tracer: Tracer
 

@@ -1,4 +1,4 @@
-"""Process groups: the store where ranks meet, gloo for headers, and what carries tensors on this kind of device.
+"""Process groups: gloo for headers, and what carries tensors on this kind of device.
 
 Tensors on GPUs go over NCCL, with one communicator for each direction between two ranks: on a shared one, a receive
 that waits would hold up the sends behind it. Whether that is possible is decided once for all ranks, from what each has
@@ -7,6 +7,7 @@ published in the store, so that no two ranks differ.
 
 from __future__ import annotations
 
+import hmac
 import json
 import socket
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,8 @@ import torch.distributed as dist
 
 from engine.machine import boot_id
 from parallel.comm.channel import GroupTransport, Link
-from parallel.health.timeouts import STORE_SECONDS, Timeouts
 from parallel.mesh import Edge, Mesh
-from parallel.ranks.environment import RankEnv, listen_where_ranks_meet
+from parallel.ranks.environment import RankEnv
 
 Transfer = Literal["nccl", "host", "gloo"]
 """How tensors move: between GPUs, between GPUs through host memory, or between CPUs."""
@@ -40,45 +40,18 @@ class Groups:
     device: torch.device  # of this rank
 
 
-def connect(env: RankEnv, timeout: float) -> dist.Store:
-    """A connection of its own to the rendezvous store, under a name of this attempt."""
-    patience = min(timeout, STORE_SECONDS) if env.launcher_serves else timeout
-    store = dist.TCPStore(
-        env.host, env.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=patience)
-    )
-    store.set_timeout(timedelta(seconds=timeout))
-    return dist.PrefixStore(f"flowcache/{env.attempt}", store)
-
-
-def store_at(host: str) -> dist.TCPStore:
-    """Serve a rendezvous store at one address of this machine alone, on a free port.
-
-    PyTorch would listen at all addresses, and whoever reaches the store can write into it.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, 0), family=family, backlog=1024) as listener:
-        port, handle = listener.getsockname()[1], listener.detach()  # the store closes it
-    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=handle)
-
-
-def serve_store(env: RankEnv, timeout: float) -> dist.Store | None:
-    """Serve the rendezvous store, where that is this rank's task; it lives as long as the result."""
-    if env.launcher_serves or env.rank:
-        return None
-    return dist.TCPStore(env.host, env.port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
-
-
 @contextmanager
-def open_groups(env: RankEnv, mesh: Mesh, timeouts: Timeouts, device: torch.device) -> Iterator[Groups]:
-    """Open all process groups; every rank must do so at the same time."""
+def open_groups(env: RankEnv, mesh: Mesh, store: dist.Store, limit: float, device: torch.device) -> Iterator[Groups]:
+    """Open all process groups; every rank must do so at the same time, in `limit` seconds.
+
+    The connection to the store is theirs: a call of it may take long.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    listen_where_ranks_meet(env)
-    store = connect(env, timeouts.first)
     transfer = choose_transfer(exchange_devices(store, env.rank, env.world_size, device))
     dist.init_process_group("gloo", store=store, rank=env.rank, world_size=env.world_size, timeout=_IDLE)
-    links = _open_links(mesh, transfer, device)
-    yield Groups(transfer=transfer, cp=_open_cp(mesh, transfer, timeouts.first, device), links=links, device=device)
+    links = _open_links(env, mesh, transfer, device)
+    yield Groups(transfer=transfer, cp=_open_cp(mesh, transfer, limit, device), links=links, device=device)
     # Only after a clean end: tearing down while a peer hangs can hang as well.
     dist.barrier()
     dist.destroy_process_group()
@@ -92,7 +65,7 @@ def _open_cp(mesh: Mesh, transfer: Transfer, limit: float, device: torch.device)
     return own
 
 
-def _open_links(mesh: Mesh, transfer: Transfer, device: torch.device) -> dict[Edge, Link]:
+def _open_links(env: RankEnv, mesh: Mesh, transfer: Transfer, device: torch.device) -> dict[Edge, Link]:
     """Every rank opens the communicators of all edges in the same order, so that no two ranks wait for each other."""
     links: dict[Edge, Link] = {}
     for edge in mesh.edges():
@@ -103,7 +76,8 @@ def _open_links(mesh: Mesh, transfer: Transfer, device: torch.device) -> dict[Ed
         payloads = None if pair is None else GroupTransport(peer, pair)
         if payloads is not None:
             _join(payloads, device, sends=edge.source == mesh.rank)
-        links[edge] = Link(peer=peer, headers=GroupTransport(peer), payloads=payloads, device=device)
+        key = hmac.digest(env.secret.encode(), f"{edge.source} to {edge.target}".encode(), "sha256")
+        links[edge] = Link(peer=peer, key=key, headers=GroupTransport(peer), payloads=payloads, device=device)
     return links
 
 
@@ -153,5 +127,4 @@ def exchange_devices(store: dist.Store, rank: int, world_size: int, device: torc
     own = RankDevice(host=boot_id() or socket.gethostname(), gpu=gpu, nccl=dist.is_nccl_available())
     keys = [f"device/{other}" for other in range(world_size)]
     store.set(keys[rank], json.dumps(asdict(own)))
-    store.wait(keys)
     return [RankDevice(**json.loads(raw)) for raw in store.multi_get(keys)]

@@ -11,6 +11,8 @@ It does not know how messages travel.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import math
 import struct
@@ -34,8 +36,10 @@ from models.protocols import CaptionTable
 HEADER_BYTES = 2048
 _DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
 _MAGIC = b"FLC3"
-_FIXED = struct.Struct("<4sBBHQihHH8sI5I")
-"""Magic, kind, dtype, dimensions, number, request, not_finite, flags, item's bytes, digest, next buffer, shape."""
+_PROOF_BYTES = 16
+_FIXED = struct.Struct("<4sBBHQihHH8s16sI5I")
+"""Magic, kind, dtype, dimensions, number, request, not_finite, flags, item's bytes, two digests, next buffer, shape."""
+_CONTENT_BYTES = HEADER_BYTES - _PROOF_BYTES
 _DIMENSIONS = 5
 _PLAIN = ("video", "schedule", "kv", "grid", "checkpoint")  # fields of an admission without tensors
 _LATER = "later-"  # in front of the chunk that is the first to see a text
@@ -67,6 +71,7 @@ class Header:
     digest: bytes = bytes(8)  # of all flags of the request so far
     shape: tuple[int, ...] = ()  # of the payload; empty for none
     dtype: torch.dtype = torch.uint8  # of the payload
+    payload_digest: bytes = bytes(16)  # of a payload that is more than numbers: it is read
     next_buffer: int = HEADER_BYTES  # bytes of the buffer in which the next message of the edge comes
 
     @property
@@ -74,30 +79,36 @@ class Header:
         """Size of the payload."""
         return math.prod(self.shape) * self.dtype.itemsize if self.shape else 0
 
-    def write(self, buffer: Tensor, number: int) -> None:
+    def write(self, buffer: Tensor, number: int, key: bytes) -> None:
         """Write it into the start of a uint8 buffer on the CPU, as message `number` of its edge.
 
-        A ValueError if it does not fit.
+        Its last bytes prove that the sender knows the edge's `key`. A ValueError if it does not fit.
         """
         item = b"" if self.item is None else to_plain(self.item)
         dtype, dimensions = _DTYPES.index(self.dtype), len(self.shape)
         shape = (*self.shape, *(0,) * (_DIMENSIONS - dimensions))
         counts = (number, self.request, self.not_finite, len(self.flags), len(item))
-        fixed = _FIXED.pack(_MAGIC, self.kind, dtype, dimensions, *counts, self.digest, self.next_buffer, *shape)
+        digests = self.digest, self.payload_digest
+        fixed = _FIXED.pack(_MAGIC, self.kind, dtype, dimensions, *counts, *digests, self.next_buffer, *shape)
         content = fixed + item + _pack_flags(self.flags)
-        if len(content) > HEADER_BYTES:
-            raise ValueError(f"a header of {len(content)} bytes does not fit into {HEADER_BYTES}")
-        buffer[:HEADER_BYTES] = torch.frombuffer(bytearray(content.ljust(HEADER_BYTES, b"\0")), dtype=torch.uint8)
+        if len(content) > _CONTENT_BYTES:
+            raise ValueError(f"a header of {len(content)} bytes does not fit into {_CONTENT_BYTES}")
+        content = content.ljust(_CONTENT_BYTES, b"\0")
+        proven = bytearray(content + _proof(key, content))
+        buffer[:HEADER_BYTES] = torch.frombuffer(proven, dtype=torch.uint8)
 
     @classmethod
-    def read(cls, buffer: Tensor) -> Header:
-        """Read it from a buffer that begins with it; a ValueError if it is none."""
-        content = buffer[:HEADER_BYTES].numpy().tobytes()
+    def read(cls, buffer: Tensor, key: bytes) -> Header:
+        """Read it from a buffer that begins with it; a ValueError if it is none, or of somebody without the key."""
+        proven = buffer[:HEADER_BYTES].numpy().tobytes()
+        content, proof = proven[:_CONTENT_BYTES], proven[_CONTENT_BYTES:]
+        if not hmac.compare_digest(proof, _proof(key, content)):
+            raise ValueError("the bytes received are no header of this run")
         magic, kind, dtype, dimensions, number, request, *fields = _FIXED.unpack_from(content)
-        not_finite, flags, length, digest, following, *shape = fields
+        not_finite, flags, length, digest, payload, following, *shape = fields
         start, end = _FIXED.size, _FIXED.size + length
         size = end + (flags + 3) // 4
-        if magic != _MAGIC or dtype >= len(_DTYPES) or dimensions > _DIMENSIONS or size > HEADER_BYTES:
+        if magic != _MAGIC or dtype >= len(_DTYPES) or dimensions > _DIMENSIONS or size > _CONTENT_BYTES:
             raise ValueError("the bytes received are no header: sender and receiver are out of step")
         return cls(
             kind=Kind(kind),
@@ -107,6 +118,7 @@ class Header:
             item=from_plain(WorkItem, content[start:end]) if length else None,
             flags=_unpack_flags(content[end:size], flags),
             digest=digest,
+            payload_digest=payload,
             shape=tuple(shape[:dimensions]),
             dtype=_DTYPES[dtype],
             next_buffer=following,
@@ -190,6 +202,15 @@ def from_plain(kind: type[T], content: bytes) -> T:
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
+
+
+def payload_digest(payload: Tensor) -> bytes:
+    """A digest of a payload on the CPU, for its header."""
+    return hashlib.sha256(payload.numpy().tobytes()).digest()[:16]
+
+
+def _proof(key: bytes, content: bytes) -> bytes:
+    return hmac.digest(key, content, "sha256")[:_PROOF_BYTES]
 
 
 def _as_payload(content: bytes) -> Tensor:

@@ -35,9 +35,6 @@ class GangError(Exception):
         super().__init__(failure.message)
         self.failure = failure
 
-    def __reduce__(self) -> tuple[type[GangError], tuple[Failure]]:
-        return GangError, (self.failure,)  # by default the text alone would be pickled
-
 
 class ErrorStore:
     """The gang's failure in the rendezvous store. The connection is under the attempt's prefix."""

@@ -30,7 +30,7 @@ from torch.distributed import Store
 
 from engine.machine import this_machine
 from parallel.health.errors import Failure, GangError
-from parallel.health.exit_codes import FAILED, INTERRUPTED
+from parallel.health.exit_codes import FAILED
 from parallel.health.hang_detector import Heartbeat
 from parallel.health.heartbeats import Heartbeats
 from parallel.health.processes import LocalProcess, WakeupPipe
@@ -216,7 +216,7 @@ class Monitor:
         if self._terminating is not None:
             self._terminating += passed
             if self._terminating > self._timeouts.grace:
-                self._report(f"{self._name} was told to stop", INTERRUPTED)
+                self._report(f"{self._name} was told to stop")
 
     def _describe_gone(self, rank: int, how: str) -> str:
         heartbeat = self._heartbeats.latest.get(rank)

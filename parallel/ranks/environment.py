@@ -7,16 +7,17 @@ launcher that sets them starts the same ranks. No torch in here.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.errors import InputError
 
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_SPEAKS = "FLOWCACHE_LAUNCHER_SPEAKS"
+_SECRET = "FLOWCACHE_SECRET"
+_SERVES, _SPEAKS = "FLOWCACHE_LAUNCHER_SERVES", "FLOWCACHE_LAUNCHER_SPEAKS"
 _LAUNCHED = "FLOWCACHE_LAUNCHED"
+_LOOPBACK = "127.0.0.1", "::1", "localhost"
 
 
 def prompt_cache() -> Path:
@@ -33,6 +34,9 @@ class RankEnv:
     local_rank: int  # among those of this machine
     host: str  # of the store where ranks meet
     port: int  # of that store
+    secret: str = field(default="", repr=False)  # that all ranks know, and nobody else
+    one_machine: bool = False  # all ranks are on this machine
+    torchrun: bool = False  # the store is torchrun's, and says no more than where rank 0 serves the ranks' own
     launcher_serves: bool = False  # the launcher serves the store; otherwise rank 0 does
     launcher_speaks: bool = False  # the launcher shows what went wrong, so the ranks stay silent
     launched: bool = False
@@ -47,13 +51,17 @@ class RankEnv:
             return None
         if missing := [name for name in _NEEDED if name not in found]:
             raise InputError(f"the environment lacks {', '.join(missing)}: start ranks with torchrun")
+        host, world_size = found["MASTER_ADDR"], _number(found, "WORLD_SIZE")
         return cls(
             rank=_number(found, "RANK"),
-            world_size=_number(found, "WORLD_SIZE"),
+            world_size=world_size,
             local_rank=_number(found, "LOCAL_RANK"),
-            host=found["MASTER_ADDR"],
+            host=host,
             port=_number(found, "MASTER_PORT"),
-            launcher_serves=found.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            secret=found.get(_SECRET, ""),
+            one_machine=host in _LOOPBACK or found.get("LOCAL_WORLD_SIZE") == str(world_size),
+            torchrun=found.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            launcher_serves=found.get(_SERVES) == "1",
             launcher_speaks=found.get(_SPEAKS) == "1",
             launched=found.get(_LAUNCHED, "1" if "TORCHELASTIC_RUN_ID" in found else "0") == "1",
             attempt=_number(found, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in found else 0,
@@ -67,8 +75,11 @@ class RankEnv:
             "LOCAL_RANK": str(self.local_rank),
             "MASTER_ADDR": self.host,
             "MASTER_PORT": str(self.port),
-            "TORCHELASTIC_USE_AGENT_STORE": str(self.launcher_serves),
+            "LOCAL_WORLD_SIZE": str(self.world_size if self.one_machine else 1),
+            "TORCHELASTIC_USE_AGENT_STORE": str(self.torchrun),
             "TORCHELASTIC_RESTART_COUNT": str(self.attempt),
+            _SECRET: self.secret,
+            _SERVES: "1" if self.launcher_serves else "0",
             _SPEAKS: "1" if self.launcher_speaks else "0",
             _LAUNCHED: "1" if self.launched else "0",
         }
@@ -78,8 +89,11 @@ def settle_libraries() -> None:
     """Set what libraries read when they are loaded, here and in processes that are started; what the user set stays.
 
     OpenMP's threads wait for each other without computing: where other processes want the cores, those that wait
-    would take them from those that are waited for. Ray leaves signals to us.
+    would take them from those that are waited for. Ray leaves signals to us. A Ray that is started here listens at the
+    loopback address alone: it does so where it cannot form clusters, and has no other way to ask for it.
     """
+    if "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 
@@ -89,15 +103,11 @@ def child_environment(env: RankEnv, *, threads: int) -> dict[str, str]:
     return {**os.environ, **env.variables(), "OMP_NUM_THREADS": str(threads)}
 
 
-def listen_where_ranks_meet(env: RankEnv) -> None:
-    """Ranks that meet at the loopback address are on one machine, and gloo and NCCL need no other interface.
-
-    Both are told by environment variables alone; what the user has set stays.
-    """
-    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-    if env.host in ("127.0.0.1", "::1", "localhost") and names:
+def listen_at(interface: str | None) -> None:
+    """Have gloo and NCCL listen at a network interface. Variables alone tell them; what the user has set stays."""
+    if interface is not None:
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, names[0])
+            os.environ.setdefault(variable, interface)
 
 
 def _number(found: Mapping[str, str], name: str) -> int:

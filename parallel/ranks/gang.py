@@ -20,13 +20,14 @@ from engine.reuse.policy import ReuseSettings
 from models.errors import InputError
 from models.protocols import Pipeline
 from parallel.comm.edges import Edges, RankServices
-from parallel.comm.groups import connect, open_groups, pick_device, serve_store
+from parallel.comm.groups import open_groups, pick_device
+from parallel.comm.meeting import connect, interface_of, meet
 from parallel.health.errors import GangError
 from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED
 from parallel.health.monitor import Monitor, is_connection_error
 from parallel.health.timeouts import Timeouts
 from parallel.mesh import Layout, Mesh
-from parallel.ranks.environment import RankEnv
+from parallel.ranks.environment import RankEnv, listen_at
 from parallel.ranks.leader import Leader
 from parallel.ranks.worker import StageModel, StageWorker, serve
 from parallel.trace import RankCounters, Tracer, collect_counters, merge_traces, publish_counters, shipped_events
@@ -103,11 +104,12 @@ def open_gang(
     timeouts: Timeouts = _DEFAULTS,  # how long to wait for others
     trace: bool = False,  # remember what is done when
     device: torch.device | None = None,  # in place of the env's own
+    interface: str | None = None,  # network interface to listen at, of ranks on several machines
 ) -> Iterator[Gang]:
     """Join the other ranks.
 
     Raises:
-        InputError: the layout does not fit the number of ranks.
+        InputError: the layout does not fit the number of ranks, or they cannot meet.
         GangError: a rank has failed; one line says which, and at what. Who catches it shows it if its own rank is
             the failure's `reporter` and no launcher does, and then ends by `leave`; a process that was started by a
             launcher is ended soon in any case.
@@ -115,14 +117,16 @@ def open_gang(
     layout.check_world(env.world_size)
     mesh = Mesh(layout=layout, rank=env.rank)
     try:
-        served = serve_store(env, timeouts.first)
-        store, own = connect(env, timeouts.first), connect(env, timeouts.silent)
-    except RuntimeError as error:
+        listen_at(interface_of("127.0.0.1") if env.one_machine else interface)
+        server, address = meet(env, interface, timeouts.first)
+        store, groups_store = connect(env, address, timeouts.first), connect(env, address, timeouts.first)
+        own = connect(env, address, timeouts.silent)
+    except (RuntimeError, OSError) as error:
         raise InputError(f"the ranks cannot meet at {env.host}:{env.port}: {str(error).splitlines()[0]}") from None
     monitor = Monitor(own, mesh, timeouts, env)
     monitor.start()
     try:
-        with open_groups(env, mesh, timeouts, device or pick_device(env)) as groups:
+        with open_groups(env, mesh, groups_store, timeouts.first, device or pick_device(env)) as groups:
             place = {"stage": mesh.stage, "cp_rank": mesh.cp_rank}
             tracer = Tracer(env.rank, mesh.name(env.rank), wanted=trace, about=place)
             yield Gang(RankServices(mesh=mesh, groups=groups, store=store, monitor=monitor, tracer=tracer))
@@ -132,8 +136,11 @@ def open_gang(
         finally:
             monitor.hand_over()
         raise
-    monitor.stop()
-    del served
+    else:
+        monitor.stop()
+    finally:
+        if server is not None:
+            server.close()
 
 
 def _fail(monitor: Monitor, mesh: Mesh, error: BaseException) -> None:

@@ -15,9 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-import torch.distributed as dist
-
-from parallel.comm.groups import store_at
+from parallel.comm.store import StoreServer
 from parallel.health.errors import ErrorStore, Failure, GangError
 from parallel.health.exit_codes import FAILED, INTERRUPTED
 from parallel.health.timeouts import POLL_SECONDS, RANKS_END_SECONDS
@@ -36,19 +34,14 @@ def run_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = N
         GangError: a rank has failed; the text names it.
         KeyboardInterrupt: Ctrl-C; all ranks have ended.
     """
-    store = store_at(_HOST)
-    errors = ErrorStore(dist.PrefixStore("flowcache/0", store))
-    ranks: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(layout.world_size):
-            ranks.append(_start(command, _env(rank, layout, store), threads))
-        _wait(ranks, errors, layout)
-    except (KeyboardInterrupt, SystemExit):
-        errors.report(Failure(message="stopped", status=INTERRUPTED, reporter=-1))
-        _wait_for_all(ranks)
-        raise
-    finally:
-        _kill(ranks)
+    with _started(command, layout, threads, first=0) as (server, ranks):
+        errors = ErrorStore(server.store)
+        try:
+            _wait(ranks, errors, layout)
+        except (KeyboardInterrupt, SystemExit):
+            errors.report(Failure(message="stopped", status=INTERRUPTED, reporter=-1))
+            _wait_for_all(ranks)
+            raise
 
 
 @contextmanager
@@ -58,19 +51,34 @@ def worker_ranks(command: Sequence[str], layout: Layout, *, threads: int | None 
     Yields:
         The env of rank 0.
     """
-    store = store_at(_HOST)
-    ranks: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(1, layout.world_size):
-            ranks.append(_start(command, _env(rank, layout, store), threads))
-        yield replace(_env(0, layout, store), launcher_speaks=False, launched=False)
+    with _started(command, layout, threads, first=1) as (server, ranks):
+        yield replace(_env(0, layout, server), launcher_speaks=False, launched=False)
         _wait_for_all(ranks)
+
+
+@contextmanager
+def _started(
+    command: Sequence[str], layout: Layout, threads: int | None, *, first: int
+) -> Iterator[tuple[StoreServer, list[subprocess.Popen[bytes]]]]:
+    """The ranks from `first` on and the server of their store, as long as the context."""
+    server, ranks = StoreServer(_HOST), list[subprocess.Popen[bytes]]()
+    try:
+        for rank in range(first, layout.world_size):
+            ranks.append(_start(command, _env(rank, layout, server), threads))
+        yield server, ranks
     finally:
-        _kill(ranks)
+        for process in ranks:
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        server.close()
 
 
-def _env(rank: int, layout: Layout, store: dist.TCPStore) -> RankEnv:
-    env = RankEnv(rank=rank, world_size=layout.world_size, local_rank=rank, host=_HOST, port=store.port)
+def _env(rank: int, layout: Layout, server: StoreServer) -> RankEnv:
+    at = server.address
+    env = RankEnv(rank=rank, world_size=layout.world_size, local_rank=rank, host=at.host, port=at.port)
+    env = replace(env, secret=at.secret, one_machine=True)
     return replace(env, launcher_serves=True, launcher_speaks=True, launched=True)
 
 
@@ -83,14 +91,6 @@ def _start(command: Sequence[str], env: RankEnv, threads: int | None) -> subproc
         stdout=None if env.rank == 0 else subprocess.DEVNULL,
         start_new_session=True,
     )
-
-
-def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
-    for process in ranks:
-        if process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], errors: ErrorStore, layout: Layout) -> None:

@@ -112,7 +112,7 @@ def test_the_reuse_of_a_record_is_taken(tmp_path):
         for chunk, step in tick.active:
             seen = Observation(chunk=chunk, step=step, tick=tick.index, last_tick=False, change=None, scale=None)
             trace.decided(seen, Decision.REUSE if step % 2 else Decision.COMPUTE)
-    trace.finish({}).save(tmp_path / "run")
+    trace.finish({"prompt": "a red circle"}).save(tmp_path / "run")
     reuse = reuse_of_record(study(), tmp_path / "run")
     assert reuse.name == "record run" and reuse.computed == 0.5
     assert study().plan(reuse.flags[0], Layout()).calls == 5 * 8

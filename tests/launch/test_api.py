@@ -13,9 +13,11 @@ import pytest
 
 from engine.record import RunRecord
 from launch.api import VideoEngine, load
+from launch.ending import CommandFailed
 from launch.options import Options
 from models.errors import InputError
-from tests.launch.process import ROOT, environment
+from models.pocket.text import VOCABULARY
+from tests.launch.process import ROOT, environment, overflowing_weights
 from tests.launch.videos import generate_video
 
 PROMPT, OTHER = "a red circle moving right", "a blue cross moving up"
@@ -63,6 +65,19 @@ def test_a_file_is_that_of_the_command_line(engine: VideoEngine, random_weights:
     assert summary.frames == 48 and RunRecord.load(tmp_path / "run").settings["prompt"] == PROMPT
     engine.save([PROMPT, OTHER], str(tmp_path / "videos"), chunks=1, steps=4)
     assert len(os.listdir(tmp_path / "videos")) == 2
+
+
+def test_a_video_that_comes_to_nan_is_an_error_and_the_next_one_is_made(tmp_path: Path) -> None:
+    word = VOCABULARY.index("blue")
+    weights = overflowing_weights(tmp_path / "weights", "y_embedder.y_proj_xattn.0.weight", slice(word, word + 1))
+    with load(weights=weights, cache="none", threads=1) as engine:
+        with pytest.raises(CommandFailed, match=r"^rank 0 has computed NaN or infinity at tick 0, chunk 0: "):
+            list(engine.generate(OTHER, **SHORT))
+        with pytest.raises(CommandFailed, match=r"^rank 0 has computed NaN"):
+            engine.save(OTHER, tmp_path / "video.mp4", **SHORT)
+        # One chunk has no pass without a text, whose embedding has something of every word.
+        assert [chunk.index for chunk in engine.generate(PROMPT, chunks=1, steps=4)] == [0]
+    assert os.listdir(tmp_path) == ["weights"]
 
 
 def _values(options: Options) -> dict[str, object]:

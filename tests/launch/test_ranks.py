@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from launch.cli import run
 from launch.options import Options
 from tests.launch.process import ROOT, Result, environment, flowcache_process, overflowing_weights
 from tests.launch.videos import generate_video
+from tests.parallel.strangers import Fuzzer, family, own_address, reaches
 
 GOLDENS = ROOT / "tests" / "data" / "goldens"
 pytestmark = pytest.mark.slow
@@ -155,10 +157,23 @@ def test_a_run_without_ranks_has_no_trace(
 # ---- several videos
 
 
-def test_two_videos_share_two_ranks(flowcache: Flowcache, tmp_path: Path, random_weights: Path) -> None:
-    """Started by the command itself; the second video is the one that its own seed makes."""
+def test_two_videos_share_two_ranks_whatever_strangers_send(tmp_path: Path, random_weights: Path) -> None:
+    """Started by the command itself; the second video is the one that its own seed makes.
+
+    Meanwhile somebody sends garbage to every port that is open, and nobody reaches one from another address.
+    """
     options = ["--chunks", 1, "--steps", 4, "--weights", random_weights]
-    result = flowcache("generate", PROMPT, OTHER, "--pp", 2, *options, "--out", "videos", "--record", "runs")
+    process = flowcache_process(
+        tmp_path, "generate", PROMPT, OTHER, "--pp", 2, *options, "--out", "videos", "--record", "runs"
+    )
+    fuzzer, reached = Fuzzer(process.pid), False
+    while process.poll() is None:
+        ports = sorted(fuzzer.ports)
+        reached |= any(reaches(host, port) for port in ports for host in ("127.0.0.2", own_address()) if host)
+        time.sleep(0.5)
+    assert fuzzer.stop() == {"127.0.0.1"} and len(fuzzer.ports) >= 3 and not reached  # the store, and gloo twice
+    shown, said = process.communicate()
+    result = Result(process.args, process.returncode, shown, said)
     assert result.returncode == 0, result.stderr
     names = ["00-a-red-circle-moving-right", "01-a-blue-cross-moving-up"]
     assert sorted(os.listdir(tmp_path / "videos")) == [f"{name}.mp4" for name in names]
@@ -268,6 +283,31 @@ def test_nothing_is_left_of_a_rank_that_is_killed(tmp_path: Path, random_weights
     finally:
         process.kill()
     assert process.returncode == 1 and "rank 0 (stage 0 of 2) " in shown.splitlines()[-1]
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("rank", "sent"), [(1, signal.SIGTERM), (0, signal.SIGKILL)])
+def test_a_lost_rank_is_one_line_and_leaves_nothing(
+    tmp_path: Path, random_weights: Path, rank: int, sent: signal.Signals
+) -> None:
+    """Be it told to stop or killed, and be it the one that writes the file: status 1, as if by nobody's wish."""
+    options = ["--chunks", 5000, "--steps", 4, "--weights", random_weights, "--out", "long.mp4", "--pp", 2]
+    process = flowcache_process(tmp_path, "generate", PROMPT, *options)
+    try:
+        deadline = time.monotonic() + 90
+        while not any(path.stat().st_size for path in tmp_path.glob(".long.mp4.*")):
+            assert process.poll() is None and time.monotonic() < deadline, "no frame was written"
+            time.sleep(0.05)
+        for pid in family(process.pid)[1:]:
+            if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0"):
+                os.kill(pid, sent)
+        _, shown = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "Traceback" not in shown
+    [error] = [line for line in shown.splitlines() if line.startswith("flowcache: ")]
+    how = r"was told to stop" if sent is signal.SIGTERM else r"(was ended by SIGKILL|has gone: it.*)"
+    assert re.fullmatch(rf"flowcache: error: rank {rank} \(stage {rank} of 2\) {how}", error)
     assert os.listdir(tmp_path) == []
 
 

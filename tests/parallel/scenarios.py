@@ -246,7 +246,7 @@ def flood(gang, values, out):
     """Rank 0 sends more than rank 1 receives; nothing is lost, overtaken or overwritten, and `send` never waits."""
     transport = GroupTransport(1 - gang.mesh.rank)
     payloads = None if values["inline"] else transport
-    link = Link(peer=1 - gang.mesh.rank, headers=transport, payloads=payloads, device=torch.device("cpu"))
+    link = Link(peer=1 - gang.mesh.rank, key=b"", headers=transport, payloads=payloads, device=torch.device("cpu"))
     if gang.mesh.leads:
         outbox = Outbox(link, gang.monitor.lost)
         began = time.perf_counter()
@@ -274,7 +274,7 @@ def flood(gang, values, out):
 def lost_key(gang, values, out):
     """A thread of rank 0 ends with an error that nobody has foreseen, while both ranks wait."""
     peer = 1 - gang.mesh.rank
-    link = Link(peer=peer, headers=GroupTransport(peer), payloads=None, device=torch.device("cpu"))
+    link = Link(peer=peer, key=b"", headers=GroupTransport(peer), payloads=None, device=torch.device("cpu"))
 
     def lose(began, item):
         raise KeyError("a lost key")

@@ -6,20 +6,15 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from models.errors import InputError
+from parallel.comm.store import StoreServer
 from parallel.trace import DeviceTimer, Tracer, merge_traces, shipped_events
 from tests.engine.reuse.test_flags import item
-
-
-def store():
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
 
 
 def spans(lines):
@@ -63,7 +58,7 @@ def test_nothing_is_recorded_that_nobody_wants():
 
 def test_a_long_trace_is_shipped_in_blocks_and_deleted():
     """More than a block, recorded by two threads while it is being read."""
-    tracer, where = Tracer(1, "rank 1", wanted=True), store()
+    tracer, where = Tracer(1, "rank 1", wanted=True), StoreServer("127.0.0.1").store
 
     def record():
         for _ in range(12000):
@@ -76,7 +71,7 @@ def test_a_long_trace_is_shipped_in_blocks_and_deleted():
     for thread in threads:
         thread.join()
     tracer.ship(where, 0)
-    assert int(where.get("trace/0/1")) > 1 and where.num_keys() > 2
+    assert int(where.get("trace/0/1")) > 1
     assert read + len(spans(shipped_events(where, 0, 1))) == 24000
     assert not where.check(["trace/0/1/0"])
     tracer.add("compute", time.perf_counter(), item(3))

@@ -121,6 +121,18 @@ def test_results_are_added_line_by_line(tmp_path: Path) -> None:
     assert (second["status"], second["computed"], second["error"]) == ("failed", None, "no space")
 
 
+def test_results_say_which_videos_are_done_whatever_else_is_in_there(tmp_path: Path) -> None:
+    with OutputFolder(tmp_path) as folder:
+        record(folder, 1, state=State.FAILED)
+    nonsense = b'{"status": "done"}\n[]\n\xff\n{"status": "done", "name": 3}\n' + b"[" * 100_000 + b"\n"
+    (tmp_path / RESULTS).write_bytes((tmp_path / RESULTS).read_bytes() + nonsense)
+    with OutputFolder(tmp_path) as folder:
+        assert not folder.recorded
+        record(folder, 1)
+    with OutputFolder(tmp_path) as folder:
+        assert folder.recorded == {DIGEST}
+
+
 def test_a_line_that_was_cut_off_is_removed(tmp_path: Path) -> None:
     (tmp_path / RESULTS).write_text('{"line": 1}\n{"line": 2')
     with OutputFolder(tmp_path) as folder:

@@ -17,6 +17,7 @@ from launch.generate import generate
 from launch.options import Options
 from models.pocket.text import VOCABULARY
 from tests.launch.process import flowcache_process, overflowing_weights
+from tests.parallel.strangers import Fuzzer
 
 pytestmark = pytest.mark.slow
 PROMPTS = ["a red circle moving right", "a blue cross moving up"]
@@ -150,7 +151,7 @@ def test_a_batch_that_was_ended_goes_on_where_it_was(tmp_path, temporary, monkey
     status, text = runs.end()
     assert status == 1, text  # of the broken line
     assert "prompts.jsonl line 3: this is not JSON" in text and "2 done" in text
-    assert all(f"{path} does not match its checksum; " in text for path in damaged), text
+    assert all(f"{path} is damaged: it does not match its checksum; " in text for path in damaged), text
     made = {path: path.stat().st_mtime_ns for path in videos.glob("*.mp4")}
     assert len(made) == 2
     assert {path.name for path in videos.iterdir()} == {"results.jsonl", *(path.name for path in made)}
@@ -166,9 +167,12 @@ def test_a_batch_that_was_ended_goes_on_where_it_was(tmp_path, temporary, monkey
     digest = next(iter(made)).stem[-12:]
     for left in (f".{digest}.parts", f".checkpoints/{digest}/pp2/quantum-00000001-01234567"):
         (videos / left).mkdir(parents=True)
+    (videos / "results.jsonl").unlink()  # what is known is written again
     runs.start()
     status, text = runs.end()
     assert status == 1 and "2 there already" in text
+    results = [json.loads(line) for line in (videos / "results.jsonl").read_text().splitlines()]
+    assert [(result["line"], result["status"]) for result in results] == [(1, "done"), (2, "done")]
     assert {path: path.stat().st_mtime_ns for path in videos.glob("*.mp4")} == made
     assert len(list(videos.iterdir())) == 3
 
@@ -203,12 +207,18 @@ def test_a_batch_joins_the_cluster_that_it_is_told_of(cluster, tmp_path, monkeyp
     assert "was lost" not in text
 
 
-def test_a_video_on_ray_is_that_of_one_process(tmp_path, monkeypatch):
+def test_a_video_on_ray_is_that_of_one_process_whatever_strangers_send(tmp_path, monkeypatch):
+    """Somebody sends garbage to all ports of the command and its ranks; with Ray's they are at the loopback address."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.chdir(tmp_path)
     options = Options(prompts=[PROMPTS[0]], out=Path("a.mp4"), chunks=2, steps=8, height=64, width=64, threads=1)
     size = ["--chunks", 2, "--steps", 8, "--height", 64, "--width", 64, "--threads", 1]
-    made = flowcache_process(tmp_path, "generate", PROMPTS[0], "--pp", 2, "--launcher", "ray", "--out", "b.mp4", *size)
+    made = flowcache_process(
+        tmp_path, "generate", PROMPTS[0], "--pp", 2, "--launcher", "ray", "--out", "b.mp4", *size, "--interface", "lo"
+    )
+    fuzzer = Fuzzer(made.pid, spares=lambda pid: pid != made.pid and "RankActor" not in _command(pid))
     text, errors = made.communicate(timeout=120)
+    assert fuzzer.stop() == {"127.0.0.1"} and len(fuzzer.ports) >= 4
     assert made.returncode == 0, errors
     assert "b.mp4: 48 frames of 64x64" in text
     generate(options, [])

@@ -5,7 +5,6 @@ import time
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 
 from parallel.cluster.actor import CommandLoop
 from parallel.cluster.messages import (
@@ -22,6 +21,7 @@ from parallel.cluster.messages import (
     VideoDone,
     VideoOrder,
 )
+from parallel.comm.store import StoreServer
 from parallel.health.timeouts import Timeouts
 from parallel.mesh import Layout, Mesh
 from parallel.ranks.environment import RankEnv
@@ -60,9 +60,9 @@ def running():
 
     def work():
         torch.set_num_threads(1)
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        place = {"rank": 0, "world_size": 1, "local_rank": 0}
-        env = RankEnv(**place, host="127.0.0.1", port=store.port, launcher_serves=True)
+        at = StoreServer("127.0.0.1").address
+        place = {"rank": 0, "world_size": 1, "local_rank": 0, "one_machine": True}
+        env = RankEnv(**place, host=at.host, port=at.port, secret=at.secret, launcher_serves=True)
         layout = Layout(pp=1)
         try:
             with open_gang(env, layout, timeouts=Timeouts(silent=30.0)) as gang:

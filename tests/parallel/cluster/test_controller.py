@@ -1,9 +1,7 @@
 """The controller with gangs that are not there: what it hands out, what it sends, and what it keeps."""
 
-import threading
 from collections import deque
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,8 +67,8 @@ def controller(gang, monkeypatch):
     monkeypatch.setattr("parallel.cluster.controller.head_answers", lambda: gang.head)
     made = Controller(settings(gangs=1, max_restarts=2))
     made._gangs = {"gang-0": gang}
-    news = threading.Event()
-    made._listener = SimpleNamespace(news=SimpleNamespace(wait=lambda seconds: None, clear=news.clear))
+    made._news.set()  # nothing is waited for
+    made._news.clear = lambda: None
     return made
 
 

@@ -45,4 +45,4 @@ class LocalTransport:
 
 
 def local_link(payloads=None, device="cpu"):
-    return Link(peer=1, headers=LocalTransport(), payloads=payloads, device=torch.device(device))
+    return Link(peer=1, key=b"", headers=LocalTransport(), payloads=payloads, device=torch.device(device))

@@ -125,7 +125,7 @@ def test_a_full_inbox_leaves_messages_with_the_sender():
 def test_a_message_that_is_out_of_step_is_an_error_that_names_the_peer():
     link, errors = local_link(), queue.SimpleQueue()
     buffer = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-    Header(kind=Kind.RELEASE).write(buffer, 5)
+    Header(kind=Kind.RELEASE).write(buffer, 5, b"")
     link.headers.send(buffer, 0)
     inbox_of(link, on_error=lambda *error: errors.put(error))
     peer, error = errors.get(timeout=5)

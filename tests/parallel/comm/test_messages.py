@@ -13,7 +13,10 @@ from engine.request import Admission
 from engine.schedule import Schedule
 from engine.video import KVOp, WorkItem
 from models.protocols import CaptionTable, Pass, PassCondition
+from parallel.comm import messages
 from parallel.comm.messages import HEADER_BYTES, Header, Kind, from_plain, pack_admit, to_plain, unpack_admit
+
+KEY = b"of one edge of one run"
 
 items = st.builds(
     WorkItem,
@@ -52,27 +55,42 @@ headers = st.builds(
 @given(header=headers, number=st.integers(0, 1 << 40))
 def test_a_header_is_read_as_it_was_written(header, number):
     buffer = torch.full((HEADER_BYTES,), 7, dtype=torch.uint8)
-    header.write(buffer, number)
-    read = Header.read(buffer)
+    header.write(buffer, number, KEY)
+    read = Header.read(buffer, KEY)
     assert read.number == number
     for name in ("kind", "request", "item", "flags", "digest", "shape", "dtype"):
         assert getattr(read, name) == getattr(header, name)
 
 
 def test_bytes_that_are_no_header_are_refused():
-    with pytest.raises(ValueError, match="out of step"):
-        Header.read(torch.zeros(HEADER_BYTES, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="no header of this run"):
+        Header.read(torch.zeros(HEADER_BYTES, dtype=torch.uint8), KEY)
+
+
+@given(header=headers, place=st.integers(0, HEADER_BYTES - 1), change=st.integers(1, 255))
+def test_a_header_of_somebody_without_the_key_is_refused(header, place, change):
+    """Made with another key, or changed on the way."""
+    buffer = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+    header.write(buffer, 3, b"of another edge")
+    with pytest.raises(ValueError, match="no header of this run"):
+        Header.read(buffer, KEY)
+    header.write(buffer, 3, KEY)
+    buffer[place] ^= change
+    with pytest.raises(ValueError, match="no header of this run"):
+        Header.read(buffer, KEY)
 
 
 @given(data=st.data())
 def test_a_damaged_header_is_a_value_error_or_another_header(data):
-    """Whatever the bytes are: nothing is executed, and no other error comes."""
+    """Whatever the bytes are, of a rank that has the key: nothing is executed, and no other error comes."""
     buffer = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-    data.draw(headers).write(buffer, 3)
+    data.draw(headers).write(buffer, 3, KEY)
     for _ in range(data.draw(st.integers(1, 8))):
         buffer[data.draw(st.integers(4, 400))] = data.draw(st.integers(0, 255))
+    proof = messages._proof(KEY, buffer.numpy().tobytes()[: messages._CONTENT_BYTES])
+    buffer[messages._CONTENT_BYTES :] = torch.frombuffer(bytearray(proof), dtype=torch.uint8)
     try:
-        assert isinstance(Header.read(buffer), Header)
+        assert isinstance(Header.read(buffer, KEY), Header)
     except ValueError:
         pass
 
@@ -80,7 +98,7 @@ def test_a_damaged_header_is_a_value_error_or_another_header(data):
 def test_a_header_that_is_too_long_is_refused():
     header = Header(kind=Kind.ITEM, flags=(1,) * 8 * HEADER_BYTES)
     with pytest.raises(ValueError, match="does not fit"):
-        header.write(torch.zeros(HEADER_BYTES, dtype=torch.uint8), 0)
+        header.write(torch.zeros(HEADER_BYTES, dtype=torch.uint8), 0, KEY)
 
 
 @pytest.mark.parametrize(

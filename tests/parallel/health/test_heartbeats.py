@@ -1,11 +1,10 @@
 """The health of a gang as a process sees it that is none of its ranks."""
 
 import time
-from datetime import timedelta
 
 import pytest
-import torch.distributed as dist
 
+from parallel.comm.store import StoreServer, connect_store
 from parallel.health.errors import ErrorStore, Failure
 from parallel.health.hang_detector import Heartbeat
 from parallel.health.heartbeats import Heartbeats
@@ -15,17 +14,16 @@ from parallel.mesh import Layout, Mesh
 TIMES = Timeouts(silent=0.8, first=60.0, step=0.8, grace=0.1)
 
 
-def connected(port):
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
-    return dist.PrefixStore("flowcache/0", store)
+def connected(address):
+    return connect_store(address, patience=10.0, timeout=10.0)
 
 
 class Rank:
     """Heartbeats of one rank, as its monitor sends them."""
 
-    def __init__(self, port, rank):
+    def __init__(self, address, rank):
         self.count, self.doing, self.machine = 0, "", "here"
-        self.thread = Heartbeats(connected(port), Mesh(layout=Layout(pp=2), rank=rank), TIMES, beat=self.beat)
+        self.thread = Heartbeats(connected(address), Mesh(layout=Layout(pp=2), rank=rank), TIMES, beat=self.beat)
         self.thread.start()
 
     def beat(self):
@@ -38,13 +36,14 @@ class Rank:
 @pytest.fixture
 def gang():
     """The reader, the two ranks and the store of a gang."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = [Rank(store.port, rank) for rank in range(2)]
-    reader = Heartbeats(connected(store.port), Mesh(layout=Layout(pp=2), rank=0), TIMES)
+    store = StoreServer("127.0.0.1")
+    ranks = [Rank(store.address, rank) for rank in range(2)]
+    reader = Heartbeats(connected(store.address), Mesh(layout=Layout(pp=2), rank=0), TIMES)
     reader.start()
-    yield reader, ranks, store.port
+    yield reader, ranks, store.address
     for thread in (reader, *(rank.thread for rank in ranks)):
         thread.close(5)
+    store.close()
 
 
 def first(reader, seconds=10):
@@ -61,9 +60,9 @@ def test_a_healthy_gang_is_seen_and_nothing_is_found(gang):
 
 
 def test_what_a_rank_has_reported_is_read(gang):
-    reader, _, port = gang
+    reader, _, address = gang
     failure = Failure(message="rank 1 has gone", status=1, reporter=0, hung=(1,))
-    ErrorStore(connected(port)).report(failure)
+    ErrorStore(connected(address)).report(failure)
     assert first(reader) == failure
 
 
@@ -97,10 +96,10 @@ def test_a_thread_that_dies_of_anything_fails_the_gang(gang):
 
 
 def test_a_store_that_is_gone_is_said():
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    reader = Heartbeats(connected(store.port), Mesh(layout=Layout(pp=2), rank=0), TIMES)
+    store = StoreServer("127.0.0.1")
+    reader = Heartbeats(connected(store.address), Mesh(layout=Layout(pp=2), rank=0), TIMES)
     reader.start()
-    del store
+    store.close()
     deadline = time.monotonic() + 10
     while not reader.lost and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -2,11 +2,10 @@
 
 import threading
 import time
-from datetime import timedelta
 
 import pytest
-import torch.distributed as dist
 
+from parallel.comm.store import StoreServer
 from parallel.health.errors import GangError
 from parallel.health.monitor import Monitor
 from parallel.health.timeouts import Timeouts
@@ -17,10 +16,9 @@ from parallel.ranks.environment import RankEnv
 @pytest.fixture
 def monitor():
     """The monitor of a gang of one rank; the test serves the store."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
-    env = RankEnv(rank=0, world_size=1, local_rank=0, host="", port=store.port, launcher_serves=True)
+    env = RankEnv(rank=0, world_size=1, local_rank=0, host="", port=0, launcher_serves=True)
     timeouts = Timeouts(silent=1.0, first=60.0, step=0.5, grace=5.0)
-    monitor = Monitor(dist.PrefixStore("flowcache/0", store), Mesh(layout=Layout(), rank=0), timeouts, env)
+    monitor = Monitor(StoreServer("127.0.0.1").store, Mesh(layout=Layout(), rank=0), timeouts, env)
     monitor.start()
     yield monitor
     monitor.hand_over()

@@ -34,8 +34,7 @@ def test_torchrun_tells_everything():
         local_rank=1,
         host="node7",
         port=29500,
-        launcher_serves=True,
-        launcher_speaks=False,
+        torchrun=True,
         attempt=2,
     )
 
@@ -58,7 +57,7 @@ def test_a_variable_that_is_no_number_is_named():
 
 
 def test_a_child_finds_the_env_that_it_was_given():
-    env = RankEnv(rank=1, world_size=2, local_rank=1, host="here", port=7, launcher_serves=True, attempt=4)
+    env = RankEnv(rank=1, world_size=2, local_rank=1, host="here", port=7, secret="x", launcher_serves=True, attempt=4)
     given = child_environment(env, threads=3)
     assert RankEnv.from_environment(given) == env
     assert given["OMP_NUM_THREADS"] == "3"
