@@ -162,7 +162,7 @@ class Stage:
         held, what = self._videos[item.request], item.what
         asks = item.step is not None  # the next compression asks with the queries of what was denoised last
         view = held.kv.view(None if what.isolated else what.branch, item.chunk, item.keys_from, asks=asks)
-        caption = held.captions.get(what.caption, item.chunks_left)
+        caption = held.captions.get(what.caption, item.chunk, item.chunks_left)
         first_frame, tokens = item.chunk * held.grid[0], slice(None)
         if held.shard is not None:
             view, tokens = held.shard.view(view), held.shard.tokens

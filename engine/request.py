@@ -7,7 +7,7 @@ Requests check themselves; nothing else in the engine checks them again. It know
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,8 @@ class Request:
     """One video to make; an InputError if a value cannot be used."""
 
     prompt: str  # what it shows
+    script: tuple[tuple[int, str], ...] = ()
+    """Prompts that take its place, each with the first chunk that is made of it, in order; the prefix not counted."""
     chunks: int  # length in chunks of 24 frames, the prefix not counted
     height: int  # pixels, a multiple of 16
     width: int  # pixels, a multiple of 16
@@ -39,6 +41,9 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise InputError("the prompt is empty: say what the video shows")
+        starts = [0, *(first for first, _ in self.script)]
+        if sorted(set(starts)) != starts or not all(prompt.strip() for _, prompt in self.script):
+            raise InputError("prompts of later chunks must not be empty, and each begins after the one before it")
         if self.chunks < 1:
             raise InputError(f"a video of {self.chunks} chunks has no frames: ask for 1 or more")
         for name, pixels in (("height", self.height), ("width", self.width)):
@@ -83,9 +88,15 @@ class Admission:
 
 
 def encode(pipeline: Pipeline, request: Request) -> Encoded:
-    """Encode a request's prompt and prefix; an InputError if the model cannot take them."""
+    """Encode a request's prompts and prefix; an InputError if the model cannot take them."""
     prefix = None if request.prefix is None else _encode_prefix(pipeline, request.prefix)
-    return Encoded(captions=pipeline.captions(request.prompt), prefix=prefix, noise=seeded_noise(request.seed))
+    captions = pipeline.captions(request.prompt)
+    if request.script:
+        width = pipeline.sampling(request.num_steps, clean_pass=True, copy_pass=False).chunk_width
+        made = 0 if prefix is None else prefix.shape[2] // width  # whole chunks of the prefix
+        later = tuple((made + first, pipeline.captions(prompt).text) for first, prompt in request.script)
+        captions = replace(captions, later=later)
+    return Encoded(captions=captions, prefix=prefix, noise=seeded_noise(request.seed))
 
 
 def prepare(

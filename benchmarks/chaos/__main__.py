@@ -1,7 +1,7 @@
 """Do videos survive when processes, machines and disks fail? Causes failures while they are made, and keeps account.
 
     python -m benchmarks.chaos --out results/chaos                     # 20 failures and five around `batch`
-    python -m benchmarks.chaos --quick --out /tmp/chaos                # 3 failures
+    python -m benchmarks.chaos --quick --out /tmp/chaos                # 3 failures, small videos, and those five
     python -m benchmarks.chaos --failures 50 --kinds rank,gang --seed 7
 
 Gangs make videos on a Ray cluster of several nodes, all of them on this machine: first a batch that nothing disturbs,

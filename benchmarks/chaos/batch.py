@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.chaos.faults import Kind, marked, processes_of, survivors
+from benchmarks.chaos.faults import MARK, Kind, marked, processes_of, survivors
 from benchmarks.common import Row, Verdict, machine_line, publish
 from models.errors import InputError
 from parallel.health.exit_codes import BAD_INPUT, FAILED
@@ -42,7 +42,8 @@ _TERMINATED = 128 + signal.SIGTERM
 _STATUS = dict.fromkeys((Kind.DRIVER, Kind.PART, Kind.CHECKPOINT), _TERMINATED) | {Kind.DISK: BAD_INPUT}
 _NOTES = """\
 Status and again: of the first run and of the second. Ended after: seconds from the harm to the end of the first run.
-Left: hidden files and processes after both. Said: the last line of the first run; of damage, what the second says."""
+Left: processes after each, and hidden files after both. Said: the last line of the first run; of damage, what the
+second says."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,15 +55,15 @@ class Harm:
     seconds: float  # from the harm to its end
     again: int  # the second run's status
     right: int  # videos that are those of the undisturbed run
-    left: int  # hidden files and processes after the second run
+    left: tuple[str, ...]  # processes after each run, and hidden files after both
     said: str  # the last line of the first run; of damage, what the second says of it
 
     @property
     def verdict(self) -> Verdict:
         """All is as it should be, and damage is said."""
         wanted = _STATUS.get(self.kind, FAILED)
-        good = (self.status, self.again, self.right, self.left) == (wanted, 0, len(_PROMPTS), 0)
-        measured = f"{self.right} right, status {self.status}, then {self.again}, {self.left} left"
+        good = (self.status, self.again, self.right, self.left) == (wanted, 0, len(_PROMPTS), ())
+        measured = f"{self.right} right, status {self.status}, then {self.again}, {len(self.left)} left"
         asked = f"{len(_PROMPTS)} right, status {wanted}, then 0, 0 left"
         return Verdict(f"batch, {self.kind}", measured, asked, good and bool(self.said))
 
@@ -70,7 +71,7 @@ class Harm:
     def row(self) -> Row:
         """A line of the table."""
         row: Row = {"kind": self.kind, "status": self.status, "ended_after_s": round(self.seconds, 1)}
-        return row | {"again": self.again, "right": self.right, "left": self.left, "said": self.said}
+        return row | {"again": self.again, "right": self.right, "left": len(self.left), "said": self.said}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,8 +109,9 @@ def small_disk(work: Path) -> Iterator[Place]:
     inside.mkdir()
     mount = f"mount -t tmpfs -o size={DISK}m flowcache '{inside}' && echo ready && exec sleep infinity"
     command = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount)
+    unmarked = {name: value for name, value in os.environ.items() if name != MARK}
     try:
-        holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=unmarked)
     except FileNotFoundError:
         raise InputError("there is no unshare here, which belongs to util-linux") from None
     assert holder.stdout is not None
@@ -155,7 +157,11 @@ def run_batches(out: Path, kinds: Sequence[Kind], log: Callable[[str], None]) ->
         title="Failures around a batch",
         about=f"{len(_PROMPTS)} videos of {_CHUNKS} chunks, pp 2, a checkpoint a chunk. {machine_line()}.\n\n{_NOTES}",
         verdicts=[one.verdict for one in harms],
-        sections={"Kinds": rows, "Skipped": "\n".join(skipped)},
+        sections={
+            "Kinds": rows,
+            "Skipped": "\n".join(skipped),
+            "Left": "\n".join(f"- {one.kind}: {name}" for one in harms for name in one.left),
+        },
         data=rows,
     )
 
@@ -181,7 +187,7 @@ def _harm(kind: Kind, place: Place, work: Path, wanted: dict[str, str], mark: st
     began = time.monotonic()
     _hit(kind, process, place, mark)
     status, seconds = _end(process), time.monotonic() - began
-    left, said = len(survivors(mark, _LINGER)), _said(work)[-1]
+    left, said = [*survivors(mark, _LINGER).values()], _said(work)[-1]
     if kind is Kind.DISK:
         (place.folder.parent / "filler").unlink()
     elif kind is Kind.PART:
@@ -190,11 +196,11 @@ def _harm(kind: Kind, place: Place, work: Path, wanted: dict[str, str], mark: st
         _damage(place.files(_MANIFESTS)[-1].with_name("rank-0.safetensors"))
     again = _end(place.start(work))
     if kind in (Kind.PART, Kind.CHECKPOINT):
-        said = next((line for line in _said(work) if "damaged" in line), "")
+        said = next((line for line in _said(work) if "checksum" in line), "")
     videos = place.videos()
     right = sum(videos.get(name) == digest for name, digest in wanted.items())
-    left += len(survivors(mark, _LINGER)) + sum(path.name.startswith(".") for path in place.folder.iterdir())
-    return Harm(kind=kind, status=status, seconds=seconds, again=again, right=right, left=left, said=said)
+    left += [*survivors(mark, _LINGER).values(), *(str(path) for path in place.folder.glob(".*"))]
+    return Harm(kind=kind, status=status, seconds=seconds, again=again, right=right, left=tuple(left), said=said)
 
 
 def _wait_until_begun(process: subprocess.Popen[bytes], place: Place) -> None:

@@ -31,7 +31,8 @@ from models.errors import InputError
 from parallel.cluster.gang import GangState, GangView
 
 _PROC = Path("/proc")
-_MARK = "FLOWCACHE_CHAOS"
+MARK = "FLOWCACHE_CHAOS"
+"""The variable that marks processes; see `marked`."""
 _STORE = 80 * 2**20  # bytes of a node's object store; about as small as Ray allows, and some hundreds of chunks
 _NODE_SHARE, _STOP_SHARE, _HASTY_SHARE = 0.15, 0.25, 0.2
 _WAIT, _HASTE = (0.3, 2.5), (0.1, 1.0)
@@ -217,11 +218,11 @@ def marked() -> Iterator[str]:
     if not (_PROC / "self" / "environ").exists():
         raise InputError("this benchmark looks for processes in /proc: run it on Linux")
     token = secrets.token_hex(8)
-    os.environ[_MARK] = token
+    os.environ[MARK] = token
     try:
-        yield f"{_MARK}={token}"
+        yield f"{MARK}={token}"
     finally:
-        del os.environ[_MARK]
+        del os.environ[MARK]
 
 
 def processes_of(mark: str) -> dict[int, str]:

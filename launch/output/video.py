@@ -272,6 +272,7 @@ def record_settings(summary: Summary) -> dict[str, Any]:
         "version": __version__,
         "model": plan.model.name,
         "prompt": request.prompt,
+        "script": [{"chunk": chunk, "prompt": prompt} for chunk, prompt in request.script],
         "seed": request.seed,
         "chunks": request.chunks,
         "prefix_frames": 0 if request.prefix is None else len(request.prefix),

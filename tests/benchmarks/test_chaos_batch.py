@@ -9,12 +9,12 @@ from benchmarks.chaos.batch import DISK, Harm, Place, small_disk
 from benchmarks.chaos.faults import Kind
 from models.errors import InputError
 
-GOOD = Harm(kind=Kind.DRIVER, status=143, seconds=0.5, again=0, right=3, left=0, said="stopped by SIGTERM")
+GOOD = Harm(kind=Kind.DRIVER, status=143, seconds=0.5, again=0, right=3, left=(), said="stopped by SIGTERM")
 
 
 def test_each_figure_fails_for_itself():
     assert GOOD.verdict.passed and GOOD.row["ended_after_s"] == 0.5
-    for changes in ({"status": 0}, {"again": 1}, {"right": 2}, {"left": 1}, {"said": ""}):
+    for changes in ({"status": 0}, {"again": 1}, {"right": 2}, {"left": ("raylet",)}, {"said": ""}):
         assert not replace(GOOD, **changes).verdict.passed
     assert replace(GOOD, kind=Kind.DISK, status=2).verdict.passed
     assert replace(GOOD, kind=Kind.GCS, status=1).verdict.passed

@@ -349,3 +349,19 @@ def test_memory_does_not_grow_with_length(budget):
         return int(done.stdout)
 
     assert peak(40) <= 1.02 * peak(10)
+
+
+@pytest.mark.parametrize("frames", [0, 1, 36])
+def test_a_later_prompt_changes_the_chunks_from_its_own_on_and_none_before(frames):
+    prefix = Prefix(frames=torch.zeros(frames, 32, 48, 3, dtype=torch.uint8)) if frames else None
+    engine, asked = Engine(TinyPipeline(tiny_config())), request(prefix=prefix)
+    plain = latents(engine, asked)
+    changed = latents(engine, replace(asked, script=((2, "another thing"),)))  # of those that are made, prefix aside
+    equal = [torch.equal(a, b) for a, b in zip(plain, changed, strict=True)]
+    assert equal == [True, True] + [False] * (len(plain) - 2)
+
+
+@pytest.mark.parametrize("script", [((0, "a"),), ((2, "a"), (2, "b")), ((3, "a"), (2, "b")), ((2, " "),)])
+def test_a_script_out_of_order_is_refused(script):
+    with pytest.raises(InputError, match="prompts of later chunks"):
+        request(script=script)
