@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.contents import RUN_FILE, Contents, pack_shard, rank_file, unpack_shard
-from engine.checkpoint.files import Shard, read_contents, write_async
+from engine.checkpoint.files import Shard, must_fit, read_contents, write_async
 from engine.kv.buffer import KVBuffer
 from engine.request import Admission
 from engine.reuse.flags import FlagLog
@@ -189,12 +189,10 @@ class Stage:
             raise InputError(
                 f"the checkpoint {path} is of another split: {then}, now {self._place}; delete it to start anew"
             )
-        try:
+        with must_fit(path):
             state, log = unpack_shard(contents)
             kv.restore(state)
             flags.restore(log)
-        except (KeyError, ValueError, TypeError) as error:
-            raise InputError(f"the checkpoint {path} does not fit: {error}; delete it to start anew") from None
 
 
 class Runner(Protocol):

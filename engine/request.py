@@ -24,20 +24,6 @@ _SIZE_STEP = 2 * CELL_PIXELS  # a token is a patch of 2 x 2 cells
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prefix:
-    """Frames that the video goes on from: one for image to video, more for video to video."""
-
-    frames: Tensor  # uint8 [F, H, W, 3], at the size of the request
-
-    def __post_init__(self) -> None:
-        if self.frames.dtype != torch.uint8 or self.frames.dim() != 4 or self.frames.shape[-1] != 3:
-            shape = tuple(self.frames.shape)
-            raise InputError(f"a prefix must be uint8 frames [F, H, W, 3], not {self.frames.dtype} {shape}")
-        if not len(self.frames):
-            raise InputError("a prefix must have at least one frame")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One video to make; an InputError if a value cannot be used."""
 
@@ -49,7 +35,8 @@ class Request:
     width: int  # pixels, a multiple of 16
     num_steps: int  # denoising steps of a chunk; must divide into the model's window
     seed: int  # of the noise
-    prefix: Prefix | None = None  # frames to go on from
+    prefix: Tensor | None = None
+    """Frames that the video goes on from, uint8 [F, H, W, 3]: one for image to video, more for video to video."""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -66,8 +53,16 @@ class Request:
             raise InputError(f"{self.num_steps} denoising steps make no video")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"the seed {self.seed} is not between 0 and 2^63 - 1")
-        if self.prefix is not None and tuple(self.prefix.frames.shape[1:3]) != (self.height, self.width):
-            height, width = self.prefix.frames.shape[1:3]
+        if self.prefix is not None:
+            self._check_prefix(self.prefix)
+
+    def _check_prefix(self, prefix: Tensor) -> None:
+        if prefix.dtype != torch.uint8 or prefix.dim() != 4 or prefix.shape[-1] != 3:
+            raise InputError(f"a prefix must be uint8 frames [F, H, W, 3], not {prefix.dtype} {tuple(prefix.shape)}")
+        frames, height, width, _ = prefix.shape
+        if not frames:
+            raise InputError("a prefix must have at least one frame")
+        if (height, width) != (self.height, self.width):
             raise InputError(f"the prefix is {width}x{height} pixels, the video {self.width}x{self.height}")
 
 
@@ -154,9 +149,8 @@ def prepare(
 
 
 @torch.no_grad()
-def _encode_prefix(pipeline: Pipeline, prefix: Prefix) -> Tensor:
-    latents = pipeline.autoencoder.encode(prefix.frames)
+def _encode_prefix(pipeline: Pipeline, prefix: Tensor) -> Tensor:
+    latents = pipeline.autoencoder.encode(prefix)
     if not latents.shape[2]:
-        count = len(prefix.frames)
-        raise InputError(f"a prefix of {count} frames is too short: give one image or 4 frames and more")
+        raise InputError(f"a prefix of {len(prefix)} frames is too short: give one image or 4 frames and more")
     return latents.to(pipeline.model.kv.dtype)

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from engine.files import check_folder, check_target
-from engine.request import Prefix, Request
+from engine.request import Request
 from launch.media import Frame, read_image, read_video
 from launch.memory import Job, vae_bytes
 from launch.model import ModelPlan, layout_of, plan_model
@@ -208,10 +210,10 @@ def _chunks(options: Options, config: MagiConfig) -> int:
     return math.ceil(round(options.seconds * runtime.fps, 3) / chunk_frames)
 
 
-def _prefix(options: Options, request: Request, *, fps: int) -> Prefix | None:
+def _prefix(options: Options, request: Request, *, fps: int) -> Tensor | None:
     frame = Frame(height=request.height, width=request.width, fit=options.fit)
     if options.image is not None:
-        return Prefix(frames=read_image(options.image, frame))
+        return read_image(options.image, frame)
     if options.video is not None:
-        return Prefix(frames=read_video(options.video, frame, fps=fps, end=options.video_from))
+        return read_video(options.video, frame, fps=fps, end=options.video_from)
     return None

@@ -122,7 +122,7 @@ def _digest(plan: Plan, repeat: int) -> str:
         "form": _DIGEST_FORM,
         "repeat": repeat,
         "request": asdict(replace(plan.request, prefix=None)),
-        "prefix": None if prefix is None else hashlib.sha256(prefix.frames.numpy().tobytes()).hexdigest(),
+        "prefix": None if prefix is None else hashlib.sha256(prefix.numpy().tobytes()).hexdigest(),
         "model": asdict(model.config),
         "weights": "random" if source.random else None if source.weights is None else str(source.weights.resolve()),
         "text": [source.text.special, source.text.negative, source.text.dtype, source.text.tokens],

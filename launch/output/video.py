@@ -275,7 +275,7 @@ def record_settings(summary: Summary) -> dict[str, Any]:
         "script": [{"chunk": chunk, "prompt": prompt} for chunk, prompt in request.script],
         "seed": request.seed,
         "chunks": request.chunks,
-        "prefix_frames": 0 if request.prefix is None else len(request.prefix.frames),
+        "prefix_frames": 0 if request.prefix is None else len(request.prefix),
         "height": request.height,
         "width": request.width,
         "steps": request.num_steps,

@@ -84,8 +84,8 @@ def test_an_image_becomes_a_prefix_of_one_frame(options: Options, tmp_path: Path
     picture = tmp_path / "start.png"
     Image.new("RGB", (30, 50), (10, 200, 30)).save(picture)
     prefix = _plan(options, image=picture).request.prefix
-    assert prefix is not None and prefix.frames.shape == (1, 64, 64, 3)
-    assert prefix.frames[0, 32, 32].tolist() == pytest.approx([10, 200, 30], abs=2)
+    assert prefix is not None and prefix.shape == (1, 64, 64, 3)
+    assert prefix[0, 32, 32].tolist() == pytest.approx([10, 200, 30], abs=2)
 
 
 def test_the_size_is_checked_before_a_prefix_is_read(options: Options, tmp_path: Path) -> None:
