@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.contents import RUN_FILE, fingerprint, pack_run, unpack_run
-from engine.checkpoint.files import Checkpoint, CheckpointConfig, Checkpointer, discard, newest, read_contents
+from engine.checkpoint.files import Checkpoint, CheckpointConfig, Checkpointer, discard, must_fit, newest, read_contents
 from engine.decoder import Chunk, Decoder
 from engine.executor import LocalRunner, NotFinite, Runner
 from engine.files import Damaged
@@ -143,7 +143,8 @@ class Engine:
         found, state = newest(checkpoint.folder, stored=stored, on_damage=on_damage), None
         if found is not None:
             found.check_fits(own)
-            state = unpack_run(read_contents(found.folder, RUN_FILE))
+            with must_fit(found.folder):
+                state = unpack_run(read_contents(found.folder, RUN_FILE))
         return Submission(
             request=request,
             encoded=encoded,
@@ -191,11 +192,9 @@ class Engine:
             observe=recorder is not None,
             checkpoint=folder,
         )
-        if what.state is not None:
-            try:
+        if found is not None and what.state is not None:
+            with must_fit(found.folder):
                 run.restore(what.state)
-            except ValueError as error:
-                raise InputError(f"the checkpoint {folder} does not fit: {error}; delete it to start anew") from None
         runner.admit(admission)
         reporter = ProgressReporter(run.schedule, partial(runner.kv, number), on_progress, recorder, counts)
         keeper = None

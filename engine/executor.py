@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.contents import RUN_FILE, Contents, pack_shard, rank_file, unpack_shard
-from engine.checkpoint.files import Shard, read_contents, write_async
+from engine.checkpoint.files import Shard, must_fit, read_contents, write_async
 from engine.kv.buffer import KVBuffer
 from engine.request import Admission
 from engine.reuse.flags import FlagLog
@@ -162,7 +162,7 @@ class Stage:
         held, what = self._videos[item.request], item.what
         asks = item.step is not None  # the next compression asks with the queries of what was denoised last
         view = held.kv.view(None if what.isolated else what.branch, item.chunk, item.keys_from, asks=asks)
-        caption = held.captions.get(what.caption, item.chunks_left)
+        caption = held.captions.get(what.caption, item.chunk, item.chunks_left)
         first_frame, tokens = item.chunk * held.grid[0], slice(None)
         if held.shard is not None:
             view, tokens = held.shard.view(view), held.shard.tokens
@@ -189,12 +189,10 @@ class Stage:
             raise InputError(
                 f"the checkpoint {path} is of another split: {then}, now {self._place}; delete it to start anew"
             )
-        try:
+        with must_fit(path):
             state, log = unpack_shard(contents)
             kv.restore(state)
             flags.restore(log)
-        except (KeyError, ValueError, TypeError) as error:
-            raise InputError(f"the checkpoint {path} does not fit: {error}; delete it to start anew") from None
 
 
 class Runner(Protocol):

@@ -7,7 +7,7 @@ Requests check themselves; nothing else in the engine checks them again. It know
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,34 +24,26 @@ _SIZE_STEP = 2 * CELL_PIXELS  # a token is a patch of 2 x 2 cells
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prefix:
-    """Frames that the video goes on from: one for image to video, more for video to video."""
-
-    frames: Tensor  # uint8 [F, H, W, 3], at the size of the request
-
-    def __post_init__(self) -> None:
-        if self.frames.dtype != torch.uint8 or self.frames.dim() != 4 or self.frames.shape[-1] != 3:
-            shape = tuple(self.frames.shape)
-            raise InputError(f"a prefix must be uint8 frames [F, H, W, 3], not {self.frames.dtype} {shape}")
-        if not len(self.frames):
-            raise InputError("a prefix must have at least one frame")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One video to make; an InputError if a value cannot be used."""
 
     prompt: str  # what it shows
+    script: tuple[tuple[int, str], ...] = ()
+    """Prompts that take its place, each with the first chunk that is made of it, in order; the prefix not counted."""
     chunks: int  # length in chunks of 24 frames, the prefix not counted
     height: int  # pixels, a multiple of 16
     width: int  # pixels, a multiple of 16
     num_steps: int  # denoising steps of a chunk; must divide into the model's window
     seed: int  # of the noise
-    prefix: Prefix | None = None  # frames to go on from
+    prefix: Tensor | None = None
+    """Frames that the video goes on from, uint8 [F, H, W, 3]: one for image to video, more for video to video."""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise InputError("the prompt is empty: say what the video shows")
+        starts = [0, *(first for first, _ in self.script)]
+        if sorted(set(starts)) != starts or not all(prompt.strip() for _, prompt in self.script):
+            raise InputError("prompts of later chunks must not be empty, and each begins after the one before it")
         if self.chunks < 1:
             raise InputError(f"a video of {self.chunks} chunks has no frames: ask for 1 or more")
         for name, pixels in (("height", self.height), ("width", self.width)):
@@ -61,8 +53,16 @@ class Request:
             raise InputError(f"{self.num_steps} denoising steps make no video")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"the seed {self.seed} is not between 0 and 2^63 - 1")
-        if self.prefix is not None and tuple(self.prefix.frames.shape[1:3]) != (self.height, self.width):
-            height, width = self.prefix.frames.shape[1:3]
+        if self.prefix is not None:
+            self._check_prefix(self.prefix)
+
+    def _check_prefix(self, prefix: Tensor) -> None:
+        if prefix.dtype != torch.uint8 or prefix.dim() != 4 or prefix.shape[-1] != 3:
+            raise InputError(f"a prefix must be uint8 frames [F, H, W, 3], not {prefix.dtype} {tuple(prefix.shape)}")
+        frames, height, width, _ = prefix.shape
+        if not frames:
+            raise InputError("a prefix must have at least one frame")
+        if (height, width) != (self.height, self.width):
             raise InputError(f"the prefix is {width}x{height} pixels, the video {self.width}x{self.height}")
 
 
@@ -88,9 +88,15 @@ class Admission:
 
 
 def encode(pipeline: Pipeline, request: Request) -> Encoded:
-    """Encode a request's prompt and prefix; an InputError if the model cannot take them."""
+    """Encode a request's prompts and prefix; an InputError if the model cannot take them."""
     prefix = None if request.prefix is None else _encode_prefix(pipeline, request.prefix)
-    return Encoded(captions=pipeline.captions(request.prompt), prefix=prefix, noise=seeded_noise(request.seed))
+    captions = pipeline.captions(request.prompt)
+    if request.script:
+        width = pipeline.sampling(request.num_steps, clean_pass=True, copy_pass=False).chunk_width
+        made = 0 if prefix is None else prefix.shape[2] // width  # whole chunks of the prefix
+        later = tuple((made + first, pipeline.captions(prompt).text) for first, prompt in request.script)
+        captions = replace(captions, later=later)
+    return Encoded(captions=captions, prefix=prefix, noise=seeded_noise(request.seed))
 
 
 def prepare(
@@ -143,9 +149,8 @@ def prepare(
 
 
 @torch.no_grad()
-def _encode_prefix(pipeline: Pipeline, prefix: Prefix) -> Tensor:
-    latents = pipeline.autoencoder.encode(prefix.frames)
+def _encode_prefix(pipeline: Pipeline, prefix: Tensor) -> Tensor:
+    latents = pipeline.autoencoder.encode(prefix)
     if not latents.shape[2]:
-        count = len(prefix.frames)
-        raise InputError(f"a prefix of {count} frames is too short: give one image or 4 frames and more")
+        raise InputError(f"a prefix of {len(prefix)} frames is too short: give one image or 4 frames and more")
     return latents.to(pipeline.model.kv.dtype)

@@ -25,6 +25,7 @@ from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED, NO_OUTPUT, OK
 from parallel.ranks.environment import RankEnv, settle_libraries
 
 _HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+_PROMPT_AT = "--prompt-at"
 _OF_RANKS = ("pp", "cp", "split")
 
 _GENERATE_HELP = """Make a video from a prompt.
@@ -231,7 +232,8 @@ def run(arguments: Sequence[str]) -> int:
         env = RankEnv.from_environment()
         handle_as_rank(env)
         # Typer turns an interrupt into a status by itself.
-        status = int(app(args=list(arguments), prog_name="flowcache", standalone_mode=False, obj=arguments) or OK)
+        given = _joined(arguments)
+        status = int(app(args=given, prog_name="flowcache", standalone_mode=False, obj=given) or OK)
         sys.stdout.flush()
     except (InputError, typer.TyperException) as error:
         status = BAD_INPUT
@@ -269,3 +271,15 @@ def _show_error(text: str) -> None:
     if text:  # no arguments at all: typer has shown the help instead
         ours = text.replace("Value error, ", "").replace("Input should be", "it must be")  # pydantic's words
         typer.echo(f"flowcache: error: {' '.join(ours.split())}", err=True)
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--prompt-at TIME PROMPT` as one, since an option that may be repeated takes one value."""
+    joined, rest = list[str](), iter(arguments)
+    for argument in rest:
+        joined.append(argument)
+        if argument == _PROMPT_AT:
+            time = next(rest, None)
+            prompt = None if time is None or " " in time else next(rest, None)
+            joined += [time if prompt is None else f"{time} {prompt}"] if time is not None else []
+    return joined

@@ -30,6 +30,7 @@ class Opt:
     within: tuple[float, float | None] | None = None  # smallest and largest value
     hint: str = ""  # follows the error of a value out of bounds
     variable: str | None = None  # of the environment, where nothing is given
+    called: str | None = None  # its name on the command line, if that is not the field's
     argument: bool = False  # given by its place, not by a name
     batch: bool = True  # `flowcache batch` has it too
     line: bool = False  # it is of one video, so a line of a batch file has it
@@ -40,7 +41,7 @@ class Opt:
     @property
     def flag(self) -> str:
         """Its name on the command line."""
-        return "--" + self.name.replace("_", "-")
+        return "--" + (self.called or self.name).replace("_", "-")
 
     @property
     def value_type(self) -> Any:
@@ -96,12 +97,13 @@ def option(
     shown: str | None = None,
     hint: str = "",
     variable: str | None = None,
+    called: str | None = None,
     argument: bool = False,
     batch: bool = True,
     line: bool = False,
 ) -> Any:
     """A field that is an option; arguments as in `Opt`, and its default."""
-    opt = Opt(help, panel, metavar, shown, within, hint, variable, argument, batch, line)
+    opt = Opt(help, panel, metavar, shown, within, hint, variable, called, argument, batch, line)
     return field(default=default, metadata={"option": opt})
 
 
@@ -158,6 +160,8 @@ def arguments(options: Any) -> list[str]:
             placed += [_text(item) for item in (value if isinstance(value, list | tuple) else [value])]
         elif isinstance(value, bool):
             named.append(one.flag if value else f"--no-{one.flag[2:]}")
+        elif isinstance(value, list):
+            named += [f"{one.flag}={_text(item)}" for item in value]
         elif value is not None and value != one.default:
             named.append(f"{one.flag}={_text(value)}")
     return [*named, "--", *placed]

@@ -71,6 +71,19 @@ class Options:
         line=True,
     )
 
+    script: Path | None = _video(
+        "Prompts of later parts: a JSON object of times and prompts, such as "
+        '{"4s": "a red circle moving left"}. A chunk is made of the one that holds when it begins.',
+        metavar="FILE.json",
+        called="prompts",
+        batch=False,
+        line=True,
+    )
+    prompt_at: list[str] | None = _video(
+        'One of them on the command line: [cyan]--prompt-at 4s "a red circle moving left"[/cyan]; may be repeated.',
+        metavar="TIME PROMPT",
+        batch=False,
+    )
     fps: int | None = _video(
         "Frames of a second of video, which the autoencoder's tiles follow; the model's own by default.",
         within=(16, 120),

@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from engine.files import check_folder, check_target
-from engine.request import Prefix, Request
+from engine.request import Request
 from launch.media import Frame, read_image, read_video
 from launch.memory import Job, vae_bytes
 from launch.model import ModelPlan, layout_of, plan_model
 from launch.options import Options, ray_address, together
 from models.errors import InputError
-from models.magi.config import MagiConfig
+from models.magi.config import MagiConfig, read_json
 from models.magi.folder import find_files
 from models.pocket.text import parse_prompt
 from parallel.cluster.config import video_size
@@ -83,7 +85,7 @@ def plan_requests(options: Options, outs: Sequence[Path]) -> list[Plan]:
     if not options.prompts:
         raise InputError("there is no prompt: say what the video shows")
     first = plan_video(options, out=outs[0], at_a_time=together(options, len(options.prompts)))
-    text = replace(first.model.source.text, prompts=tuple(options.prompts))
+    text = replace(first.model.source.text, prompts=(*options.prompts, *(prompt for _, prompt in first.request.script)))
     first = replace(first, model=replace(first.model, source=replace(first.model.source, text=text)))
     plans = []
     for place, (prompt, out) in enumerate(zip(options.prompts, outs, strict=True)):
@@ -104,13 +106,18 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
     config, runtime = model.config, model.config.runtime_config
     request = Request(
         prompt=options.prompts[0],
+        script=_script(options, config),
         chunks=_chunks(options, config),
         height=options.height or runtime.video_size_h,
         width=options.width or runtime.video_size_w,
         num_steps=options.steps or runtime.num_steps,
         seed=options.seed,
     )
-    _check_prompt(config, request.prompt)
+    for prompt in (request.prompt, *(prompt for _, prompt in request.script)):
+        _check_prompt(config, prompt)
+    if request.script and request.script[-1][0] >= request.chunks:
+        prompt = request.script[-1][1]
+        raise InputError(f"the prompt {prompt!r} begins after the end of the video: ask for more --seconds")
     plan = Plan(options=options, model=model, request=request, out=out, record=options.record)
     if not runtime.noise2clean_kvrange and model.kv.budget is None:
         raise InputError(
@@ -161,6 +168,34 @@ def _check_prompt(config: MagiConfig, prompt: str) -> None:
         parse_prompt(prompt)
 
 
+def _script(options: Options, config: MagiConfig) -> tuple[tuple[int, str], ...]:
+    """Prompts of later chunks, of `--prompts` and `--prompt-at`, by the first chunk that is made of each."""
+    given: list[tuple[str, str]] = []
+    if options.script is not None:
+        values = read_json(options.script, "the prompts")
+        if not all(isinstance(prompt, str) for prompt in values.values()):
+            raise InputError(f'{options.script}: write times and prompts, such as {{"4s": "a red circle moving left"}}')
+        given += values.items()
+    given += [(time, prompt) for time, _, prompt in (text.partition(" ") for text in options.prompt_at or ())]
+    runtime = config.runtime_config
+    chunk_frames = runtime.chunk_width * runtime.temporal_downsample_factor
+    script: dict[int, str] = {}
+    for time, prompt in given:
+        found = re.fullmatch(r"(\d{1,7}(?:\.\d+)?)s?", time.strip())
+        if found is None:
+            raise InputError(f"{time!r} is no time: write seconds, such as 4s")
+        chunk = int(round(float(found[1]) * runtime.fps, 3) // chunk_frames)
+        if not prompt.strip():
+            raise InputError(f"there is no prompt for {time}")
+        if not chunk:
+            seconds = chunk_frames / runtime.fps
+            raise InputError(f"{time} is in the first chunk of {seconds:g} s, which PROMPT is for: give a later time")
+        if chunk in script:
+            raise InputError(f"there are two prompts for the chunk at {time}: leave out one")
+        script[chunk] = prompt
+    return tuple(sorted(script.items()))
+
+
 def _chunks(options: Options, config: MagiConfig) -> int:
     """Length in chunks; seconds are rounded up, as the released code rounds frames (specification 7.1)."""
     if options.seconds is not None and options.chunks is not None:
@@ -175,10 +210,10 @@ def _chunks(options: Options, config: MagiConfig) -> int:
     return math.ceil(round(options.seconds * runtime.fps, 3) / chunk_frames)
 
 
-def _prefix(options: Options, request: Request, *, fps: int) -> Prefix | None:
+def _prefix(options: Options, request: Request, *, fps: int) -> Tensor | None:
     frame = Frame(height=request.height, width=request.width, fit=options.fit)
     if options.image is not None:
-        return Prefix(frames=read_image(options.image, frame))
+        return read_image(options.image, frame)
     if options.video is not None:
-        return Prefix(frames=read_video(options.video, frame, fps=fps, end=options.video_from))
+        return read_video(options.video, frame, fps=fps, end=options.video_from)
     return None

@@ -74,24 +74,28 @@ class CaptionTable:
     """The texts of one request, of a size that does not depend on the length of the video."""
 
     text: Tensor  # [N, channels]
+    later: tuple[tuple[int, Tensor], ...] = ()
+    """Texts that take its place, [N, channels] each, with the chunk that is the first to see it, in order."""
     null: Tensor  # [M, channels], what a chunk without text sees
     counters: Tensor | None = None
     """[K, P, channels]: P rows in front of the text, by how many chunks come after this one; K - 1 stands for more."""
     max_length: int | None = None  # most tokens of a text with those rows; its last ones fall off
 
-    def get(self, kind: CaptionKind, chunks_left: int) -> Tensor:
-        """Caption tokens [N, channels] for a chunk with that many chunks of the video still to come after it."""
+    def get(self, kind: CaptionKind, chunk: int, chunks_left: int) -> Tensor:
+        """Caption tokens [N, channels] for a chunk, with that many chunks of the video still to come after it."""
         if kind == "null":
             return self.null
+        text = next((text for first, text in reversed(self.later) if chunk >= first), self.text)
         if self.counters is None:
-            return self.text
+            return text
         rows = self.counters[min(chunks_left, len(self.counters) - 1)]
-        return torch.cat([rows, self.text])[: self.max_length]
+        return torch.cat([rows, text])[: self.max_length]
 
     def to(self, device: torch.device) -> CaptionTable:
         """The same on a device."""
         counters = None if self.counters is None else self.counters.to(device)
-        return replace(self, text=self.text.to(device), null=self.null.to(device), counters=counters)
+        later = tuple((first, text.to(device)) for first, text in self.later)
+        return replace(self, text=self.text.to(device), later=later, null=self.null.to(device), counters=counters)
 
 
 class Sampling(Protocol):

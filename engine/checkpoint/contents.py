@@ -50,7 +50,7 @@ def fingerprint(
     """
     model, prefix = pipeline.model, request.prefix
     asked = {field.name: getattr(request, field.name) for field in fields(request)}
-    asked["prefix"] = None if prefix is None else _digest(prefix.frames)
+    asked["prefix"] = None if prefix is None else _digest(prefix)
     held = {
         "identity": identity,
         "class": type(model).__name__,

@@ -13,8 +13,8 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,15 @@ def read_contents(folder: Path, name: str) -> Contents:
             return Contents(tensors={name: file.get_tensor(name) for name in file.keys()}, values=values)
     except (*_DAMAGE, SafetensorError) as error:
         raise Damaged(path, f"it cannot be read: {error}") from None
+
+
+@contextmanager
+def must_fit(path: Path) -> Iterator[None]:
+    """Around taking up what a checkpoint holds; an InputError names it if that is of another size."""
+    try:
+        yield
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"the checkpoint {path} does not fit: {error}; delete it to start anew") from None
 
 
 def commit(checkpoint: Checkpoint) -> None:

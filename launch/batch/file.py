@@ -106,7 +106,7 @@ def _options(line: dict[str, Any], folder: Path, base: Options) -> Options:
     for pair in _EITHER:
         if not given.keys().isdisjoint(pair):
             given = {**dict.fromkeys(pair), **given}
-    for name in ("image", "video"):
+    for name in ("image", "video", "script"):
         if given.get(name) is not None:
             given[name] = folder / Path(given[name]).expanduser()
     return replace(base, prompts=[line["prompt"]], **given)
@@ -122,9 +122,11 @@ def _digest(plan: Plan, repeat: int) -> str:
         "form": _DIGEST_FORM,
         "repeat": repeat,
         "request": asdict(replace(plan.request, prefix=None)),
-        "prefix": None if prefix is None else hashlib.sha256(prefix.frames.numpy().tobytes()).hexdigest(),
+        "prefix": None if prefix is None else hashlib.sha256(prefix.numpy().tobytes()).hexdigest(),
         "model": asdict(model.config),
-        "weights": None if source.weights is None else str(source.weights.resolve()),
+        "weights": "random" if source.random else None if source.weights is None else str(source.weights.resolve()),
+        "text": [source.text.special, source.text.negative, source.text.dtype, source.text.tokens],
+        "copy_weight": source.copy_weight,
         "cp": plan.options.cp,  # sums are taken in another order; pp and split change nothing
         "threads": threads_of_a_rank(plan.options),
         "attention": source.attention,

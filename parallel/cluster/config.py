@@ -127,7 +127,7 @@ def video_size(
     model, num_steps = config.model_config, request.num_steps
     sampling = MagiSampling(config=config, num_steps=num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
     width = sampling.chunk_width
-    frames = 0 if request.prefix is None else len(request.prefix.frames)
+    frames = 0 if request.prefix is None else len(request.prefix)
     given = 1 if frames == 1 else frames // CELL_FRAMES
     chunks = math.ceil((request.chunks * width + given) / width)
     schedule = Schedule(first=given // width, chunks=chunks, num_steps=num_steps, window=sampling.window)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from engine.checkpoint.files import CheckpointConfig
 from engine.progress import Progress
-from engine.request import Prefix, Request
+from engine.request import Request
 from engine.schedule import Schedule
 from models.errors import InputError
 from parallel.cluster.scheduler import VideoSize
@@ -186,7 +186,7 @@ def log_entry(event: GangEvent, seconds: float) -> dict[str, Any]:
 
 # ---- bytes
 
-_PARTS = (Request, Prefix, VideoSize, Schedule, CheckpointConfig, Progress)
+_PARTS = (Request, VideoSize, Schedule, CheckpointConfig, Progress)
 _SENT = (*get_args(Command), *get_args(SentByGang), RankStarted, *_PARTS)
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in _SENT}
 

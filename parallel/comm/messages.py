@@ -42,7 +42,7 @@ _FIXED = struct.Struct("<4sBBHQihHH8s16sI5I")
 _CONTENT_BYTES = HEADER_BYTES - _PROOF_BYTES
 _DIMENSIONS = 5
 _PLAIN = ("video", "schedule", "kv", "grid", "checkpoint")  # fields of an admission without tensors
-
+_LATER = "later-"  # in front of the chunk that is the first to see a text
 T = TypeVar("T")
 
 
@@ -152,6 +152,7 @@ def pack_admit(admission: Admission) -> Tensor:
     captions = admission.captions
     form = _AdmissionForm(**{name: getattr(admission, name) for name in _PLAIN}, max_length=captions.max_length)
     tensors = {"form": _as_payload(to_plain(form)), "text": captions.text, "null": captions.null}
+    tensors |= {f"{_LATER}{first}": text for first, text in captions.later}
     if captions.counters is not None:
         tensors["counters"] = captions.counters
     return _as_payload(save({name: part.cpu().contiguous() for name, part in tensors.items()}))
@@ -162,8 +163,10 @@ def unpack_admit(payload: Tensor) -> Admission:
     try:
         tensors = load(payload.numpy().tobytes())
         form = from_plain(_AdmissionForm, tensors.pop("form").numpy().tobytes())
-        captions = CaptionTable(**tensors, max_length=form.max_length)
-    except (SafetensorError, KeyError, TypeError) as error:
+        starts = sorted(int(name.removeprefix(_LATER)) for name in tensors if name.startswith(_LATER))
+        later = tuple((first, tensors.pop(f"{_LATER}{first}")) for first in starts)
+        captions = CaptionTable(**tensors, later=later, max_length=form.max_length)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the bytes received are no admission: {error}") from None
     return Admission(**{name: getattr(form, name) for name in _PLAIN}, captions=captions)
 

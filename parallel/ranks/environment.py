@@ -92,7 +92,7 @@ def settle_libraries() -> None:
     would take them from those that are waited for. Ray leaves signals to us. A Ray that is started here listens at the
     loopback address alone: it does so where it cannot form clusters, and has no other way to ask for it.
     """
-    if "RAY_ADDRESS" not in os.environ:
+    if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")

@@ -14,7 +14,7 @@ from engine.engine import Engine
 from engine.executor import FiniteCheck, LocalRunner, NotFinite
 from engine.kv.layout import KVSettings
 from engine.record import NOT_ACTIVE, Recorder, RunRecord
-from engine.request import Prefix, Request
+from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from engine.video import WorkItem
@@ -64,13 +64,13 @@ def test_the_start_of_a_video_does_not_depend_on_its_length():
 @pytest.mark.parametrize(("frames", "first", "count"), [(1, 6, 4), (32, 4, 4), (24, 6, 3)])
 def test_a_prefix_gives_the_published_number_of_latents(frames, first, count):
     """An image makes one chunk more, and keeps its latent; a clip's own latents are not handed out (part 3)."""
-    prefix = Prefix(frames=torch.zeros(frames, 32, 48, 3, dtype=torch.uint8))
+    prefix = torch.zeros(frames, 32, 48, 3, dtype=torch.uint8)
     made = latents(Engine(TinyPipeline(tiny_config())), request(chunks=3, prefix=prefix))
     assert [part.shape[2] for part in made] == [first] + [6] * (count - 1)
 
 
 def test_a_prefix_too_short_for_a_latent_is_refused():
-    prefix = Prefix(frames=torch.zeros(3, 32, 48, 3, dtype=torch.uint8))
+    prefix = torch.zeros(3, 32, 48, 3, dtype=torch.uint8)
     with pytest.raises(InputError, match="3 frames is too short"):
         latents(Engine(TinyPipeline(tiny_config())), request(prefix=prefix))
 
@@ -139,7 +139,7 @@ def test_the_engine_makes_the_bits_of_a_plain_loop(changes, reuse, kv, monkeypat
     pipeline, wanted = TinyPipeline(tiny_config(guided=changes.get("guided", False))), request()
     if frames := changes.get("prefix"):
         picture = torch.randint(0, 255, (frames, 32, 48, 3), dtype=torch.uint8)
-        wanted = request(prefix=Prefix(frames=picture))
+        wanted = request(prefix=picture)
     expected, items, _ = reference_latents(pipeline, wanted, reuse, kv)
     ran = []
     begin = LocalRunner.begin
@@ -349,3 +349,19 @@ def test_memory_does_not_grow_with_length(budget):
         return int(done.stdout)
 
     assert peak(40) <= 1.02 * peak(10)
+
+
+@pytest.mark.parametrize("frames", [0, 1, 36])
+def test_a_later_prompt_changes_the_chunks_from_its_own_on_and_none_before(frames):
+    prefix = torch.zeros(frames, 32, 48, 3, dtype=torch.uint8) if frames else None
+    engine, asked = Engine(TinyPipeline(tiny_config())), request(prefix=prefix)
+    plain = latents(engine, asked)
+    changed = latents(engine, replace(asked, script=((2, "another thing"),)))  # of those that are made, prefix aside
+    equal = [torch.equal(a, b) for a, b in zip(plain, changed, strict=True)]
+    assert equal == [True, True] + [False] * (len(plain) - 2)
+
+
+@pytest.mark.parametrize("script", [((0, "a"),), ((2, "a"), (2, "b")), ((3, "a"), (2, "b")), ((2, " "),)])
+def test_a_script_out_of_order_is_refused(script):
+    with pytest.raises(InputError, match="prompts of later chunks"):
+        request(script=script)

@@ -10,7 +10,7 @@ from engine.checkpoint.contents import Contents, pack_run, pack_shard, unpack_ru
 from engine.executor import Stage
 from engine.kv.layout import KVSettings
 from engine.order import WorkOrder
-from engine.request import Prefix, encode, prepare
+from engine.request import encode, prepare
 from engine.reuse.flags import FlagState
 from engine.reuse.policy import Decision, ReuseSettings
 from tests.engine.reference import reference_latents
@@ -53,7 +53,7 @@ def build(case):
     pipeline = SmallPipeline(small_config(2, **case.get("config", {})))
     changes = {"chunks": 6, **case.get("request", {})}
     if "prefix" in case:
-        changes["prefix"] = Prefix(frames=torch.zeros(case["prefix"], 32, 48, 3, dtype=torch.uint8))
+        changes["prefix"] = torch.zeros(case["prefix"], 32, 48, 3, dtype=torch.uint8)
     return pipeline, request(**changes), ReuseSettings(**case.get("cache", {})), KVSettings(budget=case.get("budget"))
 
 

@@ -1,6 +1,7 @@
 """Joining a cluster and starting one: the one that is started here leaves the cores to the ranks."""
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -12,6 +13,7 @@ import torch
 
 from launch.cluster import ray_cluster
 from models.errors import InputError
+from tests.launch.process import flowcache_process
 
 
 def _standing() -> tuple[int, int]:
@@ -66,3 +68,29 @@ def test_an_address_where_something_else_answers_is_one_line():
 
 def test_a_port_that_is_no_number_is_one_line():
     _refuse("127.0.0.1:x", "invalid literal")
+
+
+def test_an_address_of_no_kind_is_one_line():
+    _refuse("foo://bar", "Module: foo does not exist")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_wait_for_a_cluster_at_once(tmp_path, sent, status):
+    """What answers there knows HTTP/2, and then says nothing more: Ray would wait for a minute, and see no signal."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red circle moving right", "chunks": 1}')
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host, port = server.getsockname()
+        process = flowcache_process(tmp_path, "batch", "prompts.jsonl", extra={"RAY_ADDRESS": f"{host}:{port}"})
+        server.settimeout(60)
+        knocks, _ = server.accept()
+        knocks.recv(100)
+        knocks.sendall(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        while knocks.recv(100):
+            pass  # until the command has heard enough, and asks Ray to join
+        time.sleep(1.0)
+        began = time.monotonic()
+        process.send_signal(sent)
+        _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (status, "flowcache: stopped\n")
+    assert time.monotonic() - began < 5

@@ -84,8 +84,8 @@ def test_an_image_becomes_a_prefix_of_one_frame(options: Options, tmp_path: Path
     picture = tmp_path / "start.png"
     Image.new("RGB", (30, 50), (10, 200, 30)).save(picture)
     prefix = _plan(options, image=picture).request.prefix
-    assert prefix is not None and prefix.frames.shape == (1, 64, 64, 3)
-    assert prefix.frames[0, 32, 32].tolist() == pytest.approx([10, 200, 30], abs=2)
+    assert prefix is not None and prefix.shape == (1, 64, 64, 3)
+    assert prefix[0, 32, 32].tolist() == pytest.approx([10, 200, 30], abs=2)
 
 
 def test_the_size_is_checked_before_a_prefix_is_read(options: Options, tmp_path: Path) -> None:
@@ -218,3 +218,34 @@ def test_settings_that_do_not_fit(tmp_path: Path, name: str, given: dict[str, ob
 def test_a_model_without_t5_has_no_text_settings(options: Options, given: dict[str, object]) -> None:
     with pytest.raises(InputError, match=f"--{next(iter(given)).replace('_', '-')} is for models that read prompts"):
         _plan(options, **given)
+
+
+def test_prompts_of_later_parts_belong_to_the_chunk_in_which_they_begin(options: Options, tmp_path: Path) -> None:
+    story = tmp_path / "story.json"
+    story.write_text(json.dumps({"4": "a green square moving up", "2.5s": OTHER}))
+    plan = _plan(options, script=story, prompt_at=["3s a blue circle moving left"], seconds=5)
+    assert plan.request.script == ((2, OTHER), (3, "a blue circle moving left"), (4, "a green square moving up"))
+    assert plan.model.source.text.prompts == (PROMPT, OTHER, "a blue circle moving left", "a green square moving up")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["0.9s " + OTHER], "0.9s is in the first chunk of 1 s, which PROMPT is for"),
+        (["soon " + OTHER], "'soon' is no time: write seconds, such as 4s"),
+        (["2s"], "there is no prompt for 2s"),
+        (["2s " + OTHER, "2.2s " + PROMPT], "there are two prompts for the chunk at 2.2s"),
+        (["9s " + OTHER], "begins after the end of the video: ask for more --seconds"),
+        (["2s a purple circle"], "purple"),
+    ],
+)
+def test_later_prompts_that_cannot_be_used(options: Options, given: list[str], said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        _plan(options, prompt_at=given, seconds=5)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"2s": 3}', "{", '{"2s": "  "}'])
+def test_a_damaged_script_is_one_line(options: Options, tmp_path: Path, content: str) -> None:
+    (tmp_path / "story.json").write_text(content)
+    with pytest.raises(InputError):
+        _plan(options, script=tmp_path / "story.json", seconds=5)

@@ -18,7 +18,6 @@ from engine import executor
 from engine.checkpoint.files import CheckpointConfig
 from engine.kv.layout import KVSettings
 from engine.record import Recorder
-from engine.request import Prefix
 from engine.reuse.flags import FlagLog
 from engine.reuse.policy import ReuseSettings
 from engine.video import WorkItem
@@ -51,7 +50,7 @@ def wanted(values):
         changes = dict(changes)
         frames = changes.pop("prefix", 0)
         if frames:
-            changes["prefix"] = Prefix(frames=torch.zeros(frames, 32, 48, 3, dtype=torch.uint8))
+            changes["prefix"] = torch.zeros(frames, 32, 48, 3, dtype=torch.uint8)
         made.append(request(**changes))
     return made
 

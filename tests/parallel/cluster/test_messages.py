@@ -11,7 +11,7 @@ import torch
 
 from engine.checkpoint.files import CheckpointConfig
 from engine.progress import Progress
-from engine.request import Prefix, Request
+from engine.request import Request
 from parallel.cluster.messages import (
     _KINDS,
     Admitted,
@@ -39,14 +39,12 @@ def envelope(plain, arrays=0):
 
 def test_an_order_comes_back_the_same():
     frames = torch.arange(4 * 16 * 16 * 3, dtype=torch.uint8).reshape(4, 16, 16, 3)
-    request = Request(
-        prompt="größer", chunks=2, height=16, width=16, num_steps=4, seed=2**62, prefix=Prefix(frames=frames)
-    )
+    request = Request(prompt="größer", chunks=2, height=16, width=16, num_steps=4, seed=2**62, prefix=frames)
     order = VideoOrder(
         video="a", request=request, size=size(), checkpoint=CheckpointConfig(folder=Path("/x/y"), every=3), stored=1
     )
     made = back(order)
-    assert torch.equal(made.request.prefix.frames, frames) and made.request.seed == 2**62
+    assert torch.equal(made.request.prefix, frames) and made.request.seed == 2**62
     assert (made.size, made.checkpoint, made.stored, made.priority) == (order.size, order.checkpoint, 1, 0)
     assert made.request.prompt == "größer"
 
