@@ -353,7 +353,7 @@ def test_memory_does_not_grow_with_length(budget):
 
 @pytest.mark.parametrize("frames", [0, 1, 36])
 def test_a_later_prompt_changes_the_chunks_from_its_own_on_and_none_before(frames):
-    prefix = Prefix(frames=torch.zeros(frames, 32, 48, 3, dtype=torch.uint8)) if frames else None
+    prefix = torch.zeros(frames, 32, 48, 3, dtype=torch.uint8) if frames else None
     engine, asked = Engine(TinyPipeline(tiny_config())), request(prefix=prefix)
     plain = latents(engine, asked)
     changed = latents(engine, replace(asked, script=((2, "another thing"),)))  # of those that are made, prefix aside
