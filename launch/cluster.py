@@ -37,7 +37,7 @@ from parallel.cluster.controller import ClusterLost, Controller
 from parallel.cluster.placement import GangShape, alive_nodes, cluster_has_gpus
 from parallel.cluster.scheduler import GangSize
 from parallel.health.exit_codes import FAILED
-from parallel.health.timeouts import HEAD_SECONDS, OWN_HEAD_SECONDS, RAY_FILES_SECONDS, Timeouts
+from parallel.health.timeouts import HEAD_SECONDS, JOIN_SECONDS, OWN_HEAD_SECONDS, RAY_FILES_SECONDS, Timeouts
 
 _OBJECT_STORE = 512 * 2**20  # bytes for what Ray itself passes around; chunks do not go through it
 _LONGEST_BASE = 16  # characters before a folder of Ray's: 107 are allowed for a socket's name
@@ -166,6 +166,7 @@ def _init(stack: ExitStack, *, address: str, **own: Any) -> None:
 
     stack.callback(ends.set)
     threading.Thread(target=work, name="ray", daemon=True).start()
+    began = time.monotonic()
     main, handler = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGTERM)
     while True:
         running = wait([begun], timeout=0.05).not_done
@@ -175,6 +176,8 @@ def _init(stack: ExitStack, *, address: str, **own: Any) -> None:
             break
         if not own:  # nothing was started that would have to be ended
             check_signals()
+            if time.monotonic() - began > JOIN_SECONDS:
+                raise TimeoutError(f"it has not answered within {JOIN_SECONDS:.0f} s")
     stack.callback(ray.shutdown)
     begun.result()
 

@@ -31,6 +31,7 @@ from benchmarks.common import Row, Verdict, machine_line, publish
 from models.errors import InputError
 from parallel.health.exit_codes import BAD_INPUT, FAILED
 
+_PROGRAM = (sys.executable, "-m", "launch", "batch")
 _PROMPTS = ("a red circle moving right", "a blue cross moving up", "a green square moving down")
 _CHUNKS, _BEGUN = 6, 2  # chunks of a video; files of chunks that are there when the harm is done
 DISK = 48
@@ -94,12 +95,12 @@ class Place:
         """Digests of the videos, by name."""
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.folder.glob("*.mp4")}
 
-    def start(self, work: Path) -> subprocess.Popen[bytes]:
+    def start(self, work: Path, program: Sequence[str]) -> subprocess.Popen[bytes]:
         """Run the command; what it says goes into `work`, which has the batch file."""
         options = ("--pp", "2", "--concurrency", str(len(_PROMPTS)), "--checkpoint-every", "1", "--threads", "1")
-        program = (sys.executable, "-m", "launch", "batch", str(work / "prompts.jsonl"), "--out", str(self.inside))
+        command = (*self.enter, *program, str(work / "prompts.jsonl"), "--out", str(self.inside), *options)
         with (work / "said").open("w") as said:
-            return subprocess.Popen((*self.enter, *program, *options), stdout=said, stderr=said)
+            return subprocess.Popen(command, stdout=said, stderr=said)
 
 
 @contextmanager
@@ -132,12 +133,12 @@ def plain_folder(work: Path) -> Iterator[Place]:
     yield Place(folder=work / "videos", inside=work / "videos")
 
 
-def run_batches(out: Path, kinds: Sequence[Kind], log: Callable[[str], None]) -> int:
-    """Do the harm of each kind; the exit status."""
+def run_batches(out: Path, kinds: Sequence[Kind], log: Callable[[str], None], program: Sequence[str] = _PROGRAM) -> int:
+    """Do the harm of each kind to a program, and report; the exit status."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as name, marked() as mark:
         log("batch: undisturbed")
         with plain_folder(_work(Path(name), "undisturbed")) as place:
-            process = place.start(place.folder.parent)
+            process = place.start(place.folder.parent, program)
             if process.wait(_PATIENCE):
                 raise InputError(f"a batch that nothing disturbs fails: {_said(place.folder.parent)[-1]}")
             wanted = place.videos()
@@ -147,7 +148,7 @@ def run_batches(out: Path, kinds: Sequence[Kind], log: Callable[[str], None]) ->
             work = _work(Path(name), kind)
             try:
                 with small_disk(work) if kind is Kind.DISK else plain_folder(work) as place:
-                    harms.append(_harm(kind, place, work, wanted, mark))
+                    harms.append(_harm(kind, place, work, program, wanted, mark))
             except InputError as error:
                 skipped.append(f"- {kind} was skipped: {error}")
     rows = [one.row for one in harms]
@@ -180,9 +181,9 @@ def _said(work: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()] or [""]
 
 
-def _harm(kind: Kind, place: Place, work: Path, wanted: dict[str, str], mark: str) -> Harm:
+def _harm(kind: Kind, place: Place, work: Path, program: Sequence[str], wanted: dict[str, str], mark: str) -> Harm:
     """Run the command, do the harm, and run it again."""
-    process = place.start(work)
+    process = place.start(work, program)
     _wait_until_begun(process, place)
     began = time.monotonic()
     _hit(kind, process, place, mark)
@@ -194,7 +195,7 @@ def _harm(kind: Kind, place: Place, work: Path, wanted: dict[str, str], mark: st
         _damage(place.files(_PARTS)[0])
     elif kind is Kind.CHECKPOINT:
         _damage(place.files(_MANIFESTS)[-1].with_name("rank-0.safetensors"))
-    again = _end(place.start(work))
+    again = _end(place.start(work, program))
     if kind in (Kind.PART, Kind.CHECKPOINT):
         said = next((line for line in _said(work) if "checksum" in line), "")
     videos = place.videos()

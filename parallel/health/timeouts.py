@@ -21,6 +21,7 @@ RAY_ANSWER_SECONDS = 30.0  # for the result of a call that has ended
 RAY_EXPLAINS_SECONDS = 10.0  # for Ray to say why a rank whose connection has ended is gone
 RAY_DECIDES_SECONDS = 20.0  # for Ray to decide about a node that does not answer
 READER_ENDS_SECONDS = 1.0  # for the thread that reads a dead gang's heartbeats
+JOIN_SECONDS = 30.0  # for a cluster to be joined, once it takes connections
 HEAD_SECONDS = 30.0  # for the head of a cluster to be started again; after 60 Ray ends the process
 OWN_HEAD_SECONDS = 2.0  # the same of a cluster that ends with the command: nobody starts it again
 HEAD_ANSWERS_SECONDS = 1.0  # for it to take a connection

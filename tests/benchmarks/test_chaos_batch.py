@@ -1,11 +1,12 @@
 """Failures around a batch: the small disk, damage, and what each kind is held to."""
 
 import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
-from benchmarks.chaos.batch import DISK, Harm, Place, small_disk
+from benchmarks.chaos.batch import DISK, Harm, Place, run_batches, small_disk
 from benchmarks.chaos.faults import Kind
 from models.errors import InputError
 
@@ -46,3 +47,39 @@ def test_a_small_disk_is_full_for_those_inside_and_gone_afterwards(tmp_path):
             assert not list((tmp_path / "disk").iterdir())  # it is mounted for those inside alone
     except InputError as error:
         pytest.skip(str(error))
+
+
+# Stands for `flowcache batch`: chunks and a checkpoint, a while to be hit in, and then the videos. Called again, it
+# looks at what is there before it goes on; how carefully is its argument.
+STAND_IN = """
+import pathlib, shutil, signal, sys, time
+care, out = sys.argv[1], pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+signal.signal(signal.SIGTERM, lambda *_: (print("stopped", flush=True), sys.exit(143)))
+files = [out / ".x.parts" / "0.npy", out / ".x.parts" / "1.npy"]
+files += [out / ".checkpoints" / "x" / name for name in ("rank-0.safetensors", "manifest.json")]
+for file in files:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists() and care == "careful" and file.read_bytes() != b"chunk" * 4000:
+        print(f"{file} does not match its checksum")
+        file.unlink()
+    if not file.exists():
+        file.write_bytes(b"chunk" * 4000)
+time.sleep(2)
+for video in range(3):
+    (out / f"{video}.mp4").write_bytes(files[0].read_bytes())
+shutil.rmtree(out / ".x.parts")
+shutil.rmtree(out / ".checkpoints")
+"""
+
+
+@pytest.mark.parametrize(("care", "status"), [("careful", 0), ("careless", 1)])
+def test_a_command_that_reads_damage_without_looking_is_found(tmp_path, capsys, care, status):
+    program = (sys.executable, "-c", STAND_IN, care)
+    kinds = (Kind.DRIVER, Kind.PART, Kind.CHECKPOINT)
+    assert run_batches(tmp_path, kinds, lambda line: None, program) == status
+    text = capsys.readouterr().out
+    assert [f"batch, {kind}" in text for kind in kinds] == [True] * 3
+    assert text.count("PASS") == (3 if care == "careful" else 1)
+    if care == "careless":
+        assert "0 right, status 143, then 0" in text  # the damaged chunk is in the videos
+    assert len((tmp_path / "chaos_batch.csv").read_text().splitlines()) == 1 + 3

@@ -19,9 +19,11 @@ from PIL import Image
 from engine.record import RunRecord
 from launch.cli import run
 from launch.options import Options
+from parallel.comm.meeting import interface_of
 from tests.launch.process import ROOT, Result, environment, flowcache_process, overflowing_weights
 from tests.launch.videos import generate_video
-from tests.parallel.strangers import Fuzzer, family, own_address, reaches
+from tests.parallel.strangers import Fuzzer, family, listening, own_address, reaches
+from tests.ports import free_ports
 
 GOLDENS = ROOT / "tests" / "data" / "goldens"
 pytestmark = pytest.mark.slow
@@ -284,6 +286,35 @@ def test_nothing_is_left_of_a_rank_that_is_killed(tmp_path: Path, random_weights
         process.kill()
     assert process.returncode == 1 and "rank 0 (stage 0 of 2) " in shown.splitlines()[-1]
     assert os.listdir(tmp_path) == []
+
+
+def test_ranks_of_several_machines_listen_at_an_interface_and_need_a_secret(
+    tmp_path: Path, random_weights: Path
+) -> None:
+    """Two ranks that meet at an address which other machines reach as well; nobody says that they share one."""
+    here = own_address()
+    if here is None or (interface := interface_of(here)) is None:
+        pytest.skip("this machine has no address but the loopback one")
+    [port] = free_ports(1)
+    options = ["--chunks", 1, "--steps", 4, "--weights", random_weights, "--pp", 2, "--threads", 1, "--out", "a.mp4"]
+
+    def start(rank: int, secret: str) -> subprocess.Popen[str]:
+        env = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": here, "MASTER_PORT": str(port)}
+        return flowcache_process(
+            tmp_path, "generate", PROMPT, *options, "--interface", interface, extra={**env, "FLOWCACHE_SECRET": secret}
+        )
+
+    alone = start(0, "")
+    _, said = alone.communicate(timeout=60)
+    assert alone.returncode == 2 and "need the same FLOWCACHE_SECRET" in said
+    ranks = [start(rank, "a secret") for rank in range(2)]
+    found = set[str]()
+    while ranks[0].poll() is None:
+        found |= {host for rank in ranks for host, _ in listening([rank.pid])}
+        time.sleep(0.1)
+    shown = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], shown
+    assert found == {here} and os.listdir(tmp_path) == ["a.mp4"]
 
 
 @pytest.mark.parametrize(("rank", "sent"), [(1, signal.SIGTERM), (0, signal.SIGKILL)])
