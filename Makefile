@@ -27,7 +27,7 @@ check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not alone"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations 12 -m "slow and not alone"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m alone
 
 clean:

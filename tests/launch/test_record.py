@@ -49,6 +49,7 @@ def test_record_then_plot(flowcache: Callable[..., Result], tmp_path: Path, rand
         "version": __version__,
         "model": "magi-pocket",
         "prompt": PROMPT,
+        "script": [],
         "seed": 5,
         "chunks": 3,
         "prefix_frames": 0,
