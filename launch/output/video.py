@@ -228,7 +228,8 @@ class VideoSinks:
         video.began = time.monotonic()
         self._display.begin(index, out.stem if self._folder is not None else "")
         writer = VideoWriter(out, fps=fps, height=request.height, width=request.width)
-        video.writer = BackgroundWriter(writer).__enter__()
+        video.writer = BackgroundWriter(writer)  # known before it begins, so that an interrupt finds it
+        video.writer.__enter__()
 
     def _write(self, video: _Video, chunk: ChunkMade) -> None:
         assert video.writer is not None

@@ -127,7 +127,7 @@ class Runs:
         self.when(lambda: len(self.below("RankActor.run")) == 2)
         ranks = self.below("RankActor")
         os.kill(ranks[0], signal.SIGKILL)
-        self.when(lambda: self.below("RankActor", but=ranks))
+        self.when(lambda: len(self.below("RankActor.run", but=ranks)) == 2)  # the loss was said before they began
         below = self.below("")
         self.process.send_signal(signal.SIGTERM)
         status, text = self.end()
