@@ -121,22 +121,6 @@ class Runs:
         last = text.splitlines()[-1]
         assert status == 1 and last.startswith("flowcache: error: the head of the Ray cluster (its GCS) is gone"), text
 
-    def lose_a_rank_and_stop(self):
-        self.start()
-        # One that is killed before it runs is nobody's loss: Ray makes another.
-        self.when(lambda: len(self.below("RankActor.run")) == 2)
-        ranks = self.below("RankActor")
-        os.kill(ranks[0], signal.SIGKILL)
-        self.when(lambda: len(self.below("RankActor.run", but=ranks)) == 2)  # the loss was said before they began
-        below = self.below("")
-        self.process.send_signal(signal.SIGTERM)
-        status, text = self.end()
-        assert status == 143 and "flowcache: stopped" in text and "SIGTERM received" not in text, (status, text)
-        assert "gang-0 was lost" in text
-        assert "raylet" in Path(re.search("what Ray said is in (.*)", text)[1]).read_text()
-        assert not [_command(pid) for pid in below if _command(pid)]
-        assert [path.suffix for path in self.temporary.iterdir()] == [".log"]
-
 
 def test_a_batch_that_was_ended_goes_on_where_it_was(tmp_path, temporary, monkeypatch):
     """Also with a chunk of one video and a checkpoint of the other damaged: both are made again."""
@@ -146,7 +130,6 @@ def test_a_batch_that_was_ended_goes_on_where_it_was(tmp_path, temporary, monkey
     runs, videos = Runs(tmp_path, temporary, *command), tmp_path / "videos"
     runs.lose_the_command()
     runs.lose_the_head()
-    runs.lose_a_rank_and_stop()
     damaged = runs.damage()
     runs.start()
     status, text = runs.end()
