@@ -34,8 +34,9 @@ from models.magi.config import MagiConfig, ModelConfig, VaeConfig
 from models.magi.dit import MagiDiT
 from models.magi.layers import apply_rotary
 from models.magi.presets import released_config
+from models.magi.random import random_dit
 from models.magi.vae import TiledVAE, ViTVAE
-from models.magi.weights import dit_dtype
+from models.magi.weights import Loading
 from models.protocols import PassCondition
 
 Row = dict[str, Any]
@@ -89,16 +90,7 @@ class Bench:
 
     def dit(self, layers: range | None = None) -> MagiDiT:
         """A DiT with random weights, in the dtypes of a loaded one."""
-        with torch.device("meta"):
-            dit = MagiDiT(self.shapes, layers=layers)
-        generator = torch.Generator(self.device).manual_seed(0)
-        weights = {}
-        for name, tensor in dit.state_dict().items():
-            value = torch.randn(tensor.shape, generator=generator, device=self.device)
-            std = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.1
-            weights[name] = (value * std).to(dit_dtype(name, tensor, self.shapes.dtype))
-        dit.load_state_dict(weights, assign=True)
-        return dit.requires_grad_(False).eval()
+        return random_dit(self.config, Loading(device=str(self.device), layers=layers))
 
     def view(self, chunks: int, layers: range, attention: Attention) -> SliceView:
         """A chunk that attends to so many, itself included."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.kv.layout import KVSettings
 from engine.record import NOT_ACTIVE
@@ -28,8 +27,8 @@ from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from models.errors import InputError
 from models.magi.config import MagiConfig
-from models.magi.dit import MagiDiT
 from models.magi.pipeline import MagiPipeline, load_stage
+from models.magi.random import random_dit
 from models.magi.sampling import MagiSampling
 from models.magi.weights import Loading
 from models.pocket.clips import SIDE
@@ -42,7 +41,6 @@ POCKET = "magi-pocket"
 PROMPT = "a red circle moving right"
 MOST_PROMPTS = 1000  # of one run; its noise has as many seeds to itself
 _HEAD, _KEY_HEADS = 48, 4  # size of an attention head, and heads of keys
-_GAIN = 0.3 - 1  # of post-norms, which have an offset of one
 
 Chunks = Annotated[int, typer.Option(min=1, help="Length of a video.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps of a chunk.")]
@@ -95,23 +93,8 @@ def build(spec: ModelSpec, layers: range | None = None) -> MagiPipeline:
     if spec.name == POCKET:
         model = load_stage(config, None, Loading(layers=layers))
     else:
-        model = _random_model(config, layers)
+        model = random_dit(config, Loading(layers=layers))
     return MagiPipeline(config, model, _NoFrames(), PocketEncoder())
-
-
-def _random_model(config: MagiConfig, layers: range | None) -> MagiDiT:
-    dit = MagiDiT(config.model_config, layers=layers)
-    for name, parameter in dit.named_parameters():
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=1 / math.sqrt(parameter[0].numel()), generator=generator)
-        elif name.endswith("ada_modulate_layer.proj.0.bias"):
-            nn.init.ones_(parameter)
-        elif name.endswith(".bias"):
-            nn.init.zeros_(parameter)
-        elif name.endswith("post_norm.weight"):
-            nn.init.constant_(parameter, _GAIN)
-    return dit.requires_grad_(False).eval()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

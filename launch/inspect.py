@@ -16,15 +16,15 @@ from rich.table import Table
 from engine.kv.layout import KVSettings
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
-from launch.memory import Job, vae_bytes
+from launch.memory import Job
 from launch.options import size_text
 from models.errors import InputError
-from models.magi.config import MagiConfig
+from models.magi.config import MagiConfig, VaeConfig
 from models.magi.folder import ModelFiles, dit_folder, find_files, recognise
 from models.magi.presets import PRESETS, Preset, preset_of
+from models.magi.random import vae_config
 from models.magi.text import T5_FOLDER, SpecialTokens, check_t5
 from models.magi.weights import Checkpoint, Stored, read_through
-from parallel.cluster.config import video_size
 from parallel.mesh import Layout
 
 _BLOCK = 1 << 24  # bytes that are hashed at once
@@ -94,7 +94,7 @@ def inspect_folder(folder: Path, wanted: Wanted, *, tokens: Path | None, verify:
         console.print(f"[red]{line}[/red]", highlight=False, soft_wrap=True)
     if not report.wrong:
         assert files is not None
-        _print_memory(console, config, vae_bytes(config, files.vae), wanted)
+        _print_memory(console, config, Checkpoint(files.vae).vae_config(), wanted)
     damaged = _verify(console, [of_dit, of_vae]) if verify and not report.wrong else 0
     return 1 if report.wrong or damaged else 0
 
@@ -130,7 +130,7 @@ def _special(path: Path, config: MagiConfig) -> str:
     return "quality and duration"
 
 
-def _print_memory(console: Console, config: MagiConfig, vae_bytes: int, wanted: Wanted) -> None:
+def _print_memory(console: Console, config: MagiConfig, vae: VaeConfig, wanted: Wanted) -> None:
     runtime = config.runtime_config
     request = Request(
         prompt="-",
@@ -147,7 +147,7 @@ def _print_memory(console: Console, config: MagiConfig, vae_bytes: int, wanted: 
     table = Table("pp x cp", "weights", "keys and values", "at work", "together", box=None, pad_edge=False)
     for pp, cp in _LAYOUTS:
         job = Job(
-            config=config, vae_bytes=vae_bytes, request=request, reuse=ReuseSettings(), kv=KVSettings(budget=budget),
+            config=config, vae=vae, request=request, reuse=ReuseSettings(), kv=KVSettings(budget=budget),
             layout=Layout(pp=pp, cp=cp),
         )  # fmt: skip
         try:
@@ -219,9 +219,9 @@ def _sha256(path: Path) -> str:
 
 _NOTES = """\
 Disk: the DiT and the autoencoder as stored; of a released model also T5 (19 GB). Those share autoencoder and T5.
-Memory: an estimate for one video of that size on one device: weights, and keys and values of the window and one \
-finished chunk (twice with guidance). What the layers work with comes on top; so does T5 (19 GB), of CPU memory for \
-4.5B and of GPU memory for 24B.
+Memory: an estimate for one video of that size on one device: weights, keys and values of the window and one finished \
+chunk (twice with guidance), and what a layer works with. T5 (19 GB) is read before, and let go; a gang \
+of batch holds it.
 Weights of released models: huggingface.co/sand-ai/MAGI-1. Download the folder above, ckpt/vae and ckpt/t5, and name \
 the first with --weights; flowcache inspect says what is missing. special_tokens.npz, of the MAGI-1 code's \
 example/assets, is found in a checkout around it, or goes into the folder. \
@@ -247,10 +247,12 @@ def show_models() -> None:
 
 
 def _preset_memory(preset: Preset) -> int:
-    """Bytes on one device for one video of the preset's size: weights, and keys and values."""
+    """Bytes on one device for one video of the preset's size."""
     config = preset.config()
     run = config.runtime_config
     height, width, chunks = run.video_size_h, run.video_size_w, 2 * run.window_size
     request = Request(prompt="-", chunks=chunks, height=height, width=width, num_steps=run.num_steps, seed=0)
-    video = video_size(config, request, reuse=ReuseSettings(), kv=KVSettings(), layout=Layout())
-    return preset.weight_bytes + video.kv_bytes
+    job = Job(
+        config=config, vae=vae_config(config), request=request, reuse=ReuseSettings(), kv=KVSettings(), layout=Layout()
+    )
+    return job.total(shared=False)

@@ -17,9 +17,8 @@ from engine.kv.layout import KVSettings
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from models.errors import InputError
-from models.magi.config import MagiConfig
-from models.magi.presets import RELEASED_VAE_PARAMETERS
-from models.magi.weights import Checkpoint, stage_bytes
+from models.magi.config import MagiConfig, VaeConfig
+from models.magi.weights import stage_bytes, vae_parameters
 from parallel.cluster.config import video_size
 from parallel.mesh import Layout, stage_layers, stage_sizes
 
@@ -48,7 +47,7 @@ class Job:
     """What is to be made, of which model and how."""
 
     config: MagiConfig
-    vae_bytes: int  # of the autoencoder's weights as they are loaded
+    vae: VaeConfig  # its autoencoder
     request: Request
     reuse: ReuseSettings
     kv: KVSettings
@@ -66,7 +65,8 @@ class Job:
         frames = runtime.chunk_width * runtime.temporal_downsample_factor * request.height * request.width * 3
         weights = [stage_bytes(self.config, stage_layers(sizes, stage)) for stage in range(len(sizes))]
         kv = self.videos * size.kv_bytes
-        leader = Needs(weights=weights[0] + self.vae_bytes, kv=kv, work=max(hidden, _FRAME_COPIES * frames))
+        vae = vae_parameters(self.vae) * (4 if model.dtype.itemsize == 4 else 2)  # it is fp32 beside an fp32 model
+        leader = Needs(weights=weights[0] + vae, kv=kv, work=max(hidden, _FRAME_COPIES * frames))
         return [leader, *(Needs(weights=of_stage, kv=kv, work=hidden) for of_stage in weights[1:])]
 
     def total(self, *, shared: bool) -> int:
@@ -112,17 +112,6 @@ def free_bytes() -> int | None:
     except OSError:
         return free
     return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
-
-
-def vae_bytes(config: MagiConfig, folder: Path | None) -> int:
-    """Bytes of an autoencoder's weights once they are loaded, fp32 beside an fp32 model and else bf16.
-
-    Without a folder it is of the released size.
-    """
-    each = 4 if config.model_config.dtype.itemsize == 4 else 2
-    if folder is None:
-        return each * RELEASED_VAE_PARAMETERS
-    return each * sum(math.prod(one.shape) for one in Checkpoint(folder).check_vae().values())
 
 
 def _free_gpu_bytes(*, alone: bool) -> int | None:

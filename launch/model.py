@@ -19,11 +19,13 @@ from engine.reuse.policy import ReuseSettings
 from launch.options import CacheName, Options, ReuseKind
 from models.attention import attention_backend
 from models.errors import InputError
-from models.magi.config import MagiConfig
-from models.magi.folder import find_files, recognise
+from models.magi.config import MagiConfig, VaeConfig
+from models.magi.folder import ModelFiles, find_files, recognise
 from models.magi.presets import POCKET, find_preset, preset_of
+from models.magi.random import vae_config
 from models.magi.sampling import COPY_WEIGHT, MagiSampling
 from models.magi.text import SPECIAL, SpecialToken, TextLoading
+from models.magi.weights import Checkpoint
 from parallel.cluster.config import MagiSource
 from parallel.mesh import Layout, stage_sizes
 from parallel.ranks.environment import prompt_cache
@@ -35,6 +37,7 @@ class ModelPlan:
 
     name: str  # for people
     source: MagiSource  # what each rank loads its part of
+    vae: VaeConfig  # its autoencoder
     device: str  # where to, without ranks
     cache: CacheName  # preset of reuse
     reuse: ReuseSettings  # which steps are reused
@@ -66,8 +69,7 @@ def plan_model(options: Options) -> ModelPlan:
     reuse = reuse_settings(options, figures, num_steps=num_steps, guided=sampling.guided)
     attention_backend(options.attention)  # says whether it can run here
     random = _random(options)
-    if not random:
-        _check_weights(options, config, name)
+    vae = vae_config(config) if random else Checkpoint(_files(options, config, name).vae).vae_config()
     source = MagiSource(
         config=config,
         random=random,
@@ -87,7 +89,8 @@ def plan_model(options: Options) -> ModelPlan:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cache = options.cache or figures.default
-    return ModelPlan(name=name, source=source, device=device, cache=cache, reuse=reuse, kv=kv_settings(options))
+    kv = kv_settings(options)
+    return ModelPlan(name=name, source=source, vae=vae, device=device, cache=cache, reuse=reuse, kv=kv)
 
 
 def _model(options: Options) -> tuple[str, MagiConfig]:
@@ -163,14 +166,14 @@ def _special(text: str | None) -> tuple[SpecialToken, ...]:
     return tuple(name for name in known if name in names)
 
 
-def _check_weights(options: Options, config: MagiConfig, name: str) -> None:
-    """Say at once what of the files is not there; what is in them is checked when they are loaded."""
+def _files(options: Options, config: MagiConfig, name: str) -> ModelFiles:
+    """Where the files are; says at once what is not there. What is in them is checked when they are loaded."""
     load = config.runtime_config.load
     if options.weights is None and load is not None and not Path(load).is_dir():
         folder = None if options.config is not None else find_preset(name).folder
         where = "" if folder is None else f"download {folder} from huggingface.co/sand-ai/MAGI-1 to there, or "
         raise InputError(f"{name} has no weights in {load}: {where}give their folder with --weights")
-    find_files(config, options.weights, tokens=options.special_tokens)
+    return find_files(config, options.weights, tokens=options.special_tokens)
 
 
 # ---- presets of reuse, and the KV buffer

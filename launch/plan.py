@@ -17,12 +17,11 @@ from torch import Tensor
 from engine.files import check_folder, check_target
 from engine.request import Request
 from launch.media import Frame, read_image, read_video
-from launch.memory import Job, vae_bytes
+from launch.memory import Job
 from launch.model import ModelPlan, layout_of, plan_model
 from launch.options import Options, ray_address, together
 from models.errors import InputError
 from models.magi.config import MagiConfig, read_json
-from models.magi.folder import find_files
 from models.pocket.text import parse_prompt
 from parallel.cluster.config import video_size
 from parallel.cluster.messages import VideoOrder
@@ -132,13 +131,9 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
 def job(plan: Plan, videos: int = 1) -> Job:
     """What takes memory when so many such videos are made at a time."""
     model, options = plan.model, plan.options
-    if model.source.random:
-        folder = None
-    else:
-        folder = find_files(model.config, options.weights, tokens=options.special_tokens).vae
     return Job(
         config=model.config,
-        vae_bytes=vae_bytes(model.config, folder),
+        vae=model.vae,
         request=plan.request,
         reuse=model.reuse,
         kv=model.kv,

@@ -17,7 +17,6 @@ if TYPE_CHECKING:  # the configuration pulls in torch, which a listing of names 
 
 
 POCKET = "magi-pocket"
-RELEASED_VAE_PARAMETERS = 613_755_239  # specification 1.1
 _T5_BYTES = 19_000_000_000  # specification 2.1; fp32
 
 
@@ -31,20 +30,12 @@ class Preset:
     parameters: int  # of the DiT, the scales of a quantised model counted
     stored: int  # bytes of the DiT's weights on disk; the embedders are fp32, the layers bf16 or fp8
     folder: str | None  # under sand-ai/MAGI-1, where the weights are; None when they ship with the project, in fp16
-    vae_parameters: int = RELEASED_VAE_PARAMETERS  # of the autoencoder
+    vae_parameters: int = 613_755_239  # of the autoencoder (specification 1.1)
 
     @property
     def disk(self) -> int:
         """Bytes of files: the DiT, the autoencoder (fp32 in released folders), and T5."""
         return self.stored + (4 * self.vae_parameters + _T5_BYTES if self.folder else 2 * self.vae_parameters)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes on the device: the DiT and the autoencoder. A shipped model computes in fp32, a released one as stored,
-        with a bf16 autoencoder."""
-        if self.folder is None:
-            return 4 * (self.parameters + self.vae_parameters)
-        return self.stored + 2 * self.vae_parameters
 
 
 def find_preset(name: str) -> Preset:

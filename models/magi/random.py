@@ -24,22 +24,25 @@ from models.pocket.text import PocketEncoder
 
 _Network = TypeVar("_Network", bound=nn.Module)
 # The released autoencoder (specification 1.1).
-_VAE = VaeConfig(
+_RELEASED_VAE = VaeConfig(
     z_chans=16, embed_dim=1024, depth=24, num_heads=16, qkv_bias=True, ln_in_attn=True, conv_last_layer=True
 )  # fmt: skip
 _GAIN = 0.3 - 1  # of the norms behind attention and MLP, which have an offset of one: layers then change a little each
 _WORDS = 16  # fewest tokens of a made-up caption
 
 
-def random_pipeline(config: MagiConfig, loading: Loading, *, copy_weight: float = COPY_WEIGHT) -> MagiPipeline:
-    """A model with random weights and a text encoder that makes up captions.
+def vae_config(config: MagiConfig) -> VaeConfig:
+    """The autoencoder that a configuration names, if its description is there, or the released one."""
+    folder = config.runtime_config.vae_pretrained
+    described = folder is not None and (Path(folder) / "config.json").is_file()
+    return Checkpoint(Path(folder)).vae_config() if folder is not None and described else _RELEASED_VAE
 
-    The autoencoder is as the one that the configuration names, or of the released size.
-    """
+
+def random_pipeline(config: MagiConfig, loading: Loading, *, copy_weight: float = COPY_WEIGHT) -> MagiPipeline:
+    """A model with random weights and a text encoder that makes up captions."""
     model, runtime = config.model_config, config.runtime_config
-    described = runtime.vae_pretrained is not None and (Path(runtime.vae_pretrained) / "config.json").is_file()
     with torch.device("meta"):
-        empty = ViTVAE(Checkpoint(Path(runtime.vae_pretrained or "")).vae_config() if described else _VAE)
+        empty = ViTVAE(vae_config(config))
     dtype = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
     vae = _fill(empty, dict.fromkeys(empty.state_dict(), dtype), loading.device)
     autoencoder = TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
@@ -86,9 +89,8 @@ def _value(name: str, declared: Tensor, device: torch.device) -> Tensor:
         return torch.ones(shape, device=device)
     if declared.dim() > 1:
         generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-        drawn = torch.randn(shape, generator=generator, device=device)
-        quantised = declared.dtype == torch.float8_e4m3fn
-        return drawn if quantised else drawn / math.sqrt(math.prod(shape[1:]))
+        std = 1.0 if declared.dtype == torch.float8_e4m3fn else 1 / math.sqrt(math.prod(shape[1:]))
+        return torch.empty(shape, device=device).normal_(std=std, generator=generator)
     if last == "bias":
         return torch.zeros(shape, device=device)
     if name.endswith("post_norm.weight"):

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -191,10 +192,18 @@ def dit_dtype(name: str, declared: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if promoted else dtype
 
 
+@cache  # a batch asks once for each of its lines
 def stage_bytes(config: MagiConfig, layers: range) -> int:
     """Bytes that the DiT with these layers takes once it is loaded."""
     model, dtypes = empty_dit(config, Loading(layers=layers))
     return sum(tensor.numel() * dtypes[name].itemsize for name, tensor in model.state_dict().items())
+
+
+@cache
+def vae_parameters(config: VaeConfig) -> int:
+    """Parameters of an autoencoder."""
+    with torch.device("meta"):
+        return sum(tensor.numel() for tensor in ViTVAE(config).state_dict().values())
 
 
 def empty_dit(config: MagiConfig, loading: Loading) -> tuple[MagiDiT, dict[str, torch.dtype]]:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
@@ -32,6 +33,14 @@ def overflowing_weights(folder: Path, name: str, column: slice = slice(None)) ->
     tensors[name][:, column] *= 1e38
     save_file(tensors, path)
     return folder
+
+
+def wait_for_frames(process: subprocess.Popen[str], path: Path, seconds: float = 90) -> None:
+    """Wait until a process has written frames of a video, into the hidden file that becomes `path`."""
+    deadline = time.monotonic() + seconds
+    while not any(part.stat().st_size for part in path.parent.glob(f".{path.name}.*")):
+        assert process.poll() is None and time.monotonic() < deadline, "no frame was written"
+        time.sleep(0.05)
 
 
 def flowcache_process(

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from launch.cli import run
 from models.magi.presets import PRESETS
 from models.pocket.preset import pocket_config
-from tests.launch.process import ROOT, Result, environment, flowcache_process
+from tests.launch.process import ROOT, Result, environment, flowcache_process, wait_for_frames
 from tests.launch.records import made_up_record
 
 GOLDENS = ROOT / "tests" / "data" / "goldens"
@@ -43,10 +43,7 @@ def long_run(tmp_path: Path, random_weights: Path) -> Iterator[subprocess.Popen[
     arguments = ["--chunks", 5000, "--steps", 4, "--weights", random_weights, "--threads", 1, "--out", "long.mp4"]
     process = flowcache_process(tmp_path, "generate", PROMPT, *arguments)
     try:
-        deadline = time.monotonic() + 60
-        while not any(path.stat().st_size for path in tmp_path.glob(".long.mp4.*")):
-            assert process.poll() is None and time.monotonic() < deadline, "no frame was written"
-            time.sleep(0.05)
+        wait_for_frames(process, tmp_path / "long.mp4")
         yield process
     finally:
         process.kill()

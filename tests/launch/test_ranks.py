@@ -20,7 +20,7 @@ from engine.record import RunRecord
 from launch.cli import run
 from launch.options import Options
 from parallel.comm.meeting import interface_of
-from tests.launch.process import ROOT, Result, environment, flowcache_process, overflowing_weights
+from tests.launch.process import ROOT, Result, environment, flowcache_process, overflowing_weights, wait_for_frames
 from tests.launch.videos import generate_video
 from tests.parallel.strangers import Fuzzer, family, listening, own_address, reaches
 from tests.ports import free_ports
@@ -257,10 +257,7 @@ def test_a_signal_ends_ranks_that_the_command_has_started(
     options = ["--chunks", 5000, "--steps", 4, "--weights", random_weights, "--out", "long.mp4", "--pp", 2]
     process = flowcache_process(tmp_path, "generate", PROMPT, *options)
     try:
-        deadline = time.monotonic() + 90
-        while not any(path.stat().st_size for path in tmp_path.glob(".long.mp4.*")):
-            assert process.poll() is None and time.monotonic() < deadline, "no frame was written"
-            time.sleep(0.05)
+        wait_for_frames(process, tmp_path / "long.mp4")
         process.send_signal(sent)
         _, shown = process.communicate(timeout=60)
     finally:
@@ -325,10 +322,7 @@ def test_a_lost_rank_is_one_line_and_leaves_nothing(
     options = ["--chunks", 5000, "--steps", 4, "--weights", random_weights, "--out", "long.mp4", "--pp", 2]
     process = flowcache_process(tmp_path, "generate", PROMPT, *options)
     try:
-        deadline = time.monotonic() + 90
-        while not any(path.stat().st_size for path in tmp_path.glob(".long.mp4.*")):
-            assert process.poll() is None and time.monotonic() < deadline, "no frame was written"
-            time.sleep(0.05)
+        wait_for_frames(process, tmp_path / "long.mp4")
         for pid in family(process.pid)[1:]:
             if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0"):
                 os.kill(pid, sent)

@@ -15,6 +15,7 @@ from launch.batch.file import BatchItem, read_batch
 from launch.options import Options
 from launch.output.video import VideoWriter
 from models.errors import InputError
+from models.magi.weights import stage_bytes, vae_parameters
 from tests.launch.output.test_video import _noise
 
 CIRCLE = "a red circle moving right"
@@ -173,6 +174,14 @@ def test_the_digest_covers_what_the_video_depends_on_and_nothing_else(folder: Pa
     before = only(folder, {**plain, "video": "one.mp4"}).digest
     (folder / "two.mp4").replace(folder / "one.mp4")  # other content under the same name
     assert only(folder, {**plain, "video": "one.mp4"}).digest != before
+
+
+def test_many_lines_build_no_model_each(folder: Path) -> None:
+    read(folder, {"prompt": CIRCLE, "chunks": 2})
+    before = stage_bytes.cache_info().misses, vae_parameters.cache_info().misses
+    items, _ = read(folder, *({"prompt": CIRCLE, "chunks": 2, "seed": seed} for seed in range(20)))
+    assert len(items) == 20
+    assert (stage_bytes.cache_info().misses, vae_parameters.cache_info().misses) == before
 
 
 def test_equal_lines_make_different_files_and_keep_them_when_lines_move(folder: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.magi.random import RandomEncoder, random_dit
-from models.magi.weights import Loading
+from models.magi.random import RandomEncoder, random_dit, vae_config
+from models.magi.weights import Loading, vae_parameters
+from models.pocket.preset import pocket_config
 from tests.models.released import tiny_config
 
 
@@ -28,6 +29,11 @@ def test_what_comes_of_them_is_neither_nothing_nor_too_much(name: str) -> None:
     assert velocity.isfinite().all() and velocity.abs().max() > 1e-3
     for key, tensor in model.state_dict().items():
         assert tensor.float().isfinite().all(), key
+
+
+def test_the_autoencoder_is_of_the_released_size_or_as_described() -> None:
+    assert vae_parameters(vae_config(tiny_config())) == 613_755_239  # specification 1.1
+    assert vae_parameters(vae_config(pocket_config())) == 5_310_823
 
 
 def test_captions_are_made_up_of_the_prompt() -> None:

@@ -98,6 +98,10 @@ class Runs:
         """The first chunk of each video that has one."""
         return sorted(self.videos.glob(".*.parts/000000.npy"))
 
+    def chunks(self):
+        """How many chunks of all videos there are."""
+        return len(list(self.videos.glob(".*.parts/*.npy")))
+
     def wholes(self):
         """The last whole checkpoint of each video that has one, by the video's digest."""
         found = sorted(self.videos.glob(".checkpoints/*/pp2/*/manifest.json"))
@@ -121,15 +125,33 @@ class Runs:
         last = text.splitlines()[-1]
         assert status == 1 and last.startswith("flowcache: error: the head of the Ray cluster (its GCS) is gone"), text
 
+    def lose_a_rank_and_stop(self):
+        before = self.chunks()
+        self.start()
+        # A gang that cannot say why a rank died before it was ready tries again in silence, so it is ready first.
+        self.when(lambda: self.chunks() > before)
+        ranks = self.below("RankActor")
+        os.kill(ranks[0], signal.SIGKILL)
+        self.when(lambda: len(self.below("RankActor.run", but=ranks)) == 2)
+        below = self.below("")
+        self.process.send_signal(signal.SIGTERM)
+        status, text = self.end()
+        assert status == 143 and "flowcache: stopped" in text and "SIGTERM received" not in text, (status, text)
+        assert "gang-0 was lost" in text
+        assert "raylet" in Path(re.search("what Ray said is in (.*)", text)[1]).read_text()
+        assert not [_command(pid) for pid in below if _command(pid)]
+        assert [path.suffix for path in self.temporary.iterdir()] == [".log"]
+
 
 def test_a_batch_that_was_ended_goes_on_where_it_was(tmp_path, temporary, monkeypatch):
     """Also with a chunk of one video and a checkpoint of the other damaged: both are made again."""
-    write(tmp_path / "prompts.jsonl", *({"prompt": prompt, "chunks": 6} for prompt in PROMPTS), "{broken")
+    write(tmp_path / "prompts.jsonl", *({"prompt": prompt, "chunks": 8} for prompt in PROMPTS), "{broken")
     command = ["batch", "prompts.jsonl", "--out", "videos", "--pp", "2", "--steps", "8", "--height", "64"]
     command += ["--width", "64", "--checkpoint-every", "1", "--cache", "none", "--concurrency", "2"]
     runs, videos = Runs(tmp_path, temporary, *command), tmp_path / "videos"
     runs.lose_the_command()
     runs.lose_the_head()
+    runs.lose_a_rank_and_stop()
     damaged = runs.damage()
     runs.start()
     status, text = runs.end()
@@ -140,11 +162,11 @@ def test_a_batch_that_was_ended_goes_on_where_it_was(tmp_path, temporary, monkey
     assert len(made) == 2
     assert {path.name for path in videos.iterdir()} == {"results.jsonl", *(path.name for path in made)}
     results = [json.loads(line) for line in (videos / "results.jsonl").read_text().splitlines()]
-    assert {result["status"] for result in results} == {"done"} and {result["chunks"] for result in results} == {6}
+    assert {result["status"] for result in results} == {"done"} and {result["chunks"] for result in results} == {8}
 
     monkeypatch.chdir(tmp_path)
     (again,) = videos.glob(f"*{damaged[0].parent.name.removesuffix('.parts').removeprefix('.')}.mp4")
-    size = {"chunks": 6, "steps": 8, "height": 64, "width": 64, "cache": "none", "threads": 1}
+    size = {"chunks": 8, "steps": 8, "height": 64, "width": 64, "cache": "none", "threads": 1}
     generate(Options(prompts=[PROMPTS[sorted(made).index(again)]], out=Path("alone.mp4"), **size), [])
     assert again.read_bytes() == Path("alone.mp4").read_bytes()
 
