@@ -43,7 +43,7 @@ def latent(config):
 
 
 @pytest.mark.parametrize("shapes", [SHAPES, IMAGE_SHAPES], ids=["t2v", "i2v"])
-@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+@pytest.mark.parametrize("precision", list(PRECISIONS.values()), ids=list(PRECISIONS))
 @torch.no_grad()
 def test_stages_in_a_row_compute_what_the_whole_does(shapes, precision):
     config = small_config(shapes, precision)
@@ -134,7 +134,7 @@ SIZES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("values", "parameters", "tensors"), SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(("values", "parameters", "tensors"), list(SIZES.values()), ids=list(SIZES))
 def test_released_sizes(values, parameters, tensors):
     shapes = replace(SHAPES, **({"freq_dim": 256, "text_dim": 4096, "inject_sample_info": False} | values))
     with torch.device("meta"):
