@@ -225,12 +225,13 @@ def _pass(bench: Bench, dit: MagiDiT, *, chunks: int, backend: str = "sdpa") -> 
     shapes = bench.shapes
     hidden = bench.random(1, bench.tokens, shapes.hidden_size)
     caption = bench.random(_TEXT, shapes.caption_channels, dtype=torch.float32)
-    condition = PassCondition(t=0.5, distill=8.0, drop=False)
+    told = dit.modulation(PassCondition(t=0.5, distill=8.0, drop=False)), dit.text(caption)
+    positions = dit.positions(6 * chunks, bench.grid)
     view = bench.view(chunks, dit.held, attention_backend(backend))
 
     def run() -> object:
         with torch.no_grad():
-            return dit.layers(hidden, condition, caption, 6 * chunks, bench.grid, view)
+            return dit.layers(hidden, *told, positions, view)
 
     return run
 

@@ -7,6 +7,7 @@ particular.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -59,6 +60,12 @@ class KVGeometry:
     device: torch.device
 
 
+TextKV = Mapping[int, tuple[Tensor, Tensor]]
+"""Keys and values [1, N, G, d] of a text, by layer."""
+Modulation = Mapping[int, tuple[Tensor, ...]]
+"""What a condition does to a pass, by layer."""
+
+
 class KVView(Protocol):
     """What one chunk's tokens attend to, in every layer."""
 
@@ -80,6 +87,13 @@ class CaptionTable:
     counters: Tensor | None = None
     """[K, P, channels]: P rows in front of the text, by how many chunks come after this one; K - 1 stands for more."""
     max_length: int | None = None  # most tokens of a text with those rows; its last ones fall off
+
+    def first_like(self, kind: CaptionKind, chunk: int, chunks_left: int) -> tuple[CaptionKind, int, int]:
+        """One choice of arguments for `get` out of all that give the same tokens."""
+        if kind == "null":
+            return kind, 0, 0
+        first = max((first for first, _ in self.later if first <= chunk), default=0)
+        return kind, first, 0 if self.counters is None else min(chunks_left, len(self.counters) - 1)
 
     def get(self, kind: CaptionKind, chunk: int, chunks_left: int) -> Tensor:
         """Caption tokens [N, channels] for a chunk, with that many chunks of the video still to come after it."""
@@ -165,18 +179,17 @@ class VideoModel(Protocol):
     def patches(self, x: Tensor) -> Tensor:
         """Patch embedding [1, S, D] of a latent [1, C, T, h, w]."""
 
-    def layers(
-        self,
-        hidden: Tensor,
-        condition: PassCondition,
-        caption: Tensor,
-        first_frame: int,
-        grid: tuple[int, int, int],
-        view: KVView,
-        tokens: slice = slice(None),
-    ) -> Tensor:
-        """Run the layers that are held over one chunk's tokens. `grid`: latent (T, h, w). `tokens`: which of the
-        chunk's tokens `hidden` is; all by default."""
+    def text(self, caption: Tensor) -> TextKV:
+        """Keys and values of caption tokens [N, channels], for cross-attention in the layers that are held."""
+
+    def modulation(self, condition: PassCondition) -> Modulation:
+        """What a condition does to a pass in the layers that are held."""
+
+    def positions(self, first_frame: int, grid: tuple[int, int, int], tokens: slice = slice(None)) -> Tensor:
+        """What tells a chunk's tokens apart. `grid`: latent (T, h, w); `tokens`: which of them; all by default."""
+
+    def layers(self, hidden: Tensor, modulation: Modulation, text: TextKV, positions: Tensor, view: KVView) -> Tensor:
+        """Run the layers that are held over a chunk's tokens [1, S, D], which `positions` are of."""
 
     def velocity(self, hidden: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Velocity [1, C, T, h, w] fp32 of the last hidden states."""
