@@ -30,8 +30,8 @@ _OF_RANKS = ("pp", "cp", "split")
 
 _GENERATE_HELP = """Make a video from a prompt.
 
-The file appears under its name when it is complete; until then NAME.partial.mp4 plays. Stop with Ctrl-C and nothing is \
-left behind.
+The file appears under its name when it is complete; until then NAME.partial.mp4 plays. Stop with Ctrl-C and nothing \
+is left behind.
 
 [bold]Examples[/bold]
 

@@ -22,8 +22,9 @@ from launch.memory import Job
 from launch.model import ModelPlan, layout_of, plan_model
 from launch.options import Options, ray_address, together
 from launch.output.formats import MP4, STREAM, SUFFIXES, Format, format_of
+from models.config import read_json
 from models.errors import InputError
-from models.magi.config import MagiConfig, read_json
+from models.magi.config import MagiConfig
 from models.pocket.text import parse_prompt
 from parallel.cluster.config import video_size
 from parallel.cluster.messages import VideoOrder
