@@ -56,6 +56,11 @@ class Stored(NamedTuple):
     start: int  # first byte of the file's data
     end: int  # the one after its last
 
+    @property
+    def size(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
 
 class WeightFiles:
     """The stored weights of one network. Nothing is read before it is asked for.
