@@ -47,6 +47,7 @@ class _Held:
     grid: tuple[int, int, int]
     shard: TokenShard | None
     flags: FlagLog
+    hidden: bool  # hidden states are results
 
 
 class NotFinite(RuntimeError):
@@ -130,7 +131,9 @@ class Stage:
         if admission.checkpoint is not None:
             self._restore(Path(admission.checkpoint), kv, flags)
         captions = admission.captions.to(geometry.device)
-        self._videos[admission.video] = _Held(kv=kv, captions=captions, grid=admission.grid, shard=shard, flags=flags)
+        self._videos[admission.video] = _Held(
+            kv=kv, captions=captions, grid=admission.grid, shard=shard, flags=flags, hidden=admission.hidden
+        )
 
     def release(self, video: int) -> None:
         """Let go of a video's buffers."""
@@ -172,7 +175,10 @@ class Stage:
 
     @torch.no_grad()
     def velocity(self, item: WorkItem, hidden: Tensor) -> Tensor:
-        """Velocity [1, C, T, h, w] fp32 of an item's last hidden states; where the last layer is held."""
+        """Velocity [1, C, T, h, w] fp32 of an item's last hidden states; where the last layer is held. Hidden states
+        themselves for a video that is made of them."""
+        if self._videos[item.request].hidden:
+            return hidden
         velocity = self.model.velocity(hidden, self._videos[item.request].grid).contiguous()
         self.finite.look(item, velocity)
         return velocity

@@ -79,17 +79,20 @@ def plan_kv(sampling: Sampling, schedule: Schedule, settings: KVSettings, chunk_
 def clean_chunks(schedule: Schedule, sampling: Sampling, budget: int | None) -> int:
     """Finished chunks to hold: the budget, or those that some chunk still attends to; all where a limit is None.
 
-    In a full window the chunk in step s stands window - 1 - s // quantum_ticks places behind the oldest. A prefix is
-    seen further back, while its first successors are young.
+    In a full window the chunk in step s stands (steps - 1 - s) // stagger places behind the oldest. A prefix is seen
+    further back, while its first successors are young.
     """
     if budget is not None:
         return min(schedule.chunks - 1, budget)
-    limits = [sampling.key_limit(step) for step in range(schedule.num_steps)]
+    last = schedule.chunks - 1 - schedule.first
+    limits = [sampling.key_limit(step, last) for step in range(schedule.num_steps)]
     clean = sampling.clean_limit(prefix=False)
     if any(limit is None for limit in limits) or clean is None:
         return schedule.chunks - 1
     bounded = [limit for limit in limits if limit is not None]
-    within = [limit - schedule.window + step // schedule.quantum_ticks for step, limit in enumerate(bounded)]
+    left = range(schedule.num_steps - 1, -1, -1)
+    ahead = [steps // sampling.stagger if sampling.stagger else last for steps in left]
+    within = [limit - 1 - own for limit, own in zip(bounded, ahead, strict=True)]
     prefix = sampling.clean_limit(prefix=True) or schedule.first
     behind_prefix = min(schedule.first, max(max(bounded), prefix) - 1)
     return min(schedule.chunks - 1, max(0, clean - 1, behind_prefix, *within))
