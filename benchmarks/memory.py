@@ -27,9 +27,9 @@ from engine.engine import Engine
 from engine.kv.layout import KVSettings
 from engine.machine import settle_heap
 from engine.request import Request
+from models.checkpoint import Loading
 from models.errors import InputError
 from models.magi.pipeline import load_pipeline
-from models.magi.weights import Loading
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
 

@@ -177,9 +177,10 @@ class Stage:
     def velocity(self, item: WorkItem, hidden: Tensor) -> Tensor:
         """Velocity [1, C, T, h, w] fp32 of an item's last hidden states; where the last layer is held. Hidden states
         themselves for a video that is made of them."""
-        if self._videos[item.request].hidden:
+        held = self._videos[item.request]
+        if held.hidden:
             return hidden
-        velocity = self.model.velocity(hidden, self._videos[item.request].grid).contiguous()
+        velocity = self.model.velocity(hidden, held.grid, item.what.condition).contiguous()
         self.finite.look(item, velocity)
         return velocity
 

@@ -159,7 +159,7 @@ def _reuse(
     grid = sampling.chunk_width, shape.height, shape.width
 
     def read_out(hidden: Tensor, condition: PassCondition) -> Tensor:
-        return model.velocity(hidden, grid)
+        return model.velocity(hidden, grid, condition)
 
     of_layers = sampling.residual_of_layers and settings.reuse == "residual" and settings.policy != "none"
     return Reuse(

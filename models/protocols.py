@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,9 +28,11 @@ CaptionKind = Literal["text", "null"]
 class PassCondition:
     """What the model is told of a pass besides latents and text."""
 
-    t: float  # time of the chunk, 0 noise and 1 clean
-    distill: float | None  # step-size constant of a distilled model, None for a base model
-    drop: bool  # the captionless condition
+    times: tuple[float, ...]
+    """Of the chunk, in the family's own units: one for all of it, or one for each of its latent frames."""
+    distill: float | None = None  # step-size constant of a distilled model, None for a base model
+    drop: bool = False  # the captionless condition
+    fps: int | None = None  # frames per second, for models that are told; None for what they were trained with
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +62,13 @@ class KVGeometry:
     device: torch.device
 
 
+class Caption(NamedTuple):
+    """What a chunk sees of text, and of an image."""
+
+    text: Tensor  # [N, channels]
+    image: Tensor | None = None  # [P, image channels]
+
+
 class KVView(Protocol):
     """What one chunk's tokens attend to, in every layer."""
 
@@ -81,9 +90,16 @@ class CaptionTable:
     counters: Tensor | None = None
     """[K, P, channels]: P rows in front of the text, by how many chunks come after this one; K - 1 stands for more."""
     max_length: int | None = None  # most tokens of a text with those rows; its last ones fall off
+    image: Tensor | None = None  # [P, image channels], what every chunk sees of an image
 
-    def get(self, kind: CaptionKind, chunk: int, chunks_left: int) -> Tensor:
-        """Caption tokens [N, channels] for a chunk, with that many chunks of the video still to come after it."""
+    def get(self, kind: CaptionKind, chunk: int, chunks_left: int) -> Caption:
+        """What a chunk sees, with that many chunks of the video still to come after it.
+
+        A text without counters is the same tensor each time, so that a model may keep what it makes of it.
+        """
+        return Caption(self._text(kind, chunk, chunks_left), self.image)
+
+    def _text(self, kind: CaptionKind, chunk: int, chunks_left: int) -> Tensor:
         if kind == "null":
             return self.null
         text = next((text for first, text in reversed(self.later) if chunk >= first), self.text)
@@ -95,8 +111,10 @@ class CaptionTable:
     def to(self, device: torch.device) -> CaptionTable:
         """The same on a device."""
         counters = None if self.counters is None else self.counters.to(device)
+        image = None if self.image is None else self.image.to(device)
         later = tuple((first, text.to(device)) for first, text in self.later)
-        return replace(self, text=self.text.to(device), later=later, null=self.null.to(device), counters=counters)
+        text, null = self.text.to(device), self.null.to(device)
+        return replace(self, text=text, later=later, null=null, counters=counters, image=image)
 
 
 Draw = Callable[[int, int], Tensor]
@@ -224,7 +242,7 @@ class VideoModel(Protocol):
         self,
         hidden: Tensor,
         condition: PassCondition,
-        caption: Tensor,
+        caption: Caption,
         first_frame: int,
         grid: tuple[int, int, int],
         view: KVView,
@@ -233,8 +251,8 @@ class VideoModel(Protocol):
         """Run the layers that are held over one chunk's tokens. `grid`: latent (T, h, w). `tokens`: which of the
         chunk's tokens `hidden` is; all by default."""
 
-    def velocity(self, hidden: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """Velocity [1, C, T, h, w] fp32 of the last hidden states."""
+    def velocity(self, hidden: Tensor, grid: tuple[int, int, int], condition: PassCondition) -> Tensor:
+        """Velocity [1, C, T, h, w] fp32 of the last hidden states [1, S, D] of a whole chunk."""
 
 
 class Autoencoder(Protocol):

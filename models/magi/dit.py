@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import Attention, attention_backend
+from models.linear import linear_fp32
 from models.magi.config import ModelConfig
 from models.magi.layers import (
     Fp8Linear,
@@ -25,10 +26,9 @@ from models.magi.layers import (
     LayerNorm1p,
     RotaryBands,
     apply_rotary,
-    linear_fp32,
     product_in_fp32,
 )
-from models.protocols import KVGeometry, KVView, PassCondition
+from models.protocols import Caption, KVGeometry, KVView, PassCondition
 
 NULL_TEXT_ROWS = 50
 """How many rows of the learned null caption stand for "no text" (specification 2.4)."""
@@ -325,16 +325,16 @@ class MagiDiT(nn.Module):
         self,
         hidden: Tensor,
         condition: PassCondition,
-        caption: Tensor,
+        caption: Caption,
         first_frame: int,
         grid: tuple[int, int, int],
         view: KVView,
         tokens: slice = slice(None),
     ) -> Tensor:
         """Run the layers that are held over one chunk's tokens; as `VideoModel.layers`."""
-        t = torch.full((1, 1), condition.t, dtype=torch.float32, device=self.device)
+        t = torch.full((1, 1), condition.times[0], dtype=torch.float32, device=self.device)
         embedded = self.embed_condition(t, distill=condition.distill, null=condition.drop)
-        text = self.embed_text(caption[None])
+        text = self.embed_text(caption.text[None])
         time = first_frame + torch.arange(grid[0], dtype=torch.float32, device=self.device)
         rope = self.rope.table(time, self.token_grid(grid)[1:])[:, tokens]
         return self.run_layers(hidden, embedded, text, rope, view)
@@ -354,8 +354,11 @@ class MagiDiT(nn.Module):
             h_BSD = layer(h_BSD, cond_BRC, text_BND, rope, view, int(name), cross or self.attention)
         return h_BSD
 
-    def velocity(self, h_BSD: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """Velocity [B, channels, T, h, w] fp32 of the last hidden states (6.4). `grid` is of the latent, (T, h, w)."""
+    def velocity(self, h_BSD: Tensor, grid: tuple[int, int, int], condition: PassCondition | None = None) -> Tensor:
+        """Velocity [B, channels, T, h, w] fp32 of the last hidden states (6.4), which the condition has no part in.
+
+        `grid` is of the latent, (T, h, w).
+        """
         normed = self.videodit_blocks.final_layernorm(h_BSD.float())
         x = linear_fp32(self.final_linear["linear"], normed)
         (frames, height, width), p = self.token_grid(grid), self.config.patch_size

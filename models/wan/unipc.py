@@ -1,7 +1,7 @@
 """UniPC as SkyReels-V2 runs it: order 2, variant bh2, on predictions of the clean latents (arXiv 2302.04867, Alg. 5-8).
 
-Figures are taken in fp32, as in diffusers' `UniPCMultistepScheduler` with flow sigmas, whose trajectories these are. One
-solver belongs to one block of latent frames. It knows no model and no order of work.
+Figures are taken in fp32, as in diffusers' `UniPCMultistepScheduler` with flow sigmas: trajectories are the same to the
+bit. One solver belongs to one block of latent frames. It knows no model and no order of work.
 
 Shapes: latents x and velocities v [1, C, T, h, w].
 """
@@ -106,9 +106,9 @@ class Step:
 class UniPC:
     """Takes the steps of one block.
 
-    In the published pipelines the latents handed in are a view of what the result is written into, so the second step is
-    corrected from the result of the first in place of the noise before it; `aliased` does the same. With `dtype` bf16
-    latents are rounded where the published code rounds them.
+    In the published pipelines the latents handed in are a view of what the result is written into, so the second step
+    is corrected from the result of the first in place of the noise before it; `aliased` does the same. With `dtype`
+    bf16 latents are rounded where the published code rounds them.
     """
 
     def __init__(self, sigmas: Sigmas, *, aliased: bool = True, dtype: torch.dtype = torch.float32) -> None:

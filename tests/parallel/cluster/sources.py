@@ -62,7 +62,7 @@ class _Brittle:
 
     def layers(self, hidden, condition, caption, *rest, **named):
         began = time.perf_counter()
-        if 0 not in self._model.kv.layers and caption.isnan().any():
+        if 0 not in self._model.kv.layers and caption.text.isnan().any():
             raise ValueError("the caption is no number")
         made = self._model.layers(hidden, condition, caption, *rest, **named)
         time.sleep(max(0.0, self._seconds * len(self._model.kv.layers) - (time.perf_counter() - began)))
