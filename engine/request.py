@@ -166,7 +166,7 @@ def _reuse(
         policy=settings.new_policy(),
         memory=settings.new_memory(),
         patches=model.patches,
-        observe=observe and not known,
+        observe=observe,
         dtype=torch.float32 if known else DISTANCES[settings.distance],
         changes=sampling.changes if known else None,
         read_out=torch.no_grad()(read_out) if of_layers else None,

@@ -86,12 +86,11 @@ def pack_shard(kv: KVState, flags: FlagState, about: Mapping[str, Any]) -> Conte
 def unpack_shard(contents: Contents) -> tuple[KVState, FlagState]:
     """From what `pack_shard` gave."""
     values, tensors = contents.values, contents.tensors
-    layers = {
-        (branch, layer): LayerKV(
-            tensors[f"{branch}.{layer}.kv"], *(tensors.get(f"{branch}.{layer}.{name}") for name in _PARTS[1:])
-        )
-        for branch, layer in values["layers"]
-    }
+    layers = dict[tuple[int, int], LayerKV]()
+    for branch, layer in values["layers"]:
+        start = f"{branch}.{layer}"
+        queries, origin = tensors.get(f"{start}.queries"), tensors.get(f"{start}.origin")
+        layers[branch, layer] = LayerKV(tensors[f"{start}.kv"], queries, origin)
     clean = [(chunk, rows) for chunk, rows in values["clean"]]
     return KVState(clean=clean, window=values["window"], layers=layers), _flag_state(values)
 

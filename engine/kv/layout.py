@@ -43,11 +43,16 @@ class KVPlan:
     chunks: int  # of the whole video
     branches: int  # of guidance, each with KV of its own
     selection: SelectionSettings | None  # how the clean region is compressed; None drops its oldest rows
+    sink_tokens: int = 0  # of them, the first ones that are never dropped
 
     def layout(self) -> KVLayout:
         """An empty layout."""
         return KVLayout(
-            chunk_tokens=self.chunk_tokens, clean_tokens=self.clean_tokens, window=self.window, chunks=self.chunks
+            chunk_tokens=self.chunk_tokens,
+            clean_tokens=self.clean_tokens,
+            window=self.window,
+            chunks=self.chunks,
+            sink_tokens=self.sink_tokens,
         )
 
     def query_rows(self) -> int:
@@ -73,6 +78,7 @@ def plan_kv(sampling: Sampling, schedule: Schedule, settings: KVSettings, chunk_
         chunks=schedule.chunks,
         branches=sampling.branches,
         selection=None if settings.budget is None else settings.selection,
+        sink_tokens=sampling.sink * chunk_tokens,
     )
 
 
@@ -105,8 +111,9 @@ class KVLayout:
     be held at once.
     """
 
-    def __init__(self, *, chunk_tokens: int, clean_tokens: int, window: int, chunks: int) -> None:
+    def __init__(self, *, chunk_tokens: int, clean_tokens: int, window: int, chunks: int, sink_tokens: int = 0) -> None:
         self.chunk_tokens, self.clean_tokens, self._slots = chunk_tokens, clean_tokens, window
+        self.sink_tokens = min(sink_tokens, clean_tokens)
         self.capacity = min(clean_tokens + window * chunk_tokens, chunks * chunk_tokens)
         """Rows in all (B_total)."""
         self.clean: list[tuple[int, int]] = []
@@ -148,10 +155,12 @@ class KVLayout:
         return max(0, self.clean_rows - self.clean_tokens)
 
     def drop_oldest(self, rows: int) -> None:
-        """Take rows away from the front of the clean region."""
-        kept = []
+        """Take rows away from the front of the clean region, behind those that stay."""
+        kept, stays = [], self.sink_tokens
         for chunk, held in self.clean:
-            gone = min(rows, held)
+            own = min(stays, held)
+            gone = min(rows, held - own)
+            stays -= own
             rows -= gone
             if held > gone:
                 kept.append((chunk, held - gone))

@@ -95,7 +95,8 @@ def scores(queries: Tensor, keys: Tensor, settings: SelectionSettings) -> Tensor
 def select(
     queries: Tensor, keys: Tensor, *, keep: int, frame_tokens: int, chunk_tokens: int, settings: SelectionSettings
 ) -> Tensor:
-    """Positions [keep, G] int64 of the tokens that are kept, ascending, for each key head.
+    """Positions [keep, G] int64 of the tokens that are kept, for each key head: ascending, or the best first where the
+    next chunk asks.
 
     Queries [Q, H, d] are the last of the chunk that was denoised last, or more; keys [L, G, d]. `keep` must be a
     multiple of the unit of retention.
@@ -107,6 +108,8 @@ def select(
         raise ValueError(f"{keep} of {keys.shape[0]} tokens are not whole units of {unit} ({settings.retention})")
     if unit > 1:
         score = score.unflatten(1, (-1, unit)).mean(-1)
-    kept = score.topk(keep // unit, dim=-1).indices.sort(dim=-1).values
+    kept = score.topk(keep // unit, dim=-1).indices
+    if settings.asks == "last":
+        kept = kept.sort(dim=-1).values
     positions = kept[..., None] * unit + torch.arange(unit, device=keys.device)
     return positions.flatten(1).T

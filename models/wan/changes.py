@@ -1,4 +1,4 @@
-"""How far the model's condition moves from step to step, and the published fits to it (TeaCache, FlowCache on SkyReels-V2).
+"""How far the model's condition moves from step to step, and the published fits to it (TeaCache, FlowCache).
 
 The published distance is the relative L1 change of e0, what the layers are told of time and frames per second. It does
 not look at latents: it is a table by step, the same for every chunk, branch, prompt and seed.
