@@ -29,7 +29,6 @@ from benchmarks.flops import pass_flops
 from engine.kv.buffer import LayerKV, SliceView
 from engine.kv.selection import Granularity, SelectionSettings, select
 from models.attention import Attention, attention_backend, available_backends
-from models.checkpoint import Loading
 from models.errors import InputError
 from models.magi.config import MagiConfig, ModelConfig, VaeConfig
 from models.magi.dit import MagiDiT
@@ -37,6 +36,7 @@ from models.magi.layers import apply_rotary
 from models.magi.presets import released_config
 from models.magi.random import random_dit
 from models.magi.vae import TiledVAE, ViTVAE
+from models.magi.weights import Loading
 from models.protocols import Caption, PassCondition
 
 Row = dict[str, Any]
@@ -225,12 +225,13 @@ def _pass(bench: Bench, dit: MagiDiT, *, chunks: int, backend: str = "sdpa") -> 
     shapes = bench.shapes
     hidden = bench.random(1, bench.tokens, shapes.hidden_size)
     caption = Caption(bench.random(_TEXT, shapes.caption_channels, dtype=torch.float32))
-    condition = PassCondition(times=(0.5,), distill=8.0)
+    told = dit.modulation(PassCondition(times=(0.5,), distill=8.0)), dit.text(caption)
+    positions = dit.positions(6 * chunks, bench.grid)
     view = bench.view(chunks, dit.held, attention_backend(backend))
 
     def run() -> object:
         with torch.no_grad():
-            return dit.layers(hidden, condition, caption, 6 * chunks, bench.grid, view)
+            return dit.layers(hidden, *told, positions, view)
 
     return run
 

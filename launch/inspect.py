@@ -157,7 +157,7 @@ def _print_memory(console: Console, config: MagiConfig, vae: VaeConfig, wanted: 
             if (pp, cp) == (1, 1):
                 raise
             continue
-        table.add_row(f"{pp} x {cp}", *map(size_text, (most.weights, most.kv, most.work, most.total)))
+        table.add_row(f"{pp} x {cp}", *map(size_text, (most.weights, most.kv + most.texts, most.work, most.total)))
     console.print(table, highlight=False)
     if config.runtime_config.t5_pretrained is not None:
         console.print(f"T5 encodes on {runtime.t5_device!r} before that, and is let go.", highlight=False)

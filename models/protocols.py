@@ -69,6 +69,14 @@ class Caption(NamedTuple):
     image: Tensor | None = None  # [P, image channels]
 
 
+TextKV = Mapping[int, tuple[Tensor, ...]]
+"""Keys and values [1, N, G, d] of a text, and then those of an image, by layer."""
+Modulation = Mapping[int, tuple[Tensor, ...]]
+"""What a condition does to a pass, by layer."""
+Positions = tuple[Tensor, ...]
+"""What tells the tokens of a chunk apart."""
+
+
 class KVView(Protocol):
     """What one chunk's tokens attend to, in every layer."""
 
@@ -92,11 +100,15 @@ class CaptionTable:
     max_length: int | None = None  # most tokens of a text with those rows; its last ones fall off
     image: Tensor | None = None  # [P, image channels], what every chunk sees of an image
 
-    def get(self, kind: CaptionKind, chunk: int, chunks_left: int) -> Caption:
-        """What a chunk sees, with that many chunks of the video still to come after it.
+    def first_like(self, kind: CaptionKind, chunk: int, chunks_left: int) -> tuple[CaptionKind, int, int]:
+        """One choice of arguments for `get` out of all that give the same tokens."""
+        if kind == "null":
+            return kind, 0, 0
+        first = max((first for first, _ in self.later if first <= chunk), default=0)
+        return kind, first, 0 if self.counters is None else min(chunks_left, len(self.counters) - 1)
 
-        A text without counters is the same tensor each time, so that a model may keep what it makes of it.
-        """
+    def get(self, kind: CaptionKind, chunk: int, chunks_left: int) -> Caption:
+        """What a chunk sees, with that many chunks of the video still to come after it."""
         return Caption(self._text(kind, chunk, chunks_left), self.image)
 
     def _text(self, kind: CaptionKind, chunk: int, chunks_left: int) -> Tensor:
@@ -238,18 +250,19 @@ class VideoModel(Protocol):
     def patches(self, x: Tensor) -> Tensor:
         """Patch embedding [1, S, D] of a latent [1, C, T, h, w]."""
 
+    def text(self, caption: Caption) -> TextKV:
+        """Keys and values of a caption, for cross-attention in the layers that are held."""
+
+    def modulation(self, condition: PassCondition) -> Modulation:
+        """What a condition does to a pass in the layers that are held."""
+
+    def positions(self, first_frame: int, grid: tuple[int, int, int], tokens: slice = slice(None)) -> Positions:
+        """What tells a chunk's tokens apart. `grid`: latent (T, h, w); `tokens`: which of them; all by default."""
+
     def layers(
-        self,
-        hidden: Tensor,
-        condition: PassCondition,
-        caption: Caption,
-        first_frame: int,
-        grid: tuple[int, int, int],
-        view: KVView,
-        tokens: slice = slice(None),
+        self, hidden: Tensor, modulation: Modulation, text: TextKV, positions: Positions, view: KVView
     ) -> Tensor:
-        """Run the layers that are held over one chunk's tokens. `grid`: latent (T, h, w). `tokens`: which of the
-        chunk's tokens `hidden` is; all by default."""
+        """Run the layers that are held over a chunk's tokens [1, S, D], which `positions` are of."""
 
     def velocity(self, hidden: Tensor, grid: tuple[int, int, int], condition: PassCondition) -> Tensor:
         """Velocity [1, C, T, h, w] fp32 of the last hidden states [1, S, D] of a whole chunk."""

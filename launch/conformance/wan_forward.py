@@ -20,7 +20,6 @@ from models.errors import InputError
 from models.protocols import Caption, PassCondition
 from models.wan.config import IMAGE_TOKENS, SKYREELS, Dtype, WanConfig, shapes_from_dict
 from models.wan.dit import WanDiT
-from models.wan.layers import Pair
 from models.wan.weights import WanWeights
 
 _FPS = (16, 24)  # by the published index
@@ -38,10 +37,10 @@ class _Past:
     """What chunks that are run in order attend to, a `KVView`: all so far."""
 
     attention: Attention
-    layers: dict[int, list[Pair]] = field(default_factory=dict)
+    layers: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        self.layers.setdefault(layer, []).append(Pair(k, v))
+        self.layers.setdefault(layer, []).append((k, v))
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         k, v = (torch.cat(parts, dim=1) for parts in zip(*self.layers[layer], strict=True))
@@ -109,7 +108,8 @@ def _run(
         times = condition.times[start : start + width] if len(condition.times) > 1 else condition.times
         told = replace(condition, times=times)
         first = model.patches(part)
-        states = [first, *model.each_layer(first, told, caption, start, grid, past)]
+        inputs = model.modulation(told), model.text(caption), model.positions(start, grid)
+        states = [first, *model.each_layer(first, *inputs, past)]
         hidden.append([state[0] for state in states])
         velocities.append(model.velocity(states[-1], grid, told))
     return [torch.cat(parts) for parts in zip(*hidden, strict=True)], torch.cat(velocities, dim=2)

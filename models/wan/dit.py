@@ -10,31 +10,20 @@ Shapes: T h w latent frames and cells, S tokens = T * h/2 * w/2, D hidden, F tim
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from models.attention import Attention, attention_backend
 from models.linear import linear_in
-from models.protocols import Caption, KVGeometry, KVView, PassCondition
+from models.protocols import Caption, KVGeometry, KVView, Modulation, PassCondition, Positions, TextKV
 from models.wan.config import WanConfig
-from models.wan.layers import Block, ChunkTimes, Seen, modulated, per_token, rotary_table
+from models.wan.layers import Block, modulated, per_token, rotary_table
 
 _TRAINED_FPS = (16, 24)  # rows of the table of frames per second; whatever is not 16 counts as 24
-
-
-@dataclass(slots=True)
-class _KnownText:
-    """What was made of a caption's text and image, which stay the same as long as a video is held."""
-
-    text: Tensor  # [1, N, D]
-    image: Tensor | None  # [1, P, D]
-    layers: dict[int, Seen] = field(default_factory=dict)
 
 
 class _Head(nn.Module):
@@ -45,7 +34,7 @@ class _Head(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 2, shapes.dim))
         self.head = nn.Linear(shapes.dim, math.prod(shapes.patch_size) * shapes.out_dim)
 
-    def forward(self, x_BSD: Tensor, e_FD: Tensor, frames: Tensor | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, e_FD: Tensor, frames: Tensor) -> Tensor:
         parts = (self.modulation.to(self.island) + e_FD[:, None]).unbind(dim=1)
         shift, scale = (per_token(part, frames) for part in parts)
         return linear_in(self.head, modulated(x_BSD, scale, shift, self.eps, self.island), self.island)
@@ -70,7 +59,7 @@ class WanDiT(nn.Module):
 
     Args:
         config: shapes and precision.
-        layers: which layers are held; all by default. A stage with layer 0 embeds, one with the last reads out.
+        layers: which layers are held; all by default. A stage with layer 0 embeds and reads out, one with the last reads out.
         attention: name of the attention backend, used for the text here and by KV views.
     """
 
@@ -93,9 +82,8 @@ class WanDiT(nn.Module):
             self.img_emb = _ImageEmbedder(config)
         # Layers keep their absolute numbers, so a stage's parameter names are the checkpoint's.
         self.blocks = nn.ModuleDict({str(i): Block(config) for i in self.held})
-        if shapes.num_layers - 1 in self.held:
+        if {0, shapes.num_layers - 1} & set(self.held):  # the first stage reads out where what layers added is reused
             self.head = _Head(config)
-        self._known = WeakTensorKeyDictionary()  # what was made of the texts of videos in flight
 
     @property
     def device(self) -> torch.device:
@@ -160,63 +148,54 @@ class WanDiT(nn.Module):
         """Rows of the text encoder [N, text_dim], those of padding among them -> [1, N, D]."""
         return self.text_embedding(text[None].to(self.config.dtype))
 
+    def text(self, caption: Caption) -> TextKV:
+        """Keys and values of a text, and of an image; as `VideoModel.text`."""
+        text = self.embed_text(caption.text)
+        image = None if caption.image is None else self.img_emb(caption.image[None].to(self.config.dtype))
+        return {number: block.cross_attn.see(text, image) for number, block in self._blocks()}
+
+    def modulation(self, condition: PassCondition) -> Modulation:
+        """What the times do to a pass, the same to all layers; as `VideoModel.modulation`."""
+        _, e0 = self.embed_condition(condition)
+        return dict.fromkeys(self.held, (e0,))
+
+    def positions(self, first_frame: int, grid: tuple[int, int, int], tokens: slice = slice(None)) -> Positions:
+        """Rotations [S, d / 2] of a chunk's tokens and the chunk's frame [S] of each; as `VideoModel.positions`."""
+        cells = self.token_grid(grid)
+        kind = torch.float32 if self.config.precision.rotary == "complex64" else torch.float64
+        rope = rotary_table(first_frame, cells, self.config.shapes.head_size, kind, self.device)
+        return rope[tokens], self._frames(cells)[tokens]
+
     def layers(
-        self,
-        hidden: Tensor,
-        condition: PassCondition,
-        caption: Caption,
-        first_frame: int,
-        grid: tuple[int, int, int],
-        view: KVView,
-        tokens: slice = slice(None),
+        self, hidden: Tensor, modulation: Modulation, text: TextKV, positions: Positions, view: KVView
     ) -> Tensor:
-        """Run the layers that are held over one chunk's tokens; as `VideoModel.layers`."""
-        return deque(self.each_layer(hidden, condition, caption, first_frame, grid, view, tokens), maxlen=1)[0]
+        """Run the layers that are held; as `VideoModel.layers`."""
+        for hidden in self.each_layer(hidden, modulation, text, positions, view):  # noqa: B007, B020
+            pass
+        return hidden
 
     def each_layer(
-        self,
-        hidden: Tensor,
-        condition: PassCondition,
-        caption: Caption,
-        first_frame: int,
-        grid: tuple[int, int, int],
-        view: KVView,
-        tokens: slice = slice(None),
+        self, hidden: Tensor, modulation: Modulation, text: TextKV, positions: Positions, view: KVView
     ) -> Iterator[Tensor]:
         """The hidden states after each layer that is held."""
-        cells, precision = self.token_grid(grid), self.config.precision
-        _, modulation = self.embed_condition(condition)
-        frames = self._frames(len(modulation), cells)
-        times = ChunkTimes(modulation, None if frames is None else frames[tokens])
-        kind = torch.float32 if precision.rotary == "complex64" else torch.float64
-        rope = rotary_table(first_frame, cells, self.config.shapes.head_size, kind, self.device)[tokens]
-        known = self._text(caption)
-        for name, block in self.blocks.items():
-            assert isinstance(block, Block)
-            number = int(name)
-            if number not in known.layers:
-                known.layers[number] = block.cross_attn.see(known.text, known.image)
-            hidden = block(hidden, times, known.layers[number], rope, view, number, self.attention)
+        rope, frames = positions
+        for number, block in self._blocks():
+            (e0,) = modulation[number]
+            hidden = block(hidden, e0, frames, text[number], rope, view, number, self.attention)
             yield hidden
+
+    def _blocks(self) -> Iterator[tuple[int, Block]]:
+        for name, block in self.blocks.items():
+            yield int(name), cast(Block, block)
 
     def velocity(self, hidden: Tensor, grid: tuple[int, int, int], condition: PassCondition) -> Tensor:
         """Velocity [1, C, T, h, w] fp32 of the last hidden states of a whole chunk."""
         e, _ = self.embed_condition(condition)
         (frames, height, width), (_, p, q) = self.token_grid(grid), self.config.shapes.patch_size
-        x = self.head(hidden, e, self._frames(len(e), (frames, height, width)))
+        x = self.head(hidden, e, self._frames((frames, height, width)))
         x = x.reshape(-1, frames, height, width, p, q, self.config.shapes.out_dim)
         return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(len(x), -1, frames, height * p, width * q).float()
 
-    def _frames(self, times: int, cells: tuple[int, int, int]) -> Tensor | None:
-        """The latent frame of each token, if that matters."""
-        if times == 1:
-            return None
-        return torch.arange(times, device=self.device).repeat_interleave(cells[1] * cells[2])
-
-    def _text(self, caption: Caption) -> _KnownText:
-        """What is made of a caption once; it is forgotten with the caption's text."""
-        known = self._known.get(caption.text)
-        if known is None:
-            image = None if caption.image is None else self.img_emb(caption.image[None].to(self.config.dtype))
-            known = self._known[caption.text] = _KnownText(self.embed_text(caption.text), image)
-        return known
+    def _frames(self, cells: tuple[int, int, int]) -> Tensor:
+        """The latent frame of each token, [S]."""
+        return torch.arange(cells[0], device=self.device).repeat_interleave(cells[1] * cells[2])

@@ -10,7 +10,6 @@ residual within a layer.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,27 +20,6 @@ from models.protocols import KVView
 from models.wan.config import WanConfig
 
 _BASE = 10000.0
-
-
-class Pair(NamedTuple):
-    """Keys and values [B, N, H, d]."""
-
-    k: Tensor
-    v: Tensor
-
-
-class Seen(NamedTuple):
-    """What the tokens of a text, and of an image, are to one layer."""
-
-    text: Pair
-    image: Pair | None
-
-
-class ChunkTimes(NamedTuple):
-    """What one chunk is told of its times."""
-
-    modulation: Tensor  # [F, 6, D]
-    frames: Tensor | None  # [S], the place in F of each token; None where F is one
 
 
 class RMSNorm(nn.Module):
@@ -96,22 +74,19 @@ class CrossAttention(_Attention):
             self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
             self.norm_k_img = _norm(config)
 
-    def see(self, text_BND: Tensor, image_BPD: Tensor | None) -> Seen:
-        """Keys and values of embedded tokens, which are the same for all chunks."""
-        text = self._pair(self.norm_k(self.k(text_BND)), self.v(text_BND))
-        if image_BPD is None:
-            return Seen(text, None)
-        return Seen(text, self._pair(self.norm_k_img(self.k_img(image_BPD)), self.v_img(image_BPD)))
+    def see(self, text_BND: Tensor, image_BPD: Tensor | None) -> tuple[Tensor, ...]:
+        """Keys and values [B, N, H, d] of embedded tokens of a text, then of an image: the same for all chunks."""
+        pairs = [(self.norm_k(self.k(text_BND)), self.v(text_BND))]
+        if image_BPD is not None:
+            pairs.append((self.norm_k_img(self.k_img(image_BPD)), self.v_img(image_BPD)))
+        return tuple(self.heads(part).to(self.dtype) for pair in pairs for part in pair)
 
-    def _pair(self, k: Tensor, v: Tensor) -> Pair:
-        return Pair(self.heads(k).to(self.dtype), self.heads(v))
-
-    def forward(self, x_BSD: Tensor, seen: Seen, attention: Attention) -> Tensor:
-        """`x_BSD` in the model's dtype."""
+    def forward(self, x_BSD: Tensor, seen: tuple[Tensor, ...], attention: Attention) -> Tensor:
+        """`x_BSD` in the model's dtype, `seen` as of `see`."""
         q = self.heads(self.norm_q(self.q(x_BSD))).to(self.dtype)
-        attended = attention(q, *seen.text)
-        if seen.image is not None:
-            attended = attended + attention(q, *seen.image)
+        attended = attention(q, *seen[:2])
+        if seen[2:]:
+            attended = attended + attention(q, *seen[2:])
         return self.o(attended.flatten(2))
 
 
@@ -130,16 +105,21 @@ class Block(nn.Module):
     def forward(
         self,
         x_BSD: Tensor,
-        times: ChunkTimes,
-        seen: Seen,
+        e0_F6D: Tensor,
+        frames: Tensor,
+        seen: tuple[Tensor, ...],
         rope: Tensor,
         view: KVView,
         layer: int,
         attention: Attention,
     ) -> Tensor:
-        """Run the layer; `view` is asked with the absolute number of the `layer`, `attention` is for the text."""
-        parts = (self.modulation.to(self.island) + times.modulation).unbind(dim=1)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (per_token(part, times.frames) for part in parts)
+        """Run the layer.
+
+        `e0_F6D` and `frames` [S], the place in the chunk of each token's latent frame, are of its times, `seen` of the
+        text; `view` is asked with the absolute number of the `layer`, and `attention` is for the text.
+        """
+        parts = (self.modulation.to(self.island) + e0_F6D).unbind(dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (per_token(part, frames) for part in parts)
         attended = self.self_attn(self._norm(x_BSD, scale1, shift1), rope, view, layer)
         x_BSD = x_BSD + attended * gate1
         x_BSD = x_BSD + self.cross_attn(self._norm3(x_BSD), seen, attention)
@@ -163,9 +143,9 @@ def modulated(x_BSD: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: to
     return normed * (1 + scale) + shift
 
 
-def per_token(values: Tensor, frames: Tensor | None) -> Tensor:
+def per_token(values: Tensor, frames: Tensor) -> Tensor:
     """Values of times, [F, D], as they are added to tokens: [1, D], or [S, D] where the frames of a chunk differ."""
-    return values if frames is None else values[frames]
+    return values if len(values) == 1 else values[frames]
 
 
 # ---- rotary positions

@@ -51,7 +51,7 @@ def slow_if_large(path):
     return pytest.param(path, marks=marks, id=path.stem)
 
 
-@pytest.mark.parametrize("path", map(slow_if_large, CASES))
+@pytest.mark.parametrize("path", [slow_if_large(path) for path in CASES])
 def test_golden_passes_and_one_changed_number_fails(path):
     """Every tensor of figures is made again and agrees; with one number changed in any of them the file fails."""
     golden = read_golden(path, "cpu")
