@@ -227,15 +227,14 @@ class VideoRun:
             opened before the next one is asked for: its work carries the flags up to it.
         """
         active = [(chunk, step) for chunk, step in tick.active if chunks is None or chunk in chunks]
-        last = tick.index == self.schedule.ticks - 1
         looks = self._reuse.policy.observes or self._reuse.observe
         norms = self._observe(active) if looks else {}
         seen, rounded = [], self._reuse.dtype == torch.bfloat16
-        see = partial(Observation, tick=tick.index, last_tick=last, rounded=rounded)
-        final = self._sampling.num_steps - 1 if self._sampling.computes_last_step else None
+        see = partial(Observation, tick=tick.index, rounded=rounded)
         for chunk, step in active:
             change, scale = norms.get(chunk, (None, None))
-            seen.append(see(chunk=chunk, step=step, change=change, scale=scale, last_step=step == final))
+            final = self._sampling.computes(step, last_tick=tick.index == self.schedule.ticks - 1)
+            seen.append(see(chunk=chunk, step=step, change=change, scale=scale, final=final))
         for one, decision in zip(seen, self._reuse.policy.decide(seen), strict=True):
             self._flags.add([decision.value])
             self._unsent.append(decision.value)

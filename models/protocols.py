@@ -197,10 +197,6 @@ class Sampling(Protocol):
         each pass, and not the increment of the latents."""
 
     @property
-    def computes_last_step(self) -> bool:
-        """Whether no policy may reuse a chunk's last step."""
-
-    @property
     def changes(self) -> tuple[float, ...] | None:
         """Relative L1 change of what the layers are told in each step, since the step before; None if it is not known.
         The first one counts for nothing."""
@@ -210,6 +206,9 @@ class Sampling(Protocol):
 
     def solver(self, given: Tensor | None, draw: Draw) -> Solver:
         """What takes the steps of a chunk whose first latent frames are given, [1, C, P, h, w]; None if none are."""
+
+    def computes(self, step: int, *, last_tick: bool) -> bool:
+        """Whether no policy may reuse a step; `last_tick`: the video ends with it."""
 
     def key_limit(self, step: int, place: int) -> int | None:
         """How many chunks a chunk in this step attends to, itself included; None for all. `place`: how many chunks were

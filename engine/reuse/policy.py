@@ -41,12 +41,11 @@ class Observation:
     chunk: int  # absolute number
     step: int  # the chunk's own step
     tick: int  # of the video
-    last_tick: bool  # the video ends with this tick
+    final: bool  # the family computes it in any case: the video ends with this tick, or the chunk with this step
     change: float | None
     """L1 norm of the difference of its patch embeddings of this tick and the one before; None at step 0."""
     scale: float | None  # L1 norm of the patch embeddings of the tick before; None at step 0
     rounded: bool = False  # the distance is rounded to bf16, as the two norms are
-    last_step: bool = False  # the chunk's last step, of a family that computes it in any case
 
     @property
     def distance(self) -> float | None:
@@ -149,7 +148,7 @@ class ChunkPolicy(_Accumulator):
         return [self.add(str(one.chunk), one.distance, forced=self._forced(one)) for one in observations]
 
     def _forced(self, one: Observation) -> bool:
-        return one.step < self.warmup_steps or one.last_tick or one.last_step
+        return one.step < self.warmup_steps or one.final
 
 
 class WindowPolicy(_Accumulator):
@@ -157,13 +156,25 @@ class WindowPolicy(_Accumulator):
 
     scope = "window"
 
+    def __init__(
+        self,
+        threshold: float,
+        warmup_steps: int,
+        extrapolate_from: float = 1.0,
+        polynomial: Sequence[float] = (),
+        *,
+        cycle: int | None = None,  # ticks after which the warm-up begins anew
+    ) -> None:
+        super().__init__(threshold, warmup_steps, extrapolate_from, polynomial)
+        self._cycle = cycle
+
     def decide(self, observations: Sequence[Observation]) -> list[Decision]:
         """Decide once for the window."""
         known = [(one.change, one.scale) for one in observations if one.change is not None and one.scale is not None]
         scale = sum(scale for _, scale in known)
         distance = sum(change for change, _ in known) / scale if scale else None
         now = observations[0]
-        forced = now.last_tick or now.tick < self.warmup_steps
+        forced = now.final or (now.tick % self._cycle if self._cycle else now.tick) < self.warmup_steps
         shared = self.add("window", distance, forced=forced)
         return [Decision.COMPUTE if one.step == 0 else shared for one in observations]
 
@@ -177,6 +188,8 @@ class ReuseSettings:
     warmup_steps: int = 1  # m, first steps that are always computed
     reuse: str = "residual"  # one of `KINDS`
     extrapolate_from: float = 1.0  # share of the threshold above which a step is extrapolated; 1 never does
+    cycle: int | None = None
+    """Ticks after which TeaCache's warm-up begins anew, as the published code for Wan has it; None has one warm-up."""
     distance: str = "fp32"  # arithmetic of distances, one of `DISTANCES`; or `CONDITION`
     polynomial: tuple[float, ...] = ()  # what rescales distances before they are summed, of the highest power first
     clean_pass: bool = True  # renew the KV of a finished chunk by a pass of its own; the published runs do not
@@ -197,8 +210,8 @@ class ReuseSettings:
         """A policy with empty state, for one request."""
         if self.policy == "none":
             return Policy()
-        kind = ChunkPolicy if self.policy == "flowcache" else WindowPolicy
-        return kind(self.threshold, self.warmup_steps, self.extrapolate_from, self.polynomial)
+        figures = self.threshold, self.warmup_steps, self.extrapolate_from, self.polynomial
+        return ChunkPolicy(*figures) if self.policy == "flowcache" else WindowPolicy(*figures, cycle=self.cycle)
 
     def new_memory(self) -> ReuseMemory:
         """An empty memory, for one request."""

@@ -162,7 +162,7 @@ def _decisions(prefix: str, result: Result, distances: Tensor) -> Iterator[tuple
         seen = [_observation(tick, schedule, chunk, step, at[chunk].item()) for chunk, step in tick.active]
         for one, decision in zip(seen, policy.decide(seen), strict=True):
             place = tick.index, one.chunk
-            if one.step >= reuse.warmup_steps and not one.last_tick:
+            if one.step >= reuse.warmup_steps and not one.final:
                 since[one.chunk] += at[one.chunk].item()
                 used[place], sums[place] = at[one.chunk], since[one.chunk]
             flags[place] = decision.value
@@ -175,6 +175,4 @@ def _observation(
     tick: Tick, schedule: Schedule, chunk: int, step: int, change: float, *, scale: float = 1.0, rounded: bool = False
 ) -> Observation:
     last = tick.index == schedule.ticks - 1
-    return Observation(
-        chunk=chunk, step=step, tick=tick.index, last_tick=last, change=change, scale=scale, rounded=rounded
-    )
+    return Observation(chunk=chunk, step=step, tick=tick.index, final=last, change=change, scale=scale, rounded=rounded)

@@ -83,6 +83,7 @@ class _Policy:
             policy="none" if not self.policy or self.threshold < 0 else self.policy,
             threshold=max(0.0, self.threshold),
             warmup_steps=KEPT_STEPS[self.use_ret_steps],
+            cycle=self.num_steps // 2 if self.policy == "teacache" else None,
             distance=CONDITION if self.policy else "fp32",
             polynomial=self.polynomial,
             clean_pass=False,
@@ -240,7 +241,7 @@ def _policy(golden: Golden) -> _Policy:
 def _captions(golden: Golden) -> CaptionTable:
     channels = golden.json("config").get("text_dim")
     text = golden.tensor("input.context", (1, None, channels))[0]
-    negative = golden.tensors.get("input.negative_context", text[None])[0]
+    negative = golden.tensors.get("input.negative_context", torch.zeros_like(text)[None])[0]
     return CaptionTable(text=text, null=negative)
 
 
@@ -269,11 +270,13 @@ def _forcing(run: WanRun, model: WanDiT) -> _Making:
         restricted = policy.use_kvrange or policy.use_compress
         key_range = policy.kvrange if policy.use_kvrange and not policy.use_compress else None
         sampling = BlockSampling(**common, clean_pass=causal, key_range=key_range, hides_prefix=restricted)
-        changes = condition_changes(model, sampling.sigmas.timesteps, asked.fps)
+        steps: list[tuple[float, ...]] = [(float(time),) for time in sampling.sigmas.timesteps]
+        changes = condition_changes(model, steps, asked.fps)
     else:
         ends = 0 if end is None else end.shape[1]
         sampling = WindowSampling(**common, given=given, ends=ends)
-        changes = condition_changes(model, sampling.sigmas.timesteps, asked.fps)
+        steps = [sampling.times(row) for row in range(sampling.num_steps)]
+        changes = condition_changes(model, steps, asked.fps, of_head=not policy.use_ret_steps)
     return _Making(
         sampling=replace(sampling, changes=changes),
         captions=_captions(golden),

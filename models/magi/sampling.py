@@ -70,7 +70,6 @@ class MagiSampling:
     publishes = True
     sink = 0
     residual_of_layers = False
-    computes_last_step = False
     changes = None
 
     config: MagiConfig  # the model's configuration
@@ -136,6 +135,10 @@ class MagiSampling:
     def solver(self, given: Tensor | None, draw: Draw) -> EulerSolver:
         """Euler's method."""
         return EulerSolver(self, given)
+
+    def computes(self, step: int, *, last_tick: bool) -> bool:
+        """The last tick of a video is computed."""
+        return last_tick
 
     def key_limit(self, step: int, place: int) -> int | None:
         """Chunks attended to, itself included: one figure for each quarter of the steps; None for all (7.4, step 3)."""

@@ -25,11 +25,17 @@ KEPT_STEPS = {True: 5, False: 1}
 
 
 @torch.no_grad()
-def condition_changes(model: WanDiT, timesteps: Sequence[float], fps: int) -> tuple[float, ...]:
-    """Relative L1 change of e0 in each step, since the step before; the first is 0."""
+def condition_changes(
+    model: WanDiT, steps: Sequence[tuple[float, ...]], fps: int, *, of_head: bool = False
+) -> tuple[float, ...]:
+    """Relative L1 change of e0 in each step, since the step before; the first is 0.
+
+    `steps` has the times of each, of the chunk or of its latent frames. TeaCache's fits without kept steps are for e,
+    what the head is told (`of_head`).
+    """
     changes, before = [0.0], None
-    for time in timesteps:
-        _, now = model.embed_condition(PassCondition(times=(float(time),), fps=fps))
+    for times in steps:
+        now = model.embed_condition(PassCondition(times=times, fps=fps))[0 if of_head else 1]
         if before is not None:
             changes.append(((now - before).abs().mean() / before.abs().mean()).item())
         before = now

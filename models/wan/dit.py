@@ -59,7 +59,8 @@ class WanDiT(nn.Module):
 
     Args:
         config: shapes and precision.
-        layers: which layers are held; all by default. A stage with layer 0 embeds and reads out, one with the last reads out.
+        layers: which layers are held; all by default. A stage with layer 0 embeds, and it and one with the
+            last read out.
         attention: name of the attention backend, used for the text here and by KV views.
     """
 

@@ -113,8 +113,6 @@ class BlockSampling(DiffusionForcing):
     hides_prefix: bool = False  # the first group does not see the given ones in its first step, as published with a
     # range or with compression
 
-    computes_last_step = True
-
     @property
     def num_steps(self) -> int:
         """Of a chunk."""
@@ -153,6 +151,10 @@ class BlockSampling(DiffusionForcing):
     def solver(self, given: Tensor | None, draw: Draw) -> BlockSolver:
         """Steps of one group."""
         return BlockSolver(self._new_solver(), given=given is not None, mix=self.noise_condition, draw=draw)
+
+    def computes(self, step: int, *, last_tick: bool) -> bool:
+        """The last step of each group is computed."""
+        return step == self.steps - 1
 
     def key_limit(self, step: int, place: int) -> int | None:
         """All, or those that are not finished and `key_range` before them.
@@ -223,7 +225,6 @@ class WindowSampling(DiffusionForcing):
     ends: int = 0  # frames at the end that are given too, and are no part of the video
 
     clean_pass = False
-    computes_last_step = False
     window = 1
     branches = 0  # nothing outlives a pass
 
@@ -258,6 +259,10 @@ class WindowSampling(DiffusionForcing):
     def solver(self, given: Tensor | None, draw: Draw) -> WindowSolver:
         """Steps of all groups."""
         return WindowSolver(self, [self._new_solver() for _ in range(self.groups)], draw)
+
+    def computes(self, step: int, *, last_tick: bool) -> bool:
+        """No row has to be."""
+        return False
 
     def key_limit(self, step: int, place: int) -> int | None:
         """Itself."""

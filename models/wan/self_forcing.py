@@ -33,7 +33,6 @@ class SelfForcingSampling:
     clean_pass = True
     publishes = False
     residual_of_layers = True
-    computes_last_step = True
     changes = None
 
     def __post_init__(self) -> None:
@@ -75,6 +74,10 @@ class SelfForcingSampling:
     def solver(self, given: Tensor | None, draw: Draw) -> RenoisingSolver:
         """Steps of one chunk."""
         return RenoisingSolver((*self.sigmas, 0.0), draw)
+
+    def computes(self, step: int, *, last_tick: bool) -> bool:
+        """The last step of each chunk is computed."""
+        return step == self.num_steps - 1
 
     def key_limit(self, step: int, place: int) -> int | None:
         """The chunks that are held, itself included."""

@@ -18,7 +18,7 @@ class OnePass:
     """Sampling of one pass for each step, and one to renew a finished chunk if that is wanted."""
 
     chunk_width, branches, publishes, sink = 1, 1, True, 0
-    residual_of_layers, computes_last_step, changes = False, False, None
+    residual_of_layers, changes = False, None
 
     def __init__(self, num_steps, window, *, clean):
         self.num_steps, self.window, self.clean_pass = num_steps, window, clean
@@ -41,6 +41,9 @@ class OnePass:
 
     def step(self, x, velocity, step):
         return x + velocity / self.num_steps
+
+    def computes(self, step, *, last_tick):
+        return last_tick
 
     def key_limit(self, step, place):
         return None

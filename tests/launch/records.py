@@ -31,7 +31,7 @@ def made_up_record(
                 chunk=chunk,
                 step=step,
                 tick=tick.index,
-                last_tick=tick.index == schedule.ticks - 1,
+                final=tick.index == schedule.ticks - 1,
                 change=(1 + chunk % 3) * 0.006 * np.exp(2.6 * (step / num_steps) ** 2) if step else None,
                 scale=1.0 if step else None,
             )

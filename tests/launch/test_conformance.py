@@ -14,7 +14,7 @@ from launch.conformance.golden import TOLERANCES, compare, identical, read_golde
 from models.errors import InputError
 
 GOLDENS = Path(__file__).parent.parent / "data" / "goldens"
-FILES = [*GOLDENS.glob("*.safetensors"), *GOLDENS.glob("skyreels/forward_*.safetensors")]
+FILES = [*GOLDENS.glob("*.safetensors"), *GOLDENS.glob("skyreels/*.safetensors")]
 CASES = sorted(path for path in FILES if not path.stem.startswith("weights"))
 LARGE = {"released_24b_forward", "released_4.5b_forward", "released_gated", "released_plain"}
 

@@ -19,7 +19,7 @@ from models.errors import InputError
 
 def seen(chunk, step, distance, *, tick=50, last=False):
     change, scale = (None, None) if distance is None else (distance, 1.0)
-    return Observation(chunk=chunk, step=step, tick=tick, last_tick=last, change=change, scale=scale)
+    return Observation(chunk=chunk, step=step, tick=tick, final=last, change=change, scale=scale)
 
 
 distances = st.lists(st.floats(0, 0.02), min_size=1, max_size=40)
@@ -50,7 +50,7 @@ def test_the_published_distance_is_rounded_at_every_step():
     now = torch.tensor([1.0078125, 1.03125]).bfloat16()
     change, scale = change_norms(then, now, torch.bfloat16)
     assert (change.dtype, change.item(), scale.item()) == (torch.bfloat16, 0.01953125, 1.0)
-    third = {"chunk": 0, "step": 3, "tick": 3, "last_tick": False, "change": 0.01953125, "scale": 3.0}
+    third = {"chunk": 0, "step": 3, "tick": 3, "final": False, "change": 0.01953125, "scale": 3.0}
     assert Observation(**third).distance == 0.01953125 / 3.0
     assert Observation(**third, rounded=True).distance == torch.tensor(0.01953125 / 3.0).bfloat16().item()
     # 1 + 2^-8 lies between two numbers of bf16, and 1e-8 is added to a scale of zero.
