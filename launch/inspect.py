@@ -106,7 +106,7 @@ def _print_memory(console: Console, config: ModelConfig, vae_bytes: int, wanted:
     known = config.figures
     request = Request(
         prompt="-",
-        chunks=_CHUNKS if wanted.chunks is None else wanted.chunks,
+        chunks=min(_CHUNKS, known.most_chunks or _CHUNKS) if wanted.chunks is None else wanted.chunks,
         height=known.height if wanted.height is None else wanted.height,
         width=known.width if wanted.width is None else wanted.width,
         num_steps=known.num_steps,
@@ -131,7 +131,7 @@ def _print_memory(console: Console, config: ModelConfig, vae_bytes: int, wanted:
         table.add_row(f"{pp} x {cp}", *map(size_text, (most.weights, most.kv + most.texts, most.work, most.total)))
     console.print(table, highlight=False)
     if known.encodes_on is not None:
-        text = f"The text encoder works on {known.encodes_on!r} before that, and is let go."
+        text = f"The text encoder works on {known.encodes_on} before that, and is let go."
         console.print(text, highlight=False)
 
 
@@ -218,8 +218,9 @@ def _preset_memory(preset: Preset) -> int:
     """Bytes on one device for one video of the preset's size."""
     config = preset.config()
     known, vae_bytes = config.figures, family_of(config).vae_bytes(config, None)
+    chunks = known.most_chunks or _CHUNKS
     request = Request(
-        prompt="-", chunks=2 * known.window, height=known.height, width=known.width, num_steps=known.num_steps, seed=0
+        prompt="-", chunks=chunks, height=known.height, width=known.width, num_steps=known.num_steps, seed=0
     )
     job = Job(
         config=config, vae_bytes=vae_bytes, request=request, reuse=ReuseSettings(), kv=KVSettings(), layout=Layout()

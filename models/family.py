@@ -36,6 +36,7 @@ class Figures:
     num_steps: int
     chunk_frames: int  # frames of a chunk
     window: int  # chunks that are denoised at once
+    most_chunks: int | None = None  # of what the model is run on; a longer video is made of several
 
 
 class ModelConfig(Protocol):
@@ -58,11 +59,25 @@ class ModelConfig(Protocol):
 class Preset(Protocol):
     """A model that can be asked for by name."""
 
-    name: str  # what it is called on the command line
-    summary: str  # what it is good for
-    config: Callable[[], Any]  # makes its configuration
-    parameters: int  # of the DiT
-    folder: str | None  # where the weights are; None if they ship with the project
+    @property
+    def name(self) -> str:
+        """What it is called on the command line."""
+
+    @property
+    def summary(self) -> str:
+        """What it is good for."""
+
+    @property
+    def config(self) -> Callable[[], Any]:
+        """Makes its configuration."""
+
+    @property
+    def parameters(self) -> int:
+        """Of the DiT."""
+
+    @property
+    def folder(self) -> str | None:
+        """Where the weights are; None if they ship with the project."""
 
     @property
     def disk(self) -> int:
@@ -82,9 +97,13 @@ class Part:
 class Family(Protocol):
     """A family of models. Configurations that it is given are its own."""
 
-    name: str  # of the family, for people
-    config_type: type  # of its configurations
-    notes: str  # where released weights are, and what they need
+    @property
+    def config_type(self) -> type:
+        """Of its configurations."""
+
+    @property
+    def notes(self) -> str:
+        """Where released weights are, and what they need."""
 
     def presets(self) -> Mapping[str, Preset]:
         """The models that can be asked for, by name."""

@@ -18,7 +18,6 @@ from models.magi.weights import Checkpoint, stage_bytes, vae_parameters
 class MagiFamily:
     """A `Family`."""
 
-    name = "MAGI-1"
     config_type = MagiConfig
     notes = (
         "Weights of MAGI-1: huggingface.co/sand-ai/MAGI-1. Download the folder above, ckpt/vae and ckpt/t5, and name "

@@ -173,13 +173,14 @@ class WanConfig:
             mlp=shapes.ffn_dim,
             text_rows=shapes.text_len + (IMAGE_TOKENS if shapes.sees_image else 0),
             text_values=2 * dim,
-            encodes_on="cuda",
+            encodes_on="the GPU, or on the CPU without one,",
             height=runtime.height,
             width=runtime.width,
             fps=runtime.fps,
             num_steps=runtime.num_steps,
             chunk_frames=runtime.chunk_width * CELL_FRAMES,
-            window=self.window_chunks,
+            window=1 if runtime.method == "self-forcing" else self.window_chunks,
+            most_chunks=None if runtime.method == "self-forcing" else self.window_chunks,
         )
 
     @property

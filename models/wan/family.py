@@ -8,8 +8,10 @@ from pathlib import Path
 
 from models.checkpoint import Loading
 from models.family import Part
+from models.protocols import Sampling
 from models.wan import folder as folders
 from models.wan.config import WanConfig
+from models.wan.method import sampling_of
 from models.wan.presets import PRESETS, VAE_PARAMETERS, Preset, preset_of
 from models.wan.text import check_text
 from models.wan.vae import WanVaeFiles
@@ -19,7 +21,6 @@ from models.wan.weights import WanWeights, empty_dit
 class WanFamily:
     """A `Family`."""
 
-    name = "Wan"
     config_type = WanConfig
     notes = (
         "Weights of SkyReels-V2: the folder above on huggingface.co, as it is, or that of diffusers; of Self-Forcing "
@@ -69,6 +70,10 @@ class WanFamily:
             return 4 * VAE_PARAMETERS
         stored = WanVaeFiles(vae).check()
         return 4 * sum(entry.size for entry in stored.values())
+
+    def sampling(self, config: WanConfig, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> Sampling:
+        """As `Family`. Of the passes that reuse may leave out it has neither."""
+        return sampling_of(config, num_steps)
 
 
 @cache  # a batch asks once for each of its lines

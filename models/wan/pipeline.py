@@ -12,12 +12,15 @@ import torch
 
 from models.attention import Attention
 from models.checkpoint import Loading
-from models.protocols import Autoencoder, CaptionTable
+from models.protocols import Autoencoder, CaptionTable, Sampling
 from models.text import TextDtype, TextEncoder
+from models.wan.changes import condition_changes
 from models.wan.config import WanConfig
 from models.wan.dit import WanDiT
 from models.wan.folder import dit_source, find_files
+from models.wan.method import sampling_of
 from models.wan.text import UMT5Encoder, padded
+from models.wan.unipc import Sigmas
 from models.wan.vae import WanVaeFiles
 from models.wan.weights import WanWeights
 
@@ -36,7 +39,7 @@ _TEXT = WanTextLoading()
 
 
 class WanPipeline:
-    """A DiT with what turns prompts into captions and latents into frames; how it is sampled, a subclass says.
+    """A DiT with what turns prompts into captions and latents into frames.
 
     Without an encoder captions are brought, and without an autoencoder a video ends with latents.
     """
@@ -61,6 +64,18 @@ class WanPipeline:
     def attention(self) -> Attention:
         """What KV views attend with."""
         return self.model.attention
+
+    def sampling(self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True) -> Sampling:
+        """How to denoise with that many steps. Of the passes that reuse may leave out it has neither."""
+        return sampling_of(self.config, num_steps, changes=self._changes(num_steps))
+
+    def _changes(self, num_steps: int) -> tuple[float, ...] | None:
+        """What is known of a video before it is made, since it does not depend on latents."""
+        runtime = self.config.runtime
+        if runtime.method == "self-forcing":
+            return None
+        steps = [(float(time),) for time in Sigmas(num_steps, runtime.shift).timesteps]
+        return condition_changes(self.model, steps, runtime.fps)
 
     def captions(self, prompt: str) -> CaptionTable:
         """Encode a prompt, and the negative prompt as the text of no text; zero rows behind both count.
