@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 
@@ -17,6 +17,7 @@ from launch.serve.metrics import Metrics
 from launch.serve.requests import Service, accept
 from launch.serve.schemas import failure, video
 from launch.serve.store import Full, Job, Store
+from launch.serve.watch import events
 from models.errors import InputError
 from parallel.cluster.gang import GangState
 
@@ -109,6 +110,11 @@ def _add_one_video(app: FastAPI, service: Service) -> None:
         else:
             await asyncio.to_thread(store.remove, job)
         return {"id": job.id, "object": "video.deleted", "deleted": True, "status": job.status}
+
+    @app.get("/v1/videos/{name}/events")
+    async def watched(name: str) -> StreamingResponse:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(events(service, _found(store, name)), media_type="text/event-stream", headers=headers)
 
     @app.get("/v1/videos/{name}/content")
     def content(name: str, variant: Literal["video"] = "video") -> FileResponse:

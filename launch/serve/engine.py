@@ -25,6 +25,7 @@ from launch.media import Bounds
 from launch.options import parse_size, together
 from launch.output.display import State
 from launch.plan import Plan
+from launch.serve.live import LiveVideos
 from launch.serve.metrics import Metrics
 from launch.serve.options import ServeOptions
 from launch.serve.store import Job, Status, Store
@@ -51,6 +52,8 @@ class Maker:
         self._waiting: deque[tuple[Job, Plan | None]] = deque()  # not handed to the controller yet
         self._waiting.extend((job, None) for job in store.jobs() if job.unfinished)
         self._cancelled: deque[tuple[Job, Future[None]]] = deque()
+        self.live = LiveVideos()
+        """What can be watched."""
         self._over: list[str] = []  # videos that have ended, of which events may still be on their way
         self._backend: Controller | None = None
 
@@ -158,8 +161,9 @@ class Maker:
         video.chunks_done = video.files.count()
         if self._making.end_if_complete(video):
             return
+        self.live.begin(video.name, video.plan.size.schedule, video.chunks_done)
         try:
-            backend.submit(self._making.order(video))
+            backend.submit(replace(self._making.order(video), watched=True))
         except InputError as error:
             self._ended(video, error)
 
@@ -173,15 +177,22 @@ class Maker:
             for name in event.videos:
                 if (job := self._store.get(name)) is not None:
                     job.restarts += 1
-        if not isinstance(event, messages.VideoEvent) or (job := self._store.get(event.video)) is None:
-            return
+        if isinstance(event, messages.VideoEvent) and (job := self._store.get(event.video)) is not None:
+            self._show(event, job)
+
+    def _show(self, event: messages.VideoEvent, job: Job) -> None:
+        """Note how far a job is, for those who ask and for those who watch."""
+        live = self.live.get(job.id)
         if isinstance(event, messages.Admitted) and job.status == "queued":
             job.status, job.began_at = "in_progress", time.time()
             self._save(job)
         elif isinstance(event, messages.Progressed):
-            progress = event.progress
-            job.progress = max(job.progress, min(99, 100 * progress.tick // progress.ticks))
-            job.computed = progress.computed_fraction
+            job.computed = event.progress.computed_fraction
+        elif isinstance(event, messages.Ticked) and live is not None:
+            live.ticked(event)
+            job.progress = max(job.progress, min(99, live.percent))
+        elif isinstance(event, messages.ChunkMade) and live is not None:
+            live.keep(event.index + 1)
 
     def _ended(self, video: Video, error: InputError | None) -> None:
         self._over.append(video.name)
@@ -216,6 +227,7 @@ class Maker:
     def _close(self, job: Job, status: Status) -> None:
         """A job has ended. A full disk does not end the service; what could not be written is made again."""
         job.status, job.completed_at = status, time.time()
+        self.live.end(job.id)
         self._metrics.forget(job)
         self._save(job)
         if (video := self._making.videos.get(job.id)) is None or video.ending is None:

@@ -216,7 +216,7 @@ def test_a_signal_ends_it_with_nothing_left_but_its_folder(service):
 
 
 def test_what_cannot_be_served_is_one_line(flowcache):
-    for arguments, words in ((["--host", "0.0.0.0"], "give an --api-key"), (["--model", "x"], "there is no model")):
+    for arguments, words in ((["--host", "0.0.0.0"], "give an --api-key"), (["--model", "x"], "unknown model")):
         made = flowcache("serve", *arguments)
         assert made.returncode == 2 and words in made.stderr and made.stderr.count("\n") == 1, made.stderr
 
