@@ -72,8 +72,8 @@ class WanFamily:
         return 4 * sum(entry.size for entry in stored.values())
 
     def sampling(self, config: WanConfig, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> Sampling:
-        """As `Family`. Of the passes that reuse may leave out it has neither."""
-        return sampling_of(config, num_steps)
+        """As `Family`."""
+        return sampling_of(config, num_steps, clean_pass=clean_pass)
 
 
 @cache  # a batch asks once for each of its lines

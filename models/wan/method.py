@@ -8,7 +8,9 @@ from models.wan.sampling import BlockSampling
 from models.wan.self_forcing import SelfForcingSampling
 
 
-def sampling_of(config: WanConfig, num_steps: int, *, changes: tuple[float, ...] | None = None) -> Sampling:
+def sampling_of(
+    config: WanConfig, num_steps: int, *, clean_pass: bool, changes: tuple[float, ...] | None = None
+) -> Sampling:
     """Groups of latent frames as chunks, or Self-Forcing's chunks. `changes`: as of `Sampling`, if they are known.
 
     An InputError if the steps cannot be sampled.
@@ -20,6 +22,7 @@ def sampling_of(config: WanConfig, num_steps: int, *, changes: tuple[float, ...]
             shift=runtime.shift,
             chunk_width=runtime.chunk_width,
             held=runtime.window_frames,
+            clean_pass=clean_pass,
         )
     return BlockSampling(
         steps=num_steps,
@@ -30,6 +33,7 @@ def sampling_of(config: WanConfig, num_steps: int, *, changes: tuple[float, ...]
         ar_step=runtime.stagger,
         frames=runtime.window_frames,
         noise_condition=runtime.noise_condition,
+        clean_pass=clean_pass,
         changes=changes,
         dtype=config.dtype,
     )

@@ -5,7 +5,7 @@ Nothing here knows ranks or how a video is scheduled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,8 +19,8 @@ from models.wan.config import WanConfig
 from models.wan.dit import WanDiT
 from models.wan.folder import dit_source, find_files
 from models.wan.method import sampling_of
+from models.wan.sampling import BlockSampling
 from models.wan.text import UMT5Encoder, padded
-from models.wan.unipc import Sigmas
 from models.wan.vae import WanVaeFiles
 from models.wan.weights import WanWeights
 
@@ -53,6 +53,7 @@ class WanPipeline:
     ) -> None:
         self.config, self.model = config, model
         self._autoencoder, self._encoder = autoencoder, encoder
+        self._changes: dict[int, tuple[float, ...]] = {}  # by the number of steps
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -66,16 +67,17 @@ class WanPipeline:
         return self.model.attention
 
     def sampling(self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True) -> Sampling:
-        """How to denoise with that many steps. Of the passes that reuse may leave out it has neither."""
-        return sampling_of(self.config, num_steps, changes=self._changes(num_steps))
+        """How to denoise with that many steps, with or without the passes that renew a finished chunk's KV.
 
-    def _changes(self, num_steps: int) -> tuple[float, ...] | None:
-        """What is known of a video before it is made, since it does not depend on latents."""
-        runtime = self.config.runtime
-        if runtime.method == "self-forcing":
-            return None
-        steps = [(float(time),) for time in Sigmas(num_steps, runtime.shift).timesteps]
-        return condition_changes(self.model, steps, runtime.fps)
+        With the table of how its conditions change from step to step.
+        """
+        sampling = sampling_of(self.config, num_steps, clean_pass=clean_pass)
+        if not isinstance(sampling, BlockSampling):
+            return sampling
+        if num_steps not in self._changes:
+            steps = [(float(time),) for time in sampling.sigmas.timesteps]
+            self._changes[num_steps] = condition_changes(self.model, steps, sampling.fps)
+        return replace(sampling, changes=self._changes[num_steps])
 
     def captions(self, prompt: str) -> CaptionTable:
         """Encode a prompt, and the negative prompt as the text of no text; zero rows behind both count.

@@ -27,10 +27,10 @@ class SelfForcingSampling:
     held: int | None = None  # latent frames that a chunk attends to, itself and the sink included; None for all
     sink_frames: int = 0  # of them, first frames of the video that always stay
     context_noise: float = 0.0  # time at which a finished chunk is run once more
+    clean_pass: bool = True  # run it once more; without, its KV stays that of its last step
 
     window = 1
     branches = 1
-    clean_pass = True
     publishes = False
     residual_of_layers = True
     changes = None
@@ -98,6 +98,8 @@ class SelfForcingSampling:
 
     def clean_passes(self, step_in_quantum: int, *, prefix: bool, text_needed: bool) -> tuple[Pass, ...]:
         """One pass over the finished chunk, or a given one."""
+        if not prefix and not self.clean_pass:
+            return ()
         return (self._pass("clean", self.context_noise, 0.0),)
 
     def _pass(self, name: str, time: float, weight: float) -> Pass:
