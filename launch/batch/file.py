@@ -129,10 +129,8 @@ def _digest(plan: Plan, repeat: int) -> str:
         "repeat": repeat,
         "request": asdict(replace(plan.request, prefix=None)),
         "prefix": None if prefix is None else hashlib.sha256(prefix.numpy().tobytes()).hexdigest(),
-        "model": asdict(model.config),
-        "weights": "random" if source.random else None if source.weights is None else str(source.weights.resolve()),
-        "text": [source.text.special, source.text.negative, source.text.dtype, source.text.tokens],
-        "copy_weight": source.copy_weight,
+        "model": model.config.to_dict(),
+        **source.loader.settings,
         "cp": plan.options.cp,  # sums are taken in another order; pp and split change nothing
         "threads": threads_of_a_rank(plan.options),
         "attention": source.attention,

@@ -155,8 +155,7 @@ class ChunkFiles:
     @classmethod
     def of(cls, plan: Plan, folder: Path, say: Callable[[str], None]) -> Self:
         """Those of a plan's video, in a folder."""
-        request, runtime = plan.request, plan.model.config.runtime_config
-        frames = runtime.chunk_width * runtime.temporal_downsample_factor
+        request, frames = plan.request, plan.model.config.figures.chunk_frames
         return cls(folder=folder, frames=frames, height=request.height, width=request.width, say=say)
 
     def count(self) -> int:

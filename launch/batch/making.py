@@ -120,7 +120,7 @@ class Making:
         if video.chunks_done < video.chunks:
             return False
         plan = video.plan
-        fps = plan.model.config.runtime_config.fps
+        fps = plan.model.config.figures.fps
         video.ending = self._pool.submit(video.files.encode, plan.out, video.chunks, fps, self._stopping)
         return True
 

@@ -107,10 +107,10 @@ def _accept(service: Service, values: dict[str, Any], upload: BinaryIO | None) -
             line["script"] = write_prompts(asked.prompts, folder)
         with _READING:
             plan = service.maker.plan(line, folder)
-        runtime, request = plan.model.config.runtime_config, plan.request
-        frames = request.chunks * runtime.chunk_width * runtime.temporal_downsample_factor
+        known, request = plan.model.config.figures, plan.request
+        frames = request.chunks * known.chunk_frames
         size = f"{request.width}x{request.height}"
-        job = service.store.add(folder, line, seconds=round(frames / runtime.fps, 3), size=size)
+        job = service.store.add(folder, line, seconds=round(frames / known.fps, 3), size=size)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, InputError):  # which must not say where the files of the service are
@@ -127,20 +127,19 @@ def _check_model(asked: CreateVideo, service: Service) -> None:
         raise HTTPException(404, f"there is no model {asked.model[:80]!r} here: this service has {model.name}")
     if asked.negative_prompt:
         raise InputError("negative_prompt: models of this engine have no text of that kind, leave it out")
-    own = {"fps": model.config.runtime_config.fps, "cache": model.cache, "kv_budget": model.kv.budget}
+    own = {"fps": model.config.figures.fps, "cache": model.cache, "kv_budget": model.kv.budget}
     for name, text in _UNCHANGED.items():
         if (given := getattr(asked, name)) is not None and given != own[name]:
             raise InputError(f"{name}: {text.format(own[name])}, so leave it out, or start a service with another")
 
 
 def _check_size(options: Options, service: Service) -> None:
-    runtime, largest = service.limit.model.config.runtime_config, service.limit.request
-    width, height = options.width or runtime.video_size_w, options.height or runtime.video_size_h
+    known, largest = service.limit.model.config.figures, service.limit.request
+    width, height = options.width or known.width, options.height or known.height
     most = service.options.max_pixels or largest.width * largest.height
     if width * height > most:
         raise HTTPException(413, f"size: {width}x{height} has more than the {most:,} pixels that are made here")
-    chunk = runtime.chunk_width * runtime.temporal_downsample_factor
-    frames = runtime.num_frames if options.chunks is None else options.chunks * chunk
-    seconds = options.seconds or frames / runtime.fps
+    frames = known.frames if options.chunks is None else options.chunks * known.chunk_frames
+    seconds = options.seconds or frames / known.fps
     if seconds > service.options.max_seconds:
         raise HTTPException(413, f"seconds: {seconds:g} is more than the {service.options.max_seconds:g} made here")

@@ -196,7 +196,10 @@ class MagiConfig:
             fps=runtime.fps,
             num_steps=runtime.num_steps,
             chunk_frames=runtime.chunk_width * runtime.temporal_downsample_factor,
+            frames=runtime.num_frames,
             window=runtime.window_size,
+            copies=runtime.cfg_number == 1,
+            boundless=not runtime.noise2clean_kvrange,
         )
 
     def kv_geometry(self, layers: range, device: torch.device) -> KVGeometry:
