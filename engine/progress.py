@@ -28,6 +28,7 @@ class Progress:
     computed_fraction: float  # computed chunk-steps as a share of all so far
     kv_fill: float  # share of the KV buffer's rows in use
     kv_bytes: int  # size of the KV buffers; on ranks, of the leader's
+    kv_host_bytes: int = 0  # what they have in host memory beside it
 
 
 class ProgressReporter:
@@ -79,5 +80,6 @@ class ProgressReporter:
                 computed_fraction=counts["computed"] / max(1, counts["steps"]),
                 kv_fill=fill,
                 kv_bytes=kv.nbytes,
+                kv_host_bytes=kv.host_nbytes,
             )
             self._on_progress(progress)

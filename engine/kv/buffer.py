@@ -1,7 +1,8 @@
 """The KV buffers of one request: one tensor per layer and branch, written and read in place.
 
-When a chunk retires into a full clean region, the region is cut down: either its oldest chunk is dropped, or (with a
-budget) the region and the new chunk are compressed together. Both move rows within the buffer.
+The first rows of a layout may lie elsewhere: those that are alike in all branches in the first one, and with offload
+all clean rows in host memory. When a chunk retires into a full clean region, the region is cut down: either its oldest
+chunk is dropped, or (with a budget) the region and the new chunk are compressed together.
 
 Shapes: N rows of the buffer, S tokens of a chunk, Q queries, G key heads, d head size, H query heads.
 """
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.kv.layout import KVPlan
+from engine.kv.layout import MIXED, KVPlan
 from engine.kv.selection import SelectionSettings, select
+from engine.kv.staging import Staging
+from engine.kv.views import IsolatedView, LayerKV, SliceView, StagedView
 from engine.video import KVOp
 from models.attention import Attention
 from models.protocols import KVGeometry, KVView
@@ -23,91 +26,49 @@ from models.protocols import KVGeometry, KVView
 _BLOCK = 4096  # rows that are moved at once; bounds the scratch memory
 
 
-@dataclass(slots=True)
-class LayerKV:
-    """One layer of one branch; with compression also who asks and whence tokens came."""
-
-    kv: Tensor  # keys and values [2, N, G, d]
-    queries: Tensor | None = None  # of the chunk that was denoised last [Q, H, d]
-    origin: Tensor | None = None  # chunk of each row [N, G]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all three."""
-        return sum(part.nbytes for part in (self.kv, self.queries, self.origin) if part is not None)
-
-    def first(self, rows: int) -> LayerKV:
-        """Its first rows."""
-        return LayerKV(self.kv[:, :rows], self.queries, None if self.origin is None else self.origin[:rows])
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVState:
-    """The state of a `KVBuffer`. Tensors are views of the rows in use, or their copies in a checkpoint."""
+    """The state of a `KVBuffer`, wherever it holds its rows. Tensors may be views, or copies in a checkpoint."""
 
     clean: Sequence[tuple[int, int]]  # as of a `KVLayout`
     window: Sequence[int]  # likewise
-    layers: Mapping[tuple[int, int], LayerKV]  # by branch and layer
-
-
-class SliceView:
-    """A chunk's view: it writes its own rows and attends to one slice of the buffer that ends with them."""
-
-    def __init__(
-        self, layers: dict[int, LayerKV], own: slice, span: slice, attention: Attention, *, asks: bool
-    ) -> None:
-        self._layers, self._own, self._span, self._attention, self._asks = layers, own, span, attention, asks
-
-    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write the chunk's keys and values [1, S, G, d] of a layer."""
-        kv = self._layers[layer].kv
-        kv[0, self._own] = k[0]
-        kv[1, self._own] = v[0]
-
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Attention of queries [1, S, H, d] over the slice."""
-        held = self._layers[layer]
-        if self._asks and held.queries is not None:
-            held.queries.copy_(q[0, -held.queries.shape[0] :])
-        seen = held.kv[:, self._span]
-        return self._attention(q, seen[0][None], seen[1][None])
-
-
-class IsolatedView:
-    """A chunk that sees itself only and leaves nothing behind."""
-
-    def __init__(self, attention: Attention) -> None:
-        self._attention = attention
-
-    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Hold the chunk's keys and values until its queries come."""
-        self._kv = k, v
-
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Attention of queries [1, S, H, d] over the chunk itself."""
-        return self._attention(q, *self._kv)
+    published: int  # likewise
+    layers: Mapping[tuple[int, int], LayerKV]
+    """By branch and layer, the rows in use; of branches after the first those alone that are not alike in all."""
 
 
 class KVBuffer:
     """Keys and values of one request, in all layers that are held here. The views attend with `attention`."""
 
     def __init__(self, plan: KVPlan, geometry: KVGeometry, attention: Attention) -> None:
-        self.layout, self._plan, self._attention = plan.layout(), plan, attention
-        self._branches = [{layer: self._allocate(geometry) for layer in geometry.layers} for _ in range(plan.branches)]
+        self.layout, self._plan, self._geometry, self._attention = plan.layout(), plan, geometry, attention
+        self._branches = [
+            {layer: self._allocate(branch) for layer in geometry.layers} for branch in range(plan.branches)
+        ]
+        self._staging = Staging(plan, geometry)
 
-    def _allocate(self, geometry: KVGeometry) -> LayerKV:
-        rows, heads, size = self.layout.capacity, geometry.key_heads, geometry.head_size
-        layer = LayerKV(torch.zeros((2, rows, heads, size), dtype=geometry.dtype, device=geometry.device))
-        if self._plan.selection is not None:
-            shape = (self._plan.query_rows(), geometry.query_heads, size)
-            layer.queries = torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)
-            layer.origin = torch.zeros((rows, heads), dtype=torch.int32, device=geometry.device)
+    def _allocate(self, branch: int) -> LayerKV:
+        plan, shape = self._plan, self._geometry
+        heads, size, dtype, device = shape.key_heads, shape.head_size, shape.dtype, shape.device
+        layer = LayerKV(torch.zeros((2, plan.device_rows(branch), heads, size), dtype=dtype, device=device))
+        if plan.offload:
+            rows = 2, plan.host_rows(branch), heads, size
+            layer.host = torch.zeros(rows, dtype=dtype, pin_memory=device.type == "cuda")
+        if plan.selection is not None:
+            queries = plan.query_rows(), shape.query_heads, size
+            layer.queries = torch.zeros(queries, dtype=dtype, device=device)
+            layer.origin = torch.zeros((self.layout.capacity, heads), dtype=torch.int32, device=device)
         return layer
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, the bookkeeping of compression counted."""
-        return sum(layer.nbytes for branch in self._branches for layer in branch.values())
+        """Bytes held on the device, the bookkeeping of compression counted."""
+        return sum(layer.nbytes for branch in self._branches for layer in branch.values()) + self._staging.nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes held in host memory beside it, with offload."""
+        return self._plan.host_nbytes(self._geometry)
 
     def apply(self, op: KVOp) -> None:
         """Carry out a change that a work item asks for."""
@@ -127,8 +88,13 @@ class KVBuffer:
         layout = self.layout
         if branch is None:
             return IsolatedView(self._attention)
-        own, span = layout.rows(chunk), layout.span(keys_from, chunk)
-        return SliceView(self._branches[branch], own, span, self._attention, asks=asks)
+        layers, begin, span = self._branches[branch], self._begin(branch), layout.span(keys_from, chunk)
+        own, inside = (_within(rows, begin) for rows in (layout.rows(chunk), span))
+        if span.start >= begin:
+            return SliceView(layers, own, inside, self._attention, asks=asks)
+        elsewhere = {number: self._pieces(branch, number, span.start, begin) for number in layers}
+        how, staging = self._attention, self._staging
+        return StagedView(layers, own, inside, how, asks=asks, elsewhere=elsewhere, staging=staging)
 
     def kept_shares(self, chunks: int) -> Tensor:
         """Share of the tokens of each of the first chunks that stands in the clean region, [chunks] fp32 on the CPU.
@@ -148,55 +114,117 @@ class KVBuffer:
 
     def state(self) -> KVState:
         """What it holds now; later writes change it."""
-        used = self.layout.used_rows
-        layers = {
-            (branch, number): layer.first(used)
-            for branch, held in enumerate(self._branches)
-            for number, layer in held.items()
-        }
-        return KVState(clean=list(self.layout.clean), window=list(self.layout.window_chunks), layers=layers)
+        layout, layers = self.layout, {}
+        self._staging.settle()
+        for branch, held in enumerate(self._branches):
+            for number, layer in held.items():
+                pieces = self._pieces(branch, number, layout.alike if branch else 0, layout.used_rows)
+                kv = pieces[0] if len(pieces) == 1 else torch.cat([piece.cpu() for piece in pieces], dim=1)
+                origin = None if layer.origin is None else layer.origin[: layout.used_rows]
+                layers[branch, number] = LayerKV(kv, layer.queries, origin)
+        window, published = list(layout.window_chunks), layout.published
+        return KVState(clean=list(layout.clean), window=window, published=published, layers=layers)
 
     def restore(self, state: KVState) -> None:
         """Go on from the state of a buffer of the same size, layers and heads; a ValueError if it does not fit."""
         own = {(branch, number) for branch, held in enumerate(self._branches) for number in held}
         if own != set(state.layers):
             raise ValueError(f"it has the layers {sorted(state.layers)} and not {sorted(own)}")
-        self.layout.restore(state.clean, state.window)
-        used = self.layout.used_rows
-        for (branch, number), saved in state.layers.items():
-            layer = self._branches[branch][number].first(used)
-            _fill(layer.kv, saved.kv)
+        layout = self.layout
+        layout.restore(state.clean, state.window, state.published)
+        used = layout.used_rows
+        for (branch, number), saved in sorted(state.layers.items()):  # the first branch first, as others copy of it
+            layer = self._branches[branch][number]
+            first = layout.alike if branch else 0
+            _spread(self._pieces(branch, number, first, used), saved.kv)
+            if not self._plan.shared:
+                self._copy_first(branch, number, 0, first)
             _fill(layer.queries, saved.queries)
-            _fill(layer.origin, saved.origin)
+            _fill(None if layer.origin is None else layer.origin[:used], saved.origin)
+
+    def _begin(self, branch: int) -> int:
+        """The row of the layout that the branch's tensors begin with; those before lie elsewhere."""
+        if self._plan.offload:
+            return self.layout.clean_rows
+        return self.layout.alike if self._plan.shared and branch else 0
+
+    def _owner(self, branch: int, chunk: int) -> int:
+        """The branch whose memory on the host has a clean chunk of a branch."""
+        return 0 if self._plan.shared and chunk <= self.layout.published else branch
+
+    def _pieces(self, branch: int, number: int, start: int, stop: int) -> list[Tensor]:
+        """Where rows of a layer lie, in order; from the beginning of a chunk on, if some of them are on the host."""
+        begin, pieces, at = self._begin(branch), list[Tensor](), 0
+        if self._plan.offload:
+            for chunk, rows in self.layout.clean:
+                held = self._branches[self._owner(branch, chunk)][number].host
+                assert held is not None
+                place = 0 if chunk == MIXED else chunk * self.layout.chunk_tokens % held.shape[1]
+                if start <= at < stop:
+                    pieces.append(held[:, place : place + rows])
+                at += rows
+        elif start < min(begin, stop):
+            pieces.append(self._branches[0][number].kv[:, start : min(begin, stop)])
+        if stop > begin:
+            pieces.append(self._branches[branch][number].kv[:, _within(slice(start, stop), begin)])
+        return pieces
+
+    def _copy_first(self, branch: int, number: int, start: int, stop: int) -> None:
+        """Give a branch the rows of the first, which has them in the same places."""
+        if branch:
+            pieces = self._pieces(branch, number, start, stop), self._pieces(0, number, start, stop)
+            for target, source in zip(*pieces, strict=True):
+                target.copy_(source)
 
     def _retire(self, chunk: int) -> None:
-        layout = self.layout
+        layout, selection, offload = self.layout, self._plan.selection, self._plan.offload
         used, rows = layout.used_rows, layout.rows(chunk)
-        excess = layout.retire(chunk)
-        layers = [layer for branch in self._branches for layer in branch.values()]
-        for layer in layers:
+        begins = [self._begin(branch) for branch in range(len(self._branches))]
+        layers = {(branch, number): one for branch, held in enumerate(self._branches) for number, one in held.items()}
+        until_now = {key: self._pieces(*key, 0, rows.stop) for key in layers}
+        for layer in layers.values():
             if layer.origin is not None:
                 layer.origin[rows] = chunk
-        if not excess:
+        excess = layout.retire(chunk)
+        if excess and selection is not None:
+            layout.mix(layout.clean_tokens)
+            keys = list(layers)
+            for place, key in enumerate(keys):
+                if offload:
+                    *before, last = until_now[key]
+                    until_now[key] = [self._staging.join(key, before, last)]
+                    for following in keys[place + 1 : place + 2]:
+                        self._staging.fetch(following, until_now[following][:-1])
+                self._compress(layers[key], until_now[key][0], selection)
+            self._settle(begins, used, excess, kept=layout.clean_tokens)
             return
-        if self._plan.selection is None:
-            layout.drop_oldest(excess)
-            for layer in layers:
-                _move_left(layer.kv, slice(excess, used), to=0)
-            return
-        length = layout.clean_rows
-        layout.mix(layout.clean_tokens)
-        for layer in layers:
-            self._compress(layer, self._plan.selection, length)
-            _move_left(layer.kv, slice(length, used), to=layout.clean_tokens)
+        layout.drop_oldest(excess)
+        if offload:
+            own = [key for key in layers if self._owner(key[0], chunk) == key[0]]
+            places = {key: self._pieces(*key, layout.rows(chunk).start, layout.clean_rows)[0] for key in own}
+            self._staging.to_host((places[key], until_now[key][-1]) for key in own)
+        self._settle(begins, used, excess)
 
-    def _compress(self, layer: LayerKV, selection: SelectionSettings, length: int) -> None:
-        """Keep the best rows of the first `length`, in their order, at the front."""
+    def _settle(self, begins: Sequence[int], used: int, gone: int, kept: int = 0) -> None:
+        """Move rows, of which `used` were held, to where they belong now that `gone` are not there any more.
+
+        The branches began with the rows `begins`. The first rows that are kept are in their places.
+        """
+        for branch, held in enumerate(self._branches):
+            begin = self._begin(branch)
+            first = max(begin, kept)
+            rows = _within(slice(first + gone, used), begins[branch])
+            for layer in held.values():
+                _move_left(layer.kv, rows, to=first - begin)
+
+    def _compress(self, layer: LayerKV, kv: Tensor, selection: SelectionSettings) -> None:
+        """Keep the best of the rows `kv`, in their order, at their front; and on the host, if they are from there."""
         assert layer.queries is not None and layer.origin is not None
+        keep = self.layout.clean_tokens
         positions = select(
             layer.queries,
-            layer.kv[0, :length],
-            keep=self.layout.clean_tokens,
+            kv[0],
+            keep=keep,
             frame_tokens=self._plan.frame_tokens,
             chunk_tokens=self.layout.chunk_tokens,
             settings=selection,
@@ -205,18 +233,39 @@ class KVBuffer:
         for start in range(0, positions.shape[0], _BLOCK):
             part = positions[start : start + _BLOCK]
             stop = start + part.shape[0]
-            index = part[None, ..., None].expand(2, -1, -1, layer.kv.shape[-1])
-            layer.kv[:, start:stop] = layer.kv.gather(1, index)
+            index = part[None, ..., None].expand(2, -1, -1, kv.shape[-1])
+            kv[:, start:stop] = kv.gather(1, index)
             layer.origin[start:stop] = layer.origin.gather(0, part)
+        if layer.host is not None:
+            self._staging.to_host([(layer.host, kv[:, :keep])])
 
     def _publish(self, chunk: int) -> None:
-        """Copy a finished chunk's rows from branch 0; nothing is left to do once they were dropped."""
-        if chunk not in (*self.layout.clean_chunks, *self.layout.window_chunks):
+        """Give the other branches a finished chunk's rows of branch 0; nothing is left to do once they were dropped."""
+        layout = self.layout
+        if chunk not in (*layout.clean_chunks, *layout.window_chunks):
             return
-        rows = self.layout.rows(chunk)
-        for branch in self._branches[1:]:
-            for number, layer in branch.items():
-                layer.kv[:, rows] = self._branches[0][number].kv[:, rows]
+        rows, used = layout.rows(chunk), layout.used_rows
+        begins = [self._begin(branch) for branch in range(len(self._branches))]
+        if not self._plan.shared or chunk in layout.window_chunks:
+            for branch, held in enumerate(self._branches):
+                for number in held:
+                    self._copy_first(branch, number, rows.start, rows.stop)
+        layout.published = chunk
+        self._settle(begins, used, 0)
+
+
+def _within(rows: slice, begin: int) -> slice:
+    """Rows of a layout in a tensor that begins with the row `begin`."""
+    return slice(max(rows.start - begin, 0), rows.stop - begin)
+
+
+def _spread(pieces: Sequence[Tensor], saved: Tensor) -> None:
+    """Fill pieces, one behind the other."""
+    rows = [piece.shape[1] for piece in pieces]
+    if sum(rows) != saved.shape[1]:
+        raise ValueError(f"it has {saved.shape[1]} rows and not {sum(rows)}")
+    for piece, part in zip(pieces, saved.split(rows, dim=1), strict=True):
+        _fill(piece, part)
 
 
 def _fill(part: Tensor | None, saved: Tensor | None) -> None:
@@ -231,6 +280,8 @@ def _fill(part: Tensor | None, saved: Tensor | None) -> None:
 def _move_left(kv: Tensor, rows: slice, *, to: int) -> None:
     """Move rows towards the front, in blocks no longer than the distance so that no copy overlaps itself."""
     by = rows.start - to
+    if not by:
+        return
     for start in range(rows.start, rows.stop, by):
         stop = min(start + by, rows.stop)
         kv[:, start - by : stop - by] = kv[:, start:stop]

@@ -132,7 +132,7 @@ def _digest(plan: Plan, repeat: int) -> str:
         "attention": source.attention,
         "precise": source.precise,
         "cache": asdict(model.reuse),
-        "kv": asdict(model.kv),
+        "kv": model.kv.identity(),
     }
     text = json.dumps(what, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]

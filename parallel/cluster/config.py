@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -134,4 +134,6 @@ def video_size(
     schedule = Schedule(first=given // width, chunks=chunks, num_steps=num_steps, window=sampling.window)
     geometry = model.kv_geometry(range(max(stage_sizes(config, layout.pp, split))), torch.device("cpu"))
     plan = plan_kv(sampling, schedule, kv, config.chunk_tokens(request.height, request.width))
-    return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(local_heads(geometry, layout.cp)))
+    held = local_heads(geometry, layout.cp)
+    pinned = plan.host_nbytes(replace(held, device=torch.device("cuda")))
+    return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(held), kv_host_bytes=pinned)
