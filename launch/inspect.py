@@ -18,13 +18,14 @@ from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from launch.memory import Job
 from launch.options import size_text
+from models.checkpoint import Stored, read_through
 from models.errors import InputError
 from models.magi.config import MagiConfig, VaeConfig
 from models.magi.folder import ModelFiles, dit_folder, find_files, recognise
 from models.magi.presets import PRESETS, Preset, preset_of
 from models.magi.random import vae_config
 from models.magi.text import T5_FOLDER, SpecialTokens, check_t5
-from models.magi.weights import Checkpoint, Stored, read_through
+from models.magi.weights import Checkpoint
 from parallel.mesh import Layout
 
 _BLOCK = 1 << 24  # bytes that are hashed at once
@@ -144,7 +145,7 @@ def _print_memory(console: Console, config: MagiConfig, vae: VaeConfig, wanted: 
     size = f"{request.width}x{request.height}, {request.chunks} chunks"
     held = "the model's own range" if budget is None else f"a budget of {budget} chunks"
     console.print(f"Memory of each rank, estimated, for one video of {size}, with {held}:", highlight=False)
-    names = "weights", "keys and values", "at work", "together", "--kv-offload", "host"
+    names = "weights", "keys, values", "at work", "together", "--kv-offload", "host"
     table = Table("pp x cp", *names, box=None, pad_edge=False)
     for pp, cp in _LAYOUTS:
         job = Job(
@@ -158,7 +159,7 @@ def _print_memory(console: Console, config: MagiConfig, vae: VaeConfig, wanted: 
             if (pp, cp) == (1, 1):
                 raise
             continue
-        sizes = most.weights, most.kv, most.work, most.total, less.total, less.host
+        sizes = most.weights, most.kv + most.texts, most.work, most.total, less.total, less.host
         table.add_row(f"{pp} x {cp}", *map(size_text, sizes))
     console.print(table, highlight=False)
     if config.runtime_config.t5_pretrained is not None:

@@ -66,15 +66,15 @@ def test_finished_chunks_on_the_host_are_counted_there(monkeypatch: pytest.Monke
     assert needs.host == 2 * 34 * 64 * 2**20  # 49.8 MB for each layer and branch; pinned memory comes in powers of two
     assert plain.total - needs.total == plain.kv - needs.kv > 3e9
     assert offload.total(shared=True) == needs.total + needs.host
-    monkeypatch.setattr(memory, "_free_gpu_bytes", lambda *, alone: 25 * 10**9)
-    with pytest.raises(InputError, match=r"needs 27.7 GB, 25.0 GB are free: --kv-offload needs 24.6 GB, --pp 2 needs"):
+    monkeypatch.setattr(memory, "_free_gpu_bytes", lambda *, alone: 26 * 10**9)
+    with pytest.raises(InputError, match=r"needs 28.4 GB, 26.0 GB are free: --kv-offload needs 25.3 GB, --pp 2 needs"):
         model.check("cuda")
     offload.check("cuda")
     monkeypatch.setattr(memory, "free_bytes", lambda: 4 * 10**9)
-    with pytest.raises(InputError, match=r"needs 27.7 GB, 25.0 GB are free: --pp 2 needs 14.8 GB a GPU"):
+    with pytest.raises(InputError, match=r"needs 28.4 GB, 26.0 GB are free: --pp 2 needs 15.1 GB a GPU"):
         model.check("cuda")
-    monkeypatch.setattr(memory, "_free_gpu_bytes", lambda *, alone: 28 * 10**9)
-    said = r"needs 4.6 GB of the machine's memory for --kv-offload, 4.0 GB are free: --no-kv-offload needs 27.7 GB"
+    monkeypatch.setattr(memory, "_free_gpu_bytes", lambda *, alone: 29 * 10**9)
+    said = r"needs 4.6 GB of the machine's memory for --kv-offload, 4.0 GB are free: --no-kv-offload needs 28.4 GB"
     with pytest.raises(InputError, match=said):
         offload.check("cuda")
 
@@ -89,14 +89,14 @@ def test_too_little_is_said_with_what_would_fit(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(InputError) as caught:
         model.check("cuda")
     said = f"a video of 720x720 pixels and 20 chunks needs {needed:.1f} GB, 24.0 GB are free: "
-    assert str(caught.value) == said + "--pp 2 needs 14.8 GB a GPU"
+    assert str(caught.value) == said + "--pp 2 needs 15.1 GB a GPU"
     replace(model, layout=Layout(pp=2)).check("cuda")
     whole = replace(model, kv=KVSettings(budget=9))
     monkeypatch.setattr(memory, "_free_gpu_bytes", lambda *, alone: 40 * 10**9)
     with pytest.raises(InputError, match=r"free: --kv-budget 4 needs .* GB, --pp 2 needs .* GB a GPU"):
         whole.check("cuda")
     monkeypatch.setattr(memory, "free_bytes", lambda: 48 * 10**9)
-    with pytest.raises(InputError, match=r"free: --kv-offload needs 25.* GB, --kv-budget 4 needs .* GB, --pp 2 needs"):
+    with pytest.raises(InputError, match=r"free: --kv-offload needs 26.* GB, --kv-budget 4 needs .* GB, --pp 2 needs"):
         whole.check("cuda")
     monkeypatch.setattr(memory, "free_bytes", lambda: 24 * 10**9)
     with pytest.raises(InputError, match=r"free: ask for a smaller --height and --width"):
