@@ -166,7 +166,7 @@ def test_inspect_says_what_it_is_and_what_it_takes(model: Path, capsys: pytest.C
     layouts = [row[:3] for row in rows]
     assert ["1", "x", "1"] in layouts and ["2", "x", "1"] in layouts and ["1", "x", "2"] in layouts
     assert "together --kv-offload host" in " ".join(shown.split())
-    together, offloaded, on_host = (float(size.replace(",", "")) for size in rows[0][9::2])
+    together, offloaded, on_host = (float(size.replace(",", "")) for size in rows[1][9::2])
     assert offloaded > 0 < on_host and together > 0
 
 
