@@ -29,7 +29,7 @@ from launch.forms import arguments
 from launch.model import ModelPlan, layout_of, plan_model
 from launch.options import TRACE_FILE, Options, together
 from launch.output.display import Display, rank_line, summary_text
-from launch.output.video import VideoSinks
+from launch.output.sinks import VideoSinks
 from launch.plan import Plan, plan_videos
 from models.errors import InputError
 from parallel.cluster import messages

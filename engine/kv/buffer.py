@@ -9,21 +9,26 @@ Shapes: N rows of the buffer, S tokens of a chunk, Q queries, G key heads, d hea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from engine.kv.layout import MIXED, KVPlan
-from engine.kv.selection import SelectionSettings, select
+from engine.kv.selection import select
 from engine.kv.staging import Staging
-from engine.kv.views import IsolatedView, LayerKV, SliceView, StagedView
+from engine.kv.views import Due, IsolatedView, LayerKV, SliceView, StagedView
 from engine.video import KVOp
 from models.attention import Attention
 from models.protocols import KVGeometry, KVView
 
 _BLOCK = 4096  # rows that are moved at once; bounds the scratch memory
+
+
+OnKept = Callable[[int, int, Tensor, Tensor, Tensor], None]
+"""Told of a compression: branch, layer, queries [Q, H, d], keys [L, G, d] and positions kept [keep, G]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +45,8 @@ class KVState:
 class KVBuffer:
     """Keys and values of one request, in all layers that are held here. The views attend with `attention`."""
 
-    def __init__(self, plan: KVPlan, geometry: KVGeometry, attention: Attention) -> None:
+    def __init__(self, plan: KVPlan, geometry: KVGeometry, attention: Attention, on_kept: OnKept | None = None) -> None:
+        self._on_kept = on_kept
         self.layout, self._plan, self._geometry, self._attention = plan.layout(), plan, geometry, attention
         self._branches = [
             {layer: self._allocate(branch) for layer in geometry.layers} for branch in range(plan.branches)
@@ -90,11 +96,12 @@ class KVBuffer:
             return IsolatedView(self._attention)
         layers, begin, span = self._branches[branch], self._begin(branch), layout.span(keys_from, chunk)
         own, inside = (_within(rows, begin) for rows in (layout.rows(chunk), span))
+        how, compress = self._attention, partial(self._compress, branch)
         if span.start >= begin:
-            return SliceView(layers, own, inside, self._attention, asks=asks)
+            return SliceView(layers, own, inside, how, asks=asks, compress=compress)
         elsewhere = {number: self._pieces(branch, number, span.start, begin) for number in layers}
-        how, staging = self._attention, self._staging
-        return StagedView(layers, own, inside, how, asks=asks, elsewhere=elsewhere, staging=staging)
+        view = partial(StagedView, elsewhere=elsewhere, staging=self._staging)
+        return view(layers, own, inside, how, asks=asks, compress=compress)
 
     def kept_shares(self, chunks: int) -> Tensor:
         """Share of the tokens of each of the first chunks that stands in the clean region, [chunks] fp32 on the CPU.
@@ -152,6 +159,13 @@ class KVBuffer:
         """The branch whose memory on the host has a clean chunk of a branch."""
         return 0 if self._plan.shared and chunk <= self.layout.published else branch
 
+    def _place(self, chunk: int, rows: int) -> int:
+        """Where a clean chunk begins in so many rows on the host: those that stay come first, the others take turns."""
+        stay, row = self.layout.sink_tokens, chunk * self.layout.chunk_tokens
+        if chunk == MIXED:
+            return 0
+        return row if row < stay else stay + (row - stay) % (rows - stay)
+
     def _pieces(self, branch: int, number: int, start: int, stop: int) -> list[Tensor]:
         """Where rows of a layer lie, in order; from the beginning of a chunk on, if some of them are on the host."""
         begin, pieces, at = self._begin(branch), list[Tensor](), 0
@@ -159,8 +173,8 @@ class KVBuffer:
             for chunk, rows in self.layout.clean:
                 held = self._branches[self._owner(branch, chunk)][number].host
                 assert held is not None
-                place = 0 if chunk == MIXED else chunk * self.layout.chunk_tokens % held.shape[1]
                 if start <= at < stop:
+                    place = self._place(chunk, held.shape[1])
                     pieces.append(held[:, place : place + rows])
                 at += rows
         elif start < min(begin, stop):
@@ -177,7 +191,7 @@ class KVBuffer:
                 target.copy_(source)
 
     def _retire(self, chunk: int) -> None:
-        layout, selection, offload = self.layout, self._plan.selection, self._plan.offload
+        layout, selection = self.layout, self._plan.selection
         used, rows = layout.used_rows, layout.rows(chunk)
         begins = [self._begin(branch) for branch in range(len(self._branches))]
         layers = {(branch, number): one for branch, held in enumerate(self._branches) for number, one in held.items()}
@@ -188,56 +202,63 @@ class KVBuffer:
         excess = layout.retire(chunk)
         if excess and selection is not None:
             layout.mix(layout.clean_tokens)
-            keys = list(layers)
-            for place, key in enumerate(keys):
-                if offload:
-                    *before, last = until_now[key]
-                    until_now[key] = [self._staging.join(key, before, last)]
-                    for following in keys[place + 1 : place + 2]:
-                        self._staging.fetch(following, until_now[following][:-1])
-                self._compress(layers[key], until_now[key][0], selection)
-            self._settle(begins, used, excess, kept=layout.clean_tokens)
+            for key, layer in layers.items():
+                layer.due = Due(pieces=until_now[key], begin=begins[key[0]], used=used)
+            if selection.asks == "last":
+                for key, layer in layers.items():
+                    assert layer.queries is not None
+                    self._compress(*key, layer.queries)
             return
         layout.drop_oldest(excess)
-        if offload:
+        if self._plan.offload and chunk in layout.clean_chunks:
             own = [key for key in layers if self._owner(key[0], chunk) == key[0]]
             places = {key: self._pieces(*key, layout.rows(chunk).start, layout.clean_rows)[0] for key in own}
             self._staging.to_host((places[key], until_now[key][-1]) for key in own)
         self._settle(begins, used, excess)
 
-    def _settle(self, begins: Sequence[int], used: int, gone: int, kept: int = 0) -> None:
+    def _settle(self, begins: Sequence[int], used: int, gone: int) -> None:
         """Move rows, of which `used` were held, to where they belong now that `gone` are not there any more.
 
-        The branches began with the rows `begins`. The first rows that are kept are in their places.
+        The branches began with the rows `begins`. Those that are never dropped stay where they are.
         """
+        layout = self.layout
+        stays = min(layout.sink_tokens, layout.clean_rows)
         for branch, held in enumerate(self._branches):
             begin = self._begin(branch)
-            first = max(begin, kept)
+            first = max(begin, stays)
             rows = _within(slice(first + gone, used), begins[branch])
             for layer in held.values():
                 _move_left(layer.kv, rows, to=first - begin)
 
-    def _compress(self, layer: LayerKV, kv: Tensor, selection: SelectionSettings) -> None:
-        """Keep the best of the rows `kv`, in their order, at their front; and on the host, if they are from there."""
-        assert layer.queries is not None and layer.origin is not None
-        keep = self.layout.clean_tokens
+    def _compress(self, branch: int, number: int, queries: Tensor) -> None:
+        """Keep the best rows of the clean region for queries [Q, H, d], at the front, and let the others follow them.
+
+        They stay in their order, or, where the next chunk asks, come in that of their scores, as published.
+        """
+        layer, selection = self._branches[branch][number], self._plan.selection
+        assert layer.origin is not None and layer.due is not None and selection is not None
+        due, kept = layer.due, self.layout.clean_tokens
+        *before, kv = due.pieces
+        if layer.host is not None:
+            kv = self._staging.join((branch, number), before, kv)
+            following = self._branches[branch].get(number + 1)
+            if selection.asks == "last" and following is not None and following.due is not None:
+                self._staging.fetch((branch, number + 1), following.due.pieces[:-1])
         positions = select(
-            layer.queries,
+            queries,
             kv[0],
-            keep=keep,
+            keep=kept,
             frame_tokens=self._plan.frame_tokens,
             chunk_tokens=self.layout.chunk_tokens,
             settings=selection,
         )
-        # Positions ascend and are never before where they go, so a block never overwrites what a later one reads.
-        for start in range(0, positions.shape[0], _BLOCK):
-            part = positions[start : start + _BLOCK]
-            stop = start + part.shape[0]
-            index = part[None, ..., None].expand(2, -1, -1, kv.shape[-1])
-            kv[:, start:stop] = kv.gather(1, index)
-            layer.origin[start:stop] = layer.origin.gather(0, part)
+        if self._on_kept is not None:
+            self._on_kept(branch, number, queries, kv[0], positions)
+        _gather(kv, layer.origin, positions, kept if selection.asks == "next" else _BLOCK)
         if layer.host is not None:
-            self._staging.to_host([(layer.host, kv[:, :keep])])
+            self._staging.to_host([(layer.host, kv[:, :kept])])
+        _move_left(layer.kv, _within(slice(kv.shape[1], due.used), due.begin), to=kept - self._begin(branch))
+        layer.due = None
 
     def _publish(self, chunk: int) -> None:
         """Give the other branches a finished chunk's rows of branch 0; nothing is left to do once they were dropped."""
@@ -252,6 +273,16 @@ class KVBuffer:
                     self._copy_first(branch, number, rows.start, rows.stop)
         layout.published = chunk
         self._settle(begins, used, 0)
+
+
+def _gather(kv: Tensor, origin: Tensor, positions: Tensor, block: int) -> None:
+    """Bring rows to the front, so many at once."""
+    # Positions ascend and are never before where they go, so a block never overwrites what a later one reads.
+    for start in range(0, positions.shape[0], block):
+        part = positions[start : start + block]
+        stop = start + part.shape[0]
+        kv[:, start:stop] = kv.gather(1, part[None, ..., None].expand(2, -1, -1, kv.shape[-1]))
+        origin[start:stop] = origin.gather(0, part)
 
 
 def _within(rows: slice, begin: int) -> slice:

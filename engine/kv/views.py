@@ -5,12 +5,22 @@ Shapes: N rows of a tensor, S tokens of a chunk, Q queries, G key heads, d head 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from engine.kv.staging import Staging
 from models.attention import Attention
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Due:
+    """A compression that is still to be made in a layer; where rows stand afterwards is known."""
+
+    pieces: Sequence[Tensor]  # where the rows of the clean region lie until then, the last on the device
+    begin: int  # the row of the layout that the layer's tensor begins with until then
+    used: int  # rows in all before it
 
 
 @dataclass(slots=True)
@@ -21,6 +31,7 @@ class LayerKV:
     queries: Tensor | None = None  # of the chunk that was denoised last [Q, H, d]
     origin: Tensor | None = None  # chunk of each row [N, G]
     host: Tensor | None = None  # clean keys and values in host memory, if they are there
+    due: Due | None = None  # a compression that the next queries are to make
 
     @property
     def nbytes(self) -> int:
@@ -32,12 +43,24 @@ class SliceView:
     """A chunk's view: it writes its own rows and attends to one slice of the buffer that ends with them."""
 
     def __init__(
-        self, layers: dict[int, LayerKV], own: slice, span: slice, attention: Attention, *, asks: bool
+        self,
+        layers: dict[int, LayerKV],
+        own: slice,
+        span: slice,
+        attention: Attention,
+        *,
+        asks: bool,
+        compress: Callable[[int, Tensor], None] | None = None,  # makes a layer's compression that is due
     ) -> None:
         self._layers, self._own, self._span, self._attention, self._asks = layers, own, span, attention, asks
+        self._compress = compress
+        self._waiting: tuple[Tensor, Tensor] | None = None
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write the chunk's keys and values [1, S, G, d] of a layer."""
+        """Write the chunk's keys and values [1, S, G, d] of a layer, once the rows that they go to are free."""
+        if self._layers[layer].due is not None:
+            self._waiting = k, v
+            return
         kv = self._layers[layer].kv
         kv[0, self._own] = k[0]
         kv[1, self._own] = v[0]
@@ -45,6 +68,11 @@ class SliceView:
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attention of queries [1, S, H, d] over the slice."""
         held = self._layers[layer]
+        if self._waiting is not None:
+            assert self._compress is not None
+            self._compress(layer, q[0])
+            waiting, self._waiting = self._waiting, None
+            self.store(layer, *waiting)
         if self._asks and held.queries is not None:
             held.queries.copy_(q[0, -held.queries.shape[0] :])
         seen = self._seen(layer)
@@ -65,10 +93,11 @@ class StagedView(SliceView):
         attention: Attention,
         *,
         asks: bool,
+        compress: Callable[[int, Tensor], None],
         elsewhere: dict[int, list[Tensor]],
         staging: Staging,
     ) -> None:
-        super().__init__(layers, own, span, attention, asks=asks)
+        super().__init__(layers, own, span, attention, asks=asks, compress=compress)
         self._elsewhere, self._staging = elsewhere, staging
         self._fetch(min(elsewhere))
 
@@ -79,7 +108,7 @@ class StagedView(SliceView):
         return seen
 
     def _fetch(self, layer: int) -> None:
-        if layer in self._elsewhere:
+        if layer in self._elsewhere and self._layers[layer].due is None:  # else its rows are still to be written
             self._staging.fetch((self, layer), self._elsewhere[layer])
 
 

@@ -1,5 +1,6 @@
 """Keys and values that lie elsewhere: alike in all branches, or in host memory. The same bits, fewer bytes."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,11 @@ from engine import request as requests
 from engine.engine import Engine
 from engine.kv.buffer import KVBuffer
 from engine.kv.layout import KVPlan, KVSettings, plan_kv
+from engine.kv.selection import SelectionSettings
 from engine.kv.staging import Staging
 from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
+from engine.video import KVOp
 from models.attention import attention_backend
 from models.protocols import KVGeometry
 from tests.engine.tiny import tiny_config
@@ -140,3 +143,41 @@ def test_copies_come_in_order_behind_a_busy_compute_stream(device):
     staging.settle()
     assert torch.stack(seen).tolist() == expected
     assert [[one[:, :rows].mean().item(), one[:, rows:].mean().item()] for one in host] == [one[:2] for one in values]
+
+
+@pytest.mark.parametrize(
+    ("clean", "sink", "selection"),
+    [
+        (3, 0, None),
+        (3, 1, None),  # the first chunk stays
+        (1, 1, None),  # and nothing but it
+        (2, 0, SelectionSettings(query_tokens=3)),
+        (2, 0, SelectionSettings(query_tokens=3, asks="next")),  # compressed layer by layer, when the next one attends
+    ],
+)
+def test_what_chunks_attend_to_is_the_same_in_host_memory(clean, sink, selection):
+    geometry = KVGeometry(
+        layers=range(3), query_heads=4, key_heads=2, head_size=8, dtype=torch.float32, device=torch.device("cpu")
+    )
+    plan = KVPlan(
+        chunk_tokens=CHUNK, frame_tokens=1, clean_tokens=clean * CHUNK, window=2, chunks=9, branches=2,
+        selection=selection, sink_tokens=sink * CHUNK,
+    )  # fmt: skip
+
+    def attended(buffer):
+        generator, made = torch.Generator().manual_seed(0), []
+        for chunk in range(plan.chunks):
+            if chunk >= plan.window:
+                buffer.apply(KVOp(kind="retire", chunk=chunk - plan.window))
+            buffer.apply(KVOp(kind="enter", chunk=chunk))
+            for one, branch in itertools.product(buffer.layout.window_chunks, range(plan.branches)):
+                view = buffer.view(branch, one, None, asks=True)
+                for layer in geometry.layers:
+                    k, v = torch.randn(2, 1, CHUNK, 2, 8, generator=generator)
+                    view.store(layer, k, v)
+                    made.append(view.attend(layer, torch.randn(1, CHUNK, 4, 8, generator=generator)))
+        return torch.stack(made)
+
+    attention = attention_backend("sdpa")
+    plain, offload = (attended(KVBuffer(one, geometry, attention)) for one in (plan, replace(plan, offload=True)))
+    assert torch.equal(plain, offload)
