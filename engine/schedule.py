@@ -59,6 +59,13 @@ class Schedule:
         """How many quanta there are; the window moves on with each."""
         return self.chunks - self.first + self.window - 1
 
+    def open_quantum(self, told: int) -> int:
+        """The last quantum before which nothing depends on where the video ends: a longer one may go on from there.
+
+        A chunk is told that the video ends if fewer than `told` chunks come after it.
+        """
+        return max(0, min(self.chunks - self.first - told, self.quanta - 1))
+
     def slots(self, quantum: int) -> int:
         """Chunks that are active in each tick of a quantum; an IndexError if the video does not have so many."""
         if not 0 <= quantum < self.quanta:

@@ -5,28 +5,32 @@ It puts the batch file, the folder of videos, the cluster and the display togeth
 
 from __future__ import annotations
 
-import shutil
+import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent import futures
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
-from engine.checkpoint.files import CheckpointConfig, discard
-from engine.files import Damaged, DiskFull
+import av
+
+from engine.files import Damaged, DiskFull, write_errors
 from launch.batch.file import BatchItem, read_batch
-from launch.batch.folder import ChunkFiles, OutputFolder
+from launch.batch.folder import OutputFolder
 from launch.cluster import on_ray
 from launch.ending import check_signals, unwinding_signals
 from launch.generate import Backend, make_videos
 from launch.options import BatchOptions, parse_size
 from launch.output.display import BatchDisplay, Row, State, summary
+from launch.output.segments import encode_segment
+from launch.saved import SavedVideo
 from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.messages import Event, VideoOrder
 from parallel.health.exit_codes import BAD_INPUT, FAILED, OK
+
+_ENCODERS = 4  # threads, at most
 
 
 def run_batch(options: BatchOptions, *, say: Callable[[str], None]) -> int:
@@ -56,10 +60,12 @@ class _Video(Row):
     """A video of the batch, and what it is made with."""
 
     item: BatchItem
-    files: ChunkFiles
-    checkpoints: Path  # folder of all, with one for each layout in it
+    saved: SavedVideo
     began: float | None = None
     share: float = 0.0
+    storing: deque[futures.Future[None]] = field(default_factory=deque)  # chunks that are encoded
+    stored: set[int] = field(default_factory=set)  # of those, that are on the disk beyond the first `chunks_done`
+    made: bool = False  # its last chunk has come
     ending: futures.Future[None] | None = None
     damaged: bool = False  # a chunk was, when all were there
 
@@ -74,19 +80,21 @@ class _Batch:
         self.rows: list[Row] = []  # all videos, by line
         self.restarts = 0  # of gangs
         self._videos: dict[str, _Video] = {}  # those to make
-        self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix="encode")
-        self._stopping = threading.Event()
+        self._pool = futures.ThreadPoolExecutor(min(_ENCODERS, os.cpu_count() or 1), thread_name_prefix="encode")
+        self._stopping, self._lock = threading.Event(), threading.Lock()
+        self._cancel: Callable[[str], None] = lambda video: None
         for item in items:
             video = self._video(item)
             self.rows.append(video)
             if item.digest in folder.done:
                 video.state, video.chunks_done = State.KEPT, video.chunks
-                self._clean(video)
+                if not options.base.keep_state:
+                    video.saved.remove()
                 if item.digest not in folder.recorded:
                     self._record(video)
             else:
                 self._videos[item.digest] = video
-                self._discard_useless(video)
+                video.saved.discard_useless(options.base.checkpoint_every)
 
     def make(self, display: BatchDisplay) -> None:
         """Make what is missing."""
@@ -95,13 +103,15 @@ class _Batch:
             try:
                 while queued := [video for video in self._videos.values() if video.state is State.QUEUED]:
                     for video in queued:
-                        video.chunks_done = video.files.count()
-                    if waiting := [video for video in queued if not self._end_if_complete(video)]:
+                        video.chunks_done = video.saved.segments.count()
+                        video.made = video.chunks_done >= video.chunks
+                    if waiting := [video for video in queued if not video.made]:
                         self._make(waiting, display)
                     self._settle(wait=True)  # which queues a video again if a chunk of it is damaged
                     display.update(self.rows)
             except (KeyboardInterrupt, SystemExit):
                 self._stopping.set()
+                self._pool.shutdown(wait=False, cancel_futures=True)
                 raise
             finally:
                 self._settle(wait=not self._stopping.is_set())
@@ -113,6 +123,7 @@ class _Batch:
         if (count := len(waiting)) < options.gangs:
             self._say(f"of --gangs {options.gangs} no more than {count} can have work: one for each video to make")
         with on_ray(plans, gangs=options.gangs, kv_bytes=kv_bytes, max_restarts=options.max_restarts) as backend:
+            self._cancel = backend.cancel
 
             def handle(event: Event) -> None:
                 self._handle(backend, event)
@@ -124,45 +135,25 @@ class _Batch:
 
     def _video(self, item: BatchItem) -> _Video:
         options, plan = self._options, item.plan
-        request, runtime = plan.request, plan.model.config.runtime_config
-        files = ChunkFiles(
-            folder=options.out / f".{item.digest}.parts",
-            frames=runtime.chunk_width * runtime.temporal_downsample_factor,
-            height=request.height,
-            width=request.width,
-            say=self._say,
-        )
+        folder = (options.checkpoints or options.out / ".checkpoints") / item.digest
+
+        def say(text: str) -> None:
+            self._say(f"line {item.line}: {text}")
+
         return _Video(
             line=item.line,
             title=plan.request.prompt,
             state=State.QUEUED,
             chunks=plan.size.chunks,
             item=item,
-            files=files,
-            checkpoints=((options.checkpoints or options.out / ".checkpoints") / item.digest).absolute(),
+            saved=SavedVideo(folder, plan, say),
         )
 
     def _order(self, video: _Video) -> VideoOrder:
-        item, every = video.item, self._options.checkpoint_every
-        checkpoint = CheckpointConfig(folder=self._own_checkpoints(video), every=every) if every else None
-        order = item.plan.order(item.digest)
-        return replace(order, checkpoint=checkpoint, stored=video.chunks_done, priority=item.priority)
-
-    def _own_checkpoints(self, video: _Video) -> Path:
-        """Those of this layout: each rank goes on with its own layers alone."""
-        base = self._options.base
-        return video.checkpoints / (f"pp{base.pp}" if base.split is None else f"pp{base.pp}-{base.split}")
-
-    def _discard_useless(self, video: _Video) -> None:
-        """Make room before it is needed: of what earlier runs have left, whole checkpoints of this layout stay."""
-        own, wanted = self._own_checkpoints(video), bool(self._options.checkpoint_every)
-        others = [path for path in video.checkpoints.glob("*") if path != own or not wanted]
-        for path in others:
-            shutil.rmtree(path, ignore_errors=True)
-        discard(own, whole=False)
-        if others and wanted:
-            anew = "computed again from its first chunk on, as its checkpoints are of another --pp or --split"
-            self._say(f"line {video.line} is {anew}; the chunks that are finished are kept")
+        item, base = video.item, self._options.base
+        every, extend = base.checkpoint_every, base.keep_state
+        order = video.saved.order(item.digest, video.chunks_done, every=every, extend=extend)
+        return replace(order, priority=item.priority)
 
     def _handle(self, backend: Backend, event: Event) -> None:
         match event:
@@ -185,8 +176,7 @@ class _Batch:
                 self._fail(self._videos[event.video], InputError(event.message))
             case messages.VideoDone():
                 video = self._videos[event.video]
-                video.computed = event.computed
-                self._end_if_complete(video)
+                video.computed, video.made = event.computed, True
 
     def _begin(self, video: _Video, event: messages.Admitted) -> None:
         for line in event.damage:
@@ -195,13 +185,23 @@ class _Batch:
         video.state, video.gang = State.RUNNING, event.gang
 
     def _keep(self, backend: Backend, chunk: messages.ChunkMade) -> None:
+        """Have a chunk encoded and written beside the loop, which has other gangs to listen to."""
         video = self._videos[chunk.video]
-        try:
-            video.files.write(chunk.index, chunk.frames)
-            video.chunks_done = chunk.index + 1
-        except InputError as error:
-            self._fail(video, error)
-            backend.cancel(chunk.video)
+        video.storing.append(self._pool.submit(self._store, backend, video, chunk))
+
+    def _store(self, backend: Backend, video: _Video, chunk: messages.ChunkMade) -> None:
+        if self._stopping.is_set():
+            raise futures.CancelledError
+        plan = video.item.plan
+        with write_errors(plan.out, kinds=(av.FFmpegError,)):
+            segment = encode_segment(chunk.frames, plan.form.codec, plan.model.config.runtime_config.fps)
+        video.saved.segments.write(chunk.index, segment)
+        with self._lock:  # chunks of one video may be encoded on several threads
+            video.stored.add(chunk.index)
+            while video.chunks_done in video.stored:
+                video.stored.remove(video.chunks_done)
+                video.chunks_done += 1
+            backend.stored(chunk.video, video.chunks_done)
 
     def _progress(self, video: _Video, event: messages.Progressed) -> None:
         now, share = time.monotonic(), event.progress.tick / event.progress.ticks
@@ -211,44 +211,50 @@ class _Batch:
         video.computed = event.progress.computed_fraction
         video.seconds_left = None if done <= 0 or video.began is None else (now - video.began) * (1 - share) / done
 
-    def _end_if_complete(self, video: _Video) -> bool:
-        """Begin to encode a video all of whose chunks are there."""
-        if video.chunks_done < video.chunks:
-            return False
-        plan = video.item.plan
-        fps = plan.model.config.runtime_config.fps
-        video.ending = self._pool.submit(video.files.encode, plan.out, video.chunks, fps, self._stopping)
-        return True
-
     def _settle(self, *, wait: bool) -> None:
-        """Take note of videos that are encoded, or could not be."""
-        while wait and futures.wait([video.ending for video in self._videos.values() if video.ending], 0.2).not_done:
+        """Take note of chunks that are on the disk, and of videos that are complete, or could not be."""
+        self._look()
+        while wait and (busy := [one for video in self._videos.values() for one in _under_way(video)]):
+            futures.wait(busy, 0.2, return_when=futures.FIRST_COMPLETED)
             check_signals()
-        for video in self._videos.values():
-            if (ending := video.ending) is None or not ending.done():
-                continue
-            video.ending = None
-            try:
-                ending.result()
-            except futures.CancelledError:
-                continue
-            except InputError as error:
-                if isinstance(error, Damaged) and not video.damaged:  # a second time its disk is not to be trusted
-                    video.state, video.damaged = State.QUEUED, True
-                else:
-                    self._fail(video, error)
-                continue
-            self._clean(video)
-            video.state, video.seconds_left = State.DONE, None
-            self._record(video)
+            self._look()
 
-    def _clean(self, video: _Video) -> None:
-        """The video is there: what it was made of is not needed any more."""
-        video.files.remove()
-        shutil.rmtree(video.checkpoints, ignore_errors=True)
-        if self._options.checkpoints is None:
-            with suppress(OSError):
-                video.checkpoints.parent.rmdir()  # unless there are those of others
+    def _look(self) -> None:
+        for name, video in self._videos.items():
+            while video.storing and video.storing[0].done():
+                try:
+                    video.storing.popleft().result()
+                except futures.CancelledError:
+                    continue
+                except InputError as error:
+                    self._fail(video, error)
+                    self._cancel(name)
+            if video.made and not video.storing and video.state is not State.FAILED and not self._stopping.is_set():
+                video.made = False
+                finish, plan = video.saved.segments.finish, video.item.plan
+                fps = plan.model.config.runtime_config.fps
+                video.ending = self._pool.submit(finish, plan.form, plan.out, video.chunks, fps, self._stopping)
+            if video.ending is not None and video.ending.done():
+                self._end(video, video.ending)
+
+    def _end(self, video: _Video, ending: futures.Future[None]) -> None:
+        video.ending = None
+        try:
+            ending.result()
+        except futures.CancelledError:
+            return
+        except Damaged as error:
+            if video.damaged:  # a second time its disk is not to be trusted
+                self._fail(video, InputError(str(error)))
+            else:
+                video.state, video.damaged = State.QUEUED, True
+            return
+        except InputError as error:
+            self._fail(video, error)
+            return
+        video.saved.finish(keep=self._options.base.keep_state)
+        video.state, video.seconds_left = State.DONE, None
+        self._record(video)
 
     def _fail(self, video: _Video, error: InputError) -> None:
         """Go on without a video; a full disk is raised, as it is one for all of them."""
@@ -260,3 +266,7 @@ class _Batch:
     def _record(self, video: _Video) -> None:
         seconds = 0.0 if video.began is None else time.monotonic() - video.began
         self._folder.record(video, name=video.item.plan.out.name, seconds=seconds)
+
+
+def _under_way(video: _Video) -> list[futures.Future[None]]:
+    return [*video.storing, *([] if video.ending is None else [video.ending])]
