@@ -71,6 +71,24 @@ class Options:
         default=False,
         batch=False,
     )
+    checkpoint: Path | None = _safety(
+        "Keep how far the video is in this folder. The same command goes on from there after it was killed, and ends "
+        "with the same frames.",
+        metavar="DIR",
+        batch=False,
+    )
+    checkpoint_every: int = _safety(
+        "Note how far a video is each time so many chunks have entered the window; 0 for never. After a loss it "
+        "goes on from there.",
+        default=4,
+        within=(0, None),
+        metavar="CHUNKS",
+    )
+    keep_state: bool = _safety(
+        "Keep what [cyan]flowcache continue[/cyan] makes a finished video longer from: in the folder of its "
+        "checkpoints, or in NAME.state beside it.",
+        default=False,
+    )
     preview: bool = _video(
         "Keep NAME.png up to date, a contact sheet of what is there of the video.", default=False, batch=False
     )
@@ -304,13 +322,6 @@ class GangOptions:
         "Memory of each rank for keys and values, such as 8GB; a gang takes in no more videos than fit.",
         metavar="SIZE",
         shown="enough for --concurrency",
-    )
-    checkpoint_every: int = _safety(
-        "Note how far a video is each time so many chunks have entered the window; 0 for never. After a loss it "
-        "goes on from there.",
-        default=4,
-        within=(0, None),
-        metavar="CHUNKS",
     )
     checkpoints: Path | None = _safety(
         "Folder of checkpoints; every node must see it. They are deleted with the end of a video.",

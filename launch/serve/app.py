@@ -17,7 +17,7 @@ from launch.serve.metrics import Metrics
 from launch.serve.requests import Service, accept
 from launch.serve.schemas import failure, video
 from launch.serve.store import Full, Job, Store
-from launch.serve.watch import events
+from launch.serve.watch import events, fragments
 from models.errors import InputError
 from parallel.cluster.gang import GangState
 
@@ -116,13 +116,24 @@ def _add_one_video(app: FastAPI, service: Service) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(events(service, _found(store, name)), media_type="text/event-stream", headers=headers)
 
+    @app.get("/v1/videos/{name}/stream")
+    async def streamed(name: str, fragment: Annotated[int, Query(ge=0)] = 0) -> StreamingResponse:
+        job = _found(store, name)
+        if job.status in ("failed", "cancelled"):
+            raise _not_there(job)
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(fragments(service, job, fragment), media_type="video/mp4", headers=headers)
+
     @app.get("/v1/videos/{name}/content")
     def content(name: str, variant: Literal["video"] = "video") -> FileResponse:
         job = _found(store, name)
         if job.status != "completed":
-            why = f": {job.error}" if job.error else ""
-            raise HTTPException(409, f"the video {name} is {job.status}{why}")
+            raise _not_there(job)
         return FileResponse(store.video(job), media_type="video/mp4", filename=f"{job.id}.mp4")
+
+
+def _not_there(job: Job) -> HTTPException:
+    return HTTPException(409, f"the video {job.id} is {job.status}{f': {job.error}' if job.error else ''}")
 
 
 def _found(store: Store, name: str) -> Job:
