@@ -173,7 +173,7 @@ def job(plan: Plan, videos: int = 1) -> Job:
     model, options = plan.model, plan.options
     return Job(
         config=model.config,
-        vae=model.vae,
+        vae_bytes=model.vae_bytes,
         request=plan.request,
         reuse=model.reuse,
         kv=model.kv,
