@@ -309,6 +309,25 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ContinueOptions:
+    """What was given to `flowcache continue`; errors as in `Options`."""
+
+    what: Path = option(
+        None, "The video, or the folder of its state.", default=MISSING, metavar="VIDEO_OR_DIR", argument=True
+    )
+    seconds: float = _video("How much longer, rounded up to whole chunks.", default=MISSING, within=(0.001, 1e6))
+    prompt: str | None = _video("What the new part shows; by default what the end did.")
+    out: str | None = _video(
+        "As in [cyan]generate[/cyan]; by default the video is replaced when the longer one is whole."
+    )
+    keep_partial: bool = _video("As in [cyan]generate[/cyan].", default=False)
+    preview: bool = _video("As in [cyan]generate[/cyan].", default=False)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GangOptions:
     """What `flowcache batch` and `flowcache serve` are given of gangs; errors as in `Options`."""
 
