@@ -191,7 +191,7 @@ class Engine:
             number=number,
             reuse=self._reuse,
             kv=self._kv,
-            observe=recorder is not None,
+            observe=recorder is not None and recorder.observes,
             checkpoint=folder,
         )
         if found is not None and what.state is not None:

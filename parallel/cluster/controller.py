@@ -124,8 +124,14 @@ class Controller:
         self._stored.put((video, count))
         self._news.set()
 
-    def run(self) -> Generator[messages.Event, None, None]:
-        """Make the videos that were submitted; more may be submitted meanwhile.
+    def wake(self) -> None:
+        """Have `check` called at once. May be called by any thread."""
+        self._news.set()
+
+    def run(self, *, lasting: bool = False) -> Generator[messages.Event, None, None]:
+        """Make the videos that were submitted; more may be submitted meanwhile, also by `check`.
+
+        With `lasting` it does not end when all are made.
 
         Yields:
             What happens. A chunk counts as stored when the next event is asked for, or when `stored` says so if the
@@ -135,13 +141,15 @@ class Controller:
             ClusterLost: the head of the cluster is gone.
             InputError: with what they were given the ranks cannot start, or not go on: there is no room on a disk.
         """
-        while not self._scheduler.idle or self._out:
+        while lasting or not self._scheduler.idle or self._out:
             self._round()
             while self._out:
                 event = self._out.popleft()
                 yield event
                 if isinstance(event, messages.ChunkMade) and event.video not in self._confirmed:
                     self._gangs[event.gang].send(messages.ChunkTaken(video=event.video, index=event.index))
+                if isinstance(event, messages.VideoDone | messages.VideoFailed):
+                    self._confirmed.discard(event.video)
 
     def gangs(self) -> list[GangView]:
         """All gangs, with the processes of their ranks."""
@@ -209,9 +217,7 @@ class Controller:
         else:
             self._forward(event)
 
-    def _forward(
-        self, event: messages.Admitted | messages.Progressed | messages.VideoDone | messages.VideoFailed
-    ) -> None:
+    def _forward(self, event: messages.Forwarded) -> None:
         """An event that goes on to the caller as it is."""
         if isinstance(event, messages.Admitted):
             self._videos[event.video].number = event.number
