@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from engine.kv.layout import KVSettings, plan_kv
-from engine.request import Request
+from engine.request import Request, spans
 from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from models.checkpoint import Loading
@@ -129,7 +129,7 @@ def video_size(
     width = sampling.chunk_width
     frames = 0 if request.prefix is None else len(request.prefix)
     given = 1 if frames == 1 else frames // CELL_FRAMES
-    chunks = request.chunks + sampling.prefix_chunks(given)
+    chunks = spans(sampling, request, given)[0].chunks + sampling.prefix_chunks(given)
     schedule = Schedule(
         first=given // width, chunks=chunks, num_steps=num_steps, window=sampling.window, stagger=sampling.stagger
     )
