@@ -197,7 +197,7 @@ class Engine:
             number=number,
             reuse=reuse,
             kv=self._kv,
-            observe=recorder is not None,
+            observe=recorder is not None and recorder.observes,
         )
         run, admission = prepared(what.encoded, span=course.span, checkpoint=folder)
         if found is not None and what.state is not None:

@@ -20,6 +20,7 @@ from launch import __version__
 from launch.ending import CommandFailed, handle_as_rank, shows_bad_input, speaks_for_all, stopped_by
 from launch.forms import command, declared
 from launch.options import GOLDEN_DEVICE, GOLDEN_FILES, BatchOptions, Options
+from launch.serve.options import ServeOptions
 from models.errors import InputError
 from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED, NO_OUTPUT, OK
 from parallel.ranks.environment import RankEnv, settle_libraries
@@ -73,6 +74,18 @@ On this machine, two gangs of two processes:
 
 On a Ray cluster, from one of its nodes or as a job:
 [cyan]RAY_ADDRESS=auto flowcache batch prompts.jsonl --out /shared/videos --gangs 4 --pp 8[/cyan]
+"""
+
+_SERVE_HELP = """Make videos for others over HTTP, on many processes or GPUs, in the convention of video APIs.
+
+POST /v1/videos queues one, GET /v1/videos/ID says how far it is, GET /v1/videos/ID/content sends it. The options of a
+video hold where a request says nothing. Stop with Ctrl-C; started again, it goes on with what was queued and begun.
+
+[bold]Examples[/bold]
+
+On this machine: [cyan]flowcache serve --gangs 2 --pp 2[/cyan]
+
+For others: [cyan]FLOWCACHE_API_KEY=... flowcache serve --host 0.0.0.0[/cyan]
 """
 
 _PLOT_HELP = {
@@ -140,6 +153,15 @@ def _batch(_: Sequence[str], given: dict[str, Any]) -> None:
     raise typer.Exit(run_batch(options, say=lambda text: typer.echo(text, err=True)))
 
 
+def _serve(_: Sequence[str], given: dict[str, Any]) -> None:
+    own = {one.name: given.pop(one.name) for one in declared(ServeOptions)}
+    os.environ.pop("FLOWCACHE_API_KEY", None)  # ranks need not know it
+    options = ServeOptions(**own, base=Options(**given, launcher="ray"))
+    from launch.serve.run import run_service
+
+    run_service(options, say=lambda text: typer.echo(text, err=True))
+
+
 def _conformance(arguments: Sequence[str], given: dict[str, Any]) -> None:
     files, device = given.pop("files"), given.pop("device")
     options = Options(**given)
@@ -194,6 +216,7 @@ app.command(
 )(command([GOLDEN_FILES, GOLDEN_DEVICE, *(one for one in declared(Options) if one.name in _OF_RANKS)], _conformance))
 _SHARED = [one for one in declared(Options) if one.batch]  # options of `generate` that `batch` has too
 app.command("batch", help=_BATCH_HELP)(command([*declared(BatchOptions), *_SHARED], _batch))
+app.command("serve", help=_SERVE_HELP)(command([*declared(ServeOptions), *_SHARED], _serve))
 app.add_typer(plots, name="plot")
 
 

@@ -291,12 +291,9 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BatchOptions:
-    """What was given to `flowcache batch` beside the options that `Options` has for it too; errors as there."""
+class GangOptions:
+    """What `flowcache batch` and `flowcache serve` are given of gangs; errors as in `Options`."""
 
-    file: Path = option(None, "A JSON object in each line.", default=MISSING, metavar="FILE.jsonl", argument=True)
-    out: Path = option(None, "Folder of the videos; made if it is missing.", default=Path("videos"), metavar="DIR")
-    base: Options = field(default_factory=Options)  # holds where a line says nothing; its ranks are those of a gang
     gangs: int = _gangs(
         "Groups of pp x cp ranks. Each holds the whole model and makes videos of its own.",
         default=1,
@@ -329,6 +326,15 @@ class BatchOptions:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchOptions(GangOptions):
+    """What was given to `flowcache batch` beside the options that `Options` has for it too; errors as there."""
+
+    file: Path = option(None, "A JSON object in each line.", default=MISSING, metavar="FILE.jsonl", argument=True)
+    out: Path = option(None, "Folder of the videos; made if it is missing.", default=Path("videos"), metavar="DIR")
+    base: Options = field(default_factory=Options)  # holds where a line says nothing; its ranks are those of a gang
 
 
 GOLDEN_FILES = Opt("Golden files; their weights file lies beside them.", argument=True, name="files", kind=list[Path])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.files import check_folder, check_target, partial_of
 from engine.request import Request
-from launch.media import Frame, read_image, read_video
+from launch.media import Bounds, Frame, read_image, read_video
 from launch.memory import Job
 from launch.model import ModelPlan, layout_of, plan_model
 from launch.options import Options, ray_address, together
@@ -117,10 +117,11 @@ def plan_requests(options: Options, outs: Sequence[Path]) -> list[Plan]:
     return plans
 
 
-def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
+def plan_video(options: Options, *, out: Path, at_a_time: int = 1, bounds: Bounds | None = None) -> Plan:
     """Check the options of one video, of the first prompt, and read the picture or the clip that it starts from.
 
-    There must be memory for `at_a_time` such videos. The file `out` is not looked at.
+    That is read within `bounds`, if it may come from anybody. There must be memory for `at_a_time` such videos. The
+    file `out` is not looked at.
     """
     if options.image is not None and options.video is not None:
         raise InputError("--image and --video both say what to start from: give one of them")
@@ -148,7 +149,7 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
         )
     if options.launcher != "ray" or (model.device == "cpu" and not ray_address()):  # whose ranks may be anywhere
         job(plan, at_a_time).check(model.device)
-    return replace(plan, request=replace(request, prefix=_prefix(options, request, fps=runtime.fps)))
+    return replace(plan, request=replace(request, prefix=_prefix(options, request, runtime.fps, bounds)))
 
 
 def job(plan: Plan, videos: int = 1) -> Job:
@@ -156,7 +157,7 @@ def job(plan: Plan, videos: int = 1) -> Job:
     model, options = plan.model, plan.options
     return Job(
         config=model.config,
-        vae=model.vae,
+        vae_bytes=model.vae_bytes,
         request=plan.request,
         reuse=model.reuse,
         kv=model.kv,
@@ -228,8 +229,8 @@ def _chunks(options: Options, config: MagiConfig) -> int:
     return math.ceil(round(options.seconds * runtime.fps, 3) / chunk_frames)
 
 
-def _prefix(options: Options, request: Request, *, fps: int) -> Tensor | None:
-    frame = Frame(height=request.height, width=request.width, fit=options.fit)
+def _prefix(options: Options, request: Request, fps: int, bounds: Bounds | None) -> Tensor | None:
+    frame = Frame(height=request.height, width=request.width, fit=options.fit, bounds=bounds)
     if options.image is not None:
         return read_image(options.image, frame)
     if options.video is not None:

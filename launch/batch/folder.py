@@ -29,6 +29,7 @@ from engine.files import Damaged, check_folder, read_sealed, write_errors, write
 from launch.batch.file import DIGEST_LENGTH
 from launch.output.display import Row, State
 from launch.output.video import VideoWriter
+from launch.plan import Plan
 from models.errors import InputError
 
 RESULTS = "results.jsonl"
@@ -150,6 +151,13 @@ class ChunkFiles:
     height: int
     width: int
     say: Callable[[str], None]  # is told of a damaged file, and what is wrong with it
+
+    @classmethod
+    def of(cls, plan: Plan, folder: Path, say: Callable[[str], None]) -> Self:
+        """Those of a plan's video, in a folder."""
+        request, runtime = plan.request, plan.model.config.runtime_config
+        frames = runtime.chunk_width * runtime.temporal_downsample_factor
+        return cls(folder=folder, frames=frames, height=request.height, width=request.width, say=say)
 
     def count(self) -> int:
         """Chunks that are there and whole, from the first on without a gap; all are read."""

@@ -113,8 +113,14 @@ class Controller:
         del self._videos[video]
         self._out = deque(event for event in self._out if getattr(event, "video", None) != video)
 
-    def run(self) -> Generator[messages.Event, None, None]:
-        """Make the videos that were submitted; more may be submitted meanwhile.
+    def wake(self) -> None:
+        """Have `check` called at once. May be called by any thread."""
+        self._news.set()
+
+    def run(self, *, lasting: bool = False) -> Generator[messages.Event, None, None]:
+        """Make the videos that were submitted; more may be submitted meanwhile, also by `check`.
+
+        With `lasting` it does not end when all are made.
 
         Yields:
             What happens. A chunk counts as stored when the next event is asked for: only then is a checkpoint that
@@ -124,7 +130,7 @@ class Controller:
             ClusterLost: the head of the cluster is gone.
             InputError: with what they were given the ranks cannot start, or not go on: there is no room on a disk.
         """
-        while not self._scheduler.idle or self._out:
+        while lasting or not self._scheduler.idle or self._out:
             self._round()
             while self._out:
                 event = self._out.popleft()
@@ -191,9 +197,7 @@ class Controller:
         else:
             self._forward(event)
 
-    def _forward(
-        self, event: messages.Admitted | messages.Progressed | messages.VideoDone | messages.VideoFailed
-    ) -> None:
+    def _forward(self, event: messages.Forwarded) -> None:
         """An event that goes on to the caller as it is."""
         if isinstance(event, messages.Admitted):
             self._videos[event.video].number = event.number

@@ -1,0 +1,240 @@
+"""Makes the jobs of a store on the gangs of a Ray cluster, on the thread that calls `run`; others queue and cancel.
+
+The controller and all that is made with it belong to that thread. What others want is handed to it and done between two
+of its rounds. A job is an order like that of a line of a batch: the same checks, chunks, checkpoints and files.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from launch.batch.file import plan_line
+from launch.batch.folder import ChunkFiles
+from launch.batch.making import Making, Video
+from launch.cluster import on_ray
+from launch.ending import CommandFailed, check_signals
+from launch.media import Bounds
+from launch.options import parse_size, together
+from launch.output.display import State
+from launch.plan import Plan
+from launch.serve.live import LiveVideos
+from launch.serve.metrics import Metrics
+from launch.serve.options import ServeOptions
+from launch.serve.store import Job, Status, Store
+from models.errors import InputError
+from parallel.cluster import messages
+from parallel.cluster.controller import Controller
+from parallel.cluster.gang import GangState, GangView
+from parallel.cluster.messages import Event
+from parallel.health.exit_codes import FAILED
+
+_PIXELS = 2**25  # of a picture that a video starts from
+_MOST = 10_000  # videos at a time on one gang, without --concurrency
+
+
+class Maker:
+    """The videos of a service; `say` takes lines for people."""
+
+    def __init__(
+        self, options: ServeOptions, limit: Plan, store: Store, metrics: Metrics, say: Callable[[str], None]
+    ) -> None:
+        self._options, self._limit, self._store, self._metrics, self._say = options, limit, store, metrics, say
+        self._making = Making(options, options.base, self._ended, say)
+        self._lock = threading.Lock()
+        self._waiting: deque[tuple[Job, Plan | None]] = deque()  # not handed to the controller yet
+        self._waiting.extend((job, None) for job in store.jobs() if job.unfinished)
+        self._cancelled: deque[tuple[Job, Future[None]]] = deque()
+        self.live = LiveVideos()
+        """What can be watched."""
+        self._over: list[str] = []  # videos that have ended, of which events may still be on their way
+        self._backend: Controller | None = None
+
+    # ---- for other threads
+
+    def queue(self, job: Job, plan: Plan) -> None:
+        """Make a job's video, by its plan."""
+        with self._lock:
+            self._waiting.append((job, plan))
+        self._wake()
+
+    def cancel(self, job: Job) -> Future[None]:
+        """Make no more of a job's video; done once its slots are free and its chunks are gone."""
+        done = Future[None]()
+        with self._lock:
+            waiting = [entry for entry in self._waiting if entry[0] is job]
+            if not waiting:
+                self._cancelled.append((job, done))
+            else:
+                self._waiting.remove(waiting[0])
+                self._close(job, "cancelled")
+                done.set_result(None)
+        self._wake()
+        return done
+
+    def gangs(self) -> list[GangView]:
+        """All gangs at this moment; none before there is a cluster."""
+        backend = self._backend
+        return [] if backend is None else backend.gangs()
+
+    def plan(self, line: dict[str, Any], folder: Path) -> Plan:
+        """The plan of a line, whose files are in a folder; an `InputError` says why it cannot be made here."""
+        return plan_line(line, folder, self._options.base, out=folder, bounds=self.bounds)
+
+    @property
+    def bounds(self) -> Bounds:
+        """Of pictures and clips that videos start from."""
+        return Bounds(pixels=_PIXELS, seconds=self._options.max_seconds)
+
+    # ---- the thread of the controller
+
+    def run(self) -> None:
+        """Make videos until a signal ends it; `CommandFailed` if the cluster or its last gang is lost."""
+        options, kv_memory = self._options, self._options.kv_memory
+        kv_bytes = None if kv_memory is None else parse_size(kv_memory)
+        largest = [self._limit] * max(options.gangs, together(options.base, _MOST, ranks=True))
+        with on_ray(
+            largest, gangs=options.gangs, kv_bytes=kv_bytes, max_restarts=options.max_restarts, check=self._look
+        ) as backend:
+            self._backend = backend
+            try:
+                with closing(backend.run(lasting=True)) as events:
+                    for event in events:
+                        self._handle(backend, event)
+            finally:
+                self._making.stop()
+                self._making.close()
+
+    def _wake(self) -> None:
+        if (backend := self._backend) is not None:
+            backend.wake()
+
+    def _look(self) -> None:
+        """Between two rounds of the controller, when no event is on its way: do what was asked for meanwhile."""
+        check_signals()
+        backend = self._backend
+        assert backend is not None
+        for name in self._over:
+            self._making.videos.pop(name, None)
+        self._over.clear()
+        for video in self._making.settle():
+            self._submit(backend, video)
+        while self._cancelled:
+            job, done = self._cancelled.popleft()
+            self._drop(backend, job)
+            done.set_result(None)
+        while self._waiting:
+            with self._lock:
+                job, plan = self._waiting.popleft()
+            self._begin(backend, job, plan)
+
+    def _begin(self, backend: Controller, job: Job, plan: Plan | None) -> None:
+        folder = self._store.folder(job)
+        try:
+            plan = plan or self.plan(job.line, folder)
+        except InputError as error:  # it was accepted by a service with other options
+            return self._fail(job, str(error))
+        plan = replace(plan, out=self._store.video(job))
+        video = Video(
+            line=job.number,
+            title=job.line["prompt"],
+            state=State.QUEUED,
+            chunks=plan.size.chunks,
+            name=job.id,
+            plan=plan,
+            priority=job.line["priority"],
+            files=ChunkFiles.of(plan, folder / "parts", self._say),
+            checkpoints=((self._options.checkpoints or folder / "checkpoints") / job.id).absolute(),
+        )
+        self._making.add(video)
+        self._submit(backend, video)
+
+    def _submit(self, backend: Controller, video: Video) -> None:
+        """Have what is missing of a video made."""
+        video.chunks_done = video.files.count()
+        if self._making.end_if_complete(video):
+            return
+        self.live.begin(video.name, video.plan.size.schedule, video.chunks_done)
+        try:
+            backend.submit(replace(self._making.order(video), watched=True))
+        except InputError as error:
+            self._ended(video, error)
+
+    def _handle(self, backend: Controller, event: Event) -> None:
+        if isinstance(event, messages.GangDown) and all(view.state is GangState.DOWN for view in backend.gangs()):
+            text = f"no gang is left: {event.message}. What is queued goes on when the service is started again"
+            raise CommandFailed(text, status=FAILED, shown_here=True)
+        self._making.handle(backend, event)
+        self._metrics.handle(event)
+        if isinstance(event, messages.GangLost):
+            for name in event.videos:
+                if (job := self._store.get(name)) is not None:
+                    job.restarts += 1
+        if isinstance(event, messages.VideoEvent) and (job := self._store.get(event.video)) is not None:
+            self._show(event, job)
+
+    def _show(self, event: messages.VideoEvent, job: Job) -> None:
+        """Note how far a job is, for those who ask and for those who watch."""
+        live = self.live.get(job.id)
+        if isinstance(event, messages.Admitted) and job.status == "queued":
+            job.status, job.began_at = "in_progress", time.time()
+            self._save(job)
+        elif isinstance(event, messages.Progressed):
+            job.computed = event.progress.computed_fraction
+        elif isinstance(event, messages.Ticked) and live is not None:
+            live.ticked(event)
+            job.progress = max(job.progress, min(99, live.percent))
+        elif isinstance(event, messages.ChunkMade) and live is not None:
+            live.keep(event.index + 1)
+
+    def _ended(self, video: Video, error: InputError | None) -> None:
+        self._over.append(video.name)
+        job = self._store.get(video.name)
+        if job is None or job.status == "cancelled":  # while it was encoded
+            self._making.clean(video)
+            video.plan.out.unlink(missing_ok=True)
+        elif error is not None:
+            self._making.clean(video)
+            self._fail(job, str(error))
+        else:
+            job.nbytes, job.computed = video.plan.out.stat().st_size, video.computed
+            job.progress = 100
+            self._close(job, "completed")
+            self._metrics.done(job)
+
+    def _fail(self, job: Job, message: str) -> None:
+        self._say(f"{job.id} failed: {message}")
+        job.error = message
+        self._close(job, "failed")
+
+    def _drop(self, backend: Controller, job: Job) -> None:
+        """Cancel a video that the controller knows, or that has ended meanwhile."""
+        if not job.unfinished:
+            return
+        backend.cancel(job.id)
+        self._close(job, "cancelled")
+        if (video := self._making.videos.get(job.id)) is not None and video.ending is None:
+            self._over.append(job.id)
+            self._making.clean(video)
+
+    def _close(self, job: Job, status: Status) -> None:
+        """A job has ended. A full disk does not end the service; what could not be written is made again."""
+        job.status, job.completed_at = status, time.time()
+        self.live.end(job.id)
+        self._metrics.forget(job)
+        self._save(job)
+        if (video := self._making.videos.get(job.id)) is None or video.ending is None:
+            self._store.clean(job)
+
+    def _save(self, job: Job) -> None:
+        try:
+            self._store.save(job)
+        except InputError as error:
+            self._say(str(error))
