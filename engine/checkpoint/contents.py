@@ -65,6 +65,18 @@ def fingerprint(
     return plain
 
 
+def of_past(fingerprint: Mapping[str, Any], quantum: int, last: int) -> dict[str, Any]:
+    """What the state before a quantum depends on: neither prompts that come later, nor the length up to the `last` one.
+
+    Both are figures of the schedule; see `Schedule.open_quantum`.
+    """
+    request = dict(fingerprint["request"])
+    request["script"] = [[first, prompt] for first, prompt in request["script"] if first < quantum]
+    if quantum <= last:
+        del request["chunks"]
+    return {**fingerprint, "request": request}
+
+
 def pack_shard(kv: KVState, flags: FlagState, about: Mapping[str, Any]) -> Contents:
     """One rank's shard of a video, copied to the CPU. `about`: plain JSON values that tell it from other ranks'."""
     tensors = {

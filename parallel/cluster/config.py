@@ -69,7 +69,8 @@ class MagiSource:
         """A digest of all fields."""
         text = [str(self.text.tokens), self.text.dtype, self.text.special, self.text.negative]
         how = [self.copy_weight, self.split, self.precise, self.attention]
-        values = [self.config.to_dict(), self.random, str(self.weights), text, how]
+        weights = None if self.weights is None else self.weights.absolute()
+        values = [self.config.to_dict(), self.random, str(weights), text, how]
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def lead(self, mesh: Mesh, device: str) -> Pipeline:
