@@ -165,7 +165,7 @@ def test_a_gang_that_dies_ends_no_request(service):
 
 def test_a_service_that_is_killed_goes_on_with_its_queue_when_started_again(service):
     names = [service.create(seconds=4, seed=seed) for seed in (5, 6)] + [service.create(seed=7)]
-    parts = service.folder / "served" / names[0] / "parts"
+    parts = service.folder / "served" / names[0] / "checkpoints" / names[0] / "segments-libx264"
     service.when(lambda: parts.exists() and len(list(parts.iterdir())) >= 2)
     service.process.kill()
     service.process.wait()
