@@ -86,6 +86,11 @@ def saved_folder(plan: Plan) -> Path | None:
     return None if root is None else root / video_digest(plan, _threads(plan))
 
 
+def segment_name(index: int) -> str:
+    """The file of a chunk in the folder of a video's segments."""
+    return f"{index:06}.mp4"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentFiles:
     """The chunks of one video, in files with a checksum. One that is damaged is deleted, for it to be made again."""
@@ -154,7 +159,7 @@ class SegmentFiles:
             self._file(index).unlink()
 
     def _file(self, index: int) -> Path:
-        return self.folder / f"{index:06}.mp4"
+        return self.folder / segment_name(index)
 
 
 class SavedVideo:

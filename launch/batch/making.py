@@ -1,4 +1,4 @@
-"""Videos on their way from an order to a file: chunks encoded, chunks and checkpoints on the disk, the file at the end.
+"""Videos on their way from an order to a file: chunks and checkpoints on the disk, and the file at the end.
 
 It is told what happens on the gangs, and says when a video has ended. Where the videos come from, and who else wants to
 know of them, is the business of others.
@@ -19,7 +19,7 @@ import av
 from engine.files import Damaged, write_errors
 from launch.ending import check_signals
 from launch.generate import Backend
-from launch.options import GangOptions, Options
+from launch.options import Options
 from launch.output.display import Row, State
 from launch.output.segments import encode_segment
 from launch.plan import Plan
@@ -38,7 +38,7 @@ class Video(Row):
     name: str  # of its order
     plan: Plan  # checked; its `out` is the file to write
     priority: int  # higher goes first
-    saved: SavedVideo  # what is on the disk
+    saved: SavedVideo
     began: float | None = None
     share: float = 0.0
     storing: deque[futures.Future[None]] = field(default_factory=deque)  # chunks that are encoded
@@ -46,6 +46,11 @@ class Video(Row):
     made: bool = False  # its last chunk has come
     ending: futures.Future[None] | None = None
     damaged: bool = False  # a chunk was, when all were there
+
+    @property
+    def under_way(self) -> list[futures.Future[None]]:
+        """What is written of it at this moment."""
+        return [*self.storing, *([] if self.ending is None else [self.ending])]
 
 
 class Making:
@@ -56,17 +61,16 @@ class Making:
 
     def __init__(
         self,
-        options: GangOptions,
         base: Options,
         ended: Callable[[Video, InputError | None], None],
         say: Callable[[str], None],  # takes lines for people
     ) -> None:
-        self._options, self._base, self._ended, self._say = options, base, ended, say
+        self._base, self._ended, self._say = base, ended, say
         self.videos: dict[str, Video] = {}
         self.restarts = 0  # of gangs
         self._pool = futures.ThreadPoolExecutor(min(_ENCODERS, os.cpu_count() or 1), thread_name_prefix="encode")
         self._stopping, self._lock = threading.Event(), threading.Lock()
-        self._cancel: Callable[[str], None] = lambda video: None  # of the gangs that make the videos
+        self._cancel: Callable[[str], None] = lambda video: None
 
     def stop(self) -> None:
         """Encode no more: what is not complete stays as it is."""
@@ -83,8 +87,12 @@ class Making:
         self.videos[video.name] = video
         video.saved.discard_useless(self._base.checkpoint_every)
 
-    def order(self, video: Video) -> VideoOrder:
-        """The order to make what is missing of a video."""
+    def begin(self, video: Video) -> VideoOrder | None:
+        """Count the chunks that are there; returns the order to make what is missing, None if nothing is."""
+        video.chunks_done = video.saved.segments.count()
+        video.made = video.chunks_done >= video.chunks
+        if video.made:
+            return None
         every, extend = self._base.checkpoint_every, self._base.keep_state
         order = video.saved.order(video.name, video.chunks_done, every=every, extend=extend)
         return replace(order, priority=video.priority)
@@ -102,23 +110,18 @@ class Making:
                     lost.state, lost.gang, lost.restarts = State.RESTARTING, None, lost.restarts + 1
             case messages.Restarted():
                 self.restarts += 1
-            case messages.ChunkMade():
-                self._keep(backend, event)
+            case messages.ChunkMade():  # encoded and written beside the loop, which has other gangs to listen to
+                video = self.videos[event.video]
+                video.storing.append(self._pool.submit(self._store, backend, video, event))
             case messages.Admitted():
                 self._begin(self.videos[event.video], event)
             case messages.Progressed():
                 self._progress(self.videos[event.video], event)
             case messages.VideoFailed():
-                self._end(self.videos[event.video], InputError(event.message))
+                self._fail(self.videos[event.video], InputError(event.message))
             case messages.VideoDone():
                 video = self.videos[event.video]
                 video.computed, video.made = event.computed, True
-
-    def count(self, video: Video) -> bool:
-        """Count the chunks of a video that are on the disk; True if it is to be joined, as all are."""
-        video.chunks_done = video.saved.segments.count()
-        video.made = video.chunks_done >= video.chunks
-        return video.made
 
     def settle(self, *, wait: bool = False) -> list[Video]:
         """Take note of chunks that are on the disk, and of videos that are complete, or could not be.
@@ -126,18 +129,11 @@ class Making:
         Returns those of which a chunk is to be made again.
         """
         again = self._look()
-        while wait and (busy := [one for video in self.videos.values() for one in _under_way(video)]):
+        while wait and (busy := [one for video in self.videos.values() for one in video.under_way]):
             futures.wait(busy, 0.2, return_when=futures.FIRST_COMPLETED)
             check_signals()
             again += self._look()
         return again
-
-    def clean(self, video: Video) -> None:
-        """The video is there, or not wanted: what it is made of is not needed any more."""
-        for one in video.storing:
-            one.cancel()
-        futures.wait(video.storing)  # what is being written would come back
-        video.saved.remove()
 
     def _begin(self, video: Video, event: messages.Admitted) -> None:
         for line in event.damage:
@@ -145,13 +141,8 @@ class Making:
         video.began = video.began or time.monotonic()
         video.state, video.gang = State.RUNNING, event.gang
 
-    def _keep(self, backend: Backend, chunk: messages.ChunkMade) -> None:
-        """Have a chunk encoded and written beside the loop, which has other gangs to listen to."""
-        video = self.videos[chunk.video]
-        video.storing.append(self._pool.submit(self._store, backend, video, chunk))
-
     def _store(self, backend: Backend, video: Video, chunk: messages.ChunkMade) -> None:
-        if self._stopping.is_set() or video.state is State.FAILED:
+        if self._stopping.is_set():
             raise futures.CancelledError
         plan = video.plan
         with write_errors(plan.out, kinds=(av.FFmpegError,)):
@@ -164,30 +155,6 @@ class Making:
                 video.chunks_done += 1
             backend.stored(chunk.video, video.chunks_done)
 
-    def _look(self) -> list[Video]:
-        again = []
-        for video in list(self.videos.values()):
-            while video.storing and video.storing[0].done():
-                self._stored(video, video.storing.popleft())
-            if video.made and not video.storing and video.state is not State.FAILED and not self._stopping.is_set():
-                video.made, plan = False, video.plan
-                fps = plan.model.config.runtime_config.fps
-                join = video.saved.segments.finish
-                video.ending = self._pool.submit(join, plan.form, plan.out, video.chunks, fps, self._stopping)
-            if video.ending is not None and video.ending.done() and self._settle(video, video.ending):
-                again.append(video)
-        return again
-
-    def _stored(self, video: Video, stored: futures.Future[None]) -> None:
-        try:
-            stored.result()
-        except futures.CancelledError:
-            return
-        except InputError as error:
-            if video.state is not State.FAILED:
-                self._cancel(video.name)
-                self._end(video, error)
-
     def _progress(self, video: Video, event: messages.Progressed) -> None:
         now, share = time.monotonic(), event.progress.tick / event.progress.ticks
         if not video.share:
@@ -196,28 +163,49 @@ class Making:
         video.computed = event.progress.computed_fraction
         video.seconds_left = None if done <= 0 or video.began is None else (now - video.began) * (1 - share) / done
 
-    def _settle(self, video: Video, ending: futures.Future[None]) -> bool:
-        """The joining of a video is over; True if a chunk of it is to be made again."""
+    def _look(self) -> list[Video]:
+        again = []
+        for name, video in list(self.videos.items()):
+            while video.storing and video.storing[0].done():
+                try:
+                    video.storing.popleft().result()
+                except futures.CancelledError:
+                    continue
+                except InputError as error:
+                    self._fail(video, error)
+                    self._cancel(name)
+            if video.made and not video.storing and video.state is not State.FAILED and not self._stopping.is_set():
+                video.made = False
+                finish, plan = video.saved.segments.finish, video.plan
+                fps = plan.model.config.runtime_config.fps
+                video.ending = self._pool.submit(finish, plan.form, plan.out, video.chunks, fps, self._stopping)
+            if video.ending is not None and video.ending.done() and self._end(video, video.ending):
+                again.append(video)
+        return again
+
+    def _end(self, video: Video, ending: futures.Future[None]) -> bool:
+        """The file is there, or cannot be; True if a chunk of it is to be made again."""
         video.ending = None
         try:
             ending.result()
         except futures.CancelledError:
             return False
-        except InputError as error:
-            self._end(video, error)
-            return False
         except Damaged as error:
             if video.damaged:  # a second time its disk is not to be trusted
-                self._end(video, InputError(str(error)))
+                self._fail(video, InputError(str(error)))
                 return False
             video.state, video.damaged = State.QUEUED, True
             return True
-        video.saved.finish(keep=self._base.keep_state)
+        except InputError as error:
+            self._fail(video, error)
+            return False
         video.state, video.seconds_left = State.DONE, None
         self._ended(video, None)
         return False
 
-    def _end(self, video: Video, error: InputError) -> None:
+    def _fail(self, video: Video, error: InputError) -> None:
+        if video.state is State.FAILED:
+            return
         video.state, video.error = State.FAILED, str(error)
         self._ended(video, error)
 

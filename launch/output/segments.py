@@ -104,6 +104,10 @@ class FragmentStream:
         self._sink(bytes(fragment))
         self.fragments, self.frames = self.fragments + 1, self.frames + frames
 
+    def skip(self, segment: bytes) -> None:
+        """Leave a segment out: whoever reads the stream has it already, or does not want it."""
+        self.fragments, self.frames = self.fragments + 1, self.frames + count_frames(segment)
+
 
 def pixels(frame: VideoFrame) -> NDArray[np.uint8]:
     """A frame as uint8 [H, W, 3]."""

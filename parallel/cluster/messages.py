@@ -36,8 +36,8 @@ class VideoOrder:
     checkpoint: CheckpointConfig | None = None  # None begins from the start after a loss
     stored: int = 0  # chunks that the caller has already, from the first on; they are not handed out again
     priority: int = 0  # higher goes first
-    confirmed: bool = False  # the caller says of chunks that they are stored; else asking for the next event does
     watched: bool = False  # somebody wants to know of every tick
+    confirmed: bool = False  # the caller says of chunks that they are stored; else asking for the next event does
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
