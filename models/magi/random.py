@@ -54,7 +54,7 @@ def random_pipeline(config: MagiConfig, loading: Loading, *, copy_weight: float 
 def random_dit(config: MagiConfig, loading: Loading) -> MagiDiT:
     """The DiT, all of it or the layers that are asked for, in the dtypes of a loaded one."""
     model, dtypes = empty_dit(config, loading)
-    return _fill(model, dtypes, loading.device)
+    return _fill(model, dtypes, loading.device).fuse()
 
 
 class RandomEncoder:

@@ -88,7 +88,7 @@ class Checkpoint:
                 or kind.
         """
         model, dtypes = empty_dit(config, loading)
-        return self._fill(model, dtypes, loading.device, all_used=loading.layers is None)
+        return self._fill(model, dtypes, loading.device, all_used=loading.layers is None).fuse()
 
     def check_dit(self, config: MagiConfig) -> dict[str, Stored]:
         """The tensors of a whole DiT, seen to fit the configuration by their headers; errors as in `dit`."""
