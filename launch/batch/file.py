@@ -131,6 +131,7 @@ def _digest(plan: Plan, repeat: int) -> str:
         "threads": threads_of_a_rank(plan.options),
         "attention": source.attention,
         "precise": source.precise,
+        "compiled": source.compiled,
         "cache": asdict(model.reuse),
         "kv": asdict(model.kv),
     }

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,8 @@ from models.protocols import KVGeometry, KVView, Modulation, PassCondition, Text
 NULL_TEXT_ROWS = 50
 """How many rows of the learned null caption stand for "no text" (specification 2.4)."""
 _FREQUENCIES = 128
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
 
 # ---- a layer
 
@@ -148,11 +150,14 @@ class TransformerLayer(nn.Module):
     """Attention and MLP, each gated, then normalised ("sandwich"), then added in fp32.
 
     With `fp8` the big projections are stored as fp8 (quantised checkpoints, all layers but the first and the last).
-    `precise` runs the output projection in fp32, as released; otherwise it runs in the model's dtype.
+    `precise` runs the output projection in fp32, as released; otherwise it runs in the model's dtype. `compiled` makes
+    few kernels of what is in front of attention, and of what is behind it; layers of a kind share them.
     """
 
-    def __init__(self, config: ModelConfig, *, fp8: bool, precise: bool) -> None:
+    def __init__(self, config: ModelConfig, *, fp8: bool, precise: bool, compiled: bool) -> None:
         super().__init__()
+        self._enter = _compile(self.enter) if compiled else self.enter
+        self._leave = _compile(self.leave) if compiled else self.leave
         self.ada_modulate_layer = _Modulation(config)
         self.self_attention = _Attention(config, fp8, precise)
         self.self_attn_post_norm = LayerNorm1p(config.hidden_size, config.layernorm_epsilon)
@@ -174,10 +179,10 @@ class TransformerLayer(nn.Module):
         `gates_BRD` and `text` are as of `MagiDiT.gates` and `text_kv`; `rope` is `RotaryBands.table` for the S tokens;
         `view` is what to attend to, asked with the layer's absolute number; `cross` is the attention for the text.
         """
-        q, qx, k, v = self.enter(h_BSD, rope)
+        q, qx, k, v = self._enter(h_BSD, rope)
         view.store(layer, k, v)  # first: a view that sends them elsewhere works while the text is attended to
         seen = cross(qx, *text)
-        return self.leave(h_BSD, view.attend(layer, q), seen, gates_BRD)
+        return self._leave(h_BSD, view.attend(layer, q), seen, gates_BRD)
 
     def enter(self, h_BSD: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
         """All in front of attention: q, qx, k, v."""
@@ -195,6 +200,11 @@ class TransformerLayer(nn.Module):
         chunks = gate_BRD.shape[1]
         gated = update.unflatten(1, (chunks, -1)) * gate_BRD[:, :, None]  # in fp32, which the gate is
         return (norm(gated.flatten(1, 2)).float() + h_BSD).to(h_BSD.dtype)
+
+
+def _compile(region: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """Compile a region for each size that comes. It rounds where the region does, though fused kernels need not."""
+    return torch.compile(region, dynamic=False, options={"emulate_precision_casts": True})
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -237,11 +247,11 @@ class _CaptionEmbedder(nn.Module):
 class _Blocks(nn.Module):
     """`videodit_blocks`. Layers keep their absolute numbers, so a stage's parameter names are the checkpoint's."""
 
-    def __init__(self, config: ModelConfig, layers: range, *, final: bool, fp8: bool, precise: bool) -> None:
+    def __init__(self, config: ModelConfig, layers: range, *, final: bool, fp8: bool, **how: bool) -> None:
         super().__init__()
         last = config.num_layers - 1
         self.layers = nn.ModuleDict(
-            {str(i): TransformerLayer(config, fp8=fp8 and i not in (0, last), precise=precise) for i in layers}
+            {str(i): TransformerLayer(config, fp8=fp8 and i not in (0, last), **how) for i in layers}
         )
         if final:
             self.final_layernorm = LayerNorm1p(config.hidden_size, config.layernorm_epsilon)
@@ -255,6 +265,7 @@ class MagiDiT(nn.Module):
         layers: which layers are held; all by default. A stage with layer 0 embeds, one with the last reads out.
         fp8: a quantised checkpoint (all layers but the first and the last).
         precise: fp32 output projections, as released; False computes them in the model's dtype.
+        compiled: as of `TransformerLayer`.
         attention: name of the attention backend, used for the text here and by KV views.
     """
 
@@ -265,6 +276,7 @@ class MagiDiT(nn.Module):
         layers: range | None = None,
         fp8: bool = False,
         precise: bool = True,
+        compiled: bool = False,
         attention: str = "sdpa",
     ) -> None:
         super().__init__()
@@ -278,7 +290,7 @@ class MagiDiT(nn.Module):
         self.t_embedder = _TimestepEmbedder(config)
         self.y_embedder = _CaptionEmbedder(config)
         self.rope = RotaryBands(config.kv_channels)
-        self.videodit_blocks = _Blocks(config, self.held, final=reads_out, fp8=fp8, precise=precise)
+        self.videodit_blocks = _Blocks(config, self.held, final=reads_out, fp8=fp8, precise=precise, compiled=compiled)
         if reads_out:
             values = config.patch_size**2 * config.out_channels
             self.final_linear = nn.ModuleDict({"linear": _linear(config.hidden_size, values)})

@@ -45,6 +45,7 @@ class Loading:
 
     device: str = "cpu"  # where to put it
     precise: bool = True  # fp32 output projections, as released; False is the `fast` precision
+    compiled: bool = False  # few kernels besides attention
     attention: str = "sdpa"  # name of the attention backend
     layers: range | None = None  # which layers of the DiT to load; None for all
 
@@ -210,7 +211,8 @@ def empty_dit(config: MagiConfig, loading: Loading) -> tuple[MagiDiT, dict[str, 
     """A DiT on the meta device, and the dtypes that its parameters are used in."""
     shapes, fp8 = config.model_config, config.engine_config.fp8_quant
     with torch.device("meta"):
-        model = MagiDiT(shapes, layers=loading.layers, fp8=fp8, precise=loading.precise, attention=loading.attention)
+        how = {"precise": loading.precise, "compiled": loading.compiled}
+        model = MagiDiT(shapes, layers=loading.layers, fp8=fp8, attention=loading.attention, **how)
     return model, {name: dit_dtype(name, tensor, shapes.dtype) for name, tensor in model.state_dict().items()}
 
 
