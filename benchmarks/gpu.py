@@ -37,7 +37,7 @@ from models.magi.presets import released_config
 from models.magi.random import random_dit
 from models.magi.vae import TiledVAE, ViTVAE
 from models.magi.weights import Loading
-from models.protocols import PassCondition
+from models.protocols import Caption, PassCondition
 
 Row = dict[str, Any]
 _CONTEXTS = (1, 2, 3, 4, 5)  # chunks attended to, its own included
@@ -224,8 +224,8 @@ def _pass(bench: Bench, dit: MagiDiT, *, chunks: int, backend: str = "sdpa") -> 
     """One pass over the layers of `dit`."""
     shapes = bench.shapes
     hidden = bench.random(1, bench.tokens, shapes.hidden_size)
-    caption = bench.random(_TEXT, shapes.caption_channels, dtype=torch.float32)
-    told = dit.modulation(PassCondition(t=0.5, distill=8.0, drop=False)), dit.text(caption)
+    caption = Caption(bench.random(_TEXT, shapes.caption_channels, dtype=torch.float32))
+    told = dit.modulation(PassCondition(times=(0.5,), distill=8.0)), dit.text(caption)
     positions = dit.positions(6 * chunks, bench.grid)
     view = bench.view(chunks, dit.held, attention_backend(backend))
 

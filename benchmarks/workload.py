@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -25,12 +25,12 @@ from engine.record import NOT_ACTIVE
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
+from models.checkpoint import Loading
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.pipeline import MagiPipeline, load_stage
 from models.magi.random import random_dit
 from models.magi.sampling import MagiSampling
-from models.magi.weights import Loading
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
 from models.pocket.text import COLOURS, MOTIONS, SHAPES, PocketEncoder, Scene
@@ -67,6 +67,10 @@ class _NoFrames:
     def encode(self, frames: Tensor) -> Tensor:
         """Raise an `InputError`."""
         raise InputError("this benchmark makes videos from prompts alone")
+
+    def stream(self) -> Callable[[Tensor], Tensor]:
+        """As `Autoencoder.stream`."""
+        return self.decode
 
     def decode(self, latents: Tensor) -> Tensor:
         """No frames, uint8 [0, 1, 1, 3]."""

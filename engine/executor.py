@@ -173,7 +173,8 @@ class Stage:
     @torch.no_grad()
     def velocity(self, item: WorkItem, hidden: Tensor) -> Tensor:
         """Velocity [1, C, T, h, w] fp32 of an item's last hidden states; where the last layer is held."""
-        velocity = self.model.velocity(hidden, self._videos[item.request].grid).contiguous()
+        grid = self._videos[item.request].grid
+        velocity = self.model.velocity(hidden, grid, item.what.condition).contiguous()
         self.finite.look(item, velocity)
         return velocity
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from torch import Tensor
-
 from engine.request import Admission
 from engine.video import WorkItem
-from models.protocols import CaptionKind, Modulation, TextKV, VideoModel
+from models.protocols import CaptionKind, Modulation, Positions, TextKV, VideoModel
 
 _MODULATIONS = 64
 
@@ -29,12 +27,12 @@ class PassInputs:
             return model.text(captions.get(kind, chunk, chunks_left))
 
         @lru_cache(in_use)
-        def positions(chunk: int) -> Tensor:
+        def positions(chunk: int) -> Positions:
             return model.positions(chunk * grid[0], grid, tokens)
 
         self._text, self._positions, self._modulation = text, positions, lru_cache(_MODULATIONS)(model.modulation)
 
-    def of(self, item: WorkItem) -> tuple[Modulation, TextKV, Tensor]:
+    def of(self, item: WorkItem) -> tuple[Modulation, TextKV, Positions]:
         """Modulation, text and positions of an item."""
         what = item.what
         seen = self._captions.first_like(what.caption, item.chunk, item.chunks_left)

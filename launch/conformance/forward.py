@@ -21,8 +21,9 @@ from pydantic import Field
 from torch import Tensor
 
 from launch.conformance.golden import Golden
+from models.config import checked
 from models.errors import InputError
-from models.magi.config import MagiConfig, checked
+from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.weights import dit_dtype
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import Attention, attention_backend
+from models.linear import linear_fp32
 from models.magi.config import ModelConfig
 from models.magi.layers import (
     Fp8Linear,
@@ -27,10 +28,9 @@ from models.magi.layers import (
     LayerNorm1p,
     RotaryBands,
     apply_rotary,
-    linear_fp32,
     product_in_fp32,
 )
-from models.protocols import KVGeometry, KVView, Modulation, PassCondition, TextKV
+from models.protocols import Caption, KVGeometry, KVView, Modulation, PassCondition, Positions, TextKV
 
 NULL_TEXT_ROWS = 50
 """How many rows of the learned null caption stand for "no text" (specification 2.4)."""
@@ -168,7 +168,7 @@ class TransformerLayer(nn.Module):
         self,
         h_BSD: Tensor,
         gates_BRD: tuple[Tensor, ...],
-        text: tuple[Tensor, Tensor],
+        text: tuple[Tensor, ...],
         rope: Tensor,
         view: KVView,
         layer: int,
@@ -384,9 +384,9 @@ class MagiDiT(nn.Module):
         """Caption tokens that count, [B, N, caption channels] -> [B, N, D] (6.1, step 6)."""
         return F.silu(linear_fp32(self.y_embedder.y_proj_xattn[0], y)).to(self.config.dtype)
 
-    def text(self, caption: Tensor) -> TextKV:
+    def text(self, caption: Caption) -> TextKV:
         """Keys and values of caption tokens [N, caption channels]; as `VideoModel.text`."""
-        return self.text_kv(self.embed_text(caption[None]))
+        return self.text_kv(self.embed_text(caption.text[None]))
 
     def text_kv(self, text_BND: Tensor) -> TextKV:
         """Keys and values of embedded caption tokens, only those that count, in the layers that are held."""
@@ -394,24 +394,24 @@ class MagiDiT(nn.Module):
 
     def modulation(self, condition: PassCondition) -> Modulation:
         """Gates of a pass; as `VideoModel.modulation`."""
-        t = torch.full((1, 1), condition.t, dtype=torch.float32, device=self.device)
+        t = torch.full((1, 1), condition.times[0], dtype=torch.float32, device=self.device)
         return self.gates(self.embed_condition(t, distill=condition.distill, null=condition.drop))
 
     def gates(self, cond_BRC: Tensor) -> Modulation:
         """Gates [B, R, D] fp32 of attention and MLP in the layers that are held, of chunks with these conditions."""
         return {number: layer.ada_modulate_layer(cond_BRC) for number, layer in self._layers()}
 
-    def positions(self, first_frame: int, grid: tuple[int, int, int], tokens: slice = slice(None)) -> Tensor:
+    def positions(self, first_frame: int, grid: tuple[int, int, int], tokens: slice = slice(None)) -> Positions:
         """Rotary table [2, S, 3n] of a chunk's tokens; as `VideoModel.positions`."""
         time = first_frame + torch.arange(grid[0], dtype=torch.float32, device=self.device)
-        return self.rope.table(time, self.token_grid(grid)[1:])[:, tokens]
+        return (self.rope.table(time, self.token_grid(grid)[1:])[:, tokens],)
 
     def layers(
         self,
         hidden: Tensor,
         modulation: Modulation,
         text: TextKV,
-        positions: Tensor,
+        positions: Positions,
         view: KVView,
         *,
         cross: Attention | None = None,
@@ -419,15 +419,18 @@ class MagiDiT(nn.Module):
         """Run the layers that are held; as `VideoModel.layers`, or in training with an attention for the text."""
         attention = cross or self.attention
         for number, layer in self._layers():
-            hidden = layer(hidden, modulation[number], text[number], positions, view, number, attention)
+            hidden = layer(hidden, modulation[number], text[number], positions[0], view, number, attention)
         return hidden
 
     def _layers(self) -> Iterator[tuple[int, TransformerLayer]]:
         for name, layer in self.videodit_blocks.layers.items():
             yield int(name), cast(TransformerLayer, layer)
 
-    def velocity(self, h_BSD: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """Velocity [B, channels, T, h, w] fp32 of the last hidden states (6.4). `grid` is of the latent, (T, h, w)."""
+    def velocity(self, h_BSD: Tensor, grid: tuple[int, int, int], condition: PassCondition | None = None) -> Tensor:
+        """Velocity [B, channels, T, h, w] fp32 of the last hidden states (6.4), which the condition has no part in.
+
+        `grid` is of the latent, (T, h, w).
+        """
         normed = self.videodit_blocks.final_layernorm(h_BSD.float())
         x = linear_fp32(self.final_linear["linear"], normed)
         (frames, height, width), p = self.token_grid(grid), self.config.patch_size

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from models.attention import attention_backend
+from models.checkpoint import Loading
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.random import random_dit
-from models.magi.weights import Loading
-from models.protocols import PassCondition
+from models.protocols import Caption, PassCondition
 from tests.engine.tiny import tiny_config
 
 
@@ -38,7 +38,7 @@ def hidden_states(model: MagiDiT) -> Tensor:
     generator, shapes = torch.Generator().manual_seed(0), model.config
     caption = torch.randn(5, shapes.caption_channels, generator=generator)
     hidden = torch.randn(1, 32, shapes.hidden_size, generator=generator).to(shapes.dtype)
-    told = model.modulation(PassCondition(t=0.5, distill=8.0, drop=False)), model.text(caption)
+    told = model.modulation(PassCondition(times=(0.5,), distill=8.0)), model.text(Caption(caption))
     return model.layers(hidden, *told, model.positions(6, (2, 8, 8)), OwnView())
 
 

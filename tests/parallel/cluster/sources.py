@@ -62,7 +62,7 @@ class _Brittle:
 
     def layers(self, hidden, modulation, text, *rest, **named):
         began = time.perf_counter()
-        if 0 not in self._model.kv.layers and any(k.isnan().any() for k, _ in text.values()):
+        if 0 not in self._model.kv.layers and any(k.isnan().any() for k, *_ in text.values()):
             raise ValueError("the caption is no number")
         made = self._model.layers(hidden, modulation, text, *rest, **named)
         time.sleep(max(0.0, self._seconds * len(self._model.kv.layers) - (time.perf_counter() - began)))
