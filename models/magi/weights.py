@@ -40,7 +40,8 @@ class Checkpoint(WeightFiles):
                 or kind.
         """
         model, dtypes = empty_dit(config, loading)
-        return self.fill(model, dtypes, loading.device, all_used=loading.layers is None).fuse()
+        model = self.fill(model, dtypes, loading.device, all_used=loading.layers is None)
+        return model if loading.device == "cpu" else model.fuse()  # on a CPU they stay in the mapped file
 
     def check_dit(self, config: MagiConfig) -> dict[str, Stored]:
         """The tensors of a whole DiT, seen to fit the configuration by their headers; errors as in `dit`."""
