@@ -7,6 +7,7 @@ used is an `InputError` with one line that says what to do.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +15,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from engine.files import check_folder, check_target
+from engine.files import check_folder, check_target, partial_of
 from engine.request import Request
-from launch.media import Frame, read_image, read_video
+from launch.media import Bounds, Frame, read_image, read_video
 from launch.memory import Job
 from launch.model import ModelPlan, layout_of, plan_model
 from launch.options import Options, ray_address, together
+from launch.output.formats import MP4, STREAM, SUFFIXES, Format, format_of
 from models.config import read_json
 from models.errors import InputError
 from models.magi.config import MagiConfig
@@ -40,6 +42,7 @@ class Plan:
     request: Request
     out: Path  # file to write
     record: Path | None  # folder for a record of the run; None for none
+    form: Format = MP4  # of the file
 
     @property
     def size(self) -> VideoSize:
@@ -61,14 +64,13 @@ def plan_videos(options: Options) -> list[Plan]:
     prompts = options.prompts
     if options.record is not None:
         check_folder(options.record)
+    _check_saving(options)
     if options.trace is not None:
         check_target(options.trace, suffix=".json", what="trace")
     if len(prompts) == 1:
-        out = options.out or Path("video.mp4")
-        check_target(out, suffix=".mp4", what="video")
-        return plan_requests(options, [out])
-    folder, names = options.out or Path("videos"), video_names(prompts)
-    if folder.suffix.lower() == ".mp4":
+        return [_plan_one(options, options.out or "video.mp4")]
+    folder, names = Path(options.out or "videos"), video_names(prompts)
+    if folder == STREAM or folder.suffix.lower() in SUFFIXES:
         raise InputError(f"--out {folder} names one video, but there are {len(prompts)} prompts: give a folder")
     check_folder(folder)
     outs = [folder / f"{name}.mp4" for name in names]
@@ -78,6 +80,41 @@ def plan_videos(options: Options) -> list[Plan]:
     if options.record is None:
         return plans
     return [replace(plan, record=options.record / name) for plan, name in zip(plans, names, strict=True)]
+
+
+def _check_saving(options: Options) -> None:
+    """See that a video can be kept as it is made, if that is asked for."""
+    if options.checkpoint is None and not options.keep_state:
+        return
+    if not options.checkpoint_every:
+        raise InputError("--checkpoint-every 0 keeps nothing: give 1 or more, or leave out --checkpoint")
+    if options.record is not None:
+        raise InputError("--record is of a whole run, and one with --checkpoint may go on later: leave out one of them")
+    if options.checkpoint is not None:
+        check_folder(options.checkpoint)
+    elif options.out == str(STREAM):
+        raise InputError("--keep-state has no place beside standard output: give --checkpoint DIR")
+
+
+def _plan_one(options: Options, name: str) -> Plan:
+    """The plan of a single video; what its name asks for, and where that is, is checked."""
+    out, form = Path(name), format_of(str(name))
+    if out == STREAM:
+        if options.preview or os.isatty(1):
+            why = "there is no name for a --preview" if options.preview else "send it into a file or a program"
+            raise InputError(f"--out - writes the video to standard output: {why}")
+    elif form.suffix:
+        for path, what in ((out, "video"), (partial_of(out), "unfinished video")):
+            check_target(path, suffix=None, what=what)
+    else:
+        check_folder(out)
+        if out.exists() and any(out.iterdir()):
+            raise InputError(f"cannot write {out}: the folder is not empty; name another one, or empty it")
+    if options.preview:
+        check_target(preview := out.with_suffix(".png"), suffix=None, what="preview")
+        if options.image is not None and options.image.absolute() == preview.absolute():
+            raise InputError(f"--preview would take the place of --image {options.image}: name another --out")
+    return replace(plan_requests(options, [out])[0], form=form)
 
 
 def plan_requests(options: Options, outs: Sequence[Path]) -> list[Plan]:
@@ -95,10 +132,11 @@ def plan_requests(options: Options, outs: Sequence[Path]) -> list[Plan]:
     return plans
 
 
-def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
+def plan_video(options: Options, *, out: Path, at_a_time: int = 1, bounds: Bounds | None = None) -> Plan:
     """Check the options of one video, of the first prompt, and read the picture or the clip that it starts from.
 
-    There must be memory for `at_a_time` such videos. The file `out` is not looked at.
+    That is read within `bounds`, if it may come from anybody. There must be memory for `at_a_time` such videos. The
+    file `out` is not looked at.
     """
     if options.image is not None and options.video is not None:
         raise InputError("--image and --video both say what to start from: give one of them")
@@ -115,7 +153,8 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
     )
     for prompt in (request.prompt, *(prompt for _, prompt in request.script)):
         _check_prompt(config, prompt)
-    if request.script and request.script[-1][0] >= request.chunks:
+    started = options.image is not None or options.video is not None  # which may fill a chunk that is not counted
+    if request.script and request.script[-1][0] >= request.chunks + started:
         prompt = request.script[-1][1]
         raise InputError(f"the prompt {prompt!r} begins after the end of the video: ask for more --seconds")
     plan = Plan(options=options, model=model, request=request, out=out, record=options.record)
@@ -126,7 +165,7 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
         )
     if options.launcher != "ray" or (model.device == "cpu" and not ray_address()):  # whose ranks may be anywhere
         job(plan, at_a_time).check(model.device)
-    return replace(plan, request=replace(request, prefix=_prefix(options, request, fps=runtime.fps)))
+    return replace(plan, request=replace(request, prefix=_prefix(options, request, runtime.fps, bounds)))
 
 
 def job(plan: Plan, videos: int = 1) -> Job:
@@ -134,7 +173,7 @@ def job(plan: Plan, videos: int = 1) -> Job:
     model, options = plan.model, plan.options
     return Job(
         config=model.config,
-        vae=model.vae,
+        vae_bytes=model.vae_bytes,
         request=plan.request,
         reuse=model.reuse,
         kv=model.kv,
@@ -206,8 +245,8 @@ def _chunks(options: Options, config: MagiConfig) -> int:
     return math.ceil(round(options.seconds * runtime.fps, 3) / chunk_frames)
 
 
-def _prefix(options: Options, request: Request, *, fps: int) -> Tensor | None:
-    frame = Frame(height=request.height, width=request.width, fit=options.fit)
+def _prefix(options: Options, request: Request, fps: int, bounds: Bounds | None) -> Tensor | None:
+    frame = Frame(height=request.height, width=request.width, fit=options.fit, bounds=bounds)
     if options.image is not None:
         return read_image(options.image, frame)
     if options.video is not None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,10 +18,12 @@ from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from models.checkpoint import Loading
+from models.families import family_of
+from models.family import ModelConfig
 from models.magi.config import MagiConfig
 from models.magi.pipeline import load_pipeline, load_stage
 from models.magi.random import random_dit, random_pipeline
-from models.magi.sampling import COPY_WEIGHT, MagiSampling
+from models.magi.sampling import COPY_WEIGHT
 from models.magi.text import TextLoading
 from models.protocols import CELL_FRAMES, Pipeline
 from parallel.cluster.scheduler import GangSize, VideoSize
@@ -69,7 +70,8 @@ class MagiSource:
         """A digest of all fields."""
         text = [str(self.text.tokens), self.text.dtype, self.text.special, self.text.negative]
         how = [self.copy_weight, self.split, self.precise, self.compiled, self.attention]
-        values = [self.config.to_dict(), self.random, str(self.weights), text, how]
+        weights = None if self.weights is None else self.weights.absolute()
+        values = [self.config.to_dict(), self.random, str(weights), text, how]
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def lead(self, mesh: Mesh, device: str) -> Pipeline:
@@ -118,7 +120,7 @@ class ClusterSettings:
 
 
 def video_size(
-    config: MagiConfig,
+    config: ModelConfig,
     request: Request,
     *,
     reuse: ReuseSettings,
@@ -126,14 +128,16 @@ def video_size(
     layout: Layout,
     split: str | None = None,
 ) -> VideoSize:
-    """What a video of a MAGI-1 model takes; an InputError if the model cannot make it, or does not fit the layout."""
-    model, num_steps = config.model_config, request.num_steps
-    sampling = MagiSampling(config=config, num_steps=num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
+    """What a video of a model takes; an InputError if the model cannot make it, or does not fit the layout."""
+    num_steps, passes = request.num_steps, {"clean_pass": reuse.clean_pass, "copy_pass": reuse.copy_pass}
+    sampling = family_of(config).sampling(config, num_steps, **passes)
     width = sampling.chunk_width
     frames = 0 if request.prefix is None else len(request.prefix)
     given = 1 if frames == 1 else frames // CELL_FRAMES
-    chunks = math.ceil((request.chunks * width + given) / width)
-    schedule = Schedule(first=given // width, chunks=chunks, num_steps=num_steps, window=sampling.window)
-    geometry = model.kv_geometry(range(max(stage_sizes(config, layout.pp, split))), torch.device("cpu"))
+    chunks = request.chunks + sampling.prefix_chunks(given)
+    schedule = Schedule(
+        first=given // width, chunks=chunks, num_steps=num_steps, window=sampling.window, stagger=sampling.stagger
+    )
+    geometry = config.kv_geometry(range(max(stage_sizes(config, layout.pp, split))), torch.device("cpu"))
     plan = plan_kv(sampling, schedule, kv, config.chunk_tokens(request.height, request.width))
     return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(local_heads(geometry, layout.cp)))

@@ -8,12 +8,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from safetensors.torch import load_file, save_file
+
+from engine.files import partial_of
 
 ROOT = Path(__file__).parents[2]
 Result = subprocess.CompletedProcess[str]
@@ -35,12 +39,26 @@ def overflowing_weights(folder: Path, name: str, column: slice = slice(None)) ->
     return folder
 
 
+@contextmanager
+def short_files(most: int = 1000) -> Iterator[None]:
+    """Nothing may grow beyond so many bytes; the system says it as it says that a disk is full.
+
+    Not a fixture: the limit holds for the process, and pytest writes to its log before a fixture ends.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def wait_for_frames(process: subprocess.Popen[str], path: Path, seconds: float = 90) -> None:
-    """Wait until a process has written frames of a video, into the hidden file that becomes `path`."""
-    deadline = time.monotonic() + seconds
-    while not any(part.stat().st_size for part in path.parent.glob(f".{path.name}.*")):
+    """Wait until a process has written frames of a video, beside `path`."""
+    deadline, partial = time.monotonic() + seconds, partial_of(path)
+    while not (partial.exists() and partial.stat().st_size):
         assert process.poll() is None and time.monotonic() < deadline, "no frame was written"
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 def flowcache_process(
@@ -49,6 +67,7 @@ def flowcache_process(
     largest_file: int | None = None,
     extra: Mapping[str, str] | None = None,
     output: int | TextIO = subprocess.PIPE,
+    errors: int | TextIO = subprocess.PIPE,
 ) -> subprocess.Popen[str]:
     """Start `python -m launch ...`.
 
@@ -58,6 +77,7 @@ def flowcache_process(
         largest_file: bytes; the kernel refuses to let a file grow beyond.
         extra: variables of the environment.
         output: standard output.
+        errors: standard error.
     """
 
     def prepare() -> None:
@@ -72,7 +92,42 @@ def flowcache_process(
         cwd=folder,
         env={**environment(), **(extra or {})},
         stdout=output,
-        stderr=subprocess.PIPE,
+        stderr=errors,
         text=True,
         preexec_fn=prepare,
     )
+
+
+def children(pid: int) -> set[int]:
+    """All processes that descend from one."""
+    parents: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents.setdefault(int(fields[1]), []).append(int(status.parent.name))
+    found, look = set[int](), [pid]
+    while look:
+        below = parents.get(look.pop(), [])
+        found |= set(below)
+        look += below
+    return found
+
+
+def command_of(pid: int) -> str:
+    """How a process was started; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+    except OSError:
+        return ""
+
+
+@contextmanager
+def short_folder() -> Iterator[Path]:
+    """A folder with a short name, for Ray's sockets, until the end."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="t"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -8,24 +8,15 @@ from safetensors.torch import save_file
 
 from engine.decoder import Decoder
 from models.errors import InputError
-from models.wan.vae import WanVAE, WanVaeConfig, WanVaeFiles, empty_vae, released_name
+from models.wan.vae import WanVAE, WanVaeFiles, released_name
+from tests.models.wan.downloaded import SMALL_VAE, small_vae
 
 pytest.importorskip("diffusers")
-SMALL = WanVaeConfig(base_dim=4, dim_mult=(1, 2, 2, 2))
-
-
-def small_network(seed=0):
-    network = empty_vae(SMALL).to_empty(device="cpu").float().requires_grad_(False).eval()
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in network.named_parameters():
-        fan = parameter[0].numel() if parameter.dim() > 3 and "gamma" not in name else 4
-        torch.nn.init.normal_(parameter, std=fan**-0.5, generator=generator)
-    return network
 
 
 @pytest.fixture(scope="module")
 def vae():
-    return WanVAE(small_network(), SMALL)
+    return WanVAE(small_vae(), SMALL_VAE)
 
 
 def latents(frames):
@@ -36,7 +27,10 @@ def test_a_video_is_decoded_chunk_by_chunk_as_it_is_at_once(vae):
     z = latents(7)
     whole = vae.decode(z)
     assert whole.shape == (25, 24, 32, 3) and whole.dtype == torch.uint8 and whole.float().std() > 5
-    scale = torch.tensor(SMALL.latents_std).view(1, -1, 1, 1, 1), torch.tensor(SMALL.latents_mean).view(1, -1, 1, 1, 1)
+    scale = (
+        torch.tensor(SMALL_VAE.latents_std).view(1, -1, 1, 1, 1),
+        torch.tensor(SMALL_VAE.latents_mean).view(1, -1, 1, 1, 1),
+    )
     theirs = vae.network.decode(z * scale[0] + scale[1]).sample
     assert (((theirs[0] / 2 + 0.5) * 255).permute(1, 2, 3, 0) - whole).abs().max() < 1.01
     for widths in ([1, 2, 2, 2], [3, 3, 1], [7]):
@@ -69,8 +63,8 @@ def test_frames_become_latents_of_their_last_one_and_fours(vae):
     assert z.shape == (1, 16, 3, 3, 4) and z.dtype == torch.float32
     assert torch.equal(z, vae.encode(frames[3:]))
     mean, std = (
-        torch.tensor(SMALL.latents_mean).view(1, -1, 1, 1, 1),
-        torch.tensor(SMALL.latents_std).view(1, -1, 1, 1, 1),
+        torch.tensor(SMALL_VAE.latents_mean).view(1, -1, 1, 1, 1),
+        torch.tensor(SMALL_VAE.latents_std).view(1, -1, 1, 1, 1),
     )
     pixels = frames[3:].permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     expected = (vae.network.encode(pixels).latent_dist.mean - mean) / std
@@ -98,13 +92,13 @@ def of_diffusers(folder, network):
 def test_both_layouts_give_the_same_autoencoder(tmp_path, vae, write):
     source = write(tmp_path, vae.network)
     files = WanVaeFiles(source)
-    assert files.config() == SMALL and len(files.check()) == 194
+    assert files.config() == SMALL_VAE and len(files.check()) == 194
     assert torch.equal(files.load("cpu").decode(latents(2)), vae.decode(latents(2)))
 
 
 def test_released_names_are_the_published_ones():
     assert {name: released_name(name) for name in PUBLISHED} == PUBLISHED
-    names = [released_name(name) for name in small_network().state_dict()]
+    names = [released_name(name) for name in small_vae().state_dict()]
     assert len(set(names)) == len(names)
 
 
