@@ -82,7 +82,7 @@ class Schedule:
 
         A chunk is told that the video ends if fewer than `told` chunks come after it.
         """
-        return max(0, min(self.chunks - self.first - told, self.quanta - 1))
+        return max(0, min(self._made - told, self.quanta - 1)) if self._apart else 0
 
     def slots(self, quantum: int) -> int:
         """Chunks that are active in a quantum at most; an IndexError if the video does not have so many."""

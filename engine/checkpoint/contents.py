@@ -24,7 +24,7 @@ from engine.video import KVOp, VideoState
 from models.protocols import Pipeline
 
 RUN_FILE = "run.safetensors"
-_FORMAT = 5
+_FORMAT = 6
 _PARTS = ("kv", "queries", "origin")  # of a `LayerKV`
 
 

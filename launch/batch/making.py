@@ -208,3 +208,7 @@ class Making:
             return
         video.state, video.error = State.FAILED, str(error)
         self._ended(video, error)
+
+
+def _under_way(video: Video) -> list[futures.Future[None]]:
+    return [*video.storing, *([] if video.ending is None else [video.ending])]

@@ -148,6 +148,8 @@ class Controller:
                 yield event
                 if isinstance(event, messages.ChunkMade) and event.video not in self._confirmed:
                     self._gangs[event.gang].send(messages.ChunkTaken(video=event.video, index=event.index))
+                if isinstance(event, messages.VideoDone | messages.VideoFailed):
+                    self._confirmed.discard(event.video)
 
     def gangs(self) -> list[GangView]:
         """All gangs, with the processes of their ranks."""
