@@ -31,17 +31,29 @@ class Progress:
     kv_host_bytes: int = 0  # what they have in host memory beside it
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Whole:
+    """A video that is made in several runs."""
+
+    chunks: int  # that are made
+    ticks: int  # of all runs
+    before: int  # ticks of the runs before this one
+
+
 class ProgressReporter:
     """Counts, and passes on what happens to one video."""
 
     def __init__(
         self,
-        schedule: Schedule,  # of the video
+        schedule: Schedule,  # of the run
         kv: Callable[[], KVBuffer],  # its buffers in this process
         on_progress: OnProgress | None,  # called after every tick; None for nobody
         recorder: Recorder | None,  # takes what happens, for a record; None for none
         counts: Mapping[str, int],  # of an earlier run that this one goes on from
+        *,
+        whole: Whole | None = None,  # the video, if this run is a span of it
     ) -> None:
+        self._whole = whole or Whole(chunks=schedule.chunks - schedule.first, ticks=schedule.ticks, before=0)
         self._schedule, self._kv, self._on_progress, self._recorder = schedule, kv, on_progress, recorder
         self.counts = Counter({**dict.fromkeys(("items", "computed", "steps", "done", "chunks"), 0), **counts})
         """Passes (`items`), `computed` steps, all `steps`, chunks `done`; `chunks`, index of the next to hand out."""
@@ -70,10 +82,10 @@ class ProgressReporter:
         if self._on_progress is not None:
             schedule, counts = self._schedule, self.counts
             progress = Progress(
-                tick=done.tick.index + 1,
-                ticks=schedule.ticks,
+                tick=self._whole.before + done.tick.index + 1,
+                ticks=self._whole.ticks,
                 chunks_done=counts["done"],
-                chunks=schedule.chunks - schedule.first,
+                chunks=self._whole.chunks,
                 step=done.tick.active[0][1] + 1,
                 num_steps=schedule.num_steps,
                 steps_done=counts["steps"],

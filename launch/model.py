@@ -6,6 +6,8 @@ What cannot be used is an `InputError` with one line that says what to do. No we
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,6 +70,8 @@ def plan_model(options: Options) -> ModelPlan:
     figures = POCKET_FIGURES if config.runtime_config.t5_pretrained is None else MAGI_1_FIGURES
     reuse = reuse_settings(options, figures, num_steps=num_steps, guided=sampling.guided)
     attention_backend(options.attention)  # says whether it can run here
+    if options.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "gcc", "clang"))):
+        raise InputError("--compile needs a C++ compiler, and there is none on the PATH: install g++, or leave it out")
     random = _random(options)
     vae_bytes = family_of(config).vae_bytes(config, None if random else _files(options, config, name).vae)
     source = MagiSource(
@@ -85,6 +89,7 @@ def plan_model(options: Options) -> ModelPlan:
         copy_weight=COPY_WEIGHT if options.copy_weight is None else options.copy_weight,
         split=options.split,
         precise=options.precision == "reference",
+        compiled=options.compile,
         attention=options.attention,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"

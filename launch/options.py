@@ -303,6 +303,10 @@ class Options:
         "reference computes what was released; fast leaves out its fp32 output projections.",
         default="reference",
     )
+    compile: bool = _compute(
+        "Make few kernels of what is not attention. Worth its minute on a GPU in a long video; needs a C++ compiler.",
+        default=False,
+    )
     threads: int | None = _compute(
         "CPU threads; by default all cores, shared evenly among ranks (torchrun and Ray, so a batch: 1 each).",
         within=(1, 1024),

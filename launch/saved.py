@@ -64,6 +64,7 @@ def video_digest(plan: Plan, threads: int, repeat: int = 0) -> str:
         "threads": threads,
         "attention": source.attention,
         "precise": source.precise,
+        "compiled": source.compiled,
         "cache": asdict(model.reuse),
         "kv": model.kv.identity(),
     }
