@@ -71,6 +71,24 @@ class Options:
         default=False,
         batch=False,
     )
+    checkpoint: Path | None = _safety(
+        "Keep how far the video is in this folder. The same command goes on from there after it was killed, and ends "
+        "with the same frames.",
+        metavar="DIR",
+        batch=False,
+    )
+    checkpoint_every: int = _safety(
+        "Note how far a video is each time so many chunks have entered the window; 0 for never. After a loss it "
+        "goes on from there.",
+        default=4,
+        within=(0, None),
+        metavar="CHUNKS",
+    )
+    keep_state: bool = _safety(
+        "Keep what [cyan]flowcache continue[/cyan] makes a finished video longer from: in the folder of its "
+        "checkpoints, or in NAME.state beside it.",
+        default=False,
+    )
     preview: bool = _video(
         "Keep NAME.png up to date, a contact sheet of what is there of the video.", default=False, batch=False
     )
@@ -196,6 +214,11 @@ class Options:
         within=(1, 1_000_000),
         metavar="CHUNKS",
     )
+    kv_offload: bool | None = _memory(
+        "Keep the keys and values of finished chunks in the machine's memory, and on the GPU those of one layer and "
+        "the next alone. The result is the same, bit for bit.",
+        shown="on a GPU as the model's configuration says, and released ones say yes",
+    )
     kv_retention: TokenUnit | None = _memory(
         "What the compression keeps or drops as one: single tokens, frames, or chunks.", shown="token"
     )
@@ -280,11 +303,34 @@ class Options:
         "reference computes what was released; fast leaves out its fp32 output projections.",
         default="reference",
     )
+    compile: bool = _compute(
+        "Make few kernels of what is not attention. Worth its minute on a GPU in a long video; needs a C++ compiler.",
+        default=False,
+    )
     threads: int | None = _compute(
         "CPU threads; by default all cores, shared evenly among ranks (torchrun and Ray, so a batch: 1 each).",
         within=(1, 1024),
         hint=f"; this machine has {os.cpu_count()} cores",
     )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContinueOptions:
+    """What was given to `flowcache continue`; errors as in `Options`."""
+
+    what: Path = option(
+        None, "The video, or the folder of its state.", default=MISSING, metavar="VIDEO_OR_DIR", argument=True
+    )
+    seconds: float = _video("How much longer, rounded up to whole chunks.", default=MISSING, within=(0.001, 1e6))
+    prompt: str | None = _video("What the new part shows; by default what the end did.")
+    out: str | None = _video(
+        "As in [cyan]generate[/cyan]; by default the video is replaced when the longer one is whole."
+    )
+    keep_partial: bool = _video("As in [cyan]generate[/cyan].", default=False)
+    preview: bool = _video("As in [cyan]generate[/cyan].", default=False)
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -304,13 +350,6 @@ class GangOptions:
         "Memory of each rank for keys and values, such as 8GB; a gang takes in no more videos than fit.",
         metavar="SIZE",
         shown="enough for --concurrency",
-    )
-    checkpoint_every: int = _safety(
-        "Note how far a video is each time so many chunks have entered the window; 0 for never. After a loss it "
-        "goes on from there.",
-        default=4,
-        within=(0, None),
-        metavar="CHUNKS",
     )
     checkpoints: Path | None = _safety(
         "Folder of checkpoints; every node must see it. They are deleted with the end of a video.",

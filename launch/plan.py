@@ -64,6 +64,7 @@ def plan_videos(options: Options) -> list[Plan]:
     prompts = options.prompts
     if options.record is not None:
         check_folder(options.record)
+    _check_saving(options)
     if options.trace is not None:
         check_target(options.trace, suffix=".json", what="trace")
     if len(prompts) == 1:
@@ -79,6 +80,20 @@ def plan_videos(options: Options) -> list[Plan]:
     if options.record is None:
         return plans
     return [replace(plan, record=options.record / name) for plan, name in zip(plans, names, strict=True)]
+
+
+def _check_saving(options: Options) -> None:
+    """See that a video can be kept as it is made, if that is asked for."""
+    if options.checkpoint is None and not options.keep_state:
+        return
+    if not options.checkpoint_every:
+        raise InputError("--checkpoint-every 0 keeps nothing: give 1 or more, or leave out --checkpoint")
+    if options.record is not None:
+        raise InputError("--record is of a whole run, and one with --checkpoint may go on later: leave out one of them")
+    if options.checkpoint is not None:
+        check_folder(options.checkpoint)
+    elif options.out == str(STREAM):
+        raise InputError("--keep-state has no place beside standard output: give --checkpoint DIR")
 
 
 def _plan_one(options: Options, name: str) -> Plan:
@@ -138,7 +153,8 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1, bounds: Bound
     )
     for prompt in (request.prompt, *(prompt for _, prompt in request.script)):
         family_of(config).check_prompt(config, prompt)
-    if request.script and request.script[-1][0] >= request.chunks:
+    started = options.image is not None or options.video is not None  # which may fill a chunk that is not counted
+    if request.script and request.script[-1][0] >= request.chunks + started:
         prompt = request.script[-1][1]
         raise InputError(f"the prompt {prompt!r} begins after the end of the video: ask for more --seconds")
     plan = Plan(options=options, model=model, request=request, out=out, record=options.record)

@@ -41,6 +41,7 @@ class Figures:
     window: int  # chunks that are denoised at once
     copies: bool = False  # there is a copy pass, which may be left out
     boundless: bool = False  # it looks back at all of a video, whose KV grows with it
+    offload: bool = False  # finished chunks are to be in host memory, where there is a GPU
     most_chunks: int | None = None  # of what the model is run on; a longer video is made of several
 
 

@@ -6,10 +6,9 @@ How videos are made, and which of them are there already, is the business of oth
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,10 @@ from launch.model import plan_model
 from launch.options import Options, threads_of_a_rank
 from launch.output.display import one_line
 from launch.plan import Plan, plan_video, slug
+from launch.saved import video_digest
 from models.errors import InputError
 
-DIGEST_LENGTH = 12
-"""Hexadecimal digits in a file name: 48 bits, so that even 100,000 videos do not meet."""
 _EITHER = {("seconds", "chunks"): "how long it is", ("image", "video"): "what it starts from"}
-_DIGEST_FORM = 2  # to be raised when the same options begin to make another video
 
 
 def _line_model() -> type[BaseModel]:
@@ -91,8 +88,9 @@ def _lines(path: Path) -> list[bytes]:
 
 def _item(number: int, line: dict[str, Any], folder: Path, base: Options, out: Path, seen: Counter[str]) -> BatchItem:
     plan = plan_line(line, folder, base, out=out)
-    first = _digest(plan, 0)
-    digest = _digest(plan, seen[first]) if seen[first] else first
+    threads = threads_of_a_rank(plan.options)
+    first = video_digest(plan, threads)
+    digest = video_digest(plan, threads, seen[first]) if seen[first] else first
     seen[first] += 1
     name = f"{number:03}-{slug(line.get('name') or line['prompt']) or 'video'}-{digest}.mp4"
     return BatchItem(line=number, priority=line.get("priority", 0), digest=digest, plan=replace(plan, out=out / name))
@@ -116,30 +114,6 @@ def line_options(line: dict[str, Any], folder: Path, base: Options) -> Options:
         if given.get(name) is not None:
             given[name] = folder / Path(given[name]).expanduser()
     return replace(base, prompts=[line["prompt"]], **given)
-
-
-def _digest(plan: Plan, repeat: int) -> str:
-    """Of all that the video depends on, as far as the command line can know it, and `repeat` equal lines before it.
-
-    What the line left out is filled in: a default that is written out changes nothing.
-    """
-    model, source, prefix = plan.model, plan.model.source, plan.request.prefix
-    what = {
-        "form": _DIGEST_FORM,
-        "repeat": repeat,
-        "request": asdict(replace(plan.request, prefix=None)),
-        "prefix": None if prefix is None else hashlib.sha256(prefix.numpy().tobytes()).hexdigest(),
-        "model": model.config.to_dict(),
-        **source.loader.settings,
-        "cp": plan.options.cp,  # sums are taken in another order; pp and split change nothing
-        "threads": threads_of_a_rank(plan.options),
-        "attention": source.attention,
-        "precise": source.precise,
-        "cache": asdict(model.reuse),
-        "kv": asdict(model.kv),
-    }
-    text = json.dumps(what, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
 
 
 def read_object(raw: bytes) -> dict[str, Any]:

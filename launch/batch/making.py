@@ -1,4 +1,4 @@
-"""Videos on their way from an order to a file: chunks and checkpoints on the disk, and the encoding at the end.
+"""Videos on their way from an order to a file: chunks and checkpoints on the disk, and the file at the end.
 
 It is told what happens on the gangs, and says when a video has ended. Where the videos come from, and who else wants to
 know of them, is the business of others.
@@ -6,26 +6,29 @@ know of them, is the business of others.
 
 from __future__ import annotations
 
-import shutil
+import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent import futures
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
-from engine.checkpoint.files import CheckpointConfig, discard
-from engine.files import Damaged
-from launch.batch.folder import ChunkFiles
+import av
+
+from engine.files import Damaged, write_errors
 from launch.ending import check_signals
 from launch.generate import Backend
-from launch.options import GangOptions, Options
+from launch.options import Options
 from launch.output.display import Row, State
+from launch.output.segments import encode_segment
 from launch.plan import Plan
+from launch.saved import SavedVideo
 from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.messages import Event, VideoOrder
+
+_ENCODERS = 4  # threads, at most
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,12 +38,19 @@ class Video(Row):
     name: str  # of its order
     plan: Plan  # checked; its `out` is the file to write
     priority: int  # higher goes first
-    files: ChunkFiles
-    checkpoints: Path  # folder of all, with one for each layout in it
+    saved: SavedVideo
     began: float | None = None
     share: float = 0.0
+    storing: deque[futures.Future[None]] = field(default_factory=deque)  # chunks that are encoded
+    stored: set[int] = field(default_factory=set)  # of those, that are on the disk beyond the first `chunks_done`
+    made: bool = False  # its last chunk has come
     ending: futures.Future[None] | None = None
     damaged: bool = False  # a chunk was, when all were there
+
+    @property
+    def under_way(self) -> list[futures.Future[None]]:
+        """What is written of it at this moment."""
+        return [*self.storing, *([] if self.ending is None else [self.ending])]
 
 
 class Making:
@@ -51,20 +61,21 @@ class Making:
 
     def __init__(
         self,
-        options: GangOptions,
         base: Options,
         ended: Callable[[Video, InputError | None], None],
         say: Callable[[str], None],  # takes lines for people
     ) -> None:
-        self._options, self._base, self._ended, self._say = options, base, ended, say
+        self._base, self._ended, self._say = base, ended, say
         self.videos: dict[str, Video] = {}
         self.restarts = 0  # of gangs
-        self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix="encode")
-        self._stopping = threading.Event()
+        self._pool = futures.ThreadPoolExecutor(min(_ENCODERS, os.cpu_count() or 1), thread_name_prefix="encode")
+        self._stopping, self._lock = threading.Event(), threading.Lock()
+        self._cancel: Callable[[str], None] = lambda video: None
 
     def stop(self) -> None:
         """Encode no more: what is not complete stays as it is."""
         self._stopping.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
         """Wait for what is encoded, unless that was stopped."""
@@ -74,24 +85,21 @@ class Making:
     def add(self, video: Video) -> None:
         """A video to make. Of what earlier runs have left of it, chunks and whole checkpoints of this layout stay."""
         self.videos[video.name] = video
-        own, wanted = self._own_checkpoints(video), bool(self._options.checkpoint_every)
-        others = [path for path in video.checkpoints.glob("*") if path != own or not wanted]
-        for path in others:
-            shutil.rmtree(path, ignore_errors=True)
-        discard(own, whole=False)
-        if others and wanted:
-            anew = "computed again from its first chunk on, as its checkpoints are of another --pp or --split"
-            self._say(f"line {video.line} is {anew}; the chunks that are finished are kept")
+        video.saved.discard_useless(self._base.checkpoint_every)
 
-    def order(self, video: Video) -> VideoOrder:
-        """The order to make what is missing of a video."""
-        every = self._options.checkpoint_every
-        checkpoint = CheckpointConfig(folder=self._own_checkpoints(video), every=every) if every else None
-        order = video.plan.order(video.name)
-        return replace(order, checkpoint=checkpoint, stored=video.chunks_done, priority=video.priority)
+    def begin(self, video: Video) -> VideoOrder | None:
+        """Count the chunks that are there; returns the order to make what is missing, None if nothing is."""
+        video.chunks_done = video.saved.segments.count()
+        video.made = video.chunks_done >= video.chunks
+        if video.made:
+            return None
+        every, extend = self._base.checkpoint_every, self._base.keep_state
+        order = video.saved.order(video.name, video.chunks_done, every=every, extend=extend)
+        return replace(order, priority=video.priority)
 
     def handle(self, backend: Backend, event: Event) -> None:
         """Take note of what has happened."""
+        self._cancel = backend.cancel
         match event:
             case messages.GangDown():
                 self._say(f"{event.gang} is given up: {event.message}")
@@ -102,50 +110,30 @@ class Making:
                     lost.state, lost.gang, lost.restarts = State.RESTARTING, None, lost.restarts + 1
             case messages.Restarted():
                 self.restarts += 1
-            case messages.ChunkMade():
-                self._keep(backend, event)
+            case messages.ChunkMade():  # encoded and written beside the loop, which has other gangs to listen to
+                video = self.videos[event.video]
+                video.storing.append(self._pool.submit(self._store, backend, video, event))
             case messages.Admitted():
                 self._begin(self.videos[event.video], event)
             case messages.Progressed():
                 self._progress(self.videos[event.video], event)
             case messages.VideoFailed():
-                self._end(self.videos[event.video], InputError(event.message))
+                self._fail(self.videos[event.video], InputError(event.message))
             case messages.VideoDone():
                 video = self.videos[event.video]
-                video.computed = event.computed
-                self.end_if_complete(video)
-
-    def end_if_complete(self, video: Video) -> bool:
-        """Begin to encode a video all of whose chunks are there."""
-        if video.chunks_done < video.chunks:
-            return False
-        plan = video.plan
-        fps = plan.model.config.figures.fps
-        video.ending = self._pool.submit(video.files.encode, plan.out, video.chunks, fps, self._stopping)
-        return True
+                video.computed, video.made = event.computed, True
 
     def settle(self, *, wait: bool = False) -> list[Video]:
-        """Take note of videos that are encoded, or could not be; returns those of which a chunk is to be made again."""
-        again = []
-        while wait and futures.wait([video.ending for video in self.videos.values() if video.ending], 0.2).not_done:
+        """Take note of chunks that are on the disk, and of videos that are complete, or could not be.
+
+        Returns those of which a chunk is to be made again.
+        """
+        again = self._look()
+        while wait and (busy := [one for video in self.videos.values() for one in video.under_way]):
+            futures.wait(busy, 0.2, return_when=futures.FIRST_COMPLETED)
             check_signals()
-        for video in list(self.videos.values()):
-            if video.ending is not None and video.ending.done() and self._settle(video, video.ending):
-                again.append(video)
+            again += self._look()
         return again
-
-    def clean(self, video: Video) -> None:
-        """The video is there, or not wanted: what it is made of is not needed any more."""
-        video.files.remove()
-        shutil.rmtree(video.checkpoints, ignore_errors=True)
-        if self._options.checkpoints is None:
-            with suppress(OSError):
-                video.checkpoints.parent.rmdir()  # unless there are those of others
-
-    def _own_checkpoints(self, video: Video) -> Path:
-        """Those of this layout: each rank goes on with its own layers alone."""
-        base = self._base
-        return video.checkpoints / (f"pp{base.pp}" if base.split is None else f"pp{base.pp}-{base.split}")
 
     def _begin(self, video: Video, event: messages.Admitted) -> None:
         for line in event.damage:
@@ -153,14 +141,19 @@ class Making:
         video.began = video.began or time.monotonic()
         video.state, video.gang = State.RUNNING, event.gang
 
-    def _keep(self, backend: Backend, chunk: messages.ChunkMade) -> None:
-        video = self.videos[chunk.video]
-        try:
-            video.files.write(chunk.index, chunk.frames)
-            video.chunks_done = chunk.index + 1
-        except InputError as error:
-            self._end(video, error)
-            backend.cancel(chunk.video)
+    def _store(self, backend: Backend, video: Video, chunk: messages.ChunkMade) -> None:
+        if self._stopping.is_set():
+            raise futures.CancelledError
+        plan = video.plan
+        with write_errors(plan.out, kinds=(av.FFmpegError,)):
+            segment = encode_segment(chunk.frames, plan.form.codec, plan.model.config.figures.fps)
+        video.saved.segments.write(chunk.index, segment)
+        with self._lock:  # chunks of one video may be encoded on several threads
+            video.stored.add(chunk.index)
+            while video.chunks_done in video.stored:
+                video.stored.remove(video.chunks_done)
+                video.chunks_done += 1
+            backend.stored(chunk.video, video.chunks_done)
 
     def _progress(self, video: Video, event: messages.Progressed) -> None:
         now, share = time.monotonic(), event.progress.tick / event.progress.ticks
@@ -170,27 +163,52 @@ class Making:
         video.computed = event.progress.computed_fraction
         video.seconds_left = None if done <= 0 or video.began is None else (now - video.began) * (1 - share) / done
 
-    def _settle(self, video: Video, ending: futures.Future[None]) -> bool:
-        """The encoding of a video is over; True if a chunk of it is to be made again."""
+    def _look(self) -> list[Video]:
+        again = []
+        for name, video in list(self.videos.items()):
+            while video.storing and video.storing[0].done():
+                try:
+                    video.storing.popleft().result()
+                except futures.CancelledError:
+                    continue
+                except InputError as error:
+                    self._fail(video, error)
+                    self._cancel(name)
+            if video.made and not video.storing and video.state is not State.FAILED and not self._stopping.is_set():
+                video.made = False
+                finish, plan = video.saved.segments.finish, video.plan
+                fps = plan.model.config.figures.fps
+                video.ending = self._pool.submit(finish, plan.form, plan.out, video.chunks, fps, self._stopping)
+            if video.ending is not None and video.ending.done() and self._end(video, video.ending):
+                again.append(video)
+        return again
+
+    def _end(self, video: Video, ending: futures.Future[None]) -> bool:
+        """The file is there, or cannot be; True if a chunk of it is to be made again."""
         video.ending = None
         try:
             ending.result()
         except futures.CancelledError:
             return False
-        except InputError as error:
-            self._end(video, error)
-            return False
         except Damaged as error:
             if video.damaged:  # a second time its disk is not to be trusted
-                self._end(video, InputError(str(error)))
+                self._fail(video, InputError(str(error)))
                 return False
             video.state, video.damaged = State.QUEUED, True
             return True
-        self.clean(video)
+        except InputError as error:
+            self._fail(video, error)
+            return False
         video.state, video.seconds_left = State.DONE, None
         self._ended(video, None)
         return False
 
-    def _end(self, video: Video, error: InputError) -> None:
+    def _fail(self, video: Video, error: InputError) -> None:
+        if video.state is State.FAILED:
+            return
         video.state, video.error = State.FAILED, str(error)
         self._ended(video, error)
+
+
+def _under_way(video: Video) -> list[futures.Future[None]]:
+    return [*video.storing, *([] if video.ending is None else [video.ending])]

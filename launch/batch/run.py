@@ -6,19 +6,20 @@ It puts the batch file, the folder of videos, the cluster and the display togeth
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from engine.files import DiskFull
 from launch.batch.file import BatchItem, read_batch
-from launch.batch.folder import ChunkFiles, OutputFolder
+from launch.batch.folder import OutputFolder
 from launch.batch.making import Making, Video
 from launch.cluster import on_ray
 from launch.ending import unwinding_signals
 from launch.generate import make_videos
 from launch.options import BatchOptions, parse_size
 from launch.output.display import BatchDisplay, Row, State, summary
+from launch.saved import SavedVideo
 from models.errors import InputError
-from parallel.cluster.messages import Event
+from parallel.cluster.messages import Event, VideoOrder
 from parallel.health.exit_codes import BAD_INPUT, FAILED, OK
 
 
@@ -52,13 +53,14 @@ class _Batch:
     ) -> None:
         self._options, self._folder, self._say = options, folder, say
         self.rows: list[Row] = []  # all videos, by line
-        self.making = Making(options, options.base, self._ended, say)
+        self.making = Making(options.base, self._ended, say)
         for item in items:
             video = self._video(item)
             self.rows.append(video)
             if item.digest in folder.done:
                 video.state, video.chunks_done = State.KEPT, video.chunks
-                self.making.clean(video)
+                if not options.base.keep_state:
+                    video.saved.remove()
                 if item.digest not in folder.recorded:
                     self._record(video)
             else:
@@ -70,10 +72,9 @@ class _Batch:
         making = self.making
         try:
             while queued := [video for video in making.videos.values() if video.state is State.QUEUED]:
-                for video in queued:
-                    video.chunks_done = video.files.count()
-                if waiting := [video for video in queued if not making.end_if_complete(video)]:
-                    self._make(waiting, display)
+                orders = {video.name: order for video in queued if (order := making.begin(video)) is not None}
+                if orders:
+                    self._make(orders, display)
                 making.settle(wait=True)  # which queues a video again if a chunk of it is damaged
                 display.update(self.rows)
         except (KeyboardInterrupt, SystemExit):
@@ -83,10 +84,11 @@ class _Batch:
             making.close()
             display.update(self.rows)
 
-    def _make(self, waiting: list[Video], display: BatchDisplay) -> None:
-        options, plans, making = self._options, [video.plan for video in waiting], self.making
+    def _make(self, orders: Mapping[str, VideoOrder], display: BatchDisplay) -> None:
+        options, making = self._options, self.making
+        plans = [making.videos[name].plan for name in orders]
         kv_bytes = None if options.kv_memory is None else parse_size(options.kv_memory)
-        if (count := len(waiting)) < options.gangs:
+        if (count := len(orders)) < options.gangs:
             self._say(f"of --gangs {options.gangs} no more than {count} can have work: one for each video to make")
         with on_ray(plans, gangs=options.gangs, kv_bytes=kv_bytes, max_restarts=options.max_restarts) as backend:
 
@@ -95,12 +97,16 @@ class _Batch:
                 making.settle()
                 display.update(self.rows)
 
-            make_videos(backend, [making.order(video) for video in waiting], handle)
+            make_videos(backend, orders.values(), handle)
             making.settle(wait=True)  # whatever becomes of the cluster now
 
     def _video(self, item: BatchItem) -> Video:
         options, plan = self._options, item.plan
-        checkpoints = (options.checkpoints or options.out / ".checkpoints") / item.digest
+        folder = (options.checkpoints or options.out / ".checkpoints") / item.digest
+
+        def say(text: str) -> None:
+            self._say(f"line {item.line}: {text}")
+
         return Video(
             line=item.line,
             title=plan.request.prompt,
@@ -109,14 +115,15 @@ class _Batch:
             name=item.digest,
             plan=plan,
             priority=item.priority,
-            files=ChunkFiles.of(plan, options.out / f".{item.digest}.parts", self._say),
-            checkpoints=checkpoints.absolute(),
+            saved=SavedVideo(folder, plan, say),
         )
 
     def _ended(self, video: Video, error: InputError | None) -> None:
         """Go on without a video that failed; a full disk is raised, as it is one for all of them."""
         if isinstance(error, DiskFull):
             raise error
+        if error is None:
+            video.saved.finish(keep=self._options.base.keep_state)
         self._record(video)
 
     def _record(self, video: Video) -> None:

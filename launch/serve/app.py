@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 
@@ -17,10 +19,12 @@ from launch.serve.metrics import Metrics
 from launch.serve.requests import Service, accept
 from launch.serve.schemas import failure, video
 from launch.serve.store import Full, Job, Store
-from launch.serve.watch import events
+from launch.serve.watch import events, fragments
 from models.errors import InputError
 from parallel.cluster.gang import GangState
 
+_PAGE = Path(__file__).parent / "page"
+_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; media-src blob:; connect-src 'self'"
 _CANCEL_SECONDS = 20.0  # for the controller to hear of it
 _CODES = {
     404: "not_found",
@@ -40,6 +44,7 @@ def make_app(service: Service, metrics: Metrics) -> FastAPI:
     _add_videos(app, service, metrics)
     _add_one_video(app, service)
     _add_rest(app, service, metrics)
+    _add_page(app)
     return app
 
 
@@ -116,13 +121,24 @@ def _add_one_video(app: FastAPI, service: Service) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(events(service, _found(store, name)), media_type="text/event-stream", headers=headers)
 
+    @app.get("/v1/videos/{name}/stream")
+    async def streamed(name: str, fragment: Annotated[int, Query(ge=0)] = 0) -> StreamingResponse:
+        job = _found(store, name)
+        if job.status in ("failed", "cancelled"):
+            raise _not_there(job)
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(fragments(service, job, fragment), media_type="video/mp4", headers=headers)
+
     @app.get("/v1/videos/{name}/content")
     def content(name: str, variant: Literal["video"] = "video") -> FileResponse:
         job = _found(store, name)
         if job.status != "completed":
-            why = f": {job.error}" if job.error else ""
-            raise HTTPException(409, f"the video {name} is {job.status}{why}")
+            raise _not_there(job)
         return FileResponse(store.video(job), media_type="video/mp4", filename=f"{job.id}.mp4")
+
+
+def _not_there(job: Job) -> HTTPException:
+    return HTTPException(409, f"the video {job.id} is {job.status}{f': {job.error}' if job.error else ''}")
 
 
 def _found(store: Store, name: str) -> Job:
@@ -131,8 +147,19 @@ def _found(store: Store, name: str) -> Job:
     return job
 
 
+def _add_page(app: FastAPI) -> None:
+    @app.get("/")
+    def page() -> FileResponse:
+        return FileResponse(_PAGE / "index.html", headers={"Content-Security-Policy": _POLICY})
+
+    app.mount("/page", StaticFiles(directory=_PAGE))
+
+
 def _add_rest(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    limit, known = service.limit.request, service.limit.model.config.figures
     model = {"id": service.model, "object": "model", "created": 0, "owned_by": "flowcache"}
+    model |= {"size": f"{limit.width}x{limit.height}", "max_seconds": service.options.max_seconds, "fps": known.fps}
+    model |= {"chunk_frames": known.chunk_frames}
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:

@@ -6,6 +6,7 @@ of its rounds. A job is an order like that of a line of a batch: the same checks
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections import deque
@@ -13,11 +14,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engine.files import link_file, write_errors
 from launch.batch.file import plan_line
-from launch.batch.folder import ChunkFiles
 from launch.batch.making import Making, Video
 from launch.cluster import on_ray
 from launch.ending import CommandFailed, check_signals
@@ -25,6 +27,7 @@ from launch.media import Bounds
 from launch.options import parse_size, together
 from launch.output.display import State
 from launch.plan import Plan
+from launch.saved import SavedVideo
 from launch.serve.live import LiveVideos
 from launch.serve.metrics import Metrics
 from launch.serve.options import ServeOptions
@@ -47,14 +50,14 @@ class Maker:
         self, options: ServeOptions, limit: Plan, store: Store, metrics: Metrics, say: Callable[[str], None]
     ) -> None:
         self._options, self._limit, self._store, self._metrics, self._say = options, limit, store, metrics, say
-        self._making = Making(options, options.base, self._ended, say)
+        self._making = Making(options.base, self._ended, say)
         self._lock = threading.Lock()
         self._waiting: deque[tuple[Job, Plan | None]] = deque()  # not handed to the controller yet
         self._waiting.extend((job, None) for job in store.jobs() if job.unfinished)
         self._cancelled: deque[tuple[Job, Future[None]]] = deque()
         self.live = LiveVideos()
         """What can be watched."""
-        self._over: list[str] = []  # videos that have ended, of which events may still be on their way
+        self._over: list[Video] = []  # those that have ended, of which events may still be on their way
         self._backend: Controller | None = None
 
     # ---- for other threads
@@ -121,11 +124,11 @@ class Maker:
         check_signals()
         backend = self._backend
         assert backend is not None
-        for name in self._over:
-            self._making.videos.pop(name, None)
-        self._over.clear()
         for video in self._making.settle():
             self._submit(backend, video)
+        over, self._over = self._over, []
+        for video in over:
+            self._forget(video)
         while self._cancelled:
             job, done = self._cancelled.popleft()
             self._drop(backend, job)
@@ -142,6 +145,7 @@ class Maker:
         except InputError as error:  # it was accepted by a service with other options
             return self._fail(job, str(error))
         plan = replace(plan, out=self._store.video(job))
+        state = self._store.state(job) if self._options.checkpoints is None else self._options.checkpoints / job.id
         video = Video(
             line=job.number,
             title=job.line["prompt"],
@@ -150,21 +154,24 @@ class Maker:
             name=job.id,
             plan=plan,
             priority=job.line["priority"],
-            files=ChunkFiles.of(plan, folder / "parts", self._say),
-            checkpoints=((self._options.checkpoints or folder / "checkpoints") / job.id).absolute(),
+            saved=SavedVideo(state, plan, partial(self._say_of, job)),
         )
         self._making.add(video)
         self._submit(backend, video)
 
+    def _say_of(self, job: Job, text: str) -> None:
+        self._say(f"{job.id}: {text}")
+
     def _submit(self, backend: Controller, video: Video) -> None:
         """Have what is missing of a video made."""
-        video.chunks_done = video.files.count()
-        if self._making.end_if_complete(video):
+        order = self._making.begin(video)
+        self.live.begin(video)
+        if order is None:
             return
-        self.live.begin(video.name, video.plan.size.schedule, video.chunks_done)
         try:
-            backend.submit(replace(self._making.order(video), watched=True))
+            backend.submit(replace(order, watched=True))
         except InputError as error:
+            video.state = State.FAILED
             self._ended(video, error)
 
     def _handle(self, backend: Controller, event: Event) -> None:
@@ -191,23 +198,35 @@ class Maker:
         elif isinstance(event, messages.Ticked) and live is not None:
             live.ticked(event)
             job.progress = max(job.progress, min(99, live.percent))
-        elif isinstance(event, messages.ChunkMade) and live is not None:
-            live.keep(event.index + 1)
 
     def _ended(self, video: Video, error: InputError | None) -> None:
-        self._over.append(video.name)
+        self._over.append(video)
         job = self._store.get(video.name)
-        if job is None or job.status == "cancelled":  # while it was encoded
-            self._making.clean(video)
-            video.plan.out.unlink(missing_ok=True)
-        elif error is not None:
-            self._making.clean(video)
-            self._fail(job, str(error))
-        else:
-            job.nbytes, job.computed = video.plan.out.stat().st_size, video.computed
-            job.progress = 100
-            self._close(job, "completed")
-            self._metrics.done(job)
+        if job is None or not job.unfinished:  # it was cancelled meanwhile
+            return
+        if error is not None:
+            return self._fail(job, str(error))
+        job.progress, job.computed, job.continues = 100, video.computed, self._options.base.keep_state
+        try:
+            with write_errors(stream := self._store.stream(job)):
+                shutil.copytree(video.saved.segments.folder, stream, copy_function=link_file, dirs_exist_ok=True)
+            video.saved.finish(keep=job.continues)
+        except InputError as failure:
+            return self._fail(job, str(failure))
+        job.nbytes = self._store.size(job)
+        self._close(job, "completed")
+        self._metrics.done(job)
+
+    def _forget(self, video: Video) -> None:
+        """Remove what a video that has ended leaves, once nothing more of it is written."""
+        if video.under_way:
+            return self._over.append(video)
+        self._making.videos.pop(video.name, None)
+        job = self._store.get(video.name)
+        if job is None or not job.continues:
+            video.saved.remove()
+        if job is not None:
+            self._store.clean(job)
 
     def _fail(self, job: Job, message: str) -> None:
         self._say(f"{job.id} failed: {message}")
@@ -220,9 +239,9 @@ class Maker:
             return
         backend.cancel(job.id)
         self._close(job, "cancelled")
-        if (video := self._making.videos.get(job.id)) is not None and video.ending is None:
-            self._over.append(job.id)
-            self._making.clean(video)
+        if (video := self._making.videos.get(job.id)) is not None:
+            video.state = State.FAILED  # so that no file is made of it any more
+            self._over.append(video)
 
     def _close(self, job: Job, status: Status) -> None:
         """A job has ended. A full disk does not end the service; what could not be written is made again."""
@@ -230,7 +249,7 @@ class Maker:
         self.live.end(job.id)
         self._metrics.forget(job)
         self._save(job)
-        if (video := self._making.videos.get(job.id)) is None or video.ending is None:
+        if job.id not in self._making.videos:  # else it is cleaned when nothing is written any more
             self._store.clean(job)
 
     def _save(self, job: Job) -> None:

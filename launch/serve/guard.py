@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from launch.serve.schemas import failure
 
-_OPEN = ("/", "/health")  # without a key: the page, and whether the service lives
+_OPEN, _PAGE = ("/", "/health"), "/page/"  # without a key: the page, which asks for it, and whether the service lives
 _NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -55,7 +55,7 @@ class Guard:
             origin = headers.get("origin")
             if host not in _NAMES or (origin is not None and urlsplit(origin).netloc != headers.get("host")):
                 return JSONResponse(failure("requests of other sites are not answered", code="forbidden"), 403)
-        elif path not in _OPEN:
+        elif path not in _OPEN and not path.startswith(_PAGE):
             given = headers.get("authorization", "").encode()
             if not hmac.compare_digest(given, self._key):
                 text = "the key is missing or wrong: send Authorization: Bearer KEY"

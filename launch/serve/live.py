@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict, deque
 from typing import Any
 
-from engine.schedule import Schedule
+from launch.batch.making import Video
 from parallel.cluster.messages import Ticked
 
 _NEWS, _ENDED = 256, 64  # news of a video that are kept; videos that are remembered after their end
@@ -21,9 +21,9 @@ _MARKS = ".crx"
 class Live:
     """One video."""
 
-    def __init__(self, schedule: Schedule, stored: int) -> None:
-        self._lock = threading.Lock()
-        self._schedule, self._stored = schedule, stored
+    def __init__(self, video: Video) -> None:
+        self._lock, self._video = threading.Lock(), video
+        self._schedule = schedule = video.plan.size.schedule
         self._rows = [bytearray(schedule.num_steps) for _ in range(schedule.chunks)]
         self._tick, self._kv_fill, self._kept = 0, 0.0, list[float]()
         self._news: deque[tuple[int, dict[str, Any]]] = deque(maxlen=_NEWS)
@@ -32,7 +32,11 @@ class Live:
     @property
     def stored(self) -> int:
         """Chunks that are on the disk, from the first on."""
-        return self._stored
+        return self._video.chunks_done
+
+    def segment(self, index: int) -> bytes:
+        """A chunk that is on the disk; a Damaged as of `SegmentFiles`."""
+        return self._video.saved.segments.read(index)
 
     @property
     def percent(self) -> int:
@@ -48,13 +52,8 @@ class Live:
             self._kept = self._kept if event.kept is None else list(event.kept)
             cells = [[chunk, step, _MARKS[value + 1]] for chunk, step, value in event.decisions]
             news: dict[str, Any] = {"tick": self._tick, "cells": cells, "kv_fill": round(event.kv_fill, 3)}
-            self._add(news if event.kept is None else {**news, "kept": self._kept})
-
-    def keep(self, stored: int) -> None:
-        """So many chunks are on the disk."""
-        with self._lock:
-            self._stored = stored
-            self._add({"chunks": stored})
+            self._version += 1
+            self._news.append((self._version, news if event.kept is None else {**news, "kept": self._kept}))
 
     def snapshot(self) -> tuple[int, dict[str, Any]]:
         """All of it as it stands, and the number of the news that it has."""
@@ -66,7 +65,6 @@ class Live:
                 "ticks": schedule.ticks,
                 "rows": ["".join(_MARKS[mark] for mark in row) for row in self._rows],
                 "tick": self._tick,
-                "chunks": self._stored,
                 "kv_fill": round(self._kv_fill, 3),
                 "kept": self._kept,
             }
@@ -79,10 +77,6 @@ class Live:
                 return self._version, None
             return self._version, [news for number, news in self._news if number > version]
 
-    def _add(self, news: dict[str, Any]) -> None:
-        self._version += 1
-        self._news.append((self._version, news))
-
 
 class LiveVideos:
     """Those that are made, by name, and the last that have ended."""
@@ -92,11 +86,10 @@ class LiveVideos:
         self._videos: dict[str, Live] = {}
         self._ended: OrderedDict[str, Live] = OrderedDict()
 
-    def begin(self, name: str, schedule: Schedule, stored: int) -> Live:
-        """A video is made from now on, of which some chunks are there."""
+    def begin(self, video: Video) -> None:
+        """A video is made from now on."""
         with self._lock:
-            live = self._videos[name] = Live(schedule, stored)
-            return live
+            self._videos[video.name] = Live(video)
 
     def get(self, name: str) -> Live | None:
         """A video, unless it has not begun or ended long ago."""

@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -22,7 +23,7 @@ from engine.files import atomic_write, check_folder, write_errors
 from models.errors import InputError
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
-_JOB, _VIDEO, _LOCK = "job.json", "video.mp4", ".lock"
+_JOB, _VIDEO, _LOCK, _STREAM, _STATE = "job.json", "video.mp4", ".lock", "stream", "state"
 _ID = re.compile(r"video_[0-9a-f]{24}")
 _UNFINISHED = ("queued", "in_progress")
 
@@ -48,7 +49,8 @@ class Job:
     error: str | None = None
     computed: float | None = None  # chunk-steps that were computed, as a share
     restarts: int = 0  # gangs that were lost while they made it
-    nbytes: int = 0  # of the finished video
+    nbytes: int = 0  # of all that is kept of the finished video
+    continues: bool = False  # a longer video can be made of it
 
     @property
     def unfinished(self) -> bool:
@@ -95,6 +97,14 @@ class Store:
         """The finished video."""
         return self.folder(job) / _VIDEO
 
+    def state(self, job: Job) -> Path:
+        """Chunks and checkpoints of a video that is made, as `SavedVideo` has them."""
+        return self.folder(job) / _STATE
+
+    def stream(self, job: Job) -> Path:
+        """The segments of a finished video."""
+        return self.folder(job) / _STREAM
+
     def new_folder(self) -> Path:
         """A folder for a job to come, for what was uploaded; it becomes one by `add`."""
         with self._lock:
@@ -136,10 +146,19 @@ class Store:
             counts[job.status] += 1
         return counts
 
+    def size(self, job: Job) -> int:
+        """Bytes of all files of a job."""
+        total = 0
+        for path in self.folder(job).rglob("*"):
+            with suppress(OSError):  # it has just gone
+                total += path.stat().st_size
+        return total
+
     def clean(self, job: Job) -> None:
-        """Remove all files of a job but the job itself and its video."""
+        """Remove all files of a job but the job itself and what is kept of its video."""
+        kept = [_JOB, *([_VIDEO, _STREAM] if job.status == "completed" else []), *([_STATE] if job.continues else [])]
         for path in self.folder(job).glob("*"):
-            if path.name not in (_JOB, _VIDEO):
+            if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def remove(self, job: Job) -> None:
@@ -155,7 +174,7 @@ class Store:
             raise Full(f"the queue is full: {len(unfinished)} videos are to be made; try again later")
         if self._max_bytes is None:
             return
-        held = sum(job.nbytes for job in self._jobs.values()) + sum(_size(self.folder(job)) for job in unfinished)
+        held = sum(job.nbytes for job in self._jobs.values()) + sum(map(self.size, unfinished))
         if held >= self._max_bytes:
             raise Full(f"the videos take {held:,} of {self._max_bytes:,} bytes: delete some")
 
@@ -173,13 +192,3 @@ class Store:
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             self._say(f"{folder / _JOB} is damaged and left out: {error}")
         return None
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except OSError:
-            continue
-    return total

@@ -200,6 +200,7 @@ class MagiConfig:
             window=runtime.window_size,
             copies=runtime.cfg_number == 1,
             boundless=not runtime.noise2clean_kvrange,
+            offload=self.engine_config.kv_offload,
         )
 
     def kv_geometry(self, layers: range, device: torch.device) -> KVGeometry:

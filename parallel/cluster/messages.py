@@ -37,6 +37,7 @@ class VideoOrder:
     stored: int = 0  # chunks that the caller has already, from the first on; they are not handed out again
     priority: int = 0  # higher goes first
     watched: bool = False  # somebody wants to know of every tick
+    confirmed: bool = False  # the caller says of chunks that they are stored; else asking for the next event does
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,6 +154,7 @@ class VideoDone(VideoEvent):
 
     computed: float  # chunk-steps that were computed, as a share of all
     kv_bytes: int  # size of its KV buffers on the leader
+    kv_host_bytes: int = 0  # what they have in host memory beside it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -59,9 +59,12 @@ def test_seconds_of_another_frame_rate(options: Options, tmp_path: Path) -> None
     assert _plan(options, config=path, seconds=4).request.chunks == 5  # 120 frames in chunks of 24
 
 
-def test_precision_and_attention_reach_the_model(options: Options) -> None:
-    source = _plan(options, precision="fast", attention="auto").model.source
-    assert (source.precise, source.attention) == (False, "auto")
+def test_how_to_compute_reaches_the_model(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _plan(options, precision="fast", attention="auto", compile=True).model.source
+    assert (source.precise, source.attention, source.compiled) == (False, "auto", True)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match="--compile needs a C"):
+        _plan(options, compile=True)
 
 
 def test_reuse_is_on_unless_it_is_turned_off(options: Options) -> None:
@@ -226,7 +229,8 @@ def test_prompts_of_later_parts_belong_to_the_chunk_in_which_they_begin(options:
     story.write_text(json.dumps({"4": "a green square moving up", "2.5s": OTHER}))
     plan = _plan(options, script=story, prompt_at=["3s a blue circle moving left"], seconds=5)
     assert plan.request.script == ((2, OTHER), (3, "a blue circle moving left"), (4, "a green square moving up"))
-    assert plan.model.source.loader.text.prompts == (PROMPT, OTHER, "a blue circle moving left", "a green square moving up")
+    prompts = (PROMPT, OTHER, "a blue circle moving left", "a green square moving up")
+    assert plan.model.source.loader.text.prompts == prompts  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

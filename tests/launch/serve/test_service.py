@@ -1,4 +1,4 @@
-"""`flowcache serve` as a process of its own, with a cluster that it starts: one service for many short tests."""
+"""`flowcache serve` with gangs: many short tests of one service."""
 
 import json
 import os
@@ -8,102 +8,20 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
+from functools import partial
 
-import av
-import httpx2
 import numpy as np
 import openai
 import pytest
 
-from launch.generate import generate
-from launch.options import Options
-from tests.launch.process import ROOT, children, command_of, flowcache_process, short_folder
+from tests.launch.process import ROOT, command_of
+from tests.launch.serve.service import KEY, PROMPT, decoded, made_alone, picture
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The Sora API")]
-PROMPT = "a red circle moving right"
-KEY = "an-example-of-a-key"
-SIZE = {"height": 64, "width": 64, "steps": 8}
 
 
-class Service:
-    """The command, its output and a client of it; it may be killed and started again."""
-
-    def __init__(self, folder, temporary, *more):
-        self.folder, self.temporary = folder, temporary
-        self.command = ["serve", "--out", "served", "--port", 0, "--pp", 2, "--checkpoint-every", 1, "--concurrency", 2]
-        self.command += [f"--{name}={value}" for name, value in SIZE.items()] + ["--threads", 1, *more]
-        self.said = folder / "said.txt"
-
-    def start(self):
-        extra = {"TMPDIR": str(self.temporary), "FLOWCACHE_API_KEY": KEY}
-        self.process = flowcache_process(self.folder, *self.command, extra=extra, errors=self.said.open("w"))
-        address = self.when(lambda: re.search(r"at (http://\S+)", self.said.read_text()))[1]
-        headers = {"Authorization": f"Bearer {KEY}"}
-        self.client = httpx2.Client(base_url=address, headers=headers, timeout=60)
-        self.openai = openai.OpenAI(api_key=KEY, base_url=f"{address}/v1", max_retries=0)
-
-    def when(self, condition, seconds=180):
-        """What a condition gives as soon as that is true."""
-        deadline = time.monotonic() + seconds
-        while not (found := condition()):
-            assert self.process.poll() is None, self.said.read_text()
-            assert time.monotonic() < deadline, self.said.read_text()
-            time.sleep(0.05)
-        return found
-
-    def create(self, **body):
-        answer = self.client.post("/v1/videos", json={"prompt": PROMPT, "seconds": 1, **body})
-        assert answer.status_code == 200, answer.text
-        return answer.json()["id"]
-
-    def get(self, name):
-        return self.client.get(f"/v1/videos/{name}").json()
-
-    def wait(self, name, *status):
-        return self.when(lambda: (video := self.get(name)) and video["status"] in (status or ("completed",)) and video)
-
-    def frames(self, name):
-        return decoded(self.client.get(f"/v1/videos/{name}/content").content, self.folder / "got.mp4")
-
-    def below(self, name=""):
-        return [pid for pid in children(self.process.pid) if name in command_of(pid)]
-
-    def end(self, number=signal.SIGTERM):
-        self.process.send_signal(number)
-        self.process.wait(60)
-        return self.process.returncode, self.said.read_text()
-
-
-def decoded(content, path):
-    path.write_bytes(content)
-    with av.open(path) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
-def picture(pixels):
-    encoder = av.CodecContext.create("png", "w")
-    encoder.height, encoder.width, encoder.pix_fmt, encoder.time_base = *pixels.shape[:2], "rgb24", Fraction(1, 1)
-    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-    return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
-
-
-def made_alone(folder, **video):
-    options = Options(prompts=[PROMPT], out=folder / "alone.mp4", threads=1, **SIZE, **video)
-    generate(options, [])
-    return decoded((folder / "alone.mp4").read_bytes(), folder / "copy.mp4")
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    with short_folder() as temporary:
-        service = Service(tmp_path_factory.mktemp("service"), temporary)
-        service.start()
-        try:
-            yield service
-        finally:
-            service.process.kill()
-            service.process.wait()
+def is_tidy(folder):
+    return {path.name for path in folder.iterdir()} == {"job.json", "video.mp4", "stream"}
 
 
 def test_the_official_client_makes_lists_reads_and_deletes_videos(service):
@@ -140,7 +58,8 @@ def test_a_video_that_is_cancelled_frees_its_slots_for_the_next(service):
     assert time.monotonic() - began < 2 + 1
     assert service.wait(short)["progress"] == 100
     assert {service.get(name)["status"] for name in long} == {"cancelled"}
-    assert not [path for name in long for path in (service.folder / "served" / name).iterdir() if path.is_dir()]
+    folders = [service.folder / "served" / name for name in long]
+    service.when(lambda: not [path for folder in folders for path in folder.iterdir() if path.name != "job.json"])
 
 
 def test_a_gang_that_dies_ends_no_request(service):
@@ -165,16 +84,60 @@ def test_a_gang_that_dies_ends_no_request(service):
 
 def test_a_service_that_is_killed_goes_on_with_its_queue_when_started_again(service):
     names = [service.create(seconds=4, seed=seed) for seed in (5, 6)] + [service.create(seed=7)]
-    parts = service.folder / "served" / names[0] / "parts"
-    service.when(lambda: parts.exists() and len(list(parts.iterdir())) >= 2)
+    state = service.folder / "served" / names[0] / "state"
+    service.when(lambda: len(list(state.glob("segments-*/*.mp4"))) >= 2)
     service.process.kill()
     service.process.wait()
     service.start()
     for name, seconds, seed in zip(names, (4, 4, 1), (5, 6, 7), strict=True):
         service.wait(name)
         np.testing.assert_array_equal(service.frames(name), made_alone(service.folder, seconds=seconds, seed=seed))
-        left = [path.name for path in (service.folder / "served" / name).iterdir()]
-        assert sorted(left) == ["job.json", "video.mp4"]
+        service.when(partial(is_tidy, service.folder / "served" / name))
+
+
+def test_a_video_is_streamed_and_watched_while_it_is_made(service):
+    """The first frame is there before a third of the chunks is done; another viewer begins in the middle."""
+    name = service.create(seconds=12, seed=9)
+    got, frames = b"", []
+    with service.client.stream("GET", f"/v1/videos/{name}/stream") as answer:
+        assert answer.headers["content-type"] == "video/mp4"
+        for piece in answer.iter_bytes():
+            if not got:
+                stored = len(list((service.folder / "served" / name / "state").glob("segments-*/*.mp4")))
+                assert service.get(name)["status"] == "in_progress" and stored <= 4
+                frames = decoded(piece, service.folder / "first.mp4")
+                assert len(frames) == 24
+            got += piece
+    service.wait(name)
+    whole = service.frames(name)
+    np.testing.assert_array_equal(decoded(got, service.folder / "stream.mp4"), whole)
+    np.testing.assert_array_equal(frames, whole[:24])
+    again = service.client.get(f"/v1/videos/{name}/stream", params={"fragment": 10}).content
+    np.testing.assert_array_equal(decoded(again, service.folder / "rest.mp4"), whole[240:])
+
+
+def test_the_events_of_a_video_tell_each_step_and_its_end(service):
+    name = service.create(seconds=3, seed=10)
+    kinds, rows = [], []
+    with service.client.stream("GET", f"/v1/videos/{name}/events") as answer:
+        for line in answer.iter_lines():
+            if line.startswith("event: "):
+                kinds.append(line.removeprefix("event: "))
+            elif line.startswith("data: "):
+                data = json.loads(line.removeprefix("data: "))
+                if kinds[-1] == "snapshot":
+                    rows = [list(row) for row in data["rows"]]
+                elif kinds[-1] == "news":
+                    assert 0 < data["kv_fill"] <= 1
+                    for chunk, step, mark in data["cells"]:
+                        rows[chunk][step] = mark
+                elif kinds[-1] == "video":
+                    video = data
+                elif kinds[-1] == "gangs":
+                    assert data[0]["state"] == "up" and len(data[0]["ranks"]) == 2
+    assert video["status"] == "completed" and {"news", "snapshot", "gangs", "chunks"} <= set(kinds)
+    marks = [mark for row in rows for mark in row]
+    assert len(marks) == 3 * 8 and set(marks) <= set("crx") and "c" in marks
 
 
 def test_many_clients_at_once_lose_nothing(service):
