@@ -16,7 +16,6 @@ from torch import Tensor
 
 from engine.files import check_folder, check_target
 from engine.request import Request
-from launch.media import Frame, read_image, read_video
 from launch.memory import Job
 from launch.model import ModelPlan, layout_of, plan_model
 from launch.options import Options, ray_address, together
@@ -206,9 +205,12 @@ def _chunks(options: Options, config: MagiConfig) -> int:
 
 
 def _prefix(options: Options, request: Request, *, fps: int) -> Tensor | None:
+    if options.image is None and options.video is None:
+        return None
+    from launch.media import Frame, read_image, read_video  # it needs PyAV
+
     frame = Frame(height=request.height, width=request.width, fit=options.fit)
     if options.image is not None:
         return read_image(options.image, frame)
-    if options.video is not None:
-        return read_video(options.video, frame, fps=fps, end=options.video_from)
-    return None
+    assert options.video is not None
+    return read_video(options.video, frame, fps=fps, end=options.video_from)
