@@ -41,8 +41,9 @@ from parallel.cluster.messages import ChunkMade, Event, GangDown, GangLost, Vide
 from parallel.cluster.placement import GangShape
 from parallel.cluster.scheduler import GangSize
 from parallel.health.timeouts import Timeouts
-from parallel.mesh import Layout, Mesh, stage_range
+from parallel.mesh import Layout, Mesh
 from parallel.ranks.worker import StageModel
+from parallel.split import stage_range
 
 _STAGES = Layout(pp=2)
 _LEAN = ReuseSettings(clean_pass=False, copy_pass=False)

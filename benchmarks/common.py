@@ -33,8 +33,8 @@ from rich.progress import track
 
 from engine.files import atomic_write
 from models.errors import InputError
-from parallel.health.errors import GangError
 from parallel.health.exit_codes import BAD_INPUT
+from parallel.health.failure import GangError
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

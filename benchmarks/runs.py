@@ -38,14 +38,15 @@ from models.errors import InputError
 from models.magi.pipeline import MagiPipeline
 from models.protocols import CELL_PIXELS
 from parallel.comm.messages import HEADER_BYTES
-from parallel.health.errors import Failure, GangError
 from parallel.health.exit_codes import BAD_INPUT, FAILED, INTERRUPTED
+from parallel.health.failure import Failure, GangError
 from parallel.health.monitor import leave
-from parallel.mesh import Layout, stage_range
+from parallel.mesh import Layout
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
 from parallel.ranks.spawn import run_ranks
 from parallel.ranks.worker import StageModel
+from parallel.split import stage_range
 
 _JOB, _RESULT = "job.json", "result.json"
 

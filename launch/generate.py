@@ -33,8 +33,8 @@ from launch.plan import Plan, plan_videos
 from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.messages import Event, VideoOrder
-from parallel.health.errors import GangError
 from parallel.health.exit_codes import NO_OUTPUT
+from parallel.health.failure import GangError
 from parallel.mesh import Layout, Mesh
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang

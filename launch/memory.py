@@ -20,7 +20,8 @@ from models.errors import InputError
 from models.magi.config import MagiConfig, VaeConfig
 from models.magi.weights import stage_bytes, vae_parameters
 from parallel.cluster.config import video_size
-from parallel.mesh import Layout, stage_layers, stage_sizes
+from parallel.mesh import Layout
+from parallel.split import stage_layers, stage_sizes
 
 _STREAMS = 4  # copies of the hidden states that a layer holds at once: input, normed, attention's, output
 _FRAME_COPIES = 8  # bytes for each value of a chunk's frames: as tiles, blended, in fp32 or bf16, and as uint8

@@ -27,8 +27,9 @@ from models.magi.sampling import COPY_WEIGHT, MagiSampling
 from models.magi.text import SPECIAL, SpecialToken, TextLoading
 from models.magi.weights import Checkpoint
 from parallel.cluster.config import MagiSource
-from parallel.mesh import Layout, stage_sizes
+from parallel.mesh import Layout
 from parallel.ranks.environment import prompt_cache
+from parallel.split import stage_sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -19,6 +20,7 @@ def pytest_configure(config):
     """What the commands keep for the next run (encoded prompts) goes to a folder of this run, and with it."""
     config.cache_home = tempfile.mkdtemp(prefix="flowcache-tests-")
     os.environ["XDG_CACHE_HOME"] = config.cache_home
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the commands would rightly ignore it, and tests send it
 
 
 def pytest_unconfigure(config):

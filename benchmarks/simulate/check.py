@@ -29,7 +29,8 @@ from engine.video import Work, WorkItem
 from models.attention import Attention
 from models.magi.dit import MagiDiT
 from models.protocols import Pass
-from parallel.mesh import Layout, stage_sizes
+from parallel.mesh import Layout
+from parallel.split import stage_sizes
 
 _LAYOUT, _PINGS, _OFF = Layout(pp=2), 50, 0.10
 _NOTES = """\

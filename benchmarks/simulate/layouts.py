@@ -31,7 +31,8 @@ from models.magi.dit import MagiDiT
 from models.magi.sampling import MagiSampling
 from models.protocols import Pass, Sampling
 from parallel.comm.ulysses import local_heads
-from parallel.mesh import Layout, stage_sizes
+from parallel.mesh import Layout
+from parallel.split import stage_sizes
 
 _WIDTH = 2  # bytes of bf16
 _TEXT = 100  # caption tokens that count

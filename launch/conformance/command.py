@@ -15,12 +15,12 @@ from launch.conformance.parts import PARTS
 from launch.generate import join_ranks, needs_ranks, start_ranks
 from launch.options import Options
 from models.errors import InputError
-from parallel.health.errors import GangError
 from parallel.health.exit_codes import BAD_INPUT, FAILED, OK
-from parallel.mesh import stage_range
+from parallel.health.failure import GangError
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang
 from parallel.ranks.worker import StageModel
+from parallel.split import stage_range
 
 
 def check_file(path: Path, *, device: str = "cpu") -> Verdict:

@@ -33,7 +33,7 @@ from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.messages import ChunkMade, Event, VideoDone
 from parallel.health.exit_codes import FAILED
-from parallel.mesh import stage_sizes
+from parallel.split import stage_sizes
 
 Frames = NDArray[np.uint8] | Tensor  # on the CPU
 _SMALL = 256 * 256  # pixels

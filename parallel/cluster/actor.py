@@ -28,8 +28,8 @@ from parallel.cluster.config import RankTask
 from parallel.cluster.connection import connect
 from parallel.comm.meeting import interface_of
 from parallel.comm.sockets import Address
-from parallel.health.errors import Failure, GangError
 from parallel.health.exit_codes import BAD_INPUT
+from parallel.health.failure import Failure, GangError
 from parallel.health.timeouts import LAST_MESSAGES_SECONDS
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang

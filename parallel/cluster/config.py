@@ -28,8 +28,9 @@ from models.protocols import CELL_FRAMES, Pipeline
 from parallel.cluster.scheduler import GangSize, VideoSize
 from parallel.comm.ulysses import local_heads
 from parallel.health.timeouts import HEAD_SECONDS, Timeouts
-from parallel.mesh import Layout, Mesh, stage_range, stage_sizes
+from parallel.mesh import Layout, Mesh
 from parallel.ranks.worker import StageModel
+from parallel.split import stage_range, stage_sizes
 
 if TYPE_CHECKING:  # it imports Ray, which takes a second and which a model that is loaded here does not need
     from parallel.cluster.placement import GangShape

@@ -29,8 +29,8 @@ from parallel.comm.meeting import interface_address
 from parallel.comm.sockets import Address, Stream
 from parallel.comm.store import StoreServer
 from parallel.health import timeouts
-from parallel.health.errors import Failure
 from parallel.health.exit_codes import BAD_INPUT
+from parallel.health.failure import Failure
 from parallel.health.heartbeats import Heartbeats
 from parallel.mesh import Mesh
 from parallel.ranks.environment import RankEnv

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from parallel.health.errors import Failure
+from parallel.health.failure import Failure
 from parallel.health.timeouts import Timeouts
 from parallel.mesh import Mesh
 

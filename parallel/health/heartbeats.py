@@ -14,7 +14,7 @@ from dataclasses import asdict
 
 from torch.distributed import Store
 
-from parallel.health.errors import ErrorStore, Failure
+from parallel.health.failure import ErrorStore, Failure
 from parallel.health.hang_detector import HangDetector, Heartbeat
 from parallel.health.timeouts import Timeouts
 from parallel.mesh import Mesh

@@ -29,8 +29,8 @@ from typing import NoReturn
 from torch.distributed import Store
 
 from engine.machine import this_machine
-from parallel.health.errors import Failure, GangError
 from parallel.health.exit_codes import FAILED
+from parallel.health.failure import Failure, GangError
 from parallel.health.hang_detector import Heartbeat
 from parallel.health.heartbeats import Heartbeats
 from parallel.health.processes import LocalProcess, WakeupPipe

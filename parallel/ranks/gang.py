@@ -22,8 +22,8 @@ from models.protocols import Pipeline
 from parallel.comm.edges import Edges, RankServices
 from parallel.comm.groups import open_groups, pick_device
 from parallel.comm.meeting import connect, interface_of, meet
-from parallel.health.errors import GangError
 from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED
+from parallel.health.failure import GangError
 from parallel.health.monitor import Monitor, is_connection_error
 from parallel.health.timeouts import Timeouts
 from parallel.mesh import Layout, Mesh

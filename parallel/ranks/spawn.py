@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from parallel.comm.store import StoreServer
-from parallel.health.errors import ErrorStore, Failure, GangError
 from parallel.health.exit_codes import FAILED, INTERRUPTED
+from parallel.health.failure import ErrorStore, Failure, GangError
 from parallel.health.timeouts import POLL_SECONDS, RANKS_END_SECONDS
 from parallel.mesh import Layout, Mesh
 from parallel.ranks.environment import RankEnv, child_environment

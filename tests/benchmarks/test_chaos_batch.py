@@ -72,6 +72,7 @@ shutil.rmtree(out / ".checkpoints")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("care", "status"), [("careful", 0), ("careless", 1)])
 def test_a_command_that_reads_damage_without_looking_is_found(tmp_path, capsys, care, status):
     program = (sys.executable, "-c", STAND_IN, care)

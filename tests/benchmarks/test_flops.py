@@ -32,6 +32,7 @@ class TorchCounted(LocalRunner):
         self.flops += counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("budget", [None, 2])
 def test_a_videos_operations_are_those_that_pytorch_counts(guided, budget):

@@ -11,7 +11,8 @@ from benchmarks.runs import make_alone, on_ranks, reuse_for
 from benchmarks.workload import QUICK, Made, ModelSpec, Workload, build, model_config
 from engine.reuse.policy import ReuseSettings
 from parallel.comm.messages import HEADER_BYTES
-from parallel.mesh import Layout, balanced_split, stage_layers
+from parallel.mesh import Layout
+from parallel.split import balanced_split, stage_layers
 from parallel.trace import RankCounters
 
 SPEC = ModelSpec(layers=3, width=192, side=32)

@@ -37,6 +37,9 @@ class Visible(TinyPipeline):
         return rgb.repeat_interleave(4, 0).repeat_interleave(8, 1).repeat_interleave(8, 2)
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def runner():
     return TrialRunner(Visible(tiny_config()))

@@ -202,6 +202,7 @@ def test_a_bad_prompt_of_a_real_process(flowcache: Flowcache, tmp_path: Path) ->
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_threads_that_wait_leave_the_cores_to_others(tmp_path: Path) -> None:
     """OpenMP says how it was set up when torch is loaded; what the user has chosen stays."""
     for given, kept in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")):

@@ -15,6 +15,7 @@ from models.errors import InputError
 
 GOLDENS = Path(__file__).parent.parent / "data" / "goldens"
 CASES = sorted(path for path in GOLDENS.glob("*.safetensors") if not path.stem.startswith("weights"))
+LARGE = {"released_24b_forward", "released_4.5b_forward", "released_gated", "released_plain"}
 
 FORWARD = (
     '{"first_chunk": 2, "context_chunks": 2, "text": ["caption", "caption", "caption"], "key_chunks": [[1, 3], [0, 4], '
@@ -43,7 +44,13 @@ def test_every_kind_of_file_is_there():
     assert {read_golden(path, "cpu").kind for path in CASES} == set(TOLERANCES)
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def slow_if_large(path):
+    """The forwards at released head sizes take seconds each."""
+    marks = [pytest.mark.slow] if path.stem in LARGE else []
+    return pytest.param(path, marks=marks, id=path.stem)
+
+
+@pytest.mark.parametrize("path", map(slow_if_large, CASES))
 def test_golden_passes_and_one_changed_number_fails(path):
     """Every tensor of figures is made again and agrees; with one number changed in any of them the file fails."""
     golden = read_golden(path, "cpu")

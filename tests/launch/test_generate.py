@@ -44,6 +44,7 @@ def test_a_video_is_as_long_as_asked(options: Options) -> None:
     assert os.listdir(options.out.parent) == ["video.mp4"]
 
 
+@pytest.mark.slow
 def test_reuse_leaves_steps_out(options: Options) -> None:
     assert generate_video(replace(options, steps=8, cache="none")).computed == 1
     summary = generate_video(replace(options, steps=8, cache_threshold=1e6, cache_warmup=1))

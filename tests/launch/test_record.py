@@ -80,6 +80,7 @@ def test_a_run_without_reuse_records_distances_too(
     assert json.loads(Path("deep/run/record.json").read_text())["cache_preset"] == "none"
 
 
+@pytest.mark.slow
 def test_a_clip_that_is_gone_on_from_is_in_the_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, random_weights: Path
 ) -> None:

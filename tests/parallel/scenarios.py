@@ -29,13 +29,14 @@ from models.magi.weights import Loading
 from models.protocols import Pass, PassCondition
 from parallel.comm.channel import GroupTransport, Inbox, Link, Outbox
 from parallel.comm.messages import Header, Kind
-from parallel.health.errors import GangError
+from parallel.health.failure import GangError
 from parallel.health.monitor import leave
 from parallel.health.timeouts import Timeouts
-from parallel.mesh import Layout, stage_range
+from parallel.mesh import Layout
 from parallel.ranks import worker
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import open_gang
+from parallel.split import stage_range
 from tests.parallel.small import one_thread, request, small_config, stage_pipeline
 
 

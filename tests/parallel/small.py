@@ -6,8 +6,8 @@ from engine.request import Request
 from models.attention import attention_backend
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
-from parallel.mesh import balanced_split, stage_layers
 from parallel.ranks.worker import StageModel
+from parallel.split import balanced_split, stage_layers
 from tests.engine.tiny import TinyPipeline, tiny_config
 
 

@@ -206,7 +206,7 @@ NONSENSE = (
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(nonsense=st.lists(NONSENSE.map(lambda raw: raw.replace(b"\n", b" ")), max_size=4))
 def test_nonsense_never_stops_the_others(folder: Path, nonsense: list[bytes]) -> None:
     path = folder / "prompts.jsonl"

@@ -10,8 +10,8 @@ from models.errors import InputError
 from parallel.cluster import gang as gang_module
 from parallel.cluster.gang import Gang, GangBroken, GangState
 from parallel.cluster.messages import ChunkMade, GangReady, RankStarted
-from parallel.health.errors import Failure
 from parallel.health.exit_codes import BAD_INPUT
+from parallel.health.failure import Failure
 from tests.parallel.cluster.helpers import settings
 
 CHUNK = ChunkMade(video="a", index=0, frames=np.zeros(1, np.uint8), latents=np.zeros(1, np.float32))

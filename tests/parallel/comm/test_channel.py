@@ -10,7 +10,7 @@ import torch
 
 from parallel.comm.channel import AHEAD, Inbox, Outbox
 from parallel.comm.messages import HEADER_BYTES, Header, Kind
-from parallel.health.errors import GangError
+from parallel.health.failure import GangError
 from tests.parallel.comm.fakes import LocalTransport, local_link
 from tests.parallel.on_ranks import run, start
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from models.errors import InputError
 from parallel.comm.meeting import connect, interface_address, interface_of, meet
 from parallel.comm.store import StoreError, StoreServer, connect_store
-from parallel.health.errors import ErrorStore, Failure
+from parallel.health.failure import ErrorStore, Failure
 from parallel.ranks.environment import RankEnv
 from tests.parallel.strangers import garbage, listening, reaches, told
 from tests.ports import free_ports

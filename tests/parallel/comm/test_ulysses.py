@@ -9,7 +9,7 @@ from models.errors import InputError
 from models.protocols import KVGeometry
 from parallel.comm.messages import HEADER_BYTES
 from parallel.comm.ulysses import TokenSplit, local_heads
-from parallel.health.errors import GangError
+from parallel.health.failure import GangError
 from tests.parallel.on_ranks import run
 from tests.parallel.ranks.test_pipeline import FLOATS, FLOWCACHE, HIDDEN, TOKENS, alone
 

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from parallel.comm.store import StoreServer, connect_store
-from parallel.health.errors import ErrorStore, Failure
+from parallel.health.failure import ErrorStore, Failure
 from parallel.health.hang_detector import Heartbeat
 from parallel.health.heartbeats import Heartbeats
 from parallel.health.timeouts import Timeouts

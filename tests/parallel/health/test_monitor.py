@@ -6,7 +6,7 @@ import time
 import pytest
 
 from parallel.comm.store import StoreServer
-from parallel.health.errors import GangError
+from parallel.health.failure import GangError
 from parallel.health.monitor import Monitor
 from parallel.health.timeouts import Timeouts
 from parallel.mesh import Layout, Mesh

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.health.errors import GangError
+from parallel.health.failure import GangError
 from parallel.mesh import Layout
 from parallel.ranks.environment import RankEnv, child_environment
 from parallel.ranks.spawn import run_ranks
@@ -177,7 +177,7 @@ def test_without_a_launcher_the_rank_that_serves_the_store_is_named(tmp_path, ac
 
 LAUNCHER = """
 import sys
-from parallel.health.errors import GangError
+from parallel.health.failure import GangError
 from parallel.ranks.spawn import run_ranks
 from parallel.mesh import Layout
 from tests.parallel.on_ranks import command

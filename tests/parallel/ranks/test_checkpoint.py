@@ -25,7 +25,7 @@ from engine.checkpoint.files import (
 from engine.files import Damaged
 from models.errors import InputError
 from parallel.comm.messages import HEADER_BYTES
-from parallel.health.errors import GangError
+from parallel.health.failure import GangError
 from tests.parallel.on_ranks import run
 from tests.parallel.ranks.test_pipeline import FLOWCACHE, HIDDEN, TOKENS, alone, close, same
 

@@ -10,7 +10,8 @@ from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.pipeline import load_stage
 from models.magi.weights import Loading
-from parallel.mesh import Layout, Mesh, stage_range
+from parallel.mesh import Layout, Mesh
+from parallel.split import stage_range
 from tests.parallel.on_ranks import run, start
 from tests.parallel.small import SmallPipeline, small_config
 
