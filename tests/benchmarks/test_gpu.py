@@ -98,7 +98,7 @@ def test_it_runs_with_little_installed_and_goes_on_where_it_was_stopped(tmp_path
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert run(folder) == 0 and complete(folder) == third
-    assert " of 14: " in log and " of " not in capsys.readouterr().err
+    assert ": video-teacache, about" in log and "about" not in capsys.readouterr().err
 
 
 def test_what_does_not_fit_into_the_time_is_left_out_and_said(tmp_path, capsys, monkeypatch):
