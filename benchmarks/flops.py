@@ -86,7 +86,7 @@ class CountingRunner(LocalRunner):
             self._config,
             tokens=tokens,
             keys=keys,
-            text=len(self._captions[item.request].get(item.what.caption, item.chunk, item.chunks_left)),
+            text=len(self._captions[item.request].get(item.what.caption, item.chunk, item.chunks_left).text),
             distilled=item.what.condition.distill is not None,
             read_out=bool(item.what.weight),
         )

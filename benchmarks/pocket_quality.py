@@ -30,8 +30,8 @@ from benchmarks.common import Out, Row, Verdict, median
 from benchmarks.workload import MOST_PROMPTS, pocket_requests
 from engine.engine import Engine
 from engine.request import Request
+from models.checkpoint import Loading
 from models.magi.pipeline import load_pipeline
-from models.magi.weights import Loading
 from models.pocket.preset import pocket_config
 from models.pocket.text import COLOURS, MOTIONS, SHAPES, parse_prompt
 

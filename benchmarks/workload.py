@@ -25,12 +25,12 @@ from engine.record import NOT_ACTIVE
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
+from models.checkpoint import Loading
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.pipeline import MagiPipeline, load_stage
 from models.magi.random import random_dit
 from models.magi.sampling import MagiSampling
-from models.magi.weights import Loading
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
 from models.pocket.text import COLOURS, MOTIONS, SHAPES, PocketEncoder, Scene

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from engine.checkpoint.contents import RUN_FILE, Contents, pack_shard, rank_file, unpack_shard
 from engine.checkpoint.files import Shard, must_fit, read_contents, write_async
+from engine.inputs import PassInputs
 from engine.kv.buffer import KVBuffer
 from engine.request import Admission
 from engine.reuse.flags import FlagLog
 from engine.video import Work, WorkItem
 from models.attention import Attention
 from models.errors import InputError
-from models.protocols import CaptionTable, KVGeometry, KVView, VideoModel
+from models.protocols import KVGeometry, KVView, VideoModel
 
 
 class TokenShard(Protocol):
@@ -43,7 +44,7 @@ class TokenShard(Protocol):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Held:
     kv: KVBuffer
-    captions: CaptionTable
+    inputs: PassInputs
     grid: tuple[int, int, int]
     shard: TokenShard | None
     flags: FlagLog
@@ -129,8 +130,9 @@ class Stage:
         kv, flags = KVBuffer(admission.kv, geometry, self._attention), FlagLog(admission.schedule)
         if admission.checkpoint is not None:
             self._restore(Path(admission.checkpoint), kv, flags)
-        captions = admission.captions.to(geometry.device)
-        self._videos[admission.video] = _Held(kv=kv, captions=captions, grid=admission.grid, shard=shard, flags=flags)
+        tokens = slice(None) if shard is None else shard.tokens
+        inputs = PassInputs(self.model, admission, tokens)
+        self._videos[admission.video] = _Held(kv=kv, inputs=inputs, grid=admission.grid, shard=shard, flags=flags)
 
     def release(self, video: int) -> None:
         """Let go of a video's buffers."""
@@ -162,18 +164,17 @@ class Stage:
         held, what = self._videos[item.request], item.what
         asks = item.step is not None  # the next compression asks with the queries of what was denoised last
         view = held.kv.view(None if what.isolated else what.branch, item.chunk, item.keys_from, asks=asks)
-        caption = held.captions.get(what.caption, item.chunk, item.chunks_left)
-        first_frame, tokens = item.chunk * held.grid[0], slice(None)
         if held.shard is not None:
-            view, tokens = held.shard.view(view), held.shard.tokens
-        hidden = self.model.layers(hidden, what.condition, caption, first_frame, held.grid, view, tokens=tokens)
+            view = held.shard.view(view)
+        hidden = self.model.layers(hidden, *held.inputs.of(item), view)
         self.finite.look(item, hidden)
         return hidden
 
     @torch.no_grad()
     def velocity(self, item: WorkItem, hidden: Tensor) -> Tensor:
         """Velocity [1, C, T, h, w] fp32 of an item's last hidden states; where the last layer is held."""
-        velocity = self.model.velocity(hidden, self._videos[item.request].grid).contiguous()
+        grid = self._videos[item.request].grid
+        velocity = self.model.velocity(hidden, grid, item.what.condition).contiguous()
         self.finite.look(item, velocity)
         return velocity
 

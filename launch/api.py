@@ -77,7 +77,7 @@ class VideoEngine:
     def __init__(self, options: Options) -> None:
         self._options, self._began, self._busy = options, time.monotonic(), False
         with ExitStack() as stack:
-            self._backend = _open(options, stack)
+            self._backend = opened(options, stack)
             self._stack = stack.pop_all()
 
     def generate(self, prompt: str, **video: Any) -> Iterator[Chunk]:
@@ -141,8 +141,11 @@ class VideoEngine:
             self._busy = False
 
 
-def _open(options: Options, stack: ExitStack) -> Backend:
-    """The backend that the options ask for; on a rank that does not lead, serve and end the process."""
+def opened(options: Options, stack: ExitStack) -> Backend:
+    """The backend that the options ask for; on a rank that does not lead, serve and end the process.
+
+    It closes with the stack.
+    """
     model, concurrency = plan_model(options), together(options, sys.maxsize)
     if layout_of(options).world_size == 1:
         return stack.enter_context(this_process(model, concurrency))

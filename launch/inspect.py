@@ -18,13 +18,14 @@ from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from launch.memory import Job
 from launch.options import size_text
+from models.checkpoint import Stored, read_through
 from models.errors import InputError
 from models.magi.config import MagiConfig, VaeConfig
 from models.magi.folder import ModelFiles, dit_folder, find_files, recognise
 from models.magi.presets import PRESETS, Preset, preset_of
 from models.magi.random import vae_config
 from models.magi.text import T5_FOLDER, SpecialTokens, check_t5
-from models.magi.weights import Checkpoint, Stored, read_through
+from models.magi.weights import Checkpoint
 from parallel.mesh import Layout
 
 _BLOCK = 1 << 24  # bytes that are hashed at once
@@ -156,7 +157,7 @@ def _print_memory(console: Console, config: MagiConfig, vae: VaeConfig, wanted: 
             if (pp, cp) == (1, 1):
                 raise
             continue
-        table.add_row(f"{pp} x {cp}", *map(size_text, (most.weights, most.kv, most.work, most.total)))
+        table.add_row(f"{pp} x {cp}", *map(size_text, (most.weights, most.kv + most.texts, most.work, most.total)))
     console.print(table, highlight=False)
     if config.runtime_config.t5_pretrained is not None:
         console.print(f"T5 encodes on {runtime.t5_device!r} before that, and is let go.", highlight=False)

@@ -35,12 +35,13 @@ class Needs:
 
     weights: int  # of its layers, and on the leader of the autoencoder
     kv: int  # of all videos that are made at a time
+    texts: int  # likewise, keys and values of the longest texts
     work: int  # what passes through a layer, or through the autoencoder
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.kv + self.work
+        return self.weights + self.kv + self.texts + self.work
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,8 +68,12 @@ class Job:
         weights = [stage_bytes(self.config, stage_layers(sizes, stage)) for stage in range(len(sizes))]
         kv = self.videos * size.kv_bytes
         vae = vae_parameters(self.vae) * (4 if model.dtype.itemsize == 4 else 2)  # it is fp32 beside an fp32 model
-        leader = Needs(weights=weights[0] + vae, kv=kv, work=max(hidden, _FRAME_COPIES * frames))
-        return [leader, *(Needs(weights=of_stage, kv=kv, work=hidden) for of_stage in weights[1:])]
+        token = 2 * model.num_query_groups * model.kv_channels * model.dtype.itemsize
+        rows = self.videos * (runtime.window_size + 2) * model.caption_max_length  # of the texts in `PassInputs`
+        stages = [Needs(weights=of_stage, kv=kv, texts=rows * token * count, work=hidden)
+                  for of_stage, count in zip(weights, sizes, strict=True)]  # fmt: skip
+        work = max(hidden, _FRAME_COPIES * frames)
+        return [replace(stages[0], weights=weights[0] + vae, work=work), *stages[1:]]
 
     def total(self, *, shared: bool) -> int:
         """Bytes on the rank that needs most, or of all ranks together if they share one memory."""

@@ -19,8 +19,9 @@ from engine.request import Request
 from launch.memory import Job
 from launch.model import ModelPlan, layout_of, plan_model
 from launch.options import Options, ray_address, together
+from models.config import read_json
 from models.errors import InputError
-from models.magi.config import MagiConfig, read_json
+from models.magi.config import MagiConfig
 from models.pocket.text import parse_prompt
 from parallel.cluster.config import video_size
 from parallel.cluster.messages import VideoOrder

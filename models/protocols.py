@@ -7,8 +7,9 @@ particular.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,9 +28,11 @@ CaptionKind = Literal["text", "null"]
 class PassCondition:
     """What the model is told of a pass besides latents and text."""
 
-    t: float  # time of the chunk, 0 noise and 1 clean
-    distill: float | None  # step-size constant of a distilled model, None for a base model
-    drop: bool  # the captionless condition
+    times: tuple[float, ...]
+    """Of the chunk, in the family's own units: one for all of it, or one for each of its latent frames."""
+    distill: float | None = None  # step-size constant of a distilled model, None for a base model
+    drop: bool = False  # the captionless condition
+    fps: int | None = None  # frames per second, for models that are told; None for what they were trained with
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +62,21 @@ class KVGeometry:
     device: torch.device
 
 
+class Caption(NamedTuple):
+    """What a chunk sees of text, and of an image."""
+
+    text: Tensor  # [N, channels]
+    image: Tensor | None = None  # [P, image channels]
+
+
+TextKV = Mapping[int, tuple[Tensor, ...]]
+"""Keys and values [1, N, G, d] of a text, and then those of an image, by layer."""
+Modulation = Mapping[int, tuple[Tensor, ...]]
+"""What a condition does to a pass, by layer."""
+Positions = tuple[Tensor, ...]
+"""What tells the tokens of a chunk apart."""
+
+
 class KVView(Protocol):
     """What one chunk's tokens attend to, in every layer."""
 
@@ -80,9 +98,20 @@ class CaptionTable:
     counters: Tensor | None = None
     """[K, P, channels]: P rows in front of the text, by how many chunks come after this one; K - 1 stands for more."""
     max_length: int | None = None  # most tokens of a text with those rows; its last ones fall off
+    image: Tensor | None = None  # [P, image channels], what every chunk sees of an image
 
-    def get(self, kind: CaptionKind, chunk: int, chunks_left: int) -> Tensor:
-        """Caption tokens [N, channels] for a chunk, with that many chunks of the video still to come after it."""
+    def first_like(self, kind: CaptionKind, chunk: int, chunks_left: int) -> tuple[CaptionKind, int, int]:
+        """One choice of arguments for `get` out of all that give the same tokens."""
+        if kind == "null":
+            return kind, 0, 0
+        first = max((first for first, _ in self.later if first <= chunk), default=0)
+        return kind, first, 0 if self.counters is None else min(chunks_left, len(self.counters) - 1)
+
+    def get(self, kind: CaptionKind, chunk: int, chunks_left: int) -> Caption:
+        """What a chunk sees, with that many chunks of the video still to come after it."""
+        return Caption(self._text(kind, chunk, chunks_left), self.image)
+
+    def _text(self, kind: CaptionKind, chunk: int, chunks_left: int) -> Tensor:
         if kind == "null":
             return self.null
         text = next((text for first, text in reversed(self.later) if chunk >= first), self.text)
@@ -94,8 +123,10 @@ class CaptionTable:
     def to(self, device: torch.device) -> CaptionTable:
         """The same on a device."""
         counters = None if self.counters is None else self.counters.to(device)
+        image = None if self.image is None else self.image.to(device)
         later = tuple((first, text.to(device)) for first, text in self.later)
-        return replace(self, text=self.text.to(device), later=later, null=self.null.to(device), counters=counters)
+        text, null = self.text.to(device), self.null.to(device)
+        return replace(self, text=text, later=later, null=null, counters=counters, image=image)
 
 
 class Sampling(Protocol):
@@ -165,21 +196,22 @@ class VideoModel(Protocol):
     def patches(self, x: Tensor) -> Tensor:
         """Patch embedding [1, S, D] of a latent [1, C, T, h, w]."""
 
-    def layers(
-        self,
-        hidden: Tensor,
-        condition: PassCondition,
-        caption: Tensor,
-        first_frame: int,
-        grid: tuple[int, int, int],
-        view: KVView,
-        tokens: slice = slice(None),
-    ) -> Tensor:
-        """Run the layers that are held over one chunk's tokens. `grid`: latent (T, h, w). `tokens`: which of the
-        chunk's tokens `hidden` is; all by default."""
+    def text(self, caption: Caption) -> TextKV:
+        """Keys and values of a caption, for cross-attention in the layers that are held."""
 
-    def velocity(self, hidden: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """Velocity [1, C, T, h, w] fp32 of the last hidden states."""
+    def modulation(self, condition: PassCondition) -> Modulation:
+        """What a condition does to a pass in the layers that are held."""
+
+    def positions(self, first_frame: int, grid: tuple[int, int, int], tokens: slice = slice(None)) -> Positions:
+        """What tells a chunk's tokens apart. `grid`: latent (T, h, w); `tokens`: which of them; all by default."""
+
+    def layers(
+        self, hidden: Tensor, modulation: Modulation, text: TextKV, positions: Positions, view: KVView
+    ) -> Tensor:
+        """Run the layers that are held over a chunk's tokens [1, S, D], which `positions` are of."""
+
+    def velocity(self, hidden: Tensor, grid: tuple[int, int, int], condition: PassCondition) -> Tensor:
+        """Velocity [1, C, T, h, w] fp32 of the last hidden states [1, S, D] of a whole chunk."""
 
 
 class Autoencoder(Protocol):

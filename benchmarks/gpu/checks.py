@@ -23,17 +23,19 @@ _SMALL = 130_000  # bytes of a golden file that is quick on a CPU
 
 def conformance(bench: Bench) -> Iterator[Row]:
     """Figures of every golden file, made again on the device."""
-    files = [path for path in sorted(_GOLDENS.glob("*.safetensors")) if not path.name.startswith("weights")]
-    for path in files:
-        if bench.preset == TINY and path.stat().st_size > _SMALL:
+    found = sorted(_GOLDENS.glob("*.safetensors") if bench.preset == TINY else _GOLDENS.rglob("*.safetensors"))
+    for path in found:
+        if path.name.startswith("weights") or (bench.preset == TINY and path.stat().st_size > _SMALL):
             continue
-        row: Row = {"file": path.stem}
+        row: Row = {"file": str(path.relative_to(_GOLDENS).with_suffix(""))}
         began = time.monotonic()
         try:
             verdict = check_file(path, device=bench.device.type)
             row |= {"passed": verdict.passed, "error": verdict.error, "allowed": verdict.tolerance}
             row["problem"] = "" if verdict.passed else verdict.detail
-        except (InputError, RuntimeError) as error:
+        except InputError as error:  # of a kind that is not known
+            row |= {"passed": None, "problem": problem(InputError(str(error).removeprefix(f"{path} ")))}
+        except RuntimeError as error:
             row |= {"passed": False, "problem": problem(error)}
         yield row | {"seconds": time.monotonic() - began}
 

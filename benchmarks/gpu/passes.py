@@ -17,7 +17,7 @@ from engine.kv.buffer import LayerKV, SliceView
 from models.magi.dit import MagiDiT
 from models.magi.random import random_dit
 from models.magi.weights import Loading
-from models.protocols import PassCondition
+from models.protocols import Caption, PassCondition
 
 CONTEXTS = (1, 2, 3, 4, 5)
 """Chunks attended to, its own included."""
@@ -122,13 +122,15 @@ def _pass(bench: Bench, dit: MagiDiT, chunks: int) -> Callable[[], object]:
     shapes, tokens = bench.shapes, bench.tokens
     rows, heads, size = chunks * tokens, shapes.num_query_groups, shapes.kv_channels
     hidden = bench.random(1, tokens, shapes.hidden_size)
-    caption = bench.random(_TEXT, shapes.caption_channels, dtype=torch.float32)
-    condition = PassCondition(t=0.5, distill=8.0 if bench.distilled else None, drop=False)
+    caption = Caption(bench.random(_TEXT, shapes.caption_channels, dtype=torch.float32))
+    condition = PassCondition(times=(0.5,), distill=8.0 if bench.distilled else None)
+    told = dit.modulation(condition), dit.text(caption)
+    positions = dit.positions(bench.grid[0] * chunks, bench.grid)
     held = {number: LayerKV(bench.random(2, rows, heads, size)) for number in dit.held}
     view = SliceView(held, slice(rows - tokens, rows), slice(0, rows), dit.attention, asks=False)
 
     def run() -> object:
         with torch.no_grad():
-            return dit.layers(hidden, condition, caption, bench.grid[0] * chunks, bench.grid, view)
+            return dit.layers(hidden, *told, positions, view)
 
     return run

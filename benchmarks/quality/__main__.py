@@ -41,8 +41,8 @@ from engine.request import Request
 from engine.reuse.policy import KINDS, ReuseSettings
 from launch.model import POCKET_FIGURES, reuse_preset
 from launch.options import CacheName
+from models.checkpoint import Loading
 from models.magi.pipeline import MagiPipeline, load_pipeline
-from models.magi.weights import Loading
 from models.pocket.preset import pocket_config
 
 METHODS = ("flowcache", "teacache")

@@ -21,8 +21,9 @@ from pydantic import Field
 from torch import Tensor
 
 from launch.conformance.golden import Golden
+from models.config import checked
 from models.errors import InputError
-from models.magi.config import MagiConfig, checked
+from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.weights import dit_dtype
 
@@ -86,10 +87,10 @@ class _Forward:
         condition = model.embed_condition(what.times[index].reshape(1, 1), distill=self.distill, null=self.drop)
         caption = what.texts[index]
         text = model.embed_text((model.null_text() if caption is None else caption.float())[None])
-        hidden = [model.patches(x)]
+        hidden, gates, text_kv = [model.patches(x)], model.gates(condition), model.text_kv(text)
         for name, layer in model.videodit_blocks.layers.items():
-            view = _View(self, range(start, end))
-            hidden.append(layer(hidden[-1], condition, text, rope, view, int(name), self.attention))
+            view, number = _View(self, range(start, end)), int(name)
+            hidden.append(layer(hidden[-1], gates[number], text_kv[number], rope, view, number, self.attention))
         velocity = model.velocity(hidden[-1], grid)
         return _Made(hidden=[part[0] for part in hidden], condition=condition[0], texts=[text[0]], velocity=velocity)
 

@@ -20,11 +20,13 @@ from engine.reuse.policy import Decision, Observation, ReuseSettings, change_nor
 from engine.schedule import Schedule, Tick
 from engine.video import given_noise
 from launch.conformance.golden import Golden
+from models.checkpoint import Loading
+from models.config import checked
 from models.errors import InputError
-from models.magi.config import MagiConfig, checked
+from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.pipeline import MagiPipeline
-from models.magi.weights import Checkpoint, Loading
+from models.magi.weights import Checkpoint
 from models.protocols import CELL_PIXELS, CaptionTable
 from parallel.ranks.gang import Gang
 

@@ -15,8 +15,10 @@ from torch import Tensor
 from engine.kv.selection import Granularity, SelectionSettings, select
 from launch.conformance.forward import make_forward, make_released_forward
 from launch.conformance.golden import Golden
+from launch.conformance.wan_forward import make_wan_forward
+from models.config import checked
 from models.errors import InputError
-from models.magi.config import VaeConfig, checked
+from models.magi.config import VaeConfig
 from models.magi.layers import Fp8Linear
 from models.magi.vae import ViTVAE
 
@@ -99,5 +101,7 @@ PARTS: dict[str, Callable[[Golden], Iterable[tuple[str, Tensor]]]] = {
     "fp8_linear": make_fp8_linear,
     "forward": make_forward,
     "released_forward": make_released_forward,
+    "wan_forward": make_wan_forward,
+    "wan_forward_bf16": make_wan_forward,
 }
 """By kind of file."""

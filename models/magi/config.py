@@ -7,19 +7,15 @@ error too, and not a crash or a hang later. What the numbers mean is said where 
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
-from models.errors import InputError
+from models.config import STRICT, checked, read_json
 from models.protocols import CELL_FRAMES, CELL_PIXELS, KVGeometry
-
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 _Count = Annotated[int, Field(ge=1, le=1_000)]
 _Width = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -28,11 +24,10 @@ _Chunks = Annotated[int, Field(ge=1, le=1_000_000)]
 _Pixels = Annotated[int, Field(ge=16, le=16_384)]
 _Patch = Annotated[int, Field(ge=1, le=64)]
 _Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
-_Checked = TypeVar("_Checked")
 _DTYPES = {"torch.bfloat16": torch.bfloat16, "torch.float16": torch.float16, "torch.float32": torch.float32}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class ModelConfig:
     """Shapes of the DiT (`model_config`)."""
 
@@ -103,7 +98,7 @@ class ModelConfig:
         return self.in_channels // 2 if self.half_channel_vae else self.in_channels
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class RuntimeConfig:
     """Sampling settings (`runtime_config`)."""
 
@@ -140,7 +135,7 @@ class RuntimeConfig:
         return self
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class EngineConfig:
     """Settings of the released runtime (`engine_config`). This engine reads `distill`, `fp8_quant`, `shortcut_mode`
     and `distill_nearly_clean_chunk_threshold`; what changes no numbers, the layout over GPUs, the backend and its
@@ -160,7 +155,7 @@ class EngineConfig:
     enable_cuda_graph: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class MagiConfig:
     """A whole configuration file."""
 
@@ -195,7 +190,7 @@ class MagiConfig:
         return TypeAdapter(MagiConfig).dump_python(self, mode="json")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class VaeConfig:
     """The `ddconfig` object of the autoencoder's config.json (specification 1.1)."""
 
@@ -251,38 +246,3 @@ class VaeConfig:
         pixels = self.patch_length * self.patch_size**2
         width = 4 * pixels if self.use_final_proj else self.embed_dim
         return self.patch_length, self.patch_size, self.patch_size, width // pixels
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a file that holds one JSON object; `what` names it in errors.
-
-    Raises:
-        InputError: the file cannot be read, or holds something else.
-    """
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"cannot read {what} {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} must be a JSON object")
-    return values
-
-
-def checked(kind: type[_Checked], values: dict[str, Any], *, source: str) -> _Checked:
-    """A pydantic dataclass of decoded values.
-
-    Raises:
-        InputError: the first value that does not fit, as `source: field: problem`.
-    """
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        found = error.errors()
-    first = found[0]
-    where = ".".join(str(part) for part in first["loc"])
-    said = re.sub(r"^Value error, | or an instance of \w+", "", first["msg"])
-    what = {"missing": "key is missing", "unexpected_keyword_argument": "unknown key"}.get(first["type"], said)
-    more = f" (and {len(found) - 1} more problems)" if len(found) > 1 else ""
-    raise InputError(f"{source}: {where}: {what}{more}" if where else f"{source}: {what}{more}")

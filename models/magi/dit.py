@@ -11,13 +11,16 @@ H query heads, G key heads, d head size, N text tokens, n rotary bands.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import Attention, attention_backend
+from models.linear import linear_fp32
 from models.magi.config import ModelConfig
 from models.magi.layers import (
     Fp8Linear,
@@ -25,10 +28,9 @@ from models.magi.layers import (
     LayerNorm1p,
     RotaryBands,
     apply_rotary,
-    linear_fp32,
     product_in_fp32,
 )
-from models.protocols import KVGeometry, KVView, PassCondition
+from models.protocols import Caption, KVGeometry, KVView, Modulation, PassCondition, Positions, TextKV
 
 NULL_TEXT_ROWS = 50
 """How many rows of the learned null caption stand for "no text" (specification 2.4)."""
@@ -66,8 +68,14 @@ class _Attention(nn.Module):
         self.q_layernorm_xattn = LayerNorm1p(d, eps)
         self.k_layernorm_xattn = LayerNorm1p(d, eps)
 
+    def text(self, text_BND: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, N, G, d] of embedded caption tokens."""
+        # Rows of the projection are [K_g, V_g] per key head, not a half of keys and a half of values.
+        k, v = self.linear_kv_xattn(text_BND).unflatten(-1, (self.groups, 2 * self.head_size)).chunk(2, dim=-1)
+        return self.k_layernorm_xattn(k).to(v.dtype), v
+
     def forward(
-        self, h_BSD: Tensor, text_BND: Tensor, rope: Tensor, view: KVView, layer: int, cross: Attention
+        self, h_BSD: Tensor, text: tuple[Tensor, ...], rope: Tensor, view: KVView, layer: int, cross: Attention
     ) -> Tensor:
         z = self.linear_qkv.layer_norm(h_BSD)
         # Keys and values first: a view that sends them elsewhere works while the queries are projected.
@@ -75,18 +83,11 @@ class _Attention(nn.Module):
         view.store(layer, k.to(z.dtype), self._heads(self.linear_qkv.v(z)))
         q = apply_rotary(self.q_layernorm(self._heads(self.linear_qkv.q(z))).float(), rope).to(z.dtype)
         attended = view.attend(layer, q)
-        seen = self._cross(z, text_BND, cross)
+        seen = cross(self.q_layernorm_xattn(self._heads(self.linear_qkv.qx(z))).to(z.dtype), *text)
         return self._project(attended.flatten(2), seen.flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_size))
-
-    def _cross(self, z: Tensor, text_BND: Tensor, cross: Attention) -> Tensor:
-        qx = self.q_layernorm_xattn(self._heads(self.linear_qkv.qx(z))).to(z.dtype)
-        # Rows of the projection are [K_g, V_g] per key head, not a half of keys and a half of values.
-        kv = self.linear_kv_xattn(text_BND).unflatten(-1, (self.groups, 2 * self.head_size))
-        k, v = kv.chunk(2, dim=-1)
-        return cross(qx, self.k_layernorm_xattn(k).to(z.dtype), v)
 
     def _project(self, attended: Tensor, seen: Tensor) -> Tensor:
         """Interleave the two results in groups, as the released layout has it, and project: fp32 by default (6)."""
@@ -116,17 +117,16 @@ class _Mlp(nn.Module):
 
 
 class _Modulation(nn.Module):
-    """`ada_modulate_layer`: two gates per chunk from its condition, soft-capped by tanh."""
+    """`ada_modulate_layer`: two gates per chunk from its condition, soft-capped by tanh, of attention and MLP."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = int(2 * config.hidden_size * config.cond_gating_ratio)
         self.proj = nn.Sequential(nn.Linear(config.cond_size, width))
 
-    def forward(self, cond_BRC: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, cond_BRC: Tensor) -> tuple[Tensor, ...]:
         gates = torch.tanh(self.proj(F.silu(cond_BRC)).float()).to(cond_BRC.dtype)
-        attention, mlp = gates.chunk(2, dim=-1)
-        return attention, mlp
+        return gates.float().chunk(2, dim=-1)
 
 
 class TransformerLayer(nn.Module):
@@ -147,8 +147,8 @@ class TransformerLayer(nn.Module):
     def forward(
         self,
         h_BSD: Tensor,
-        cond_BRC: Tensor,
-        text_BND: Tensor,
+        gates_BRD: tuple[Tensor, ...],
+        text: tuple[Tensor, ...],
         rope: Tensor,
         view: KVView,
         layer: int,
@@ -156,19 +156,19 @@ class TransformerLayer(nn.Module):
     ) -> Tensor:
         """Run the layer on hidden states, with one condition per chunk; S must be R equal chunks.
 
-        `text_BND` are embedded caption tokens, only those that count; `rope` is `RotaryBands.table` for the S tokens;
+        `gates_BRD` and `text` are as of `MagiDiT.gates` and `text_kv`; `rope` is `RotaryBands.table` for the S tokens;
         `view` is what to attend to, asked with the layer's absolute number; `cross` is the attention for the text.
         """
-        gate_attention, gate_mlp = self.ada_modulate_layer(cond_BRC)
-        attended = self.self_attention(h_BSD, text_BND, rope, view, layer, cross)
+        gate_attention, gate_mlp = gates_BRD
+        attended = self.self_attention(h_BSD, text, rope, view, layer, cross)
         h_BSD = self._add(h_BSD, attended, gate_attention, self.self_attn_post_norm)
         return self._add(h_BSD, self.mlp(h_BSD), gate_mlp, self.mlp_post_norm)
 
     @staticmethod
     def _add(h_BSD: Tensor, update: Tensor, gate_BRD: Tensor, norm: LayerNorm1p) -> Tensor:
         chunks = gate_BRD.shape[1]
-        gated = update.float().unflatten(1, (chunks, -1)) * gate_BRD.float()[:, :, None]
-        return (norm(gated.flatten(1, 2)).float() + h_BSD.float()).to(h_BSD.dtype)
+        gated = update.unflatten(1, (chunks, -1)) * gate_BRD[:, :, None]  # in fp32, which the gate is
+        return (norm(gated.flatten(1, 2)).float() + h_BSD).to(h_BSD.dtype)
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -321,41 +321,53 @@ class MagiDiT(nn.Module):
         """Caption tokens that count, [B, N, caption channels] -> [B, N, D] (6.1, step 6)."""
         return F.silu(linear_fp32(self.y_embedder.y_proj_xattn[0], y)).to(self.config.dtype)
 
+    def text(self, caption: Caption) -> TextKV:
+        """Keys and values of caption tokens [N, caption channels]; as `VideoModel.text`."""
+        return self.text_kv(self.embed_text(caption.text[None]))
+
+    def text_kv(self, text_BND: Tensor) -> TextKV:
+        """Keys and values of embedded caption tokens, only those that count, in the layers that are held."""
+        return {number: layer.self_attention.text(text_BND) for number, layer in self._layers()}
+
+    def modulation(self, condition: PassCondition) -> Modulation:
+        """Gates of a pass; as `VideoModel.modulation`."""
+        t = torch.full((1, 1), condition.times[0], dtype=torch.float32, device=self.device)
+        return self.gates(self.embed_condition(t, distill=condition.distill, null=condition.drop))
+
+    def gates(self, cond_BRC: Tensor) -> Modulation:
+        """Gates [B, R, D] fp32 of attention and MLP in the layers that are held, of chunks with these conditions."""
+        return {number: layer.ada_modulate_layer(cond_BRC) for number, layer in self._layers()}
+
+    def positions(self, first_frame: int, grid: tuple[int, int, int], tokens: slice = slice(None)) -> Positions:
+        """Rotary table [2, S, 3n] of a chunk's tokens; as `VideoModel.positions`."""
+        time = first_frame + torch.arange(grid[0], dtype=torch.float32, device=self.device)
+        return (self.rope.table(time, self.token_grid(grid)[1:])[:, tokens],)
+
     def layers(
         self,
         hidden: Tensor,
-        condition: PassCondition,
-        caption: Tensor,
-        first_frame: int,
-        grid: tuple[int, int, int],
-        view: KVView,
-        tokens: slice = slice(None),
-    ) -> Tensor:
-        """Run the layers that are held over one chunk's tokens; as `VideoModel.layers`."""
-        t = torch.full((1, 1), condition.t, dtype=torch.float32, device=self.device)
-        embedded = self.embed_condition(t, distill=condition.distill, null=condition.drop)
-        text = self.embed_text(caption[None])
-        time = first_frame + torch.arange(grid[0], dtype=torch.float32, device=self.device)
-        rope = self.rope.table(time, self.token_grid(grid)[1:])[:, tokens]
-        return self.run_layers(hidden, embedded, text, rope, view)
-
-    def run_layers(
-        self,
-        h_BSD: Tensor,
-        cond_BRC: Tensor,
-        text_BND: Tensor,
-        rope: Tensor,
+        modulation: Modulation,
+        text: TextKV,
+        positions: Positions,
         view: KVView,
         *,
         cross: Attention | None = None,
     ) -> Tensor:
-        """Run the layers that are held; arguments as in `TransformerLayer.forward`."""
-        for name, layer in self.videodit_blocks.layers.items():
-            h_BSD = layer(h_BSD, cond_BRC, text_BND, rope, view, int(name), cross or self.attention)
-        return h_BSD
+        """Run the layers that are held; as `VideoModel.layers`, or in training with an attention for the text."""
+        attention = cross or self.attention
+        for number, layer in self._layers():
+            hidden = layer(hidden, modulation[number], text[number], positions[0], view, number, attention)
+        return hidden
 
-    def velocity(self, h_BSD: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """Velocity [B, channels, T, h, w] fp32 of the last hidden states (6.4). `grid` is of the latent, (T, h, w)."""
+    def _layers(self) -> Iterator[tuple[int, TransformerLayer]]:
+        for name, layer in self.videodit_blocks.layers.items():
+            yield int(name), cast(TransformerLayer, layer)
+
+    def velocity(self, h_BSD: Tensor, grid: tuple[int, int, int], condition: PassCondition | None = None) -> Tensor:
+        """Velocity [B, channels, T, h, w] fp32 of the last hidden states (6.4), which the condition has no part in.
+
+        `grid` is of the latent, (T, h, w).
+        """
         normed = self.videodit_blocks.final_layernorm(h_BSD.float())
         x = linear_fp32(self.final_linear["linear"], normed)
         (frames, height, width), p = self.token_grid(grid), self.config.patch_size

@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from models.checkpoint import INDEX, SINGLE, Stored
+from models.config import read_json
 from models.errors import InputError
-from models.magi.config import MagiConfig, read_json
+from models.magi.config import MagiConfig
 from models.magi.presets import POCKET, find_preset, released_config
 from models.magi.text import T5_FOLDER
-from models.magi.weights import INDEX, SINGLE, Checkpoint, Stored
+from models.magi.weights import Checkpoint
 
 SPECIAL_TOKENS = "special_tokens.npz"
 _INNER = ("inference_weight", "inference_weight.distill", "inference_weight.fp8.distill", "inference_weight.fp8")

@@ -86,12 +86,6 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
 
-def linear_fp32(layer: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer in fp32, whatever its parameters are stored in (6.1)."""
-    assert isinstance(layer, nn.Linear)
-    return F.linear(x.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())
-
-
 def product_in_fp32(x: Tensor, weight: Tensor) -> Tensor:
     """x [.., n] times the transpose of weight [m, n], in fp32. On a GPU bf16 operands are not cast: their products are
     exact and added up in fp32 all the same, 16 times as fast (docs/performance.md)."""

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 from models.attention import Attention
+from models.checkpoint import Loading
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.folder import dit_folder, find_files
 from models.magi.sampling import COPY_WEIGHT, MagiSampling
 from models.magi.text import SpecialTokens, T5Encoder, TextEncoder, TextLoading
 from models.magi.vae import TiledVAE
-from models.magi.weights import Checkpoint, Loading
+from models.magi.weights import Checkpoint
 from models.pocket.text import PocketEncoder
 from models.protocols import Autoencoder, CaptionTable
 

@@ -14,12 +14,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from models.checkpoint import Loading
 from models.magi.config import MagiConfig, VaeConfig
 from models.magi.dit import MagiDiT
 from models.magi.pipeline import MagiPipeline
 from models.magi.sampling import COPY_WEIGHT
 from models.magi.vae import TiledVAE, ViTVAE
-from models.magi.weights import Checkpoint, Loading, empty_dit
+from models.magi.weights import Checkpoint, empty_dit
 from models.pocket.text import PocketEncoder
 
 _Network = TypeVar("_Network", bound=nn.Module)

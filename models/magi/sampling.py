@@ -163,5 +163,5 @@ def _pass(
     branch: int = 0,
     isolated: bool = False,
 ) -> Pass:
-    condition = PassCondition(t=t, distill=distill, drop=drop)
+    condition = PassCondition(times=(t,), distill=distill, drop=drop)
     return Pass(name=name, caption=caption, branch=branch, isolated=isolated, weight=weight, condition=condition)

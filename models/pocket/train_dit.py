@@ -148,7 +148,7 @@ def window_velocity(
         return torch.cat([seen_null, _explicit(q[:, boundary:], k[:, rows:], v[:, rows:])], dim=1)
 
     rope = dit.rope.table(torch.arange(grid[0], dtype=torch.float32), dit.token_grid(grid)[1:])
-    out = dit.run_layers(hidden, condition, text, rope, _WindowView(r), cross=cross)
+    out = dit.layers(hidden, dit.gates(condition), dit.text_kv(text), (rope,), _WindowView(r), cross=cross)
     velocity = dit.velocity(out, grid)
     return velocity.unflatten(2, (r, CHUNK_FRAMES)).transpose(1, 2)
 

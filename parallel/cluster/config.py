@@ -18,12 +18,12 @@ from engine.kv.layout import KVSettings, plan_kv
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
+from models.checkpoint import Loading
 from models.magi.config import MagiConfig
 from models.magi.pipeline import load_pipeline, load_stage
 from models.magi.random import random_dit, random_pipeline
 from models.magi.sampling import COPY_WEIGHT, MagiSampling
 from models.magi.text import TextLoading
-from models.magi.weights import Loading
 from models.protocols import CELL_FRAMES, Pipeline
 from parallel.cluster.scheduler import GangSize, VideoSize
 from parallel.comm.ulysses import local_heads

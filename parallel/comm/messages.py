@@ -42,6 +42,7 @@ _FIXED = struct.Struct("<4sBBHQihHH8s16sI5I")
 _CONTENT_BYTES = HEADER_BYTES - _PROOF_BYTES
 _DIMENSIONS = 5
 _PLAIN = ("video", "schedule", "kv", "grid", "checkpoint")  # fields of an admission without tensors
+_OPTIONAL = ("counters", "image")  # tensors of the captions that may be absent
 _LATER = "later-"  # in front of the chunk that is the first to see a text
 T = TypeVar("T")
 
@@ -153,8 +154,7 @@ def pack_admit(admission: Admission) -> Tensor:
     form = _AdmissionForm(**{name: getattr(admission, name) for name in _PLAIN}, max_length=captions.max_length)
     tensors = {"form": _as_payload(to_plain(form)), "text": captions.text, "null": captions.null}
     tensors |= {f"{_LATER}{first}": text for first, text in captions.later}
-    if captions.counters is not None:
-        tensors["counters"] = captions.counters
+    tensors |= {name: part for name in _OPTIONAL if (part := getattr(captions, name)) is not None}
     return _as_payload(save({name: part.cpu().contiguous() for name, part in tensors.items()}))
 
 

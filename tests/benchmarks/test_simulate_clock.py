@@ -38,7 +38,7 @@ class OnePass:
         return False
 
     def _passes(self, name, weight):
-        condition = PassCondition(t=0.0, distill=None, drop=False)
+        condition = PassCondition(times=(0.0,))
         one = Pass(name=name, caption="text", branch=0, isolated=False, weight=weight, condition=condition)
         return (one,)
 

@@ -240,7 +240,7 @@ def test_answers_of_a_device_are_read_once_it_has_passed_them():
             return self.passed
 
     check = FiniteCheck(Event)
-    condition = PassCondition(t=0.0, distill=None, drop=False)
+    condition = PassCondition(times=(0.0,))
     what = Pass(name="denoise", caption="text", branch=0, isolated=False, weight=1.0, condition=condition)
     same = {"chunk": 0, "step": 0, "chunks_left": 0, "what": what, "keys_from": None, "before": ()}
     items = [WorkItem(request=video, tick=tick, **same) for tick in range(3) for video in (4, 5)]

@@ -10,11 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from launch.conformance.command import check_file, remake
-from launch.conformance.golden import TOLERANCES, compare, read_golden, relative_error
+from launch.conformance.golden import TOLERANCES, compare, identical, read_golden, relative_error
 from models.errors import InputError
 
 GOLDENS = Path(__file__).parent.parent / "data" / "goldens"
-CASES = sorted(path for path in GOLDENS.glob("*.safetensors") if not path.stem.startswith("weights"))
+FILES = [*GOLDENS.glob("*.safetensors"), *GOLDENS.glob("skyreels/forward_*.safetensors")]
+CASES = sorted(path for path in FILES if not path.stem.startswith("weights"))
 LARGE = {"released_24b_forward", "released_4.5b_forward", "released_gated", "released_plain"}
 
 FORWARD = (
@@ -35,7 +36,7 @@ def rewritten(source, target, change, metadata=None):
 
 @pytest.fixture
 def beside(tmp_path):
-    for weights in GOLDENS.glob("weights*.safetensors"):
+    for weights in GOLDENS.rglob("weights*.safetensors"):
         (tmp_path / weights.name).symlink_to(weights)
     return tmp_path
 
@@ -50,14 +51,14 @@ def slow_if_large(path):
     return pytest.param(path, marks=marks, id=path.stem)
 
 
-@pytest.mark.parametrize("path", map(slow_if_large, CASES))
+@pytest.mark.parametrize("path", [slow_if_large(path) for path in CASES])
 def test_golden_passes_and_one_changed_number_fails(path):
     """Every tensor of figures is made again and agrees; with one number changed in any of them the file fails."""
     golden = read_golden(path, "cpu")
     made = remake(golden)
     verdict = compare(golden, made)
     assert verdict.passed, verdict
-    figures = {name for name in golden.tensors if re.match(r"(\w+\.)?output\.|fp32\.", name)}
+    figures = {name for name in golden.tensors if re.match(r"(\w+\.)?output\.|fp32\.|mid\.", name)}
     assert figures == {name for name, _ in made}
     for name in figures:
         tensors = golden.tensors | {name: with_one_number_changed(golden.tensors[name])}
@@ -86,13 +87,18 @@ def with_one_number_changed(tensor):
         ("released_reuse_bf16", "latents.009"),
         ("kv_selection", "input.key"),
         ("vae", "input.video.image"),
+        ("skyreels/forward_fps", "input.x"),
+        ("skyreels/forward_fps_bf16", "input.context"),
+        ("skyreels/forward_nofps", "input.t.df"),
+        ("skyreels/forward_i2v", "input.y"),
+        ("skyreels/forward_i2v", "input.clip"),
     ],
 )
 def test_one_changed_number_of_the_input_fails(beside, case, tensor):
     def change(tensors):
         tensors[tensor].view(-1)[0] += 50
 
-    verdict = check_file(rewritten(GOLDENS / f"{case}.safetensors", beside / f"{case}.safetensors", change))
+    verdict = check_file(rewritten(GOLDENS / f"{case}.safetensors", beside / "case.safetensors", change))
     assert not verdict.passed
 
 
@@ -105,12 +111,24 @@ def test_one_changed_number_of_the_input_fails(beside, case, tensor):
         ("released_gated", "forward", FORWARD.replace("[1, 3]", "[2, 6]")),
         ("released_gated", "forward", FORWARD.replace('"context_chunks": 2', '"context_chunks": 1')),
         ("released_4.5b_forward", "weights", "{}"),
+        ("skyreels/forward_fps", "cases", '{"one": {"t": "input.t.one", "fps_index": [2]}}'),
+        ("skyreels/forward_fps", "cases", '{"one": {"t": "input.time"}}'),
+        ("skyreels/forward_fps", "config", '{"model_type": "t2v"}'),
     ],
 )
 def test_figures_that_do_not_fit_a_forward_are_named(beside, case, key, value):
     path = rewritten(GOLDENS / f"{case}.safetensors", beside / "x.safetensors", lambda _: None, {key: value})
     with pytest.raises(InputError, match="x.safetensors"):
         check_file(path)
+
+
+def test_a_forward_in_bf16_with_the_published_softmax_is_the_published_one_bit_for_bit():
+    golden = read_golden(GOLDENS / "skyreels" / "forward_fps_bf16.safetensors", "cpu")
+    made = remake(golden)
+    published = made[len(made) // 2 :]
+    assert {name for name, _ in published} == {name for name in golden.tensors if not name.startswith("input.")}
+    for name, tensor in published:
+        assert identical(tensor, golden.tensors[name]), name
 
 
 def test_a_changed_weight_fails(beside):
@@ -189,6 +207,8 @@ def test_a_file_that_lacks_what_its_kind_promises_cannot_be_read(beside, case, g
         ("released_gated", "input.context_latents"),
         ("released_4.5b_forward", "input.keys"),
         ("released_reuse_bf16", "latents.009"),
+        ("skyreels/forward_fps", "input.x"),
+        ("skyreels/forward_i2v", "input.clip"),
     ],
 )
 @pytest.mark.parametrize("shape", [(0,), (3,), (1, 2, 3), (1, 16, 6, 2, 2)], ids=str)

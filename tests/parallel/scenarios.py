@@ -21,11 +21,11 @@ from engine.record import Recorder
 from engine.reuse.flags import FlagLog
 from engine.reuse.policy import ReuseSettings
 from engine.video import WorkItem
+from models.checkpoint import Loading
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.pipeline import load_stage
-from models.magi.weights import Loading
 from models.protocols import Pass, PassCondition
 from parallel.comm.channel import GroupTransport, Inbox, Link, Outbox
 from parallel.comm.messages import Header, Kind
@@ -289,7 +289,7 @@ def lost_key(gang, values, out):
 
 
 def some_item():
-    condition = PassCondition(t=0.0, distill=None, drop=False)
+    condition = PassCondition(times=(0.0,))
     what = Pass(name="denoise", caption="text", branch=0, isolated=False, weight=1.0, condition=condition)
     return WorkItem(request=0, tick=0, chunk=0, step=0, chunks_left=0, what=what, keys_from=None, before=())
 

@@ -17,7 +17,7 @@ from models.protocols import Pass, PassCondition
 from parallel.comm.store import StoreServer
 from parallel.trace import DeviceTimer, Tracer, merge_traces, shipped_events
 
-_CONDITION = PassCondition(t=0.0, distill=None, drop=False)
+_CONDITION = PassCondition(times=(0.0,))
 _PASS = Pass(name="denoise", caption="text", branch=0, isolated=False, weight=1.0, condition=_CONDITION)
 ITEM = WorkItem(request=0, tick=3, chunk=1, step=2, chunks_left=0, what=_PASS, keys_from=None, before=())
 

@@ -16,7 +16,7 @@ flags = st.lists(st.integers(0, 2), min_size=1, max_size=len(STEPS))
 
 def item(index):
     tick, chunk, step = STEPS[index]
-    condition = PassCondition(t=0.0, distill=None, drop=False)
+    condition = PassCondition(times=(0.0,))
     what = Pass(name="denoise", caption="text", branch=0, isolated=False, weight=1.0, condition=condition)
     return WorkItem(request=0, tick=tick, chunk=chunk, step=step, chunks_left=0, what=what, keys_from=None, before=())
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from models.checkpoint import Loading
 from models.magi.random import RandomEncoder, random_dit, vae_config
-from models.magi.weights import Loading, vae_parameters
+from models.magi.weights import vae_parameters
 from models.pocket.preset import pocket_config
 from tests.models.released import tiny_config
 

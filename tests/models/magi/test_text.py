@@ -255,24 +255,24 @@ def numbered(max_length: int = 800, names: tuple[SpecialToken, ...] = SPECIAL) -
 
 
 def test_special_tokens_come_first_duration_before_quality() -> None:
-    assert numbered().get("text", 0, 2)[:, 0].tolist() == [9, 1, -1, -2, -3]
-    assert numbered().get("null", 0, 2)[:, 0].tolist() == [-9, -9]
+    assert numbered().get("text", 0, 2).text[:, 0].tolist() == [9, 1, -1, -2, -3]
+    assert numbered().get("null", 0, 2).text[:, 0].tolist() == [-9, -9]
 
 
 @pytest.mark.parametrize(("chunks_left", "row"), [(0, 7), (1, 8), (6, 13), (7, 14), (8, 14), (500, 14)])
 def test_the_duration_token_counts_chunks_down(chunks_left: int, row: int) -> None:
-    assert numbered().get("text", 0, chunks_left)[0, 0] == row
+    assert numbered().get("text", 0, chunks_left).text[0, 0] == row
 
 
 def test_the_end_of_a_long_text_falls_off() -> None:
-    assert numbered(4).get("text", 0, 0)[:, 0].tolist() == [7, 1, -1, -2]
+    assert numbered(4).get("text", 0, 0).text[:, 0].tolist() == [7, 1, -1, -2]
 
 
 def test_every_special_token_has_its_row_in_the_published_order() -> None:
     names: tuple[SpecialToken, ...] = ("HQ", "STATIC", "DYNAMIC", "BORDERNESS", "3D", "2D", "DURATION")
-    assert numbered(names=names).get("text", 0, 3)[:, 0].tolist() == [10, 16, 15, 1, 4, 3, 2, -1, -2, -3]
-    assert numbered(names=("3D",)).get("text", 0, 3)[:, 0].tolist() == [15, -1, -2, -3]
-    assert numbered(names=()).get("text", 0, 3)[:, 0].tolist() == [-1, -2, -3]
+    assert numbered(names=names).get("text", 0, 3).text[:, 0].tolist() == [10, 16, 15, 1, 4, 3, 2, -1, -2, -3]
+    assert numbered(names=("3D",)).get("text", 0, 3).text[:, 0].tolist() == [15, -1, -2, -3]
+    assert numbered(names=()).get("text", 0, 3).text[:, 0].tolist() == [-1, -2, -3]
 
 
 def test_what_is_not_wanted_stands_in_front_of_no_text_and_pushes_its_end_out() -> None:
@@ -282,8 +282,8 @@ def test_what_is_not_wanted_stands_in_front_of_no_text_and_pushes_its_end_out() 
 
 def test_a_later_text_takes_the_place_of_the_first_from_its_chunk_on() -> None:
     table = replace(numbered(names=()), later=((3, numbers(50.0)), (5, numbers(60.0, 61.0))))
-    seen = [table.get("text", chunk, 0)[:, 0].tolist() for chunk in range(7)]
+    seen = [table.get("text", chunk, 0).text[:, 0].tolist() for chunk in range(7)]
     assert seen == [[-1, -2, -3]] * 3 + [[50]] * 2 + [[60, 61]] * 2
-    assert table.get("null", 6, 0)[:, 0].tolist() == [-9, -9]
+    assert table.get("null", 6, 0).text[:, 0].tolist() == [-9, -9]
     counted = replace(numbered(), later=((3, numbers(50.0)),))
-    assert counted.get("text", 3, 2)[:, 0].tolist() == [9, 1, 50]
+    assert counted.get("text", 3, 2).text[:, 0].tolist() == [9, 1, 50]

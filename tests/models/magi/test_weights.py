@@ -11,11 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from models.checkpoint import Loading
 from models.errors import InputError
 from models.magi.config import MagiConfig, VaeConfig
 from models.magi.dit import MagiDiT
 from models.magi.vae import ViTVAE
-from models.magi.weights import Checkpoint, Loading
+from models.magi.weights import Checkpoint
 from tests.models.released import GOLDENS, random_weights, released_config, tiny_config
 
 LAYER = "videodit_blocks.layers."

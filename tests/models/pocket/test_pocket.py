@@ -121,7 +121,8 @@ def test_training_sees_windows_as_inference_does():
             text = dit.embed_text(dit.null_text()[None] if chunk == 0 else caption)
             condition = dit.embed_condition(t[:, chunk : chunk + 1], distill=8.0, null=False)
             rope = dit.rope.table(6.0 * chunk + torch.arange(6), (4, 4))
-            hidden = dit.run_layers(dit.patches(x[:, chunk]), condition, text, rope, OneChunkView(past))
+            told = dit.gates(condition), dit.text_kv(text), (rope,)
+            hidden = dit.layers(dit.patches(x[:, chunk]), *told, OneChunkView(past))
             alone = dit.velocity(hidden, (6, 8, 8))
             assert torch.allclose(whole[:, chunk], alone, atol=1e-4)
 

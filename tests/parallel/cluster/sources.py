@@ -60,11 +60,11 @@ class _Brittle:
     def __getattr__(self, name):
         return getattr(self._model, name)
 
-    def layers(self, hidden, condition, caption, *rest, **named):
+    def layers(self, hidden, modulation, text, *rest, **named):
         began = time.perf_counter()
-        if 0 not in self._model.kv.layers and caption.isnan().any():
+        if 0 not in self._model.kv.layers and any(k.isnan().any() for k, *_ in text.values()):
             raise ValueError("the caption is no number")
-        made = self._model.layers(hidden, condition, caption, *rest, **named)
+        made = self._model.layers(hidden, modulation, text, *rest, **named)
         time.sleep(max(0.0, self._seconds * len(self._model.kv.layers) - (time.perf_counter() - began)))
         return made
 

@@ -32,7 +32,13 @@ items = st.builds(
         branch=st.integers(0, 1),
         isolated=st.booleans(),
         weight=st.floats(-8, 8),
-        condition=st.builds(PassCondition, t=st.floats(0, 1), distill=st.none() | st.floats(0, 16), drop=st.booleans()),
+        condition=st.builds(
+            PassCondition,
+            times=st.lists(st.floats(0, 1000), min_size=1, max_size=31).map(tuple),
+            distill=st.none() | st.floats(0, 16),
+            drop=st.booleans(),
+            fps=st.none() | st.integers(1, 60),
+        ),
     ),
     keys_from=st.none() | st.integers(0, 1000),
     before=st.lists(

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from models.checkpoint import Loading
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.pipeline import load_stage
-from models.magi.weights import Loading
 from parallel.mesh import Layout, Mesh
 from parallel.split import stage_range
 from tests.parallel.on_ranks import run, start

@@ -1,0 +1,324 @@
+"""One run of long videos, as a user would have it made, and what was seen while it lasted.
+
+`python -m benchmarks.throughput.measure FOLDER` makes the run that `FOLDER/case.json` says and leaves `run.json`. It is
+the program of one process, of the leader that starts its ranks, and of each rank under torchrun.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from benchmarks.adherence import adherence
+from benchmarks.common import machine_line, rss
+from benchmarks.workload import POCKET, PROMPT
+from engine.files import atomic_write
+from engine.machine import settle_heap
+from launch.api import opened
+from launch.ending import CommandFailed
+from launch.forms import from_values
+from launch.generate import Backend, EngineBackend, make_videos
+from launch.options import CacheName, Options
+from launch.plan import Plan, plan_requests
+from models.errors import InputError
+from models.pocket.text import parse_prompt
+from parallel.cluster import messages
+from parallel.cluster.messages import Event
+from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED
+from parallel.mesh import Layout, Mesh
+
+CASE, RUN = "case.json", "run.json"
+EVERY = 10  # chunks of all videos between two looks at memory
+SHOWN = 5  # chunks of each minute whose frames are measured
+_FIGURES = ConfigDict(ser_json_inf_nan="constants")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is made: videos of one length with one setting."""
+
+    model: str = POCKET
+    weights: str | None = None
+    chunks: int
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    cache: CacheName | None = None
+    kv_budget: int | None = None
+    pp: int = 1
+    cp: int = 1
+    videos: int = 1  # all in flight at once
+    launcher: Literal["local", "torchrun", "ray"] = "local"
+
+    @property
+    def name(self) -> str:
+        """Of its files, and of its lines in tables."""
+        layout = f"pp{self.pp}" + (f"xcp{self.cp}" if self.cp > 1 else "")
+        kv = "range" if self.kv_budget is None else f"kv{self.kv_budget}"
+        own = "" if self.model == POCKET else f"{self.model}-"
+        where = "" if self.launcher == "local" else f"-{self.launcher}"
+        return f"{own}{self.chunks}-{self.cache or 'default'}-{kv}-{layout}-{self.videos}video{where}"
+
+    def plans(self) -> list[Plan]:
+        """Plans of the videos; an `InputError` says what cannot be used."""
+        names = ("model", "weights", "chunks", "height", "width", "steps", "cache", "kv_budget", "pp", "cp")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given |= {"concurrency": self.videos, "launcher": "ray" if self.launcher == "ray" else "local"}
+        options = from_values(Options, **given, prompts=[PROMPT] * self.videos)
+        return plan_requests(options, [Path()] * self.videos)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What was read while the videos were made."""
+
+    chunks: int  # made by then, of all videos
+    seconds: float  # since the first video's submission
+    host_bytes: int  # resident, of this process and those that it has started
+    device_bytes: int  # most that this process's GPU has held so far; 0 without one
+    kv_bytes: int  # of the leader's buffers, of all videos in flight
+
+
+@dataclass(frozen=True, kw_only=True, config=_FIGURES)
+class Minute:
+    """How one minute of the first video looks: of its first chunks, or of as many as there are."""
+
+    minute: int  # from 1
+    sharpness: float  # mean absolute difference of neighbouring pixels, of 255
+    colour: float  # magi-pocket: share of chunks whose colour is the prompt's; NaN for other models
+    direction: float  # likewise its motion
+    shape: float  # mean overlap with the prompt's shape
+    position: float  # pixels, mean error after a chunk boundary; infinite where no object is seen
+
+
+@dataclass(frozen=True, kw_only=True, config=_FIGURES)
+class Run:
+    """What came of a case."""
+
+    case: Case
+    frames_per_chunk: int
+    video_fps: int  # of the video's own time
+    ready: float  # seconds from start to the loaded model
+    chunk_seconds: list[list[float]]  # of each video, when each chunk came, since the first submission
+    computed: float  # share of the chunk-steps
+    decode: float  # seconds of decoding one chunk, measured by itself afterwards; it runs beside the denoising
+    busy: list[float]  # share of the time that each stage's ranks were in their layers; empty for one process and Ray
+    looks: list[Look]
+    minutes: list[Minute] = field(default_factory=list)
+    machine: str = ""  # that it was made on, and the software
+    commit: str = ""  # of the checkout that made it
+
+    @property
+    def seconds(self) -> float:
+        """From the first submission to the last chunk."""
+        return max(video[-1] for video in self.chunk_seconds)
+
+    @property
+    def first_chunk(self) -> float:
+        """Seconds from the first submission to the first chunk."""
+        return min(video[0] for video in self.chunk_seconds)
+
+    @property
+    def fps(self) -> float:
+        """Frames made in a second, of all videos."""
+        return sum(map(len, self.chunk_seconds)) * self.frames_per_chunk / self.seconds
+
+    def steady(self, first: float, last: float) -> float:
+        """Median seconds between two chunks of a video, over a part of its length (0 to 1)."""
+        found = []
+        for video in self.chunk_seconds:
+            gaps = np.diff(video)[: max(1, len(video) - 4)]  # at the end the window empties
+            found += list(gaps[int(first * len(gaps)) : max(1, int(last * len(gaps)))])
+        return float(np.median(found)) if found else float("nan")
+
+
+CASES, RUNS = TypeAdapter(Case), TypeAdapter(Run)
+
+
+class _Watch:
+    """Takes the events of a run; frames go to a file, since what is measured must not grow by what measures."""
+
+    def __init__(self, plans: list[Plan], folder: Path, root: int) -> None:
+        self._file, self._root, self._began = (folder / "frames").open("wb"), root, 0.0
+        self._shape: tuple[int, ...] = ()
+        self.chunks: list[list[float]] = [[] for _ in plans]
+        self.looks: list[Look] = []
+        self.last: NDArray[np.float32] | None = None  # latents of a chunk
+        self.computed: list[float] = []
+        self._kv: dict[str, int] = {}
+        self._per_minute = max(1, round(60 * plans[0].model.config.runtime_config.fps / 24))
+
+    def begin(self) -> None:
+        self._began = time.perf_counter()
+
+    def handle(self, event: Event) -> None:
+        """Note what an event brings."""
+        match event:
+            case messages.VideoFailed():
+                raise InputError(event.message)
+            case messages.Progressed():
+                self._kv[event.video] = event.progress.kv_bytes
+            case messages.VideoDone():
+                self.computed.append(event.computed)
+                self._kv.pop(event.video, None)
+            case messages.ChunkMade():
+                self._made(event)
+
+    def _made(self, event: messages.ChunkMade) -> None:
+        self.chunks[int(event.video)].append(time.perf_counter() - self._began)
+        if event.video == "0" and event.index % self._per_minute < SHOWN:
+            self._shape = event.frames.shape
+            self._file.write(np.ascontiguousarray(event.frames).tobytes())
+            self.last = event.latents
+        made = sum(map(len, self.chunks))
+        if made % EVERY == 0:
+            gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+            host = rss() + sum(map(_resident, below(self._root) - {os.getpid()}))
+            seconds, kv = time.perf_counter() - self._began, sum(self._kv.values())
+            self.looks.append(Look(chunks=made, seconds=seconds, host_bytes=host, device_bytes=gpu, kv_bytes=kv))
+
+    def minutes(self, pocket: bool) -> list[Minute]:
+        """The minutes of the first video."""
+        self._file.close()
+        frames = np.memmap(self._file.name, np.uint8, "r").reshape(-1, *self._shape)
+        chunks = len(self.chunks[0])
+        counts = [min(SHOWN, chunks - start) for start in range(0, chunks, self._per_minute)]
+        ends = np.cumsum(counts)
+        return [_minute(number, frames[end - count : end], pocket) for number, (count, end) in
+                enumerate(zip(counts, ends, strict=True), 1)]  # fmt: skip
+
+
+def _minute(number: int, chunks: NDArray[np.uint8], pocket: bool) -> Minute:
+    """Measure some chunks, uint8 [N, F, height, width, 3]."""
+    sharp = float(np.mean([np.abs(np.diff(chunk[::6].astype(np.int16), axis=2)).mean() for chunk in chunks]))
+    nothing = float("nan")
+    if not pocket:
+        return Minute(
+            minute=number, sharpness=sharp, colour=nothing, direction=nothing, shape=nothing, position=nothing
+        )
+    scene, whole = parse_prompt(PROMPT), torch.from_numpy(np.concatenate(chunks))
+    each = [adherence(torch.from_numpy(np.array(chunk)), scene) for chunk in chunks]
+    errors = adherence(whole, scene).boundary_errors
+    return Minute(
+        minute=number,
+        sharpness=sharp,
+        colour=float(np.mean([one.colour_right for one in each])),
+        direction=float(np.mean([one.motion_right for one in each])),
+        shape=float(np.mean([one.overlap for one in each])),
+        position=float(np.mean(errors)) if errors else nothing,
+    )
+
+
+def commit() -> str:
+    """Of the checkout that this runs in."""
+    asked = ["git", "-C", os.path.dirname(__file__), "describe", "--always", "--dirty"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
+def below(root: int) -> set[int]:
+    """A process and all that it has started, as far as they live."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, ValueError):
+                continue
+    found = {root}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def _resident(pid: int) -> int:
+    """Bytes of another process that no other one shares."""
+    try:
+        size, shared = Path(f"/proc/{pid}/statm").read_text().split()[1:3]
+    except OSError:
+        return 0
+    return (int(size) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+
+
+def make(case: Case, folder: Path) -> Run:
+    """Make the videos of a case with files in a folder. A rank that does not lead ends in here."""
+    settle_heap()  # as the command line does
+    plans, began = case.plans(), time.perf_counter()
+    runtime = plans[0].model.config.runtime_config
+    watch = _Watch(plans, folder, os.getppid() if case.launcher == "torchrun" else os.getpid())
+    with ExitStack() as stack:
+        backend = _backend(plans, stack)
+        ready = time.perf_counter() - began
+        watch.begin()
+        make_videos(backend, [plan.order(str(index)) for index, plan in enumerate(plans)], watch.handle)
+    assert watch.last is not None
+    seconds = max(video[-1] for video in watch.chunks)
+    return Run(
+        case=case,
+        frames_per_chunk=runtime.chunk_width * runtime.temporal_downsample_factor,
+        video_fps=runtime.fps,
+        ready=ready,
+        chunk_seconds=watch.chunks,
+        computed=float(np.mean(watch.computed)),
+        decode=_decode_seconds(plans[0], torch.from_numpy(np.array(watch.last))),
+        busy=_busy(backend, case.pp, seconds),
+        looks=watch.looks,
+        minutes=watch.minutes(case.model == POCKET and case.weights is None),
+        machine=machine_line(),
+        commit=commit(),
+    )
+
+
+def _backend(plans: list[Plan], stack: ExitStack) -> Backend:
+    options = plans[0].options
+    if options.launcher == "ray":
+        from launch.cluster import on_ray
+
+        return stack.enter_context(on_ray(plans))
+    return opened(options, stack)
+
+
+def _busy(backend: Backend, stages: int, seconds: float) -> list[float]:
+    counters = backend.counters if isinstance(backend, EngineBackend) else ()
+    shares = [[one.busy / seconds for one in counters if one.stage == stage] for stage in range(stages)]
+    return [float(np.mean(share)) for share in shares] if counters else []
+
+
+@torch.no_grad()
+def _decode_seconds(plan: Plan, latents: torch.Tensor) -> float:
+    """Seconds of decoding a chunk, the least of three times; the model is loaded once more, as ranks are gone."""
+    pipeline, found = plan.model.source.lead(Mesh(layout=Layout(), rank=0), plan.model.device), []
+    for _ in range(3):
+        began = time.perf_counter()
+        pipeline.autoencoder.decode(latents.to(pipeline.model.kv.device)).cpu()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def main(folder: Path) -> int:
+    """Make what the folder asks for."""
+    try:
+        run = make(CASES.validate_json((folder / CASE).read_bytes()), folder)
+    except (InputError, CommandFailed) as error:
+        sys.stderr.write(f"throughput: error: {error}\n")
+        return error.status if isinstance(error, CommandFailed) else BAD_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    with atomic_write(folder / RUN) as file:
+        file.write(RUNS.dump_json(run, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

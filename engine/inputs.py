@@ -1,0 +1,39 @@
+"""What a model is told of an item besides hidden states. Each part is made once, and kept while items need it.
+
+Modulations are those of a step's time, the same for all chunks. Texts and positions are of the chunks of the window:
+chunks that see the same text share it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from engine.request import Admission
+from engine.video import WorkItem
+from models.protocols import CaptionKind, Modulation, Positions, TextKV, VideoModel
+
+_MODULATIONS = 64
+
+
+class PassInputs:
+    """The inputs of one video's items, for the `tokens` of each chunk that are computed here."""
+
+    def __init__(self, model: VideoModel, admission: Admission, tokens: slice) -> None:
+        captions, grid = admission.captions.to(model.kv.device), admission.grid
+        self._captions, in_use = captions, admission.kv.window + 1  # a finished chunk may have its clean pass beside
+
+        @lru_cache(in_use + 1)  # and there is the text of "no text"
+        def text(kind: CaptionKind, chunk: int, chunks_left: int) -> TextKV:
+            return model.text(captions.get(kind, chunk, chunks_left))
+
+        @lru_cache(in_use)
+        def positions(chunk: int) -> Positions:
+            return model.positions(chunk * grid[0], grid, tokens)
+
+        self._text, self._positions, self._modulation = text, positions, lru_cache(_MODULATIONS)(model.modulation)
+
+    def of(self, item: WorkItem) -> tuple[Modulation, TextKV, Positions]:
+        """Modulation, text and positions of an item."""
+        what = item.what
+        seen = self._captions.first_like(what.caption, item.chunk, item.chunks_left)
+        return self._modulation(what.condition), self._text(*seen), self._positions(item.chunk)

@@ -1,0 +1,1 @@
+"""Wan's causal descendants: SkyReels-V2 by diffusion forcing, and Self-Forcing."""

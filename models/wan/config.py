@@ -1,0 +1,174 @@
+"""The configurations of SkyReels-V2 and of causal Wan: the shapes of a config.json, and the precision of each part.
+
+A released config.json and one of diffusers say the same in other words. Unknown keys are errors, and numbers have
+bounds, so that a file that is wrong by orders of magnitude is an error too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from models.config import STRICT, checked, read_json
+from models.errors import InputError
+from models.protocols import KVGeometry
+
+_Count = Annotated[int, Field(ge=1, le=1_000)]
+_Width = Annotated[int, Field(ge=1, le=1_000_000)]
+Dtype = Literal["bfloat16", "float16", "float32"]
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+IMAGE_TOKENS = 257
+"""Of an image that a model sees through CLIP."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class WanShapes:
+    """Shapes of the DiT, by the names of a released config.json, which leaves out those that have a default here."""
+
+    model_type: Literal["t2v", "i2v"]
+    dim: _Width
+    ffn_dim: _Width
+    num_heads: _Count
+    num_layers: _Count
+    in_dim: _Count = 16
+    out_dim: _Count = 16
+    freq_dim: Annotated[int, Field(ge=2, le=100_000, multiple_of=2)] = 256
+    text_dim: _Width = 4096
+    text_len: Annotated[int, Field(ge=1, le=100_000)] = 512
+    clip_dim: _Width = 1280
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
+    inject_sample_info: bool = False  # the model is told how many frames a second has
+    patch_size: tuple[Literal[1], Literal[2], Literal[2]] = (1, 2, 2)
+    window_size: tuple[Literal[-1], Literal[-1]] = (-1, -1)
+    qk_norm: Literal[True] = True
+    cross_attn_norm: Literal[True] = True
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> WanShapes:
+        if self.dim % self.num_heads:
+            raise ValueError("dim must be a multiple of num_heads")
+        if self.head_size % 2 or self.head_size < 6:
+            raise ValueError("dim / num_heads must be even, and 6 or more")
+        if self.model_type == "t2v" and self.in_dim != self.out_dim:
+            raise ValueError("in_dim must equal out_dim in a model of text alone")
+        if self.sees_image and self.in_dim <= self.out_dim:
+            raise ValueError("in_dim must be more than out_dim in a model that sees an image")
+        return self
+
+    @property
+    def head_size(self) -> int:
+        """Channels of a head."""
+        return self.dim // self.num_heads
+
+    @property
+    def sees_image(self) -> bool:
+        """Image to video: the channels of an image come in beside the latent's, and its tokens beside the text's."""
+        return self.model_type == "i2v"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class WanPrecision:
+    """What is computed in which precision."""
+
+    dtype: Dtype = "bfloat16"  # of weights, big products and hidden states
+    fp32_islands: bool = True
+    """Time, modulation, layer norms, the residual within a layer and the head in fp32 (specification 1.4)."""
+    rotary: Literal["complex64", "complex128"] = "complex64"
+    norm_rounds: bool = False
+    """RMS norms round to `dtype` before they multiply with their weight, and not after it."""
+
+
+SKYREELS = WanPrecision()
+CAUSAL_WAN = WanPrecision(fp32_islands=False, rotary="complex128", norm_rounds=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class WanConfig:
+    """A model."""
+
+    shapes: WanShapes
+    precision: WanPrecision
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the hidden states."""
+        return _DTYPES[self.precision.dtype]
+
+    @property
+    def island_dtype(self) -> torch.dtype:
+        """The dtype of what is fp32 with `fp32_islands`."""
+        return torch.float32 if self.precision.fp32_islands else self.dtype
+
+    def kv_geometry(self, layers: range, device: torch.device) -> KVGeometry:
+        """Shape of the KV of some layers."""
+        heads = self.shapes.num_heads
+        return KVGeometry(
+            layers=layers,
+            query_heads=heads,
+            key_heads=heads,
+            head_size=self.shapes.head_size,
+            dtype=self.dtype,
+            device=device,
+        )
+
+
+# ---- config.json
+
+_ANY = {"_class_name", "_diffusers_version", "_name_or_path"}  # say nothing of shapes
+_CLASSES = {"SkyReelsV2Transformer3DModel", "WanTransformer3DModel"}
+_DIFFUSERS = {
+    "attention_head_dim",
+    "num_attention_heads",
+    "in_channels",
+    "out_channels",
+    "image_dim",
+    "added_kv_proj_dim",
+    "rope_max_seq_len",
+    "pos_embed_seq_len",
+    "num_frame_per_block",
+}
+
+
+def shapes_from_dict(values: dict[str, Any], *, source: str) -> WanShapes:
+    """Shapes of a decoded config.json, a released one or one of diffusers.
+
+    Raises:
+        InputError: a key or a value does not fit; the line begins with `source`.
+    """
+    if values.get("_class_name") in _CLASSES or values.keys() & _DIFFUSERS:
+        values = _released_words(values, source)
+    return checked(WanShapes, {key: value for key, value in values.items() if key not in _ANY}, source=source)
+
+
+def shapes_from_json(path: Path) -> WanShapes:
+    """Read a config.json; errors as above, and if it cannot be read."""
+    return shapes_from_dict(read_json(path, "the configuration"), source=str(path))
+
+
+def _released_words(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """What a config.json of diffusers says, in the words of a released one."""
+    shared = {field.name for field in fields(WanShapes)} - {"qk_norm"}
+    if unknown := sorted(values.keys() - _DIFFUSERS - _ANY - shared - {"qk_norm"}):
+        raise InputError(f"{source}: {unknown[0]}: unknown key")
+    for key in ("num_attention_heads", "attention_head_dim", "in_channels", "ffn_dim", "num_layers"):
+        if not isinstance(values.get(key), int):
+            raise InputError(f"{source}: {key}: {'key is missing' if key not in values else 'must be a whole number'}")
+    heads, channels = values["num_attention_heads"], values["in_channels"]
+    if values.get("qk_norm", norm := "rms_norm_across_heads") != norm:
+        raise InputError(f"{source}: qk_norm is {values['qk_norm']!r}, but only {norm!r} is known")
+    image = values.get("image_dim")
+    said = {"clip_dim": image} if image is not None else {}
+    said |= {
+        "model_type": "t2v" if image is None else "i2v",
+        "dim": heads * values["attention_head_dim"],
+        "num_heads": heads,
+        "in_dim": channels,
+        "out_dim": values.get("out_channels") or channels,
+    }
+    return said | {key: value for key, value in values.items() if key in shared - said.keys()}

@@ -1,0 +1,92 @@
+"""Long videos: a real run with ranks, what it leaves, and what runs are held to."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.common import run_command
+from benchmarks.throughput.__main__ import Which, cases, run
+from benchmarks.throughput.measure import RUNS, Case, Look, Minute, Run
+from benchmarks.throughput.report import verdicts
+
+CHUNKS = 120
+MADE = Run(
+    case=Case(chunks=CHUNKS),
+    frames_per_chunk=24,
+    video_fps=24,
+    ready=1.0,
+    chunk_seconds=[[2.0 + chunk for chunk in range(CHUNKS)]],
+    computed=1.0,
+    decode=0.1,
+    busy=[],
+    looks=[
+        Look(chunks=at, seconds=at, host_bytes=400 * 2**20, device_bytes=0, kv_bytes=9) for at in range(10, CHUNKS, 10)
+    ],
+    minutes=[Minute(minute=1, sharpness=2.0, colour=1.0, direction=1.0, shape=0.8, position=1.0)],
+)
+
+
+def test_a_run_that_does_not_change_passes():
+    assert [one.passed for one in verdicts(MADE)] == [True] * 3
+    assert verdicts(replace(MADE, case=Case(chunks=60))) == []
+
+
+def later(**changes):
+    return [look if look.chunks < 80 else replace(look, **changes) for look in MADE.looks]
+
+
+@pytest.mark.parametrize(
+    ("changes", "which"),
+    [
+        ({"looks": later(kv_bytes=10)}, 0),
+        ({"looks": later(host_bytes=409 * 2**20)}, 1),
+        ({"chunk_seconds": [[chunk + 0.06 * max(0, chunk - 90) for chunk in range(CHUNKS)]]}, 2),
+    ],
+)
+def test_each_figure_fails_for_itself(changes, which):
+    assert [one.passed for one in verdicts(replace(MADE, **changes))] == [at != which for at in range(3)]
+
+
+def test_sets_begin_with_what_the_others_are_compared_with():
+    base = Case(chunks=600, kv_budget=4)
+    assert [one.cache for one in cases(Which.CACHES, base)] == ["none", "teacache", "flowcache-slow", "flowcache-fast"]
+    standard = list(cases(Which.STANDARD, base))
+    assert len({one.name for one in standard}) == len(standard) == 8
+    assert (standard[0].cache, standard[0].kv_budget, standard[0].pp, standard[0].videos) == ("none", None, 1, 1)
+
+
+@pytest.mark.slow
+def test_two_videos_on_two_stages_are_measured_and_not_made_again(tmp_path, capfd):
+    options = ["--minutes", "0.2", "--pp", "2", "--concurrency", "2", "--kv-budget", "1", "--out", str(tmp_path)]
+    assert run_command(run, "throughput", [*options, "--steps", "4"]) == 0
+    (path,) = tmp_path.glob("*.json")
+    made = RUNS.validate_json(path.read_bytes())
+    assert [len(video) for video in made.chunk_seconds] == [12, 12] and len(made.busy) == 2
+    assert all(0 < share <= 1 for share in made.busy) and made.decode > 0 and made.commit and made.machine
+    assert {look.chunks for look in made.looks} == {10, 20}
+    assert all(look.host_bytes > 2 * 10**8 and look.kv_bytes > 0 for look in made.looks[:1])  # both ranks, both videos
+    text = (tmp_path / "throughput.md").read_text()
+    assert "## Drift" in text and "pp 2, 2 videos" in text and (tmp_path / "throughput.png").stat().st_size > 10_000
+    capfd.readouterr()
+    assert run_command(run, "throughput", [*options, "--steps", "4"]) == 0
+    assert "taken from" in capfd.readouterr().err
+    path.write_text(json.dumps({"case": 1}))
+    assert run_command(run, "throughput", [*options, "--steps", "4"]) == 2
+    assert "is no run of this benchmark" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--cache", "sometimes"], "--cache: "),
+        (["--pp", "7"], "stages"),
+        (["--model", "nothing"], "nothing"),
+        (["--launcher", "pigeon"], "--launcher: "),
+    ],
+)
+def test_what_cannot_be_made_is_said_before_anything_is(tmp_path, capsys, options, said):
+    assert run_command(run, "throughput", [*options, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("throughput: error: ") and said in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
