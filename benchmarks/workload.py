@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -67,6 +67,10 @@ class _NoFrames:
     def encode(self, frames: Tensor) -> Tensor:
         """Raise an `InputError`."""
         raise InputError("this benchmark makes videos from prompts alone")
+
+    def stream(self) -> Callable[[Tensor], Tensor]:
+        """As `Autoencoder.stream`."""
+        return self.decode
 
     def decode(self, latents: Tensor) -> Tensor:
         """No frames, uint8 [0, 1, 1, 3]."""

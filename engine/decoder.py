@@ -22,6 +22,8 @@ from models.protocols import Autoencoder
 
 _AHEAD = 4  # chunks that wait to be decoded before denoising is held up
 _CHECK_SECONDS = 0.25  # between two looks whether decoding has failed or hangs
+Stream = Callable[[Tensor], Tensor]
+"""As of `Autoencoder.stream`."""
 _LIMITS = (900.0, 180.0)  # seconds to decode the first chunk, whose kernels may be compiled, and any other
 
 
@@ -53,23 +55,29 @@ class Decoder:
         self._autoencoder, self._device, self._on_decoded, self._check = autoencoder, device, on_decoded, check
         self._limits, self._decoded = limits, 0
         self._began: float | None = None  # the chunk that is decoded now
-        self._waiting: queue.Queue[tuple[Future[Chunk], int, Tensor, torch.cuda.Event | None] | None]
+        self._waiting: queue.Queue[tuple[Future[Chunk], Stream, int, Tensor, torch.cuda.Event | None] | None]
         self._waiting = queue.Queue(_AHEAD)
         self._videos: dict[int, deque[Future[Chunk]]] = {}  # chunks that were not taken
+        self._streams: dict[int, Stream] = {}  # of videos that were begun and are not forgotten
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)  # it may hang
         self._thread.start()
 
     def put(self, video: int, index: int, latents: Tensor) -> None:
-        """Have a finished chunk [1, C, t, h, w] decoded; waits while too many are undecoded, and raises as `get`."""
+        """Have a finished chunk [1, C, t, h, w] decoded; waits while too many are undecoded, and raises as `get`.
+
+        The chunks of a video come in order; after its last one it is to be forgotten.
+        """
         chunk, ready = Future[Chunk](), None
+        stream = self._streams[video] if video in self._streams else self._autoencoder.stream()
+        self._streams[video] = stream
         self._videos.setdefault(video, deque()).append(chunk)
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._device))
         while True:
             try:
-                self._waiting.put((chunk, index, latents.detach(), ready), timeout=_CHECK_SECONDS)
+                self._waiting.put((chunk, stream, index, latents.detach(), ready), timeout=_CHECK_SECONDS)
                 return
             except queue.Full:
                 self._check_alive()
@@ -98,7 +106,8 @@ class Decoder:
         return video in self._videos
 
     def forget(self, video: int) -> None:
-        """Nobody wants the rest of a video's chunks."""
+        """A video is over, or nobody wants the rest of its chunks."""
+        self._streams.pop(video, None)
         for chunk in self._videos.pop(video, ()):
             chunk.cancel()
 
@@ -116,32 +125,37 @@ class Decoder:
             raise DecoderHung(f"decoding of a chunk has not come on for {took:.0f} s")
 
     def _run(self) -> None:
-        stream = None
+        queue_of_gpu = None
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-            stream = torch.cuda.Stream(self._device)
+            queue_of_gpu = torch.cuda.Stream(self._device)
         while (given := self._waiting.get()) is not None:
-            chunk, index, latents, ready = given
+            chunk, stream, index, latents, ready = given
             if self._error is not None or not chunk.set_running_or_notify_cancel():
                 continue
             try:
-                chunk.set_result(self._decode(index, latents, ready, stream))
+                chunk.set_result(self._decode(stream, index, latents, ready, queue_of_gpu))
             except BaseException as error:  # noqa: BLE001 - raised where the frames are asked for
                 self._error = error
                 chunk.set_exception(error)
 
     @torch.no_grad()
     def _decode(
-        self, index: int, latents: Tensor, ready: torch.cuda.Event | None, stream: torch.cuda.Stream | None
+        self,
+        stream: Stream,
+        index: int,
+        latents: Tensor,
+        ready: torch.cuda.Event | None,
+        queue_of_gpu: torch.cuda.Stream | None,
     ) -> Chunk:
         self._began = began = time.perf_counter()
-        if stream is None or ready is None:
-            frames = self._autoencoder.decode(latents)
+        if queue_of_gpu is None or ready is None:
+            frames = stream(latents)
         else:
-            stream.wait_event(ready)
-            latents.record_stream(stream)
-            with torch.cuda.stream(stream):
-                frames, latents = self._autoencoder.decode(latents).cpu(), latents.cpu()
+            queue_of_gpu.wait_event(ready)
+            latents.record_stream(queue_of_gpu)
+            with torch.cuda.stream(queue_of_gpu):
+                frames, latents = stream(latents).cpu(), latents.cpu()
         self._on_decoded(began)
         self._began, self._decoded = None, self._decoded + 1
         return Chunk(index=index, latents=latents, frames=frames)

@@ -233,6 +233,8 @@ class Engine:
             decoding = self._decoder is not None and self._decoder.pending(number)
             if video.released and not video.chunks and not decoding:
                 del self._videos[number]
+                if self._decoder is not None:
+                    self._decoder.forget(number)
         return results
 
     def cancel(self, video: int) -> None:

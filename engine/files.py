@@ -24,6 +24,7 @@ from engine.machine import runs, this_machine
 from models.errors import InputError
 
 _PART = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)\.part")
+_PARTIAL = ".partial.mp4"
 _LONG, _BEGINNING = 200, 40  # bytes of a name, of 255; characters that stay of a longer one
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DIGEST_BYTES = 16
@@ -46,10 +47,18 @@ def part_of(path: Path) -> Path:
 
     Of a long name it has the beginning and a digest, so that every name that fits into a folder can be written.
     """
-    name = path.name
-    if len(os.fsencode(name)) > _LONG:
-        name = f"{name[:_BEGINNING]}-{hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()}"
-    return path.with_name(f".{name}.{_machine()}-{os.getpid()}.part")
+    return path.with_name(f".{_short(path.name)}.{_machine()}-{os.getpid()}.part")
+
+
+def partial_of(path: Path) -> Path:
+    """The name beside a video's that shows what there is of it while it is made; shortened likewise."""
+    return path.with_name(f"{_short(path.stem)}{_PARTIAL}")
+
+
+def _short(name: str) -> str:
+    if len(os.fsencode(name)) <= _LONG:
+        return name
+    return f"{name[:_BEGINNING]}-{hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()}"
 
 
 def publish(part: Path, path: Path) -> None:
@@ -156,13 +165,13 @@ def _free(path: Path) -> str:
         return "nobody knows how much is free"
 
 
-def check_target(path: Path, *, suffix: str, what: str) -> None:
+def check_target(path: Path, *, suffix: str | None, what: str) -> None:
     """See that a file can be written there, by making and removing one in the same folder; an InputError if not.
 
     What killed processes of this machine have left unfinished in that folder is removed. The name must end in `suffix`,
-    and may be taken by a file only; `what` says what it is, for people.
+    if that is not None, and may be taken by a file only; `what` says what it is, for people.
     """
-    if path.suffix.lower() != suffix:
+    if suffix is not None and path.suffix.lower() != suffix:
         raise InputError(f"cannot write {path}: the name of the {what} must end in {suffix}")
     with write_errors(path):
         if not path.parent.exists():
@@ -199,6 +208,9 @@ def remove_stale_parts(folder: Path) -> None:
             found = _PART.fullmatch(path.name)
             if found is not None and found[1] == machine and not runs(int(found[2])):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in folder.glob(f"*{_PARTIAL}"):
+            if path.is_symlink() and not path.exists() and _PART.fullmatch(path.readlink().name):
+                path.unlink(missing_ok=True)
 
 
 def _machine() -> str:

@@ -97,10 +97,11 @@ class VideoEngine:
     ) -> list[Summary]:
         """Make videos into files, as `flowcache generate` does; returns what each video cost.
 
-        `out` is the .mp4 file of one prompt, or the folder of several; `record` is a folder for records of the runs.
+        `out` is the file of one prompt, named as for `--out`, or the folder of several; `record` is a folder for
+        records of the runs.
         """
         options = self._video_options([prompts] if isinstance(prompts, str) else prompts, video)
-        plans = plan_videos(replace(options, out=Path(out), record=None if record is None else Path(record)))
+        plans = plan_videos(replace(options, out=str(out), record=None if record is None else Path(record)))
         with self._taken():
             return make_with(self._backend, plans, Display(Console(quiet=True)), self._began).summaries
 

@@ -30,12 +30,16 @@ _OF_RANKS = ("pp", "cp", "split")
 
 _GENERATE_HELP = """Make a video from a prompt.
 
-The file appears under its name when it is complete; stop with Ctrl-C and nothing is left behind.
+The file appears under its name when it is complete; until then NAME.partial.mp4 plays. Stop with Ctrl-C and nothing \
+is left behind.
 
 [bold]Examples[/bold]
 
 A clip of four seconds from the small model, on a CPU:
 [cyan]flowcache generate "a red circle moving right" --seconds 4 --out demo.mp4[/cyan]
+
+Watched while it is made:
+[cyan]flowcache generate "a red circle moving right" --seconds 20 --out - | ffplay -[/cyan]
 
 From a picture, and on from the end of a clip:
 [cyan]flowcache generate "a blue cross moving up" --image start.png[/cyan]
@@ -125,7 +129,7 @@ def _generate(arguments: Sequence[str], given: dict[str, Any]) -> None:
     from launch.generate import generate
 
     if (text := generate(options, arguments)) is not None:
-        typer.echo(text)
+        typer.echo(text, err=options.out == "-")
 
 
 def _batch(_: Sequence[str], given: dict[str, Any]) -> None:

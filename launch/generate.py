@@ -42,7 +42,7 @@ from parallel.ranks.spawn import run_ranks, worker_ranks
 from parallel.trace import RankCounters, Tracer
 
 if TYPE_CHECKING:
-    from launch.output.video import VideoSinks
+    from launch.output.sinks import VideoSinks
 
 
 class Backend(Protocol):
@@ -328,7 +328,7 @@ def make_with(backend: Backend, plans: Sequence[Plan], display: Display, began: 
 
     Loading began at `began`, by the monotonic clock.
     """
-    from launch.output.video import VideoSinks  # files alone need PyAV
+    from launch.output.sinks import VideoSinks  # files alone need PyAV
 
     tracer = backend.tracer if isinstance(backend, EngineBackend) else None
     recorders = [_recorder(plan, index, tracer) for index, plan in enumerate(plans)]

@@ -58,10 +58,21 @@ class Options:
         within=(0, 2**63 - 1),
         line=True,
     )
-    out: Path | None = _video(
-        "The file to write; an older one is replaced. With several prompts, the folder that the videos go into.",
+    out: str | None = _video(
+        "The file to write, an .mp4, .webm or .gif; an older one is replaced. A name that ends in / is a folder of "
+        "png. - is standard output: [cyan]flowcache generate PROMPT --out - | ffplay -[/cyan]. With several prompts, "
+        "the folder that the videos go into.",
+        metavar="FILE",
         shown="video.mp4, or the folder videos",
         batch=False,
+    )
+    keep_partial: bool = _video(
+        "NAME.partial.mp4 plays while the video is made; keep it if the video is not finished.",
+        default=False,
+        batch=False,
+    )
+    preview: bool = _video(
+        "Keep NAME.png up to date, a contact sheet of what is there of the video.", default=False, batch=False
     )
     height: int | None = _video("Pixels, a multiple of 16; the model's own by default.", within=(16, 16_384), line=True)
     width: int | None = _video("Pixels, a multiple of 16; the model's own by default.", within=(16, 16_384), line=True)

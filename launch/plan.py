@@ -7,6 +7,7 @@ used is an `InputError` with one line that says what to do.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +15,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from engine.files import check_folder, check_target
+from engine.files import check_folder, check_target, partial_of
 from engine.request import Request
 from launch.memory import Job
 from launch.model import ModelPlan, layout_of, plan_model
 from launch.options import Options, ray_address, together
+from launch.output.names import STREAM, SUFFIXES, suffix_of
 from models.config import read_json
 from models.errors import InputError
 from models.magi.config import MagiConfig
@@ -39,6 +41,7 @@ class Plan:
     request: Request
     out: Path  # file to write
     record: Path | None  # folder for a record of the run; None for none
+    suffix: str = ".mp4"  # says what the file is; as of `suffix_of`
 
     @property
     def size(self) -> VideoSize:
@@ -63,11 +66,9 @@ def plan_videos(options: Options) -> list[Plan]:
     if options.trace is not None:
         check_target(options.trace, suffix=".json", what="trace")
     if len(prompts) == 1:
-        out = options.out or Path("video.mp4")
-        check_target(out, suffix=".mp4", what="video")
-        return plan_requests(options, [out])
-    folder, names = options.out or Path("videos"), video_names(prompts)
-    if folder.suffix.lower() == ".mp4":
+        return [_plan_one(options, options.out or "video.mp4")]
+    folder, names = Path(options.out or "videos"), video_names(prompts)
+    if folder == STREAM or folder.suffix.lower() in SUFFIXES:
         raise InputError(f"--out {folder} names one video, but there are {len(prompts)} prompts: give a folder")
     check_folder(folder)
     outs = [folder / f"{name}.mp4" for name in names]
@@ -77,6 +78,27 @@ def plan_videos(options: Options) -> list[Plan]:
     if options.record is None:
         return plans
     return [replace(plan, record=options.record / name) for plan, name in zip(plans, names, strict=True)]
+
+
+def _plan_one(options: Options, name: str) -> Plan:
+    """The plan of a single video; what its name asks for, and where that is, is checked."""
+    out, suffix = Path(name), suffix_of(str(name))
+    if out == STREAM:
+        if options.preview or os.isatty(1):
+            why = "there is no name for a --preview" if options.preview else "send it into a file or a program"
+            raise InputError(f"--out - writes the video to standard output: {why}")
+    elif suffix:
+        for path, what in ((out, "video"), (partial_of(out), "unfinished video")):
+            check_target(path, suffix=None, what=what)
+    else:
+        check_folder(out)
+        if out.exists() and any(out.iterdir()):
+            raise InputError(f"cannot write {out}: the folder is not empty; name another one, or empty it")
+    if options.preview:
+        check_target(preview := out.with_suffix(".png"), suffix=None, what="preview")
+        if options.image is not None and options.image.absolute() == preview.absolute():
+            raise InputError(f"--preview would take the place of --image {options.image}: name another --out")
+    return replace(plan_requests(options, [out])[0], suffix=suffix)
 
 
 def plan_requests(options: Options, outs: Sequence[Path]) -> list[Plan]:

@@ -1,4 +1,4 @@
-"""Weights from safetensors files, one tensor at a time and only those that are needed.
+"""Weights from files, one tensor at a time and only those that are needed: safetensors, or one file of PyTorch's own.
 
 A file's header is checked before anything is read from it, so a wrong, incomplete or truncated checkpoint is reported
 by file and tensor before memory is spent. Nothing here knows a family of models, or ranks.
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -25,7 +28,8 @@ _Network = TypeVar("_Network", bound=nn.Module)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _FP8 = "F8_E4M3"
-_FLOATING = ("F64", "F32", "F16", "BF16", _FP8)
+_KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_FLOATING = (*_KINDS.values(), _FP8)
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 _SHOWN = 3  # names in an error message
 
@@ -59,15 +63,17 @@ class WeightFiles:
     Args:
         source: a folder that holds `model.safetensors.index.json` and its shards, or `model.safetensors`; or one
             safetensors file.
+        stem: how these files begin, in place of `model`.
     """
 
-    def __init__(self, source: Path) -> None:
-        self.source = source
+    def __init__(self, source: Path, *, stem: str = "model") -> None:
+        self.source, self._index, self._single = source, source / f"{stem}.safetensors.index.json", source
+        if source.suffix != ".safetensors":
+            self._single = source / f"{stem}.safetensors"
 
     def stored(self) -> dict[str, Stored]:
         """All tensors, from the headers of the files; an `InputError` if one is missing or damaged."""
-        index = self.source / INDEX
-        names = _read_index(index) if index.is_file() else _read_header(self._single())
+        names = _read_index(self._index) if self._index.is_file() else _read_header(self._single)
         return self._locate(names, all_used=False)
 
     def fill(
@@ -86,7 +92,7 @@ class WeightFiles:
                 if `all_used`, left over.
         """
         found = self.fitting(model, dtypes, all_used=all_used, stored_as=stored_as)
-        tensors = _read(found, device, {stored_as(name): dtype for name, dtype in dtypes.items()})
+        tensors = self._read(found, device, {stored_as(name): dtype for name, dtype in dtypes.items()})
         model.load_state_dict({name: tensors[stored_as(name)] for name in dtypes}, assign=True)
         return model.requires_grad_(False).eval()
 
@@ -112,25 +118,17 @@ class WeightFiles:
                 raise InputError(f"{entry.path}: {name} is {entry.dtype}, but the configuration asks for {needed}")
         return found
 
-    def _single(self) -> Path:
-        return self.source if self.source.suffix == ".safetensors" else self.source / SINGLE
-
     def _locate(self, names: Collection[str], *, all_used: bool) -> dict[str, Stored]:
         """Find tensors in a folder or a file. Only files that hold one of them are opened."""
-        index = self.source / INDEX
+        index = self._index
         if index.is_file():
             shards = _read_index(index)
             where, held = index, set(shards)
         else:
-            where = self._single()
+            where = self._single
             shards = {}
             held = set(_read_header(where))
-        if missing := sorted(set(names) - held):
-            raise InputError(f"{where} lacks {_listed(missing)}: the checkpoint does not fit the configuration")
-        if all_used and (extra := sorted(held - set(names))):
-            raise InputError(
-                f"{where} has {_listed(extra)} that the model does not: another configuration's checkpoint?"
-            )
+        _check_names(where, names, held, all_used=all_used)
         headers = {path: _read_header(path) for path in sorted({shards.get(name, where) for name in names})}
         found = {}
         for name in names:
@@ -139,6 +137,70 @@ class WeightFiles:
                 raise InputError(f"{path} lacks {name}, which {index} says it holds")
             found[name] = headers[path][name]
         return found
+
+    def _read(self, found: Mapping[str, Stored], device: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+        """Read tensors, file by file; each is converted before the next is read."""
+        tensors = {}
+        for path in sorted({entry.path for entry in found.values()}):
+            for name, stored in _tensors(path, [name for name, entry in found.items() if entry.path == path], device):
+                tensors[name] = stored.to(dtypes[name])
+        return tensors
+
+
+class TorchFile(WeightFiles):
+    """Weights in one file that PyTorch has written, a dictionary of tensors. Nothing that is in it is run.
+
+    Args:
+        source: the file.
+        within: where the dictionary is, if it is in another: the first of these keys that is there.
+        prefix: of the names in it, which is left out.
+    """
+
+    def __init__(self, source: Path, *, within: Sequence[str] = (), prefix: str = "") -> None:
+        super().__init__(source)
+        self._within, self._prefix = within, prefix
+
+    def stored(self) -> dict[str, Stored]:
+        """All tensors; an `InputError` if the file cannot be read, or holds anything else."""
+        return {
+            name: Stored(
+                self.source, tuple(tensor.shape), _KINDS.get(tensor.dtype, str(tensor.dtype)), 0, tensor.nbytes
+            )
+            for name, tensor in self._held.items()
+        }
+
+    @cached_property
+    def _held(self) -> dict[str, Tensor]:
+        path = self.source
+        try:
+            values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except OSError as error:
+            raise InputError(_unreadable(path, error.strerror or str(error))) from None
+        except UnpicklingError:
+            raise InputError(f"{path} holds something else than tensors, and is refused") from None
+        except (RuntimeError, ValueError, EOFError, KeyError, TypeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"{path} is no complete file of PyTorch: {reason}; download it again") from None
+        if isinstance(values, dict):
+            values = next((values[key] for key in self._within if key in values), values)
+        if not isinstance(values, dict) or not values:
+            raise InputError(f"{path} holds no dictionary of tensors")
+        for name, tensor in values.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise InputError(f"{path}: {name} is {type(tensor).__name__} and no tensor: it is refused")
+        return {name.removeprefix(self._prefix): tensor for name, tensor in values.items()}
+
+    def _locate(self, names: Collection[str], *, all_used: bool) -> dict[str, Stored]:
+        stored = self.stored()
+        _check_names(self.source, names, stored.keys(), all_used=all_used)
+        return {name: stored[name] for name in names}
+
+    def _read(self, found: Mapping[str, Stored], device: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+        tensors = {}
+        for name in found:
+            _check_numbers(self.source, name, stored := self._held[name])
+            tensors[name] = stored.to(device=device, dtype=dtypes[name], copy=True)
+        return tensors
 
 
 def read_through(found: Mapping[str, Stored]) -> Iterator[str]:
@@ -152,13 +214,16 @@ def read_through(found: Mapping[str, Stored]) -> Iterator[str]:
             yield name
 
 
-def _read(found: Mapping[str, Stored], device: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Read tensors, file by file; each is converted before the next is read."""
-    tensors = {}
-    for path in sorted({entry.path for entry in found.values()}):
-        for name, stored in _tensors(path, [name for name, entry in found.items() if entry.path == path], device):
-            tensors[name] = stored.to(dtypes[name])
-    return tensors
+def _check_names(where: Path, names: Collection[str], held: Collection[str], *, all_used: bool) -> None:
+    if missing := sorted(set(names) - set(held)):
+        raise InputError(f"{where} lacks {_listed(missing)}: the checkpoint does not fit the configuration")
+    if all_used and (extra := sorted(set(held) - set(names))):
+        raise InputError(f"{where} has {_listed(extra)} that the model does not: another configuration's checkpoint?")
+
+
+def _check_numbers(path: Path, name: str, tensor: Tensor) -> None:
+    if not _finite(tensor):
+        raise InputError(f"{path}: {name} holds values that are not numbers, or are infinite")
 
 
 def _tensors(path: Path, names: Iterable[str], device: str) -> Iterator[tuple[str, Tensor]]:
@@ -167,8 +232,7 @@ def _tensors(path: Path, names: Iterable[str], device: str) -> Iterator[tuple[st
         with safe_open(path, framework="pt", device=device) as file:
             for name in names:
                 stored = file.get_tensor(name)
-                if not _finite(stored):
-                    raise InputError(f"{path}: {name} holds values that are not numbers, or are infinite")
+                _check_numbers(path, name, stored)
                 yield name, stored
     except (SafetensorError, OSError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
@@ -223,8 +287,8 @@ def _unreadable(path: Path, reason: str) -> str:
     packed = path.with_name(path.name + ".zst")
     if packed.is_file():
         return f"{packed} is compressed: unpack it with zstd -d {packed}"
-    if path.name == SINGLE and not path.exists():
-        return f"no weights in {path.parent}: it needs {INDEX} with its shards, or {SINGLE}"
+    if path.name.endswith(SINGLE) and not path.exists():
+        return f"no weights in {path.parent}: it needs {path.name}.index.json with its shards, or {path.name}"
     return f"cannot read the weights {path}: {reason}"
 
 

@@ -7,7 +7,7 @@ particular.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
@@ -220,8 +220,9 @@ class Autoencoder(Protocol):
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 [F, H, W, 3] -> latents [1, C, t, h, w]."""
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [1, C, t, h, w] -> uint8 [F, H, W, 3]."""
+    def stream(self) -> Callable[[Tensor], Tensor]:
+        """What decodes the chunks of one video, in order and without gaps: latents [1, C, t, h, w] -> uint8
+        [F, H, W, 3]. It may keep what a chunk leaves to the next."""
 
 
 class Pipeline(Protocol):

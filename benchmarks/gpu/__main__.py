@@ -87,7 +87,7 @@ def main(
                 left_out.append(part.name)
                 continue
             _measure(part, results, log)
-            write_report(results, parts, left_out)
+            write_report(results, parts, left_out, new=part.name)
         status = _status(results, parts)
     except KeyboardInterrupt:
         log("interrupted: the same command goes on with what is missing")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Row, save_text
-from benchmarks.workload import ModelSpec, model_config
+from benchmarks.workload import QUICK, model_config
 from models.errors import InputError
 from models.magi.config import MagiConfig, ModelConfig
 from models.magi.presets import PRESETS
@@ -111,8 +111,7 @@ def new_bench(preset: str, device: str, folder: Path, *, minutes: float) -> Benc
         raise InputError("there is no CUDA GPU here: give --device cpu --preset tiny to try the command")
     if preset != TINY and preset not in PRESETS:
         raise InputError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}, {TINY}")
-    tiny = ModelSpec(layers=2, width=192, side=64)
-    config = model_config(tiny) if preset == TINY else PRESETS[preset].config()
+    config = model_config(QUICK) if preset == TINY else PRESETS[preset].config()
     deadline = time.monotonic() + 60 * minutes
     path = folder / "model.json"
     save_text(path, json.dumps(config.to_dict(), indent=1))

@@ -163,7 +163,8 @@ def decode(bench: Bench) -> Iterator[Row]:
     """Decoding one chunk."""
     with torch.no_grad():
         autoencoder = random_pipeline(bench.config, Loading(device=str(bench.device), layers=range(1))).autoencoder
+        decoding = autoencoder.stream()
         latents = bench.random(1, bench.shapes.latent_channels, *bench.grid, dtype=torch.float32)
-        seconds = bench.seconds(lambda: autoencoder.decode(latents), repeats=2)
+        seconds = bench.seconds(lambda: decoding(latents), repeats=2)
     frames = 4 * bench.grid[0]
     yield {"frames": frames, "pixels": f"{bench.size[1]}x{bench.size[0]}", "ms": 1e3 * seconds}

@@ -15,18 +15,21 @@ _KINDS = {"attention": "#1f77b4", "products": "#2ca02c", "other": "#ff9896"}
 REPORT = "gpu.md"
 
 
-def write_report(results: Results, parts: Sequence[Part], left_out: Sequence[str]) -> None:
-    """Write what there is into the results' folder; `left_out` are parts for which there was no time."""
+def write_report(results: Results, parts: Sequence[Part], left_out: Sequence[str], *, new: str = "") -> None:
+    """Write what there is into the results' folder.
+
+    `left_out` are parts for which there was no time; plots are made anew that show the part `new`.
+    """
     made = {part.name: result for part in parts if (result := results.read(part.name)) is not None}
-    figures = {"passes": _passes(results, made), "videos": _videos(made), "memory": _memory(made)}
-    shown = {name: figure for name, figure in figures.items() if figure is not None}
-    for name, figure in shown.items():
-        with atomic_write(results.folder / f"{name}.png") as picture:
-            figure.savefig(picture, dpi=110, format="png")
+    for name, (prefix, draw) in _PLOTS.items():
+        path = results.folder / f"{name}.png"
+        if (new.startswith(prefix) or not path.exists()) and (figure := draw(results, made)):
+            with atomic_write(path) as picture:
+                figure.savefig(picture, dpi=110, format="png")
     key = ", ".join(f"{name} {value}" for name, value in results.key.items() if name != "torch")
     where = f"{machine_line()}. Commit {commit()}, {key}. Weights are random."
     lines = "\n".join(f"- {line}" for line in (*_headlines(results, made), *_missing(made, parts, left_out)))
-    pictures = "\n\n".join(f"![{name}]({name}.png)" for name in shown)
+    pictures = "\n\n".join(f"![{name}]({name}.png)" for name in _PLOTS if (results.folder / f"{name}.png").exists())
     groups: dict[str, list[Part]] = {}
     for part in parts:
         if part.name in made:
@@ -107,7 +110,7 @@ def _passes(results: Results, made: Mapping[str, Result]) -> Figure | None:
     return figure
 
 
-def _videos(made: Mapping[str, Result]) -> Figure | None:
+def _videos(_: Results, made: Mapping[str, Result]) -> Figure | None:
     rows = [row for row in _video_rows(made) if row["seconds a chunk"] is not None]
     if not rows:
         return None
@@ -120,7 +123,7 @@ def _videos(made: Mapping[str, Result]) -> Figure | None:
     return figure
 
 
-def _memory(made: Mapping[str, Result]) -> Figure | None:
+def _memory(_: Results, made: Mapping[str, Result]) -> Figure | None:
     rows = _video_rows(made)
     if not rows:
         return None
@@ -144,3 +147,7 @@ def _rate(row: Row) -> float:
 
 def _number(cell: Cell) -> float:
     return float(cell or 0)
+
+
+_PLOTS = {"passes": ("pass-", _passes), "videos": ("video-", _videos), "memory": ("video-", _memory)}
+"""By the names of their files: the parts that they show, and what draws them."""

@@ -171,7 +171,8 @@ class TrialRunner:
     def decode(self, video: Video) -> Tensor:
         """Frames, uint8 [F, H, W, 3]; chunk by chunk as the engine does it."""
         width = self._pipeline.config.runtime_config.chunk_width
-        return torch.cat([self._pipeline.autoencoder.decode(part) for part in video.latents.split(width, dim=2)])
+        decode = self._pipeline.autoencoder.stream()
+        return torch.cat([decode(part) for part in video.latents.split(width, dim=2)])
 
     def trials(self, request: Request, settings: Sequence[Setting]) -> Iterator[Trial]:
         """Run settings on one prompt, group by group; in another order than given."""

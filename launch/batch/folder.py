@@ -180,7 +180,7 @@ class ChunkFiles:
         A Damaged says which file has come to harm since it was written; `count` deletes it. A CancelledError if it is
         to `stop`: there is no file then.
         """
-        with VideoWriter(path, fps=fps, height=self.height, width=self.width) as writer:
+        with VideoWriter(path, fps=fps) as writer:
             for index in range(chunks):
                 if stop.is_set():
                     raise CancelledError

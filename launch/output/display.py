@@ -23,6 +23,7 @@ from rich.text import Text
 
 from engine.progress import Progress
 from launch.options import Options, size_text
+from launch.output.names import STREAM
 from launch.plan import Plan
 from parallel.trace import RankCounters
 
@@ -143,7 +144,7 @@ def summary_text(summaries: Sequence[Summary], *, making: float, ranks: str | No
     for one in summaries:
         request, fps = one.plan.request, one.plan.model.config.runtime_config.fps
         size = f"{one.frames} frames of {request.width}x{request.height}, {one.frames / fps:.1f} s of video"
-        lines.append(f"{one.plan.out}: {size}")
+        lines.append(f"{'standard output' if one.plan.out == STREAM else one.plan.out}: {size}")
     made, making = ("made", last.making) if len(summaries) == 1 else (f"{len(summaries)} videos made", making)
     lines.append(f"{made} in {making:.1f} s, {making / chunks:.2f} s per chunk, after {last.loading:.1f} s of loading")
     computed = sum(one.computed * one.chunks for one in summaries) / chunks

@@ -1,96 +1,139 @@
-"""Video files, and the events that fill them: a file appears when it is complete, and one that is not leaves nothing.
+"""Videos that play while they are written: a file appears when it is whole, and until then what there is of it.
 
-Frames are encoded on a thread while later ones are made. Who makes them is not this file's business.
+`NAME.partial.mp4` stands beside the file and grows by a fragment for each chunk. At the end the file is made of it, and
+it goes; a video that is not finished leaves nothing, unless that is to be kept. Frames are encoded on a thread while
+later ones are made.
 """
 
 from __future__ import annotations
 
-import resource
-import sys
-import time
+import os
+import select
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import av
 import numpy as np
-import torch
-from av.video.reformatter import ColorRange, Colorspace
-from numpy.typing import NDArray
-from torch import Tensor
 
-from engine.files import atomic_write, write_errors
-from engine.record import Recorder
-from launch import __version__
+from engine.files import part_of, partial_of, write_errors
 from launch.ending import CommandFailed
-from launch.output.display import Display, Summary
-from launch.plan import Plan
-from models.errors import InputError
-from parallel.cluster import messages
-from parallel.cluster.messages import ChunkMade, Event, VideoDone
-from parallel.health.exit_codes import FAILED
-from parallel.split import stage_sizes
+from launch.output.formats import MP4, Format
+from launch.output.names import STREAM
+from launch.output.preview import Preview
+from launch.output.segments import FragmentStream, Frames, encode_segment
+from parallel.health.exit_codes import NO_OUTPUT
 
-Frames = NDArray[np.uint8] | Tensor  # on the CPU
-_SMALL = 256 * 256  # pixels
 _ERRORS = (av.FFmpegError,)
-_CRF_SMALL, _CRF_LARGE = "12", "17"  # a small clip costs little, and shows every artefact when it is blown up
+_OUTPUT = 1  # the descriptor; what is printed within Ray goes elsewhere
+_POLL = 0.2  # seconds between two looks whether a reader that has stopped is still waited for
 
 
 class VideoWriter:
-    """An H.264 video in an MP4 file, as a context: the file appears at `path` when the context ends well.
+    """A video file, as a context: it appears at `path` when the context ends well, in its `form`.
 
-    It has `fps` frames per second of even height and width.
+    It has `fps` frames per second of even height and width. The path `-` is standard output: it gets the stream alone.
     """
 
-    def __init__(self, path: Path, *, fps: int, height: int, width: int) -> None:
-        self._path, self._fps, self._height, self._width = path, fps, height, width
-        self._stack = ExitStack()
+    def __init__(
+        self,
+        path: Path,
+        *,
+        fps: int,
+        form: Format = MP4,
+        keep_partial: bool = False,  # what was made of a video that is not finished stays, if there is a chunk
+        preview: Path | None = None,  # a picture of what is there, renewed with every chunk
+    ) -> None:
+        self._path, self._fps, self._form, self._keep = path, fps, form, keep_partial
+        self._preview = None if preview is None else Preview(preview)
+        self._stack, self._stopped = ExitStack(), False
+        self.fragments: FragmentStream
+        """What was written so far."""
 
     def __enter__(self) -> Self:
         with self._stack as stack:
-            stack.enter_context(self._encoding(stack.enter_context(atomic_write(self._path))))
+            sink: Callable[[bytes], object] = self._to_output
+            if self._path != STREAM:
+                sink = partial(_append, stack.enter_context(self._partial()))
+            self.fragments = FragmentStream(sink)
             self._stack = stack.pop_all()
         return self
 
     def write(self, frames: Frames) -> None:
-        """Encode frames, uint8 [F, height, width, 3]. `InputError` if the disk is full or cannot be written."""
+        """Encode a chunk's frames, uint8 [F, height, width, 3]; an `InputError` if they cannot be written."""
         with write_errors(self._path, kinds=_ERRORS):
-            for pixels in np.asarray(frames):
-                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
-                    format="yuv420p", dst_colorspace=Colorspace.SMPTE170M, dst_color_range=ColorRange.MPEG
-                )
-                self._container.mux(self._stream.encode(frame))
+            self.fragments.add(encode_segment(frames, self._form.codec, self._fps))
+        if self._preview is not None:
+            self._preview.add(np.asarray(frames)[0])
+
+    def stop(self) -> None:
+        """Wait for nobody who reads standard output any more. May be called by any thread."""
+        self._stopped = True
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
     @contextmanager
-    def _encoding(self, file: BinaryIO) -> Iterator[None]:
-        """Hold an encoder open that writes to a file; the video is ended if the context ends well."""
-        self._container = av.open(file, "w", format="mp4")  # nothing is written before the first frame
-        options = {"crf": _CRF_SMALL if self._height * self._width <= _SMALL else _CRF_LARGE}
-        if "AVX512" in torch.backends.cpu.get_cpu_capability():
-            # x264's AVX-512 code does not give the same file twice for the same frames; its other code does.
-            options["x264-params"] = "asm=AVX2"
-        self._stream = self._container.add_stream("libx264", rate=self._fps, options=options)
-        self._stream.height, self._stream.width, self._stream.pix_fmt = self._height, self._width, "yuv420p"
-        # Say what the conversion from RGB uses: players guess by the size otherwise, and shift the colours.
-        self._stream.codec_context.colorspace = Colorspace.SMPTE170M
-        self._stream.codec_context.color_range = ColorRange.MPEG
-        self._stream.codec_context.thread_count = 1  # the other cores are for the model
-        try:
-            yield
-            with write_errors(self._path, kinds=_ERRORS):
-                self._container.mux(self._stream.encode(None))
-                self._container.close()
-        finally:
-            with suppress(OSError, ValueError, *_ERRORS):
-                self._container.close()
+    def _partial(self) -> Iterator[BinaryIO]:
+        """What there is, in a hidden file of this process alone, with a visible name that players can open."""
+        shown, whole = partial_of(self._path), False
+        part = part_of(shown)
+        with write_errors(self._path, kinds=_ERRORS):
+            file = part.open("w+b", buffering=0)
+        with file:
+            _show(part, shown, stays=self._keep)
+            try:
+                yield file
+                with write_errors(self._path, kinds=_ERRORS):
+                    self._form.finish(lambda: [_rewound(file)], self._path, self._fps)
+                whole = True
+            finally:
+                with suppress(OSError):
+                    if whole or not self._keep or not self.fragments.fragments:
+                        _hide(file, shown)
+                    part.unlink(missing_ok=True)
+
+    def _to_output(self, data: bytes) -> None:
+        """Write to standard output. Whoever reads it may stop, and must not keep this process from ending."""
+        rest = memoryview(data)
+        while rest and not self._stopped:
+            if select.select([], [_OUTPUT], [], _POLL)[1]:
+                try:
+                    rest = rest[os.write(_OUTPUT, rest[: select.PIPE_BUF]) :]
+                except OSError as error:
+                    text = f"cannot write the video to standard output: {error.strerror}"
+                    raise CommandFailed(text, status=NO_OUTPUT, shown_here=True) from None
+
+
+def _append(file: BinaryIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _rewound(file: BinaryIO) -> BinaryIO:
+    file.seek(0)
+    return file
+
+
+def _show(part: Path, shown: Path, *, stays: bool) -> None:
+    """Give a file its visible name, which `stays` without the hidden one or not; some disks can have none."""
+    with suppress(OSError):
+        shown.unlink(missing_ok=True)
+        if stays:
+            os.link(part, shown)
+        else:
+            shown.symlink_to(part.name)
+
+
+def _hide(file: BinaryIO, shown: Path) -> None:
+    """Remove a file's visible name, unless another one has taken it."""
+    if os.path.samestat(shown.stat(), os.fstat(file.fileno())):
+        shown.unlink()
 
 
 class BackgroundWriter:
@@ -117,6 +160,8 @@ class BackgroundWriter:
 
     def __exit__(self, *error: Any) -> None:
         """End the file, once: an end that was interrupted goes on, and this waits for it."""
+        if error[0] is not None:
+            self._writer.stop()
         with self._pool:
             if not self._closed:
                 self._closed = True
@@ -133,162 +178,3 @@ class BackgroundWriter:
         if failed is not None:
             raise failed
         self.whole = error[0] is None
-
-
-# ---- the events
-
-
-@dataclass(slots=True)
-class _Video:
-    """One video in the making."""
-
-    plan: Plan
-    recorder: Recorder | None  # for its record; None for none
-    writer: BackgroundWriter | None = None  # None before it begins
-    summary: Summary | None = None  # None before its end
-    began: float = 0.0
-    chunks: int = 0
-    frames: int = 0
-
-    @property
-    def whole(self) -> bool:
-        return self.writer is not None and self.writer.whole
-
-
-class VideoSinks:
-    """All videos of a command, as a context: after an error, those that are not complete leave nothing behind.
-
-    Events call the videos by the place of their plan, "0" for the first. A recorder is None where no record is wanted.
-    Loading began at `began`, by the monotonic clock.
-    """
-
-    def __init__(
-        self, plans: Sequence[Plan], recorders: Sequence[Recorder | None], display: Display, began: float
-    ) -> None:
-        self._display, self._began = display, began
-        self._videos = [_Video(plan, recorder) for plan, recorder in zip(plans, recorders, strict=True)]
-        self._folder = plans[0].out.parent if len(plans) > 1 else None  # of several
-        self._made_folder = False
-        self._ready: float | None = None
-        self.making = 0.0  # seconds from the loaded model to the last file
-
-    def __enter__(self) -> Self:
-        if self._folder is not None and not self._folder.exists():
-            self._folder.mkdir(parents=True)
-            self._made_folder = True
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for video in self._videos:
-            if video.writer is not None:
-                with suppress(InputError):  # it has been said already
-                    video.writer.__exit__(InputError, InputError(), None)
-        if kind is None or self._folder is None:
-            return
-        if self._made_folder:
-            with suppress(OSError):  # there are videos in it
-                self._folder.rmdir()
-        missing = [video.plan.out.name for video in self._videos if not video.whole]
-        if missing:
-            count = len(self._videos)
-            text = f"{count - len(missing)} of {count} videos in {self._folder} are complete"
-            self._display.end(-1, f"{text}; missing: {', '.join(missing)}")
-
-    @property
-    def summaries(self) -> list[Summary]:
-        """Of the videos that are complete, in order."""
-        return [video.summary for video in self._videos if video.summary is not None]
-
-    def handle(self, event: Event) -> None:
-        """Put what an event brings where it belongs; `InputError` if a file cannot be written."""
-        match event:
-            case messages.GangReady() if self._ready is None:
-                self._ready = time.monotonic()
-                prefix = self._videos[0].plan.request.prefix
-                self._display.phase("reading the prompt" + (" and what to start from" if prefix is not None else ""))
-            case messages.GangLost():
-                self._display.phase(f"starting again: {event.message}")
-            case messages.VideoFailed():
-                raise CommandFailed(event.message, status=FAILED, shown_here=True)
-            case messages.Admitted():
-                self._begin(int(event.video))
-            case messages.Progressed():
-                self._display.update(event.progress, int(event.video))
-            case ChunkMade():
-                self._write(self._videos[int(event.video)], event)
-            case VideoDone():
-                self._end(int(event.video), event)
-
-    def _begin(self, index: int) -> None:
-        """Open a video's file; it is open already if the video goes on after a loss."""
-        video = self._videos[index]
-        if video.writer is not None:
-            return
-        out, request, fps = video.plan.out, video.plan.request, video.plan.model.config.runtime_config.fps
-        video.began = time.monotonic()
-        self._display.begin(index, out.stem if self._folder is not None else "")
-        writer = VideoWriter(out, fps=fps, height=request.height, width=request.width)
-        video.writer = BackgroundWriter(writer)  # known before it begins, so that an interrupt finds it
-        video.writer.__enter__()
-
-    def _write(self, video: _Video, chunk: ChunkMade) -> None:
-        assert video.writer is not None
-        video.writer.write(chunk.frames)
-        video.chunks, video.frames = video.chunks + 1, video.frames + len(chunk.frames)
-
-    def _end(self, index: int, done: VideoDone) -> None:
-        """A video has all of its chunks: its file and its record appear."""
-        video = self._videos[index]
-        assert video.writer is not None and self._ready is not None
-        video.writer.__exit__(None, None, None)
-        video.summary = Summary(
-            plan=video.plan,
-            frames=video.frames,
-            chunks=video.chunks,
-            loading=self._ready - self._began,
-            making=time.monotonic() - video.began,
-            computed=done.computed,
-            kv_bytes=done.kv_bytes,
-            memory=peak_memory(),
-            gpu_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-        )
-        self.making = time.monotonic() - self._ready
-        whole = f"{video.plan.out} is complete ({len(self.summaries)} of {len(self._videos)})"
-        self._display.end(index, whole if self._folder is not None else "")
-        if video.plan.record is not None and video.recorder is not None:
-            video.recorder.finish(record_settings(video.summary)).save(video.plan.record)
-
-
-def peak_memory() -> int:
-    """Largest size that this process has had, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # bytes there, kilobytes elsewhere
-
-
-def record_settings(summary: Summary) -> dict[str, Any]:
-    """Settings and totals of a finished run, as plain JSON values; docs/records.md lists them."""
-    plan = summary.plan
-    request, options, config = plan.request, plan.options, plan.model.config
-    return {
-        "version": __version__,
-        "model": plan.model.name,
-        "prompt": request.prompt,
-        "script": [{"chunk": chunk, "prompt": prompt} for chunk, prompt in request.script],
-        "seed": request.seed,
-        "chunks": request.chunks,
-        "prefix_frames": 0 if request.prefix is None else len(request.prefix),
-        "height": request.height,
-        "width": request.width,
-        "steps": request.num_steps,
-        "window": config.runtime_config.window_size,
-        "device": plan.model.device,
-        "pp": options.pp,
-        "cp": options.cp,
-        "layers": list(stage_sizes(config, options.pp, options.split)),
-        "cache_preset": plan.model.cache,
-        "cache": asdict(plan.model.reuse),
-        "kv": asdict(plan.model.kv),
-        "computed_fraction": summary.computed,
-        "kv_bytes": summary.kv_bytes,
-        "seconds": {"loading": summary.loading, "making": summary.making},
-    }

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models.checkpoint import INDEX, SINGLE, Stored
 from models.config import read_json
 from models.errors import InputError
+from models.folder import first_with
 from models.magi.config import MagiConfig
 from models.magi.presets import POCKET, find_preset, released_config
 from models.magi.text import T5_FOLDER
@@ -61,15 +62,15 @@ def find_files(config: MagiConfig, weights: Path | None, *, tokens: Path | None 
         around.append(root.absolute().parents[2])
     vaes = [folder / "vae" for folder in around] + _given(runtime.vae_pretrained)
     missing: list[str] = []
-    vae = _first(vaes, "config.json", "autoencoder (a folder with config.json)", missing)
+    vae = first_with(vaes, "config.json", "autoencoder (a folder with config.json)", missing)
     t5, found = None, None
     if runtime.t5_pretrained is not None:
         t5s = [folder / "t5" for folder in around] + _given(runtime.t5_pretrained)
-        t5 = _first(t5s, T5_FOLDER, f"T5 encoder (a folder with {T5_FOLDER})", missing)
+        t5 = first_with(t5s, T5_FOLDER, f"T5 encoder (a folder with {T5_FOLDER})", missing)
         assets = [folder / "example" / "assets" for folder in (*root.absolute().parents, Path())]
         places = [tokens.parent] if tokens is not None else [root, *assets]
         name = SPECIAL_TOKENS if tokens is None else tokens.name
-        folder = _first(places, name, name, missing)
+        folder = first_with(places, name, name, missing)
         found = None if folder is None else folder / name
     if missing:
         raise InputError(f"{root} is not complete: {'; '.join(missing)}")
@@ -79,17 +80,6 @@ def find_files(config: MagiConfig, weights: Path | None, *, tokens: Path | None 
 
 def _given(path: str | None) -> list[Path]:
     return [] if path is None else [Path(path)]
-
-
-def _first(folders: Sequence[Path], holds: str, what: str, missing: list[str]) -> Path | None:
-    """The first folder that holds something of that name; if there is none, `missing` gets a line with the places."""
-    for folder in folders:
-        if (folder / holds).exists():
-            return folder
-    # Of the many folders around, those that exist are where somebody would put it.
-    places = [folder for folder in folders if folder.parent.is_dir()] or list(folders)
-    missing.append(f"no {what} in {', '.join(dict.fromkeys(str(place) for place in places))}")
-    return None
 
 
 def dit_folder(config: MagiConfig, weights: Path | None) -> Path:

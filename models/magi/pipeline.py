@@ -15,11 +15,12 @@ from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.folder import dit_folder, find_files
 from models.magi.sampling import COPY_WEIGHT, MagiSampling
-from models.magi.text import SpecialTokens, T5Encoder, TextEncoder, TextLoading
+from models.magi.text import SpecialTokens, T5Encoder, TextLoading
 from models.magi.vae import TiledVAE
 from models.magi.weights import Checkpoint
 from models.pocket.text import PocketEncoder
 from models.protocols import Autoencoder, CaptionTable
+from models.text import TextEncoder
 
 _TEXT = TextLoading()
 

@@ -1,18 +1,11 @@
-"""Random weights of any configuration: to try a layout, or to measure a pass, before anything is downloaded.
-
-Each tensor is drawn by its name, so every stage has the same ones in whatever layout. On a GPU they are others.
-"""
+"""Random weights of any configuration of MAGI-1, as `models/random.py` draws them."""
 
 from __future__ import annotations
 
-import math
-import zlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.checkpoint import Loading
 from models.magi.config import MagiConfig, VaeConfig
@@ -22,14 +15,13 @@ from models.magi.sampling import COPY_WEIGHT
 from models.magi.vae import TiledVAE, ViTVAE
 from models.magi.weights import Checkpoint, empty_dit
 from models.pocket.text import PocketEncoder
+from models.random import RandomEncoder, fill_random, normal
 
-_Network = TypeVar("_Network", bound=nn.Module)
 # The released autoencoder (specification 1.1).
 _RELEASED_VAE = VaeConfig(
     z_chans=16, embed_dim=1024, depth=24, num_heads=16, qkv_bias=True, ln_in_attn=True, conv_last_layer=True
 )  # fmt: skip
 _GAIN = 0.3 - 1  # of the norms behind attention and MLP, which have an offset of one: layers then change a little each
-_WORDS = 16  # fewest tokens of a made-up caption
 
 
 def vae_config(config: MagiConfig) -> VaeConfig:
@@ -45,7 +37,7 @@ def random_pipeline(config: MagiConfig, loading: Loading, *, copy_weight: float 
     with torch.device("meta"):
         empty = ViTVAE(vae_config(config))
     dtype = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
-    vae = _fill(empty, dict.fromkeys(empty.state_dict(), dtype), loading.device)
+    vae = fill_random(empty, dict.fromkeys(empty.state_dict(), dtype), loading.device, _value)
     autoencoder = TiledVAE(vae, scale_factor=runtime.scale_factor, fps=runtime.fps)
     known = runtime.t5_pretrained is None
     encoder = PocketEncoder() if known else RandomEncoder(model.caption_channels, model.caption_max_length)
@@ -55,29 +47,7 @@ def random_pipeline(config: MagiConfig, loading: Loading, *, copy_weight: float 
 def random_dit(config: MagiConfig, loading: Loading) -> MagiDiT:
     """The DiT, all of it or the layers that are asked for, in the dtypes of a loaded one."""
     model, dtypes = empty_dit(config, loading)
-    return _fill(model, dtypes, loading.device)
-
-
-class RandomEncoder:
-    """Captions of normal numbers: as many tokens as a prompt has words, 16 or more; the same for the same prompt."""
-
-    def __init__(self, channels: int, max_length: int) -> None:
-        self._channels, self._most = channels, max_length
-
-    def encode(self, prompt: str) -> Tensor:
-        """A caption [N, channels] fp32."""
-        generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-        count = min(self._most, max(_WORDS, len(prompt.split()) + 1))
-        return torch.randn(count, self._channels, generator=generator)
-
-
-def _fill(model: _Network, dtypes: Mapping[str, torch.dtype], device: str) -> _Network:
-    """Give a network on the meta device random parameters, one after the other, in these dtypes."""
-    state = {
-        name: _value(name, tensor, torch.device(device)).to(dtypes[name]) for name, tensor in model.state_dict().items()
-    }
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False).eval()
+    return fill_random(model, dtypes, loading.device, _value)
 
 
 def _value(name: str, declared: Tensor, device: torch.device) -> Tensor:
@@ -89,9 +59,7 @@ def _value(name: str, declared: Tensor, device: torch.device) -> Tensor:
     if last.endswith("_scale") or name.endswith("ada_modulate_layer.proj.0.bias"):
         return torch.ones(shape, device=device)
     if declared.dim() > 1:
-        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-        std = 1.0 if declared.dtype == torch.float8_e4m3fn else 1 / math.sqrt(math.prod(shape[1:]))
-        return torch.empty(shape, device=device).normal_(std=std, generator=generator)
+        return normal(name, declared, device)
     if last == "bias":
         return torch.zeros(shape, device=device)
     if name.endswith("post_norm.weight"):

@@ -10,29 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import html
-import importlib
 import io
-import os
 import re
 import urllib.parse
 import warnings
 import zipfile
 from collections.abc import Collection, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from threading import Lock
-from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.errors import InputError
+from models.text import KeptEncoder, TextDtype, check_encoder, load_pretrained, package
 
 T5_FOLDER = "t5-v1_1-xxl"
 """The folder inside `t5_pretrained` that holds the encoder."""
@@ -40,7 +33,7 @@ T5_FOLDER = "t5-v1_1-xxl"
 SPECIAL_TOKENS_SHA256 = "b54bc664d5f4a722dfd8bb22201c025df61f22acddc07c0a2529d7b5cd6be5a7"
 """Digest of the released `special_tokens.npz`."""
 
-_KNOWN, _KEPT = 256, 1000  # encoded prompts in memory and on the disk, of 13 MB at most
+_ENCODER = "the T5 encoder"
 _RELEASED_CHANNELS = 4096  # of T5 v1.1 XXL
 
 _TOKEN_ROWS = 100
@@ -110,32 +103,24 @@ class SpecialTokens:
         return torch.cat([row.to(null) for row in unwanted] + [null])[: len(null)]
 
 
-class TextEncoder(Protocol):
-    """What turns a prompt into a caption."""
-
-    def encode(self, prompt: str) -> Tensor:
-        """Encode one prompt: [N, C] fp32; an `InputError` if it cannot be."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextLoading:
     """How prompts are read."""
 
     tokens: Path | None = None  # special_tokens.npz; None searches it, as `find_files` does
     device: str | None = None  # where T5 encodes; None is what the configuration says, on the CPU if there is no GPU
-    dtype: Literal["float32", "bfloat16"] | None = None  # of T5; None is as its files have it
+    dtype: TextDtype | None = None  # of T5; None is as its files have it
     cache: Path | None = None  # folder where encoded prompts are kept; None keeps none
     special: tuple[SpecialToken, ...] = SPECIAL  # what kind of video is wanted
     negative: bool = False  # what is not wanted stands in front of the text of "no text"
     prompts: tuple[str, ...] = ()  # known before the model is loaded: T5 reads them first, and is let go
 
 
-class T5Encoder:
+class T5Encoder(KeptEncoder):
     """The T5 v1.1 XXL encoder (19 GB in fp32, as released), read when a prompt needs it.
 
     The released code pads every prompt to `max_length` tokens and masks the padding. Masked positions weigh exactly
     zero, so nothing is padded here: the same result up to the order of summation, and a short prompt is far cheaper.
-    May be called by several threads.
 
     Args:
         folder: `t5_pretrained`, the folder that holds `t5-v1_1-xxl`.
@@ -153,119 +138,33 @@ class T5Encoder:
         folder: Path,
         *,
         device: str = "cpu",
-        dtype: Literal["float32", "bfloat16"] | None = None,
+        dtype: TextDtype | None = None,
         max_length: int = 800,
         cache: Path | None = None,
     ) -> None:
-        self.folder, self.device, self.dtype, self.max_length = folder / T5_FOLDER, device, dtype, max_length
+        self.folder = folder / T5_FOLDER
+        super().__init__([self.folder], device=device, dtype=dtype, max_length=max_length, cache=cache)
         # Without the first two the released `spiece.model` cannot be read.
-        *_, self._transformers = (_package(name) for name in ("sentencepiece", "google.protobuf", "transformers"))
+        names = ("sentencepiece", "google.protobuf", "transformers")
+        *_, self._transformers = (package(name, "t5") for name in names)
         if not self.folder.is_dir():
             raise InputError(f"no T5 encoder at {self.folder}: t5_pretrained must hold the folder {T5_FOLDER}")
         check_t5(self.folder)
-        self._cache, self._known = cache, dict[str, Tensor]()
-        self._lock = Lock()
-        self._tokenizer: Any = None
-        self._model: Any = None
 
-    def encode(self, prompt: str) -> Tensor:
-        """Clean a prompt (specification 2.2) and encode it: [N, C] fp32.
+    def clean(self, prompt: str) -> str:
+        """As specification 2.2 says."""
+        return clean_prompt(prompt)
 
-        Raises:
-            InputError: the files in the folder cannot be used.
-        """
-        text = clean_prompt(prompt)
-        with self._lock:
-            if text not in self._known:
-                kept = None if self._cache is None else self._cache / f"{self._key(text)}.safetensors"
-                rows = None if kept is None else _read_rows(kept)
-                if rows is None:
-                    rows = self._compute(text)
-                    if kept is not None:
-                        _keep_rows(kept, rows)
-                if len(self._known) >= _KNOWN:
-                    self._known.pop(next(iter(self._known)))
-                self._known[text] = rows
-            return self._known[text]
-
-    def release(self) -> None:
-        """Free the weights. What was encoded stays; another prompt reads them again."""
-        with self._lock:
-            self._tokenizer = self._model = None
-            if torch.device(self.device).type == "cuda":
-                torch.cuda.empty_cache()
-
-    def _key(self, text: str) -> str:
-        """Names an encoded prompt by all that it depends on."""
-        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(self.folder.iterdir())]
-        kind = torch.device(self.device).type
-        return hashlib.sha256(repr((1, files, kind, self.dtype, self.max_length, text)).encode()).hexdigest()
-
-    def _compute(self, text: str) -> Tensor:
-        if self._model is None:
-            self._load()
-        ids = self._tokenizer(text, max_length=self.max_length, truncation=True, return_tensors="pt")
-        with torch.no_grad():
-            rows = self._model(ids["input_ids"].to(self.device)).last_hidden_state[0]
-        return rows.float().cpu()
-
-    def _load(self) -> None:
-        self._transformers.utils.logging.disable_progress_bar()  # this command shows its own
-        try:
-            self._tokenizer = self._transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-            model, info = self._transformers.T5EncoderModel.from_pretrained(
-                self.folder, local_files_only=True, output_loading_info=True, dtype=self.dtype or "auto"
-            )
-        except (OSError, ValueError, ImportError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"cannot load the T5 encoder from {self.folder}: {reason}") from None
-        if missing := sorted(info["missing_keys"]):  # they would be random numbers
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise InputError(f"cannot load the T5 encoder from {self.folder}: it lacks {missing[0]}{more}")
-        self._model = model.to(self.device).requires_grad_(False).eval()
-
-
-def _read_rows(path: Path) -> Tensor | None:
-    """An encoded prompt that was kept; None if it is not there, or damaged."""
-    try:
-        rows = load_file(path)["text"]
-    except (OSError, SafetensorError, KeyError):
-        return None
-    return rows if rows.ndim == 2 and rows.dtype == torch.float32 and rows.isfinite().all() else None
-
-
-def _keep_rows(path: Path, rows: Tensor) -> None:
-    """Keep an encoded prompt for the next run, and no more than the newest; where that is impossible, do without."""
-    own = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"text": rows.contiguous()}, own)
-        own.replace(path)
-        for old in sorted(path.parent.glob("*.safetensors"), key=lambda one: one.stat().st_mtime)[:-_KEPT]:
-            old.unlink()
-    except (OSError, SafetensorError):
-        with suppress(OSError):
-            own.unlink()
+    def load(self) -> tuple[Any, Any]:
+        """Tokenizer and model."""
+        tokenizer = load_pretrained(self._transformers, "AutoTokenizer", self.folder, _ENCODER)
+        model = load_pretrained(self._transformers, "T5EncoderModel", self.folder, _ENCODER, dtype=self.dtype or "auto")
+        return tokenizer, model.to(self.device)
 
 
 def check_t5(folder: Path) -> int:
-    """See that a folder holds what T5 is read from: description, vocabulary and weights.
-
-    Returns:
-        Bytes of the weights.
-
-    Raises:
-        InputError: something is missing. The library would make up a vocabulary, and say nothing.
-    """
-    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    for what, held in {
-        "config.json": (folder / "config.json").is_file(),
-        "spiece.model": (folder / "spiece.model").is_file() or (folder / "tokenizer.json").is_file(),
-        "weights (*.safetensors or pytorch_model*.bin)": weights,
-    }.items():
-        if not held:
-            raise InputError(f"cannot load the T5 encoder from {folder}: it lacks {what}")
-    return sum(path.stat().st_size for path in weights)
+    """See that a folder holds what T5 is read from; gives the bytes of its weights, errors as in `check_encoder`."""
+    return check_encoder(folder, _ENCODER)
 
 
 # Cleaning of prompts: patterns and their replacements, in order.
@@ -355,13 +254,13 @@ def _clean_once(text: str) -> str:
     text = _apply(_MARKS, _without_tags(text))
     if len(_JOINER.findall(text)) > _MOST_JOINERS:
         text = _JOINER.sub(" ", text)
-    text = _package("ftfy").fix_text(text)
+    text = package("ftfy", "t5").fix_text(text)
     text = html.unescape(html.unescape(text)).strip()
     return _apply(_WORDS, text).strip()
 
 
 def _without_tags(text: str) -> str:
-    soup = _package("bs4").BeautifulSoup
+    soup = package("bs4", "t5").BeautifulSoup
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns that a short prompt looks like a file name
         return str(soup(text, features="html.parser").text)
@@ -371,12 +270,3 @@ def _apply(rules: Iterable[_Rule], text: str) -> str:
     for pattern, replacement in rules:
         text = pattern.sub(replacement, text)
     return text
-
-
-def _package(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise InputError(
-            f"a prompt needs the Python package {error.name}: pip install 'flowcache-engine[t5]'"
-        ) from None

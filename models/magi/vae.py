@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -284,6 +284,10 @@ class TiledVAE:
         grid = self.encode_grid(frames, height, width)
         merged = self.merge_latents(grid, [self.encode_tile(video, tile) for tile in grid])
         return merged * self.scale_factor
+
+    def stream(self) -> Callable[[Tensor], Tensor]:
+        """As `Autoencoder.stream`; every chunk is decoded alone."""
+        return self.decode
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

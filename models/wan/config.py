@@ -11,18 +11,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
 from models.config import STRICT, checked, read_json
 from models.errors import InputError
-from models.protocols import KVGeometry
+from models.protocols import CELL_PIXELS, KVGeometry
 
 _Count = Annotated[int, Field(ge=1, le=1_000)]
 _Width = Annotated[int, Field(ge=1, le=1_000_000)]
+_Pixels = Annotated[int, Field(ge=16, le=16_384)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
+    "背景人很多，倒着走"
+)
+"""The published negative prompt."""
 IMAGE_TOKENS = 257
 """Of an image that a model sees through CLIP."""
 
@@ -89,11 +96,70 @@ CAUSAL_WAN = WanPrecision(fp32_islands=False, rotary="complex128", norm_rounds=T
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class WanRuntime:
+    """What a video is like if nothing else is asked for; the defaults are those of SkyReels-V2 with FlowCache."""
+
+    method: Literal["diffusion forcing", "self-forcing"] = "diffusion forcing"
+    num_steps: Annotated[int, Field(ge=1, le=1_000)] = 50
+    shift: Annotated[float, Field(ge=0.01, le=100)] = 8.0  # of the noise levels
+    guidance: Annotated[float, Field(ge=0, le=100)] = 6.0  # 1 and less runs no negative prompt
+    negative: str = NEGATIVE
+    chunk_width: _Count = 5  # latent frames that are denoised together (`causal_block_size`)
+    stagger: Annotated[int, Field(ge=0, le=1_000)] = 5  # steps between two chunks (`ar_step`)
+    window_frames: _Count = 25  # latent frames that the model is run on at most
+    overlap_frames: _Count = 5  # latent frames of the window before that one goes on from
+    noise_condition: Annotated[int, Field(ge=0, le=999)] = 20  # noise mixed into those, in thousandths
+    fps: _Count = 24
+    height: _Pixels = 544
+    width: _Pixels = 960
+
+    @model_validator(mode="after")
+    def _frames_fit(self) -> WanRuntime:
+        if self.window_frames % self.chunk_width or self.overlap_frames % self.chunk_width:
+            raise ValueError("window_frames and overlap_frames must be whole chunks of chunk_width")
+        if self.overlap_frames >= self.window_frames:
+            raise ValueError("overlap_frames must be fewer than window_frames")
+        return self
+
+
+SELF_FORCING = WanRuntime(
+    method="self-forcing",
+    num_steps=4,
+    shift=5.0,
+    guidance=1.0,
+    negative="",
+    chunk_width=3,
+    stagger=4,
+    window_frames=21,
+    overlap_frames=3,
+    noise_condition=0,
+    fps=16,
+    height=480,
+    width=832,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class WanConfig:
     """A model."""
 
     shapes: WanShapes
     precision: WanPrecision
+    runtime: WanRuntime = WanRuntime()
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, source: str) -> WanConfig:
+        """Check a decoded configuration; an `InputError` that begins with `source` if a key or a value does not fit."""
+        return checked(cls, values, source=source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain values, for `from_dict`."""
+        return TypeAdapter(WanConfig).dump_python(self, mode="json")
+
+    def chunk_tokens(self, height: int, width: int) -> int:
+        """Tokens of a chunk of a video of that size in pixels."""
+        _, rows, columns = self.shapes.patch_size
+        return self.runtime.chunk_width * (height // (CELL_PIXELS * rows)) * (width // (CELL_PIXELS * columns))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,7 +187,7 @@ class WanConfig:
 # ---- config.json
 
 _ANY = {"_class_name", "_diffusers_version", "_name_or_path"}  # say nothing of shapes
-_CLASSES = {"SkyReelsV2Transformer3DModel", "WanTransformer3DModel"}
+_CLASSES = {"SkyReelsV2Transformer3DModel"}
 _DIFFUSERS = {
     "attention_head_dim",
     "num_attention_heads",

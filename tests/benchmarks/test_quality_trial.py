@@ -32,6 +32,9 @@ SETTINGS = [Setting(), Setting(reuse=LEAN), REUSE, VELOCITY, SMALL, Setting(reus
 class Visible(TinyPipeline):
     """The tiny model, with frames that show its latents."""
 
+    def stream(self):
+        return self.decode
+
     def decode(self, latents):
         rgb = (latents[0, :3].permute(1, 2, 3, 0) * 40 + 128).clamp(0, 255).to(torch.uint8)
         return rgb.repeat_interleave(4, 0).repeat_interleave(8, 1).repeat_interleave(8, 2)

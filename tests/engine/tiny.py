@@ -51,6 +51,9 @@ class TinyPipeline:
         text = torch.randn(3, self.config.model_config.caption_channels, generator=generator)
         return CaptionTable(text=text, null=self.model.null_text()).to(self.model.device)
 
+    def stream(self):
+        return self.decode
+
     def decode(self, latents):
         frames, height, width = latents.shape[2] * 4, latents.shape[3] * 8, latents.shape[4] * 8
         return torch.full((frames, height, width, 3), 127, dtype=torch.uint8)

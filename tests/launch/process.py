@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from safetensors.torch import load_file, save_file
+
+from engine.files import partial_of
 
 ROOT = Path(__file__).parents[2]
 Result = subprocess.CompletedProcess[str]
@@ -35,12 +38,26 @@ def overflowing_weights(folder: Path, name: str, column: slice = slice(None)) ->
     return folder
 
 
+@contextmanager
+def short_files(most: int = 1000) -> Iterator[None]:
+    """Nothing may grow beyond so many bytes; the system says it as it says that a disk is full.
+
+    Not a fixture: the limit holds for the process, and pytest writes to its log before a fixture ends.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def wait_for_frames(process: subprocess.Popen[str], path: Path, seconds: float = 90) -> None:
-    """Wait until a process has written frames of a video, into the hidden file that becomes `path`."""
-    deadline = time.monotonic() + seconds
-    while not any(part.stat().st_size for part in path.parent.glob(f".{path.name}.*")):
+    """Wait until a process has written frames of a video, beside `path`."""
+    deadline, partial = time.monotonic() + seconds, partial_of(path)
+    while not (partial.exists() and partial.stat().st_size):
         assert process.poll() is None and time.monotonic() < deadline, "no frame was written"
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 def flowcache_process(

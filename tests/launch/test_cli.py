@@ -121,7 +121,8 @@ def test_models_lists_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
         ([PROMPT, "--image", "a.png", "--video", "b.mp4"], "--image and --video"),
         ([PROMPT, "--out", "missing/video.mp4"], "the folder missing does not exist"),
         ([PROMPT, "--out", "/proc/video.mp4"], "cannot write /proc/video.mp4"),
-        ([PROMPT, "--out", "video.gif"], "must end in .mp4"),
+        ([PROMPT, "--out", "video.avi"], "must end in .mp4, .webm, .gif, or in / for a folder of png"),
+        ([PROMPT, "--out", "-", "--preview"], "there is no name for a --preview"),
         ([PROMPT, "--weights", "missing"], "there is no folder missing"),
         ([PROMPT, "--weights", "."], "holds no model"),
         ([PROMPT, "--attention", "magic"], "unknown attention backend 'magic'"),
@@ -286,7 +287,9 @@ def test_what_a_killed_process_leaves_is_removed_by_the_next(
 ) -> None:
     long_run.kill()
     long_run.communicate()
-    assert [path.name.split(".")[1:3] for path in tmp_path.iterdir()] == [["long", "mp4"]]  # and no long.mp4
+    hidden, shown = sorted(os.listdir(tmp_path))  # and no long.mp4
+    assert hidden.startswith(".long.partial.mp4.") and shown == "long.partial.mp4"
+    assert (tmp_path / shown).samefile(tmp_path / hidden)
     monkeypatch.chdir(tmp_path)
     assert run(["generate", PROMPT, "--chunks", "1", "--steps", "4", "--weights", str(random_weights)]) == 0
     assert os.listdir(tmp_path) == ["video.mp4"]

@@ -74,7 +74,7 @@ def test_image_to_video_has_one_chunk_more(options: Options, tmp_path: Path) -> 
 def test_video_to_video_goes_on_from_32_frames(options: Options, tmp_path: Path) -> None:
     """Specification part 3: 24 frames asked for, 37 made."""
     clip = tmp_path / "start.mp4"
-    with VideoWriter(clip, fps=24, height=64, width=64) as writer:
+    with VideoWriter(clip, fps=24) as writer:
         writer.write(torch.full((40, 64, 64, 3), 90, dtype=torch.uint8))
     assert _frames(_make(options, video=clip, chunks=1)) == 37
 

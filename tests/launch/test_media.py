@@ -31,7 +31,7 @@ def _near(pixel: Tensor, colour: Tensor) -> bool:
 
 
 def _write(path: Path, frames: Tensor, *, fps: int = 24) -> Path:
-    with VideoWriter(path, fps=fps, height=frames.shape[1], width=frames.shape[2]) as writer:
+    with VideoWriter(path, fps=fps) as writer:
         writer.write(frames)
     return path
 

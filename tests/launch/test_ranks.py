@@ -276,7 +276,7 @@ def test_nothing_is_left_of_a_rank_that_is_killed(tmp_path: Path, random_weights
         while not parts:
             assert process.poll() is None and time.monotonic() < deadline, "no file was begun"
             time.sleep(0.05)
-            parts = list(tmp_path.glob(".long.mp4.*"))
+            parts = list(tmp_path.glob(".long.partial.mp4.*"))
         os.kill(int(parts[0].stem.rpartition("-")[2]), signal.SIGKILL)
         _, shown = process.communicate(timeout=60)
     finally:

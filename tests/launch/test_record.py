@@ -85,7 +85,7 @@ def test_a_clip_that_is_gone_on_from_is_in_the_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, random_weights: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with VideoWriter(Path("clip.mp4"), fps=24, height=64, width=64) as writer:
+    with VideoWriter(Path("clip.mp4"), fps=24) as writer:
         writer.write(torch.full((32, 64, 64, 3), 90, dtype=torch.uint8))
     options = ["--chunks", "2", "--steps", "4", "--weights", str(random_weights), "--threads", "1"]
     assert run(["generate", PROMPT, *options, "--video", "clip.mp4", "--record", "run"]) == 0

@@ -44,7 +44,7 @@ def only(folder: Path, line: object, options: Options | None = None) -> BatchIte
 
 
 def clip(path: Path, height: int = 64) -> Path:
-    with VideoWriter(path, fps=24, height=height, width=96) as writer:
+    with VideoWriter(path, fps=24) as writer:
         writer.write(_noise(8)[:, :height])
     return path
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +25,14 @@ from launch.output.display import Row, State
 from launch.output.video import VideoWriter
 from models.errors import InputError
 from tests.launch.output.test_video import _noise
+from tests.launch.process import short_files
 
 NAME = "001-a-red-circle-0123456789ab.mp4"
 DIGEST = "0123456789ab"
 
 
 def video(path: Path) -> Path:
-    with VideoWriter(path, fps=24, height=64, width=96) as writer:
+    with VideoWriter(path, fps=24) as writer:
         writer.write(_noise(4))
     return path
 
@@ -56,20 +55,6 @@ def dead_process() -> int:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
-
-
-@contextmanager
-def short_files() -> Iterator[None]:
-    """Nothing may grow beyond 1000 bytes; the system says it as it says that a disk is full.
-
-    Not a fixture: the limit holds for the process, and pytest writes to its log before a fixture ends.
-    """
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_whole_file_is_done_whatever_its_line_was(tmp_path: Path) -> None:

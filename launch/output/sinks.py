@@ -1,0 +1,191 @@
+"""What is made of the events of videos: their files, progress, summaries and records.
+
+Who makes the videos is not this file's business, nor how a file is written.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import torch
+
+from engine.record import Recorder
+from launch import __version__
+from launch.ending import CommandFailed
+from launch.output.display import Display, Summary
+from launch.output.formats import FORMATS
+from launch.output.video import BackgroundWriter, VideoWriter
+from launch.plan import Plan
+from models.errors import InputError
+from parallel.cluster import messages
+from parallel.cluster.messages import ChunkMade, Event, VideoDone
+from parallel.health.exit_codes import FAILED
+from parallel.split import stage_sizes
+
+
+@dataclass(slots=True)
+class _Video:
+    """One video in the making."""
+
+    plan: Plan
+    recorder: Recorder | None  # for its record; None for none
+    writer: BackgroundWriter | None = None  # None before it begins
+    summary: Summary | None = None  # None before its end
+    began: float = 0.0
+    chunks: int = 0
+    frames: int = 0
+
+    @property
+    def whole(self) -> bool:
+        return self.writer is not None and self.writer.whole
+
+
+class VideoSinks:
+    """All videos of a command, as a context: after an error, those that are not complete leave nothing behind.
+
+    Events call the videos by the place of their plan, "0" for the first. A recorder is None where no record is wanted.
+    Loading began at `began`, by the monotonic clock.
+    """
+
+    def __init__(
+        self, plans: Sequence[Plan], recorders: Sequence[Recorder | None], display: Display, began: float
+    ) -> None:
+        self._display, self._began = display, began
+        self._videos = [_Video(plan, recorder) for plan, recorder in zip(plans, recorders, strict=True)]
+        self._folder = plans[0].out.parent if len(plans) > 1 else None  # of several
+        self._made_folder = False
+        self._ready: float | None = None
+        self.making = 0.0  # seconds from the loaded model to the last file
+
+    def __enter__(self) -> Self:
+        if self._folder is not None and not self._folder.exists():
+            self._folder.mkdir(parents=True)
+            self._made_folder = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for video in self._videos:
+            if video.writer is not None:
+                with suppress(InputError):  # it has been said already
+                    video.writer.__exit__(InputError, InputError(), None)
+        if kind is None or self._folder is None:
+            return
+        if self._made_folder:
+            with suppress(OSError):  # there are videos in it
+                self._folder.rmdir()
+        missing = [video.plan.out.name for video in self._videos if not video.whole]
+        if missing:
+            count = len(self._videos)
+            text = f"{count - len(missing)} of {count} videos in {self._folder} are complete"
+            self._display.end(-1, f"{text}; missing: {', '.join(missing)}")
+
+    @property
+    def summaries(self) -> list[Summary]:
+        """Of the videos that are complete, in order."""
+        return [video.summary for video in self._videos if video.summary is not None]
+
+    def handle(self, event: Event) -> None:
+        """Put what an event brings where it belongs; `InputError` if a file cannot be written."""
+        match event:
+            case messages.GangReady() if self._ready is None:
+                self._ready = time.monotonic()
+                prefix = self._videos[0].plan.request.prefix
+                self._display.phase("reading the prompt" + (" and what to start from" if prefix is not None else ""))
+            case messages.GangLost():
+                self._display.phase(f"starting again: {event.message}")
+            case messages.VideoFailed():
+                raise CommandFailed(event.message, status=FAILED, shown_here=True)
+            case messages.Admitted():
+                self._begin(int(event.video))
+            case messages.Progressed():
+                self._display.update(event.progress, int(event.video))
+            case ChunkMade():
+                self._write(self._videos[int(event.video)], event)
+            case VideoDone():
+                self._end(int(event.video), event)
+
+    def _begin(self, index: int) -> None:
+        """Open a video's file; it is open already if the video goes on after a loss."""
+        video = self._videos[index]
+        if video.writer is not None:
+            return
+        plan, options = video.plan, video.plan.options
+        video.began = time.monotonic()
+        self._display.begin(index, plan.out.stem if self._folder is not None else "")
+        writer = VideoWriter(
+            plan.out,
+            fps=plan.model.config.runtime_config.fps,
+            form=FORMATS[plan.suffix],
+            keep_partial=options.keep_partial,
+            preview=plan.out.with_suffix(".png") if options.preview else None,
+        )
+        video.writer = BackgroundWriter(writer)  # known before it begins, so that an interrupt finds it
+        video.writer.__enter__()
+
+    def _write(self, video: _Video, chunk: ChunkMade) -> None:
+        assert video.writer is not None
+        video.writer.write(chunk.frames)
+        video.chunks, video.frames = video.chunks + 1, video.frames + len(chunk.frames)
+
+    def _end(self, index: int, done: VideoDone) -> None:
+        """A video has all of its chunks: its file and its record appear."""
+        video = self._videos[index]
+        assert video.writer is not None and self._ready is not None
+        video.writer.__exit__(None, None, None)
+        video.summary = Summary(
+            plan=video.plan,
+            frames=video.frames,
+            chunks=video.chunks,
+            loading=self._ready - self._began,
+            making=time.monotonic() - video.began,
+            computed=done.computed,
+            kv_bytes=done.kv_bytes,
+            memory=peak_memory(),
+            gpu_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        )
+        self.making = time.monotonic() - self._ready
+        whole = f"{video.plan.out} is complete ({len(self.summaries)} of {len(self._videos)})"
+        self._display.end(index, whole if self._folder is not None else "")
+        if video.plan.record is not None and video.recorder is not None:
+            video.recorder.finish(record_settings(video.summary)).save(video.plan.record)
+
+
+def peak_memory() -> int:
+    """Largest size that this process has had, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # bytes there, kilobytes elsewhere
+
+
+def record_settings(summary: Summary) -> dict[str, Any]:
+    """Settings and totals of a finished run, as plain JSON values; docs/records.md lists them."""
+    plan = summary.plan
+    request, options, config = plan.request, plan.options, plan.model.config
+    return {
+        "version": __version__,
+        "model": plan.model.name,
+        "prompt": request.prompt,
+        "script": [{"chunk": chunk, "prompt": prompt} for chunk, prompt in request.script],
+        "seed": request.seed,
+        "chunks": request.chunks,
+        "prefix_frames": 0 if request.prefix is None else len(request.prefix),
+        "height": request.height,
+        "width": request.width,
+        "steps": request.num_steps,
+        "window": config.runtime_config.window_size,
+        "device": plan.model.device,
+        "pp": options.pp,
+        "cp": options.cp,
+        "layers": list(stage_sizes(config, options.pp, options.split)),
+        "cache_preset": plan.model.cache,
+        "cache": asdict(plan.model.reuse),
+        "kv": asdict(plan.model.kv),
+        "computed_fraction": summary.computed,
+        "kv_bytes": summary.kv_bytes,
+        "seconds": {"loading": summary.loading, "making": summary.making},
+    }

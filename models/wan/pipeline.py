@@ -1,0 +1,102 @@
+"""A loaded model of this family: weights, autoencoder and encoders together, as the engine wants them.
+
+Nothing here knows ranks or how a video is scheduled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from models.attention import Attention
+from models.checkpoint import Loading
+from models.protocols import Autoencoder, CaptionTable
+from models.text import TextDtype, TextEncoder
+from models.wan.config import WanConfig
+from models.wan.dit import WanDiT
+from models.wan.folder import dit_source, find_files
+from models.wan.text import UMT5Encoder, padded
+from models.wan.vae import WanVaeFiles
+from models.wan.weights import WanWeights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WanTextLoading:
+    """How prompts are read."""
+
+    device: str | None = None  # where UMT5 encodes; None is a GPU if there is one
+    dtype: TextDtype | None = None  # of UMT5; None is as its files have it
+    cache: Path | None = None  # folder where encoded prompts are kept; None keeps none
+    prompts: tuple[str, ...] = ()  # known before the model is loaded: UMT5 reads them first, and is let go
+
+
+_TEXT = WanTextLoading()
+
+
+class WanPipeline:
+    """A DiT with what turns prompts into captions and latents into frames; how it is sampled, a subclass says.
+
+    Without an encoder captions are brought, and without an autoencoder a video ends with latents.
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        model: WanDiT,
+        autoencoder: Autoencoder | None = None,
+        encoder: TextEncoder | None = None,
+    ) -> None:
+        self.config, self.model = config, model
+        self._autoencoder, self._encoder = autoencoder, encoder
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """Frames to latents and back."""
+        assert self._autoencoder is not None
+        return self._autoencoder
+
+    @property
+    def attention(self) -> Attention:
+        """What KV views attend with."""
+        return self.model.attention
+
+    def captions(self, prompt: str) -> CaptionTable:
+        """Encode a prompt, and the negative prompt as the text of no text; zero rows behind both count.
+
+        An `InputError` if the encoder cannot take it.
+        """
+        assert self._encoder is not None
+        length = self.config.shapes.text_len
+        text, null = (padded(self._encoder.encode(one), length) for one in (prompt, self.config.runtime.negative))
+        return CaptionTable(text=text, null=null).to(self.model.device)
+
+
+def load_pipeline(config: WanConfig, folder: Path, loading: Loading, text: WanTextLoading = _TEXT) -> WanPipeline:
+    """Load a model whole, or with the layers that are asked for: DiT, autoencoder and text encoder.
+
+    What is missing of the smaller files is said before the large ones are read.
+
+    Raises:
+        InputError: something is missing or damaged.
+    """
+    files = find_files(config, folder)
+    encoder = UMT5Encoder(
+        files.text,
+        files.tokenizer,
+        device=text.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        dtype=text.dtype,
+        max_length=config.shapes.text_len,
+        cache=text.cache,
+    )
+    for prompt in dict.fromkeys((*text.prompts, config.runtime.negative) if text.prompts else ()):
+        encoder.encode(prompt)
+    encoder.release()
+    autoencoder = WanVaeFiles(files.vae).load(loading.device)
+    return WanPipeline(config, WanWeights(files.dit).dit(config, loading), autoencoder, encoder)
+
+
+def load_stage(config: WanConfig, folder: Path, loading: Loading) -> WanDiT:
+    """Load the DiT alone, all of it or the layers that are asked for; errors as above."""
+    return WanWeights(dit_source(folder)).dit(config, loading)
