@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.checkpoint.contents import RUN_FILE, Contents, pack_shard, rank_file, unpack_shard
 from engine.checkpoint.files import Shard, must_fit, read_contents, write_async
 from engine.inputs import PassInputs
-from engine.kv.buffer import KVBuffer
+from engine.kv.buffer import KVBuffer, OnKept
 from engine.request import Admission
 from engine.reuse.flags import FlagLog
 from engine.video import Work, WorkItem
@@ -48,6 +48,7 @@ class _Held:
     grid: tuple[int, int, int]
     shard: TokenShard | None
     flags: FlagLog
+    hidden: bool  # hidden states are results
 
 
 class NotFinite(RuntimeError):
@@ -112,8 +113,9 @@ class Stage:
         *,
         rank: int = 0,  # number of this process, for the name of its file in a checkpoint
         place: Mapping[str, int] | None = None,  # tells this process's shard of a checkpoint from those of others
+        on_kept: OnKept | None = None,  # told of what compressions keep
     ) -> None:
-        self.model, self._attention, self._file = model, attention, rank_file(rank)
+        self.model, self._attention, self._file, self._on_kept = model, attention, rank_file(rank), on_kept
         self._place = {"layers": [model.kv.layers.start, model.kv.layers.stop], **(place or {})}
         self._videos: dict[int, _Held] = {}
         self.finite = FiniteCheck(torch.cuda.Event if model.kv.device.type == "cuda" else None)
@@ -127,12 +129,14 @@ class Stage:
         `geometry` is of the KV that is held here, if not the model's; `shard` the tokens computed here, if not all.
         """
         geometry = geometry or self.model.kv
-        kv, flags = KVBuffer(admission.kv, geometry, self._attention), FlagLog(admission.schedule)
+        kv, flags = KVBuffer(admission.kv, geometry, self._attention, self._on_kept), FlagLog(admission.schedule)
         if admission.checkpoint is not None:
             self._restore(Path(admission.checkpoint), kv, flags)
         tokens = slice(None) if shard is None else shard.tokens
         inputs = PassInputs(self.model, admission, tokens)
-        self._videos[admission.video] = _Held(kv=kv, inputs=inputs, grid=admission.grid, shard=shard, flags=flags)
+        self._videos[admission.video] = _Held(
+            kv=kv, inputs=inputs, grid=admission.grid, shard=shard, flags=flags, hidden=admission.hidden
+        )
 
     def release(self, video: int) -> None:
         """Let go of a video's buffers."""
@@ -172,9 +176,12 @@ class Stage:
 
     @torch.no_grad()
     def velocity(self, item: WorkItem, hidden: Tensor) -> Tensor:
-        """Velocity [1, C, T, h, w] fp32 of an item's last hidden states; where the last layer is held."""
-        grid = self._videos[item.request].grid
-        velocity = self.model.velocity(hidden, grid, item.what.condition).contiguous()
+        """Velocity [1, C, T, h, w] fp32 of an item's last hidden states; where the last layer is held. Hidden states
+        themselves for a video that is made of them."""
+        held = self._videos[item.request]
+        if held.hidden:
+            return hidden
+        velocity = self.model.velocity(hidden, held.grid, item.what.condition).contiguous()
         self.finite.look(item, velocity)
         return velocity
 
@@ -252,8 +259,8 @@ class LocalRunner(Runner):
 
     layout = {"pp": 1, "cp": 1}
 
-    def __init__(self, model: VideoModel, attention: Attention) -> None:
-        self._stage = Stage(model, attention)
+    def __init__(self, model: VideoModel, attention: Attention, *, on_kept: OnKept | None = None) -> None:
+        self._stage = Stage(model, attention, on_kept=on_kept)
         self._results: list[tuple[WorkItem, Tensor]] = []
         self._written: dict[int, tuple[Shard, ...] | Exception] = {}
 

@@ -153,8 +153,8 @@ class WorkOrder:
         run, opened = self._run, TickProgress(tick=tick, left=len(tick.active))
         if self._barrier:
             yield from self._until(list(self._steps))
-        elif tick.retiring is not None and run.renews:
-            yield from self._until([tick.retiring])
+        elif run.renews:
+            yield from self._until(list(tick.retiring))
         self._ticks.append(opened)
         clean = run.begin(tick)
         if coming is not None and self._gate is not None:
@@ -193,7 +193,7 @@ class WorkOrder:
     def _stepped(self, opened: TickProgress, chunk: int) -> None:
         """A chunk has taken its step of a tick."""
         opened.left -= 1
-        if chunk == opened.tick.finishing:
+        if chunk in opened.tick.finishing:
             self._finished.append((chunk, self._run.finish(chunk)))
         while self._ticks and not self._ticks[0].left:
             done, before = self._ticks.pop(0), self._before

@@ -58,7 +58,7 @@ class ProgressReporter:
 
     def ticked(self, done: TickProgress) -> None:
         """All chunks of a tick have taken their step."""
-        finished = done.tick.finishing is not None
+        finished = len(done.tick.finishing)
         self.counts.update(items=done.items, computed=done.computed, steps=len(done.tick.active), done=finished)
         if self._recorder is None and self._on_progress is None:
             return

@@ -25,7 +25,7 @@ from models.errors import InputError
 
 NOT_ACTIVE = 255
 """In `flags`: the chunk was not in the window. 0 is computed, 1 reused, 2 extrapolated."""
-_SPAN = ("first", "chunks", "num_steps", "window")
+_SPAN = ("first", "chunks", "num_steps", "window", "stagger")
 _ARRAYS = ("span", "decisions", "changes", "tick_seconds", "tick_items", "fill", "held")
 _SETTINGS_FILE, _ARRAYS_FILE = "record.json", "record.npz"
 _DAMAGE = (
@@ -40,7 +40,7 @@ class RunRecord:
     """A finished record."""
 
     settings: Mapping[str, Any]  # what was asked for, as plain JSON values
-    span: np.ndarray  # int64 [4], the schedule's figures: first, chunks, num_steps, window
+    span: np.ndarray  # int64, the schedule's first, chunks, num_steps, window, stagger; older ones lack the last
     decisions: np.ndarray  # uint8 [made chunks, steps], see `NOT_ACTIVE`
     changes: np.ndarray  # float32 [made chunks, steps], relative L1; NaN where none was taken
     tick_seconds: np.ndarray  # float64 [ticks]
@@ -52,7 +52,7 @@ class RunRecord:
     @property
     def schedule(self) -> Schedule:
         """Of the video."""
-        return Schedule(**dict(zip(_SPAN, map(int, self.span), strict=True)))
+        return Schedule(**dict(zip(_SPAN, map(int, self.span), strict=False)))
 
     @property
     def flags(self) -> np.ndarray:
@@ -123,7 +123,7 @@ class RunRecord:
 
     def _check(self) -> None:
         """Raise a ValueError or an InputError where arrays do not fit together."""
-        if self.span.shape != (4,) or self.span.dtype.kind != "i":
+        if self.span.shape not in ((4,), (5,)) or self.span.dtype.kind != "i":
             raise ValueError("the span is no schedule")
         schedule = self.schedule
         steps, ticks = (schedule.chunks - schedule.first, schedule.num_steps), (schedule.ticks,)

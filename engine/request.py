@@ -6,7 +6,6 @@ Requests check themselves; nothing else in the engine checks them again. It know
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor
 
 from engine.kv.layout import KVPlan, KVSettings, plan_kv
-from engine.reuse.policy import DISTANCES, ReuseSettings
+from engine.reuse.policy import CONDITION, DISTANCES, ReuseSettings
 from engine.schedule import Schedule
 from engine.video import Noise, Reuse, VideoRun, VideoShape, seeded_noise
 from models.errors import InputError
-from models.protocols import CELL_PIXELS, CaptionTable, Pipeline
+from models.protocols import CELL_PIXELS, CaptionTable, PassCondition, Pipeline, Sampling
 
 _SIZE_STEP = 2 * CELL_PIXELS  # a token is a patch of 2 x 2 cells
 
@@ -85,6 +84,7 @@ class Admission:
     captions: CaptionTable
     grid: tuple[int, int, int]  # latent (T, h, w) of a chunk
     checkpoint: str | None = None  # folder of the checkpoint that the video goes on from
+    hidden: bool = False  # hidden states come back from passes, and not velocities
 
 
 def encode(pipeline: Pipeline, request: Request) -> Encoded:
@@ -119,18 +119,12 @@ def prepare(
     given = 0 if encoded.prefix is None else encoded.prefix.shape[2]
     shape = VideoShape(
         channels=model.latent_channels,
-        chunks=request.chunks + math.ceil(given / sampling.chunk_width),
+        chunks=request.chunks + sampling.prefix_chunks(given),
         prefix_frames=given,
         height=request.height // CELL_PIXELS,
         width=request.width // CELL_PIXELS,
     )
-    how = Reuse(
-        policy=reuse.new_policy(),
-        memory=reuse.new_memory(),
-        patches=model.patches,
-        observe=observe,
-        dtype=DISTANCES[reuse.distance],
-    )
+    how = _reuse(pipeline, sampling, reuse, shape, observe=observe)
     run = VideoRun(
         number,
         shape,
@@ -139,12 +133,43 @@ def prepare(
         how,
         prefix=encoded.prefix,
         compressed=kv.budget is not None,
+        retires_at_once=kv.selection.asks == "next",
         device=model.kv.device,
     )
     plan = plan_kv(sampling, run.schedule, kv, model.token_count(*run.grid))
     folder = None if checkpoint is None else str(checkpoint)
     return run, Admission(
-        video=number, schedule=run.schedule, kv=plan, captions=encoded.captions, grid=run.grid, checkpoint=folder
+        video=number,
+        schedule=run.schedule,
+        kv=plan,
+        captions=encoded.captions,
+        grid=run.grid,
+        checkpoint=folder,
+        hidden=how.read_out is not None,
+    )
+
+
+def _reuse(
+    pipeline: Pipeline, sampling: Sampling, settings: ReuseSettings, shape: VideoShape, *, observe: bool
+) -> Reuse:
+    """How a request reuses steps; an InputError if the model does not offer what the settings name."""
+    model, known = pipeline.model, settings.distance == CONDITION
+    if known and sampling.changes is None:
+        raise InputError("this model has no distance of its own conditions: take one between patch embeddings")
+    grid = sampling.chunk_width, shape.height, shape.width
+
+    def read_out(hidden: Tensor, condition: PassCondition) -> Tensor:
+        return model.velocity(hidden, grid, condition)
+
+    of_layers = sampling.residual_of_layers and settings.reuse == "residual" and settings.policy != "none"
+    return Reuse(
+        policy=settings.new_policy(),
+        memory=settings.new_memory(),
+        patches=model.patches,
+        observe=observe,
+        dtype=torch.float32 if known else DISTANCES[settings.distance],
+        changes=sampling.changes if known else None,
+        read_out=torch.no_grad()(read_out) if of_layers else None,
     )
 
 

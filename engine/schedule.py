@@ -1,10 +1,11 @@
-"""The sliding-window schedule of one video, as a pure function (specification 7.3).
+"""When each chunk of one video takes each step, as a pure function (specification 7.3).
 
 Plain Python: chunks and steps in, ticks out. It knows no model, no times and no tensors.
 
-A quantum is the stretch of ticks from one chunk boundary to the next, counted from 0. At a boundary the window moves
-on: a chunk enters, or at the end of the video one leaves and none enters. The passes of given chunks (prefix) belong to
-the first quantum.
+Chunks enter one after another, `stagger` ticks apart, and take one step in every tick from then on. A sliding window
+spreads its chunks evenly over the steps; others may stand closer or further apart, or enter all at once (a stagger of
+0). A quantum is the stretch of ticks from one chunk that enters to the next, counted from 0; at the end of the video
+none enters any more. The passes of given chunks (prefix) belong to the first quantum.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ from dataclasses import dataclass
 
 from models.errors import InputError
 
+EVEN = -1
+"""A stagger that spreads the chunks of a window evenly over the steps."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tick:
     """One step of the window."""
 
     index: int  # ticks are counted from 0
-    step_in_quantum: int  # position within the quantum, 0 .. steps / window - 1
+    step_in_quantum: int  # position within the quantum
     active: tuple[tuple[int, int], ...]  # (chunk, step) of every chunk in the window, oldest and cleanest first
-    entering: int | None  # the chunk that enters with this tick
-    retiring: int | None  # the chunk that has just finished and leaves the window; its KV is still to be renewed
-    finishing: int | None  # the chunk that takes its last step in this tick
+    entering: tuple[int, ...]  # the chunks that enter with this tick: one, or all
+    retiring: tuple[int, ...]  # those that have just finished and leave the window; their KV may still be renewed
+    finishing: tuple[int, ...]  # those that take their last step in this tick
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,65 +38,84 @@ class Schedule:
     first: int  # the first chunk that is generated; those before it are given (prefix)
     chunks: int  # all chunks, given and generated
     num_steps: int  # denoising steps of a chunk
-    window: int  # chunks that are denoised at once
+    window: int  # chunks that are denoised at once, at most
+    stagger: int = EVEN  # ticks between two chunks that enter
 
     def __post_init__(self) -> None:
         if self.window < 1:
             raise InputError(f"a window of {self.window} chunks is empty")
-        if self.num_steps < 1 or self.num_steps % self.window:
+        if self.num_steps < 1 or (self.stagger == EVEN and self.num_steps % self.window):
             raise InputError(f"{self.num_steps} steps do not divide into a window of {self.window} chunks")
         if not 0 <= self.first < self.chunks:
             raise InputError(f"nothing to generate: chunk {self.first} of {self.chunks} would be the first")
+        if not 0 <= self._apart <= self.num_steps:
+            raise InputError(f"{self._apart} ticks between chunks of {self.num_steps} steps leave gaps: take fewer")
+        if self.window < min(self._made, -(-self.num_steps // self._apart) if self._apart else self._made):
+            raise InputError(f"chunks {self._apart} ticks apart do not fit into a window of {self.window}")
+
+    @property
+    def _apart(self) -> int:
+        return self.num_steps // self.window if self.stagger == EVEN else self.stagger
+
+    @property
+    def _made(self) -> int:
+        """Chunks that are generated."""
+        return self.chunks - self.first
 
     @property
     def quantum_ticks(self) -> int:
         """Ticks between two chunks that enter."""
-        return self.num_steps // self.window
+        return self._apart or self.num_steps
 
     @property
     def ticks(self) -> int:
         """Length of the schedule."""
-        return self.quanta * self.quantum_ticks
+        return (self._made - 1) * self._apart + self.num_steps
 
     @property
     def quanta(self) -> int:
-        """How many quanta there are; the window moves on with each."""
-        return self.chunks - self.first + self.window - 1
+        """How many quanta there are; the last may be shorter than the others."""
+        return -(-self.ticks // self.quantum_ticks)
 
     def slots(self, quantum: int) -> int:
-        """Chunks that are active in each tick of a quantum; an IndexError if the video does not have so many."""
+        """Chunks that are active in a quantum at most; an IndexError if the video does not have so many."""
         if not 0 <= quantum < self.quanta:
             raise IndexError(f"quantum {quantum} of {self.quanta}")
-        return len(self._window(quantum))
+        return len(self._window(quantum * self.quantum_ticks))
 
     def ticks_of_quantum(self, quantum: int) -> range:
         """Ticks of a quantum."""
-        return range(quantum * self.quantum_ticks, (quantum + 1) * self.quantum_ticks)
+        return range(quantum * self.quantum_ticks, min((quantum + 1) * self.quantum_ticks, self.ticks))
 
     def tick(self, index: int) -> Tick:
         """One tick, in constant time."""
-        quantum, inner = divmod(index, self.quantum_ticks)
-        newest, begins = self.first + quantum, inner == 0
-        window = self._window(quantum)
-        active = tuple((chunk, (newest - chunk) * self.quantum_ticks + inner) for chunk in window)
-        oldest, step = active[0]
+        window = self._window(index)
         return Tick(
             index=index,
-            step_in_quantum=inner,
-            active=active,
-            entering=newest if begins and newest < self.chunks else None,
-            retiring=oldest - 1 if begins and oldest > self.first else None,
-            finishing=oldest if step == self.num_steps - 1 else None,
+            step_in_quantum=index % self.quantum_ticks,
+            active=tuple((chunk, index - self.tick_of(chunk, 0)) for chunk in window),
+            entering=self._at(index),
+            retiring=self._at(index - self.num_steps),
+            finishing=self._at(index - self.num_steps + 1),
         )
 
-    def _window(self, quantum: int) -> range:
-        """The chunks that are active in a quantum."""
-        newest = self.first + quantum
-        return range(max(self.first, newest - self.window + 1), min(self.chunks, newest + 1))
+    def _at(self, index: int) -> tuple[int, ...]:
+        """The chunks that take their first step in a tick."""
+        if not self._apart:
+            return tuple(range(self.first, self.chunks)) if index == 0 else ()
+        place, after = divmod(index, self._apart)
+        return (self.first + place,) if not after and 0 <= place < self._made else ()
+
+    def _window(self, index: int) -> range:
+        """The chunks that are active in a tick."""
+        if not self._apart:
+            return range(self.first, self.chunks)
+        oldest = max(0, -((self.num_steps - 1 - index) // self._apart))
+        return range(self.first + oldest, self.first + min(self._made, index // self._apart + 1))
 
     def __iter__(self) -> Iterator[Tick]:
         return (self.tick(index) for index in range(self.ticks))
 
     def tick_of(self, chunk: int, step: int) -> int:
         """When a chunk takes a step."""
-        return (chunk - self.first) * self.quantum_ticks + step
+        return (chunk - self.first) * self._apart + step

@@ -18,19 +18,22 @@ import torch
 from torch import Tensor
 
 from engine.reuse.flags import FlagLog, FlagState
-from engine.reuse.policy import ComputedStep, Decision, Observation, Policy, ReuseMemory, change_norms
+from engine.reuse.memory import ComputedStep, ReuseMemory
+from engine.reuse.policy import Decision, Observation, Policy, change_norms
 from engine.schedule import Schedule, Tick
-from models.protocols import Pass, Sampling
+from models.protocols import Pass, PassCondition, Sampling, Solver
 
-Noise = Callable[[int, tuple[int, ...]], Tensor]
-"""Standard normal noise of a chunk, given its number and shape [1, C, T, h, w]; fp32 on the CPU."""
+Noise = Callable[[int, tuple[int, ...], int], Tensor]
+"""Standard normal noise of a chunk, given its number, the shape [1, C, T, h, w] and the number of the draw: 0 is where
+the chunk starts, others are what its solver takes on the way. fp32 on the CPU."""
 
 
 def seeded_noise(seed: int) -> Noise:
-    """Noise of a seed. The two numbers are hashed into one, so that seed 0 chunk 1 and seed 1 chunk 0 differ."""
+    """Noise of a seed. The numbers are hashed into one, so that seed 0 chunk 1 and seed 1 chunk 0 differ."""
 
-    def noise(chunk: int, shape: tuple[int, ...]) -> Tensor:
-        mixed = (seed * 0x9E3779B97F4A7C15 + (chunk + 1) * 0xC2B2AE3D27D4EB4F) & (2**63 - 1)
+    def noise(chunk: int, shape: tuple[int, ...], draw: int) -> Tensor:
+        mixed = seed * 0x9E3779B97F4A7C15 + (chunk + 1) * 0xC2B2AE3D27D4EB4F + draw * 0x165667B19E3779F9
+        mixed &= 2**63 - 1
         return torch.randn(shape, generator=torch.Generator().manual_seed(mixed))
 
     return noise
@@ -39,7 +42,9 @@ def seeded_noise(seed: int) -> Noise:
 def given_noise(whole: Tensor) -> Noise:
     """Noise that is given for the whole video, [1, C, T, h, w]: for comparison with published figures."""
 
-    def noise(chunk: int, shape: tuple[int, ...]) -> Tensor:
+    def noise(chunk: int, shape: tuple[int, ...], draw: int) -> Tensor:
+        if draw:
+            raise ValueError(f"no noise is given for draw {draw} of chunk {chunk}")
         part = whole[:, :, chunk * shape[2] : (chunk + 1) * shape[2]]
         if part.shape != shape:
             raise ValueError(f"the given noise has shape {tuple(part.shape)} at chunk {chunk}, {shape} is needed")
@@ -84,6 +89,7 @@ class VideoState:
     leaving: frozenset[int]  # chunks that were either retired or finished, and still have to be the other
     policy: Mapping[str, float]
     memory: Mapping[int, Sequence[ComputedStep]]  # of reuse: the last computed steps of each chunk
+    solvers: Mapping[int, Mapping[str, Tensor]]  # of each chunk of the window
     flags: FlagState  # of all steps that were decided
     unsent: tuple[int, ...]  # the last of them, which no work has carried yet
 
@@ -118,6 +124,9 @@ class Reuse:
     patches: Callable[[Tensor], Tensor]  # patch embedding of a latent, which distances are taken between
     observe: bool  # take distances even if the policy does not look at them, for a record
     dtype: torch.dtype = torch.float32  # of the distances' arithmetic
+    changes: Sequence[float] | None = None  # distances by step, in place of those between patch embeddings
+    read_out: Callable[[Tensor, PassCondition], Tensor] | None = None
+    """Velocity of a pass's last hidden states, which then come back in its place: what the layers added is reused."""
 
 
 class VideoRun:
@@ -133,13 +142,21 @@ class VideoRun:
         *,
         prefix: Tensor | None,  # latents [1, C, P, h, w] to go on from, in the dtype that the prefix pass reads
         compressed: bool,  # the past is compressed, so a chunk attends to all of it and not to a range of chunks
+        retires_at_once: bool = False,  # a chunk is part of that past after its last step, not from the next tick on
         device: torch.device,  # where latents are kept
     ) -> None:
         self._request, self._shape, self._sampling, self._noise = request, shape, sampling, noise
         self._reuse, self._prefix, self._compressed, self._device = reuse, prefix, compressed, device
-        first, steps = shape.prefix_frames // sampling.chunk_width, sampling.num_steps
-        self.schedule = Schedule(first=first, chunks=shape.chunks, num_steps=steps, window=sampling.window)
+        self._at_once = retires_at_once and not sampling.clean_pass
+        self.schedule = Schedule(
+            first=shape.prefix_frames // sampling.chunk_width,
+            chunks=shape.chunks,
+            num_steps=sampling.num_steps,
+            window=sampling.window,
+            stagger=sampling.stagger,
+        )
         self._latents: dict[int, Tensor] = {}
+        self._solvers: dict[int, Solver] = {}
         self._before: dict[int, Tensor] = {}  # as in `VideoState`
         self._ops: list[KVOp] = []
         self._leaving: set[int] = set()  # as in `VideoState`
@@ -166,6 +183,7 @@ class VideoRun:
         for chunk in range(self.schedule.first):
             assert self._prefix is not None
             x = self._prefix[:, :, chunk * width : (chunk + 1) * width].to(self._device)
+            x = self._new_solver(chunk).model_input(x, None)
             self._ops.append(KVOp(kind="enter", chunk=chunk))
             for what in self._sampling.clean_passes(0, prefix=True, text_needed=False):
                 work.append(self._work(-1, chunk, None, what, limit, x))
@@ -179,19 +197,23 @@ class VideoRun:
         That is by the clean passes that are returned, which must be run before the tick's other work. The tick before
         must be sealed. If `renews`, the retiring chunk's last step must be closed.
         """
-        work, chunk, sampling = [], tick.retiring, self._sampling
-        if chunk is not None:
+        work, sampling = list[Work](), self._sampling
+        for chunk in tick.retiring:
             limit, text_needed = sampling.clean_limit(prefix=False), self._text_needed(tick)
             passes = sampling.clean_passes(tick.step_in_quantum, prefix=False, text_needed=text_needed)
-            work = [self._work(tick.index, chunk, None, what, limit, self._model_input(chunk)) for what in passes]
+            x = self._model_input(chunk, None)
+            work += [self._work(tick.index, chunk, None, what, limit, x) for what in passes]
             if self._compressed and sampling.clean_pass:
                 self._publish(chunk)  # after the compression it could not be told apart
-            self._ops.append(KVOp(kind="retire", chunk=chunk))
+            if not self._at_once:
+                self._ops.append(KVOp(kind="retire", chunk=chunk))
             self._leave(chunk)
-        if tick.entering is not None:
-            self._ops.append(KVOp(kind="enter", chunk=tick.entering))
-            shape = (1, self._shape.channels, *self.grid)
-            self._latents[tick.entering] = self._noise(tick.entering, shape).to(self._device)
+        for chunk in tick.entering:
+            self._ops.append(KVOp(kind="enter", chunk=chunk))
+            x = self._noise(chunk, (1, self._shape.channels, *self.grid), 0).to(self._device)
+            if (given := self._given(chunk)) is not None:
+                x[:, :, : given.shape[2]] = given.to(x)
+            self._latents[chunk], self._solvers[chunk] = x, self._new_solver(chunk)
         return work
 
     def decide(self, tick: Tick, chunks: Sequence[int] | None = None) -> Iterator[tuple[Observation, Decision]]:
@@ -205,52 +227,58 @@ class VideoRun:
             opened before the next one is asked for: its work carries the flags up to it.
         """
         active = [(chunk, step) for chunk, step in tick.active if chunks is None or chunk in chunks]
-        last = tick.index == self.schedule.ticks - 1
         looks = self._reuse.policy.observes or self._reuse.observe
-        norms = self._observe([chunk for chunk, _ in active]) if looks else {}
+        norms = self._observe(active) if looks else {}
         seen, rounded = [], self._reuse.dtype == torch.bfloat16
-        see = partial(Observation, tick=tick.index, last_tick=last, rounded=rounded)
+        see = partial(Observation, tick=tick.index, rounded=rounded)
         for chunk, step in active:
             change, scale = norms.get(chunk, (None, None))
-            seen.append(see(chunk=chunk, step=step, change=change, scale=scale))
+            final = self._sampling.computes(step, last_tick=tick.index == self.schedule.ticks - 1)
+            seen.append(see(chunk=chunk, step=step, change=change, scale=scale, final=final))
         for one, decision in zip(seen, self._reuse.policy.decide(seen), strict=True):
             self._flags.add([decision.value])
             self._unsent.append(decision.value)
             if decision is not Decision.COMPUTE:
-                time, size = self._sampling.time(one.step), self._sampling.step_size(one.step)
-                increment = self._reuse.memory.increment(one.chunk, decision, time=time, size=size)
-                self._latents[one.chunk] = self._model_input(one.chunk) + increment
+                velocity, size_of = self._stand_in(tick, one.chunk, one.step, decision)
+                self._step(one.chunk, velocity, size_of)
+                self._opened(one.chunk, one.step)
             yield one, decision
 
     def open(self, tick: Tick, chunk: int, step: int) -> list[Work]:
         """The passes of one chunk's step, if it is computed."""
-        oldest, x, limit = chunk == tick.active[0][0], self._model_input(chunk), self._sampling.key_limit(step)
-        passes = self._sampling.step_passes(step, oldest=oldest, text_needed=self._text_needed(tick))
-        return [self._work(tick.index, chunk, step, what, limit, x) for what in passes]
+        x, limit = self._model_input(chunk, step), self._sampling.key_limit(step, chunk - self.schedule.first)
+        passes = self._step_passes(tick, chunk, step)
+        work = [self._work(tick.index, chunk, step, what, limit, x) for what in passes]
+        self._opened(chunk, step)
+        return work
 
-    def close(self, chunk: int, step: int, passes: Sequence[Pass], velocities: Sequence[Tensor]) -> None:
+    def close(self, chunk: int, step: int, passes: Sequence[Pass], results: Sequence[Tensor]) -> None:
         """Take a step with the weighted sum of its passes' velocities (7.4, step 6; 7.5).
 
-        Passes without a weight, which are run for their KV alone, may be left out.
+        Results are velocities, or the last hidden states if `Reuse.read_out` makes velocities of them. Passes without a
+        weight, which are run for their KV alone, may be left out.
         """
-        x = self._model_input(chunk)
-        velocity = torch.zeros_like(x)
-        for what, part in zip(passes, velocities, strict=True):
-            if what.weight:
-                velocity = velocity + part * what.weight
-        time, size = self._sampling.time(step), self._sampling.step_size(step)
-        self._reuse.memory.computed(chunk, time=time, size=size, velocity=velocity)
-        self._latents[chunk] = x + velocity * size
+        reuse, parts = self._reuse, tuple(results)
+        if reuse.read_out is not None:
+            embedded = reuse.patches(self._model_input(chunk, step))
+            results = [reuse.read_out(part, what.condition) for what, part in zip(passes, parts, strict=True)]
+            parts = tuple(part - embedded for part in parts)
+        velocity = self._weighted(chunk, passes, results)
+        if reuse.read_out is None:
+            parts = (velocity,)
+        reuse.memory.computed(chunk, ComputedStep(step, self._sampling.time(step), parts))
+        self._step(chunk, velocity, step)
 
     def seal(self, tick: Tick) -> None:
         """All work of a tick was opened; what comes after it reads what it leaves behind."""
-        if tick.retiring is not None and self._sampling.clean_pass and not self._compressed:
-            self._publish(tick.retiring)
+        if self._sampling.clean_pass and not self._compressed:
+            for chunk in tick.retiring:
+                self._publish(chunk)
 
     def finish(self, chunk: int) -> Tensor:
         """Take the latents of a chunk whose last step is closed, without given frames; an image's own stays."""
-        start = 0 if self._shape.prefix_frames == 1 else self._given_frames(chunk)
-        latents = self._latents[chunk][:, :, start:]
+        given = None if self._shape.prefix_frames == 1 else self._given(chunk)
+        latents = self._latents[chunk][:, :, 0 if given is None else given.shape[2] :]
         self._leave(chunk)
         return latents
 
@@ -263,6 +291,7 @@ class VideoRun:
             leaving=frozenset(self._leaving),
             policy=self._reuse.policy.state(),
             memory=self._reuse.memory.state(),
+            solvers={chunk: solver.state() for chunk, solver in self._solvers.items()},
             flags=self._flags.state(),
             unsent=tuple(self._unsent),
         )
@@ -278,17 +307,23 @@ class VideoRun:
                 raise ValueError(f"it has latents of {part.dtype} {tuple(part.shape)} and not of fp32 {shape}")
         self._latents = {chunk: part.to(device) for chunk, part in state.latents.items()}
         self._before = {chunk: part.to(device) for chunk, part in state.before.items()}
+        self._solvers = {chunk: self._new_solver(chunk) for chunk in state.latents}
+        for chunk, solver in self._solvers.items():
+            solver.restore({name: part.to(device) for name, part in state.solvers[chunk].items()})
         self._ops, self._leaving = list(state.ops), set(state.leaving)
         self._flags.restore(state.flags)
         self._unsent = list(state.unsent)
         self._reuse.policy.restore(state.policy)
         self._reuse.memory.restore(state.memory, device)
 
-    def _observe(self, chunks: Sequence[int]) -> dict[int, tuple[float, float]]:
-        """L1 norms (of the change, of what was before) of the chunks' patch embeddings; one copy from the device."""
+    def _observe(self, active: Sequence[tuple[int, int]]) -> dict[int, tuple[float, float]]:
+        """L1 norms (of the change, of what was before) by chunk, of (chunk, step): of their patch embeddings, with one
+        copy from the device, or as they are known beforehand."""
+        if (changes := self._reuse.changes) is not None:
+            return {chunk: (changes[step], 1.0) for chunk, step in active if step}
         norms, known = list[Tensor](), []
-        for chunk in chunks:
-            x = self._model_input(chunk)
+        for chunk, step in active:
+            x = self._model_input(chunk, step)
             if (before := self._before.get(chunk)) is not None:
                 norms += change_norms(self._reuse.patches(before), self._reuse.patches(x), self._reuse.dtype)
                 known.append(chunk)
@@ -302,38 +337,72 @@ class VideoRun:
             self._leaving.add(chunk)
             return
         self._leaving.remove(chunk)
-        del self._latents[chunk]
+        del self._latents[chunk], self._solvers[chunk]
         self._before.pop(chunk, None)
         self._reuse.policy.forget(chunk)
         self._reuse.memory.forget(chunk)
 
     def _publish(self, chunk: int) -> None:
         """Later ticks of the other branches read what the null branch wrote (6.5)."""
-        if self._sampling.branches > 1:
+        if self._sampling.publishes and self._sampling.branches > 1:
             self._ops.append(KVOp(kind="publish", chunk=chunk))
 
     def _text_needed(self, tick: Tick) -> bool:
         return any(self._sampling.weighs_text(step) for _, step in tick.active)
 
-    def _given_frames(self, chunk: int) -> int:
-        """How many of a chunk's first latent frames are given."""
-        width = self._sampling.chunk_width
-        return min(width, max(0, self._shape.prefix_frames - chunk * width))
+    def _step_passes(self, tick: Tick, chunk: int, step: int) -> tuple[Pass, ...]:
+        oldest = chunk == tick.active[0][0]
+        return self._sampling.step_passes(step, oldest=oldest, text_needed=self._text_needed(tick))
 
-    def _model_input(self, chunk: int) -> Tensor:
-        """The chunk's latents with the given frames written over them (7.4, step 4)."""
-        x, given = self._latents[chunk], self._given_frames(chunk)
-        if not given:
-            return x
+    def _stand_in(self, tick: Tick, chunk: int, step: int, decision: Decision) -> tuple[Tensor, int]:
+        """The velocity that stands in for a step, and the step whose size it is taken over."""
+        reuse = self._reuse
+        if reuse.read_out is None:
+            extrapolate, time = decision is Decision.EXTRAPOLATE, self._sampling.time(step)
+            return reuse.memory.velocity(chunk, extrapolate=extrapolate, step=step, time=time)
+        passes = [what for what in self._step_passes(tick, chunk, step) if what.weight]
+        embedded, added = reuse.patches(self._model_input(chunk, step)), reuse.memory.last(chunk).parts
+        parts = [reuse.read_out(embedded + part, what.condition) for what, part in zip(passes, added, strict=True)]
+        return self._weighted(chunk, passes, parts), step
+
+    def _weighted(self, chunk: int, passes: Sequence[Pass], velocities: Sequence[Tensor]) -> Tensor:
+        velocity = torch.zeros_like(self._latents[chunk])
+        for what, part in zip(passes, velocities, strict=True):
+            if what.weight:
+                velocity = velocity + part * what.weight
+        return velocity
+
+    def _step(self, chunk: int, velocity: Tensor, step: int) -> None:
+        self._latents[chunk] = self._solvers[chunk].step(self._latents[chunk], velocity, step)
+
+    def _opened(self, chunk: int, step: int) -> None:
+        """A chunk's step has been given out, or taken without."""
+        if self._at_once and step == self._sampling.num_steps - 1:
+            self._ops.append(KVOp(kind="retire", chunk=chunk))
+
+    def _new_solver(self, chunk: int) -> Solver:
+        def draw(number: int, frames: int) -> Tensor:
+            size = (1, self._shape.channels, frames, self._shape.height, self._shape.width)
+            return self._noise(chunk, size, number).to(self._device)
+
+        return self._sampling.solver(self._given(chunk), draw)
+
+    def _given(self, chunk: int) -> Tensor | None:
+        """A chunk's first latent frames that are given, if any."""
+        width = self._sampling.chunk_width
+        start, stop = chunk * width, min((chunk + 1) * width, self._shape.prefix_frames)
+        if stop <= start:
+            return None
         assert self._prefix is not None
-        start = chunk * self._sampling.chunk_width
-        x = x.clone()
-        x[:, :, :given] = self._prefix[:, :, start : start + given].to(x)
-        return x
+        return self._prefix[:, :, start:stop].to(self._device)
+
+    def _model_input(self, chunk: int, step: int | None) -> Tensor:
+        """What the model is given of a chunk's latents, with the frames that are given (7.4, step 4)."""
+        return self._solvers[chunk].model_input(self._latents[chunk], step)
 
     def _work(self, tick: int, chunk: int, step: int | None, what: Pass, limit: int | None, x: Tensor) -> Work:
         before, self._ops = tuple(self._ops), []
-        if self._compressed and limit != 1:
+        if (self._compressed or self._sampling.sink) and limit != 1:
             limit = None
         item = WorkItem(
             request=self._request,

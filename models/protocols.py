@@ -129,6 +129,30 @@ class CaptionTable:
         return replace(self, text=text, later=later, null=null, counters=counters, image=image)
 
 
+Draw = Callable[[int, int], Tensor]
+"""Standard normal noise that a chunk takes on its way, by the number of the draw from 1 on and by latent frames:
+[1, C, frames, h, w]. A draw is always the same."""
+
+
+class Solver(Protocol):
+    """Takes the steps of one chunk. What it remembers between steps is its state."""
+
+    def model_input(self, x: Tensor, step: int | None) -> Tensor:
+        """What the model is given of latents [1, C, T, h, w] in a step; None once they are finished, or given."""
+
+    def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
+        """Latents after a step, of those before it and of the velocity at their `model_input`; all [1, C, T, h, w].
+
+        `step` is the chunk's own; where a family repeats the increment of an earlier step, it is that one.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next steps depend on."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a saved state."""
+
+
 class Sampling(Protocol):
     """How a family denoises: pure figures, no weights."""
 
@@ -138,11 +162,18 @@ class Sampling(Protocol):
 
     @property
     def window(self) -> int:
-        """Chunks that are denoised at once."""
+        """Chunks that are denoised at once, at most."""
+
+    @property
+    def stagger(self) -> int:
+        """Ticks between two chunks that enter; 0 lets all enter at once."""
 
     @property
     def chunk_width(self) -> int:
         """Latent frames of a chunk."""
+
+    def prefix_chunks(self, frames: int) -> int:
+        """How many chunks a prefix of so many latent frames adds to those that are asked for."""
 
     @property
     def branches(self) -> int:
@@ -152,14 +183,36 @@ class Sampling(Protocol):
     def clean_pass(self) -> bool:
         """Whether the KV of a finished chunk is renewed by a pass of its own."""
 
+    @property
+    def publishes(self) -> bool:
+        """Whether the other branches take over the KV of a finished chunk from branch 0."""
+
+    @property
+    def sink(self) -> int:
+        """First chunks whose KV stays though a range leaves them behind; with any, a range is what is held."""
+
+    @property
+    def residual_of_layers(self) -> bool:
+        """What is published as the residual that stands in for a step: what the layers added to the patch embedding of
+        each pass, and not the increment of the latents."""
+
+    @property
+    def changes(self) -> tuple[float, ...] | None:
+        """Relative L1 change of what the layers are told in each step, since the step before; None if it is not known.
+        The first one counts for nothing."""
+
     def time(self, step: int) -> float:
         """Time before a step; `time(num_steps)` is the end."""
 
-    def step_size(self, step: int) -> float:
-        """What the velocity is multiplied with in a step."""
+    def solver(self, given: Tensor | None, draw: Draw) -> Solver:
+        """What takes the steps of a chunk whose first latent frames are given, [1, C, P, h, w]; None if none are."""
 
-    def key_limit(self, step: int) -> int | None:
-        """How many chunks a chunk in this step attends to, itself included; None for all."""
+    def computes(self, step: int, *, last_tick: bool) -> bool:
+        """Whether no policy may reuse a step; `last_tick`: the video ends with it."""
+
+    def key_limit(self, step: int, place: int) -> int | None:
+        """How many chunks a chunk in this step attends to, itself included; None for all. `place`: how many chunks were
+        begun before it, those that are given not counted."""
 
     def clean_limit(self, *, prefix: bool) -> int | None:
         """The same for a finished chunk, or for one of the prefix."""

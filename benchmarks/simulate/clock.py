@@ -21,7 +21,8 @@ import torch
 
 from benchmarks.workload import Flags, Workload
 from engine.order import WorkOrder
-from engine.reuse.policy import Decision, Observation, Policy, ReuseMemory
+from engine.reuse.memory import ReuseMemory
+from engine.reuse.policy import Decision, Observation, Policy
 from engine.schedule import Schedule, Tick
 from engine.video import Reuse, VideoRun, VideoShape, Work
 from models.errors import InputError
@@ -146,8 +147,8 @@ def plan_video(
                 work = steps[tick.index, seen.chunk] = tuple(run.open(tick, seen.chunk, seen.step))
                 run.close(seen.chunk, seen.step, [one.item.what for one in work], [one.x for one in work])
         run.seal(tick)
-        if tick.finishing is not None:
-            run.finish(tick.finishing)
+        for chunk in tick.finishing:
+            run.finish(chunk)
     return VideoPlan(
         schedule=schedule,
         seconds=seconds,
@@ -163,7 +164,7 @@ def _run(schedule: Schedule, sampling: Sampling, policy: Policy) -> VideoRun:
     """A real run with one cell in each latent frame."""
     shape = VideoShape(channels=1, chunks=schedule.chunks, prefix_frames=0, height=1, width=1)
     reuse = Reuse(policy=policy, memory=ReuseMemory("residual"), patches=lambda x: x, observe=False)
-    noise, cpu = (lambda _, size: torch.zeros(size)), torch.device("cpu")
+    noise, cpu = (lambda chunk, size, draw: torch.zeros(size)), torch.device("cpu")
     return VideoRun(0, shape, sampling, noise, reuse, prefix=None, compressed=False, device=cpu)
 
 

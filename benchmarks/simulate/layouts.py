@@ -323,9 +323,9 @@ def modelled_flags(
         for chunk, step in tick.active:
             last, moved = tick.index == schedule.ticks - 1, None
             if step:
-                moved = abs(sampling.step_size(step - 1)) * dice.uniform(1 - _JITTER, 1 + _JITTER)
+                moved = abs(sampling.time(step) - sampling.time(step - 1)) * dice.uniform(1 - _JITTER, 1 + _JITTER)
             one = Observation(
-                chunk=chunk, step=step, tick=tick.index, last_tick=last, change=moved, scale=1.0 if step else None
+                chunk=chunk, step=step, tick=tick.index, final=last, change=moved, scale=1.0 if step else None
             )
             seen.append(one)
     if not warmup / schedule.num_steps <= fraction <= 1:

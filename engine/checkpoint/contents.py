@@ -18,12 +18,13 @@ from engine.kv.buffer import KVState, LayerKV
 from engine.kv.layout import KVSettings
 from engine.request import Request
 from engine.reuse.flags import FlagState
-from engine.reuse.policy import ComputedStep, ReuseSettings
+from engine.reuse.memory import ComputedStep
+from engine.reuse.policy import ReuseSettings
 from engine.video import KVOp, VideoState
 from models.protocols import Pipeline
 
 RUN_FILE = "run.safetensors"
-_FORMAT = 4
+_FORMAT = 5
 _PARTS = ("kv", "queries", "origin")  # of a `LayerKV`
 
 
@@ -85,12 +86,11 @@ def pack_shard(kv: KVState, flags: FlagState, about: Mapping[str, Any]) -> Conte
 def unpack_shard(contents: Contents) -> tuple[KVState, FlagState]:
     """From what `pack_shard` gave."""
     values, tensors = contents.values, contents.tensors
-    layers = {
-        (branch, layer): LayerKV(
-            tensors[f"{branch}.{layer}.kv"], *(tensors.get(f"{branch}.{layer}.{name}") for name in _PARTS[1:])
-        )
-        for branch, layer in values["layers"]
-    }
+    layers = dict[tuple[int, int], LayerKV]()
+    for branch, layer in values["layers"]:
+        start = f"{branch}.{layer}"
+        queries, origin = tensors.get(f"{start}.queries"), tensors.get(f"{start}.origin")
+        layers[branch, layer] = LayerKV(tensors[f"{start}.kv"], queries, origin)
     clean = [(chunk, rows) for chunk, rows in values["clean"]]
     return KVState(clean=clean, window=values["window"], layers=layers), _flag_state(values)
 
@@ -101,9 +101,11 @@ def pack_run(state: VideoState) -> Contents:
     tensors |= {f"before.{chunk}": part for chunk, part in state.before.items()}
     memory = []
     for chunk, held in state.memory.items():
-        for place, step in enumerate(held):
-            tensors[f"velocity.{chunk}.{place}"] = step.velocity
-            memory.append([chunk, place, step.time, step.size])
+        for place, one in enumerate(held):
+            tensors |= {f"memory.{chunk}.{place}.{part}": tensor for part, tensor in enumerate(one.parts)}
+            memory.append([chunk, place, one.step, one.time, len(one.parts)])
+    for chunk, solver in state.solvers.items():
+        tensors |= {f"solver.{chunk}.{name}": part for name, part in solver.items()}
     values = {
         "latents": list(state.latents),
         "before": list(state.before),
@@ -111,6 +113,7 @@ def pack_run(state: VideoState) -> Contents:
         "leaving": sorted(state.leaving),
         "policy": dict(state.policy),
         "memory": memory,
+        "solvers": {chunk: list(solver) for chunk, solver in state.solvers.items()},
         "flags": [state.flags.digest.hex(), state.flags.count],
         "unsent": list(state.unsent),
     }
@@ -121,8 +124,13 @@ def unpack_run(contents: Contents) -> VideoState:
     """From what `pack_run` gave."""
     values, tensors = contents.values, contents.tensors
     memory: dict[int, list[ComputedStep]] = {}
-    for chunk, place, time, size in values["memory"]:
-        memory.setdefault(chunk, []).append(ComputedStep(time, size, tensors[f"velocity.{chunk}.{place}"]))
+    for chunk, place, step, time, count in values["memory"]:
+        parts = tuple(tensors[f"memory.{chunk}.{place}.{part}"] for part in range(count))
+        memory.setdefault(chunk, []).append(ComputedStep(step, time, parts))
+    solvers = {
+        int(chunk): {name: tensors[f"solver.{chunk}.{name}"] for name in names}
+        for chunk, names in values["solvers"].items()
+    }
     return VideoState(
         latents={chunk: tensors[f"latents.{chunk}"] for chunk in values["latents"]},
         before={chunk: tensors[f"before.{chunk}"] for chunk in values["before"]},
@@ -130,6 +138,7 @@ def unpack_run(contents: Contents) -> VideoState:
         leaving=frozenset(values["leaving"]),
         policy=values["policy"],
         memory=memory,
+        solvers=solvers,
         flags=_flag_state(values),
         unsent=tuple(values["unsent"]),
     )

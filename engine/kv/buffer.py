@@ -8,19 +8,32 @@ Shapes: N rows of the buffer, S tokens of a chunk, Q queries, G key heads, d hea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from engine.kv.layout import KVPlan
-from engine.kv.selection import SelectionSettings, select
+from engine.kv.selection import select
 from engine.video import KVOp
 from models.attention import Attention
 from models.protocols import KVGeometry, KVView
 
 _BLOCK = 4096  # rows that are moved at once; bounds the scratch memory
+
+
+OnKept = Callable[[int, int, Tensor, Tensor, Tensor], None]
+"""Told of a compression: branch, layer, queries [Q, H, d], keys [L, G, d] and positions kept [keep, G]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Due:
+    """A compression that is still to be made in a layer; where rows stand afterwards is known."""
+
+    length: int  # rows of the clean region before it
+    used: int  # rows in all before it
 
 
 @dataclass(slots=True)
@@ -30,6 +43,7 @@ class LayerKV:
     kv: Tensor  # keys and values [2, N, G, d]
     queries: Tensor | None = None  # of the chunk that was denoised last [Q, H, d]
     origin: Tensor | None = None  # chunk of each row [N, G]
+    due: Due | None = None  # a compression that the next queries are to make
 
     @property
     def nbytes(self) -> int:
@@ -54,12 +68,24 @@ class SliceView:
     """A chunk's view: it writes its own rows and attends to one slice of the buffer that ends with them."""
 
     def __init__(
-        self, layers: dict[int, LayerKV], own: slice, span: slice, attention: Attention, *, asks: bool
+        self,
+        layers: dict[int, LayerKV],
+        own: slice,
+        span: slice,
+        attention: Attention,
+        *,
+        asks: bool,
+        compress: Callable[[int, Tensor], None] | None = None,  # makes a layer's compression that is due
     ) -> None:
         self._layers, self._own, self._span, self._attention, self._asks = layers, own, span, attention, asks
+        self._compress = compress
+        self._waiting: tuple[Tensor, Tensor] | None = None
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write the chunk's keys and values [1, S, G, d] of a layer."""
+        """Write the chunk's keys and values [1, S, G, d] of a layer, once the rows that they go to are free."""
+        if self._layers[layer].due is not None:
+            self._waiting = k, v
+            return
         kv = self._layers[layer].kv
         kv[0, self._own] = k[0]
         kv[1, self._own] = v[0]
@@ -67,6 +93,11 @@ class SliceView:
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Attention of queries [1, S, H, d] over the slice."""
         held = self._layers[layer]
+        if self._waiting is not None:
+            assert self._compress is not None
+            self._compress(layer, q[0])
+            waiting, self._waiting = self._waiting, None
+            self.store(layer, *waiting)
         if self._asks and held.queries is not None:
             held.queries.copy_(q[0, -held.queries.shape[0] :])
         seen = held.kv[:, self._span]
@@ -91,7 +122,8 @@ class IsolatedView:
 class KVBuffer:
     """Keys and values of one request, in all layers that are held here. The views attend with `attention`."""
 
-    def __init__(self, plan: KVPlan, geometry: KVGeometry, attention: Attention) -> None:
+    def __init__(self, plan: KVPlan, geometry: KVGeometry, attention: Attention, on_kept: OnKept | None = None) -> None:
+        self._on_kept = on_kept
         self.layout, self._plan, self._attention = plan.layout(), plan, attention
         self._branches = [{layer: self._allocate(geometry) for layer in geometry.layers} for _ in range(plan.branches)]
 
@@ -128,7 +160,8 @@ class KVBuffer:
         if branch is None:
             return IsolatedView(self._attention)
         own, span = layout.rows(chunk), layout.span(keys_from, chunk)
-        return SliceView(self._branches[branch], own, span, self._attention, asks=asks)
+        compress = partial(self._compress, branch)
+        return SliceView(self._branches[branch], own, span, self._attention, asks=asks, compress=compress)
 
     def kept_shares(self, chunks: int) -> Tensor:
         """Share of the tokens of each of the first chunks that stands in the clean region, [chunks] fp32 on the CPU.
@@ -182,28 +215,45 @@ class KVBuffer:
         if self._plan.selection is None:
             layout.drop_oldest(excess)
             for layer in layers:
-                _move_left(layer.kv, slice(excess, used), to=0)
+                _move_left(layer.kv, slice(layout.sink_tokens + excess, used), to=layout.sink_tokens)
             return
-        length = layout.clean_rows
+        due = Due(length=layout.clean_rows, used=used)
         layout.mix(layout.clean_tokens)
-        for layer in layers:
-            self._compress(layer, self._plan.selection, length)
-            _move_left(layer.kv, slice(length, used), to=layout.clean_tokens)
+        for branch, held in enumerate(self._branches):
+            for number, layer in held.items():
+                layer.due = due
+                if self._plan.selection.asks == "last":
+                    assert layer.queries is not None
+                    self._compress(branch, number, layer.queries)
 
-    def _compress(self, layer: LayerKV, selection: SelectionSettings, length: int) -> None:
-        """Keep the best rows of the first `length`, in their order, at the front."""
-        assert layer.queries is not None and layer.origin is not None
+    def _compress(self, branch: int, number: int, queries: Tensor) -> None:
+        """Keep the best rows of the clean region for queries [Q, H, d], at the front, and let the others follow them.
+
+        They stay in their order, or, where the next chunk asks, come in that of their scores, as published.
+        """
+        layer, selection = self._branches[branch][number], self._plan.selection
+        assert layer.origin is not None and layer.due is not None and selection is not None
+        length, kept = layer.due.length, self.layout.clean_tokens
         positions = select(
-            layer.queries,
+            queries,
             layer.kv[0, :length],
-            keep=self.layout.clean_tokens,
+            keep=kept,
             frame_tokens=self._plan.frame_tokens,
             chunk_tokens=self.layout.chunk_tokens,
             settings=selection,
         )
+        if self._on_kept is not None:
+            self._on_kept(branch, number, queries, layer.kv[0, :length], positions)
+        self._gather(layer, positions, kept if selection.asks == "next" else _BLOCK)
+        _move_left(layer.kv, slice(length, layer.due.used), to=kept)
+        layer.due = None
+
+    def _gather(self, layer: LayerKV, positions: Tensor, block: int) -> None:
+        """Bring rows to the front, so many at once."""
+        assert layer.origin is not None
         # Positions ascend and are never before where they go, so a block never overwrites what a later one reads.
-        for start in range(0, positions.shape[0], _BLOCK):
-            part = positions[start : start + _BLOCK]
+        for start in range(0, positions.shape[0], block):
+            part = positions[start : start + block]
             stop = start + part.shape[0]
             index = part[None, ..., None].expand(2, -1, -1, layer.kv.shape[-1])
             layer.kv[:, start:stop] = layer.kv.gather(1, index)

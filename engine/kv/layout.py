@@ -43,11 +43,16 @@ class KVPlan:
     chunks: int  # of the whole video
     branches: int  # of guidance, each with KV of its own
     selection: SelectionSettings | None  # how the clean region is compressed; None drops its oldest rows
+    sink_tokens: int = 0  # of them, the first ones that are never dropped
 
     def layout(self) -> KVLayout:
         """An empty layout."""
         return KVLayout(
-            chunk_tokens=self.chunk_tokens, clean_tokens=self.clean_tokens, window=self.window, chunks=self.chunks
+            chunk_tokens=self.chunk_tokens,
+            clean_tokens=self.clean_tokens,
+            window=self.window,
+            chunks=self.chunks,
+            sink_tokens=self.sink_tokens,
         )
 
     def query_rows(self) -> int:
@@ -73,23 +78,27 @@ def plan_kv(sampling: Sampling, schedule: Schedule, settings: KVSettings, chunk_
         chunks=schedule.chunks,
         branches=sampling.branches,
         selection=None if settings.budget is None else settings.selection,
+        sink_tokens=sampling.sink * chunk_tokens,
     )
 
 
 def clean_chunks(schedule: Schedule, sampling: Sampling, budget: int | None) -> int:
     """Finished chunks to hold: the budget, or those that some chunk still attends to; all where a limit is None.
 
-    In a full window the chunk in step s stands window - 1 - s // quantum_ticks places behind the oldest. A prefix is
-    seen further back, while its first successors are young.
+    In a full window the chunk in step s stands (steps - 1 - s) // stagger places behind the oldest. A prefix is seen
+    further back, while its first successors are young.
     """
     if budget is not None:
         return min(schedule.chunks - 1, budget)
-    limits = [sampling.key_limit(step) for step in range(schedule.num_steps)]
+    last = schedule.chunks - 1 - schedule.first
+    limits = [sampling.key_limit(step, last) for step in range(schedule.num_steps)]
     clean = sampling.clean_limit(prefix=False)
     if any(limit is None for limit in limits) or clean is None:
         return schedule.chunks - 1
     bounded = [limit for limit in limits if limit is not None]
-    within = [limit - schedule.window + step // schedule.quantum_ticks for step, limit in enumerate(bounded)]
+    left = range(schedule.num_steps - 1, -1, -1)
+    ahead = [steps // sampling.stagger if sampling.stagger else last for steps in left]
+    within = [limit - 1 - own for limit, own in zip(bounded, ahead, strict=True)]
     prefix = sampling.clean_limit(prefix=True) or schedule.first
     behind_prefix = min(schedule.first, max(max(bounded), prefix) - 1)
     return min(schedule.chunks - 1, max(0, clean - 1, behind_prefix, *within))
@@ -102,8 +111,9 @@ class KVLayout:
     be held at once.
     """
 
-    def __init__(self, *, chunk_tokens: int, clean_tokens: int, window: int, chunks: int) -> None:
+    def __init__(self, *, chunk_tokens: int, clean_tokens: int, window: int, chunks: int, sink_tokens: int = 0) -> None:
         self.chunk_tokens, self.clean_tokens, self._slots = chunk_tokens, clean_tokens, window
+        self.sink_tokens = min(sink_tokens, clean_tokens)
         self.capacity = min(clean_tokens + window * chunk_tokens, chunks * chunk_tokens)
         """Rows in all (B_total)."""
         self.clean: list[tuple[int, int]] = []
@@ -145,10 +155,12 @@ class KVLayout:
         return max(0, self.clean_rows - self.clean_tokens)
 
     def drop_oldest(self, rows: int) -> None:
-        """Take rows away from the front of the clean region."""
-        kept = []
+        """Take rows away from the front of the clean region, behind those that stay."""
+        kept, stays = [], self.sink_tokens
         for chunk, held in self.clean:
-            gone = min(rows, held)
+            own = min(stays, held)
+            gone = min(rows, held - own)
+            stays -= own
             rows -= gone
             if held > gone:
                 kept.append((chunk, held - gone))

@@ -19,6 +19,7 @@ from torch import Tensor
 from models.errors import InputError
 
 Granularity = Literal["token", "frame", "chunk"]
+Asker = Literal["last", "next"]
 _ROWS_AT_ONCE = 1 << 24
 """Scores held at once while importance is taken; bounds the scratch memory."""
 
@@ -31,6 +32,8 @@ class SelectionSettings:
     queries: Granularity = "token"
     """Which queries of the chunk that was denoised last ask: its last tokens, its last frame, or all."""
     query_tokens: int = 50  # how many tokens that is for `token`
+    asks: Asker = "last"
+    """Whose queries ask: of the chunk that was denoised last, or of the next one, before it attends."""
     importance_weight: float = 0.07  # lambda of Eq. 12
     pool: int = 7  # kernel of the max-pooling of Eq. 10; odd
 
@@ -38,6 +41,8 @@ class SelectionSettings:
         for name, value in (("retention", self.retention), ("queries", self.queries)):
             if value not in (known := get_args(Granularity)):
                 raise InputError(f"unknown {name} granularity {value!r}: choose from {', '.join(known)}")
+        if self.asks not in get_args(Asker):
+            raise InputError(f"the queries of {self.asks!r} chunk cannot ask: choose from {', '.join(get_args(Asker))}")
         if not 0 <= self.importance_weight <= 1:
             raise InputError(f"the importance weight {self.importance_weight} is not between 0 and 1")
         if self.pool < 1 or self.pool % 2 == 0:
@@ -90,7 +95,8 @@ def scores(queries: Tensor, keys: Tensor, settings: SelectionSettings) -> Tensor
 def select(
     queries: Tensor, keys: Tensor, *, keep: int, frame_tokens: int, chunk_tokens: int, settings: SelectionSettings
 ) -> Tensor:
-    """Positions [keep, G] int64 of the tokens that are kept, ascending, for each key head.
+    """Positions [keep, G] int64 of the tokens that are kept, for each key head: ascending, or the best first where the
+    next chunk asks.
 
     Queries [Q, H, d] are the last of the chunk that was denoised last, or more; keys [L, G, d]. `keep` must be a
     multiple of the unit of retention.
@@ -102,6 +108,8 @@ def select(
         raise ValueError(f"{keep} of {keys.shape[0]} tokens are not whole units of {unit} ({settings.retention})")
     if unit > 1:
         score = score.unflatten(1, (-1, unit)).mean(-1)
-    kept = score.topk(keep // unit, dim=-1).indices.sort(dim=-1).values
+    kept = score.topk(keep // unit, dim=-1).indices
+    if settings.asks == "last":
+        kept = kept.sort(dim=-1).values
     positions = kept[..., None] * unit + torch.arange(unit, device=keys.device)
     return positions.flatten(1).T

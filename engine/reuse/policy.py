@@ -1,12 +1,7 @@
-"""Reuse of steps: what was seen of a chunk goes in, whether to compute it comes out, and what stands in if not.
+"""Reuse of steps: what was seen of a chunk goes in, whether to compute it comes out (what stands in: `memory.py`).
 
 A policy sees figures, never tensors, and does not know where a step is computed. Its state is a few numbers per chunk
-of the window. What stands in is of three kinds, by name: `residual` adds the increment of the last computed step, as
-published; `velocity` takes its velocity times the present step size, which is right when step sizes differ;
-`extrapolate` continues the last two computed velocities to the present time, a first-order Taylor step (the idea of
-TaylorSeer and SCOPE). It is remembered per chunk and bounded by the window.
-
-Shapes: latents and velocities [1, C, T, h, w].
+of the window.
 """
 
 from __future__ import annotations
@@ -14,17 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import reduce
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from engine.reuse.memory import KINDS, ReuseMemory
 from models.errors import InputError
 
 POLICIES = ("none", "flowcache", "teacache")
-KINDS = ("residual", "velocity", "extrapolate")
 DISTANCES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Arithmetics of distances, by name; the published code takes them in bf16, where each of its steps is rounded."""
+"""Arithmetics of distances between patch embeddings, by name; the code that is published for MAGI-1 takes them in bf16,
+where each of its steps is rounded."""
+CONDITION = "condition"
+"""The distance that looks at no latents: of what the layers are told of a step, known before a video begins."""
 
 
 class Decision(Enum):
@@ -42,7 +41,7 @@ class Observation:
     chunk: int  # absolute number
     step: int  # the chunk's own step
     tick: int  # of the video
-    last_tick: bool  # the video ends with this tick
+    final: bool  # the family computes it in any case: the video ends with this tick, or the chunk with this step
     change: float | None
     """L1 norm of the difference of its patch embeddings of this tick and the one before; None at step 0."""
     scale: float | None  # L1 norm of the patch embeddings of the tick before; None at step 0
@@ -91,7 +90,7 @@ class Policy:
 
 
 class _Accumulator(Policy):
-    """Sums of distances since the last computation, one for each key."""
+    """Sums of distances since the last computation, one for each key; each is put into the polynomial first."""
 
     observes = True
 
@@ -100,6 +99,7 @@ class _Accumulator(Policy):
         threshold: float,  # epsilon, bound of a sum
         warmup_steps: int,  # m, first steps of a chunk or ticks of the window, which are computed; so is the last tick
         extrapolate_from: float = 1.0,  # share of the threshold above which a step is extrapolated and not just reused
+        polynomial: Sequence[float] = (),  # coefficients of a fit, of the highest power first; none takes distances
     ) -> None:
         if not 0 <= extrapolate_from <= 1:
             raise InputError(f"extrapolation from {extrapolate_from} of the threshold on: give a share of 0 to 1")
@@ -109,9 +109,18 @@ class _Accumulator(Policy):
             raise InputError(f"{warmup_steps} warm-up steps: a chunk's first step must be computed, so give 1 or more")
         self.threshold, self.warmup_steps, self._middle = threshold, warmup_steps, extrapolate_from * threshold
         self._sums: dict[str, float] = {}
+        self._polynomial = tuple(polynomial)
+
+    def rescale(self, distance: float | None) -> float:
+        """What a distance adds to a sum, which may be negative; an unknown one is infinitely far."""
+        if distance is None:
+            return float("inf")
+        if not self._polynomial:
+            return distance
+        return reduce(lambda value, coefficient: value * distance + coefficient, self._polynomial, 0.0)
 
     def add(self, key: str, distance: float | None, *, forced: bool) -> Decision:
-        total = self._sums.get(key, 0.0) + (float("inf") if distance is None else distance)
+        total = self._sums.get(key, 0.0) + self.rescale(distance)
         if forced or not total < self.threshold:
             self._sums[key] = 0.0
             return Decision.COMPUTE
@@ -136,10 +145,10 @@ class ChunkPolicy(_Accumulator):
 
     def decide(self, observations: Sequence[Observation]) -> list[Decision]:
         """Decide for each chunk on its own."""
-        return [
-            self.add(str(one.chunk), one.distance, forced=one.step < self.warmup_steps or one.last_tick)
-            for one in observations
-        ]
+        return [self.add(str(one.chunk), one.distance, forced=self._forced(one)) for one in observations]
+
+    def _forced(self, one: Observation) -> bool:
+        return one.step < self.warmup_steps or one.final
 
 
 class WindowPolicy(_Accumulator):
@@ -147,63 +156,27 @@ class WindowPolicy(_Accumulator):
 
     scope = "window"
 
+    def __init__(
+        self,
+        threshold: float,
+        warmup_steps: int,
+        extrapolate_from: float = 1.0,
+        polynomial: Sequence[float] = (),
+        *,
+        cycle: int | None = None,  # ticks after which the warm-up begins anew
+    ) -> None:
+        super().__init__(threshold, warmup_steps, extrapolate_from, polynomial)
+        self._cycle = cycle
+
     def decide(self, observations: Sequence[Observation]) -> list[Decision]:
         """Decide once for the window."""
         known = [(one.change, one.scale) for one in observations if one.change is not None and one.scale is not None]
         scale = sum(scale for _, scale in known)
         distance = sum(change for change, _ in known) / scale if scale else None
         now = observations[0]
-        forced = now.last_tick or now.tick < self.warmup_steps
+        forced = now.final or (now.tick % self._cycle if self._cycle else now.tick) < self.warmup_steps
         shared = self.add("window", distance, forced=forced)
         return [Decision.COMPUTE if one.step == 0 else shared for one in observations]
-
-
-@dataclass(frozen=True, slots=True)
-class ComputedStep:
-    """A step that was computed."""
-
-    time: float  # before it
-    size: float  # what its velocity is multiplied with
-    velocity: Tensor  # [1, C, T, h, w]
-
-
-class ReuseMemory:
-    """The last computed velocities of every chunk of the window; two each if a policy may extrapolate (`both`)."""
-
-    def __init__(self, kind: str, *, both: bool = False) -> None:
-        self._kind = kind  # one of `KINDS`
-        self._keep = 2 if both or kind == "extrapolate" else 1
-        self._held: dict[int, tuple[ComputedStep, ...]] = {}
-
-    def computed(self, chunk: int, *, time: float, size: float, velocity: Tensor) -> None:
-        """Remember a computed step."""
-        now = ComputedStep(time, size, velocity)
-        self._held[chunk] = (*self._held.get(chunk, ()), now)[-self._keep :]
-
-    def increment(self, chunk: int, decision: Decision, *, time: float, size: float) -> Tensor:
-        """The increment of the latent that stands in for a step of that time and size."""
-        *older, last = self._held[chunk]
-        extrapolated = decision is Decision.EXTRAPOLATE or self._kind == "extrapolate"
-        if self._kind == "residual" and not extrapolated:
-            return last.velocity * last.size
-        velocity = last.velocity
-        if older and extrapolated:
-            slope = (time - last.time) / (last.time - older[0].time)
-            velocity = velocity + slope * (velocity - older[0].velocity)
-        return velocity * size
-
-    def forget(self, chunk: int) -> None:
-        """A chunk has left the window."""
-        self._held.pop(chunk, None)
-
-    def state(self) -> dict[int, tuple[ComputedStep, ...]]:
-        """Everything that is held, by chunk."""
-        return dict(self._held)
-
-    def restore(self, state: Mapping[int, Sequence[ComputedStep]], device: torch.device) -> None:
-        """Go on from a saved state, on a device."""
-        for chunk, held in state.items():
-            self._held[chunk] = tuple(replace(one, velocity=one.velocity.to(device)) for one in held)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,7 +188,10 @@ class ReuseSettings:
     warmup_steps: int = 1  # m, first steps that are always computed
     reuse: str = "residual"  # one of `KINDS`
     extrapolate_from: float = 1.0  # share of the threshold above which a step is extrapolated; 1 never does
-    distance: str = "fp32"  # arithmetic of distances, one of `DISTANCES`
+    cycle: int | None = None
+    """Ticks after which TeaCache's warm-up begins anew, as the published code for Wan has it; None has one warm-up."""
+    distance: str = "fp32"  # arithmetic of distances, one of `DISTANCES`; or `CONDITION`
+    polynomial: tuple[float, ...] = ()  # what rescales distances before they are summed, of the highest power first
     clean_pass: bool = True  # renew the KV of a finished chunk by a pass of its own; the published runs do not
     copy_pass: bool = True  # the context-free pass of the cleanest chunk of a distilled model
 
@@ -224,8 +200,8 @@ class ReuseSettings:
             raise InputError(f"unknown reuse policy {self.policy!r}: choose from {', '.join(POLICIES)}")
         if self.reuse not in KINDS:
             raise InputError(f"unknown kind of reuse {self.reuse!r}: choose from {', '.join(KINDS)}")
-        if self.distance not in DISTANCES:
-            raise InputError(f"unknown arithmetic of distances {self.distance!r}: choose from {', '.join(DISTANCES)}")
+        if self.distance not in (known := (*DISTANCES, CONDITION)):
+            raise InputError(f"unknown arithmetic of distances {self.distance!r}: choose from {', '.join(known)}")
         if self.distance == "bf16" and self.policy == "teacache":
             raise InputError("distances in bf16 are those of one chunk, as FlowCache takes them: not for teacache")
         self.new_policy()  # checks the figures
@@ -234,8 +210,8 @@ class ReuseSettings:
         """A policy with empty state, for one request."""
         if self.policy == "none":
             return Policy()
-        kind = ChunkPolicy if self.policy == "flowcache" else WindowPolicy
-        return kind(self.threshold, self.warmup_steps, self.extrapolate_from)
+        figures = self.threshold, self.warmup_steps, self.extrapolate_from, self.polynomial
+        return ChunkPolicy(*figures) if self.policy == "flowcache" else WindowPolicy(*figures, cycle=self.cycle)
 
     def new_memory(self) -> ReuseMemory:
         """An empty memory, for one request."""

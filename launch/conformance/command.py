@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from launch.conformance.generation import Result, generate, load_model, made_by, runs_of
+from launch.conformance.generation import made_by, runs_of
 from launch.conformance.golden import Golden, Verdict, compare, read_golden
 from launch.conformance.parts import PARTS
+from launch.conformance.wan_generation import wan_made_by, wan_runs
 from launch.generate import join_ranks, needs_ranks, start_ranks
 from launch.options import Options
 from models.errors import InputError
@@ -20,7 +22,16 @@ from parallel.health.failure import GangError
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang
 from parallel.ranks.worker import StageModel
-from parallel.split import stage_range
+
+_MAGI, _WAN = (runs_of, made_by), (wan_runs, wan_made_by)
+_VIDEOS: dict[str, tuple[Callable[[Golden], list[Any]], Callable[..., Iterator[tuple[str, Tensor]]]]] = {
+    "generation": _MAGI,
+    "reuse_decisions": _MAGI,
+    "wan_generation": _WAN,
+    "wan_generation_bf16": _WAN,
+    "wan_self_forcing": _WAN,
+}
+"""Kinds of whole videos: their runs, and what these have made."""
 
 
 def check_file(path: Path, *, device: str = "cpu") -> Verdict:
@@ -31,12 +42,17 @@ def check_file(path: Path, *, device: str = "cpu") -> Verdict:
 
 def remake(golden: Golden) -> list[tuple[str, Tensor]]:
     """A golden file's figures as this engine makes them in this process, by the names of the file's tensors."""
-    return _figures(golden, [generate(golden, run, load_model(golden, run, None), None) for run in runs_of(golden)])
+    return _figures(golden, [run.make(run.load(None), None) for run in _runs(golden)])
+
+
+def _runs(golden: Golden) -> list[Any]:
+    """The runs of a file of whole videos; none of other kinds."""
+    return _VIDEOS[golden.kind][0](golden) if golden.kind in _VIDEOS else []
 
 
 @torch.no_grad()
-def _figures(golden: Golden, results: Sequence[Result]) -> list[tuple[str, Tensor]]:
-    return list(PARTS[golden.kind](golden) if golden.kind in PARTS else made_by(golden, results))
+def _figures(golden: Golden, results: Sequence[Any]) -> list[tuple[str, Tensor]]:
+    return list(PARTS[golden.kind](golden) if golden.kind in PARTS else _VIDEOS[golden.kind][1](golden, results))
 
 
 def check_on_gang(
@@ -59,12 +75,12 @@ def check_on_gang(
     for path in files:
         serving = False
         try:
-            golden, results = read_golden(path, str(gang.device)), list[Result]()
-            for run in runs_of(golden):
-                model = load_model(golden, run, stage_range(run.config, gang.mesh, split))
+            golden, results = read_golden(path, str(gang.device)), list[Any]()
+            for run in _runs(golden):
+                model = run.load(run.layers(gang.mesh, split))
                 serving = True
                 if gang.mesh.leads:
-                    results.append(generate(golden, run, model, gang))
+                    results.append(run.make(model, gang))
                 else:
                     gang.serve(StageModel(model=model, attention=model.attention))
                 serving = False

@@ -28,7 +28,9 @@ from models.magi.dit import MagiDiT
 from models.magi.pipeline import MagiPipeline
 from models.magi.weights import Checkpoint
 from models.protocols import CELL_PIXELS, CaptionTable
+from parallel.mesh import Mesh
 from parallel.ranks.gang import Gang
+from parallel.split import stage_range
 
 _PUBLISHED = {"clean_forward": "clean_pass", "nearly_clean_mix": "copy_pass"}
 """Settings whose names in golden files are those of the published code."""
@@ -38,8 +40,22 @@ _PUBLISHED = {"clean_forward": "clean_pass", "nearly_clean_mix": "copy_pass"}
 class Run:
     """One making of a case's video."""
 
+    golden: Golden
     config: MagiConfig
     reuse: ReuseSettings
+
+    def layers(self, mesh: Mesh, split: str | None) -> range:
+        """The layers of a rank's stage; errors as in `stage_sizes`."""
+        return stage_range(self.config, mesh, split)
+
+    def load(self, layers: range | None) -> MagiDiT:
+        """The model, with the layers that are run here; all by default."""
+        weights = Checkpoint(self.golden.path.parent / self.golden.text("weights"))
+        return weights.dit(self.config, Loading(layers=layers, device=self.golden.device))
+
+    def make(self, model: MagiDiT, gang: Gang | None) -> Result:
+        """Make the case's video with a model; on all ranks of a gang, as its leader."""
+        return _make(self.golden, self, model, gang)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,14 +69,13 @@ class Result:
 
 
 def runs_of(golden: Golden) -> list[Run]:
-    """The runs of a case, in order: one of `generation`, two of `reuse_decisions`, none of other kinds."""
-    if golden.kind not in ("generation", "reuse_decisions"):
-        return []
+    """The runs of a case, in order: one of `generation`, two of `reuse_decisions`."""
     config, reuse = golden.config(), _reuse_settings(golden)
     if golden.kind == "generation":
-        return [Run(config=config, reuse=reuse)]
+        return [Run(golden=golden, config=config, reuse=reuse)]
     single = replace(config, model_config=replace(config.model_config, params_dtype="torch.float32"))
-    return [Run(config=config, reuse=replace(reuse, distance="bf16")), Run(config=single, reuse=reuse)]
+    rounded = Run(golden=golden, config=config, reuse=replace(reuse, distance="bf16"))
+    return [rounded, Run(golden=golden, config=single, reuse=reuse)]
 
 
 def _reuse_settings(golden: Golden) -> ReuseSettings:
@@ -71,14 +86,7 @@ def _reuse_settings(golden: Golden) -> ReuseSettings:
     return checked(ReuseSettings, given, source=f"{golden.path}: cache")
 
 
-def load_model(golden: Golden, run: Run, layers: range | None) -> MagiDiT:
-    """The model of a run, with the layers that are run here; all by default."""
-    weights = Checkpoint(golden.path.parent / golden.text("weights"))
-    return weights.dit(run.config, Loading(layers=layers, device=golden.device))
-
-
-def generate(golden: Golden, run: Run, model: MagiDiT, gang: Gang | None) -> Result:
-    """Make the case's video with a model; on all ranks of a gang, as its leader."""
+def _make(golden: Golden, run: Run, model: MagiDiT, gang: Gang | None) -> Result:
     shapes, runtime = run.config.model_config, run.config.runtime_config
     chunks = runtime.num_frames // runtime.temporal_downsample_factor // runtime.chunk_width
     rows = (shapes.caption_max_length, shapes.caption_channels)
@@ -154,7 +162,7 @@ def _decisions(prefix: str, result: Result, distances: Tensor) -> Iterator[tuple
         seen = [_observation(tick, schedule, chunk, step, at[chunk].item()) for chunk, step in tick.active]
         for one, decision in zip(seen, policy.decide(seen), strict=True):
             place = tick.index, one.chunk
-            if one.step >= reuse.warmup_steps and not one.last_tick:
+            if one.step >= reuse.warmup_steps and not one.final:
                 since[one.chunk] += at[one.chunk].item()
                 used[place], sums[place] = at[one.chunk], since[one.chunk]
             flags[place] = decision.value
@@ -167,6 +175,4 @@ def _observation(
     tick: Tick, schedule: Schedule, chunk: int, step: int, change: float, *, scale: float = 1.0, rounded: bool = False
 ) -> Observation:
     last = tick.index == schedule.ticks - 1
-    return Observation(
-        chunk=chunk, step=step, tick=tick.index, last_tick=last, change=change, scale=scale, rounded=rounded
-    )
+    return Observation(chunk=chunk, step=step, tick=tick.index, final=last, change=change, scale=scale, rounded=rounded)

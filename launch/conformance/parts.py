@@ -16,6 +16,7 @@ from engine.kv.selection import Granularity, SelectionSettings, select
 from launch.conformance.forward import make_forward, make_released_forward
 from launch.conformance.golden import Golden
 from launch.conformance.wan_forward import make_wan_forward
+from launch.conformance.wan_parts import make_scheduler, make_timestep_matrix
 from models.config import checked
 from models.errors import InputError
 from models.magi.config import VaeConfig
@@ -101,6 +102,8 @@ PARTS: dict[str, Callable[[Golden], Iterable[tuple[str, Tensor]]]] = {
     "fp8_linear": make_fp8_linear,
     "forward": make_forward,
     "released_forward": make_released_forward,
+    "scheduler": make_scheduler,
+    "timestep_matrix": make_timestep_matrix,
     "wan_forward": make_wan_forward,
     "wan_forward_bf16": make_wan_forward,
 }

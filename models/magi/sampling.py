@@ -6,14 +6,16 @@ Figures only. It knows no tensors of the video, no requests and no order of work
 from __future__ import annotations
 
 import bisect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
+from torch import Tensor
 
 from models.errors import InputError
 from models.magi.config import MagiConfig
-from models.protocols import CaptionKind, Pass, PassCondition
+from models.protocols import CaptionKind, Draw, Pass, PassCondition
 
 _SHORTCUT_STEPS = 12
 _SHORTCUTS = {"16,16,8": ((0.0, 1 / 16, 2 / 16), (1, 1, 2))}
@@ -34,9 +36,41 @@ def timesteps(num_steps: int, shortcut_mode: str) -> torch.Tensor:
     return (1 / 3) * square / (1 + (1 / 3 - 1) * square)
 
 
+@dataclass(frozen=True, slots=True)
+class EulerSolver:
+    """One step of Euler's method at a time; frames that are given are written over in every step (7.4, steps 4, 6)."""
+
+    sampling: MagiSampling
+    given: Tensor | None
+
+    def model_input(self, x: Tensor, step: int | None) -> Tensor:
+        """The latents with the given frames."""
+        if self.given is None:
+            return x
+        x = x.clone()
+        x[:, :, : self.given.shape[2]] = self.given.to(x)
+        return x
+
+    def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
+        """Go on by the step's size."""
+        return self.model_input(x, step) + velocity * self.sampling.step_size(step)
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to go on from."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MagiSampling:
     """Sampling of one request."""
+
+    publishes = True
+    sink = 0
+    residual_of_layers = False
+    changes = None
 
     config: MagiConfig  # the model's configuration
     num_steps: int  # denoising steps, in place of the configuration's
@@ -62,9 +96,18 @@ class MagiSampling:
         return self.config.runtime_config.window_size
 
     @property
+    def stagger(self) -> int:
+        """Steps are spread evenly over the window."""
+        return self.num_steps // self.window
+
+    @property
     def chunk_width(self) -> int:
         """Latent frames of a chunk."""
         return self.config.runtime_config.chunk_width
+
+    def prefix_chunks(self, frames: int) -> int:
+        """A chunk that the prefix fills in part is one more."""
+        return -(-frames // self.chunk_width)
 
     @property
     def guided(self) -> bool:
@@ -89,7 +132,15 @@ class MagiSampling:
         """t of the next step minus t of this one, in fp32."""
         return self._times[1][step]
 
-    def key_limit(self, step: int) -> int | None:
+    def solver(self, given: Tensor | None, draw: Draw) -> EulerSolver:
+        """Euler's method."""
+        return EulerSolver(self, given)
+
+    def computes(self, step: int, *, last_tick: bool) -> bool:
+        """The last tick of a video is computed."""
+        return last_tick
+
+    def key_limit(self, step: int, place: int) -> int | None:
         """Chunks attended to, itself included: one figure for each quarter of the steps; None for all (7.4, step 3)."""
         ranges = self.config.runtime_config.noise2clean_kvrange
         return ranges[step // (self.num_steps // len(ranges))] if ranges else None

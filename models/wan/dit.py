@@ -59,7 +59,8 @@ class WanDiT(nn.Module):
 
     Args:
         config: shapes and precision.
-        layers: which layers are held; all by default. A stage with layer 0 embeds, one with the last reads out.
+        layers: which layers are held; all by default. A stage with layer 0 embeds, and it and one with the
+            last read out.
         attention: name of the attention backend, used for the text here and by KV views.
     """
 
@@ -82,7 +83,7 @@ class WanDiT(nn.Module):
             self.img_emb = _ImageEmbedder(config)
         # Layers keep their absolute numbers, so a stage's parameter names are the checkpoint's.
         self.blocks = nn.ModuleDict({str(i): Block(config) for i in self.held})
-        if shapes.num_layers - 1 in self.held:
+        if {0, shapes.num_layers - 1} & set(self.held):  # the first stage reads out where what layers added is reused
             self.head = _Head(config)
 
     @property

@@ -5,18 +5,21 @@ Nothing here knows ranks or how a video is scheduled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from models.attention import Attention
 from models.checkpoint import Loading
-from models.protocols import Autoencoder, CaptionTable
+from models.protocols import Autoencoder, CaptionTable, Sampling
 from models.text import TextDtype, TextEncoder
+from models.wan.changes import condition_changes
 from models.wan.config import WanConfig
 from models.wan.dit import WanDiT
 from models.wan.folder import dit_source, find_files
+from models.wan.method import sampling_of
+from models.wan.sampling import BlockSampling
 from models.wan.text import UMT5Encoder, padded
 from models.wan.vae import WanVaeFiles
 from models.wan.weights import WanWeights
@@ -36,7 +39,7 @@ _TEXT = WanTextLoading()
 
 
 class WanPipeline:
-    """A DiT with what turns prompts into captions and latents into frames; how it is sampled, a subclass says.
+    """A DiT with what turns prompts into captions and latents into frames.
 
     Without an encoder captions are brought, and without an autoencoder a video ends with latents.
     """
@@ -50,6 +53,7 @@ class WanPipeline:
     ) -> None:
         self.config, self.model = config, model
         self._autoencoder, self._encoder = autoencoder, encoder
+        self._changes: dict[int, tuple[float, ...]] = {}  # by the number of steps
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -61,6 +65,19 @@ class WanPipeline:
     def attention(self) -> Attention:
         """What KV views attend with."""
         return self.model.attention
+
+    def sampling(self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True) -> Sampling:
+        """How to denoise with that many steps, with or without the passes that renew a finished chunk's KV.
+
+        With the table of how its conditions change from step to step.
+        """
+        sampling = sampling_of(self.config, num_steps, clean_pass=clean_pass)
+        if not isinstance(sampling, BlockSampling):
+            return sampling
+        if num_steps not in self._changes:
+            steps = [(float(time),) for time in sampling.sigmas.timesteps]
+            self._changes[num_steps] = condition_changes(self.model, steps, sampling.fps)
+        return replace(sampling, changes=self._changes[num_steps])
 
     def captions(self, prompt: str) -> CaptionTable:
         """Encode a prompt, and the negative prompt as the text of no text; zero rows behind both count.

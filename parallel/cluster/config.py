@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -130,8 +129,10 @@ def video_size(
     width = sampling.chunk_width
     frames = 0 if request.prefix is None else len(request.prefix)
     given = 1 if frames == 1 else frames // CELL_FRAMES
-    chunks = math.ceil((request.chunks * width + given) / width)
-    schedule = Schedule(first=given // width, chunks=chunks, num_steps=num_steps, window=sampling.window)
+    chunks = request.chunks + sampling.prefix_chunks(given)
+    schedule = Schedule(
+        first=given // width, chunks=chunks, num_steps=num_steps, window=sampling.window, stagger=sampling.stagger
+    )
     geometry = model.kv_geometry(range(max(stage_sizes(config, layout.pp, split))), torch.device("cpu"))
     plan = plan_kv(sampling, schedule, kv, config.chunk_tokens(request.height, request.width))
     return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(local_heads(geometry, layout.cp)))

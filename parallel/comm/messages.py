@@ -41,7 +41,7 @@ _FIXED = struct.Struct("<4sBBHQihHH8s16sI5I")
 """Magic, kind, dtype, dimensions, number, request, not_finite, flags, item's bytes, two digests, next buffer, shape."""
 _CONTENT_BYTES = HEADER_BYTES - _PROOF_BYTES
 _DIMENSIONS = 5
-_PLAIN = ("video", "schedule", "kv", "grid", "checkpoint")  # fields of an admission without tensors
+_PLAIN = ("video", "schedule", "kv", "grid", "checkpoint", "hidden")  # fields of an admission without tensors
 _OPTIONAL = ("counters", "image")  # tensors of the captions that may be absent
 _LATER = "later-"  # in front of the chunk that is the first to see a text
 T = TypeVar("T")
@@ -145,6 +145,7 @@ class _AdmissionForm:
     kv: KVPlan
     grid: tuple[int, int, int]
     checkpoint: str | None
+    hidden: bool
     max_length: int | None
 
 

@@ -17,7 +17,8 @@ from models.protocols import Pass, PassCondition
 class OnePass:
     """Sampling of one pass for each step, and one to renew a finished chunk if that is wanted."""
 
-    chunk_width, branches = 1, 1
+    chunk_width, branches, publishes, sink = 1, 1, True, 0
+    residual_of_layers, changes = False, None
 
     def __init__(self, num_steps, window, *, clean):
         self.num_steps, self.window, self.clean_pass = num_steps, window, clean
@@ -25,10 +26,26 @@ class OnePass:
     def time(self, step):
         return step / self.num_steps
 
-    def step_size(self, step):
-        return 1 / self.num_steps
+    @property
+    def stagger(self):
+        return self.num_steps // self.window
 
-    def key_limit(self, step):
+    def prefix_chunks(self, frames):
+        return frames
+
+    def solver(self, given, draw):
+        return self
+
+    def model_input(self, x, step):
+        return x
+
+    def step(self, x, velocity, step):
+        return x + velocity / self.num_steps
+
+    def computes(self, step, *, last_tick):
+        return last_tick
+
+    def key_limit(self, step, place):
         return None
 
     def clean_limit(self, *, prefix):

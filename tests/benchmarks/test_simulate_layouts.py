@@ -110,7 +110,7 @@ def test_the_reuse_of_a_record_is_taken(tmp_path):
     trace.begin(recorded)
     for tick in recorded:
         for chunk, step in tick.active:
-            seen = Observation(chunk=chunk, step=step, tick=tick.index, last_tick=False, change=None, scale=None)
+            seen = Observation(chunk=chunk, step=step, tick=tick.index, final=False, change=None, scale=None)
             trace.decided(seen, Decision.REUSE if step % 2 else Decision.COMPUTE)
     trace.finish({"prompt": "a red circle"}).save(tmp_path / "run")
     reuse = reuse_of_record(study(), tmp_path / "run")

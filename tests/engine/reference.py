@@ -39,8 +39,8 @@ def reference_latents(pipeline, request, reuse=None, kv=None):
                 velocities = [carry_out(work) for work in passes]
                 run.close(seen.chunk, seen.step, [work.item.what for work in passes], velocities)
         run.seal(tick)
-        if tick.finishing is not None:
-            latents = run.finish(tick.finishing)
+        for chunk in tick.finishing:
+            latents = run.finish(chunk)
             if latents.shape[2]:
                 made.append(latents)
     return made, ran, decisions

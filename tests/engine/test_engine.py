@@ -183,8 +183,8 @@ def spoilt(engine, wanted, **changes):
     """A request whose second chunk starts from noise that has one NaN in it."""
     read = engine.read(wanted, **changes)
 
-    def noise(chunk, shape):
-        part = read.encoded.noise(chunk, shape)
+    def noise(chunk, shape, draw):
+        part = read.encoded.noise(chunk, shape, draw)
         part[..., 0, 0] += float("nan") if chunk == 1 else 0
         return part
 

@@ -10,11 +10,13 @@ from models.errors import InputError
 
 @st.composite
 def schedules(draw):
-    window = draw(st.integers(1, 6))
-    first = draw(st.integers(0, 5))
-    return Schedule(
-        first=first, chunks=first + draw(st.integers(1, 12)), num_steps=window * draw(st.integers(1, 5)), window=window
-    )
+    window, first, made = draw(st.integers(1, 6)), draw(st.integers(0, 5)), draw(st.integers(1, 12))
+    if draw(st.booleans()):
+        return Schedule(first=first, chunks=first + made, num_steps=window * draw(st.integers(1, 5)), window=window)
+    steps = draw(st.integers(1, 20))
+    stagger = draw(st.integers(0, steps))
+    window = -(-steps // stagger) if stagger else made
+    return Schedule(first=first, chunks=first + made, num_steps=steps, window=window, stagger=stagger)
 
 
 @given(schedules())
@@ -33,7 +35,7 @@ def test_a_window_holds_processes_one_stage_apart(schedule):
         assert 1 <= len(tick.active) <= schedule.window
         for (older, ahead), (younger, behind) in zip(tick.active, tick.active[1:], strict=False):
             assert younger == older + 1
-            assert ahead - behind == schedule.quantum_ticks
+            assert ahead - behind == (schedule.quantum_ticks if schedule.stagger else 0)
 
 
 @given(schedules())
@@ -41,14 +43,14 @@ def test_chunks_enter_finish_and_retire_once_in_order(schedule):
     ticks = list(schedule)
     generated = list(range(schedule.first, schedule.chunks))
     assert len(ticks) == schedule.ticks
-    assert [t.entering for t in ticks if t.entering is not None] == generated
-    assert [t.finishing for t in ticks if t.finishing is not None] == generated
+    assert [chunk for t in ticks for chunk in t.entering] == generated
+    assert [chunk for t in ticks for chunk in t.finishing] == generated
     # The last chunk ends the video and is never renewed.
-    assert [t.retiring for t in ticks if t.retiring is not None] == generated[:-1]
-    finished = {t.finishing: t.index for t in ticks}
+    retired = [chunk for t in ticks for chunk in t.retiring]
+    assert retired == (generated[:-1] if schedule.stagger else [])
+    finished = {chunk: t.index for t in ticks for chunk in t.finishing}
     for tick in ticks:
-        if tick.retiring is not None:
-            assert finished[tick.retiring] == tick.index - 1
+        assert all(finished[chunk] == tick.index - 1 for chunk in tick.retiring)
 
 
 @given(schedules())
@@ -63,8 +65,8 @@ def test_a_quantum_begins_where_the_window_moves_and_takes_a_slot_for_each_activ
     for index in range(schedule.quanta):
         first, *rest = (schedule.tick(tick) for tick in schedule.ticks_of_quantum(index))
         assert schedule.slots(index) == max(len(tick.active) for tick in (first, *rest)) <= schedule.window
-        assert all(tick.entering is None and tick.retiring is None for tick in rest)
-        entered += [] if first.entering is None else [first.entering]
+        assert not any(tick.entering for tick in rest)
+        entered += first.entering
     assert entered == list(range(schedule.first, schedule.chunks))
 
 
@@ -94,3 +96,17 @@ def test_worked_trace_of_the_specification():
 def test_figures_that_make_no_schedule_are_refused(first, chunks, num_steps, window):
     with pytest.raises(InputError):
         Schedule(first=first, chunks=chunks, num_steps=num_steps, window=window)
+
+
+@pytest.mark.parametrize(("stagger", "window"), [(9, 4), (1, 4), (0, 3)])
+def test_a_stagger_that_leaves_gaps_or_does_not_fit_the_window_is_refused(stagger, window):
+    with pytest.raises(InputError, match="ticks"):
+        Schedule(first=0, chunks=5, num_steps=8, window=window, stagger=stagger)
+
+
+def test_chunks_may_stand_closer_than_the_window_divides():
+    """Twenty steps, three ticks apart: the window is not full when the video is short, and moves within a quantum."""
+    schedule = Schedule(first=1, chunks=5, num_steps=20, window=7, stagger=3)
+    assert schedule.ticks == 29 and [schedule.slots(quantum) for quantum in (0, 3, 9)] == [1, 4, 1]
+    assert schedule.tick(19).finishing == (1,) and schedule.tick(20).retiring == (1,)
+    assert schedule.tick(20).active == ((2, 17), (3, 14), (4, 11))

@@ -36,8 +36,8 @@ def all_items(run):
             items += [one.item for one in work]
             run.close(seen.chunk, seen.step, [one.item.what for one in work], [torch.zeros_like(work[0].x)] * len(work))
         run.seal(tick)
-        if tick.finishing is not None:
-            run.finish(tick.finishing)
+        for chunk in tick.finishing:
+            run.finish(chunk)
     return items
 
 

@@ -31,7 +31,7 @@ def made_up_record(
                 chunk=chunk,
                 step=step,
                 tick=tick.index,
-                last_tick=tick.index == schedule.ticks - 1,
+                final=tick.index == schedule.ticks - 1,
                 change=(1 + chunk % 3) * 0.006 * np.exp(2.6 * (step / num_steps) ** 2) if step else None,
                 scale=1.0 if step else None,
             )
@@ -43,8 +43,8 @@ def made_up_record(
         computed = decisions.count(Decision.COMPUTE)
         held = min(tick.active[0][0], budget) + len(tick.active)
         trace.ticked(tick.index, seconds=0.01 * computed, items=computed, fill=held / (budget + 4))
-        if tick.retiring is not None:
-            trace.retired(tick.retiring, _shares(tick.retiring + 1, budget))
+        for gone in tick.retiring:
+            trace.retired(gone, _shares(gone + 1, budget))
     return trace.finish(settings)
 
 

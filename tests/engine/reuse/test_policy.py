@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.reuse.memory import ComputedStep, ReuseMemory
 from engine.reuse.policy import (
     ChunkPolicy,
     Decision,
     Observation,
-    ReuseMemory,
     ReuseSettings,
     WindowPolicy,
     change_norms,
@@ -19,7 +19,7 @@ from models.errors import InputError
 
 def seen(chunk, step, distance, *, tick=50, last=False):
     change, scale = (None, None) if distance is None else (distance, 1.0)
-    return Observation(chunk=chunk, step=step, tick=tick, last_tick=last, change=change, scale=scale)
+    return Observation(chunk=chunk, step=step, tick=tick, final=last, change=change, scale=scale)
 
 
 distances = st.lists(st.floats(0, 0.02), min_size=1, max_size=40)
@@ -50,7 +50,7 @@ def test_the_published_distance_is_rounded_at_every_step():
     now = torch.tensor([1.0078125, 1.03125]).bfloat16()
     change, scale = change_norms(then, now, torch.bfloat16)
     assert (change.dtype, change.item(), scale.item()) == (torch.bfloat16, 0.01953125, 1.0)
-    third = {"chunk": 0, "step": 3, "tick": 3, "last_tick": False, "change": 0.01953125, "scale": 3.0}
+    third = {"chunk": 0, "step": 3, "tick": 3, "final": False, "change": 0.01953125, "scale": 3.0}
     assert Observation(**third).distance == 0.01953125 / 3.0
     assert Observation(**third, rounded=True).distance == torch.tensor(0.01953125 / 3.0).bfloat16().item()
     # 1 + 2^-8 lies between two numbers of bf16, and 1e-8 is added to a scale of zero.
@@ -106,18 +106,24 @@ def test_forgotten_chunks_leave_no_state():
 def test_a_step_of_the_same_size_and_velocity_is_repeated(kind):
     memory = ReuseMemory(kind)
     velocity = torch.tensor([1.0, -2.0])
-    for time in (0.0, 0.1):
-        memory.computed(0, time=time, size=0.1, velocity=velocity)
-    assert torch.allclose(memory.increment(0, Decision.REUSE, time=0.2, size=0.1), velocity * 0.1)
+    for step, time in enumerate((0.0, 0.1)):
+        memory.computed(0, ComputedStep(step, time, (velocity,)))
+    repeated, _ = memory.velocity(0, extrapolate=False, step=2, time=0.2)
+    assert torch.allclose(repeated, velocity)
+
+
+def two_steps(memory):
+    for step, (time, velocity) in enumerate([(0.0, 1.0), (0.1, 2.0)]):
+        memory.computed(0, ComputedStep(step, time, (torch.tensor([velocity]),)))
+    return memory
 
 
 def test_kinds_differ_when_step_sizes_do():
-    increments = {}
+    increments, sizes = {}, [0.1, 0.1, 0.3]
     for kind in ("residual", "velocity", "extrapolate"):
-        memory = ReuseMemory(kind)
-        memory.computed(0, time=0.0, size=0.1, velocity=torch.tensor([1.0]))
-        memory.computed(0, time=0.1, size=0.1, velocity=torch.tensor([2.0]))
-        increments[kind] = memory.increment(0, Decision.REUSE, time=0.2, size=0.3).item()
+        memory = two_steps(ReuseMemory(kind))
+        velocity, over = memory.velocity(0, extrapolate=False, step=2, time=0.2)
+        increments[kind] = velocity.item() * sizes[over]
     assert increments["residual"] == pytest.approx(0.2)
     assert increments["velocity"] == pytest.approx(0.6)
     # The change from 1 to 2 is taken once more: (2 + 1) * 0.3.
@@ -128,18 +134,16 @@ def test_extrapolation_is_a_middle_answer():
     policy = ChunkPolicy(0.10, 1, extrapolate_from=0.5)
     decided = [policy.decide([seen(0, step, 0.04)])[0] for step in range(4)]
     assert decided == [Decision.COMPUTE, Decision.REUSE, Decision.EXTRAPOLATE, Decision.COMPUTE]
-    memory = ReuseMemory("velocity", both=True)
-    memory.computed(0, time=0.0, size=0.1, velocity=torch.tensor([1.0]))
-    memory.computed(0, time=0.1, size=0.1, velocity=torch.tensor([2.0]))
-    assert memory.increment(0, Decision.REUSE, time=0.2, size=1.0).item() == pytest.approx(2)
-    assert memory.increment(0, Decision.EXTRAPOLATE, time=0.2, size=1.0).item() == pytest.approx(3)
+    memory = two_steps(ReuseMemory("velocity", both=True))
+    assert memory.velocity(0, extrapolate=False, step=2, time=0.2)[0].item() == pytest.approx(2)
+    assert memory.velocity(0, extrapolate=True, step=2, time=0.2)[0].item() == pytest.approx(3)
 
 
 def test_memory_is_bounded_by_the_chunks_that_are_alive():
     memory = ReuseMemory("extrapolate")
     for chunk in range(20):
         for step in range(8):
-            memory.computed(chunk, time=step / 8, size=0.1, velocity=torch.zeros(3))
+            memory.computed(chunk, ComputedStep(step, step / 8, (torch.zeros(3),)))
         memory.forget(chunk - 3)
     assert sorted(memory.state()) == [17, 18, 19]
     assert all(len(held) == 2 for held in memory.state().values())

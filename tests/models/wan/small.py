@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import torch
 
-from models.wan.config import SKYREELS, WanConfig, WanPrecision, WanShapes
+from models.random import RandomEncoder
+from models.wan.config import SKYREELS, WanConfig, WanPrecision, WanRuntime, WanShapes
 from models.wan.dit import WanDiT
+from models.wan.pipeline import WanPipeline
 
 SHAPES = WanShapes(
     model_type="t2v", dim=48, ffn_dim=64, num_heads=4, num_layers=3, freq_dim=32, text_dim=24, inject_sample_info=True
@@ -25,3 +27,23 @@ def small_dit(config: WanConfig, layers: range | None = None) -> WanDiT:
         generator = torch.Generator().manual_seed(sum(name.encode()) * len(name))
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     return model.to(config.dtype).requires_grad_(False).eval()
+
+
+class _Grey:
+    """An autoencoder that makes grey frames of latents, and noise of frames."""
+
+    def stream(self):
+        return lambda latents: torch.full(
+            (latents.shape[2] * 4, latents.shape[3] * 8, latents.shape[4] * 8, 3), 127, dtype=torch.uint8
+        )
+
+    def encode(self, frames):
+        generator = torch.Generator().manual_seed(7)
+        return torch.randn(1, 16, len(frames) // 4, frames.shape[1] // 8, frames.shape[2] // 8, generator=generator)
+
+
+def small_pipeline(**runtime):
+    """A model of two layers with that `WanRuntime`."""
+    config = replace(small_config(replace(SHAPES, num_layers=2)), runtime=WanRuntime(**runtime))
+    encoder = RandomEncoder(config.shapes.text_dim, config.shapes.text_len)
+    return WanPipeline(config, small_dit(config), _Grey(), encoder)

@@ -1,0 +1,394 @@
+"""Golden files of whole videos of SkyReels-V2 and of Self-Forcing: `wan_generation`, `wan_self_forcing`.
+
+The engine makes each iteration of a video as a video of its own, here or over a gang; what one takes over from the one
+before it is in the file. The weights file lies beside the case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from engine.engine import Engine, Submission
+from engine.executor import LocalRunner
+from engine.kv.layout import KVSettings
+from engine.kv.selection import SelectionSettings
+from engine.record import Recorder, RunRecord
+from engine.request import Encoded, Request
+from engine.reuse.policy import CONDITION, ChunkPolicy, ReuseSettings
+from engine.video import Noise, Work
+from launch.conformance.golden import Golden
+from launch.conformance.wan_forward import wan_config
+from models.attention import Attention
+from models.checkpoint import Loading
+from models.config import checked
+from models.errors import InputError
+from models.protocols import CELL_PIXELS, Autoencoder, CaptionTable, Sampling
+from models.wan.changes import KEPT_STEPS, POLYNOMIALS, condition_changes
+from models.wan.config import CAUSAL_WAN, WanConfig
+from models.wan.dit import WanDiT
+from models.wan.sampling import BlockSampling, WindowSampling
+from models.wan.self_forcing import SelfForcingSampling
+from models.wan.weights import WanWeights
+from parallel.mesh import Mesh
+from parallel.ranks.gang import Gang
+from parallel.split import balanced_split, parse_split, stage_layers
+
+_Count = Annotated[int, Field(ge=0, le=100_000)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sampling:
+    """Arguments of the published call."""
+
+    num_inference_steps: Annotated[int, Field(ge=1, le=1_000)]
+    shift: float
+    guidance_scale: float
+    fps: _Count
+    base_num_frames: _Count
+    num_frames: _Count
+    ar_step: _Count
+    causal_block_size: Annotated[int, Field(ge=1, le=1_000)]
+    overlap_history: _Count | None = None
+    addnoise_condition: _Count = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Policy:
+    """The published reuse; an empty one makes a video as published without it."""
+
+    policy: Literal["", "flowcache", "teacache"] = ""
+    threshold: float = 0.0
+    use_ret_steps: bool = True
+    coefficients: str = "1.3B"
+    num_steps: _Count = 0
+    use_kvrange: bool = False
+    kvrange: _Count = 0
+    use_compress: bool = False
+    budget_block: _Count = 0
+
+    @property
+    def polynomial(self) -> tuple[float, ...]:
+        return POLYNOMIALS[self.coefficients, self.use_ret_steps]
+
+    def reuse(self) -> ReuseSettings:
+        """A threshold below zero computes everything."""
+        return ReuseSettings(
+            policy="none" if not self.policy or self.threshold < 0 else self.policy,
+            threshold=max(0.0, self.threshold),
+            warmup_steps=KEPT_STEPS[self.use_ret_steps],
+            cycle=self.num_steps // 2 if self.policy == "teacache" else None,
+            distance=CONDITION if self.policy else "fp32",
+            polynomial=self.polynomial,
+            clean_pass=False,
+            copy_pass=False,
+        )
+
+    def kv(self) -> KVSettings:
+        if not self.use_compress:
+            return KVSettings()
+        return KVSettings(budget=self.budget_block, selection=SelectionSettings(queries="chunk", asks="next"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Making:
+    """A video that the engine is to make, in the layout that it knows."""
+
+    sampling: Sampling
+    captions: CaptionTable
+    frames: int  # latent frames in all
+    size: tuple[int, int]  # latent cells
+    prefix: Tensor | None  # [1, C, P, h, w]
+    noise: Noise
+    reuse: ReuseSettings
+    kv: KVSettings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WanRun:
+    """One iteration of a case."""
+
+    golden: Golden
+    config: WanConfig
+    iteration: int
+
+    def load(self, layers: range | None) -> WanDiT:
+        """The model, with the layers that are run here; all by default."""
+        weights = WanWeights(self.golden.path.parent / self.golden.text("weights"))
+        return weights.dit(self.config, Loading(layers=layers, device=self.golden.device))
+
+    def layers(self, mesh: Mesh, split: str | None) -> range:
+        """The layers of a rank's stage; errors as in `stage_sizes`."""
+        count, stages = self.config.shapes.num_layers, mesh.layout.pp
+        if split is not None:
+            return stage_layers(parse_split(split, layers=count, stages=stages), mesh.stage)
+        return stage_layers(balanced_split([1.0] * count, stages), mesh.stage)
+
+    def make(self, model: WanDiT, gang: Gang | None) -> WanResult:
+        """Make the iteration with a model; on all ranks of a gang, as its leader."""
+        return _make(self, model, gang)
+
+    def making(self, model: WanDiT) -> _Making:
+        """What the file asks for."""
+        return _self_forcing(self.golden) if self.golden.kind == "wan_self_forcing" else _forcing(self, model)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Latents:
+    """A pipeline that ends with latents."""
+
+    model: WanDiT
+    how: Sampling
+
+    @property
+    def attention(self) -> Attention:
+        return self.model.attention
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        raise AssertionError("latents are not decoded")
+
+    def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> Sampling:
+        return self.how
+
+    def captions(self, prompt: str) -> CaptionTable:
+        raise AssertionError("captions are given")
+
+
+def wan_runs(golden: Golden) -> list[WanRun]:
+    """The iterations of a case, in order."""
+    config = wan_config(golden)
+    if golden.kind == "wan_self_forcing":
+        precision = replace(CAUSAL_WAN, dtype=config.precision.dtype)
+        return [WanRun(golden=golden, config=replace(config, precision=precision), iteration=0)]
+    count = len(golden.named("output.latents.iter"))
+    if not count:
+        raise InputError(f"{golden.path} lacks the tensors output.latents.iter")
+    return [WanRun(golden=golden, config=config, iteration=iteration) for iteration in range(count)]
+
+
+class _Watching(LocalRunner):
+    """Takes down what compressions see and keep."""
+
+    def __init__(self, model: WanDiT) -> None:
+        super().__init__(model, model.attention, on_kept=self._note)
+        self.kept: dict[str, Tensor] = {}
+        self._row = 0
+
+    def begin(self, work: Work) -> None:
+        self._row = work.item.tick
+        super().begin(work)
+
+    def _note(self, branch: int, layer: int, queries: Tensor, keys: Tensor, positions: Tensor) -> None:
+        name = f"row{self._row}.{('cond', 'uncond')[branch]}.layer{layer}"
+        self.kept[f"keep.{name}"] = positions.sort(dim=0).values.to(torch.int16)
+        self.kept[f"keep_key.{name}"], self.kept[f"keep_query.{name}"] = keys.clone(), queries.clone()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WanResult:
+    """What a run has made."""
+
+    iteration: int
+    latents: Tensor  # [1, C, T, h, w], with the given ones
+    record: RunRecord
+    policy: _Policy
+    kept: dict[str, Tensor] | None  # what compressions saw and kept, by the ends of names; None on ranks
+
+
+def _make(run: WanRun, model: WanDiT, gang: Gang | None) -> WanResult:
+    making, golden = run.making(model), run.golden
+    sampling, (height, width) = making.sampling, making.size
+    given = 0 if making.prefix is None else making.prefix.shape[2]
+    request = Request(
+        prompt=golden.path.stem,
+        chunks=making.frames // sampling.chunk_width - sampling.prefix_chunks(given),
+        height=height * CELL_PIXELS,
+        width=width * CELL_PIXELS,
+        num_steps=sampling.num_steps,
+        seed=0,
+    )
+    encoded = Encoded(captions=making.captions, prefix=making.prefix, noise=making.noise)
+    recorder, pipeline, runner = Recorder(), _Latents(model=model, how=sampling), _Watching(model)
+    engine = Engine(pipeline, runner, reuse=making.reuse, kv=making.kv)
+    led = nullcontext((engine, None)) if gang is None else gang.lead(pipeline, making.reuse, making.kv)
+    with led as (engine, _):
+        what = Submission(request=request, encoded=encoded)
+        made = [chunk.latents for chunk in engine.generate(what, recorder=recorder, decode=False)]
+    latents = torch.cat(made, dim=2)
+    if making.prefix is not None:
+        latents = torch.cat([making.prefix[:, :, : making.frames - latents.shape[2]].to(latents), latents], dim=2)
+    return WanResult(
+        iteration=run.iteration,
+        latents=latents,
+        record=recorder.finish({}),
+        policy=_policy(golden),
+        kept=runner.kept if gang is None else None,
+    )
+
+
+def _policy(golden: Golden) -> _Policy:
+    given = golden.json("policy") if "policy" in golden.metadata else {}
+    return checked(_Policy, given, source=f"{golden.path}: policy")
+
+
+def _captions(golden: Golden) -> CaptionTable:
+    channels = golden.json("config").get("text_dim")
+    text = golden.tensor("input.context", (1, None, channels))[0]
+    negative = golden.tensors.get("input.negative_context", torch.zeros_like(text)[None])[0]
+    return CaptionTable(text=text, null=negative)
+
+
+def _forcing(run: WanRun, model: WanDiT) -> _Making:
+    golden, iteration = run.golden, run.iteration
+    asked = checked(_Sampling, golden.json("sampling"), source=f"{golden.path}: sampling")
+    policy, channels = _policy(golden), model.latent_channels
+    noise = golden.tensor(f"input.noise.iter{iteration}", (channels, None, None, None))[None]
+    prefix = golden.tensors.get(f"input.prefix_latents.iter{iteration}")
+    end = golden.tensors.get("input.end_latents")
+    frames, given = noise.shape[2], 0 if prefix is None else prefix.shape[1]
+    common: dict[str, Any] = {
+        "steps": asked.num_inference_steps,
+        "shift": asked.shift,
+        "guidance": asked.guidance_scale,
+        "fps": asked.fps,
+        "block": asked.causal_block_size,
+        "ar_step": asked.ar_step,
+        "frames": frames,
+        "noise_condition": asked.addnoise_condition,
+        "dtype": model.config.dtype,
+    }
+    causal = golden.path.stem == "df_causal"  # the file does not say that it was run with the mask
+    sampling: BlockSampling | WindowSampling
+    if causal or policy.policy == "flowcache":
+        restricted = policy.use_kvrange or policy.use_compress
+        key_range = policy.kvrange if policy.use_kvrange and not policy.use_compress else None
+        sampling = BlockSampling(**common, clean_pass=causal, key_range=key_range, hides_prefix=restricted)
+        steps: list[tuple[float, ...]] = [(float(time),) for time in sampling.sigmas.timesteps]
+        changes = condition_changes(model, steps, asked.fps)
+    else:
+        ends = 0 if end is None else end.shape[1]
+        sampling = WindowSampling(**common, given=given, ends=ends)
+        steps = [sampling.times(row) for row in range(sampling.num_steps)]
+        changes = condition_changes(model, steps, asked.fps, of_head=not policy.use_ret_steps)
+    return _Making(
+        sampling=replace(sampling, changes=changes),
+        captions=_captions(golden),
+        frames=sampling.chunk_width if isinstance(sampling, WindowSampling) else frames,
+        size=(noise.shape[3], noise.shape[4]),
+        prefix=None if prefix is None else prefix[None],
+        noise=_noise(noise if end is None else torch.cat([noise, end[None]], dim=2), golden, iteration),
+        reuse=replace(policy.reuse(), clean_pass=causal),
+        kv=policy.kv(),
+    )
+
+
+def _noise(whole: Tensor, golden: Golden, iteration: int) -> Noise:
+    added = golden.tensors.get(f"input.addnoise.iter{iteration}")
+
+    def noise(chunk: int, shape: tuple[int, ...], draw: int) -> Tensor:
+        start = chunk * shape[2]
+        if not draw:
+            return whole[:, :, start : start + shape[2]].float().clone()
+        if added is None:
+            raise InputError(f"{golden.path} lacks the tensor input.addnoise.iter{iteration}")
+        return added[draw - 1][None, :, start : start + shape[2]].float()
+
+    return noise
+
+
+# ---- Self-Forcing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _SelfForcing:
+    num_frame_per_block: Annotated[int, Field(ge=1, le=1_000)]
+    denoising_step_list: tuple[_Count, ...]
+    warp_denoising_step: Literal[True]
+    timestep_shift: float
+    context_noise: float
+    local_attn_size: int
+    sink_size: _Count
+    denoised_timesteps: tuple[float, ...]
+
+
+def _self_forcing(golden: Golden) -> _Making:
+    asked = checked(_SelfForcing, golden.json("sampling"), source=f"{golden.path}: sampling")
+    sampling = SelfForcingSampling(
+        steps=asked.denoising_step_list,
+        shift=asked.timestep_shift,
+        chunk_width=asked.num_frame_per_block,
+        held=asked.local_attn_size if asked.local_attn_size > 0 else None,
+        sink_frames=asked.sink_size,
+        context_noise=asked.context_noise,
+    )
+    whole = golden.tensor("input.noise", (1, None, None, None, None)).transpose(1, 2)
+    again = golden.tensor("input.renoise", (None, sampling.chunk_width, *whole.shape[1:2], *whole.shape[3:]))
+    prefix = golden.tensors.get("input.prefix_latents")
+    given = 0 if prefix is None else prefix.shape[1]
+    first, draws = given // sampling.chunk_width, sampling.num_steps - 1
+
+    def noise(chunk: int, shape: tuple[int, ...], draw: int) -> Tensor:
+        place = chunk - first
+        if not draw:
+            return whole[:, :, place * shape[2] : (place + 1) * shape[2]].clone()
+        return again[place * draws + draw - 1].transpose(0, 1)[None]
+
+    return _Making(
+        sampling=sampling,
+        captions=_captions(golden),
+        frames=whole.shape[2] + given,
+        size=(whole.shape[3], whole.shape[4]),
+        prefix=None if prefix is None else prefix.transpose(1, 2),
+        noise=noise,
+        reuse=ReuseSettings(),
+        kv=KVSettings(),
+    )
+
+
+# ---- what is compared
+
+
+def wan_made_by(golden: Golden, results: Sequence[WanResult]) -> Iterator[tuple[str, Tensor]]:
+    """What a case's iterations have made, by the names of the tensors that it must equal."""
+    if golden.kind == "wan_self_forcing":
+        yield "output.latents", results[0].latents.transpose(1, 2)
+        return
+    for one in results:
+        name = f"output.latents.iter{one.iteration}"
+        expected = golden.tensor(name)
+        yield name, one.latents[0, :, : expected.shape[1]].to(expected.dtype)
+        if f"output.reuse_flags.iter{one.iteration}" in golden.tensors:
+            yield f"output.reuse_flags.iter{one.iteration}", _flags(one.record)
+        for start in ("keep", "keep_key", "keep_query") if one.kept is not None else ():
+            whole = f"output.{start}.iter{one.iteration}."
+            for end in golden.named(whole):
+                yield f"{whole}{end}", (one.kept or {}).get(f"{start}.{end}", torch.zeros(0))
+    if "output.rel_l1" in golden.tensors:
+        policy = results[0].policy
+        changes = torch.cat([_decided(one.record, KEPT_STEPS[policy.use_ret_steps]) for one in results])
+        yield "output.rel_l1", changes
+        sums = ChunkPolicy(0.0, 1, polynomial=policy.polynomial)
+        yield "output.rel_l1_rescaled", torch.tensor([sums.rescale(change) for change in changes.tolist()])
+
+
+def _flags(record: RunRecord) -> Tensor:
+    """[rows, branches, groups]; both branches see the same latents and conditions, so one decision is for both."""
+    flags = torch.from_numpy(record.flags)
+    flags[0, : record.schedule.first] = 0  # given groups are run once, beside the first row
+    return flags[:, None].expand(-1, 2, -1).contiguous()
+
+
+def _decided(record: RunRecord, kept: int) -> Tensor:
+    """The distances of what was decided, row by row, of one branch and then the other."""
+    found, last = list[float](), record.schedule.num_steps - 1
+    for tick in record.schedule:
+        seen = [float(record.distances[tick.index, chunk]) for chunk, step in tick.active if kept <= step < last]
+        found += seen * 2
+    return torch.tensor(found)
