@@ -31,6 +31,7 @@ from parallel.health.exit_codes import FAILED, OK
 _H200 = 758.0  # TFLOP/s of bf16 products, where the parts take as long as they say
 _TINY = 0.03  # share of that time that the smallest preset takes
 _INTERRUPTED = 130
+_KEPT_EVERY = 2.0  # seconds, of what a part has so far
 _CACHES: tuple[CacheName, ...] = ("none", "flowcache-slow", "flowcache-fast", "teacache")
 
 
@@ -107,8 +108,9 @@ def _needed(part: Part, results: Results) -> float:
 def _measure(part: Part, results: Results, log: Callable[[str], None]) -> None:
     """Measure a part; its rows are kept as they come, so that nothing is lost with the process."""
     rows, began, bench = list[Row](), time.monotonic(), results.bench
+    complete, error, kept = False, "", began
 
-    def keep(*, complete: bool, error: str = "") -> None:
+    def keep() -> None:
         seconds = time.monotonic() - began
         results.write(part.name, Result(rows=rows, seconds=seconds, complete=complete, error=error))
 
@@ -116,14 +118,18 @@ def _measure(part: Part, results: Results, log: Callable[[str], None]) -> None:
         for row in part.measure(bench):
             rows.append(row)
             log(f"{part.name}: {', '.join(f'{key} {_plain(cell)}' for key, cell in row.items())}")
-            keep(complete=False)
             if bench.left < 0:
-                return
-        keep(complete=True)
-    except Exception as error:  # noqa: BLE001 - the time with a GPU is short: the other parts are measured all the same
-        log(f"{part.name} failed: {''.join(traceback.format_exception(error))}")
-        keep(complete=False, error=problem(error))
+                break
+            if time.monotonic() - kept > _KEPT_EVERY:
+                keep()
+                kept = time.monotonic()
+        else:
+            complete = True
+    except Exception as failed:  # noqa: BLE001 - the time with a GPU is short: the other parts are measured all the same
+        log(f"{part.name} failed: {''.join(traceback.format_exception(failed))}")
+        error = problem(failed)
     finally:
+        keep()
         gc.collect()
         if bench.cuda:
             torch.cuda.empty_cache()
