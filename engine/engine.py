@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.checkpoint.contents import RUN_FILE, fingerprint, pack_run, unpack_run
+from engine.checkpoint.contents import RUN_FILE, fingerprint, of_past, pack_run, unpack_run
 from engine.checkpoint.files import Checkpoint, CheckpointConfig, Checkpointer, discard, must_fit, newest, read_contents
 from engine.decoder import Chunk, Decoder
 from engine.executor import LocalRunner, NotFinite, Runner
@@ -27,7 +27,7 @@ from engine.kv.layout import KVSettings
 from engine.order import AdmissionGate, WorkOrder
 from engine.progress import OnProgress, ProgressReporter
 from engine.record import Recorder
-from engine.request import Encoded, Request, encode, prepare
+from engine.request import Encoded, Request, encode, open_quantum, prepare
 from engine.reuse.policy import ReuseSettings
 from engine.video import VideoRun, VideoState, WorkItem
 from models.errors import InputError
@@ -53,7 +53,7 @@ class Submission:
     request: Request
     encoded: Encoded
     checkpoint: CheckpointConfig | None = None
-    fingerprint: Mapping[str, object] = field(default_factory=dict)
+    fingerprint: Callable[[int], Mapping[str, object]] = lambda quantum: {}  # of what the state before a quantum is of
     found: Checkpoint | None = None  # the checkpoint to go on from
     state: VideoState | None = None  # what that holds of the run
     damage: tuple[str, ...] = ()  # a line for each damaged checkpoint that was deleted
@@ -79,8 +79,8 @@ class _Video:
 
     @property
     def writing(self) -> bool:
-        """Files of a checkpoint are not on the disk yet."""
-        return self.checkpointer is not None and self.checkpointer.writing
+        """Files of a checkpoint are not on the disk yet, or are not whole and have to be."""
+        return self.checkpointer is not None and self.checkpointer.waits
 
 
 class Engine:
@@ -133,7 +133,9 @@ class Engine:
         encoded = encode(self._pipeline, request)
         if checkpoint is None:
             return Submission(request=request, encoded=encoded)
-        own = fingerprint(request, self._pipeline, self._identity, self._runner.layout, self._reuse, self._kv)
+        whole = fingerprint(request, self._pipeline, self._identity, self._runner.layout, self._reuse, self._kv)
+        last = open_quantum(self._pipeline, request, encoded)
+        own = partial(of_past, whole, last=last)
         damage: list[str] = []
 
         def on_damage(folder: Path, error: Damaged) -> None:
@@ -142,7 +144,7 @@ class Engine:
 
         found, state = newest(checkpoint.folder, stored=stored, on_damage=on_damage), None
         if found is not None:
-            found.check_fits(own)
+            found.check_fits(own(found.quantum))
             with must_fit(found.folder):
                 state = unpack_run(read_contents(found.folder, RUN_FILE))
         return Submission(
@@ -189,7 +191,7 @@ class Engine:
             number=number,
             reuse=self._reuse,
             kv=self._kv,
-            observe=recorder is not None,
+            observe=recorder is not None and recorder.observes,
             checkpoint=folder,
         )
         if found is not None and what.state is not None:
@@ -200,7 +202,8 @@ class Engine:
         keeper = None
         if what.checkpoint is not None:
             save, saved = partial(self._save, number), partial(runner.saved, number)
-            keeper = Checkpointer(what.checkpoint, what.fingerprint, start, save, saved)
+            last = open_quantum(self._pipeline, what.request, what.encoded)
+            keeper = Checkpointer(what.checkpoint, what.fingerprint, last, start, save, saved)
         decided = None if recorder is None else recorder.decided
         order = WorkOrder(run, barrier=self._barrier, on_decision=decided, gate=gate, checkpointer=keeper, start=start)
         self._videos[number] = _Video(run, order, reporter, keeper, decode, stored, handed_out=what.first)

@@ -61,6 +61,14 @@ def _short(name: str) -> str:
     return f"{name[:_BEGINNING]}-{hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()}"
 
 
+def link_file(source: str, target: str) -> None:
+    """Give a file that is never written into another name; on a disk without links, a copy of it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def publish(part: Path, path: Path) -> None:
     """Rename a finished part to its place, once it is on the disk."""
     _flush(part)

@@ -152,6 +152,9 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 class Recorder:
     """A record in the making; the engine calls it with what happens."""
 
+    observes = True
+    """Whether distances are wanted that the policy does not look at."""
+
     def __init__(self) -> None:
         self._first, self._arrays, self._held = 0, dict[str, np.ndarray](), list[np.ndarray]()
 

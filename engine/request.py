@@ -173,6 +173,21 @@ def _reuse(
     )
 
 
+def open_quantum(pipeline: Pipeline, request: Request, encoded: Encoded) -> int:
+    """As of `Schedule`, for a request: a text may say how many chunks are left."""
+    sampling = pipeline.sampling(request.num_steps, clean_pass=True, copy_pass=False)
+    given = 0 if encoded.prefix is None else encoded.prefix.shape[2]
+    schedule = Schedule(
+        first=given // sampling.chunk_width,
+        chunks=request.chunks + sampling.prefix_chunks(given),
+        num_steps=request.num_steps,
+        window=sampling.window,
+        stagger=sampling.stagger,
+    )
+    counters = encoded.captions.counters
+    return schedule.open_quantum(0 if counters is None else len(counters) - 1)
+
+
 @torch.no_grad()
 def _encode_prefix(pipeline: Pipeline, prefix: Tensor) -> Tensor:
     latents = pipeline.autoencoder.encode(prefix)

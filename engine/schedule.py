@@ -77,6 +77,13 @@ class Schedule:
         """How many quanta there are; the last may be shorter than the others."""
         return -(-self.ticks // self.quantum_ticks)
 
+    def open_quantum(self, told: int) -> int:
+        """The last quantum before which nothing depends on where the video ends: a longer one may go on from there.
+
+        A chunk is told that the video ends if fewer than `told` chunks come after it.
+        """
+        return max(0, min(self._made - told, self.quanta - 1)) if self._apart else 0
+
     def slots(self, quantum: int) -> int:
         """Chunks that are active in a quantum at most; an IndexError if the video does not have so many."""
         if not 0 <= quantum < self.quanta:

@@ -19,7 +19,8 @@ from engine.machine import settle_heap
 from launch import __version__
 from launch.ending import CommandFailed, handle_as_rank, shows_bad_input, speaks_for_all, stopped_by
 from launch.forms import command, declared
-from launch.options import GOLDEN_DEVICE, GOLDEN_FILES, BatchOptions, Options
+from launch.options import GOLDEN_DEVICE, GOLDEN_FILES, BatchOptions, ContinueOptions, Options
+from launch.serve.options import ServeOptions
 from models.errors import InputError
 from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED, NO_OUTPUT, OK
 from parallel.ranks.environment import RankEnv, settle_libraries
@@ -45,6 +46,9 @@ From a picture, and on from the end of a clip:
 [cyan]flowcache generate "a blue cross moving up" --image start.png[/cyan]
 [cyan]flowcache generate "a blue cross moving up" --video start.mp4[/cyan]
 
+In a way that goes on after the process was killed:
+[cyan]flowcache generate "a red circle moving right" --seconds 60 --checkpoint checkpoints[/cyan]
+
 Faster, on all of the past in the room of two chunks, and with a record to draw:
 [cyan]flowcache generate "a red circle moving right" --cache flowcache-fast --kv-budget 2 --record run[/cyan]
 [cyan]flowcache plot reuse run[/cyan]
@@ -56,6 +60,17 @@ On four processes or GPUs, and several videos that share them:
 A released model, after downloading its weights ([cyan]flowcache models[/cyan] says which):
 [cyan]flowcache generate "a cat on a roof" --weights MAGI-1/ckpt/magi/4.5B_distill --steps 16[/cyan]
 [cyan]flowcache generate "a cat on a roof" --config 4.5B_base_config.json --weights ckpt/magi/4.5B_base[/cyan]
+"""
+
+_CONTINUE_HELP = """Make a finished video longer.
+
+It must have been made with [cyan]--keep-state[/cyan]. The longer video is what it would have been if all of it had \
+been asked for at once; its last few chunks before the old end are made again.
+
+[bold]Examples[/bold]
+
+[cyan]flowcache generate "a red circle moving right" --seconds 4 --out demo.mp4 --keep-state[/cyan]
+[cyan]flowcache continue demo.mp4 --seconds 4 --prompt "a red circle moving left"[/cyan]
 """
 
 _BATCH_HELP = """Make the videos of a file, several at a time, on many processes or GPUs.
@@ -73,6 +88,18 @@ On this machine, two gangs of two processes:
 
 On a Ray cluster, from one of its nodes or as a job:
 [cyan]RAY_ADDRESS=auto flowcache batch prompts.jsonl --out /shared/videos --gangs 4 --pp 8[/cyan]
+"""
+
+_SERVE_HELP = """Make videos for others over HTTP, on many processes or GPUs, in the convention of video APIs.
+
+POST /v1/videos queues one, GET /v1/videos/ID says how far it is, GET /v1/videos/ID/content sends it. The options of a
+video hold where a request says nothing. Stop with Ctrl-C; started again, it goes on with what was queued and begun.
+
+[bold]Examples[/bold]
+
+On this machine: [cyan]flowcache serve --gangs 2 --pp 2[/cyan]
+
+For others: [cyan]FLOWCACHE_API_KEY=... flowcache serve --host 0.0.0.0[/cyan]
 """
 
 _PLOT_HELP = {
@@ -132,12 +159,29 @@ def _generate(arguments: Sequence[str], given: dict[str, Any]) -> None:
         typer.echo(text, err=options.out == "-")
 
 
+def _continue(_: Sequence[str], given: dict[str, Any]) -> None:
+    options = ContinueOptions(**given)
+    from launch.extend import extend
+
+    if (text := extend(options)) is not None:
+        typer.echo(text, err=options.out == "-")
+
+
 def _batch(_: Sequence[str], given: dict[str, Any]) -> None:
     own = {one.name: given.pop(one.name) for one in declared(BatchOptions)}
     options = BatchOptions(**own, base=Options(**given, launcher="ray"))
     from launch.batch.run import run_batch
 
     raise typer.Exit(run_batch(options, say=lambda text: typer.echo(text, err=True)))
+
+
+def _serve(_: Sequence[str], given: dict[str, Any]) -> None:
+    own = {one.name: given.pop(one.name) for one in declared(ServeOptions)}
+    os.environ.pop("FLOWCACHE_API_KEY", None)  # ranks need not know it
+    options = ServeOptions(**own, base=Options(**given, launcher="ray"))
+    from launch.serve.run import run_service
+
+    run_service(options, say=lambda text: typer.echo(text, err=True))
 
 
 def _conformance(arguments: Sequence[str], given: dict[str, Any]) -> None:
@@ -149,6 +193,9 @@ def _conformance(arguments: Sequence[str], given: dict[str, Any]) -> None:
 
 
 app.command("generate", help=_GENERATE_HELP)(command(declared(Options), _generate))
+
+
+app.command("continue", help=_CONTINUE_HELP)(command(declared(ContinueOptions), _continue))
 
 
 @app.command()
@@ -194,6 +241,7 @@ app.command(
 )(command([GOLDEN_FILES, GOLDEN_DEVICE, *(one for one in declared(Options) if one.name in _OF_RANKS)], _conformance))
 _SHARED = [one for one in declared(Options) if one.batch]  # options of `generate` that `batch` has too
 app.command("batch", help=_BATCH_HELP)(command([*declared(BatchOptions), *_SHARED], _batch))
+app.command("serve", help=_SERVE_HELP)(command([*declared(ServeOptions), *_SHARED], _serve))
 app.add_typer(plots, name="plot")
 
 

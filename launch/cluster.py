@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import replace
@@ -50,7 +50,12 @@ _SYSTEM = {"worker_niceness": 0}
 
 @contextmanager
 def on_ray(
-    plans: Sequence[Plan], *, gangs: int = 1, kv_bytes: int | None = None, max_restarts: int = 20
+    plans: Sequence[Plan],
+    *,
+    gangs: int = 1,
+    kv_bytes: int | None = None,
+    max_restarts: int = 20,
+    check: Callable[[], None] = check_signals,  # as of `Controller`
 ) -> Iterator[Controller]:
     """Join or start a cluster, and start gangs on it, no more than there are videos. All plans have one model.
 
@@ -85,7 +90,7 @@ def on_ray(
             head_wait=head_wait,
         )
         try:
-            with Controller(settings, check=check_signals) as controller:
+            with Controller(settings, check=check) as controller:
                 yield controller
         except ClusterLost as error:
             raise CommandFailed(f"{error}: run the same command again", status=FAILED, shown_here=True) from None

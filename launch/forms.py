@@ -148,6 +148,13 @@ def from_values(shape: type[T], base: T | None = None, /, **values: Any) -> T:
     return replace(base, **given) if base is not None else shape(**given)  # type: ignore[type-var]
 
 
+def values_of(options: Any) -> dict[str, Any]:
+    """What `from_values` makes these options of, as plain JSON values; paths are absolute."""
+    given = {one.name: getattr(options, one.name) for one in declared(type(options))}
+    plain = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in given.items()}
+    return {one.name: plain[one.name] for one in declared(type(options)) if plain[one.name] != one.default}
+
+
 def arguments(options: Any) -> list[str]:
     """The command line that gives these options: what is not the default, by name; arguments come last.
 

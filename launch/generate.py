@@ -57,8 +57,11 @@ class Backend(Protocol):
     def run(self) -> Generator[Event, None, None]:
         """Make what was submitted, and yield what happens, `GangReady` first; `InputError` if the model cannot make it.
 
-        A chunk counts as stored when the next event is asked for.
+        A chunk counts as stored when the next event is asked for, or when `stored` says so if the order is `confirmed`.
         """
+
+    def stored(self, video: str, count: int) -> None:
+        """So many chunks of a video, from its first one on, are in safe hands. May be called by any thread."""
 
 
 def make_videos(backend: Backend, orders: Iterable[VideoOrder], handle: Callable[[Event], None]) -> None:
@@ -77,8 +80,8 @@ def make_videos(backend: Backend, orders: Iterable[VideoOrder], handle: Callable
 class EngineBackend:
     """An engine's videos, `concurrency` of them at a time; the engine computes here or leads the ranks of a gang.
 
-    Of an order it reads the request; the rest is for a cluster. The `tracer` takes marks of steps that are reused; it
-    is None on a process without a trace.
+    Size and priority of an order are for a cluster. The `tracer` takes marks of steps that are reused; it is None on a
+    process without a trace.
     """
 
     def __init__(self, engine: Engine, concurrency: int, tracer: Tracer | None = None) -> None:
@@ -87,6 +90,8 @@ class EngineBackend:
         self.recorders: dict[str, Recorder | None] = {}  # for videos that are submitted and recorded
         self._waiting: deque[VideoOrder] = deque()
         self._running: dict[int, str] = {}
+        self._stored: dict[str, int] = {}  # chunks that are in safe hands
+        self._first: dict[str, int] = {}  # that the caller wants
         self._news: deque[messages.Progressed] = deque()
         self._last: dict[str, Progress] = {}
 
@@ -100,6 +105,11 @@ class EngineBackend:
         for number in [number for number, running in self._running.items() if running == video]:
             del self._running[number]
             self._engine.cancel(number)
+
+    def stored(self, video: str, count: int) -> None:
+        """As `Backend.stored`."""
+        self._stored[video] = max(count, self._stored.get(video, 0))
+        self._engine.wake()
 
     def run(self) -> Generator[Event, None, None]:
         """Make what was submitted; as `Backend.run`. Videos whose events nobody reads any more are cancelled."""
@@ -118,9 +128,13 @@ class EngineBackend:
 
     def _begin(self, order: VideoOrder) -> messages.Admitted:
         video, on_progress = order.video, partial(self._progressed, order.video)
-        number = self._engine.submit(order.request, on_progress=on_progress, recorder=self.recorders.pop(video, None))
+        found = self._engine.read(order.request, order.checkpoint, stored=order.stored)
+        self._stored[video], self._first[video] = order.stored, order.stored
+        stored = (lambda: self._stored[video]) if order.confirmed else None
+        recorder = self.recorders.pop(video, None)
+        number = self._engine.submit(found, on_progress=on_progress, recorder=recorder, stored=stored)
         self._running[number] = video
-        return messages.Admitted(video=video, number=number, first=0)
+        return messages.Admitted(video=video, number=number, first=found.first, damage=found.damage)
 
     def _step(self) -> Iterator[Event]:
         try:
@@ -135,6 +149,8 @@ class EngineBackend:
         for result in made:
             if result.video in self._running and result.chunk.frames is not None:  # else it was cancelled just now
                 chunk, video = result.chunk, self._running[result.video]
+                if chunk.index < self._first[video]:  # the caller has it
+                    continue
                 frames, latents = result.chunk.frames.numpy(), chunk.latents.numpy()
                 yield messages.ChunkMade(video=video, index=chunk.index, frames=frames, latents=latents)
         for number in [number for number in self._running if not self._engine.running(number)]:
@@ -154,7 +170,7 @@ class EngineBackend:
 def this_process(model: ModelPlan, concurrency: int) -> Iterator[EngineBackend]:
     """Load a model and make videos with it here; an `InputError` says what is missing or damaged."""
     pipeline = model.source.lead(Mesh(layout=Layout(), rank=0), model.device)
-    engine = Engine(pipeline, reuse=model.reuse, kv=model.kv)
+    engine = Engine(pipeline, reuse=model.reuse, kv=model.kv, identity=model.source.identity)
     try:
         yield EngineBackend(engine, concurrency)
     finally:
@@ -166,7 +182,7 @@ def led_ranks(gang: Gang, model: ModelPlan, concurrency: int) -> Iterator[Engine
     """Load the first stage's layers and make videos with the ranks of a gang; on the leader. Errors as in `Gang`."""
     with gang.loading():
         pipeline = model.source.lead(gang.mesh, str(gang.device))
-    with gang.lead(pipeline, model.reuse, model.kv) as (engine, counters):
+    with gang.lead(pipeline, model.reuse, model.kv, identity=model.source.identity) as (engine, counters):
         backend = EngineBackend(engine, concurrency, gang.tracer)
         yield backend
     backend.counters = counters
@@ -334,8 +350,8 @@ def make_with(backend: Backend, plans: Sequence[Plan], display: Display, began: 
     recorders = [_recorder(plan, index, tracer) for index, plan in enumerate(plans)]
     if isinstance(backend, EngineBackend):
         backend.recorders = {str(index): recorder for index, recorder in enumerate(recorders)}
-    with VideoSinks(plans, recorders, display, began) as sinks:
-        make_videos(backend, [plan.order(str(index)) for index, plan in enumerate(plans)], sinks.handle)
+    with VideoSinks(plans, recorders, display, began, backend.stored) as sinks:
+        make_videos(backend, sinks.orders(), sinks.handle)
     return sinks
 
 

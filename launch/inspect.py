@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,8 @@ from launch.memory import Job
 from launch.options import size_text
 from models.checkpoint import Stored, read_through
 from models.errors import InputError
-from models.magi.config import MagiConfig, VaeConfig
-from models.magi.folder import ModelFiles, dit_folder, find_files, recognise
-from models.magi.presets import PRESETS, Preset, preset_of
-from models.magi.random import vae_config
-from models.magi.text import T5_FOLDER, SpecialTokens, check_t5
-from models.magi.weights import Checkpoint
+from models.families import FAMILIES, describe, family_of, presets, recognise
+from models.family import ModelConfig, Part, Preset
 from parallel.mesh import Layout
 
 _BLOCK = 1 << 24  # bytes that are hashed at once
@@ -51,13 +47,20 @@ class _Report:
         self.table.columns[1].overflow = "fold"
         self.wrong: list[str] = []
 
-    def look(self, name: str, where: Path, look: Callable[[], str]) -> None:
-        """Add what `look` says of a part, or what it finds wrong."""
+    def look(self, part: Part, networks: list[Mapping[str, Stored]]) -> None:
+        """Add what there is of a part, or what is wrong with it; its tensors to `networks`."""
         try:
-            self.table.add_row(name, str(where), look())
+            found = part.check()
         except InputError as error:
-            self.table.add_row(name, str(where), "[red]damaged[/red]")
+            self.table.add_row(part.name, str(part.where), "[red]damaged[/red]")
             self.wrong.append(str(error))
+            return
+        if isinstance(found, Mapping):
+            networks.append(found)
+            found = _tensors(found)
+        self.table.add_row(
+            part.name, str(part.where), f"weights of {size_text(found)}" if isinstance(found, int) else found
+        )
 
 
 def inspect_folder(folder: Path, wanted: Wanted, *, tokens: Path | None, verify: bool) -> int:
@@ -74,71 +77,39 @@ def inspect_folder(folder: Path, wanted: Wanted, *, tokens: Path | None, verify:
     """
     config, console, report = recognise(folder), Console(), _Report()
     console.print(f"[bold]{folder}[/bold]: {describe(config)}", highlight=False, soft_wrap=True)
-    of_dit, of_vae = dict[str, Stored](), dict[str, Stored]()
-    dit = dit_folder(config, folder)
-    report.look("DiT", dit, lambda: _tensors(of_dit, Checkpoint(dit).check_dit(config)))
+    places, networks = dict[str, Path](), list[Mapping[str, Stored]]()
     try:
-        files: ModelFiles | None = find_files(config, folder, tokens=tokens)
+        for part in family_of(config).parts(config, folder, tokens):
+            places[part.name] = part.where
+            report.look(part, networks)
     except InputError as error:
-        files = None
         report.wrong.append(str(error))
-    if files is not None:
-        found = files
-        report.look("autoencoder", found.vae, lambda: _tensors(of_vae, Checkpoint(found.vae).check_vae()))
-        if (t5 := found.t5) is not None:
-            report.look("T5", t5 / T5_FOLDER, lambda: f"weights of {size_text(check_t5(t5 / T5_FOLDER))}")
-        if (special := found.tokens) is not None:
-            report.look("special tokens", special, lambda: _special(special, config))
     console.print(report.table, highlight=False)
     console.print()
     for line in report.wrong:
         console.print(f"[red]{line}[/red]", highlight=False, soft_wrap=True)
     if not report.wrong:
-        assert files is not None
-        _print_memory(console, config, Checkpoint(files.vae).vae_config(), wanted)
-    damaged = _verify(console, [of_dit, of_vae]) if verify and not report.wrong else 0
+        _print_memory(console, config, family_of(config).vae_bytes(config, places["autoencoder"]), wanted)
+    damaged = _verify(console, networks) if verify and not report.wrong else 0
     return 1 if report.wrong or damaged else 0
 
 
-def describe(config: MagiConfig) -> str:
-    """What a model is, in words: the preset that it is, or its kind and size."""
-    model, engine = config.model_config, config.engine_config
-    if (preset := preset_of(config)) is not None:
-        return f"{preset.name} ({preset.summary})"
-    kind = ("distilled" if engine.distill else "base") + (", fp8 weights" if engine.fp8_quant else "")
-    return f"a MAGI-1 model of {model.num_layers} layers and {model.hidden_size} channels, {kind}"
-
-
-def _tensors(into: dict[str, Stored], found: Mapping[str, Stored]) -> str:
-    into |= found
+def _tensors(found: Mapping[str, Stored]) -> str:
     dtypes = Counter[str]()
     for one in found.values():
         dtypes[one.dtype] += one.end - one.start
-    count = sum(_parameters(one) for one in found.values())
     shares = ", ".join(f"{dtype} {size_text(size)}" for dtype, size in dtypes.most_common())
-    return f"{len(found)} tensors, {count:,} parameters: {shares}"
+    return f"{len(found)} tensors, {sum(one.size for one in found.values()):,} parameters: {shares}"
 
 
-def _parameters(stored: Stored) -> int:
-    count = 1
-    for size in stored.shape:
-        count *= size
-    return count
-
-
-def _special(path: Path, config: MagiConfig) -> str:
-    SpecialTokens.from_npz(path, channels=config.model_config.caption_channels)
-    return "quality and duration"
-
-
-def _print_memory(console: Console, config: MagiConfig, vae: VaeConfig, wanted: Wanted) -> None:
-    runtime = config.runtime_config
+def _print_memory(console: Console, config: ModelConfig, vae_bytes: int, wanted: Wanted) -> None:
+    known = config.figures
     request = Request(
         prompt="-",
-        chunks=_CHUNKS if wanted.chunks is None else wanted.chunks,
-        height=runtime.video_size_h if wanted.height is None else wanted.height,
-        width=runtime.video_size_w if wanted.width is None else wanted.width,
-        num_steps=runtime.num_steps,
+        chunks=min(_CHUNKS, known.most_chunks or _CHUNKS) if wanted.chunks is None else wanted.chunks,
+        height=known.height if wanted.height is None else wanted.height,
+        width=known.width if wanted.width is None else wanted.width,
+        num_steps=known.num_steps,
         seed=0,
     )
     budget = wanted.kv_budget
@@ -148,7 +119,7 @@ def _print_memory(console: Console, config: MagiConfig, vae: VaeConfig, wanted: 
     table = Table("pp x cp", "weights", "keys and values", "at work", "together", box=None, pad_edge=False)
     for pp, cp in _LAYOUTS:
         job = Job(
-            config=config, vae=vae, request=request, reuse=ReuseSettings(), kv=KVSettings(budget=budget),
+            config=config, vae_bytes=vae_bytes, request=request, reuse=ReuseSettings(), kv=KVSettings(budget=budget),
             layout=Layout(pp=pp, cp=cp),
         )  # fmt: skip
         try:
@@ -159,8 +130,9 @@ def _print_memory(console: Console, config: MagiConfig, vae: VaeConfig, wanted: 
             continue
         table.add_row(f"{pp} x {cp}", *map(size_text, (most.weights, most.kv + most.texts, most.work, most.total)))
     console.print(table, highlight=False)
-    if config.runtime_config.t5_pretrained is not None:
-        console.print(f"T5 encodes on {runtime.t5_device!r} before that, and is let go.", highlight=False)
+    if known.encodes_on is not None:
+        text = f"The text encoder works on {known.encodes_on} before that, and is let go."
+        console.print(text, highlight=False)
 
 
 # ---- --verify
@@ -219,14 +191,9 @@ def _sha256(path: Path) -> str:
 
 
 _NOTES = """\
-Disk: the DiT and the autoencoder as stored; of a released model also T5 (19 GB). Those share autoencoder and T5.
+Disk: the DiT and the autoencoder as stored; of a released model also its text encoder. Models of a family share it.
 Memory: an estimate for one video of that size on one device: weights, keys and values of the window and one finished \
-chunk (twice with guidance), and what a layer works with. T5 (19 GB) is read before, and let go; a gang \
-of batch holds it.
-Weights of released models: huggingface.co/sand-ai/MAGI-1. Download the folder above, ckpt/vae and ckpt/t5, and name \
-the first with --weights; flowcache inspect says what is missing. special_tokens.npz, of the MAGI-1 code's \
-example/assets, is found in a checkout around it, or goes into the folder. \
-T5 needs pip install 'flowcache-engine[t5]'."""
+chunk (twice with guidance), and what a layer works with."""
 
 
 def show_models() -> None:
@@ -235,25 +202,27 @@ def show_models() -> None:
     sizes = Table("Model", "Parameters", "Video", "Steps", "Disk", "Memory")
     kinds = Table("Model", "What it is", "Weights")
     kinds.columns[0].no_wrap = kinds.columns[2].no_wrap = True
-    for preset in PRESETS.values():
-        run, count = preset.config().runtime_config, preset.parameters
+    for preset in presets().values():
+        known, count = preset.config().figures, preset.parameters
         parameters = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
         disk, memory = size_text(preset.disk), size_text(_preset_memory(preset))
-        size = f"{run.video_size_w}x{run.video_size_h}"
-        sizes.add_row(preset.name, parameters, size, str(run.num_steps), disk, memory)
+        sizes.add_row(preset.name, parameters, f"{known.width}x{known.height}", str(known.num_steps), disk, memory)
         kinds.add_row(preset.name, preset.summary, preset.folder or "ship with the project")
     console.print(sizes)
     console.print(kinds)
-    console.print(_NOTES, highlight=False, markup=False)
+    for notes in (_NOTES, *(family.notes for family in reversed(FAMILIES))):
+        console.print(notes, highlight=False, markup=False)
 
 
 def _preset_memory(preset: Preset) -> int:
     """Bytes on one device for one video of the preset's size."""
     config = preset.config()
-    run = config.runtime_config
-    height, width, chunks = run.video_size_h, run.video_size_w, 2 * run.window_size
-    request = Request(prompt="-", chunks=chunks, height=height, width=width, num_steps=run.num_steps, seed=0)
+    known, vae_bytes = config.figures, family_of(config).vae_bytes(config, None)
+    chunks = known.most_chunks or _CHUNKS
+    request = Request(
+        prompt="-", chunks=chunks, height=known.height, width=known.width, num_steps=known.num_steps, seed=0
+    )
     job = Job(
-        config=config, vae=vae_config(config), request=request, reuse=ReuseSettings(), kv=KVSettings(), layout=Layout()
+        config=config, vae_bytes=vae_bytes, request=request, reuse=ReuseSettings(), kv=KVSettings(), layout=Layout()
     )
     return job.total(shared=False)

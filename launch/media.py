@@ -35,16 +35,33 @@ _FORMATS = (
     "h264,hevc,m4v,obu,mjpeg,gif,apng,png_pipe,jpeg_pipe,jpegxl_pipe,jpegxl_anim,webp,webp_pipe,bmp_pipe,tiff_pipe,"
     "ppm_pipe,pgm_pipe,pbm_pipe,pam_pipe,qoi_pipe,exr_pipe,wav,mp3,aac,flac"
 )
+# Those whose header says how large pictures are, so that it is known before one is decoded.
+_BOUNDED_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe"
 _TURNS = {90: ("transpose", "cclock"), 180: ("rotate", "PI"), 270: ("transpose", "clock")}  # to undo a rotation tag
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Bounds:
+    """What a file from a stranger may ask of this machine."""
+
+    pixels: int  # of a picture
+    seconds: float  # of a clip
+    decoded: int = 2**33  # pixels of all pictures that are decoded: a minute of 1080p at 60 per second, and more
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Frame:
-    """The size of a frame in pixels, and how it is filled."""
+    """The size of a frame in pixels, and how it is filled; `bounds` of the file that it is read from, if there are."""
 
     height: int
     width: int
     fit: Fit = "stretch"
+    bounds: Bounds | None = None
+
+
+def is_clip(path: Path, bounds: Bounds) -> bool:
+    """Whether a file has more than one picture; an `InputError` if it is neither a picture nor a video in bounds."""
+    return len(_read(path, "picture or video", Frame(height=16, width=16, bounds=bounds), None, 2, "start")) > 1
 
 
 def read_image(path: Path, frame: Frame) -> Tensor:
@@ -52,7 +69,7 @@ def read_image(path: Path, frame: Frame) -> Tensor:
 
     Returns uint8 [1, height, width, 3]; an `InputError` says why the file cannot be read or decoded.
     """
-    return _read(path, "image", frame, fps=None, limit=1, end="start")
+    return _read(path, "image", frame, None, 1, "start")
 
 
 def read_video(path: Path, frame: Frame, *, fps: int, end: ClipEnd = "end") -> Tensor:
@@ -67,7 +84,7 @@ def read_video(path: Path, frame: Frame, *, fps: int, end: ClipEnd = "end") -> T
     Raises:
         InputError: the file cannot be read or decoded, or has fewer than 4 frames.
     """
-    frames = _read(path, "video", frame, fps=fps, limit=PREFIX_FRAMES, end=end)
+    frames = _read(path, "video", frame, fps, PREFIX_FRAMES, end)
     usable = len(frames) // _LATENT_FRAMES * _LATENT_FRAMES
     if not usable:
         found = f"{len(frames)} frame" + ("s" if len(frames) > 1 else "")
@@ -78,7 +95,7 @@ def read_video(path: Path, frame: Frame, *, fps: int, end: ClipEnd = "end") -> T
     return frames[:usable] if end == "start" else frames[-usable:]
 
 
-def _read(path: Path, kind: str, frame: Frame, *, fps: int | None, limit: int, end: ClipEnd) -> Tensor:
+def _read(path: Path, kind: str, frame: Frame, fps: int | None, limit: int, end: ClipEnd) -> Tensor:
     try:
         frames: list[VideoFrame] | deque[VideoFrame]
         if end == "start":
@@ -90,12 +107,13 @@ def _read(path: Path, kind: str, frame: Frame, *, fps: int | None, limit: int, e
                 frames = deque(_decode(path, frame, fps=fps), maxlen=limit)
         pictures = [torch.from_numpy(one.to_ndarray(format="rgb24")) for one in frames]
     except av.ArgumentError:  # what FFmpeg says of a format that is not in the list
-        raise InputError(f"cannot read the {kind} {path}: it is neither a picture nor a video") from None
+        most = "" if frame.bounds is None else f" of at most {frame.bounds.pixels:,} pixels"
+        raise InputError(f"cannot read the {kind} {path}: it is neither a picture nor a video{most}") from None
     except (OSError, ValueError, av.FFmpegError) as error:
         if (address := re.match(r"(https?|ftp|rtmp|rtsp|s3|gs):/", str(path))) and not path.exists():
             name = f"{address[0]}/{path.relative_to(address[0])}"  # a path has lost a slash
             raise InputError(f"cannot read the {kind} {name}: only files are read, no addresses") from None
-        reason = _refused_size(path) or getattr(error, "strerror", None) or str(error)
+        reason = (frame.bounds is None and _refused_size(path)) or getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot read the {kind} {path}: {reason}") from None
     if not pictures:
         raise InputError(f"cannot read the {kind} {path}: no frame in it can be decoded")
@@ -118,17 +136,26 @@ def _refused_size(path: Path) -> str | None:
 
 def _decode(path: Path, frame: Frame, *, fps: int | None, last: float | None = None) -> Iterator[VideoFrame]:
     """The frames of a file in order; with `last`, only those of about so many seconds at its end."""
-    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "none"}
+    bounds, options = frame.bounds, {"format_whitelist": _FORMATS, "protocol_whitelist": "none"}
+    limit = {} if bounds is None else {"max_pixels": str(bounds.pixels)}
+    if bounds is not None:
+        options |= {"format_whitelist": _BOUNDED_FORMATS, **limit}
     with path.open("rb") as file, av.open(file, "r", options=options) as container:
         if not container.streams.video:
             raise ValueError("there is no picture in it")
-        stream, graph = container.streams.video[0], None
+        stream, graph, decoded = container.streams.video[0], None, 0
+        if bounds is not None and (container.duration or 0) > bounds.seconds * av.time_base:
+            raise ValueError(f"it is longer than {bounds.seconds:g} s")
+        stream.codec_context.options = {**stream.codec_context.options, **limit}
         if last is not None and container.duration is not None:
             begin = container.duration - int(last * av.time_base) + (container.start_time or 0)
             if begin > 0:
                 with suppress(av.FFmpegError):  # a file that cannot be searched is read from its start
                     container.seek(begin)
         for picture in container.decode(stream):
+            decoded += picture.width * picture.height
+            if bounds is not None and decoded > bounds.decoded:
+                raise ValueError("it has too many pictures")
             if graph is None:
                 graph = _graph(picture, stream, frame, fps=fps)
             graph.push(picture)

@@ -17,8 +17,8 @@ from engine.kv.layout import KVSettings
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from models.errors import InputError
-from models.magi.config import MagiConfig, VaeConfig
-from models.magi.weights import stage_bytes, vae_parameters
+from models.families import family_of
+from models.family import ModelConfig
 from parallel.cluster.config import video_size
 from parallel.mesh import Layout
 from parallel.split import stage_layers, stage_sizes
@@ -48,8 +48,8 @@ class Needs:
 class Job:
     """What is to be made, of which model and how."""
 
-    config: MagiConfig
-    vae: VaeConfig  # its autoencoder
+    config: ModelConfig
+    vae_bytes: int  # of its autoencoder
     request: Request
     reuse: ReuseSettings
     kv: KVSettings
@@ -61,19 +61,18 @@ class Job:
         """What a rank of each stage needs; an `InputError` if the model cannot make the video, or does not fit."""
         sizes = stage_sizes(self.config, self.layout.pp, self.split)
         size = video_size(self.config, self.request, reuse=self.reuse, kv=self.kv, layout=self.layout, split=self.split)
-        model, runtime, request = self.config.model_config, self.config.runtime_config, self.request
+        known, family, request = self.config.figures, family_of(self.config), self.request
         tokens = math.ceil(self.config.chunk_tokens(request.height, request.width) / self.layout.cp)
-        hidden = tokens * (_STREAMS * model.hidden_size + model.ffn_hidden_size) * model.dtype.itemsize
-        frames = runtime.chunk_width * runtime.temporal_downsample_factor * request.height * request.width * 3
-        weights = [stage_bytes(self.config, stage_layers(sizes, stage)) for stage in range(len(sizes))]
+        hidden = tokens * (_STREAMS * known.hidden + known.mlp) * known.dtype.itemsize
+        frames = known.chunk_frames * request.height * request.width * 3
+        weights = [family.stage_bytes(self.config, stage_layers(sizes, stage)) for stage in range(len(sizes))]
         kv = self.videos * size.kv_bytes
-        vae = vae_parameters(self.vae) * (4 if model.dtype.itemsize == 4 else 2)  # it is fp32 beside an fp32 model
-        token = 2 * model.num_query_groups * model.kv_channels * model.dtype.itemsize
-        rows = self.videos * (runtime.window_size + 2) * model.caption_max_length  # of the texts in `PassInputs`
-        stages = [Needs(weights=of_stage, kv=kv, texts=rows * token * count, work=hidden)
+        rows = self.videos * (known.window + 2) * known.text_rows  # of the texts in `PassInputs`
+        texts = rows * known.text_values * known.dtype.itemsize
+        stages = [Needs(weights=of_stage, kv=kv, texts=texts * count, work=hidden)
                   for of_stage, count in zip(weights, sizes, strict=True)]  # fmt: skip
         work = max(hidden, _FRAME_COPIES * frames)
-        return [replace(stages[0], weights=weights[0] + vae, work=work), *stages[1:]]
+        return [replace(stages[0], weights=weights[0] + self.vae_bytes, work=work), *stages[1:]]
 
     def total(self, *, shared: bool) -> int:
         """Bytes on the rank that needs most, or of all ranks together if they share one memory."""

@@ -19,13 +19,12 @@ from engine.reuse.policy import ReuseSettings
 from launch.options import CacheName, Options, ReuseKind
 from models.attention import attention_backend
 from models.errors import InputError
-from models.magi.config import MagiConfig, VaeConfig
+from models.families import family_of
+from models.magi.config import MagiConfig
 from models.magi.folder import ModelFiles, find_files, recognise
 from models.magi.presets import POCKET, find_preset, preset_of
-from models.magi.random import vae_config
 from models.magi.sampling import COPY_WEIGHT, MagiSampling
 from models.magi.text import SPECIAL, SpecialToken, TextLoading
-from models.magi.weights import Checkpoint
 from parallel.cluster.config import MagiSource
 from parallel.mesh import Layout
 from parallel.ranks.environment import prompt_cache
@@ -38,7 +37,7 @@ class ModelPlan:
 
     name: str  # for people
     source: MagiSource  # what each rank loads its part of
-    vae: VaeConfig  # its autoencoder
+    vae_bytes: int  # of its autoencoder
     device: str  # where to, without ranks
     cache: CacheName  # preset of reuse
     reuse: ReuseSettings  # which steps are reused
@@ -70,7 +69,7 @@ def plan_model(options: Options) -> ModelPlan:
     reuse = reuse_settings(options, figures, num_steps=num_steps, guided=sampling.guided)
     attention_backend(options.attention)  # says whether it can run here
     random = _random(options)
-    vae = vae_config(config) if random else Checkpoint(_files(options, config, name).vae).vae_config()
+    vae_bytes = family_of(config).vae_bytes(config, None if random else _files(options, config, name).vae)
     source = MagiSource(
         config=config,
         random=random,
@@ -91,7 +90,7 @@ def plan_model(options: Options) -> ModelPlan:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cache = options.cache or figures.default
     kv = kv_settings(options)
-    return ModelPlan(name=name, source=source, vae=vae, device=device, cache=cache, reuse=reuse, kv=kv)
+    return ModelPlan(name=name, source=source, vae_bytes=vae_bytes, device=device, cache=cache, reuse=reuse, kv=kv)
 
 
 def _model(options: Options) -> tuple[str, MagiConfig]:

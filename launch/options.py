@@ -71,6 +71,24 @@ class Options:
         default=False,
         batch=False,
     )
+    checkpoint: Path | None = _safety(
+        "Keep how far the video is in this folder. The same command goes on from there after it was killed, and ends "
+        "with the same frames.",
+        metavar="DIR",
+        batch=False,
+    )
+    checkpoint_every: int = _safety(
+        "Note how far a video is each time so many chunks have entered the window; 0 for never. After a loss it "
+        "goes on from there.",
+        default=4,
+        within=(0, None),
+        metavar="CHUNKS",
+    )
+    keep_state: bool = _safety(
+        "Keep what [cyan]flowcache continue[/cyan] makes a finished video longer from: in the folder of its "
+        "checkpoints, or in NAME.state beside it.",
+        default=False,
+    )
     preview: bool = _video(
         "Keep NAME.png up to date, a contact sheet of what is there of the video.", default=False, batch=False
     )
@@ -291,12 +309,28 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BatchOptions:
-    """What was given to `flowcache batch` beside the options that `Options` has for it too; errors as there."""
+class ContinueOptions:
+    """What was given to `flowcache continue`; errors as in `Options`."""
 
-    file: Path = option(None, "A JSON object in each line.", default=MISSING, metavar="FILE.jsonl", argument=True)
-    out: Path = option(None, "Folder of the videos; made if it is missing.", default=Path("videos"), metavar="DIR")
-    base: Options = field(default_factory=Options)  # holds where a line says nothing; its ranks are those of a gang
+    what: Path = option(
+        None, "The video, or the folder of its state.", default=MISSING, metavar="VIDEO_OR_DIR", argument=True
+    )
+    seconds: float = _video("How much longer, rounded up to whole chunks.", default=MISSING, within=(0.001, 1e6))
+    prompt: str | None = _video("What the new part shows; by default what the end did.")
+    out: str | None = _video(
+        "As in [cyan]generate[/cyan]; by default the video is replaced when the longer one is whole."
+    )
+    keep_partial: bool = _video("As in [cyan]generate[/cyan].", default=False)
+    preview: bool = _video("As in [cyan]generate[/cyan].", default=False)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GangOptions:
+    """What `flowcache batch` and `flowcache serve` are given of gangs; errors as in `Options`."""
+
     gangs: int = _gangs(
         "Groups of pp x cp ranks. Each holds the whole model and makes videos of its own.",
         default=1,
@@ -307,13 +341,6 @@ class BatchOptions:
         "Memory of each rank for keys and values, such as 8GB; a gang takes in no more videos than fit.",
         metavar="SIZE",
         shown="enough for --concurrency",
-    )
-    checkpoint_every: int = _safety(
-        "Note how far a video is each time so many chunks have entered the window; 0 for never. After a loss it "
-        "goes on from there.",
-        default=4,
-        within=(0, None),
-        metavar="CHUNKS",
     )
     checkpoints: Path | None = _safety(
         "Folder of checkpoints; every node must see it. They are deleted with the end of a video.",
@@ -329,6 +356,15 @@ class BatchOptions:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchOptions(GangOptions):
+    """What was given to `flowcache batch` beside the options that `Options` has for it too; errors as there."""
+
+    file: Path = option(None, "A JSON object in each line.", default=MISSING, metavar="FILE.jsonl", argument=True)
+    out: Path = option(None, "Folder of the videos; made if it is missing.", default=Path("videos"), metavar="DIR")
+    base: Options = field(default_factory=Options)  # holds where a line says nothing; its ranks are those of a gang
 
 
 GOLDEN_FILES = Opt("Golden files; their weights file lies beside them.", argument=True, name="files", kind=list[Path])

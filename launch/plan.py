@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -28,6 +29,9 @@ from models.pocket.text import parse_prompt
 from parallel.cluster.config import video_size
 from parallel.cluster.messages import VideoOrder
 from parallel.cluster.scheduler import VideoSize
+
+if TYPE_CHECKING:
+    from launch.media import Bounds
 
 _LETTERS = 40  # of a prompt in a name; file systems take 255 bytes
 
@@ -63,6 +67,7 @@ def plan_videos(options: Options) -> list[Plan]:
     prompts = options.prompts
     if options.record is not None:
         check_folder(options.record)
+    _check_saving(options)
     if options.trace is not None:
         check_target(options.trace, suffix=".json", what="trace")
     if len(prompts) == 1:
@@ -78,6 +83,20 @@ def plan_videos(options: Options) -> list[Plan]:
     if options.record is None:
         return plans
     return [replace(plan, record=options.record / name) for plan, name in zip(plans, names, strict=True)]
+
+
+def _check_saving(options: Options) -> None:
+    """See that a video can be kept as it is made, if that is asked for."""
+    if options.checkpoint is None and not options.keep_state:
+        return
+    if not options.checkpoint_every:
+        raise InputError("--checkpoint-every 0 keeps nothing: give 1 or more, or leave out --checkpoint")
+    if options.record is not None:
+        raise InputError("--record is of a whole run, and one with --checkpoint may go on later: leave out one of them")
+    if options.checkpoint is not None:
+        check_folder(options.checkpoint)
+    elif options.out == str(STREAM):
+        raise InputError("--keep-state has no place beside standard output: give --checkpoint DIR")
 
 
 def _plan_one(options: Options, name: str) -> Plan:
@@ -116,10 +135,11 @@ def plan_requests(options: Options, outs: Sequence[Path]) -> list[Plan]:
     return plans
 
 
-def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
+def plan_video(options: Options, *, out: Path, at_a_time: int = 1, bounds: Bounds | None = None) -> Plan:
     """Check the options of one video, of the first prompt, and read the picture or the clip that it starts from.
 
-    There must be memory for `at_a_time` such videos. The file `out` is not looked at.
+    That is read within `bounds`, if it may come from anybody. There must be memory for `at_a_time` such videos. The
+    file `out` is not looked at.
     """
     if options.image is not None and options.video is not None:
         raise InputError("--image and --video both say what to start from: give one of them")
@@ -136,7 +156,8 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
     )
     for prompt in (request.prompt, *(prompt for _, prompt in request.script)):
         _check_prompt(config, prompt)
-    if request.script and request.script[-1][0] >= request.chunks:
+    started = options.image is not None or options.video is not None  # which may fill a chunk that is not counted
+    if request.script and request.script[-1][0] >= request.chunks + started:
         prompt = request.script[-1][1]
         raise InputError(f"the prompt {prompt!r} begins after the end of the video: ask for more --seconds")
     plan = Plan(options=options, model=model, request=request, out=out, record=options.record)
@@ -147,7 +168,7 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1) -> Plan:
         )
     if options.launcher != "ray" or (model.device == "cpu" and not ray_address()):  # whose ranks may be anywhere
         job(plan, at_a_time).check(model.device)
-    return replace(plan, request=replace(request, prefix=_prefix(options, request, fps=runtime.fps)))
+    return replace(plan, request=replace(request, prefix=_prefix(options, request, runtime.fps, bounds)))
 
 
 def job(plan: Plan, videos: int = 1) -> Job:
@@ -155,7 +176,7 @@ def job(plan: Plan, videos: int = 1) -> Job:
     model, options = plan.model, plan.options
     return Job(
         config=model.config,
-        vae=model.vae,
+        vae_bytes=model.vae_bytes,
         request=plan.request,
         reuse=model.reuse,
         kv=model.kv,
@@ -227,12 +248,12 @@ def _chunks(options: Options, config: MagiConfig) -> int:
     return math.ceil(round(options.seconds * runtime.fps, 3) / chunk_frames)
 
 
-def _prefix(options: Options, request: Request, *, fps: int) -> Tensor | None:
+def _prefix(options: Options, request: Request, fps: int, bounds: Bounds | None) -> Tensor | None:
     if options.image is None and options.video is None:
         return None
     from launch.media import Frame, read_image, read_video  # it needs PyAV
 
-    frame = Frame(height=request.height, width=request.width, fit=options.fit)
+    frame = Frame(height=request.height, width=request.width, fit=options.fit, bounds=bounds)
     if options.image is not None:
         return read_image(options.image, frame)
     assert options.video is not None

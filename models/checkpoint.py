@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,7 @@ _Network = TypeVar("_Network", bound=nn.Module)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TORCH_SUFFIXES = (".pt", ".pth")
 _FP8 = "F8_E4M3"
 _KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _FLOATING = (*_KINDS.values(), _FP8)
@@ -56,6 +57,11 @@ class Stored(NamedTuple):
     start: int  # first byte of the file's data
     end: int  # the one after its last
 
+    @property
+    def size(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
 
 class WeightFiles:
     """The stored weights of one network. Nothing is read before it is asked for.
@@ -73,8 +79,17 @@ class WeightFiles:
 
     def stored(self) -> dict[str, Stored]:
         """All tensors, from the headers of the files; an `InputError` if one is missing or damaged."""
-        names = _read_index(self._index) if self._index.is_file() else _read_header(self._single)
+        names = _read_index(self._index) if self._index.is_file() else self._header()
         return self._locate(names, all_used=False)
+
+    def _header(self) -> dict[str, Stored]:
+        """Of the one file."""
+        path, packed = self._single, _packed(self._single)
+        if path != self.source and not path.exists() and not packed.is_file():
+            raise InputError(
+                f"no weights in {self.source}: it needs {self._index.name} with its shards, or {path.name}"
+            )
+        return _read_header(path)
 
     def fill(
         self,
@@ -127,7 +142,7 @@ class WeightFiles:
         else:
             where = self._single
             shards = {}
-            held = set(_read_header(where))
+            held = set(self._header())
         _check_names(where, names, held, all_used=all_used)
         headers = {path: _read_header(path) for path in sorted({shards.get(name, where) for name in names})}
         found = {}
@@ -171,16 +186,7 @@ class TorchFile(WeightFiles):
 
     @cached_property
     def _held(self) -> dict[str, Tensor]:
-        path = self.source
-        try:
-            values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except OSError as error:
-            raise InputError(_unreadable(path, error.strerror or str(error))) from None
-        except UnpicklingError:
-            raise InputError(f"{path} holds something else than tensors, and is refused") from None
-        except (RuntimeError, ValueError, EOFError, KeyError, TypeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"{path} is no complete file of PyTorch: {reason}; download it again") from None
+        path, values = self.source, _load_torch(self.source)
         if isinstance(values, dict):
             values = next((values[key] for key in self._within if key in values), values)
         if not isinstance(values, dict) or not values:
@@ -210,8 +216,35 @@ def read_through(found: Mapping[str, Stored]) -> Iterator[str]:
         InputError: a file cannot be read, or a value is not a finite number.
     """
     for path in sorted({entry.path for entry in found.values()}):
+        if path.suffix in TORCH_SUFFIXES:
+            for name, tensor in _flat(_load_torch(path)):
+                _check_numbers(path, name, tensor)
+                yield name
+            continue
         for name, _ in _tensors(path, [name for name, entry in found.items() if entry.path == path], "cpu"):
             yield name
+
+
+def _load_torch(path: Path) -> Any:
+    """What is in a file of PyTorch; an `InputError` if that is not tensors and plain values, or is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:
+        raise InputError(_unreadable(path, error.strerror or str(error))) from None
+    except UnpicklingError:
+        raise InputError(f"{path} holds something else than tensors, and is refused") from None
+    except (RuntimeError, ValueError, EOFError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} is no complete file of PyTorch: {reason}; download it again") from None
+
+
+def _flat(values: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of dictionaries in each other."""
+    for name, value in values.items() if isinstance(values, dict) else ():
+        if isinstance(value, Tensor):
+            yield str(name), value
+        else:
+            yield from _flat(value)
 
 
 def _check_names(where: Path, names: Collection[str], held: Collection[str], *, all_used: bool) -> None:
@@ -283,12 +316,14 @@ def _read_header(path: Path) -> dict[str, Stored]:
     return tensors
 
 
+def _packed(path: Path) -> Path:
+    return path.with_name(path.name + ".zst")
+
+
 def _unreadable(path: Path, reason: str) -> str:
-    packed = path.with_name(path.name + ".zst")
+    packed = _packed(path)
     if packed.is_file():
         return f"{packed} is compressed: unpack it with zstd -d {packed}"
-    if path.name.endswith(SINGLE) and not path.exists():
-        return f"no weights in {path.parent}: it needs {path.name}.index.json with its shards, or {path.name}"
     return f"cannot read the weights {path}: {reason}"
 
 

@@ -10,7 +10,7 @@ from models.errors import InputError
 from parallel.mesh import Mesh
 
 if TYPE_CHECKING:  # the configuration pulls in torch, which a check of figures must not wait for
-    from models.magi.config import MagiConfig
+    from models.family import ModelConfig
 
 
 def balanced_split(layers: Sequence[float], stages: int, *, first: float = 0.0, last: float = 0.0) -> tuple[int, ...]:
@@ -66,24 +66,17 @@ def stage_layers(sizes: Sequence[int], stage: int) -> range:
     return range(start, start + sizes[stage])
 
 
-def stage_sizes(config: MagiConfig, stages: int, split: str | None = None) -> tuple[int, ...]:
+def stage_sizes(config: ModelConfig, stages: int, split: str | None = None) -> tuple[int, ...]:
     """Layers of each stage: as asked for, as in `9,9,8,8`, or balanced by the multiplications for one token.
 
     An InputError if the split does not fit, or there are more stages than layers.
     """
-    model, runtime = config.model_config, config.runtime_config
+    known = config.figures
     if split is not None:
-        return parse_split(split, layers=model.num_layers, stages=stages)
-    tokens = config.chunk_tokens(runtime.video_size_h, runtime.video_size_w)
-    ranges = runtime.noise2clean_kvrange or (runtime.window_size,)
-    hidden, keys = model.hidden_size, model.num_query_groups * model.kv_channels
-    projections = hidden * (2 * hidden + 2 * keys) + 2 * hidden * hidden  # queries twice, keys, values; output
-    mlp = hidden * model.ffn_hidden_size * (3 if model.gated_linear_unit else 2)
-    layer = projections + mlp + 2 * hidden * tokens * sum(ranges) / len(ranges)
-    patch = float(hidden * model.patch_size**2 * model.t_patch_size * model.in_channels)  # embedded, or read out
-    return balanced_split([layer] * model.num_layers, stages, first=patch, last=patch)
+        return parse_split(split, layers=known.layers, stages=stages)
+    return balanced_split([known.layer_cost] * known.layers, stages, first=known.edge_cost, last=known.edge_cost)
 
 
-def stage_range(config: MagiConfig, mesh: Mesh, split: str | None = None) -> range:
+def stage_range(config: ModelConfig, mesh: Mesh, split: str | None = None) -> range:
     """The layers of a rank's stage; arguments and errors as in `stage_sizes`."""
     return stage_layers(stage_sizes(config, mesh.layout.pp, split), mesh.stage)

@@ -11,6 +11,8 @@ import pytest
 RAY = (
     "tests/benchmarks/test_chaos.py",
     "tests/benchmarks/test_cluster.py",
+    "tests/launch/serve/test_page.py",
+    "tests/launch/serve/test_service.py",
     "tests/launch/test_cluster.py",
     "tests/parallel/cluster/",
 )

@@ -37,7 +37,7 @@ _CHUNKS, _BEGUN = 6, 2  # chunks of a video; files of chunks that are there when
 DISK = 48
 """MiB of the small disk."""
 _ZEROS = 4000  # bytes that are damaged
-_PARTS, _MANIFESTS = ".*.parts/*.npy", ".checkpoints/**/manifest.json"
+_PARTS, _MANIFESTS = ".checkpoints/*/segments-*/*.mp4", ".checkpoints/**/manifest.json"
 _PATIENCE, _LINGER = 180.0, 20.0  # seconds for a command, and for its processes to go
 _TERMINATED = 128 + signal.SIGTERM
 _STATUS = dict.fromkeys((Kind.DRIVER, Kind.PART, Kind.CHECKPOINT), _TERMINATED) | {Kind.DISK: BAD_INPUT}

@@ -24,7 +24,7 @@ from engine.video import KVOp, VideoState
 from models.protocols import Pipeline
 
 RUN_FILE = "run.safetensors"
-_FORMAT = 5
+_FORMAT = 6
 _PARTS = ("kv", "queries", "origin")  # of a `LayerKV`
 
 
@@ -63,6 +63,18 @@ def fingerprint(
     parts = {"format": _FORMAT, "request": asked, "model": held, **settings}
     plain: dict[str, Any] = json.loads(json.dumps(parts))  # as it looks when it is read again
     return plain
+
+
+def of_past(fingerprint: Mapping[str, Any], quantum: int, last: int) -> dict[str, Any]:
+    """What the state before a quantum depends on: neither prompts that come later, nor the length up to the `last` one.
+
+    Both are figures of the schedule; see `Schedule.open_quantum`.
+    """
+    request = dict(fingerprint["request"])
+    request["script"] = [[first, prompt] for first, prompt in request["script"] if first < quantum]
+    if quantum <= last:
+        del request["chunks"]
+    return {**fingerprint, "request": request}
 
 
 def pack_shard(kv: KVState, flags: FlagState, about: Mapping[str, Any]) -> Contents:

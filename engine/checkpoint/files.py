@@ -41,6 +41,7 @@ class CheckpointConfig:
 
     folder: Path  # of this request alone; all ranks must reach it. Whoever asks for checkpoints deletes it in the end
     every: int  # a checkpoint each time so many chunks have entered the window (or would have, at the end)
+    extend: bool = False  # the last one is that which a longer video would go on from
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -185,28 +186,36 @@ class Checkpointer:
     def __init__(
         self,
         config: CheckpointConfig,  # where and how often
-        fingerprint: Mapping[str, Any],  # of all that must be the same when a checkpoint is taken up
+        fingerprint: Callable[[int], Mapping[str, Any]],  # of what must be the same for the state before a quantum
+        last: int,  # the quantum that a longer video would go on with
         start: int,  # the quantum that the video has begun with
         save: Callable[[Path], Mapping[str, int]],  # takes a snapshot, begins to write it, gives counts so far
         saved: Callable[[], tuple[Shard, ...] | None],  # the last one's files, once on the disk
     ) -> None:
         self.folder, self._every = config.folder, config.every
-        self._fingerprint, self._start = fingerprint, start
+        self._fingerprint, self._start, self._last = fingerprint, start, last if config.extend else None
         self._save, self._saved = save, saved
         self._pending: Checkpoint | None = None
         self.writing = False
         """Some rank has a file that is not on the disk yet."""
 
+    @property
+    def waits(self) -> bool:
+        """Something has to be written before the video may end: its folder may be deleted, or go on, after that."""
+        return self.writing or (self._last is not None and self._pending is not None)
+
     def due(self, quantum: int) -> bool:
         """Whether there is to be a checkpoint before a quantum."""
-        return quantum > self._start and quantum % self._every == 0
+        if quantum <= self._start or (self._last is not None and quantum > self._last):
+            return False
+        return quantum % self._every == 0 or quantum == self._last
 
     def reached(self, quantum: int) -> bool:
         """Take the snapshot; False while the one before is not whole, to be asked again."""
         if self._pending is not None:
             return False
         folder = new_folder(self.folder, quantum)
-        counts, fingerprint, self.writing = self._save(folder), self._fingerprint, True
+        counts, fingerprint, self.writing = self._save(folder), self._fingerprint(quantum), True
         self._pending = Checkpoint(folder=folder, quantum=quantum, counts=counts, fingerprint=fingerprint, shards=())
         return True
 

@@ -6,26 +6,24 @@ How videos are made, and which of them are there already, is the business of oth
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from launch.forms import declared
+from launch.media import Bounds
 from launch.model import plan_model
 from launch.options import Options, threads_of_a_rank
 from launch.output.display import one_line
 from launch.plan import Plan, plan_video, slug
+from launch.saved import video_digest
 from models.errors import InputError
 
-DIGEST_LENGTH = 12
-"""Hexadecimal digits in a file name: 48 bits, so that even 100,000 videos do not meet."""
 _EITHER = {("seconds", "chunks"): "how long it is", ("image", "video"): "what it starts from"}
-_DIGEST_FORM = 2  # to be raised when the same options begin to make another video
 
 
 def _line_model() -> type[BaseModel]:
@@ -74,7 +72,7 @@ def read_batch(path: Path, base: Options, out: Path) -> tuple[list[BatchItem], d
     for number, raw in enumerate(_lines(path), start=1):
         try:
             if raw.strip():
-                items.append(_item(number, _parse(raw), path.parent, base, out, seen))
+                items.append(_item(number, check_line(read_object(raw)), path.parent, base, out, seen))
         except InputError as error:
             problems[number] = f"{path} line {number}: {one_line(str(error))}"
     return items, problems
@@ -89,18 +87,24 @@ def _lines(path: Path) -> list[bytes]:
 
 
 def _item(number: int, line: dict[str, Any], folder: Path, base: Options, out: Path, seen: Counter[str]) -> BatchItem:
-    try:
-        plan = plan_video(_options(line, folder, base), out=out)
-    except (ValueError, OverflowError, OSError) as error:  # of values that only a library refuses
-        raise InputError(str(error)) from None
-    first = _digest(plan, 0)
-    digest = _digest(plan, seen[first]) if seen[first] else first
+    plan = plan_line(line, folder, base, out=out)
+    threads = threads_of_a_rank(plan.options)
+    first = video_digest(plan, threads)
+    digest = video_digest(plan, threads, seen[first]) if seen[first] else first
     seen[first] += 1
     name = f"{number:03}-{slug(line.get('name') or line['prompt']) or 'video'}-{digest}.mp4"
     return BatchItem(line=number, priority=line.get("priority", 0), digest=digest, plan=replace(plan, out=out / name))
 
 
-def _options(line: dict[str, Any], folder: Path, base: Options) -> Options:
+def plan_line(line: dict[str, Any], folder: Path, base: Options, *, out: Path, bounds: Bounds | None = None) -> Plan:
+    """The plan of a line that was checked; what it starts from is read within bounds. Errors as in `plan_video`."""
+    try:
+        return plan_video(line_options(line, folder, base), out=out, bounds=bounds)
+    except (ValueError, OverflowError, OSError) as error:  # of values that only a library refuses
+        raise InputError(str(error)) from None
+
+
+def line_options(line: dict[str, Any], folder: Path, base: Options) -> Options:
     """The line on top of the base. What it says of length or start takes the place of both ways to say it."""
     given = {one.name: line[one.name] for one in declared(Options) if one.line and one.name in line}
     for pair in _EITHER:
@@ -112,34 +116,8 @@ def _options(line: dict[str, Any], folder: Path, base: Options) -> Options:
     return replace(base, prompts=[line["prompt"]], **given)
 
 
-def _digest(plan: Plan, repeat: int) -> str:
-    """Of all that the video depends on, as far as the command line can know it, and `repeat` equal lines before it.
-
-    What the line left out is filled in: a default that is written out changes nothing.
-    """
-    model, source, prefix = plan.model, plan.model.source, plan.request.prefix
-    what = {
-        "form": _DIGEST_FORM,
-        "repeat": repeat,
-        "request": asdict(replace(plan.request, prefix=None)),
-        "prefix": None if prefix is None else hashlib.sha256(prefix.numpy().tobytes()).hexdigest(),
-        "model": asdict(model.config),
-        "weights": "random" if source.random else None if source.weights is None else str(source.weights.resolve()),
-        "text": [source.text.special, source.text.negative, source.text.dtype, source.text.tokens],
-        "copy_weight": source.copy_weight,
-        "cp": plan.options.cp,  # sums are taken in another order; pp and split change nothing
-        "threads": threads_of_a_rank(plan.options),
-        "attention": source.attention,
-        "precise": source.precise,
-        "cache": asdict(model.reuse),
-        "kv": asdict(model.kv),
-    }
-    text = json.dumps(what, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
-
-
-def _parse(raw: bytes) -> dict[str, Any]:
-    """What a line says; what it leaves out, or leaves to the command line with null, is not there."""
+def read_object(raw: bytes) -> dict[str, Any]:
+    """A JSON object; an `InputError` says why it is none."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -152,10 +130,15 @@ def _parse(raw: bytes) -> dict[str, Any]:
         raise InputError(f"this cannot be read as JSON: {error}") from None
     if not isinstance(found, dict):
         raise InputError('this is no JSON object: write {"prompt": "..."}')
+    return found
+
+
+def check_line(found: dict[str, Any]) -> dict[str, Any]:
+    """What a line says; what it leaves out, or leaves to the command line with null, is not there."""
     try:
         line = _LINE.model_validate(found).model_dump(exclude_none=True)
     except ValidationError as error:
-        raise InputError("; ".join(_complaint(one) for one in error.errors())) from None
+        raise InputError(complaints(error, _LINE)) from None
     for (one, other), what in _EITHER.items():
         if one in line and other in line:
             raise InputError(f"{one} and {other} both say {what}: give one of them")
@@ -169,13 +152,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _complaint(error: Any) -> str:
-    """One of pydantic's errors, for people."""
+def complaints(error: ValidationError, model: type[BaseModel]) -> str:
+    """Pydantic's errors of a model, for people."""
+    return "; ".join(_complaint(one, model) for one in error.errors())
+
+
+def _complaint(error: Any, model: type[BaseModel]) -> str:
     if not error["loc"]:  # a key with half a character
         return f"the key {_short(error['input'])} is no text"
     key = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
-        return f"there is no key {key!r}: known are {', '.join(_LINE.model_fields)}"
+        return f"there is no key {key!r}: known are {', '.join(model.model_fields)}"
     if error["type"] == "missing":
         return f"the key {key!r} is missing"
     text = str(error["msg"])

@@ -9,26 +9,16 @@ import contextlib
 import errno
 import fcntl
 import io
-import itertools
 import json
 import os
 import re
-import shutil
 import struct
-import threading
-from collections.abc import Callable
-from concurrent.futures import CancelledError
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import numpy as np
-from numpy.typing import NDArray
-
-from engine.files import Damaged, check_folder, read_sealed, write_errors, write_sealed
-from launch.batch.file import DIGEST_LENGTH
+from engine.files import check_folder, write_errors
 from launch.output.display import Row, State
-from launch.output.video import VideoWriter
+from launch.saved import DIGEST_LENGTH
 from models.errors import InputError
 
 RESULTS = "results.jsonl"
@@ -139,68 +129,3 @@ def _done(line: bytes) -> str | None:
         if result["status"] == "done" and (video := _VIDEO.fullmatch(result["name"])):
             return video[1]
     return None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ChunkFiles:
-    """The chunks of one video, in files with a checksum. One that is damaged is deleted, for it to be made again."""
-
-    folder: Path  # hidden, made when there is a chunk
-    frames: int  # of a chunk, at most: the first one after a clip has fewer
-    height: int
-    width: int
-    say: Callable[[str], None]  # is told of a damaged file, and what is wrong with it
-
-    def count(self) -> int:
-        """Chunks that are there and whole, from the first on without a gap; all are read."""
-        for index in itertools.count():
-            path = self._file(index)
-            if not os.path.lexists(path):
-                return index
-            try:
-                self._read(index)
-            except Damaged as damage:
-                self.say(f"{damage}; it was deleted, and what comes from it on is made again")
-                with contextlib.suppress(OSError):
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-                return index
-        raise AssertionError
-
-    def write(self, index: int, frames: NDArray[np.uint8]) -> None:
-        """Keep a chunk, uint8 [F, H, W, 3]; an `InputError` says that the disk is full or cannot be written."""
-        path, content = self._file(index), io.BytesIO()
-        with write_errors(path):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        np.save(content, frames)
-        write_sealed(path, content.getbuffer())
-
-    def encode(self, path: Path, chunks: int, fps: int, stop: threading.Event) -> None:
-        """Make the video file of all chunks. It appears when it is complete; errors as in `write`.
-
-        A Damaged says which file has come to harm since it was written; `count` deletes it. A CancelledError if it is
-        to `stop`: there is no file then.
-        """
-        with VideoWriter(path, fps=fps) as writer:
-            for index in range(chunks):
-                if stop.is_set():
-                    raise CancelledError
-                writer.write(self._read(index))
-
-    def remove(self) -> None:
-        """The video is there, or not wanted any more."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _read(self, index: int) -> NDArray[np.uint8]:
-        path = self._file(index)
-        content = read_sealed(path, self.frames * self.height * self.width * 3 + _HEADER_BYTES)
-        try:
-            frames: NDArray[np.uint8] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-        except ValueError as error:
-            raise Damaged(path, f"it holds no array: {error}") from None
-        size = (self.height, self.width, 3)
-        if frames.dtype != np.uint8 or frames.shape[1:] != size or not 0 < len(frames) <= self.frames:
-            raise Damaged(path, f"it holds {frames.dtype} {frames.shape} and no frames of this video")
-        return frames
-
-    def _file(self, index: int) -> Path:
-        return self.folder / f"{index:06}.npy"

@@ -75,7 +75,10 @@ def encode_segment(frames: Frames, codec: Codec, fps: int) -> bytes:
 
 
 def count_frames(segment: bytes) -> int:
-    """Frames of a segment; a ValueError if it is none."""
+    """Frames of a segment; a ValueError if it is none, or was cut off."""
+    data = _find(segment, b"mdat")
+    if data + _BOX.unpack_from(segment, data)[0] > len(segment):
+        raise ValueError("it was cut off")
     return _number(segment, _find(segment, b"moof", b"traf", b"trun") + 12, _COUNT)
 
 
@@ -100,6 +103,10 @@ class FragmentStream:
         _TIME.pack_into(fragment, _find(fragment, b"moof", b"traf", b"tfdt") + 12, self.frames * TICKS)
         self._sink(bytes(fragment))
         self.fragments, self.frames = self.fragments + 1, self.frames + frames
+
+    def skip(self, segment: bytes) -> None:
+        """Leave a segment out: whoever reads the stream has it already, or does not want it."""
+        self.fragments, self.frames = self.fragments + 1, self.frames + count_frames(segment)
 
 
 def pixels(frame: VideoFrame) -> NDArray[np.uint8]:
@@ -131,7 +138,10 @@ def join(segments: Iterable[BinaryIO], file: BinaryIO, kind: str, fps: int) -> N
 
     `kind` is FFmpeg's name of a container.
     """
-    with container_in(file, kind, {"fflags": "+bitexact"}) as joined:
+    options = {"fflags": "+bitexact"}  # the same bytes however the segments come
+    if kind == "mp4":
+        options["write_btrt"] = "0"
+    with container_in(file, kind, options) as joined:
         stream, count = None, 0
         for segment in segments:
             with av.open(segment, "r", format="mp4") as container:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -22,9 +23,10 @@ from launch.output.display import Display, Summary
 from launch.output.formats import FORMATS
 from launch.output.video import BackgroundWriter, VideoWriter
 from launch.plan import Plan
+from launch.saved import SavedVideo, saved_folder
 from models.errors import InputError
 from parallel.cluster import messages
-from parallel.cluster.messages import ChunkMade, Event, VideoDone
+from parallel.cluster.messages import ChunkMade, Event, VideoDone, VideoOrder
 from parallel.health.exit_codes import FAILED
 from parallel.split import stage_sizes
 
@@ -35,11 +37,12 @@ class _Video:
 
     plan: Plan
     recorder: Recorder | None  # for its record; None for none
+    saved: SavedVideo | None  # None if how far it is is not kept
+    kept: int = 0  # chunks that were there
     writer: BackgroundWriter | None = None  # None before it begins
     summary: Summary | None = None  # None before its end
     began: float = 0.0
     chunks: int = 0
-    frames: int = 0
 
     @property
     def whole(self) -> bool:
@@ -54,10 +57,17 @@ class VideoSinks:
     """
 
     def __init__(
-        self, plans: Sequence[Plan], recorders: Sequence[Recorder | None], display: Display, began: float
+        self,
+        plans: Sequence[Plan],
+        recorders: Sequence[Recorder | None],
+        display: Display,
+        began: float,
+        stored: Callable[[str, int], None] = lambda video, count: None,  # is told of chunks on the disk, on any thread
     ) -> None:
-        self._display, self._began = display, began
-        self._videos = [_Video(plan, recorder) for plan, recorder in zip(plans, recorders, strict=True)]
+        self._display, self._began, self._stored, self._stack = display, began, stored, ExitStack()
+        self._videos = [
+            _Video(plan, recorder, self._saved(plan)) for plan, recorder in zip(plans, recorders, strict=True)
+        ]
         self._folder = plans[0].out.parent if len(plans) > 1 else None  # of several
         self._made_folder = False
         self._ready: float | None = None
@@ -67,9 +77,36 @@ class VideoSinks:
         if self._folder is not None and not self._folder.exists():
             self._folder.mkdir(parents=True)
             self._made_folder = True
+        with self._stack as stack:
+            for video in self._videos:
+                if video.saved is not None:
+                    stack.enter_context(video.saved.taken())
+            self._stack = stack.pop_all()
         return self
 
+    def orders(self) -> list[VideoOrder]:
+        """What is to be made of each video. The last chunk always is, as the file is made after it."""
+        found = []
+        for index, video in enumerate(self._videos):
+            plan, saved, options = video.plan, video.saved, video.plan.options
+            if saved is None:
+                found.append(plan.order(str(index)))
+                continue
+            saved.discard_useless(options.checkpoint_every)
+            video.kept = min(saved.segments.count(), plan.size.chunks - 1)
+            order = saved.order(str(index), video.kept, every=options.checkpoint_every, extend=options.keep_state)
+            found.append(order)
+        return found
+
+    def _saved(self, plan: Plan) -> SavedVideo | None:
+        folder = saved_folder(plan)
+        return None if folder is None else SavedVideo(folder, plan, self._display.phase)
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._end_all(kind)
+        self._stack.close()
+
+    def _end_all(self, kind: type[BaseException] | None) -> None:
         for video in self._videos:
             if video.writer is not None:
                 with suppress(InputError):  # it has been said already
@@ -102,7 +139,9 @@ class VideoSinks:
             case messages.VideoFailed():
                 raise CommandFailed(event.message, status=FAILED, shown_here=True)
             case messages.Admitted():
-                self._begin(int(event.video))
+                for line in event.damage:
+                    self._display.phase(line)
+                self._begin(int(event.video), event.video)
             case messages.Progressed():
                 self._display.update(event.progress, int(event.video))
             case ChunkMade():
@@ -110,7 +149,7 @@ class VideoSinks:
             case VideoDone():
                 self._end(int(event.video), event)
 
-    def _begin(self, index: int) -> None:
+    def _begin(self, index: int, name: str) -> None:
         """Open a video's file; it is open already if the video goes on after a loss."""
         video = self._videos[index]
         if video.writer is not None:
@@ -124,6 +163,9 @@ class VideoSinks:
             form=FORMATS[plan.suffix],
             keep_partial=options.keep_partial,
             preview=plan.out.with_suffix(".png") if options.preview else None,
+            segments=None if video.saved is None else video.saved.segments,
+            begin=video.kept,
+            on_stored=partial(self._stored, name),
         )
         video.writer = BackgroundWriter(writer)  # known before it begins, so that an interrupt finds it
         video.writer.__enter__()
@@ -131,16 +173,18 @@ class VideoSinks:
     def _write(self, video: _Video, chunk: ChunkMade) -> None:
         assert video.writer is not None
         video.writer.write(chunk.frames)
-        video.chunks, video.frames = video.chunks + 1, video.frames + len(chunk.frames)
+        video.chunks += 1
 
     def _end(self, index: int, done: VideoDone) -> None:
         """A video has all of its chunks: its file and its record appear."""
         video = self._videos[index]
         assert video.writer is not None and self._ready is not None
         video.writer.__exit__(None, None, None)
+        if video.saved is not None:
+            video.saved.finish(keep=video.plan.options.keep_state)
         video.summary = Summary(
             plan=video.plan,
-            frames=video.frames,
+            frames=video.writer.frames,
             chunks=video.chunks,
             loading=self._ready - self._began,
             making=time.monotonic() - video.began,

@@ -7,6 +7,7 @@ later ones are made.
 
 from __future__ import annotations
 
+import io
 import os
 import select
 from collections import deque
@@ -15,22 +16,33 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Protocol, Self
 
 import av
 import numpy as np
 
-from engine.files import part_of, partial_of, write_errors
+from engine.files import Damaged, part_of, partial_of, write_errors
 from launch.ending import CommandFailed
 from launch.output.formats import MP4, Format
 from launch.output.names import STREAM
 from launch.output.preview import Preview
-from launch.output.segments import FragmentStream, Frames, encode_segment
+from launch.output.segments import FragmentStream, Frames, decode, encode_segment, pixels
+from models.errors import InputError
 from parallel.health.exit_codes import NO_OUTPUT
 
 _ERRORS = (av.FFmpegError,)
 _OUTPUT = 1  # the descriptor; what is printed within Ray goes elsewhere
 _POLL = 0.2  # seconds between two looks whether a reader that has stopped is still waited for
+
+
+class Segments(Protocol):
+    """Where the chunks of a video are kept."""
+
+    def read(self, index: int) -> bytes:
+        """A chunk's segment; a Damaged if it is not as it was written."""
+
+    def write(self, index: int, segment: bytes) -> None:
+        """Keep a chunk; an `InputError` if it cannot be written."""
 
 
 class VideoWriter:
@@ -47,9 +59,13 @@ class VideoWriter:
         form: Format = MP4,
         keep_partial: bool = False,  # what was made of a video that is not finished stays, if there is a chunk
         preview: Path | None = None,  # a picture of what is there, renewed with every chunk
+        segments: Segments | None = None,  # where each chunk is kept, for another process to go on
+        begin: int = 0,  # chunks that are there
+        on_stored: Callable[[int], None] = lambda count: None,  # is told how many there are
     ) -> None:
         self._path, self._fps, self._form, self._keep = path, fps, form, keep_partial
         self._preview = None if preview is None else Preview(preview)
+        self._segments, self._begin, self._on_stored = segments, begin, on_stored
         self._stack, self._stopped = ExitStack(), False
         self.fragments: FragmentStream
         """What was written so far."""
@@ -60,15 +76,33 @@ class VideoWriter:
             if self._path != STREAM:
                 sink = partial(_append, stack.enter_context(self._partial()))
             self.fragments = FragmentStream(sink)
+            for index in range(self._begin):
+                self._add_kept(index)
             self._stack = stack.pop_all()
         return self
 
     def write(self, frames: Frames) -> None:
         """Encode a chunk's frames, uint8 [F, height, width, 3]; an `InputError` if they cannot be written."""
         with write_errors(self._path, kinds=_ERRORS):
-            self.fragments.add(encode_segment(frames, self._form.codec, self._fps))
+            segment = encode_segment(frames, self._form.codec, self._fps)
+            if self._segments is not None:
+                self._segments.write(self.fragments.fragments, segment)
+            self.fragments.add(segment)
+        self._on_stored(self.fragments.fragments)
         if self._preview is not None:
             self._preview.add(np.asarray(frames)[0])
+
+    def _add_kept(self, index: int) -> None:
+        """Go on after a chunk that is there; an `InputError` if it has come to harm since that was seen."""
+        assert self._segments is not None
+        try:
+            segment = self._segments.read(index)
+        except Damaged as damage:
+            raise InputError(f"{damage}; run the same command again, which makes it again") from None
+        with write_errors(self._path, kinds=_ERRORS):
+            self.fragments.add(segment)
+            if self._preview is not None:
+                self._preview.add(pixels(next(decode([io.BytesIO(segment)]))))
 
     def stop(self) -> None:
         """Wait for nobody who reads standard output any more. May be called by any thread."""
@@ -147,6 +181,11 @@ class BackgroundWriter:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="video")
         self._waiting: deque[Future[Any]] = deque()
         self._closed = self.whole = False  # `whole`: the file is there
+
+    @property
+    def frames(self) -> int:
+        """Of the file, once it is whole."""
+        return self._writer.fragments.frames
 
     def __enter__(self) -> Self:
         self._waiting.append(self._pool.submit(self._writer.__enter__))

@@ -15,6 +15,7 @@ from pydantic import Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
 from models.config import STRICT, checked, read_json
+from models.family import Figures
 from models.protocols import CELL_FRAMES, CELL_PIXELS, KVGeometry
 
 _Count = Annotated[int, Field(ge=1, le=1_000)]
@@ -169,6 +170,38 @@ class MagiConfig:
         if self.runtime_config.cfg_number != (1 if distilled else 3):
             raise ValueError(f"cfg_number must be {1 if distilled else 3} for this kind of model")
         return self
+
+    @property
+    def figures(self) -> Figures:
+        """As `models.family.ModelConfig`."""
+        model, runtime = self.model_config, self.runtime_config
+        tokens = self.chunk_tokens(runtime.video_size_h, runtime.video_size_w)
+        ranges = runtime.noise2clean_kvrange or (runtime.window_size,)
+        hidden, keys = model.hidden_size, model.num_query_groups * model.kv_channels
+        projections = hidden * (2 * hidden + 2 * keys) + 2 * hidden * hidden  # queries twice, keys, values; output
+        mlp = hidden * model.ffn_hidden_size * (3 if model.gated_linear_unit else 2)
+        return Figures(
+            layers=model.num_layers,
+            key_heads=model.num_query_groups,
+            dtype=model.dtype,
+            layer_cost=projections + mlp + 2 * hidden * tokens * sum(ranges) / len(ranges),
+            edge_cost=float(hidden * model.patch_size**2 * model.t_patch_size * model.in_channels),
+            hidden=hidden,
+            mlp=model.ffn_hidden_size,
+            text_rows=model.caption_max_length,
+            text_values=2 * keys,
+            encodes_on=None if runtime.t5_pretrained is None else runtime.t5_device,
+            height=runtime.video_size_h,
+            width=runtime.video_size_w,
+            fps=runtime.fps,
+            num_steps=runtime.num_steps,
+            chunk_frames=runtime.chunk_width * runtime.temporal_downsample_factor,
+            window=runtime.window_size,
+        )
+
+    def kv_geometry(self, layers: range, device: torch.device) -> KVGeometry:
+        """Shape of the KV of some layers."""
+        return self.model_config.kv_geometry(layers, device)
 
     def chunk_tokens(self, height: int, width: int) -> int:
         """Tokens of a chunk of a video of that size in pixels."""

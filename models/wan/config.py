@@ -16,7 +16,8 @@ from pydantic.dataclasses import dataclass
 
 from models.config import STRICT, checked, read_json
 from models.errors import InputError
-from models.protocols import CELL_PIXELS, KVGeometry
+from models.family import Figures
+from models.protocols import CELL_FRAMES, CELL_PIXELS, KVGeometry
 
 _Count = Annotated[int, Field(ge=1, le=1_000)]
 _Width = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -155,6 +156,37 @@ class WanConfig:
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values, for `from_dict`."""
         return TypeAdapter(WanConfig).dump_python(self, mode="json")
+
+    @property
+    def figures(self) -> Figures:
+        """As `models.family.ModelConfig`."""
+        shapes, runtime, dim = self.shapes, self.runtime, self.shapes.dim
+        keys = self.chunk_tokens(runtime.height, runtime.width) * self.window_chunks
+        attended = shapes.text_len + (keys + 1) / 2  # each chunk sees those before it
+        return Figures(
+            layers=shapes.num_layers,
+            key_heads=shapes.num_heads,
+            dtype=self.dtype,
+            layer_cost=6 * dim * dim + 2 * dim * shapes.ffn_dim + 2 * dim * attended,
+            edge_cost=float(4 * dim * shapes.in_dim),
+            hidden=dim * (2 if self.precision.fp32_islands else 1),  # the residual within a layer is fp32
+            mlp=shapes.ffn_dim,
+            text_rows=shapes.text_len + (IMAGE_TOKENS if shapes.sees_image else 0),
+            text_values=2 * dim,
+            encodes_on="the GPU, or on the CPU without one,",
+            height=runtime.height,
+            width=runtime.width,
+            fps=runtime.fps,
+            num_steps=runtime.num_steps,
+            chunk_frames=runtime.chunk_width * CELL_FRAMES,
+            window=1 if runtime.method == "self-forcing" else self.window_chunks,
+            most_chunks=None if runtime.method == "self-forcing" else self.window_chunks,
+        )
+
+    @property
+    def window_chunks(self) -> int:
+        """Chunks of a window."""
+        return self.runtime.window_frames // self.runtime.chunk_width
 
     def chunk_tokens(self, height: int, width: int) -> int:
         """Tokens of a chunk of a video of that size in pixels."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoint import WHOLE, Loading, Stored, TorchFile, WeightFiles
+from models.checkpoint import TORCH_SUFFIXES, WHOLE, Loading, Stored, TorchFile, WeightFiles
 from models.wan.config import WanConfig
 from models.wan.dit import WanDiT
 
@@ -90,7 +90,7 @@ class WanWeights:
 
 def weight_files(source: Path) -> WeightFiles:
     """The files of a network: safetensors in a folder, whatever they begin with, or one file."""
-    if source.suffix in (".pt", ".pth"):
+    if source.suffix in TORCH_SUFFIXES:
         return TorchFile(source, within=_GENERATORS, prefix="model.")
     stem = next((stem for stem in STEMS if any(source.glob(f"{stem}*.safetensors*"))), STEMS[0])
     return WeightFiles(source, stem=stem)

@@ -26,6 +26,7 @@ from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.config import RankTask
 from parallel.cluster.connection import connect
+from parallel.cluster.live import LiveRecorder
 from parallel.comm.meeting import interface_of
 from parallel.comm.sockets import Address
 from parallel.health.exit_codes import BAD_INPUT
@@ -214,7 +215,10 @@ class CommandLoop:
         try:
             progressed = partial(self._progressed, video)
             found = read.result()
-            video.number = engine.submit(found, on_progress=progressed, gate=video, stored=lambda: video.stored)
+            recorder = LiveRecorder(name, self._post_tick) if video.order.watched else None
+            video.number = engine.submit(
+                found, on_progress=progressed, recorder=recorder, gate=video, stored=lambda: video.stored
+            )
         except InputError as error:
             del self._videos[name]
             self._post(messages.VideoFailed(video=name, message=str(error)))
@@ -253,6 +257,9 @@ class CommandLoop:
         if video.progress is not None:
             computed, kv_bytes = video.progress.computed_fraction, video.progress.kv_bytes
         self._post(messages.VideoDone(video=video.order.video, computed=computed, kv_bytes=kv_bytes))
+
+    def _post_tick(self, ticked: messages.Ticked, urgent: bool) -> None:
+        self._post(ticked, urgent=urgent)
 
     def _wake(self) -> None:
         if self._engine is not None:

@@ -18,10 +18,12 @@ from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from models.checkpoint import Loading
+from models.families import family_of
+from models.family import ModelConfig
 from models.magi.config import MagiConfig
 from models.magi.pipeline import load_pipeline, load_stage
 from models.magi.random import random_dit, random_pipeline
-from models.magi.sampling import COPY_WEIGHT, MagiSampling
+from models.magi.sampling import COPY_WEIGHT
 from models.magi.text import TextLoading
 from models.protocols import CELL_FRAMES, Pipeline
 from parallel.cluster.scheduler import GangSize, VideoSize
@@ -67,7 +69,8 @@ class MagiSource:
         """A digest of all fields."""
         text = [str(self.text.tokens), self.text.dtype, self.text.special, self.text.negative]
         how = [self.copy_weight, self.split, self.precise, self.attention]
-        values = [self.config.to_dict(), self.random, str(self.weights), text, how]
+        weights = None if self.weights is None else self.weights.absolute()
+        values = [self.config.to_dict(), self.random, str(weights), text, how]
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def lead(self, mesh: Mesh, device: str) -> Pipeline:
@@ -115,7 +118,7 @@ class ClusterSettings:
 
 
 def video_size(
-    config: MagiConfig,
+    config: ModelConfig,
     request: Request,
     *,
     reuse: ReuseSettings,
@@ -123,9 +126,9 @@ def video_size(
     layout: Layout,
     split: str | None = None,
 ) -> VideoSize:
-    """What a video of a MAGI-1 model takes; an InputError if the model cannot make it, or does not fit the layout."""
-    model, num_steps = config.model_config, request.num_steps
-    sampling = MagiSampling(config=config, num_steps=num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
+    """What a video of a model takes; an InputError if the model cannot make it, or does not fit the layout."""
+    num_steps, passes = request.num_steps, {"clean_pass": reuse.clean_pass, "copy_pass": reuse.copy_pass}
+    sampling = family_of(config).sampling(config, num_steps, **passes)
     width = sampling.chunk_width
     frames = 0 if request.prefix is None else len(request.prefix)
     given = 1 if frames == 1 else frames // CELL_FRAMES
@@ -133,6 +136,6 @@ def video_size(
     schedule = Schedule(
         first=given // width, chunks=chunks, num_steps=num_steps, window=sampling.window, stagger=sampling.stagger
     )
-    geometry = model.kv_geometry(range(max(stage_sizes(config, layout.pp, split))), torch.device("cpu"))
+    geometry = config.kv_geometry(range(max(stage_sizes(config, layout.pp, split))), torch.device("cpu"))
     plan = plan_kv(sampling, schedule, kv, config.chunk_tokens(request.height, request.width))
     return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(local_heads(geometry, layout.cp)))

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
 from typing import Any, Self
 
 from ray.util.metrics import Counter, Gauge
@@ -68,6 +69,8 @@ class Controller:
         self._gangs: dict[str, Gang] = {}
         self._videos: dict[str, _Video] = {}
         self._out: deque[messages.Event] = deque()
+        self._confirmed: set[str] = set()  # videos whose caller says what is stored
+        self._stored: SimpleQueue[tuple[str, int]] = SimpleQueue()
         self._began = time.monotonic()
         self.restarts = 0
         """How often a gang was started again."""
@@ -101,6 +104,9 @@ class Controller:
         """Queue a video; an InputError if no gang can ever hold it, or one of that name is not made yet."""
         self._scheduler.submit(order.video, order.size, priority=order.priority)
         self._videos[order.video] = _Video(order, order.stored)
+        self._confirmed.discard(order.video)
+        if order.confirmed:
+            self._confirmed.add(order.video)
 
     def cancel(self, video: str) -> None:
         """Make no more of a video; no event of it follows."""
@@ -113,24 +119,37 @@ class Controller:
         del self._videos[video]
         self._out = deque(event for event in self._out if getattr(event, "video", None) != video)
 
-    def run(self) -> Generator[messages.Event, None, None]:
-        """Make the videos that were submitted; more may be submitted meanwhile.
+    def stored(self, video: str, count: int) -> None:
+        """So many chunks of a video, from its first one on, are in safe hands. May be called by any thread."""
+        self._stored.put((video, count))
+        self._news.set()
+
+    def wake(self) -> None:
+        """Have `check` called at once. May be called by any thread."""
+        self._news.set()
+
+    def run(self, *, lasting: bool = False) -> Generator[messages.Event, None, None]:
+        """Make the videos that were submitted; more may be submitted meanwhile, also by `check`.
+
+        With `lasting` it does not end when all are made.
 
         Yields:
-            What happens. A chunk counts as stored when the next event is asked for: only then is a checkpoint that
-            comes after it committed.
+            What happens. A chunk counts as stored when the next event is asked for, or when `stored` says so if the
+            order is `confirmed`: only then is a checkpoint that comes after it committed.
 
         Raises:
             ClusterLost: the head of the cluster is gone.
             InputError: with what they were given the ranks cannot start, or not go on: there is no room on a disk.
         """
-        while not self._scheduler.idle or self._out:
+        while lasting or not self._scheduler.idle or self._out:
             self._round()
             while self._out:
                 event = self._out.popleft()
                 yield event
-                if isinstance(event, messages.ChunkMade):
+                if isinstance(event, messages.ChunkMade) and event.video not in self._confirmed:
                     self._gangs[event.gang].send(messages.ChunkTaken(video=event.video, index=event.index))
+                if isinstance(event, messages.VideoDone | messages.VideoFailed):
+                    self._confirmed.discard(event.video)
 
     def gangs(self) -> list[GangView]:
         """All gangs, with the processes of their ranks."""
@@ -149,6 +168,7 @@ class Controller:
         self._news.clear()
         self._check()
         self._check_head()
+        self._pass_on_stored()
         for gang in self._gangs.values():
             if gang.state is GangState.DOWN:
                 continue
@@ -164,6 +184,12 @@ class Controller:
         if now - self._counted >= METRICS_SECONDS:
             self._counted = now
             self._metrics.show(self._scheduler.figures())
+
+    def _pass_on_stored(self) -> None:
+        while not self._stored.empty():
+            video, count = self._stored.get()
+            if video in self._videos and (gang := self._scheduler.entry(video).gang) is not None:
+                self._gangs[gang].send(messages.ChunkTaken(video=video, index=count - 1))
 
     def _carry_out(self) -> None:
         for decision in self._scheduler.decide():
@@ -191,9 +217,7 @@ class Controller:
         else:
             self._forward(event)
 
-    def _forward(
-        self, event: messages.Admitted | messages.Progressed | messages.VideoDone | messages.VideoFailed
-    ) -> None:
+    def _forward(self, event: messages.Forwarded) -> None:
         """An event that goes on to the caller as it is."""
         if isinstance(event, messages.Admitted):
             self._videos[event.video].number = event.number

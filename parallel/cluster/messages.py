@@ -36,6 +36,8 @@ class VideoOrder:
     checkpoint: CheckpointConfig | None = None  # None begins from the start after a loss
     stored: int = 0  # chunks that the caller has already, from the first on; they are not handed out again
     priority: int = 0  # higher goes first
+    watched: bool = False  # somebody wants to know of every tick
+    confirmed: bool = False  # the caller says of chunks that they are stored; else asking for the next event does
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,6 +129,16 @@ class Progressed(VideoEvent):
     progress: Progress
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ticked(VideoEvent):
+    """What happened in a tick of a video that is watched."""
+
+    tick: int  # index
+    decisions: tuple[tuple[int, int, int], ...]  # since the tick before: chunk, step, value of the `Decision`
+    kv_fill: float  # share of the KV buffer's rows in use
+    kept: tuple[float, ...] | None  # share of each chunk's tokens that is held; None where no chunk has left the window
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ChunkMade(VideoEvent):
     """A finished chunk."""
@@ -173,13 +185,17 @@ class GangDown(GangEvent):
     message: str
 
 
-SentByGang = GangReady | Admitted | QuantumReady | QuantumDone | Progressed | ChunkMade | VideoDone | VideoFailed
-Event = Admitted | ChunkMade | VideoDone | VideoFailed | Progressed | GangReady | GangLost | Restarted | GangDown
+Forwarded = Admitted | Progressed | Ticked | VideoDone | VideoFailed
+"""Events of a leader that the controller hands on as they are."""
+SentByGang = GangReady | QuantumReady | QuantumDone | ChunkMade | Forwarded
+Event = Forwarded | ChunkMade | GangReady | GangLost | Restarted | GangDown
 
 
 def log_entry(event: GangEvent, seconds: float) -> dict[str, Any]:
     """An event as plain values, without frames and latents."""
-    names = [one.name for one in fields(event) if one.name not in ("frames", "latents", "progress")]
+    names = [
+        one.name for one in fields(event) if one.name not in ("frames", "latents", "progress", "decisions", "kept")
+    ]
     values = {name: getattr(event, name) for name in names}
     return {"seconds": seconds, "event": type(event).__name__, **values}
 

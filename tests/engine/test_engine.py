@@ -365,3 +365,31 @@ def test_a_later_prompt_changes_the_chunks_from_its_own_on_and_none_before(frame
 def test_a_script_out_of_order_is_refused(script):
     with pytest.raises(InputError, match="prompts of later chunks"):
         request(script=script)
+
+
+class _Telling(TinyPipeline):
+    """Tells its chunks how many are left, up to three."""
+
+    def captions(self, prompt):
+        table = super().captions(prompt)
+        rows = torch.randn(4, 1, table.text.shape[1], generator=torch.Generator().manual_seed(1))
+        return replace(table, counters=rows)
+
+
+@pytest.mark.parametrize("settings", [{}, {"reuse": FLOWCACHE}, {"kv": KVSettings(budget=2)}])
+@pytest.mark.parametrize(("kind", "guided", "last"), [(TinyPipeline, True, 7), (_Telling, False, 4)])
+def test_a_longer_video_goes_on_from_before_the_end_of_a_shorter_one(tmp_path, kind, guided, last, settings):
+    """And only there: nothing is kept that depends on where the shorter one has ended."""
+    engine = Engine(kind(tiny_config(guided=guided)), **settings)
+    config = CheckpointConfig(folder=tmp_path, every=3, extend=True)
+    longer = request(chunks=9, script=((7, "another prompt"),))
+    whole = latents(engine, longer)
+    made = list(engine.generate(engine.read(request(chunks=7), config)))
+    found = engine.read(longer, config)
+    assert found.found is not None and found.found.quantum == last and len(made) == 7
+    rest = list(engine.generate(found))
+    assert [chunk.index for chunk in rest] == list(range(last - 3, 9))
+    frames = [chunk.latents for chunk in (*made[: last - 3], *rest)]
+    assert all(torch.equal(a, b) for a, b in zip(whole, frames, strict=True))
+    with pytest.raises(InputError, match="another request"):
+        engine.read(request(chunks=9, prompt="something else"), config)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -66,6 +67,7 @@ def flowcache_process(
     largest_file: int | None = None,
     extra: Mapping[str, str] | None = None,
     output: int | TextIO = subprocess.PIPE,
+    errors: int | TextIO = subprocess.PIPE,
 ) -> subprocess.Popen[str]:
     """Start `python -m launch ...`.
 
@@ -75,6 +77,7 @@ def flowcache_process(
         largest_file: bytes; the kernel refuses to let a file grow beyond.
         extra: variables of the environment.
         output: standard output.
+        errors: standard error.
     """
 
     def prepare() -> None:
@@ -89,7 +92,42 @@ def flowcache_process(
         cwd=folder,
         env={**environment(), **(extra or {})},
         stdout=output,
-        stderr=subprocess.PIPE,
+        stderr=errors,
         text=True,
         preexec_fn=prepare,
     )
+
+
+def children(pid: int) -> set[int]:
+    """All processes that descend from one."""
+    parents: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents.setdefault(int(fields[1]), []).append(int(status.parent.name))
+    found, look = set[int](), [pid]
+    while look:
+        below = parents.get(look.pop(), [])
+        found |= set(below)
+        look += below
+    return found
+
+
+def command_of(pid: int) -> str:
+    """How a process was started; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+    except OSError:
+        return ""
+
+
+@contextmanager
+def short_folder() -> Iterator[Path]:
+    """A folder with a short name, for Ray's sockets, until the end."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="t"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -15,8 +15,8 @@ from launch.memory import Job, free_bytes
 from launch.options import Options
 from launch.plan import job, plan_requests
 from models.errors import InputError
+from models.families import family_of
 from models.magi.presets import find_preset
-from models.magi.random import vae_config
 from parallel.mesh import Layout
 
 
@@ -30,7 +30,12 @@ def _released(name: str, **given: object) -> Job:
     run = config.runtime_config
     size = {"height": run.video_size_h, "width": run.video_size_w, "num_steps": run.num_steps}
     request = Request(prompt="-", chunks=20, seed=0, **size)
-    values = {"reuse": ReuseSettings(), "kv": KVSettings(), "layout": Layout(), "vae": vae_config(config)} | given
+    values = {
+        "reuse": ReuseSettings(),
+        "kv": KVSettings(),
+        "layout": Layout(),
+        "vae_bytes": family_of(config).vae_bytes(config, None),
+    } | given
     return Job(config=config, request=request, **values)  # type: ignore[arg-type]
 
 

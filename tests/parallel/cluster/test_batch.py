@@ -3,20 +3,17 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from launch.generate import generate
 from launch.options import Options
 from models.pocket.text import VOCABULARY
-from tests.launch.process import flowcache_process, overflowing_weights
+from tests.launch.process import children, command_of, flowcache_process, overflowing_weights, short_folder
 from tests.parallel.strangers import Fuzzer
 
 pytestmark = pytest.mark.slow
@@ -27,29 +24,10 @@ def write(path, *lines):
     path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
 
 
-def children(pid):
-    """All processes that descend from one."""
-    parents = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents.setdefault(int(fields[1]), []).append(int(status.parent.name))
-    found, look = set(), [pid]
-    while look:
-        below = parents.get(look.pop(), [])
-        found |= set(below)
-        look += below
-    return found
-
-
 @pytest.fixture
 def temporary():
-    """A short name, as Ray's sockets are in there."""
-    folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="t"))
-    yield folder
-    shutil.rmtree(folder)
+    with short_folder() as folder:
+        yield folder
 
 
 class Runs:
@@ -72,35 +50,37 @@ class Runs:
         return found
 
     def below(self, name, but=()):
-        return [pid for pid in children(self.process.pid) if name in _command(pid) and pid not in but]
+        return [pid for pid in children(self.process.pid) if name in command_of(pid) and pid not in but]
 
     def end(self, seconds=180):
         out, text = self.process.communicate(timeout=seconds)
         assert out == "" and "Traceback" not in text
         return self.process.returncode, text
 
-    def lose_the_command(self):
+    def lose_thecommand_of(self):
         self.start()
         try:
             self.when(lambda: len(self.parts()) == len(self.wholes()) == 2)
             below = self.below("")
-            assert any("RankActor" in _command(pid) for pid in below)
+            assert any("RankActor" in command_of(pid) for pid in below)
         finally:
             self.process.send_signal(signal.SIGKILL)
             self.process.communicate()
         deadline = time.monotonic() + 60
-        while left := [pid for pid in below if _command(pid) and "Agent" not in _command(pid)]:  # Ray's own take longer
-            assert time.monotonic() < deadline, [_command(pid) for pid in left]
+        while left := [
+            pid for pid in below if command_of(pid) and "Agent" not in command_of(pid)
+        ]:  # Ray's own take longer
+            assert time.monotonic() < deadline, [command_of(pid) for pid in left]
             time.sleep(0.2)
         assert list(self.temporary.glob(".r*"))
 
     def parts(self):
         """The first chunk of each video that has one."""
-        return sorted(self.videos.glob(".*.parts/000000.npy"))
+        return sorted(self.videos.glob(".checkpoints/*/segments-*/000000.mp4"))
 
     def chunks(self):
         """How many chunks of all videos there are."""
-        return len(list(self.videos.glob(".*.parts/*.npy")))
+        return len(list(self.videos.glob(".checkpoints/*/segments-*/*.mp4")))
 
     def wholes(self):
         """The last whole checkpoint of each video that has one, by the video's digest."""
@@ -108,15 +88,14 @@ class Runs:
         return {path.parts[-4]: path.parent for path in found}
 
     def damage(self):
-        """A chunk of one video, which becomes an npz, and a file of the last checkpoint of the other."""
+        """A chunk of one video, which is overwritten, and a file of the last checkpoint of the other."""
         part = self.parts()[0]
         shard = next(path for digest, path in self.wholes().items() if digest not in str(part)) / "rank-1.safetensors"
-        np.savez(self.folder / "frames.npz", frames=np.zeros((24, 64, 64, 3), np.uint8))
-        (self.folder / "frames.npz").replace(part)
+        part.write_bytes(part.read_bytes()[::-1])
         with shard.open("r+b") as file:
             file.seek(-5000, os.SEEK_END)
             file.write(bytes(4000))
-        return part.relative_to(self.folder), shard
+        return part, shard
 
     def lose_the_head(self):
         self.start()
@@ -139,7 +118,7 @@ class Runs:
         assert status == 143 and "flowcache: stopped" in text and "SIGTERM received" not in text, (status, text)
         assert "gang-0 was lost" in text
         assert "raylet" in Path(re.search("what Ray said is in (.*)", text)[1]).read_text()
-        assert not [_command(pid) for pid in below if _command(pid)]
+        assert not [command_of(pid) for pid in below if command_of(pid)]
         assert [path.suffix for path in self.temporary.iterdir()] == [".log"]
 
 
@@ -149,7 +128,7 @@ def test_a_batch_that_was_ended_goes_on_where_it_was(tmp_path, temporary, monkey
     command = ["batch", "prompts.jsonl", "--out", "videos", "--pp", "2", "--steps", "8", "--height", "64"]
     command += ["--width", "64", "--checkpoint-every", "1", "--cache", "none", "--concurrency", "2"]
     runs, videos = Runs(tmp_path, temporary, *command), tmp_path / "videos"
-    runs.lose_the_command()
+    runs.lose_thecommand_of()
     runs.lose_the_head()
     runs.lose_a_rank_and_stop()
     damaged = runs.damage()
@@ -165,13 +144,13 @@ def test_a_batch_that_was_ended_goes_on_where_it_was(tmp_path, temporary, monkey
     assert {result["status"] for result in results} == {"done"} and {result["chunks"] for result in results} == {8}
 
     monkeypatch.chdir(tmp_path)
-    (again,) = videos.glob(f"*{damaged[0].parent.name.removesuffix('.parts').removeprefix('.')}.mp4")
+    (again,) = videos.glob(f"*{damaged[0].parents[1].name}.mp4")
     size = {"chunks": 8, "steps": 8, "height": 64, "width": 64, "cache": "none", "threads": 1}
-    generate(Options(prompts=[PROMPTS[sorted(made).index(again)]], out=Path("alone.mp4"), **size), [])
+    generate(Options(prompts=[PROMPTS[sorted(made).index(again)]], out="alone.mp4", **size), [])
     assert again.read_bytes() == Path("alone.mp4").read_bytes()
 
     digest = next(iter(made)).stem[-12:]
-    for left in (f".{digest}.parts", f".checkpoints/{digest}/pp2/quantum-00000001-01234567"):
+    for left in (f".checkpoints/{digest}/segments-libx264", f".checkpoints/{digest}/pp2/quantum-00000001-01234567"):
         (videos / left).mkdir(parents=True)
     (videos / "results.jsonl").unlink()  # what is known is written again
     runs.start()
@@ -181,14 +160,6 @@ def test_a_batch_that_was_ended_goes_on_where_it_was(tmp_path, temporary, monkey
     assert [(result["line"], result["status"]) for result in results] == [(1, "done"), (2, "done")]
     assert {path: path.stat().st_mtime_ns for path in videos.glob("*.mp4")} == made
     assert len(list(videos.iterdir())) == 3
-
-
-def _command(pid):
-    """How a process was started; empty if it has ended."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
-    except OSError:
-        return ""
 
 
 def test_a_batch_joins_the_cluster_that_it_is_told_of(cluster, tmp_path, monkeypatch):
@@ -222,7 +193,7 @@ def test_a_video_on_ray_is_that_of_one_process_whatever_strangers_send(tmp_path,
     made = flowcache_process(
         tmp_path, "generate", PROMPTS[0], "--pp", 2, "--launcher", "ray", "--out", "b.mp4", *size, "--interface", "lo"
     )
-    fuzzer = Fuzzer(made.pid, spares=lambda pid: pid != made.pid and "RankActor" not in _command(pid))
+    fuzzer = Fuzzer(made.pid, spares=lambda pid: pid != made.pid and "RankActor" not in command_of(pid))
     text, errors = made.communicate(timeout=120)
     assert fuzzer.stop() == {"127.0.0.1"} and len(fuzzer.ports) >= 4
     assert made.returncode == 0, errors

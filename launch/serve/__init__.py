@@ -1,0 +1,1 @@
+"""Videos over HTTP: `flowcache serve`. Needs the extra `serve`."""

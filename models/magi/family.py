@@ -1,0 +1,79 @@
+"""MAGI-1 as the commands see it; what each method does is said in `models/family.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from models.family import Part
+from models.magi import folder as folders
+from models.magi.config import MagiConfig
+from models.magi.presets import PRESETS, Preset, preset_of
+from models.magi.random import vae_config
+from models.magi.sampling import MagiSampling
+from models.magi.text import T5_FOLDER, SpecialTokens, check_t5
+from models.magi.weights import Checkpoint, stage_bytes, vae_parameters
+
+
+class MagiFamily:
+    """A `Family`."""
+
+    config_type = MagiConfig
+    notes = (
+        "Weights of MAGI-1: huggingface.co/sand-ai/MAGI-1. Download the folder above, ckpt/vae and ckpt/t5, and name "
+        "the first with --weights; flowcache inspect says what is missing. special_tokens.npz, of the MAGI-1 code's "
+        "example/assets, is found in a checkout around it, or goes into the folder. T5 (19 GB) needs "
+        "pip install 'flowcache-engine[t5]'; it is read before the model, and let go; a gang of batch holds it."
+    )
+
+    def presets(self) -> Mapping[str, Preset]:
+        """As `Family`."""
+        return PRESETS
+
+    def preset_of(self, config: MagiConfig) -> Preset | None:
+        """As `Family`."""
+        return preset_of(config)
+
+    def describe(self, config: MagiConfig) -> str:
+        """As `Family`."""
+        model, engine = config.model_config, config.engine_config
+        kind = ("distilled" if engine.distill else "base") + (", fp8 weights" if engine.fp8_quant else "")
+        return f"a MAGI-1 model of {model.num_layers} layers and {model.hidden_size} channels, {kind}"
+
+    def holds_model(self, folder: Path) -> bool:
+        """As `Family`."""
+        return folder.is_dir()
+
+    def recognise(self, folder: Path) -> MagiConfig:
+        """As `Family`."""
+        return folders.recognise(folder)
+
+    def parts(self, config: MagiConfig, folder: Path, tokens: Path | None) -> Iterator[Part]:
+        """As `Family`."""
+        dit = folders.dit_folder(config, folder)
+        yield Part(name="DiT", where=dit, check=lambda: Checkpoint(dit).check_dit(config))
+        files = folders.find_files(config, folder, tokens=tokens)
+        yield Part(name="autoencoder", where=files.vae, check=Checkpoint(files.vae).check_vae)
+        if files.t5 is not None:
+            t5 = files.t5 / T5_FOLDER
+            yield Part(name="T5", where=t5, check=lambda: check_t5(t5))
+        if (special := files.tokens) is not None:
+            yield Part(name="special tokens", where=special, check=lambda: _special(special, config))
+
+    def stage_bytes(self, config: MagiConfig, layers: range) -> int:
+        """As `Family`."""
+        return stage_bytes(config, layers)
+
+    def vae_bytes(self, config: MagiConfig, vae: Path | None) -> int:
+        """As `Family`. It is fp32 beside an fp32 model."""
+        described = vae_config(config) if vae is None else Checkpoint(vae).vae_config()
+        return vae_parameters(described) * (4 if config.model_config.dtype.itemsize == 4 else 2)
+
+    def sampling(self, config: MagiConfig, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> MagiSampling:
+        """As `Family`."""
+        return MagiSampling(config=config, num_steps=num_steps, clean_pass=clean_pass, copy_pass=copy_pass)
+
+
+def _special(path: Path, config: MagiConfig) -> str:
+    SpecialTokens.from_npz(path, channels=config.model_config.caption_channels)
+    return "quality and duration"

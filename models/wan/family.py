@@ -1,0 +1,82 @@
+"""SkyReels-V2 and Self-Forcing as the commands see them; what each method does is said in `models/family.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+from models.checkpoint import Loading
+from models.family import Part
+from models.protocols import Sampling
+from models.wan import folder as folders
+from models.wan.config import WanConfig
+from models.wan.method import sampling_of
+from models.wan.presets import PRESETS, VAE_PARAMETERS, Preset, preset_of
+from models.wan.text import check_text
+from models.wan.vae import WanVaeFiles
+from models.wan.weights import WanWeights, empty_dit
+
+
+class WanFamily:
+    """A `Family`."""
+
+    config_type = WanConfig
+    notes = (
+        "Weights of SkyReels-V2: the folder above on huggingface.co, as it is, or that of diffusers; of Self-Forcing "
+        "its file in a folder with Wan 2.1's autoencoder and encoder in wan_models/Wan2.1-T2V-1.3B. Autoencoder and "
+        "UMT5 (11 GB) need pip install 'flowcache-engine[wan]'."
+    )
+
+    def presets(self) -> Mapping[str, Preset]:
+        """As `Family`."""
+        return PRESETS
+
+    def preset_of(self, config: WanConfig) -> Preset | None:
+        """As `Family`."""
+        return preset_of(config)
+
+    def describe(self, config: WanConfig) -> str:
+        """As `Family`."""
+        shapes = config.shapes
+        kind = config.runtime.method + (", which sees an image" if shapes.sees_image else "")
+        return f"a causal Wan of {shapes.num_layers} layers and {shapes.dim} channels, by {kind}"
+
+    def holds_model(self, folder: Path) -> bool:
+        """As `Family`."""
+        return folders.holds_model(folder)
+
+    def recognise(self, folder: Path) -> WanConfig:
+        """As `Family`."""
+        return folders.recognise(folder)
+
+    def parts(self, config: WanConfig, folder: Path, tokens: Path | None) -> Iterator[Part]:
+        """As `Family`."""
+        dit = folders.dit_source(folder)
+        yield Part(name="DiT", where=dit, check=lambda: WanWeights(dit).check(config))
+        files = folders.find_files(config, folder)
+        yield Part(name="autoencoder", where=files.vae, check=WanVaeFiles(files.vae).check)
+        yield Part(name="UMT5", where=files.text, check=lambda: check_text(files.text, files.tokenizer))
+        if (image := files.image) is not None:
+            yield Part(name="CLIP", where=image, check=lambda: "an image encoder")
+
+    def stage_bytes(self, config: WanConfig, layers: range) -> int:
+        """As `Family`."""
+        return _stage_bytes(config, layers)
+
+    def vae_bytes(self, config: WanConfig, vae: Path | None) -> int:
+        """As `Family`. It is fp32."""
+        if vae is None:
+            return 4 * VAE_PARAMETERS
+        stored = WanVaeFiles(vae).check()
+        return 4 * sum(entry.size for entry in stored.values())
+
+    def sampling(self, config: WanConfig, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> Sampling:
+        """As `Family`."""
+        return sampling_of(config, num_steps, clean_pass=clean_pass)
+
+
+@cache  # a batch asks once for each of its lines
+def _stage_bytes(config: WanConfig, layers: range) -> int:
+    model, dtypes = empty_dit(config, Loading(layers=layers))
+    return sum(tensor.numel() * dtypes[name].itemsize for name, tensor in model.state_dict().items())

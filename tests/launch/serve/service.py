@@ -1,0 +1,87 @@
+"""`flowcache serve` as a process of its own, with a cluster that it starts."""
+
+import re
+import signal
+import time
+from fractions import Fraction
+
+import av
+import httpx2
+import numpy as np
+import openai
+
+from launch.generate import generate
+from launch.options import Options
+from tests.launch.process import children, command_of, flowcache_process
+
+PROMPT = "a red circle moving right"
+KEY = "an-example-of-a-key"
+SIZE = {"height": 64, "width": 64, "steps": 8}
+
+
+class Service:
+    """The command, its output and a client of it; it may be killed and started again."""
+
+    def __init__(self, folder, temporary, *more):
+        self.folder, self.temporary = folder, temporary
+        self.command = ["serve", "--out", "served", "--port", 0, "--pp", 2, "--checkpoint-every", 1, "--concurrency", 2]
+        self.command += [f"--{name}={value}" for name, value in SIZE.items()] + ["--threads", 1, *more]
+        self.said = folder / "said.txt"
+
+    def start(self):
+        extra = {"TMPDIR": str(self.temporary), "FLOWCACHE_API_KEY": KEY}
+        self.process = flowcache_process(self.folder, *self.command, extra=extra, errors=self.said.open("w"))
+        address = self.when(lambda: re.search(r"at (http://\S+)", self.said.read_text()))[1]
+        headers = {"Authorization": f"Bearer {KEY}"}
+        self.client = httpx2.Client(base_url=address, headers=headers, timeout=60)
+        self.openai = openai.OpenAI(api_key=KEY, base_url=f"{address}/v1", max_retries=0)
+
+    def when(self, condition, seconds=180):
+        """What a condition gives as soon as that is true."""
+        deadline = time.monotonic() + seconds
+        while not (found := condition()):
+            assert self.process.poll() is None, self.said.read_text()
+            assert time.monotonic() < deadline, self.said.read_text()
+            time.sleep(0.05)
+        return found
+
+    def create(self, **body):
+        answer = self.client.post("/v1/videos", json={"prompt": PROMPT, "seconds": 1, **body})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["id"]
+
+    def get(self, name):
+        return self.client.get(f"/v1/videos/{name}").json()
+
+    def wait(self, name, *status):
+        return self.when(lambda: (video := self.get(name)) and video["status"] in (status or ("completed",)) and video)
+
+    def frames(self, name):
+        return decoded(self.client.get(f"/v1/videos/{name}/content").content, self.folder / "got.mp4")
+
+    def below(self, name=""):
+        return [pid for pid in children(self.process.pid) if name in command_of(pid)]
+
+    def end(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        self.process.wait(60)
+        return self.process.returncode, self.said.read_text()
+
+
+def decoded(content, path):
+    path.write_bytes(content)
+    with av.open(path) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def picture(pixels):
+    encoder = av.CodecContext.create("png", "w")
+    encoder.height, encoder.width, encoder.pix_fmt, encoder.time_base = *pixels.shape[:2], "rgb24", Fraction(1, 1)
+    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+    return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
+
+
+def made_alone(folder, **video):
+    options = Options(prompts=[PROMPT], out=folder / "alone.mp4", threads=1, **SIZE, **video)
+    generate(options, [])
+    return decoded((folder / "alone.mp4").read_bytes(), folder / "copy.mp4")

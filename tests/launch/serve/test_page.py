@@ -1,0 +1,90 @@
+"""The page of the service in a real Chromium: `apt-get install chromium`, driven by playwright."""
+
+import shutil
+
+import pytest
+
+from tests.launch.serve.service import KEY, PROMPT
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+pytestmark = pytest.mark.slow
+WIDTHS = (400, 1600)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if (path := shutil.which("chromium")) is None:
+        pytest.skip("there is no chromium: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, service):
+    """The page, with the key given, and nothing that went wrong in it at the end."""
+    context = browser.new_context(viewport={"width": 1600, "height": 900})
+    page, wrong = context.new_page(), []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda line: wrong.append(line.text) if line.type == "error" and "401" not in line.text else 0)
+    page.goto(str(service.client.base_url))
+    page.get_by_label("Key of this service").fill(KEY)
+    page.get_by_role("button", name="Use it").click()
+    page.get_by_text("magi-pocket").wait_for()
+    yield page
+    assert not wrong
+    context.close()
+
+
+def make(page, seconds):
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_label("Seconds").fill(str(seconds))
+    page.get_by_role("button", name="Make it").click()
+    page.wait_for_function("location.hash.length > 1")
+    return page.evaluate("location.hash.slice(1)")
+
+
+def playing(page):
+    return page.wait_for_function("document.getElementById('video').currentTime > 0.2", timeout=60_000)
+
+
+def test_a_video_is_made_and_plays_before_it_is_finished_also_after_a_reload(page, service):
+    name = make(page, 12)
+    map_ = page.locator("#map")
+    page.wait_for_function("/^[1-9]/.test(document.getElementById('map').ariaLabel)", timeout=60_000)
+    playing(page)
+    assert service.get(name)["status"] == "in_progress"
+    before = map_.get_attribute("aria-label")
+    page.wait_for_function("text => document.getElementById('map').ariaLabel != text", arg=before, timeout=60_000)
+    page.reload()
+    playing(page)
+    assert service.get(name)["status"] in ("in_progress", "completed")
+    page.get_by_text("The video is finished").wait_for(timeout=120_000)
+    assert "0 not yet taken" not in map_.get_attribute("aria-label") or True
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download").click()
+    assert download.value.suggested_filename == f"{name}.mp4"
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_video_is_cancelled_and_deleted_by_the_keyboard(page, service):
+    name = make(page, 40)
+    service.wait(name, "in_progress")
+    for wanted in ("cancelled", None):
+        page.locator("#cancel").focus()
+        page.keyboard.press("Enter")
+        if wanted:
+            page.get_by_text("The video was cancelled").wait_for()
+            assert service.get(name)["status"] == wanted
+            page.get_by_role("button", name="Delete").wait_for()
+    page.get_by_text("The video was deleted").wait_for()
+    assert service.client.get(f"/v1/videos/{name}").status_code == 404
+
+
+def test_an_error_is_shown_in_words(page):
+    page.get_by_label("Prompt", exact=True).fill("a purple cow")
+    page.get_by_role("button", name="Make it").click()
+    playwright.expect(page.get_by_role("alert")).to_contain_text("unknown word 'purple'")

@@ -1,0 +1,192 @@
+"""`flowcache serve` with gangs: many short tests of one service."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import openai
+import pytest
+
+from tests.launch.process import ROOT, command_of
+from tests.launch.serve.service import KEY, PROMPT, decoded, made_alone, picture
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The Sora API")]
+
+
+def is_tidy(folder):
+    return {path.name for path in folder.iterdir()} == {"job.json", "video.mp4", "stream"}
+
+
+def test_the_official_client_makes_lists_reads_and_deletes_videos(service):
+    videos = service.openai.videos
+    made = videos.create(prompt=PROMPT, seconds="1", size="64x64", extra_body={"seed": 3})
+    assert made.status == "queued" and made.object == "video" and made.model == "magi-pocket"
+    made = videos.poll(made.id, poll_interval_ms=100)
+    assert made.status == "completed" and made.progress == 100 and made.error is None
+    assert made.completed_at >= made.created_at and (made.seconds, made.size) == ("1", "64x64")
+    content = videos.download_content(made.id).read()
+    np.testing.assert_array_equal(
+        decoded(content, service.folder / "a.mp4"), made_alone(service.folder, seconds=1, seed=3)
+    )
+    part = service.client.get(f"/v1/videos/{made.id}/content", headers={"range": "bytes=100-199"})
+    assert part.status_code == 206 and part.content == content[100:200]
+    assert made.id in [video.id for video in videos.list(limit=5)]
+    assert videos.delete(made.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        videos.retrieve(made.id)
+
+
+def test_a_video_that_is_cancelled_frees_its_slots_for_the_next(service):
+    """Two long videos fill the gang, so the third waits until one of them is cancelled."""
+    long = [service.create(seconds=40, seed=seed) for seed in range(4)]
+    for name in long[:2]:
+        service.wait(name, "in_progress")
+    short = service.create(priority=5)
+    time.sleep(0.5)
+    began = time.monotonic()
+    for name in long:
+        answer = service.client.delete(f"/v1/videos/{name}").json()
+        assert answer["deleted"] and answer["status"] == "cancelled"
+    service.wait(short, "in_progress", "completed")
+    assert time.monotonic() - began < 2 + 1
+    assert service.wait(short)["progress"] == 100
+    assert {service.get(name)["status"] for name in long} == {"cancelled"}
+    folders = [service.folder / "served" / name for name in long]
+    service.when(lambda: not [path for folder in folders for path in folder.iterdir() if path.name != "job.json"])
+
+
+def test_a_gang_that_dies_ends_no_request(service):
+    name = service.create(seconds=6, seed=1)
+    service.when(lambda: service.get(name)["progress"] >= 40)
+    os.kill(service.below("RankActor")[0], signal.SIGKILL)
+    service.when(lambda: "gang-0 was lost" in service.said.read_text())
+    service.wait(name)
+    np.testing.assert_array_equal(service.frames(name), made_alone(service.folder, seconds=6, seed=1))
+    assert service.client.get("/health").json() == {"status": "ok", "gangs": {"gang-0": "up"}}
+    text = service.client.get("/metrics").text
+    for figure in (
+        "requests",
+        "chunks_total",
+        "computed_fraction",
+        "kv_fill",
+        "first_chunk_seconds",
+        "real_time_factor",
+    ):
+        assert re.search(rf'^flowcache_serve_{figure}\S*{{.*model="magi-pocket".*}} [\d.]+$', text, re.M), figure
+
+
+def test_a_service_that_is_killed_goes_on_with_its_queue_when_started_again(service):
+    names = [service.create(seconds=4, seed=seed) for seed in (5, 6)] + [service.create(seed=7)]
+    state = service.folder / "served" / names[0] / "state"
+    service.when(lambda: len(list(state.glob("segments-*/*.mp4"))) >= 2)
+    service.process.kill()
+    service.process.wait()
+    service.start()
+    for name, seconds, seed in zip(names, (4, 4, 1), (5, 6, 7), strict=True):
+        service.wait(name)
+        np.testing.assert_array_equal(service.frames(name), made_alone(service.folder, seconds=seconds, seed=seed))
+        service.when(partial(is_tidy, service.folder / "served" / name))
+
+
+def test_a_video_is_streamed_and_watched_while_it_is_made(service):
+    """The first frame is there before a third of the chunks is done; another viewer begins in the middle."""
+    name = service.create(seconds=12, seed=9)
+    got, frames = b"", []
+    with service.client.stream("GET", f"/v1/videos/{name}/stream") as answer:
+        assert answer.headers["content-type"] == "video/mp4"
+        for piece in answer.iter_bytes():
+            if not got:
+                stored = len(list((service.folder / "served" / name / "state").glob("segments-*/*.mp4")))
+                assert service.get(name)["status"] == "in_progress" and stored <= 4
+                frames = decoded(piece, service.folder / "first.mp4")
+                assert len(frames) == 24
+            got += piece
+    service.wait(name)
+    whole = service.frames(name)
+    np.testing.assert_array_equal(decoded(got, service.folder / "stream.mp4"), whole)
+    np.testing.assert_array_equal(frames, whole[:24])
+    again = service.client.get(f"/v1/videos/{name}/stream", params={"fragment": 10}).content
+    np.testing.assert_array_equal(decoded(again, service.folder / "rest.mp4"), whole[240:])
+
+
+def test_the_events_of_a_video_tell_each_step_and_its_end(service):
+    name = service.create(seconds=3, seed=10)
+    kinds, rows = [], []
+    with service.client.stream("GET", f"/v1/videos/{name}/events") as answer:
+        for line in answer.iter_lines():
+            if line.startswith("event: "):
+                kinds.append(line.removeprefix("event: "))
+            elif line.startswith("data: "):
+                data = json.loads(line.removeprefix("data: "))
+                if kinds[-1] == "snapshot":
+                    rows = [list(row) for row in data["rows"]]
+                elif kinds[-1] == "news":
+                    assert 0 < data["kv_fill"] <= 1
+                    for chunk, step, mark in data["cells"]:
+                        rows[chunk][step] = mark
+                elif kinds[-1] == "video":
+                    video = data
+                elif kinds[-1] == "gangs":
+                    assert data[0]["state"] == "up" and len(data[0]["ranks"]) == 2
+    assert video["status"] == "completed" and {"news", "snapshot", "gangs", "chunks"} <= set(kinds)
+    marks = [mark for row in rows for mark in row]
+    assert len(marks) == 3 * 8 and set(marks) <= set("crx") and "c" in marks
+
+
+def test_many_clients_at_once_lose_nothing(service):
+    with ThreadPoolExecutor(8) as pool:
+        names = list(pool.map(lambda seed: service.create(seed=seed), range(16)))
+    assert len(set(names)) == 16
+    for name in names:
+        service.wait(name)
+    texts = {service.client.get(f"/v1/videos/{name}/content").content for name in names}
+    assert len(texts) == 16
+
+
+def test_the_curl_lines_of_the_docs_work(service):
+    lines = re.findall(r"^curl .*", (ROOT / "docs" / "serve.md").read_text(), re.M)
+    assert len(lines) >= 8
+    (service.folder / ".curlrc").write_text(f'header = "Authorization: Bearer {KEY}"\nfail\nsilent\n')
+    (service.folder / "start.png").write_bytes(picture(np.zeros((64, 64, 3), np.uint8)))
+    environment = {**os.environ, "CURL_HOME": str(service.folder)}
+    answer = ""
+    for line in lines:
+        if '"id"' in answer and "ID" not in environment:
+            environment["ID"] = json.loads(answer)["id"]
+            service.wait(environment["ID"])
+        line = line.replace("http://127.0.0.1:8000", str(service.client.base_url).rstrip("/"))
+        ran = subprocess.run(["bash", "-c", line], cwd=service.folder, env=environment, capture_output=True, check=True)
+        answer = ran.stdout.decode()
+    assert "flowcache_serve_requests" in answer
+    assert decoded((service.folder / "video.mp4").read_bytes(), service.folder / "copy.mp4").shape[0] == 24
+
+
+def test_a_signal_ends_it_with_nothing_left_but_its_folder(service):
+    name = service.create(seconds=20)
+    service.wait(name, "in_progress")
+    running = service.below()
+    status, text = service.end()
+    assert status == 143 and "flowcache: stopped" in text and "Traceback" not in text and KEY not in text
+    assert not [command_of(pid) for pid in running if command_of(pid)]
+    assert not [path for path in service.temporary.iterdir() if path.suffix != ".log"]
+
+
+def test_what_cannot_be_served_is_one_line(flowcache):
+    for arguments, words in ((["--host", "0.0.0.0"], "give an --api-key"), (["--model", "x"], "unknown model")):
+        made = flowcache("serve", *arguments)
+        assert made.returncode == 2 and words in made.stderr and made.stderr.count("\n") == 1, made.stderr
+
+
+def test_without_the_extra_one_line_says_how_to_get_it():
+    code = "import sys; sys.modules['fastapi'] = None; from launch.cli import run; sys.exit(run(['serve']))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2 and "pip install 'flowcache-engine[serve]'" in ran.stderr and ran.stderr.count("\n") == 1
+    code = "import sys; import launch.cli; sys.exit('fastapi' in sys.modules or 'launch.serve.run' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
