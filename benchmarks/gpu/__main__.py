@@ -35,25 +35,34 @@ _KEPT_EVERY = 2.0  # seconds, of what a part has so far
 _CACHES: tuple[CacheName, ...] = ("none", "flowcache-slow", "flowcache-fast", "teacache")
 
 
-def all_parts() -> list[Part]:
-    """Everything that is measured on this machine, the most important first."""
-    first, *others = available_backends()
+def all_parts(device: str) -> list[Part]:
+    """Everything that is measured on a device of this machine, the most important first."""
+    (first, *compiled), *others = [_passes(name, device) for name in available_backends()]
     *reuse, last = [_part(f"video-{cache}", 130, partial(video, cache=cache)) for cache in _CACHES]
     return [
         _part("conformance", 45, conformance),
         _part("tests", 60, gpu_tests),
         _part("peaks", 3, peaks),
         _part("attention", 12, attention),
-        _part(f"pass-{first}", 30, partial(passes, backend=first)),
+        first,
+        *compiled,
         _part("selection", 15, selection),
         _part("decode", 5, decode),
         *reuse,
         _part("layer", 5, layer),
         _part("layer-ways", 40, layer_ways),
         _part("projection", 5, projection),
-        *(_part(f"pass-{name}", 40, partial(passes, backend=name)) for name in others),
+        *(part for of_backend in others for part in of_backend),
         last,
     ]
+
+
+def _passes(backend: str, device: str) -> list[Part]:
+    """Passes as they are, and compiled, which is for GPUs."""
+    parts = [_part(f"pass-{backend}", 30, partial(passes, backend=backend))]
+    if device == "cuda":
+        parts.append(_part(f"pass-{backend}-compiled", 70, partial(passes, backend=backend, compiled=True)))
+    return parts
 
 
 def _part(name: str, seconds: float, measure: Callable[[Bench], Iterator[Row]]) -> Part:
@@ -71,7 +80,7 @@ def main(
     """Measure what one GPU does, part by part, and report it. The same command goes on with parts that are missing."""
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the commands, which take a GPU where there is one
-    parts = all_parts()
+    parts = all_parts(device)
     if unknown := set(only or ()) - {part.name for part in parts}:
         raise InputError(f"unknown part {unknown.pop()!r}: choose from {', '.join(part.name for part in parts)}")
     bench = new_bench(preset, device, output_folder(out), minutes=minutes)

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.common import Row
 from benchmarks.flops import pass_flops
 from benchmarks.gpu.bench import Bench, problem
-from engine.kv.buffer import LayerKV, SliceView
+from engine.kv.views import LayerKV, SliceView
 from models.magi.dit import MagiDiT
 from models.magi.random import random_dit
 from models.magi.weights import Loading
@@ -30,9 +30,9 @@ _KINDS = {
 _SHOWN = 24  # kernels of a layer
 
 
-def passes(bench: Bench, backend: str) -> Iterator[Row]:
+def passes(bench: Bench, backend: str, *, compiled: bool = False) -> Iterator[Row]:
     """All layers with 1 to 5 chunks of keys, and how much of it is attention and products."""
-    dit = random_dit(bench.config, Loading(device=str(bench.device), attention=backend))
+    dit = random_dit(bench.config, Loading(device=str(bench.device), attention=backend, compiled=compiled))
     for chunks in CONTEXTS:
         run = _pass(bench, dit, chunks)
         seconds = bench.seconds(run, repeats=3)
@@ -86,15 +86,13 @@ def layer(bench: Bench) -> Iterator[Row]:
 
 
 def layer_ways(bench: Bench) -> Iterator[Row]:
-    """One layer with three chunks of keys: as it is, compiled whole, and as a CUDA graph."""
+    """One layer with three chunks of keys: as it is, compiled, and as a CUDA graph."""
     for way in ("eager", "compiled", "cuda graph") if bench.cuda else ("eager",):
-        dit = random_dit(bench.config, Loading(device=str(bench.device), layers=range(1, 2)))
+        how = Loading(device=str(bench.device), layers=range(1, 2), compiled=way == "compiled")
         row: Row = {"layer": way}
         began = time.perf_counter()
         try:
-            if way == "compiled":
-                dit.videodit_blocks.layers["1"].compile(dynamic=False)
-            run = _pass(bench, dit, 3)
+            run = _pass(bench, random_dit(bench.config, how), 3)
             if way == "cuda graph":
                 run = _captured(run)
             run()
