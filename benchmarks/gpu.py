@@ -26,8 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import Out, machine_line, new_log, output_folder, run_command, save_text, table
 from benchmarks.flops import pass_flops
-from engine.kv.buffer import LayerKV, SliceView
 from engine.kv.selection import Granularity, SelectionSettings, select
+from engine.kv.views import LayerKV, SliceView
 from models.attention import Attention, attention_backend, available_backends
 from models.errors import InputError
 from models.magi.config import MagiConfig, ModelConfig, VaeConfig

@@ -154,7 +154,8 @@ class EngineBackend:
         for number in [number for number in self._running if not self._engine.running(number)]:
             video = self._running.pop(number)
             last = self._last.pop(video)
-            yield messages.VideoDone(video=video, computed=last.computed_fraction, kv_bytes=last.kv_bytes)
+            computed, kv, on_host = last.computed_fraction, last.kv_bytes, last.kv_host_bytes
+            yield messages.VideoDone(video=video, computed=computed, kv_bytes=kv, kv_host_bytes=on_host)
 
     def _progressed(self, video: str, progress: Progress) -> None:
         self._last[video] = progress

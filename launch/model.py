@@ -6,6 +6,8 @@ What cannot be used is an `InputError` with one line that says what to do. No we
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,6 +70,8 @@ def plan_model(options: Options) -> ModelPlan:
     figures = POCKET_FIGURES if config.runtime_config.t5_pretrained is None else MAGI_1_FIGURES
     reuse = reuse_settings(options, figures, num_steps=num_steps, guided=sampling.guided)
     attention_backend(options.attention)  # says whether it can run here
+    if options.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "gcc", "clang"))):
+        raise InputError("--compile needs a C++ compiler, and there is none on the PATH: install g++, or leave it out")
     random = _random(options)
     vae_bytes = family_of(config).vae_bytes(config, None if random else _files(options, config, name).vae)
     source = MagiSource(
@@ -85,11 +89,13 @@ def plan_model(options: Options) -> ModelPlan:
         copy_weight=COPY_WEIGHT if options.copy_weight is None else options.copy_weight,
         split=options.split,
         precise=options.precision == "reference",
+        compiled=options.compile,
         attention=options.attention,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cache = options.cache or figures.default
-    kv = kv_settings(options)
+    # On a CPU it would move rows from memory to memory.
+    kv = kv_settings(options, offload=config.figures.offload and device == "cuda")
     return ModelPlan(name=name, source=source, vae_bytes=vae_bytes, device=device, cache=cache, reuse=reuse, kv=kv)
 
 
@@ -240,13 +246,18 @@ def reuse_settings(options: Options, figures: ReuseFigures, *, num_steps: int, g
     return replace(settings, **changes, **passes)
 
 
-def kv_settings(options: Options) -> KVSettings:
-    """How much of the past is held, and how it is cut down. An `InputError` says which options do not fit."""
+def kv_settings(options: Options, *, offload: bool = False) -> KVSettings:
+    """How much of the past is held, how it is cut down, and where, `offload` if nothing is said.
+
+    An `InputError` says which options do not fit.
+    """
     chosen = _given(options, {"kv_retention": "retention", "kv_queries": "queries"})
     if options.kv_budget is None and chosen:
         name = f"--kv-{next(iter(chosen))}"
         raise InputError(f"{name} says how the past is compressed: give --kv-budget CHUNKS with it, or leave it out")
-    return KVSettings(budget=options.kv_budget, selection=SelectionSettings(**chosen))
+    if options.kv_offload is not None:
+        offload = options.kv_offload
+    return KVSettings(budget=options.kv_budget, selection=SelectionSettings(**chosen), offload=offload)
 
 
 def _given(options: Options, names: Mapping[str, str]) -> dict[str, Any]:

@@ -214,6 +214,11 @@ class Options:
         within=(1, 1_000_000),
         metavar="CHUNKS",
     )
+    kv_offload: bool | None = _memory(
+        "Keep the keys and values of finished chunks in the machine's memory, and on the GPU those of one layer and "
+        "the next alone. The result is the same, bit for bit.",
+        shown="on a GPU as the model's configuration says, and released ones say yes",
+    )
     kv_retention: TokenUnit | None = _memory(
         "What the compression keeps or drops as one: single tokens, frames, or chunks.", shown="token"
     )
@@ -297,6 +302,10 @@ class Options:
     precision: Literal["reference", "fast"] = _compute(
         "reference computes what was released; fast leaves out its fp32 output projections.",
         default="reference",
+    )
+    compile: bool = _compute(
+        "Make few kernels of what is not attention. Worth its minute on a GPU in a long video; needs a C++ compiler.",
+        default=False,
     )
     threads: int | None = _compute(
         "CPU threads; by default all cores, shared evenly among ranks (torchrun and Ray, so a batch: 1 each).",

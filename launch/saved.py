@@ -64,8 +64,9 @@ def video_digest(plan: Plan, threads: int, repeat: int = 0) -> str:
         "threads": threads,
         "attention": source.attention,
         "precise": source.precise,
+        "compiled": source.compiled,
         "cache": asdict(model.reuse),
-        "kv": asdict(model.kv),
+        "kv": model.kv.identity(),
     }
     text = json.dumps(what, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]

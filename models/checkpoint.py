@@ -41,6 +41,7 @@ class Loading:
 
     device: str = "cpu"  # where to put it
     precise: bool = True  # fp32 output projections, as released; False is the `fast` precision
+    compiled: bool = False  # few kernels besides attention, where a family can
     attention: str = "sdpa"  # name of the attention backend
     layers: range | None = None  # which layers of the DiT to load; None for all
 

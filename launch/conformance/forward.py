@@ -250,7 +250,7 @@ def _model(golden: Golden, config: MagiConfig, draw: Callable[[Golden, _Shapes],
     if digest.hexdigest() != golden.text("weights_sha256"):
         raise InputError(f"{golden.path}: the weights of its seed are not those of weights_sha256")
     model.load_state_dict(state, assign=True)
-    return model.to(golden.device).requires_grad_(False).eval()
+    return model.to(golden.device).requires_grad_(False).eval().fuse()
 
 
 def _pcg_weights(golden: Golden, shapes: _Shapes) -> Iterator[Tensor]:

@@ -189,6 +189,7 @@ class VideoSinks:
             making=time.monotonic() - video.began,
             computed=done.computed,
             kv_bytes=done.kv_bytes,
+            kv_host_bytes=done.kv_host_bytes,
             memory=peak_memory(),
             gpu_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         )
@@ -230,5 +231,6 @@ def record_settings(summary: Summary) -> dict[str, Any]:
         "kv": asdict(plan.model.kv),
         "computed_fraction": summary.computed,
         "kv_bytes": summary.kv_bytes,
+        "kv_host_bytes": summary.kv_host_bytes,
         "seconds": {"loading": summary.loading, "making": summary.making},
     }

@@ -11,9 +11,9 @@ H query heads, G key heads, d head size, N text tokens, n rotary bands.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,12 +35,17 @@ from models.protocols import Caption, KVGeometry, KVView, Modulation, PassCondit
 NULL_TEXT_ROWS = 50
 """How many rows of the learned null caption stand for "no text" (specification 2.4)."""
 _FREQUENCIES = 128
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
 
 # ---- a layer
 
 
 class _ProjectionIn(nn.Module):
-    """`linear_qkv`: a pre-norm and four projections, for self-attention (q, k, v) and cross-attention (qx)."""
+    """`linear_qkv`: a pre-norm and four projections, for self-attention (q, k, v) and cross-attention (qx).
+
+    `fused` is the weights of all four, once they are final. Quantised ones have scales of their own and stay apart.
+    """
 
     def __init__(self, config: ModelConfig, fp8: bool) -> None:
         super().__init__()
@@ -51,6 +56,23 @@ class _ProjectionIn(nn.Module):
         self.qx = linear(dim, dim)
         self.k = linear(dim, keys)
         self.v = linear(dim, keys)
+        self.fused: Tensor | None = None
+
+    def forward(self, h_BSD: Tensor) -> tuple[Tensor, ...]:
+        z = self.layer_norm(h_BSD)
+        parts = self.q, self.qx, self.k, self.v
+        if self.fused is None:
+            return tuple(part(z) for part in parts)
+        return F.linear(z, self.fused).split([len(part.weight) for part in parts], dim=-1)
+
+    def fuse(self) -> None:
+        """Join the weights; the four become views of the result."""
+        parts = self.q, self.qx, self.k, self.v
+        if any(isinstance(part, Fp8Linear) for part in parts):
+            return
+        self.fused = torch.cat([part.weight for part in parts])
+        for part, rows in zip(parts, self.fused.split([len(part.weight) for part in parts]), strict=True):
+            part.weight = nn.Parameter(rows, requires_grad=False)
 
 
 class _Attention(nn.Module):
@@ -74,24 +96,19 @@ class _Attention(nn.Module):
         k, v = self.linear_kv_xattn(text_BND).unflatten(-1, (self.groups, 2 * self.head_size)).chunk(2, dim=-1)
         return self.k_layernorm_xattn(k).to(v.dtype), v
 
-    def forward(
-        self, h_BSD: Tensor, text: tuple[Tensor, ...], rope: Tensor, view: KVView, layer: int, cross: Attention
-    ) -> Tensor:
-        z = self.linear_qkv.layer_norm(h_BSD)
-        # Keys and values first: a view that sends them elsewhere works while the queries are projected.
-        k = apply_rotary(self.k_layernorm(self._heads(self.linear_qkv.k(z))).float(), rope)
-        view.store(layer, k.to(z.dtype), self._heads(self.linear_qkv.v(z)))
-        q = apply_rotary(self.q_layernorm(self._heads(self.linear_qkv.q(z))).float(), rope).to(z.dtype)
-        attended = view.attend(layer, q)
-        seen = cross(self.q_layernorm_xattn(self._heads(self.linear_qkv.qx(z))).to(z.dtype), *text)
-        return self._project(attended.flatten(2), seen.flatten(2))
+    def heads(self, h_BSD: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+        """q, qx [B, S, H, d], k, v [B, S, G, d] of hidden states: normalised, q and k rotated."""
+        q, qx, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in self.linear_qkv(h_BSD))
+        q_turned, k_turned = (
+            apply_rotary(norm(x).float(), rope).to(v.dtype)
+            for norm, x in ((self.q_layernorm, q), (self.k_layernorm, k))
+        )
+        return q_turned, self.q_layernorm_xattn(qx).to(v.dtype), k_turned, v
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_size))
-
-    def _project(self, attended: Tensor, seen: Tensor) -> Tensor:
+    def project(self, attended: Tensor, seen: Tensor) -> Tensor:
         """Interleave the two results in groups, as the released layout has it, and project: fp32 by default (6)."""
-        parts = torch.stack([attended.unflatten(-1, (8, -1)), seen.unflatten(-1, (8, -1))], dim=-2)
+        attended, seen = (part.flatten(2).unflatten(-1, (8, -1)) for part in (attended, seen))
+        parts = torch.stack([attended, seen], dim=-2)
         mixed = parts.flatten(-3)
         return product_in_fp32(mixed, self.linear_proj.weight) if self.precise else self.linear_proj(mixed)
 
@@ -109,8 +126,8 @@ class _Mlp(nn.Module):
     def forward(self, h_BSD: Tensor) -> Tensor:
         x = self.linear_fc1(self.layer_norm(h_BSD))
         if self.gated:  # one rounding: silu and product in fp32
-            gate, value = x.float().chunk(2, dim=-1)
-            x = (F.silu(gate) * value).to(x.dtype)
+            gate, value = x.chunk(2, dim=-1)
+            x = (F.silu(gate.float()) * value).to(x.dtype)
         else:
             x = F.gelu(x)
         return self.linear_fc2(x)
@@ -133,11 +150,14 @@ class TransformerLayer(nn.Module):
     """Attention and MLP, each gated, then normalised ("sandwich"), then added in fp32.
 
     With `fp8` the big projections are stored as fp8 (quantised checkpoints, all layers but the first and the last).
-    `precise` runs the output projection in fp32, as released; otherwise it runs in the model's dtype.
+    `precise` runs the output projection in fp32, as released; otherwise it runs in the model's dtype. `compiled` makes
+    few kernels of what is in front of attention, and of what is behind it; layers of a kind share them.
     """
 
-    def __init__(self, config: ModelConfig, *, fp8: bool, precise: bool) -> None:
+    def __init__(self, config: ModelConfig, *, fp8: bool, precise: bool, compiled: bool) -> None:
         super().__init__()
+        self._enter = _compile(self.enter) if compiled else self.enter
+        self._leave = _compile(self.leave) if compiled else self.leave
         self.ada_modulate_layer = _Modulation(config)
         self.self_attention = _Attention(config, fp8, precise)
         self.self_attn_post_norm = LayerNorm1p(config.hidden_size, config.layernorm_epsilon)
@@ -159,9 +179,20 @@ class TransformerLayer(nn.Module):
         `gates_BRD` and `text` are as of `MagiDiT.gates` and `text_kv`; `rope` is `RotaryBands.table` for the S tokens;
         `view` is what to attend to, asked with the layer's absolute number; `cross` is the attention for the text.
         """
+        q, qx, k, v = self._enter(h_BSD, rope)
+        view.store(layer, k, v)  # first: a view that sends them elsewhere works while the text is attended to
+        seen = cross(qx, *text)
+        return self._leave(h_BSD, view.attend(layer, q), seen, gates_BRD)
+
+    def enter(self, h_BSD: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+        """All in front of attention: q, qx, k, v."""
+        return self.self_attention.heads(h_BSD, rope)
+
+    def leave(self, h_BSD: Tensor, attended: Tensor, seen: Tensor, gates_BRD: tuple[Tensor, ...]) -> Tensor:
+        """All behind attention, which has `attended` to tokens and `seen` the text."""
         gate_attention, gate_mlp = gates_BRD
-        attended = self.self_attention(h_BSD, text, rope, view, layer, cross)
-        h_BSD = self._add(h_BSD, attended, gate_attention, self.self_attn_post_norm)
+        update = self.self_attention.project(attended, seen)
+        h_BSD = self._add(h_BSD, update, gate_attention, self.self_attn_post_norm)
         return self._add(h_BSD, self.mlp(h_BSD), gate_mlp, self.mlp_post_norm)
 
     @staticmethod
@@ -169,6 +200,11 @@ class TransformerLayer(nn.Module):
         chunks = gate_BRD.shape[1]
         gated = update.unflatten(1, (chunks, -1)) * gate_BRD[:, :, None]  # in fp32, which the gate is
         return (norm(gated.flatten(1, 2)).float() + h_BSD).to(h_BSD.dtype)
+
+
+def _compile(region: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """Compile a region for each size that comes. It rounds where the region does, though fused kernels need not."""
+    return torch.compile(region, dynamic=False, options={"emulate_precision_casts": True})
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -211,11 +247,11 @@ class _CaptionEmbedder(nn.Module):
 class _Blocks(nn.Module):
     """`videodit_blocks`. Layers keep their absolute numbers, so a stage's parameter names are the checkpoint's."""
 
-    def __init__(self, config: ModelConfig, layers: range, *, final: bool, fp8: bool, precise: bool) -> None:
+    def __init__(self, config: ModelConfig, layers: range, *, final: bool, fp8: bool, **how: bool) -> None:
         super().__init__()
         last = config.num_layers - 1
         self.layers = nn.ModuleDict(
-            {str(i): TransformerLayer(config, fp8=fp8 and i not in (0, last), precise=precise) for i in layers}
+            {str(i): TransformerLayer(config, fp8=fp8 and i not in (0, last), **how) for i in layers}
         )
         if final:
             self.final_layernorm = LayerNorm1p(config.hidden_size, config.layernorm_epsilon)
@@ -229,6 +265,7 @@ class MagiDiT(nn.Module):
         layers: which layers are held; all by default. A stage with layer 0 embeds, one with the last reads out.
         fp8: a quantised checkpoint (all layers but the first and the last).
         precise: fp32 output projections, as released; False computes them in the model's dtype.
+        compiled: as of `TransformerLayer`.
         attention: name of the attention backend, used for the text here and by KV views.
     """
 
@@ -239,6 +276,7 @@ class MagiDiT(nn.Module):
         layers: range | None = None,
         fp8: bool = False,
         precise: bool = True,
+        compiled: bool = False,
         attention: str = "sdpa",
     ) -> None:
         super().__init__()
@@ -252,10 +290,35 @@ class MagiDiT(nn.Module):
         self.t_embedder = _TimestepEmbedder(config)
         self.y_embedder = _CaptionEmbedder(config)
         self.rope = RotaryBands(config.kv_channels)
-        self.videodit_blocks = _Blocks(config, self.held, final=reads_out, fp8=fp8, precise=precise)
+        self.videodit_blocks = _Blocks(config, self.held, final=reads_out, fp8=fp8, precise=precise, compiled=compiled)
         if reads_out:
             values = config.patch_size**2 * config.out_channels
             self.final_linear = nn.ModuleDict({"linear": _linear(config.hidden_size, values)})
+
+    def fuse(self) -> MagiDiT:
+        """Work out what follows from the weights alone, which are final now; moving or loading them undoes it."""
+        for part in self.modules():
+            if isinstance(part, _ProjectionIn):
+                part.fuse()
+            elif isinstance(part, LayerNorm1p):
+                part.gain = part.weight + 1
+        return self
+
+    def _unfuse(self) -> None:
+        for part in self.modules():
+            if isinstance(part, _ProjectionIn):
+                part.fused = None
+            elif isinstance(part, LayerNorm1p):
+                part.gain = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MagiDiT:
+        self._unfuse()
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `nn.Module.load_state_dict`."""
+        self._unfuse()
+        return super().load_state_dict(state_dict, strict, assign)
 
     @property
     def device(self) -> torch.device:

@@ -26,7 +26,7 @@ class LayerNorm1p(nn.Module):
     """Layer norm with an effective gain of weight + 1, in the dtype of its parameters.
 
     The parameters are fp32 after promotion, but those of the cross-attention stay in the model's dtype, and weight + 1
-    is then rounded to it (specification 5.5 and 6.3, step 5).
+    is then rounded to it (specification 5.5 and 6.3, step 5). `gain` is that sum, once the weight is final.
     """
 
     def __init__(self, size: int, eps: float) -> None:
@@ -34,10 +34,12 @@ class LayerNorm1p(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(size))
         self.bias = nn.Parameter(torch.zeros(size))
+        self.gain: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension; the result has the parameters' dtype."""
-        return F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight + 1, self.bias, self.eps)
+        gain = self.weight + 1 if self.gain is None else self.gain
+        return F.layer_norm(x.to(gain.dtype), gain.shape, gain, self.bias, self.eps)
 
 
 class RotaryBands(nn.Module):

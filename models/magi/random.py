@@ -47,7 +47,7 @@ def random_pipeline(config: MagiConfig, loading: Loading, *, copy_weight: float 
 def random_dit(config: MagiConfig, loading: Loading) -> MagiDiT:
     """The DiT, all of it or the layers that are asked for, in the dtypes of a loaded one."""
     model, dtypes = empty_dit(config, loading)
-    return fill_random(model, dtypes, loading.device, _value)
+    return fill_random(model, dtypes, loading.device, _value).fuse()
 
 
 def _value(name: str, declared: Tensor, device: torch.device) -> Tensor:

@@ -40,7 +40,8 @@ class Checkpoint(WeightFiles):
                 or kind.
         """
         model, dtypes = empty_dit(config, loading)
-        return self.fill(model, dtypes, loading.device, all_used=loading.layers is None)
+        model = self.fill(model, dtypes, loading.device, all_used=loading.layers is None)
+        return model if loading.device == "cpu" else model.fuse()  # on a CPU they stay in the mapped file
 
     def check_dit(self, config: MagiConfig) -> dict[str, Stored]:
         """The tensors of a whole DiT, seen to fit the configuration by their headers; errors as in `dit`."""
@@ -108,5 +109,6 @@ def empty_dit(config: MagiConfig, loading: Loading) -> tuple[MagiDiT, dict[str, 
     """A DiT on the meta device, and the dtypes that its parameters are used in."""
     shapes, fp8 = config.model_config, config.engine_config.fp8_quant
     with torch.device("meta"):
-        model = MagiDiT(shapes, layers=loading.layers, fp8=fp8, precise=loading.precise, attention=loading.attention)
+        how = {"precise": loading.precise, "compiled": loading.compiled}
+        model = MagiDiT(shapes, layers=loading.layers, fp8=fp8, attention=loading.attention, **how)
     return model, {name: dit_dtype(name, tensor, shapes.dtype) for name, tensor in model.state_dict().items()}

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from engine.kv.layout import KVSettings, plan_kv
-from engine.request import Request
+from engine.request import Request, spans
 from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from models.checkpoint import Loading
@@ -62,13 +62,14 @@ class MagiSource:
     copy_weight: float = COPY_WEIGHT  # as in `MagiSampling`
     split: str | None = None  # layers of each stage, as in `9,9,8,8`; None balances them
     precise: bool = True  # fp32 output projections, as released
+    compiled: bool = False  # few kernels besides attention
     attention: str = "sdpa"  # name of the attention backend
 
     @property
     def identity(self) -> str:
         """A digest of all fields."""
         text = [str(self.text.tokens), self.text.dtype, self.text.special, self.text.negative]
-        how = [self.copy_weight, self.split, self.precise, self.attention]
+        how = [self.copy_weight, self.split, self.precise, self.compiled, self.attention]
         weights = None if self.weights is None else self.weights.absolute()
         values = [self.config.to_dict(), self.random, str(weights), text, how]
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -88,7 +89,8 @@ class MagiSource:
 
     def _loading(self, mesh: Mesh, device: str) -> Loading:
         layers = stage_range(self.config, mesh, self.split) if mesh.layout.pp > 1 else None
-        return Loading(device=device, precise=self.precise, attention=self.attention, layers=layers)
+        how = {"precise": self.precise, "compiled": self.compiled}
+        return Loading(device=device, attention=self.attention, layers=layers, **how)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,10 +134,12 @@ def video_size(
     width = sampling.chunk_width
     frames = 0 if request.prefix is None else len(request.prefix)
     given = 1 if frames == 1 else frames // CELL_FRAMES
-    chunks = request.chunks + sampling.prefix_chunks(given)
+    chunks = spans(sampling, request, given)[0].chunks + sampling.prefix_chunks(given)
     schedule = Schedule(
         first=given // width, chunks=chunks, num_steps=num_steps, window=sampling.window, stagger=sampling.stagger
     )
     geometry = config.kv_geometry(range(max(stage_sizes(config, layout.pp, split))), torch.device("cpu"))
     plan = plan_kv(sampling, schedule, kv, config.chunk_tokens(request.height, request.width))
-    return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(local_heads(geometry, layout.cp)))
+    held = local_heads(geometry, layout.cp)
+    pinned = plan.host_nbytes(replace(held, device=torch.device("cuda")))
+    return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(held), kv_host_bytes=pinned)

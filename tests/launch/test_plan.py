@@ -58,9 +58,12 @@ def test_seconds_of_another_frame_rate(options: Options, tmp_path: Path) -> None
     assert _plan(options, config=path, seconds=4).request.chunks == 5  # 120 frames in chunks of 24
 
 
-def test_precision_and_attention_reach_the_model(options: Options) -> None:
-    source = _plan(options, precision="fast", attention="auto").model.source
-    assert (source.precise, source.attention) == (False, "auto")
+def test_how_to_compute_reaches_the_model(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _plan(options, precision="fast", attention="auto", compile=True).model.source
+    assert (source.precise, source.attention, source.compiled) == (False, "auto", True)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match="--compile needs a C"):
+        _plan(options, compile=True)
 
 
 def test_reuse_is_on_unless_it_is_turned_off(options: Options) -> None:

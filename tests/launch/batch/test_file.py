@@ -165,6 +165,7 @@ def test_the_digest_covers_what_the_video_depends_on_and_nothing_else(folder: Pa
         base(cache_threshold=0.5),
         base(kv_budget=2),
         base(precision="fast"),
+        base(compile=True),
         base(weights=random_weights),
         base(threads=2),
         base(cp=2),
