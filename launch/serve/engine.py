@@ -219,12 +219,16 @@ class Maker:
         try:
             with write_errors(stream := self._store.stream(job)):
                 shutil.copytree(video.saved.segments.folder, stream, copy_function=link_file, dirs_exist_ok=True)
-            video.saved.finish(keep=job.continues)
         except InputError as failure:
             return self._fail(job, str(failure))
-        job.nbytes = self._store.size(job)
-        self._close(job, "completed")
+        self._close(job, "completed")  # before what it is made of goes, in case this process is killed
         self._metrics.done(job)
+        try:
+            video.saved.finish(keep=job.continues)
+        except InputError as failure:
+            self._say(str(failure))
+        job.nbytes = self._store.size(job)
+        self._save(job)
 
     def _forget(self, video: Video) -> None:
         """Remove what a video that has ended leaves, once nothing more of it is written."""
