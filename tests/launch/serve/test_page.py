@@ -1,5 +1,6 @@
 """The page of the service in a real Chromium: `apt-get install chromium`, driven by playwright."""
 
+import re
 import shutil
 
 import pytest
@@ -57,11 +58,13 @@ def test_a_video_is_made_and_plays_before_it_is_finished_also_after_a_reload(pag
     assert service.get(name)["status"] == "in_progress"
     before = map_.get_attribute("aria-label")
     page.wait_for_function("text => document.getElementById('map').ariaLabel != text", arg=before, timeout=60_000)
+    page.screenshot(path=service.folder / "making.png")
     page.reload()
     playing(page)
     assert service.get(name)["status"] in ("in_progress", "completed")
     page.get_by_text("The video is finished").wait_for(timeout=120_000)
-    assert "0 not yet taken" not in map_.get_attribute("aria-label") or True
+    playwright.expect(map_).to_have_attribute("aria-label", re.compile(" 0 not yet taken"))
+    page.screenshot(path=service.folder / "page.png")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download").click()
     assert download.value.suggested_filename == f"{name}.mp4"
