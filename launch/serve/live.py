@@ -56,11 +56,12 @@ class Live:
     def ticked(self, event: Ticked) -> None:
         """A tick is done."""
         with self._lock:
-            for chunk, step, value in event.decisions:
+            known = [one for one in event.decisions if one[0] < len(self._rows) and one[1] < len(self._rows[one[0]])]
+            for chunk, step, value in known:
                 self._rows[chunk][step] = value + 1
             self._tick, self._kv_fill = event.tick + 1, event.kv_fill
             self._kept = self._kept if event.kept is None else list(event.kept)
-            cells = [[chunk, step, _MARKS[value + 1]] for chunk, step, value in event.decisions]
+            cells = [[chunk, step, _MARKS[value + 1]] for chunk, step, value in known]
             news: dict[str, Any] = {"tick": self._tick, "cells": cells, "kv_fill": round(event.kv_fill, 3)}
             self._version += 1
             self._news.append((self._version, news if event.kept is None else {**news, "kept": self._kept}))
