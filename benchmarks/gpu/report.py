@@ -93,7 +93,8 @@ def _passes(results: Results, made: Mapping[str, Result]) -> Figure | None:
     }
     if not found:
         return None
-    figure, axes = new_plot(f"A pass of one chunk, with TFLOP/s and share of the peak: {', '.join(found)}", "keys, chunks", "ms")
+    title = f"A pass of one chunk, with TFLOP/s and share of the peak: {', '.join(found)}"
+    figure, axes = new_plot(title, "keys, chunks", "ms")
     wide, peak = 0.8 / len(found), results.peak()
     for place, rows in enumerate(found.values()):
         at = [_number(row["keys, chunks"]) + (place - (len(found) - 1) / 2) * wide for row in rows]
