@@ -88,7 +88,9 @@ class Tick:
         for seen, decision in decided:
             if decision is Decision.COMPUTE:
                 works = self.run.open(tick, seen.chunk, seen.step)
-                self.run.close(seen.chunk, seen.step, [one.item.what for one in works], list(map(self.carry_out, works)))
+                self.run.close(
+                    seen.chunk, seen.step, [one.item.what for one in works], list(map(self.carry_out, works))
+                )
         self.run.seal(tick)
         for chunk in tick.finishing:
             self.run.finish(chunk)
