@@ -27,8 +27,9 @@ from engine.kv.layout import KVSettings
 from engine.order import AdmissionGate, WorkOrder
 from engine.progress import OnProgress, ProgressReporter
 from engine.record import Recorder
-from engine.request import Encoded, Request, encode, open_quantum, prepare
+from engine.request import Admission, Encoded, Request, encode, open_quantum, prepare
 from engine.reuse.policy import ReuseSettings
+from engine.spans import Course
 from engine.video import VideoRun, VideoState, WorkItem
 from models.errors import InputError
 from models.protocols import Pipeline
@@ -66,10 +67,14 @@ class Submission:
 
 @dataclass(slots=True)
 class _Video:
+    course: Course
+    prepared: Callable[..., tuple[VideoRun, Admission]]  # a run of one of its spans
+    reporting: Callable[..., ProgressReporter]
+    ordered: Callable[..., WorkOrder]
     run: VideoRun
     order: WorkOrder
     reporter: ProgressReporter
-    checkpointer: Checkpointer | None
+    checkpointer: Checkpointer | None  # of the first span
     decodes: bool
     stored: Callable[[], int] | None
     handed_out: int  # index of the next chunk
@@ -184,29 +189,37 @@ class Engine:
         number, found, runner = self._numbers, what.found, self._runner
         start, counts, folder = (0, {}, None) if found is None else (found.quantum, found.counts, found.folder)
         self._numbers += 1
-        run, admission = prepare(
+        reuse, wanted = self._reuse, what.request
+        sampling = self._pipeline.sampling(wanted.num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
+        course = Course(sampling, wanted, what.encoded)
+        prepared = partial(
+            prepare,
             self._pipeline,
-            what.request,
-            what.encoded,
+            wanted,
             number=number,
-            reuse=self._reuse,
+            reuse=reuse,
             kv=self._kv,
             observe=recorder is not None and recorder.observes,
-            checkpoint=folder,
         )
+        run, admission = prepared(what.encoded, span=course.span, checkpoint=folder)
         if found is not None and what.state is not None:
             with must_fit(found.folder):
                 run.restore(what.state)
         runner.admit(admission)
-        reporter = ProgressReporter(run.schedule, partial(runner.kv, number), on_progress, recorder, counts)
+        kv = partial(runner.kv, number)
+        reporting = partial(ProgressReporter, kv=kv, on_progress=on_progress, recorder=recorder)
+        reporter = reporting(run.schedule, counts=counts, whole=course.whole)
         keeper = None
         if what.checkpoint is not None:
             save, saved = partial(self._save, number), partial(runner.saved, number)
             last = open_quantum(self._pipeline, what.request, what.encoded)
             keeper = Checkpointer(what.checkpoint, what.fingerprint, last, start, save, saved)
         decided = None if recorder is None else recorder.decided
-        order = WorkOrder(run, barrier=self._barrier, on_decision=decided, gate=gate, checkpointer=keeper, start=start)
-        self._videos[number] = _Video(run, order, reporter, keeper, decode, stored, handed_out=what.first)
+        ordered = partial(WorkOrder, barrier=self._barrier, on_decision=decided)
+        order = ordered(run, gate=gate, checkpointer=keeper, start=start)
+        self._videos[number] = _Video(
+            course, prepared, reporting, ordered, run, order, reporter, keeper, decode, stored, handed_out=what.first
+        )
         return number
 
     def step(self) -> list[ChunkResult]:
@@ -351,12 +364,24 @@ class Engine:
         for done in video.order.ticks_done():
             video.reporter.ticked(done)
         for _, latents in video.order.finished():
+            video.course.finished(latents)
             if latents.shape[2]:
                 self._finished(number, video, latents)
         # A video whose files are still being written is not done: its folder may be deleted after that.
         if video.order.over and not video.writing:
-            video.released = True
             self._runner.release(number)
+            video.released = video.course.last
+            if not video.released:
+                self._go_on(video)
+
+    def _go_on(self, video: _Video) -> None:
+        """Begin the next span of a long video."""
+        encoded = video.course.go_on(self._pipeline.model.kv.dtype)
+        video.run, admission = video.prepared(encoded, span=video.course.span)
+        self._runner.admit(admission)
+        counts, whole = video.reporter.counts, video.course.whole
+        video.reporter = video.reporting(video.run.schedule, counts=counts, whole=whole)
+        video.order = video.ordered(video.run)
 
     def _finished(self, number: int, video: _Video, latents: Tensor) -> None:
         """Have a chunk decoded, or hand out its latents alone."""

@@ -28,6 +28,16 @@ class Progress:
     computed_fraction: float  # computed chunk-steps as a share of all so far
     kv_fill: float  # share of the KV buffer's rows in use
     kv_bytes: int  # size of the KV buffers; on ranks, of the leader's
+    kv_host_bytes: int = 0  # what they have in host memory beside it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Whole:
+    """A video that is made in several runs."""
+
+    chunks: int  # that are made
+    ticks: int  # of all runs
+    before: int  # ticks of the runs before this one
 
 
 class ProgressReporter:
@@ -35,12 +45,15 @@ class ProgressReporter:
 
     def __init__(
         self,
-        schedule: Schedule,  # of the video
+        schedule: Schedule,  # of the run
         kv: Callable[[], KVBuffer],  # its buffers in this process
         on_progress: OnProgress | None,  # called after every tick; None for nobody
         recorder: Recorder | None,  # takes what happens, for a record; None for none
         counts: Mapping[str, int],  # of an earlier run that this one goes on from
+        *,
+        whole: Whole | None = None,  # the video, if this run is a span of it
     ) -> None:
+        self._whole = whole or Whole(chunks=schedule.chunks - schedule.first, ticks=schedule.ticks, before=0)
         self._schedule, self._kv, self._on_progress, self._recorder = schedule, kv, on_progress, recorder
         self.counts = Counter({**dict.fromkeys(("items", "computed", "steps", "done", "chunks"), 0), **counts})
         """Passes (`items`), `computed` steps, all `steps`, chunks `done`; `chunks`, index of the next to hand out."""
@@ -69,15 +82,16 @@ class ProgressReporter:
         if self._on_progress is not None:
             schedule, counts = self._schedule, self.counts
             progress = Progress(
-                tick=done.tick.index + 1,
-                ticks=schedule.ticks,
+                tick=self._whole.before + done.tick.index + 1,
+                ticks=self._whole.ticks,
                 chunks_done=counts["done"],
-                chunks=schedule.chunks - schedule.first,
+                chunks=self._whole.chunks,
                 step=done.tick.active[0][1] + 1,
                 num_steps=schedule.num_steps,
                 steps_done=counts["steps"],
                 computed_fraction=counts["computed"] / max(1, counts["steps"]),
                 kv_fill=fill,
                 kv_bytes=kv.nbytes,
+                kv_host_bytes=kv.host_nbytes,
             )
             self._on_progress(progress)

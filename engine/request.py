@@ -6,7 +6,9 @@ Requests check themselves; nothing else in the engine checks them again. It know
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,7 +73,7 @@ class Encoded:
 
     captions: CaptionTable
     prefix: Tensor | None  # latents [1, C, P, h, w] to go on from
-    noise: Noise  # where the chunks start
+    noise: Callable[[int], Noise]  # where the chunks start, by the span of a long video
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +98,36 @@ def encode(pipeline: Pipeline, request: Request) -> Encoded:
         made = 0 if prefix is None else prefix.shape[2] // width  # whole chunks of the prefix
         later = tuple((made + first, pipeline.captions(prompt).text) for first, prompt in request.script)
         captions = replace(captions, later=later)
-    return Encoded(captions=captions, prefix=prefix, noise=seeded_noise(request.seed))
+    return Encoded(captions=captions, prefix=prefix, noise=partial(seeded_noise, request.seed))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """A stretch of a long video that is made as one run, with times and positions of its own."""
+
+    number: int  # counted from 0
+    chunks: int  # that are made in it
+    begins: int  # number of its first chunk in the whole video, given ones counted
+
+
+def spans(sampling: Sampling, request: Request, given: int) -> list[Span]:
+    """The spans of a request with so many given latent frames; one for a family without an end.
+
+    An InputError if the given ones leave no room.
+    """
+    first, limit = sampling.prefix_chunks(given), sampling.chunks_at_once
+    if limit is None:
+        return [Span(number=0, chunks=request.chunks, begins=0)]
+    if first >= limit:
+        most = (limit - 1) * sampling.chunk_width
+        raise InputError(f"{given} given latent frames are too many: this model goes on from {most} at most")
+    made = min(request.chunks, limit - first)
+    found = [Span(number=0, chunks=made, begins=0)]
+    while made < request.chunks:
+        count = min(request.chunks - made, limit - sampling.overlap)
+        found.append(Span(number=len(found), chunks=count, begins=first + made - sampling.overlap))
+        made += count
+    return found
 
 
 def prepare(
@@ -109,6 +140,7 @@ def prepare(
     kv: KVSettings,  # how much of the past is held
     observe: bool,  # take distances even if the policy does not look at them, for a record
     checkpoint: Path | None = None,  # folder of the checkpoint to go on from
+    span: Span | None = None,  # which of a long video; None is the first, or the whole of a short one
 ) -> tuple[VideoRun, Admission]:
     """A run of a request that has not begun, and what those who compute it are given.
 
@@ -117,9 +149,10 @@ def prepare(
     sampling = pipeline.sampling(request.num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
     model = pipeline.model
     given = 0 if encoded.prefix is None else encoded.prefix.shape[2]
+    span = span or spans(sampling, request, given)[0]
     shape = VideoShape(
         channels=model.latent_channels,
-        chunks=request.chunks + sampling.prefix_chunks(given),
+        chunks=span.chunks + sampling.prefix_chunks(given),
         prefix_frames=given,
         height=request.height // CELL_PIXELS,
         width=request.width // CELL_PIXELS,
@@ -129,7 +162,7 @@ def prepare(
         number,
         shape,
         sampling,
-        encoded.noise,
+        encoded.noise(span.number),
         how,
         prefix=encoded.prefix,
         compressed=kv.budget is not None,
@@ -179,8 +212,8 @@ def open_quantum(pipeline: Pipeline, request: Request, encoded: Encoded) -> int:
     given = 0 if encoded.prefix is None else encoded.prefix.shape[2]
     schedule = Schedule(
         first=given // sampling.chunk_width,
-        chunks=request.chunks + sampling.prefix_chunks(given),
-        num_steps=request.num_steps,
+        chunks=spans(sampling, request, given)[0].chunks + sampling.prefix_chunks(given),
+        num_steps=sampling.num_steps,
         window=sampling.window,
         stagger=sampling.stagger,
     )

@@ -28,11 +28,13 @@ Noise = Callable[[int, tuple[int, ...], int], Tensor]
 the chunk starts, others are what its solver takes on the way. fp32 on the CPU."""
 
 
-def seeded_noise(seed: int) -> Noise:
-    """Noise of a seed. The numbers are hashed into one, so that seed 0 chunk 1 and seed 1 chunk 0 differ."""
+def seeded_noise(seed: int, span: int = 0) -> Noise:
+    """Noise of a seed, for a span of a long video. The numbers are hashed into one, so that seed 0 chunk 1 and seed 1
+    chunk 0 differ."""
 
     def noise(chunk: int, shape: tuple[int, ...], draw: int) -> Tensor:
         mixed = seed * 0x9E3779B97F4A7C15 + (chunk + 1) * 0xC2B2AE3D27D4EB4F + draw * 0x165667B19E3779F9
+        mixed += span * 0x27D4EB2F165667C5
         mixed &= 2**63 - 1
         return torch.randn(shape, generator=torch.Generator().manual_seed(mixed))
 

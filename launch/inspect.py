@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -116,7 +116,8 @@ def _print_memory(console: Console, config: ModelConfig, vae_bytes: int, wanted:
     size = f"{request.width}x{request.height}, {request.chunks} chunks"
     held = "the model's own range" if budget is None else f"a budget of {budget} chunks"
     console.print(f"Memory of each rank, estimated, for one video of {size}, with {held}:", highlight=False)
-    table = Table("pp x cp", "weights", "keys and values", "at work", "together", box=None, pad_edge=False)
+    names = "weights", "keys, values", "at work", "together", "--kv-offload", "host"
+    table = Table("pp x cp", *names, box=None, pad_edge=False)
     for pp, cp in _LAYOUTS:
         job = Job(
             config=config, vae_bytes=vae_bytes, request=request, reuse=ReuseSettings(), kv=KVSettings(budget=budget),
@@ -124,11 +125,13 @@ def _print_memory(console: Console, config: ModelConfig, vae_bytes: int, wanted:
         )  # fmt: skip
         try:
             most = max(job.stages(), key=lambda stage: stage.total)
+            less = max(replace(job, kv=replace(job.kv, offload=True)).stages(), key=lambda stage: stage.total)
         except InputError:  # the model cannot be laid out so; in one process, it cannot make the video
             if (pp, cp) == (1, 1):
                 raise
             continue
-        table.add_row(f"{pp} x {cp}", *map(size_text, (most.weights, most.kv + most.texts, most.work, most.total)))
+        sizes = most.weights, most.kv + most.texts, most.work, most.total, less.total, less.host
+        table.add_row(f"{pp} x {cp}", *map(size_text, sizes))
     console.print(table, highlight=False)
     if known.encodes_on is not None:
         text = f"The text encoder works on {known.encodes_on} before that, and is let go."

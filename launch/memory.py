@@ -37,10 +37,11 @@ class Needs:
     kv: int  # of all videos that are made at a time
     texts: int  # likewise, keys and values of the longest texts
     work: int  # what passes through a layer, or through the autoencoder
+    host: int  # of the machine's memory beside a GPU's, for keys and values of finished chunks
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All of it but what is on the host."""
         return self.weights + self.kv + self.texts + self.work
 
 
@@ -66,43 +67,58 @@ class Job:
         hidden = tokens * (_STREAMS * known.hidden + known.mlp) * known.dtype.itemsize
         frames = known.chunk_frames * request.height * request.width * 3
         weights = [family.stage_bytes(self.config, stage_layers(sizes, stage)) for stage in range(len(sizes))]
-        kv = self.videos * size.kv_bytes
+        kv, host = self.videos * size.kv_bytes, self.videos * size.kv_host_bytes
         rows = self.videos * (known.window + 2) * known.text_rows  # of the texts in `PassInputs`
         texts = rows * known.text_values * known.dtype.itemsize
-        stages = [Needs(weights=of_stage, kv=kv, texts=texts * count, work=hidden)
+        stages = [Needs(weights=of_stage, kv=kv, texts=texts * count, work=hidden, host=host)
                   for of_stage, count in zip(weights, sizes, strict=True)]  # fmt: skip
         work = max(hidden, _FRAME_COPIES * frames)
         return [replace(stages[0], weights=weights[0] + self.vae_bytes, work=work), *stages[1:]]
 
     def total(self, *, shared: bool) -> int:
         """Bytes on the rank that needs most, or of all ranks together if they share one memory."""
-        stages = [stage.total for stage in self.stages()]
-        return self.layout.cp * sum(stages) if shared else max(stages)
+        stages = self.stages()
+        if shared:
+            return self.layout.cp * sum(stage.total + stage.host for stage in stages)
+        return max(stage.total for stage in stages)
 
     def check(self, device: str) -> None:
-        """See that it fits into what is free, of this machine or of the GPU; an `InputError` has the figures, and what
-        would fit. A GPU that this process does not use is not asked."""
-        shared = device == "cpu"
-        free = free_bytes() if shared else _free_gpu_bytes(alone=self.layout.world_size == 1)
-        needed = self.total(shared=shared)
-        if free is None or needed <= free:
+        """See that it fits into what is free, of this machine and of the GPU; an `InputError` has the figures, and what
+        would fit. A GPU that this process does not use is not asked; ranks are taken to be on this machine."""
+        free = free_bytes(), None if device == "cpu" else _free_gpu_bytes(alone=self.layout.world_size == 1)
+        short = self._short(device, *free)
+        if not short:
             return
         size = f"{self.request.width}x{self.request.height} pixels and {self.request.chunks:,} chunks"
         together = f", {self.videos} at a time," if self.videos > 1 else ""
-        advice = ", ".join(self._advice(free, shared=shared)) or "ask for a smaller --height and --width"
-        each = " a GPU" if not shared and self.layout.world_size > 1 else ""
-        raise InputError(f"a video of {size}{together} needs {_gb(needed)}{each}, {_gb(free)} are free: {advice}")
+        advice = ", ".join(self._advice(device, *free)) or "ask for a smaller --height and --width"
+        raise InputError(f"a video of {size}{together} needs {short}: {advice}")
 
-    def _advice(self, free: int, *, shared: bool) -> Iterator[str]:
+    def _short(self, device: str, host: int | None, gpu: int | None) -> str:
+        """What is needed and not free, in words; empty if it fits."""
+        if device == "cpu":
+            needed, free, where = self.total(shared=True), host, ""
+        else:
+            needed, free, where = self.total(shared=False), gpu, " a GPU" if self.layout.world_size > 1 else ""
+            if free is None or needed <= free:
+                needed, free, where = self._on_host(), host, " of the machine's memory for --kv-offload"
+        return "" if free is None or needed <= free else f"{_gb(needed)}{where}, {_gb(free)} are free"
+
+    def _on_host(self) -> int:
+        return self.layout.cp * sum(stage.host for stage in self.stages())
+
+    def _advice(self, device: str, host: int | None, gpu: int | None) -> Iterator[str]:
         """Of each kind of change the first that fits, with what it needs."""
-        yield from _first([(f"--kv-budget {budget}", self._with_budget(budget)) for budget in _BUDGETS], free, shared)
-        if not shared:  # more processes on one machine need more memory, not less
+        budgets = [(f"--kv-budget {budget}", replace(self.kv, budget=budget)) for budget in _BUDGETS]
+        changes = [[(option, replace(self, kv=kv)) for option, kv in budgets]]
+        if device != "cpu":  # more processes on one machine need more memory, not less
+            offload = not self.kv.offload
+            option = "--kv-offload" if offload else "--no-kv-offload"
+            changes.insert(0, [(option, replace(self, kv=replace(self.kv, offload=offload)))])
             layouts = [Layout(pp=pp, cp=self.layout.cp) for pp in _STAGES if pp > self.layout.pp]
-            more = [(f"--pp {layout.pp}", replace(self, layout=layout, split=None)) for layout in layouts]
-            yield from (f"{text} a GPU" for text in _first(more, free, shared))
-
-    def _with_budget(self, budget: int) -> Job:
-        return replace(self, kv=replace(self.kv, budget=budget))
+            changes.append([(f"--pp {one.pp}", replace(self, layout=one, split=None)) for one in layouts])
+        for kind in changes:
+            yield from _first(kind, device, host, gpu)
 
 
 def free_bytes() -> int | None:
@@ -124,14 +140,15 @@ def _free_gpu_bytes(*, alone: bool) -> int | None:
     return torch.cuda.mem_get_info()[0] if alone or torch.cuda.is_initialized() else None
 
 
-def _first(changes: list[tuple[str, Job]], free: int, shared: bool) -> Iterator[str]:
+def _first(changes: list[tuple[str, Job]], device: str, host: int | None, gpu: int | None) -> Iterator[str]:
     for option, job in changes:
         try:
-            needed = job.total(shared=shared)
+            fits = not job._short(device, host, gpu)
         except InputError:  # the model cannot be laid out so
             continue
-        if needed <= free:
-            yield f"{option} needs {_gb(needed)}"
+        if fits:
+            each = " a GPU" if device != "cpu" and job.layout.world_size > 1 else ""
+            yield f"{option} needs {_gb(job.total(shared=device == 'cpu'))}{each}"
             return
 
 

@@ -94,7 +94,8 @@ def plan_model(options: Options) -> ModelPlan:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cache = options.cache or figures.default
-    kv = kv_settings(options)
+    # On a CPU it would move rows from memory to memory.
+    kv = kv_settings(options, offload=config.figures.offload and device == "cuda")
     return ModelPlan(name=name, source=source, vae_bytes=vae_bytes, device=device, cache=cache, reuse=reuse, kv=kv)
 
 
@@ -245,13 +246,18 @@ def reuse_settings(options: Options, figures: ReuseFigures, *, num_steps: int, g
     return replace(settings, **changes, **passes)
 
 
-def kv_settings(options: Options) -> KVSettings:
-    """How much of the past is held, and how it is cut down. An `InputError` says which options do not fit."""
+def kv_settings(options: Options, *, offload: bool = False) -> KVSettings:
+    """How much of the past is held, how it is cut down, and where, `offload` if nothing is said.
+
+    An `InputError` says which options do not fit.
+    """
     chosen = _given(options, {"kv_retention": "retention", "kv_queries": "queries"})
     if options.kv_budget is None and chosen:
         name = f"--kv-{next(iter(chosen))}"
         raise InputError(f"{name} says how the past is compressed: give --kv-budget CHUNKS with it, or leave it out")
-    return KVSettings(budget=options.kv_budget, selection=SelectionSettings(**chosen))
+    if options.kv_offload is not None:
+        offload = options.kv_offload
+    return KVSettings(budget=options.kv_budget, selection=SelectionSettings(**chosen), offload=offload)
 
 
 def _given(options: Options, names: Mapping[str, str]) -> dict[str, Any]:

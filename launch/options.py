@@ -214,6 +214,11 @@ class Options:
         within=(1, 1_000_000),
         metavar="CHUNKS",
     )
+    kv_offload: bool | None = _memory(
+        "Keep the keys and values of finished chunks in the machine's memory, and on the GPU those of one layer and "
+        "the next alone. The result is the same, bit for bit.",
+        shown="on a GPU as the model's configuration says, and released ones say yes",
+    )
     kv_retention: TokenUnit | None = _memory(
         "What the compression keeps or drops as one: single tokens, frames, or chunks.", shown="token"
     )

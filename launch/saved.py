@@ -30,7 +30,7 @@ from engine.files import Damaged, atomic_write, read_sealed, write_errors, write
 from launch.forms import values_of
 from launch.model import layout_of
 from launch.options import threads_of_a_rank
-from launch.output.formats import Format
+from launch.output.formats import FORMATS, Format
 from launch.output.segments import count_frames
 from launch.plan import Plan
 from models.errors import InputError
@@ -66,7 +66,7 @@ def video_digest(plan: Plan, threads: int, repeat: int = 0) -> str:
         "precise": source.precise,
         "compiled": source.compiled,
         "cache": asdict(model.reuse),
-        "kv": asdict(model.kv),
+        "kv": model.kv.identity(),
     }
     text = json.dumps(what, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
@@ -170,7 +170,7 @@ class SavedVideo:
         request, runtime = plan.request, plan.model.config.runtime_config
         self.folder, self._plan, self._say = folder.absolute(), plan, say
         self.segments = SegmentFiles(
-            folder=self.folder / f"segments-{plan.form.codec.name}",
+            folder=self.folder / f"segments-{FORMATS[plan.suffix].codec.name}",
             frames=runtime.chunk_width * runtime.temporal_downsample_factor,
             height=request.height,
             width=request.width,
@@ -237,7 +237,7 @@ class SavedVideo:
             seed=request.seed,
             seconds=None,
             chunks=request.chunks,
-            out=f"{plan.out.absolute()}{'' if plan.form.suffix else '/'}",
+            out=f"{plan.out.absolute()}{'' if plan.suffix else '/'}",
         )
         return values_of(own)
 

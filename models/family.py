@@ -36,6 +36,7 @@ class Figures:
     num_steps: int
     chunk_frames: int  # frames of a chunk
     window: int  # chunks that are denoised at once
+    offload: bool = False  # finished chunks are to be in host memory, where there is a GPU
     most_chunks: int | None = None  # of what the model is run on; a longer video is made of several
 
 

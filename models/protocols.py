@@ -172,6 +172,15 @@ class Sampling(Protocol):
     def chunk_width(self) -> int:
         """Latent frames of a chunk."""
 
+    @property
+    def chunks_at_once(self) -> int | None:
+        """Chunks that one span of times and positions holds, given ones among them; None if there is no end. A longer
+        video is made in several spans."""
+
+    @property
+    def overlap(self) -> int:
+        """Chunks at the end of a span that the next one is given."""
+
     def prefix_chunks(self, frames: int) -> int:
         """How many chunks a prefix of so many latent frames adds to those that are asked for."""
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kv.buffer import KVState, LayerKV
+from engine.kv.buffer import KVState
 from engine.kv.layout import KVSettings
+from engine.kv.views import LayerKV
 from engine.request import Request
 from engine.reuse.flags import FlagState
 from engine.reuse.memory import ComputedStep
@@ -24,7 +25,7 @@ from engine.video import KVOp, VideoState
 from models.protocols import Pipeline
 
 RUN_FILE = "run.safetensors"
-_FORMAT = 6
+_FORMAT = 7
 _PARTS = ("kv", "queries", "origin")  # of a `LayerKV`
 
 
@@ -59,7 +60,7 @@ def fingerprint(
         "first_stage_layers": [model.kv.layers.start, model.kv.layers.stop],
         "dtype": str(model.kv.dtype),
     }
-    settings = {"layout": dict(layout), "reuse": asdict(reuse), "kv": asdict(kv)}
+    settings = {"layout": dict(layout), "reuse": asdict(reuse), "kv": kv.identity()}
     parts = {"format": _FORMAT, "request": asked, "model": held, **settings}
     plain: dict[str, Any] = json.loads(json.dumps(parts))  # as it looks when it is read again
     return plain
@@ -89,6 +90,7 @@ def pack_shard(kv: KVState, flags: FlagState, about: Mapping[str, Any]) -> Conte
         "about": dict(about),
         "clean": kv.clean,
         "window": kv.window,
+        "published": kv.published,
         "layers": list(kv.layers),
         "flags": [flags.digest.hex(), flags.count],
     }
@@ -104,7 +106,8 @@ def unpack_shard(contents: Contents) -> tuple[KVState, FlagState]:
         queries, origin = tensors.get(f"{start}.queries"), tensors.get(f"{start}.origin")
         layers[branch, layer] = LayerKV(tensors[f"{start}.kv"], queries, origin)
     clean = [(chunk, rows) for chunk, rows in values["clean"]]
-    return KVState(clean=clean, window=values["window"], layers=layers), _flag_state(values)
+    state = KVState(clean=clean, window=values["window"], published=values["published"], layers=layers)
+    return state, _flag_state(values)
 
 
 def pack_run(state: VideoState) -> Contents:

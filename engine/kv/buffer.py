@@ -1,7 +1,8 @@
 """The KV buffers of one request: one tensor per layer and branch, written and read in place.
 
-When a chunk retires into a full clean region, the region is cut down: either its oldest chunk is dropped, or (with a
-budget) the region and the new chunk are compressed together. Both move rows within the buffer.
+The first rows of a layout may lie elsewhere: those that are alike in all branches in the first one, and with offload
+all clean rows in host memory. When a chunk retires into a full clean region, the region is cut down: either its oldest
+chunk is dropped, or (with a budget) the region and the new chunk are compressed together.
 
 Shapes: N rows of the buffer, S tokens of a chunk, Q queries, G key heads, d head size, H query heads.
 """
@@ -15,8 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from engine.kv.layout import KVPlan
+from engine.kv.layout import MIXED, KVPlan
 from engine.kv.selection import select
+from engine.kv.staging import Staging
+from engine.kv.views import Due, IsolatedView, LayerKV, SliceView, StagedView
 from engine.video import KVOp
 from models.attention import Attention
 from models.protocols import KVGeometry, KVView
@@ -29,94 +32,14 @@ OnKept = Callable[[int, int, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Due:
-    """A compression that is still to be made in a layer; where rows stand afterwards is known."""
-
-    length: int  # rows of the clean region before it
-    used: int  # rows in all before it
-
-
-@dataclass(slots=True)
-class LayerKV:
-    """One layer of one branch; with compression also who asks and whence tokens came."""
-
-    kv: Tensor  # keys and values [2, N, G, d]
-    queries: Tensor | None = None  # of the chunk that was denoised last [Q, H, d]
-    origin: Tensor | None = None  # chunk of each row [N, G]
-    due: Due | None = None  # a compression that the next queries are to make
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all three."""
-        return sum(part.nbytes for part in (self.kv, self.queries, self.origin) if part is not None)
-
-    def first(self, rows: int) -> LayerKV:
-        """Its first rows."""
-        return LayerKV(self.kv[:, :rows], self.queries, None if self.origin is None else self.origin[:rows])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class KVState:
-    """The state of a `KVBuffer`. Tensors are views of the rows in use, or their copies in a checkpoint."""
+    """The state of a `KVBuffer`, wherever it holds its rows. Tensors may be views, or copies in a checkpoint."""
 
     clean: Sequence[tuple[int, int]]  # as of a `KVLayout`
     window: Sequence[int]  # likewise
-    layers: Mapping[tuple[int, int], LayerKV]  # by branch and layer
-
-
-class SliceView:
-    """A chunk's view: it writes its own rows and attends to one slice of the buffer that ends with them."""
-
-    def __init__(
-        self,
-        layers: dict[int, LayerKV],
-        own: slice,
-        span: slice,
-        attention: Attention,
-        *,
-        asks: bool,
-        compress: Callable[[int, Tensor], None] | None = None,  # makes a layer's compression that is due
-    ) -> None:
-        self._layers, self._own, self._span, self._attention, self._asks = layers, own, span, attention, asks
-        self._compress = compress
-        self._waiting: tuple[Tensor, Tensor] | None = None
-
-    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write the chunk's keys and values [1, S, G, d] of a layer, once the rows that they go to are free."""
-        if self._layers[layer].due is not None:
-            self._waiting = k, v
-            return
-        kv = self._layers[layer].kv
-        kv[0, self._own] = k[0]
-        kv[1, self._own] = v[0]
-
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Attention of queries [1, S, H, d] over the slice."""
-        held = self._layers[layer]
-        if self._waiting is not None:
-            assert self._compress is not None
-            self._compress(layer, q[0])
-            waiting, self._waiting = self._waiting, None
-            self.store(layer, *waiting)
-        if self._asks and held.queries is not None:
-            held.queries.copy_(q[0, -held.queries.shape[0] :])
-        seen = held.kv[:, self._span]
-        return self._attention(q, seen[0][None], seen[1][None])
-
-
-class IsolatedView:
-    """A chunk that sees itself only and leaves nothing behind."""
-
-    def __init__(self, attention: Attention) -> None:
-        self._attention = attention
-
-    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Hold the chunk's keys and values until its queries come."""
-        self._kv = k, v
-
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Attention of queries [1, S, H, d] over the chunk itself."""
-        return self._attention(q, *self._kv)
+    published: int  # likewise
+    layers: Mapping[tuple[int, int], LayerKV]
+    """By branch and layer, the rows in use; of branches after the first those alone that are not alike in all."""
 
 
 class KVBuffer:
@@ -124,22 +47,34 @@ class KVBuffer:
 
     def __init__(self, plan: KVPlan, geometry: KVGeometry, attention: Attention, on_kept: OnKept | None = None) -> None:
         self._on_kept = on_kept
-        self.layout, self._plan, self._attention = plan.layout(), plan, attention
-        self._branches = [{layer: self._allocate(geometry) for layer in geometry.layers} for _ in range(plan.branches)]
+        self.layout, self._plan, self._geometry, self._attention = plan.layout(), plan, geometry, attention
+        self._branches = [
+            {layer: self._allocate(branch) for layer in geometry.layers} for branch in range(plan.branches)
+        ]
+        self._staging = Staging(plan, geometry)
 
-    def _allocate(self, geometry: KVGeometry) -> LayerKV:
-        rows, heads, size = self.layout.capacity, geometry.key_heads, geometry.head_size
-        layer = LayerKV(torch.zeros((2, rows, heads, size), dtype=geometry.dtype, device=geometry.device))
-        if self._plan.selection is not None:
-            shape = (self._plan.query_rows(), geometry.query_heads, size)
-            layer.queries = torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)
-            layer.origin = torch.zeros((rows, heads), dtype=torch.int32, device=geometry.device)
+    def _allocate(self, branch: int) -> LayerKV:
+        plan, shape = self._plan, self._geometry
+        heads, size, dtype, device = shape.key_heads, shape.head_size, shape.dtype, shape.device
+        layer = LayerKV(torch.zeros((2, plan.device_rows(branch), heads, size), dtype=dtype, device=device))
+        if plan.offload:
+            rows = 2, plan.host_rows(branch), heads, size
+            layer.host = torch.zeros(rows, dtype=dtype, pin_memory=device.type == "cuda")
+        if plan.selection is not None:
+            queries = plan.query_rows(), shape.query_heads, size
+            layer.queries = torch.zeros(queries, dtype=dtype, device=device)
+            layer.origin = torch.zeros((self.layout.capacity, heads), dtype=torch.int32, device=device)
         return layer
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, the bookkeeping of compression counted."""
-        return sum(layer.nbytes for branch in self._branches for layer in branch.values())
+        """Bytes held on the device, the bookkeeping of compression counted."""
+        return sum(layer.nbytes for branch in self._branches for layer in branch.values()) + self._staging.nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes held in host memory beside it, with offload."""
+        return self._plan.host_nbytes(self._geometry)
 
     def apply(self, op: KVOp) -> None:
         """Carry out a change that a work item asks for."""
@@ -159,9 +94,14 @@ class KVBuffer:
         layout = self.layout
         if branch is None:
             return IsolatedView(self._attention)
-        own, span = layout.rows(chunk), layout.span(keys_from, chunk)
-        compress = partial(self._compress, branch)
-        return SliceView(self._branches[branch], own, span, self._attention, asks=asks, compress=compress)
+        layers, begin, span = self._branches[branch], self._begin(branch), layout.span(keys_from, chunk)
+        own, inside = (_within(rows, begin) for rows in (layout.rows(chunk), span))
+        how, compress = self._attention, partial(self._compress, branch)
+        if span.start >= begin:
+            return SliceView(layers, own, inside, how, asks=asks, compress=compress)
+        elsewhere = {number: self._pieces(branch, number, span.start, begin) for number in layers}
+        view = partial(StagedView, elsewhere=elsewhere, staging=self._staging)
+        return view(layers, own, inside, how, asks=asks, compress=compress)
 
     def kept_shares(self, chunks: int) -> Tensor:
         """Share of the tokens of each of the first chunks that stands in the clean region, [chunks] fp32 on the CPU.
@@ -181,50 +121,114 @@ class KVBuffer:
 
     def state(self) -> KVState:
         """What it holds now; later writes change it."""
-        used = self.layout.used_rows
-        layers = {
-            (branch, number): layer.first(used)
-            for branch, held in enumerate(self._branches)
-            for number, layer in held.items()
-        }
-        return KVState(clean=list(self.layout.clean), window=list(self.layout.window_chunks), layers=layers)
+        layout, layers = self.layout, {}
+        self._staging.settle()
+        for branch, held in enumerate(self._branches):
+            for number, layer in held.items():
+                pieces = self._pieces(branch, number, layout.alike if branch else 0, layout.used_rows)
+                kv = pieces[0] if len(pieces) == 1 else torch.cat([piece.cpu() for piece in pieces], dim=1)
+                origin = None if layer.origin is None else layer.origin[: layout.used_rows]
+                layers[branch, number] = LayerKV(kv, layer.queries, origin)
+        window, published = list(layout.window_chunks), layout.published
+        return KVState(clean=list(layout.clean), window=window, published=published, layers=layers)
 
     def restore(self, state: KVState) -> None:
         """Go on from the state of a buffer of the same size, layers and heads; a ValueError if it does not fit."""
         own = {(branch, number) for branch, held in enumerate(self._branches) for number in held}
         if own != set(state.layers):
             raise ValueError(f"it has the layers {sorted(state.layers)} and not {sorted(own)}")
-        self.layout.restore(state.clean, state.window)
-        used = self.layout.used_rows
-        for (branch, number), saved in state.layers.items():
-            layer = self._branches[branch][number].first(used)
-            _fill(layer.kv, saved.kv)
+        layout = self.layout
+        layout.restore(state.clean, state.window, state.published)
+        used = layout.used_rows
+        for (branch, number), saved in sorted(state.layers.items()):  # the first branch first, as others copy of it
+            layer = self._branches[branch][number]
+            first = layout.alike if branch else 0
+            _spread(self._pieces(branch, number, first, used), saved.kv)
+            if not self._plan.shared:
+                self._copy_first(branch, number, 0, first)
             _fill(layer.queries, saved.queries)
-            _fill(layer.origin, saved.origin)
+            _fill(None if layer.origin is None else layer.origin[:used], saved.origin)
+
+    def _begin(self, branch: int) -> int:
+        """The row of the layout that the branch's tensors begin with; those before lie elsewhere."""
+        if self._plan.offload:
+            return self.layout.clean_rows
+        return self.layout.alike if self._plan.shared and branch else 0
+
+    def _owner(self, branch: int, chunk: int) -> int:
+        """The branch whose memory on the host has a clean chunk of a branch."""
+        return 0 if self._plan.shared and chunk <= self.layout.published else branch
+
+    def _place(self, chunk: int, rows: int) -> int:
+        """Where a clean chunk begins in so many rows on the host: those that stay come first, the others take turns."""
+        stay, row = self.layout.sink_tokens, chunk * self.layout.chunk_tokens
+        if chunk == MIXED:
+            return 0
+        return row if row < stay else stay + (row - stay) % (rows - stay)
+
+    def _pieces(self, branch: int, number: int, start: int, stop: int) -> list[Tensor]:
+        """Where rows of a layer lie, in order; from the beginning of a chunk on, if some of them are on the host."""
+        begin, pieces, at = self._begin(branch), list[Tensor](), 0
+        if self._plan.offload:
+            for chunk, rows in self.layout.clean:
+                held = self._branches[self._owner(branch, chunk)][number].host
+                assert held is not None
+                if start <= at < stop:
+                    place = self._place(chunk, held.shape[1])
+                    pieces.append(held[:, place : place + rows])
+                at += rows
+        elif start < min(begin, stop):
+            pieces.append(self._branches[0][number].kv[:, start : min(begin, stop)])
+        if stop > begin:
+            pieces.append(self._branches[branch][number].kv[:, _within(slice(start, stop), begin)])
+        return pieces
+
+    def _copy_first(self, branch: int, number: int, start: int, stop: int) -> None:
+        """Give a branch the rows of the first, which has them in the same places."""
+        if branch:
+            pieces = self._pieces(branch, number, start, stop), self._pieces(0, number, start, stop)
+            for target, source in zip(*pieces, strict=True):
+                target.copy_(source)
 
     def _retire(self, chunk: int) -> None:
-        layout = self.layout
+        layout, selection = self.layout, self._plan.selection
         used, rows = layout.used_rows, layout.rows(chunk)
-        excess = layout.retire(chunk)
-        layers = [layer for branch in self._branches for layer in branch.values()]
-        for layer in layers:
+        begins = [self._begin(branch) for branch in range(len(self._branches))]
+        layers = {(branch, number): one for branch, held in enumerate(self._branches) for number, one in held.items()}
+        until_now = {key: self._pieces(*key, 0, rows.stop) for key in layers}
+        for layer in layers.values():
             if layer.origin is not None:
                 layer.origin[rows] = chunk
-        if not excess:
-            return
-        if self._plan.selection is None:
-            layout.drop_oldest(excess)
-            for layer in layers:
-                _move_left(layer.kv, slice(layout.sink_tokens + excess, used), to=layout.sink_tokens)
-            return
-        due = Due(length=layout.clean_rows, used=used)
-        layout.mix(layout.clean_tokens)
-        for branch, held in enumerate(self._branches):
-            for number, layer in held.items():
-                layer.due = due
-                if self._plan.selection.asks == "last":
+        excess = layout.retire(chunk)
+        if excess and selection is not None:
+            layout.mix(layout.clean_tokens)
+            for key, layer in layers.items():
+                layer.due = Due(pieces=until_now[key], begin=begins[key[0]], used=used)
+            if selection.asks == "last":
+                for key, layer in layers.items():
                     assert layer.queries is not None
-                    self._compress(branch, number, layer.queries)
+                    self._compress(*key, layer.queries)
+            return
+        layout.drop_oldest(excess)
+        if self._plan.offload and chunk in layout.clean_chunks:
+            own = [key for key in layers if self._owner(key[0], chunk) == key[0]]
+            places = {key: self._pieces(*key, layout.rows(chunk).start, layout.clean_rows)[0] for key in own}
+            self._staging.to_host((places[key], until_now[key][-1]) for key in own)
+        self._settle(begins, used, excess)
+
+    def _settle(self, begins: Sequence[int], used: int, gone: int) -> None:
+        """Move rows, of which `used` were held, to where they belong now that `gone` are not there any more.
+
+        The branches began with the rows `begins`. Those that are never dropped stay where they are.
+        """
+        layout = self.layout
+        stays = min(layout.sink_tokens, layout.clean_rows)
+        for branch, held in enumerate(self._branches):
+            begin = self._begin(branch)
+            first = max(begin, stays)
+            rows = _within(slice(first + gone, used), begins[branch])
+            for layer in held.values():
+                _move_left(layer.kv, rows, to=first - begin)
 
     def _compress(self, branch: int, number: int, queries: Tensor) -> None:
         """Keep the best rows of the clean region for queries [Q, H, d], at the front, and let the others follow them.
@@ -233,40 +237,66 @@ class KVBuffer:
         """
         layer, selection = self._branches[branch][number], self._plan.selection
         assert layer.origin is not None and layer.due is not None and selection is not None
-        length, kept = layer.due.length, self.layout.clean_tokens
+        due, kept = layer.due, self.layout.clean_tokens
+        *before, kv = due.pieces
+        if layer.host is not None:
+            kv = self._staging.join((branch, number), before, kv)
+            following = self._branches[branch].get(number + 1)
+            if selection.asks == "last" and following is not None and following.due is not None:
+                self._staging.fetch((branch, number + 1), following.due.pieces[:-1])
         positions = select(
             queries,
-            layer.kv[0, :length],
+            kv[0],
             keep=kept,
             frame_tokens=self._plan.frame_tokens,
             chunk_tokens=self.layout.chunk_tokens,
             settings=selection,
         )
         if self._on_kept is not None:
-            self._on_kept(branch, number, queries, layer.kv[0, :length], positions)
-        self._gather(layer, positions, kept if selection.asks == "next" else _BLOCK)
-        _move_left(layer.kv, slice(length, layer.due.used), to=kept)
+            self._on_kept(branch, number, queries, kv[0], positions)
+        _gather(kv, layer.origin, positions, kept if selection.asks == "next" else _BLOCK)
+        if layer.host is not None:
+            self._staging.to_host([(layer.host, kv[:, :kept])])
+        _move_left(layer.kv, _within(slice(kv.shape[1], due.used), due.begin), to=kept - self._begin(branch))
         layer.due = None
 
-    def _gather(self, layer: LayerKV, positions: Tensor, block: int) -> None:
-        """Bring rows to the front, so many at once."""
-        assert layer.origin is not None
-        # Positions ascend and are never before where they go, so a block never overwrites what a later one reads.
-        for start in range(0, positions.shape[0], block):
-            part = positions[start : start + block]
-            stop = start + part.shape[0]
-            index = part[None, ..., None].expand(2, -1, -1, layer.kv.shape[-1])
-            layer.kv[:, start:stop] = layer.kv.gather(1, index)
-            layer.origin[start:stop] = layer.origin.gather(0, part)
-
     def _publish(self, chunk: int) -> None:
-        """Copy a finished chunk's rows from branch 0; nothing is left to do once they were dropped."""
-        if chunk not in (*self.layout.clean_chunks, *self.layout.window_chunks):
+        """Give the other branches a finished chunk's rows of branch 0; nothing is left to do once they were dropped."""
+        layout = self.layout
+        if chunk not in (*layout.clean_chunks, *layout.window_chunks):
             return
-        rows = self.layout.rows(chunk)
-        for branch in self._branches[1:]:
-            for number, layer in branch.items():
-                layer.kv[:, rows] = self._branches[0][number].kv[:, rows]
+        rows, used = layout.rows(chunk), layout.used_rows
+        begins = [self._begin(branch) for branch in range(len(self._branches))]
+        if not self._plan.shared or chunk in layout.window_chunks:
+            for branch, held in enumerate(self._branches):
+                for number in held:
+                    self._copy_first(branch, number, rows.start, rows.stop)
+        layout.published = chunk
+        self._settle(begins, used, 0)
+
+
+def _gather(kv: Tensor, origin: Tensor, positions: Tensor, block: int) -> None:
+    """Bring rows to the front, so many at once."""
+    # Positions ascend and are never before where they go, so a block never overwrites what a later one reads.
+    for start in range(0, positions.shape[0], block):
+        part = positions[start : start + block]
+        stop = start + part.shape[0]
+        kv[:, start:stop] = kv.gather(1, part[None, ..., None].expand(2, -1, -1, kv.shape[-1]))
+        origin[start:stop] = origin.gather(0, part)
+
+
+def _within(rows: slice, begin: int) -> slice:
+    """Rows of a layout in a tensor that begins with the row `begin`."""
+    return slice(max(rows.start - begin, 0), rows.stop - begin)
+
+
+def _spread(pieces: Sequence[Tensor], saved: Tensor) -> None:
+    """Fill pieces, one behind the other."""
+    rows = [piece.shape[1] for piece in pieces]
+    if sum(rows) != saved.shape[1]:
+        raise ValueError(f"it has {saved.shape[1]} rows and not {sum(rows)}")
+    for piece, part in zip(pieces, saved.split(rows, dim=1), strict=True):
+        _fill(piece, part)
 
 
 def _fill(part: Tensor | None, saved: Tensor | None) -> None:
@@ -281,6 +311,8 @@ def _fill(part: Tensor | None, saved: Tensor | None) -> None:
 def _move_left(kv: Tensor, rows: slice, *, to: int) -> None:
     """Move rows towards the front, in blocks no longer than the distance so that no copy overlaps itself."""
     by = rows.start - to
+    if not by:
+        return
     for start in range(rows.start, rows.stop, by):
         stop = min(start + by, rows.stop)
         kv[:, start - by : stop - by] = kv[:, start:stop]

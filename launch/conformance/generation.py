@@ -110,7 +110,7 @@ def _make(golden: Golden, run: Run, model: MagiDiT, gang: Gang | None) -> Result
         seed=0,
     )
     prefix = None if prefix is None else prefix.to(shapes.dtype)
-    encoded = Encoded(captions=captions, prefix=prefix, noise=given_noise(noise.cpu()))
+    encoded = Encoded(captions=captions, prefix=prefix, noise=lambda span: given_noise(noise.cpu()))
     recorder, pipeline = Recorder(), MagiPipeline(run.config, model)
     led = nullcontext((Engine(pipeline, reuse=run.reuse), None)) if gang is None else gang.lead(pipeline, run.reuse)
     with led as (engine, _):

@@ -1,12 +1,13 @@
 """Golden files of whole videos of SkyReels-V2 and of Self-Forcing: `wan_generation`, `wan_self_forcing`.
 
-The engine makes each iteration of a video as a video of its own, here or over a gang; what one takes over from the one
-before it is in the file. The weights file lies beside the case.
+The engine makes them, here or over a gang. Groups of latent frames are made as one long video, span by span; each whole
+window as a video of its own, as what it takes over from the one before is in the file. The weights file lies beside the
+case.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -20,8 +21,9 @@ from engine.executor import LocalRunner
 from engine.kv.layout import KVSettings
 from engine.kv.selection import SelectionSettings
 from engine.record import Recorder, RunRecord
-from engine.request import Encoded, Request
+from engine.request import Admission, Encoded, Request
 from engine.reuse.policy import CONDITION, ChunkPolicy, ReuseSettings
+from engine.schedule import Schedule
 from engine.video import Noise, Work
 from launch.conformance.golden import Golden
 from launch.conformance.wan_forward import wan_config
@@ -29,7 +31,7 @@ from models.attention import Attention
 from models.checkpoint import Loading
 from models.config import checked
 from models.errors import InputError
-from models.protocols import CELL_PIXELS, Autoencoder, CaptionTable, Sampling
+from models.protocols import CELL_FRAMES, CELL_PIXELS, Autoencoder, CaptionTable, Sampling
 from models.wan.changes import KEPT_STEPS, POLYNOMIALS, condition_changes
 from models.wan.config import CAUSAL_WAN, WanConfig
 from models.wan.dit import WanDiT
@@ -102,21 +104,22 @@ class _Making:
 
     sampling: Sampling
     captions: CaptionTable
-    frames: int  # latent frames in all
+    frames: tuple[int, ...]  # latent frames that are made, and those in front of them, of each span
+    given: tuple[int, ...]
     size: tuple[int, int]  # latent cells
     prefix: Tensor | None  # [1, C, P, h, w]
-    noise: Noise
+    noise: Callable[[int], Noise]
     reuse: ReuseSettings
     kv: KVSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WanRun:
-    """One iteration of a case."""
+    """Iterations of a case that are made as one video."""
 
     golden: Golden
     config: WanConfig
-    iteration: int
+    iterations: range
 
     def load(self, layers: range | None) -> WanDiT:
         """The model, with the layers that are run here; all by default."""
@@ -130,8 +133,8 @@ class WanRun:
             return stage_layers(parse_split(split, layers=count, stages=stages), mesh.stage)
         return stage_layers(balanced_split([1.0] * count, stages), mesh.stage)
 
-    def make(self, model: WanDiT, gang: Gang | None) -> WanResult:
-        """Make the iteration with a model; on all ranks of a gang, as its leader."""
+    def make(self, model: WanDiT, gang: Gang | None) -> list[WanResult]:
+        """Make the iterations with a model; on all ranks of a gang, as its leader."""
         return _make(self, model, gang)
 
     def making(self, model: WanDiT) -> _Making:
@@ -162,15 +165,17 @@ class _Latents:
 
 
 def wan_runs(golden: Golden) -> list[WanRun]:
-    """The iterations of a case, in order."""
+    """The videos of a case, in order."""
     config = wan_config(golden)
     if golden.kind == "wan_self_forcing":
         precision = replace(CAUSAL_WAN, dtype=config.precision.dtype)
-        return [WanRun(golden=golden, config=replace(config, precision=precision), iteration=0)]
+        return [WanRun(golden=golden, config=replace(config, precision=precision), iterations=range(1))]
     count = len(golden.named("output.latents.iter"))
     if not count:
         raise InputError(f"{golden.path} lacks the tensors output.latents.iter")
-    return [WanRun(golden=golden, config=config, iteration=iteration) for iteration in range(count)]
+    if _policy(golden).policy == "flowcache":
+        return [WanRun(golden=golden, config=config, iterations=range(count))]
+    return [WanRun(golden=golden, config=config, iterations=range(one, one + 1)) for one in range(count)]
 
 
 class _Watching(LocalRunner):
@@ -178,22 +183,41 @@ class _Watching(LocalRunner):
 
     def __init__(self, model: WanDiT) -> None:
         super().__init__(model, model.attention, on_kept=self._note)
-        self.kept: dict[str, Tensor] = {}
+        self.kept: list[dict[str, Tensor]] = []
         self._row = 0
+
+    def admit(self, admission: Admission) -> None:
+        super().admit(admission)
+        self.kept.append({})
 
     def begin(self, work: Work) -> None:
         self._row = work.item.tick
         super().begin(work)
 
     def _note(self, branch: int, layer: int, queries: Tensor, keys: Tensor, positions: Tensor) -> None:
-        name = f"row{self._row}.{('cond', 'uncond')[branch]}.layer{layer}"
-        self.kept[f"keep.{name}"] = positions.sort(dim=0).values.to(torch.int16)
-        self.kept[f"keep_key.{name}"], self.kept[f"keep_query.{name}"] = keys.clone(), queries.clone()
+        kept, name = self.kept[-1], f"row{self._row}.{('cond', 'uncond')[branch]}.layer{layer}"
+        kept[f"keep.{name}"] = positions.sort(dim=0).values.to(torch.int16)
+        kept[f"keep_key.{name}"], kept[f"keep_query.{name}"] = keys.clone(), queries.clone()
+
+
+class _Spans(Recorder):
+    """A record of each span."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[RunRecord] = []
+        self._begun = False
+
+    def begin(self, schedule: Schedule) -> None:
+        if self._begun:
+            self.done.append(self.finish({}))
+        self._begun = True
+        super().begin(schedule)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WanResult:
-    """What a run has made."""
+    """What was made of an iteration."""
 
     iteration: int
     latents: Tensor  # [1, C, T, h, w], with the given ones
@@ -202,35 +226,35 @@ class WanResult:
     kept: dict[str, Tensor] | None  # what compressions saw and kept, by the ends of names; None on ranks
 
 
-def _make(run: WanRun, model: WanDiT, gang: Gang | None) -> WanResult:
+def _make(run: WanRun, model: WanDiT, gang: Gang | None) -> list[WanResult]:
     making, golden = run.making(model), run.golden
     sampling, (height, width) = making.sampling, making.size
-    given = 0 if making.prefix is None else making.prefix.shape[2]
     request = Request(
         prompt=golden.path.stem,
-        chunks=making.frames // sampling.chunk_width - sampling.prefix_chunks(given),
+        chunks=sum(-(-frames // sampling.chunk_width) for frames in making.frames),
         height=height * CELL_PIXELS,
         width=width * CELL_PIXELS,
         num_steps=sampling.num_steps,
         seed=0,
     )
     encoded = Encoded(captions=making.captions, prefix=making.prefix, noise=making.noise)
-    recorder, pipeline, runner = Recorder(), _Latents(model=model, how=sampling), _Watching(model)
+    recorder, pipeline, runner = _Spans(), _Latents(model=model, how=sampling), _Watching(model)
     engine = Engine(pipeline, runner, reuse=making.reuse, kv=making.kv)
     led = nullcontext((engine, None)) if gang is None else gang.lead(pipeline, making.reuse, making.kv)
     with led as (engine, _):
         what = Submission(request=request, encoded=encoded)
-        made = [chunk.latents for chunk in engine.generate(what, recorder=recorder, decode=False)]
-    latents = torch.cat(made, dim=2)
-    if making.prefix is not None:
-        latents = torch.cat([making.prefix[:, :, : making.frames - latents.shape[2]].to(latents), latents], dim=2)
-    return WanResult(
-        iteration=run.iteration,
-        latents=latents,
-        record=recorder.finish({}),
-        policy=_policy(golden),
-        kept=runner.kept if gang is None else None,
-    )
+        made = torch.cat([chunk.latents for chunk in engine.generate(what, recorder=recorder, decode=False)], dim=2)
+    records, results, latents = [*recorder.done, recorder.finish({})], list[WanResult](), making.prefix
+    for place, (iteration, record) in enumerate(zip(run.iterations, records, strict=True)):
+        own = made[:, :, sum(making.frames[:place]) : sum(making.frames[: place + 1])]
+        if latents is not None:
+            latents = latents[:, :, latents.shape[2] - making.given[place] :]
+        latents = own if latents is None else torch.cat([latents.to(own), own], dim=2)
+        kept = runner.kept[place] if gang is None else None
+        results.append(
+            WanResult(iteration=iteration, latents=latents, record=record, policy=_policy(golden), kept=kept)
+        )
+    return results
 
 
 def _policy(golden: Golden) -> _Policy:
@@ -246,7 +270,7 @@ def _captions(golden: Golden) -> CaptionTable:
 
 
 def _forcing(run: WanRun, model: WanDiT) -> _Making:
-    golden, iteration = run.golden, run.iteration
+    golden, iteration = run.golden, run.iterations[0]
     asked = checked(_Sampling, golden.json("sampling"), source=f"{golden.path}: sampling")
     policy, channels = _policy(golden), model.latent_channels
     noise = golden.tensor(f"input.noise.iter{iteration}", (channels, None, None, None))[None]
@@ -277,19 +301,29 @@ def _forcing(run: WanRun, model: WanDiT) -> _Making:
         sampling = WindowSampling(**common, given=given, ends=ends)
         steps = [sampling.times(row) for row in range(sampling.num_steps)]
         changes = condition_changes(model, steps, asked.fps, of_head=not policy.use_ret_steps)
+    sizes = [golden.tensor(f"output.latents.iter{one}").shape[1] for one in run.iterations]
+    overlap = 0 if asked.overlap_history is None else (asked.overlap_history - 1) // CELL_FRAMES + 1
+    before = (given, *[overlap] * (len(sizes) - 1))
+    if isinstance(sampling, WindowSampling):  # an image's latent is handed out with those that are made
+        sizes, before = [sampling.chunk_width], (0 if given == 1 else given,)
+    else:
+        sampling = replace(sampling, overlap_frames=overlap)
     return _Making(
         sampling=replace(sampling, changes=changes),
         captions=_captions(golden),
-        frames=sampling.chunk_width if isinstance(sampling, WindowSampling) else frames,
+        frames=tuple(size - own for size, own in zip(sizes, before, strict=True)),
+        given=before,
         size=(noise.shape[3], noise.shape[4]),
         prefix=None if prefix is None else prefix[None],
-        noise=_noise(noise if end is None else torch.cat([noise, end[None]], dim=2), golden, iteration),
+        noise=lambda span: _noise(golden, run.iterations[span], end),
         reuse=replace(policy.reuse(), clean_pass=causal),
         kv=policy.kv(),
     )
 
 
-def _noise(whole: Tensor, golden: Golden, iteration: int) -> Noise:
+def _noise(golden: Golden, iteration: int, end: Tensor | None) -> Noise:
+    whole = golden.tensor(f"input.noise.iter{iteration}", (None, None, None, None))[None]
+    whole = whole if end is None else torch.cat([whole, end[None]], dim=2)
     added = golden.tensors.get(f"input.addnoise.iter{iteration}")
 
     def noise(chunk: int, shape: tuple[int, ...], draw: int) -> Tensor:
@@ -343,10 +377,11 @@ def _self_forcing(golden: Golden) -> _Making:
     return _Making(
         sampling=sampling,
         captions=_captions(golden),
-        frames=whole.shape[2] + given,
+        frames=(whole.shape[2],),
+        given=(given,),
         size=(whole.shape[3], whole.shape[4]),
         prefix=None if prefix is None else prefix.transpose(1, 2),
-        noise=noise,
+        noise=lambda span: noise,
         reuse=ReuseSettings(),
         kv=KVSettings(),
     )
@@ -355,8 +390,9 @@ def _self_forcing(golden: Golden) -> _Making:
 # ---- what is compared
 
 
-def wan_made_by(golden: Golden, results: Sequence[WanResult]) -> Iterator[tuple[str, Tensor]]:
+def wan_made_by(golden: Golden, runs: Sequence[Sequence[WanResult]]) -> Iterator[tuple[str, Tensor]]:
     """What a case's iterations have made, by the names of the tensors that it must equal."""
+    results = [result for run in runs for result in run]
     if golden.kind == "wan_self_forcing":
         yield "output.latents", results[0].latents.transpose(1, 2)
         return

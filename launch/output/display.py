@@ -23,7 +23,7 @@ from rich.text import Text
 
 from engine.progress import Progress
 from launch.options import Options, size_text
-from launch.output.formats import STREAM
+from launch.output.names import STREAM
 from launch.plan import Plan
 from parallel.trace import RankCounters
 
@@ -133,6 +133,7 @@ class Summary:
     making: float  # seconds from the loaded model, or from the video's own start, to the finished file
     computed: float  # computed chunk-steps as a share of all
     kv_bytes: int  # size of the KV buffers; on ranks, of the leader's part
+    kv_host_bytes: int  # what they had in host memory beside it
     memory: int  # peak of the process, bytes; on ranks, of the leader
     gpu_memory: int | None  # peak of tensors on the GPU, bytes; None without one
 
@@ -150,7 +151,8 @@ def summary_text(summaries: Sequence[Summary], *, making: float, ranks: str | No
     computed = sum(one.computed * one.chunks for one in summaries) / chunks
     on = "" if ranks is None else "on the leader "
     gpu = "" if last.gpu_memory is None else f", on the GPU {size_text(last.gpu_memory)}"
-    memory = f"{on}keys and values {size_text(last.kv_bytes)}, peak memory {size_text(last.memory)}{gpu}"
+    on_host = f" and {size_text(last.kv_host_bytes)} on the host" if last.kv_host_bytes else ""
+    memory = f"{on}keys and values {size_text(last.kv_bytes)}{on_host}, peak memory {size_text(last.memory)}{gpu}"
     lines.append(f"{computed:.0%} of the steps computed ({last.plan.model.cache}); {memory}")
     return "\n".join([*lines, *([] if ranks is None else [ranks])])
 

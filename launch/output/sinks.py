@@ -20,6 +20,7 @@ from engine.record import Recorder
 from launch import __version__
 from launch.ending import CommandFailed
 from launch.output.display import Display, Summary
+from launch.output.formats import FORMATS
 from launch.output.video import BackgroundWriter, VideoWriter
 from launch.plan import Plan
 from launch.saved import SavedVideo, saved_folder
@@ -159,7 +160,7 @@ class VideoSinks:
         writer = VideoWriter(
             plan.out,
             fps=plan.model.config.runtime_config.fps,
-            form=plan.form,
+            form=FORMATS[plan.suffix],
             keep_partial=options.keep_partial,
             preview=plan.out.with_suffix(".png") if options.preview else None,
             segments=None if video.saved is None else video.saved.segments,
@@ -189,6 +190,7 @@ class VideoSinks:
             making=time.monotonic() - video.began,
             computed=done.computed,
             kv_bytes=done.kv_bytes,
+            kv_host_bytes=done.kv_host_bytes,
             memory=peak_memory(),
             gpu_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         )
@@ -230,5 +232,6 @@ def record_settings(summary: Summary) -> dict[str, Any]:
         "kv": asdict(plan.model.kv),
         "computed_fraction": summary.computed,
         "kv_bytes": summary.kv_bytes,
+        "kv_host_bytes": summary.kv_host_bytes,
         "seconds": {"loading": summary.loading, "making": summary.making},
     }

@@ -197,6 +197,7 @@ class MagiConfig:
             num_steps=runtime.num_steps,
             chunk_frames=runtime.chunk_width * runtime.temporal_downsample_factor,
             window=runtime.window_size,
+            offload=self.engine_config.kv_offload,
         )
 
     def kv_geometry(self, layers: range, device: torch.device) -> KVGeometry:

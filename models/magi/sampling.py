@@ -67,6 +67,8 @@ class EulerSolver:
 class MagiSampling:
     """Sampling of one request."""
 
+    chunks_at_once = None
+    overlap = 0
     publishes = True
     sink = 0
     residual_of_layers = False

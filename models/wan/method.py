@@ -33,6 +33,7 @@ def sampling_of(
         ar_step=runtime.stagger,
         frames=runtime.window_frames,
         noise_condition=runtime.noise_condition,
+        overlap_frames=runtime.overlap_frames,
         clean_pass=clean_pass,
         changes=changes,
         dtype=config.dtype,

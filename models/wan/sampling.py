@@ -109,6 +109,7 @@ class BlockSampling(DiffusionForcing):
     """Each group is a chunk, block-causal, as FlowCache runs it."""
 
     clean_pass: bool = False  # renew a finished group's KV at time 0; published, it stays that of the last step
+    overlap_frames: int = 0  # latent frames that a longer video's next window goes on from
     key_range: int | None = None  # finished groups that are attended to; None for all
     hides_prefix: bool = False  # the first group does not see the given ones in its first step, as published with a
     # range or with compression
@@ -132,6 +133,16 @@ class BlockSampling(DiffusionForcing):
     def chunk_width(self) -> int:
         """Latent frames of a group."""
         return self.block
+
+    @property
+    def chunks_at_once(self) -> int:
+        """Groups of the window."""
+        return self.groups
+
+    @property
+    def overlap(self) -> int:
+        """Groups that the next window goes on from."""
+        return self.overlap_frames // self.block
 
     def prefix_chunks(self, frames: int) -> int:
         """Whole groups; an InputError if a group is given in part."""
@@ -226,6 +237,8 @@ class WindowSampling(DiffusionForcing):
 
     clean_pass = False
     window = 1
+    chunks_at_once = 1
+    overlap = 0
     branches = 0  # nothing outlives a pass
 
     @property

@@ -30,6 +30,8 @@ class SelfForcingSampling:
     clean_pass: bool = True  # run it once more; without, its KV stays that of its last step
 
     window = 1
+    chunks_at_once = None
+    overlap = 0
     branches = 1
     publishes = False
     residual_of_layers = True

@@ -253,10 +253,11 @@ class CommandLoop:
 
     def _done(self, video: _Video) -> None:
         del self._videos[video.order.video]
-        computed, kv_bytes = 1.0, 0
-        if video.progress is not None:
-            computed, kv_bytes = video.progress.computed_fraction, video.progress.kv_bytes
-        self._post(messages.VideoDone(video=video.order.video, computed=computed, kv_bytes=kv_bytes))
+        computed, kv_bytes, on_host = 1.0, 0, 0
+        if (last := video.progress) is not None:
+            computed, kv_bytes, on_host = last.computed_fraction, last.kv_bytes, last.kv_host_bytes
+        name = video.order.video
+        self._post(messages.VideoDone(video=name, computed=computed, kv_bytes=kv_bytes, kv_host_bytes=on_host))
 
     def _post_tick(self, ticked: messages.Ticked, urgent: bool) -> None:
         self._post(ticked, urgent=urgent)

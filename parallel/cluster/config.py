@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from engine.kv.layout import KVSettings, plan_kv
-from engine.request import Request
+from engine.request import Request, spans
 from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from models.checkpoint import Loading
@@ -134,10 +134,12 @@ def video_size(
     width = sampling.chunk_width
     frames = 0 if request.prefix is None else len(request.prefix)
     given = 1 if frames == 1 else frames // CELL_FRAMES
-    chunks = request.chunks + sampling.prefix_chunks(given)
+    chunks = spans(sampling, request, given)[0].chunks + sampling.prefix_chunks(given)
     schedule = Schedule(
         first=given // width, chunks=chunks, num_steps=num_steps, window=sampling.window, stagger=sampling.stagger
     )
     geometry = config.kv_geometry(range(max(stage_sizes(config, layout.pp, split))), torch.device("cpu"))
     plan = plan_kv(sampling, schedule, kv, config.chunk_tokens(request.height, request.width))
-    return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(local_heads(geometry, layout.cp)))
+    held = local_heads(geometry, layout.cp)
+    pinned = plan.host_nbytes(replace(held, device=torch.device("cuda")))
+    return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(held), kv_host_bytes=pinned)

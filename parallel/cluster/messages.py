@@ -154,6 +154,7 @@ class VideoDone(VideoEvent):
 
     computed: float  # chunk-steps that were computed, as a share of all
     kv_bytes: int  # size of its KV buffers on the leader
+    kv_host_bytes: int = 0  # what they have in host memory beside it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -45,6 +45,7 @@ class VideoSize:
 
     schedule: Schedule  # when each chunk takes each step
     kv_bytes: int  # of keys and values, on the rank that holds most of them; held from admission to the end
+    kv_host_bytes: int = 0  # in host memory beside it; nobody schedules by that
 
     @property
     def chunks(self) -> int:

@@ -24,9 +24,9 @@ def test_each_figure_fails_for_itself():
 def test_files_come_oldest_first_and_videos_have_digests(tmp_path):
     place = Place(folder=tmp_path, inside=tmp_path)
     for name in ("b", "a"):
-        (tmp_path / f".{name}.parts").mkdir()
-        (tmp_path / f".{name}.parts" / "000000.npy").write_text(name)
-    assert [path.read_text() for path in place.files(".*.parts/*.npy")] == ["b", "a"]
+        (tmp_path / f".{name}").mkdir()
+        (tmp_path / f".{name}" / "000000.mp4").write_text(name)
+    assert [path.read_text() for path in place.files(".*/*.mp4")] == ["b", "a"]
     (tmp_path / "x.mp4").write_text("x")
     assert list(place.videos()) == ["x.mp4"] and len(place.videos()["x.mp4"]) == 64
 
@@ -55,7 +55,7 @@ STAND_IN = """
 import pathlib, shutil, signal, sys, time
 care, out = sys.argv[1], pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 signal.signal(signal.SIGTERM, lambda *_: (print("stopped", flush=True), sys.exit(143)))
-files = [out / ".x.parts" / "0.npy", out / ".x.parts" / "1.npy"]
+files = [out / ".checkpoints" / "x" / "segments-libx264" / name for name in ("0.mp4", "1.mp4")]
 files += [out / ".checkpoints" / "x" / name for name in ("rank-0.safetensors", "manifest.json")]
 for file in files:
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,6 @@ for file in files:
 time.sleep(2)
 for video in range(3):
     (out / f"{video}.mp4").write_bytes(files[0].read_bytes())
-shutil.rmtree(out / ".x.parts")
 shutil.rmtree(out / ".checkpoints")
 """
 

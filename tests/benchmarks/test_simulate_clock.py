@@ -17,6 +17,7 @@ from models.protocols import Pass, PassCondition
 class OnePass:
     """Sampling of one pass for each step, and one to renew a finished chunk if that is wanted."""
 
+    chunks_at_once, overlap = None, 0
     chunk_width, branches, publishes, sink = 1, 1, True, 0
     residual_of_layers, changes = False, None
 

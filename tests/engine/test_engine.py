@@ -184,11 +184,11 @@ def spoilt(engine, wanted, **changes):
     read = engine.read(wanted, **changes)
 
     def noise(chunk, shape, draw):
-        part = read.encoded.noise(chunk, shape, draw)
+        part = read.encoded.noise(0)(chunk, shape, draw)
         part[..., 0, 0] += float("nan") if chunk == 1 else 0
         return part
 
-    return replace(read, encoded=replace(read.encoded, noise=noise))
+    return replace(read, encoded=replace(read.encoded, noise=lambda span: noise))
 
 
 def finish(engine, made):

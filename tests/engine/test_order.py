@@ -40,6 +40,9 @@ CASES = {
     "teacache": {"cache": {"policy": "teacache", "threshold": 0.1, "warmup_steps": 3}},
     "budget": {"budget": 1, "config": {"ranges": ()}},
     "budget, guided, flowcache": {"budget": 2, "config": {"guided": True}, "cache": {**FLOWCACHE, "clean_pass": False}},
+    "budget, guided, offload": {"budget": 1, "config": {"guided": True}, "offload": True},
+    "guided, window 2": {"config": {"guided": True, "window": 2}},
+    "guided, offload": {"config": {"guided": True}, "offload": True},
     "image": {"prefix": 1},
     "groups": {"wan": GROUPS, "request": TEN},
     "groups, in step": {"wan": {**GROUPS, "stagger": 0}, "request": TEN},
@@ -72,7 +75,8 @@ def build(case):
     changes = {"chunks": 6, **case.get("request", {})}
     if "prefix" in case:
         changes["prefix"] = torch.zeros(case["prefix"], 32, 48, 3, dtype=torch.uint8)
-    kv = KVSettings(budget=case.get("budget"), selection=SelectionSettings(asks=case.get("asks", "last")))
+    selection = SelectionSettings(asks=case.get("asks", "last"))
+    kv = KVSettings(budget=case.get("budget"), selection=selection, offload=case.get("offload", False))
     return pipeline, request(**changes), ReuseSettings(**case.get("cache", {})), kv
 
 
@@ -206,7 +210,10 @@ class Keeper:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_video_goes_on_from_a_snapshot_bit_for_bit(case):
-    """In fresh buffers, from before its second quantum, from its middle and from before its last quantum."""
+    """In fresh buffers, from before its second quantum, from its middle and from before its last quantum.
+
+    They are in host memory if those of the snapshot were not, and the other way round.
+    """
     expected, items, *_ = delayed(case, 3)
     run, held, executor = start(case)
     keeper = Keeper(run, held, lambda: executor.items)
@@ -219,7 +226,7 @@ def test_a_video_goes_on_from_a_snapshot_bit_for_bit(case):
     assert sorted(keeper.saved) == list(range(1, quanta))
     for quantum in {1, quanta // 2, quanta - 1} & set(keeper.saved):
         saved, given_out = keeper.saved[quantum]
-        again, _, other = start(case, saved)
+        again, _, other = start({**case, "offload": not case.get("offload", False)}, saved)
         order = WorkOrder(again, barrier=False, on_decision=lambda *_: None, start=quantum)
         rest, *_ = carry_out(order, other, latency=3)
         assert other.items == items[given_out:]

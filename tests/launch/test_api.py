@@ -120,7 +120,7 @@ def test_bad_input_is_said_in_the_words_of_the_options(engine: VideoEngine) -> N
 RANKS = """
 import sys
 from launch.api import load
-with load(weights=sys.argv[1], cache="none", threads=1, pp=2) as engine:
+with load(weights=sys.argv[1], cache="none", threads=1, pp=2, kv_offload=True) as engine:
     for chunk in engine.generate("a red circle moving right", seconds=2, steps=4):
         print(chunk.index, int(chunk.frames.astype("int64").sum()), flush=True)
 sys.exit("torch._dynamo" in sys.modules)  # the compiler takes as long to import as torch itself

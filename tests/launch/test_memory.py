@@ -58,6 +58,32 @@ def test_weights_of_a_released_model_are_its_parameters() -> None:
     assert _released("magi-4.5b-distill-quant").stages()[0].weights - vae == pytest.approx(5.14e9, rel=1e-2)
 
 
+def test_finished_chunks_on_the_host_are_counted_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = 34 * 12_150 * 2 * 8 * 128 * 2  # keys and values of 8 heads of 128 in bf16, 34 layers
+    model = _released("magi-4.5b")
+    (plain,) = model.stages()
+    offload = replace(model, kv=KVSettings(offload=True))
+    (needs,) = offload.stages()
+    assert (plain.kv, plain.host) == (2 * 5 * chunk, 0)
+    assert (
+        needs.kv == 2 * 4 * chunk + (1 + 5) * chunk // 34
+    )  # the window; rows of a layer put together, and of the next
+    assert needs.host == 2 * 34 * 64 * 2**20  # 49.8 MB for each layer and branch; pinned memory comes in powers of two
+    assert plain.total - needs.total == plain.kv - needs.kv > 3e9
+    assert offload.total(shared=True) == needs.total + needs.host
+    monkeypatch.setattr(memory, "_free_gpu_bytes", lambda *, alone: 26 * 10**9)
+    with pytest.raises(InputError, match=r"needs 28.4 GB, 26.0 GB are free: --kv-offload needs 25.3 GB, --pp 2 needs"):
+        model.check("cuda")
+    offload.check("cuda")
+    monkeypatch.setattr(memory, "free_bytes", lambda: 4 * 10**9)
+    with pytest.raises(InputError, match=r"needs 28.4 GB, 26.0 GB are free: --pp 2 needs 15.1 GB a GPU"):
+        model.check("cuda")
+    monkeypatch.setattr(memory, "_free_gpu_bytes", lambda *, alone: 29 * 10**9)
+    said = r"needs 4.6 GB of the machine's memory for --kv-offload, 4.0 GB are free: --no-kv-offload needs 28.4 GB"
+    with pytest.raises(InputError, match=said):
+        offload.check("cuda")
+
+
 def test_too_little_is_said_with_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     free = free_bytes()
     assert free is not None and free > 10**8
@@ -74,5 +100,9 @@ def test_too_little_is_said_with_what_would_fit(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(memory, "_free_gpu_bytes", lambda *, alone: 40 * 10**9)
     with pytest.raises(InputError, match=r"free: --kv-budget 4 needs .* GB, --pp 2 needs .* GB a GPU"):
         whole.check("cuda")
+    monkeypatch.setattr(memory, "free_bytes", lambda: 48 * 10**9)
+    with pytest.raises(InputError, match=r"free: --kv-offload needs 26.* GB, --kv-budget 4 needs .* GB, --pp 2 needs"):
+        whole.check("cuda")
+    monkeypatch.setattr(memory, "free_bytes", lambda: 24 * 10**9)
     with pytest.raises(InputError, match=r"free: ask for a smaller --height and --width"):
         replace(model, layout=Layout(pp=2)).check("cpu")  # where ranks share the memory

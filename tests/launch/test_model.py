@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 
 from engine.kv.layout import KVSettings
 from engine.kv.selection import Granularity, SelectionSettings
 from engine.reuse.policy import KINDS, ReuseSettings
-from launch.model import MAGI_1_FIGURES, POCKET_FIGURES, ReuseFigures, kv_settings, reuse_preset, reuse_settings
+from launch.model import (
+    MAGI_1_FIGURES,
+    POCKET_FIGURES,
+    ReuseFigures,
+    kv_settings,
+    plan_model,
+    reuse_preset,
+    reuse_settings,
+)
 from launch.options import CacheName, Options, ReuseKind, TokenUnit
 from models.errors import InputError
 
@@ -109,8 +119,22 @@ def test_a_copy_pass_needs_a_distilled_model() -> None:
     assert not _settings(Options(copy_pass=False), guided=True).copy_pass
 
 
+def test_a_released_configuration_offloads_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them say `kv_offload: true`. Where there is no GPU, the device is the host."""
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        for model, given, offload in (
+            ("magi-4.5b", None, gpu),
+            ("magi-4.5b", not gpu, not gpu),
+            ("magi-pocket", None, False),
+        ):
+            options = Options(model=model, weights=Path("random"), kv_offload=given)
+            assert plan_model(options).kv.offload == offload
+
+
 def test_memory() -> None:
     assert kv_settings(Options()) == KVSettings()
+    assert [kv_settings(Options(kv_offload=given), offload=True).offload for given in (None, False)] == [True, False]
     options = Options(kv_budget=3, kv_retention="chunk", kv_queries="frame")
     assert kv_settings(options) == KVSettings(budget=3, selection=SelectionSettings(retention="chunk", queries="frame"))
 

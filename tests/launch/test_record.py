@@ -26,7 +26,8 @@ PROMPT = "a red circle moving right"
 @pytest.mark.slow
 def test_record_then_plot(flowcache: Callable[..., Result], tmp_path: Path, random_weights: Path) -> None:
     options = ["--chunks", 3, "--steps", 8, "--seed", 5, "--weights", random_weights, "--record", "run"]
-    result = flowcache("generate", PROMPT, *options, "--cache-threshold", 0.2, "--reuse", "velocity", "--kv-budget", 1)
+    kept = ["--kv-budget", 1, "--kv-offload"]
+    result = flowcache("generate", PROMPT, *options, "--cache-threshold", 0.2, "--reuse", "velocity", *kept)
     assert result.returncode == 0, result.stderr
     assert sorted(os.listdir(tmp_path)) == ["run", "video.mp4"]
     assert sorted(os.listdir(tmp_path / "run")) == ["record.json", "record.npz"]
@@ -37,14 +38,17 @@ def test_record_then_plot(flowcache: Callable[..., Result], tmp_path: Path, rand
 
     settings = dict(record.settings)
     assert f"{record.computed_fraction:.0%} of the steps computed" in result.stdout
-    assert f"keys and values {settings['kv_bytes'] / 1e6:.1f} MB" in result.stdout
+    on_host = settings.pop("kv_host_bytes")
+    assert on_host == 6 * 96 * 2 * 2 * 48 * 4  # a chunk of 96 tokens, keys and values of 2 heads of 48, 6 layers, fp32
+    said = f"keys and values {settings['kv_bytes'] / 1e6:.1f} MB and {on_host / 1e3:.1f} kB on the host"
+    assert said in result.stdout
     seconds = settings.pop("seconds")
     assert 0 < record.tick_seconds.sum() < seconds["making"] and seconds["loading"] > 0
     assert settings.pop("computed_fraction") == pytest.approx(record.computed_fraction)
     assert settings.pop("kv_bytes") > 1_000_000
     cache = ReuseSettings(**settings.pop("cache"))
     assert (cache.policy, cache.threshold, cache.reuse) == ("flowcache", 0.2, "velocity")
-    assert settings.pop("kv") == {"budget": 1, "selection": asdict(SelectionSettings())}
+    assert settings.pop("kv") == {"budget": 1, "selection": asdict(SelectionSettings()), "offload": True}
     assert settings == {
         "version": __version__,
         "model": "magi-pocket",

@@ -162,8 +162,12 @@ def test_inspect_says_what_it_is_and_what_it_takes(model: Path, capsys: pytest.C
     assert "a MAGI-1 model of 3 layers and 32 channels, distilled" in shown
     assert "92 tensors, 42,137" in shown and "BF16 66.8 kB" in shown
     assert "with a budget of 2 chunks" in " ".join(shown.split())
-    rows = [line.split()[:3] for line in shown.splitlines() if " x " in line]
-    assert ["1", "x", "1"] in rows and ["2", "x", "1"] in rows and ["1", "x", "2"] in rows
+    rows = [line.split() for line in shown.splitlines() if " x " in line]
+    layouts = [row[:3] for row in rows]
+    assert ["1", "x", "1"] in layouts and ["2", "x", "1"] in layouts and ["1", "x", "2"] in layouts
+    assert "together --kv-offload host" in " ".join(shown.split())
+    together, offloaded, on_host = (float(size.replace(",", "")) for size in rows[1][9::2])
+    assert offloaded > 0 < on_host and together > 0
 
 
 def test_inspect_names_what_is_missing(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

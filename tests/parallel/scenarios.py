@@ -42,7 +42,7 @@ from tests.parallel.small import one_thread, request, small_config, stage_pipeli
 
 def settings(values):
     cache = ReuseSettings(**values.get("cache", {}))
-    return cache, KVSettings(budget=values.get("budget"))
+    return cache, KVSettings(budget=values.get("budget"), offload=values.get("offload", False))
 
 
 def wanted(values):

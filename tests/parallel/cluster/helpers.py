@@ -26,7 +26,7 @@ def settings(*, gangs=2, pp=2, cp=1, source=None, concurrency=1, cpus=1, **chang
         layout=layout,
         source=source or SmallSource(),
         reuse=ReuseSettings(),
-        kv=KVSettings(),
+        kv=KVSettings(offload=True),  # which changes no bit of what `alone` makes
         timeouts=TIMEOUTS,
         threads=1,
     )

@@ -147,6 +147,8 @@ admissions = st.builds(
         window=st.integers(1, 8),
         chunks=st.integers(1, 1 << 20),
         branches=st.integers(1, 3),
+        shared=st.booleans(),
+        offload=st.booleans(),
         selection=st.none() | st.builds(SelectionSettings, importance_weight=st.floats(0, 1)),
     ),
     captions=st.builds(CaptionTable, text=tensors, null=tensors, counters=st.none() | tensors, max_length=st.just(800)),

@@ -278,8 +278,13 @@ def test_two_videos_one_of_them_kept_over_two_stages(tmp_path):
 
 @pytest.mark.slow
 def test_a_video_goes_on_over_two_stages_of_two(tmp_path):
-    """A rolling KV whose chunks are renewed, after an image; the lead is killed at some point after a checkpoint."""
+    """A rolling KV whose chunks are renewed, after an image; the lead is killed at some point after a checkpoint.
+
+    It was made with finished chunks in host memory, and is gone on with without.
+    """
     values = {
+        "config": {"guided": True},
+        "offload": True,
         "cache": {**FLOWCACHE, "clean_pass": True},
         "requests": [{"chunks": 8, "prefix": 1}],
         "every": [3],
@@ -288,10 +293,10 @@ def test_a_video_goes_on_over_two_stages_of_two(tmp_path):
     folder, values, found, expected = together(tmp_path, {"pp": 2, "cp": 2}, values)
     assert found.quantum >= 6 and found.counts["chunks"] == found.quantum - 3
     assert len(found.shards) == 5
-    got = run(tmp_path, "kept", pp=2, cp=2, **values)
+    got = run(tmp_path, "kept", pp=2, cp=2, **{**values, "offload": False})
     assert got["resumed"] == [found.counts["chunks"]]
     close([files(folder, 0)], expected)
-    undisturbed = run(tmp_path, pp=2, cp=2, cache=values["cache"], requests=values["requests"])
+    undisturbed = run(tmp_path, pp=2, cp=2, **{name: values[name] for name in ("config", "cache", "requests")})
     same([files(folder, 0)], undisturbed["latents"])
 
 

@@ -30,10 +30,10 @@ VELOCITY = 16 * 6 * 4 * 6 * FLOATS
 
 
 def alone(values):
-    """The same videos from one process: latents and records."""
+    """The same videos from one process, with all keys and values on the device: latents and records."""
     one_thread()
     pipeline = SmallPipeline(small_config(**values.get("config", {})))
-    reuse, kv = settings(values)
+    reuse, kv = settings({**values, "offload": False})
     made, records = [], []
     for one in wanted(values):
         latents, items, decisions = reference_latents(pipeline, one, reuse, kv)
@@ -75,11 +75,19 @@ def same(made, expected):
 
 CASES = {
     "two stages": {"pp": 2},
-    "three uneven stages, guided": {"pp": 3, "config": {"guided": True}, "split": [1, 3, 1]},
-    "compressed": {"pp": 2, "budget": 1, "config": {"ranges": ()}, "trace": True, "requests": [{"chunks": 6}]},
+    "three uneven stages, guided": {"pp": 3, "config": {"guided": True, "window": 2}, "split": [1, 3, 1]},
+    "compressed": {
+        "pp": 2,
+        "budget": 1,
+        "offload": True,
+        "config": {"ranges": ()},
+        "trace": True,
+        "requests": [{"chunks": 6}],
+    },
     "image": {"pp": 2, "requests": [{"prefix": 1}]},
     "clip, guided, renewed and reused": {
         "pp": 2,
+        "offload": True,
         "config": {"guided": True},
         "requests": [{"prefix": 32}],
         "cache": {**FLOWCACHE, "threshold": 0.3, "clean_pass": True},
