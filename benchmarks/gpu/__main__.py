@@ -136,7 +136,7 @@ def _measure(part: Part, results: Results, log: Callable[[str], None]) -> None:
             complete = True
     except Exception as failed:  # noqa: BLE001 - the time with a GPU is short: the other parts are measured all the same
         log(f"{part.name} failed: {''.join(traceback.format_exception(failed))}")
-        error = problem(failed)
+        error = problem(failed, 400)
     finally:
         keep()
         gc.collect()

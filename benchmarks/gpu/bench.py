@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import Row, save_text
+from benchmarks.common import Row
 from benchmarks.workload import QUICK, model_config
 from models.errors import InputError
 from models.magi.config import MagiConfig, ModelConfig
@@ -29,7 +28,7 @@ class Bench:
 
     preset: str
     config: MagiConfig
-    config_file: Path  # the configuration, for the commands that read one
+    config_file: Path  # where the configuration is written, for what reads one
     device: torch.device
     deadline: float  # by the monotonic clock
 
@@ -114,10 +113,9 @@ def new_bench(preset: str, device: str, folder: Path, *, minutes: float) -> Benc
     config = model_config(QUICK) if preset == TINY else PRESETS[preset].config()
     deadline = time.monotonic() + 60 * minutes
     path = folder / "model.json"
-    save_text(path, json.dumps(config.to_dict(), indent=1))
     return Bench(preset=preset, config=config, config_file=path, device=torch.device(device), deadline=deadline)
 
 
-def problem(error: Exception) -> str:
+def problem(error: Exception, most: int = 90) -> str:
     """The first line of an error, not too long."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:90]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]

@@ -93,7 +93,8 @@ def _passes(results: Results, made: Mapping[str, Result]) -> Figure | None:
     }
     if not found:
         return None
-    figure, axes = new_plot(f"A pass of one chunk: {', '.join(found)}", "keys, chunks", "ms")
+    title = f"A pass of one chunk, with TFLOP/s and share of the peak: {', '.join(found)}"
+    figure, axes = new_plot(title, "keys, chunks", "ms")
     wide, peak = 0.8 / len(found), results.peak()
     for place, rows in enumerate(found.values()):
         at = [_number(row["keys, chunks"]) + (place - (len(found) - 1) / 2) * wide for row in rows]
@@ -104,7 +105,7 @@ def _passes(results: Results, made: Mapping[str, Result]) -> Figure | None:
             bottom = [low + more for low, more in zip(bottom, high)]
         for x, y, row in zip(at, bottom, rows):
             share = f"\n{_rate(row) / peak:.0%}" if peak else ""
-            axes.text(x, y, f"{_rate(row):.3g}\nTFLOP/s{share}", ha="center", va="bottom", fontsize=8)
+            axes.text(x, y, f"{_rate(row):.3g}{share}", ha="center", va="bottom", fontsize=8)
     axes.margins(y=0.15)
     legend_below(figure, axes, len(_KINDS))
     return figure

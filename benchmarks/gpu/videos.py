@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.common import Row, peak_rss, reset_peak, rss
+from benchmarks.common import Row, peak_rss, reset_peak, rss, save_text
 from benchmarks.gpu.bench import Bench
 from benchmarks.workload import PROMPT
 from launch.forms import from_values
@@ -32,6 +33,7 @@ class _OutOfTime(Exception):  # noqa: N818 - reads as what it says
 
 def video(bench: Bench, cache: CacheName) -> Iterator[Row]:
     """Videos of 10 chunks of 16 steps by preset of reuse, with thresholds that suit random weights."""
+    save_text(bench.config_file, json.dumps(bench.config.to_dict(), indent=1))
     reuse = {} if cache == "none" else {"cache_threshold": _THRESHOLDS[cache]}
     size = {"chunks": CHUNKS, "steps": STEPS, "height": bench.size[0], "width": bench.size[1]}
     options = from_values(
