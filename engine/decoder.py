@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.protocols import Autoencoder
+from models.protocols import Autoencoder, RememberingStream
 
 _AHEAD = 4  # chunks that wait to be decoded before denoising is held up
 _CHECK_SECONDS = 0.25  # between two looks whether decoding has failed or hangs
@@ -69,8 +69,7 @@ class Decoder:
         The chunks of a video come in order; after its last one it is to be forgotten.
         """
         chunk, ready = Future[Chunk](), None
-        stream = self._streams[video] if video in self._streams else self._autoencoder.stream()
-        self._streams[video] = stream
+        stream = self._stream(video)
         self._videos.setdefault(video, deque()).append(chunk)
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
@@ -82,6 +81,21 @@ class Decoder:
             except queue.Full:
                 self._check_alive()
 
+    def state(self, video: int) -> dict[str, Tensor]:
+        """What the next chunk of a video depends on, empty if nothing; waits until those before it are decoded."""
+        stream = self._streams.get(video)
+        if not isinstance(stream, RememberingStream):
+            return {}
+        for chunk in self._videos.get(video, ()):
+            self._wait(chunk)
+        return stream.state()
+
+    def restore(self, video: int, state: Mapping[str, Tensor]) -> None:
+        """Go on with a video from a state, before its first chunk."""
+        stream = self._stream(video)
+        if isinstance(stream, RememberingStream):
+            stream.restore(state)
+
     def get(self, video: int, *, wait: bool) -> Chunk | None:
         """The next decoded chunk of a video; None if it has none (left, if `wait`).
 
@@ -90,10 +104,8 @@ class Decoder:
         self._check_alive()
         if not (chunks := self._videos.get(video)):
             return None
-        while wait and not chunks[0].done():
-            with suppress(TimeoutError):
-                chunks[0].exception(_CHECK_SECONDS)
-            self._check_alive()
+        if wait:
+            self._wait(chunks[0])
         if not chunks[0].done():
             return None
         chunk = chunks.popleft().result()
@@ -115,6 +127,17 @@ class Decoder:
         """End the thread, after what it has been given."""
         self._waiting.put(None)
         self._thread.join()
+
+    def _stream(self, video: int) -> Stream:
+        if video not in self._streams:
+            self._streams[video] = self._autoencoder.stream()
+        return self._streams[video]
+
+    def _wait(self, chunk: Future[Chunk]) -> None:
+        while not chunk.done():
+            with suppress(TimeoutError):
+                chunk.exception(_CHECK_SECONDS)
+            self._check_alive()
 
     def _check_alive(self) -> None:
         if self._error is not None:

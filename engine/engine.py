@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.checkpoint.contents import RUN_FILE, fingerprint, of_past, pack_run, unpack_run
+from engine.checkpoint.contents import RUN_FILE, fingerprint, of_past, pack_run, unpack_decoder, unpack_run
 from engine.checkpoint.files import Checkpoint, CheckpointConfig, Checkpointer, discard, must_fit, newest, read_contents
 from engine.decoder import Chunk, Decoder
 from engine.executor import LocalRunner, NotFinite, Runner
@@ -57,6 +57,7 @@ class Submission:
     fingerprint: Callable[[int], Mapping[str, object]] = lambda quantum: {}  # of what the state before a quantum is of
     found: Checkpoint | None = None  # the checkpoint to go on from
     state: VideoState | None = None  # what that holds of the run
+    decoder: Mapping[str, Tensor] = field(default_factory=dict)  # and of its decoder, if that keeps something
     damage: tuple[str, ...] = ()  # a line for each damaged checkpoint that was deleted
 
     @property
@@ -148,10 +149,12 @@ class Engine:
             damage.append(f"{error}; this checkpoint was deleted, and what comes after the one before it is made again")
 
         found, state = newest(checkpoint.folder, stored=stored, on_damage=on_damage), None
+        decoder: Mapping[str, Tensor] = {}
         if found is not None:
             found.check_fits(own(found.quantum))
             with must_fit(found.folder):
-                state = unpack_run(read_contents(found.folder, RUN_FILE))
+                contents = read_contents(found.folder, RUN_FILE)
+                state, decoder = unpack_run(contents), unpack_decoder(contents)
         return Submission(
             request=request,
             encoded=encoded,
@@ -159,6 +162,7 @@ class Engine:
             fingerprint=own,
             found=found,
             state=state,
+            decoder=decoder,
             damage=tuple(damage),
         )
 
@@ -206,6 +210,8 @@ class Engine:
             with must_fit(found.folder):
                 run.restore(what.state)
         runner.admit(admission)
+        if what.decoder and decode:
+            self._decoding().restore(number, what.decoder)
         kv = partial(runner.kv, number)
         reporting = partial(ProgressReporter, kv=kv, on_progress=on_progress, recorder=recorder)
         reporter = reporting(run.schedule, counts=counts, whole=course.whole)
@@ -390,10 +396,13 @@ class Engine:
         if not video.decodes:
             video.chunks.append(Chunk(index=index, latents=latents, frames=None))
             return
+        self._decoding().put(number, index, latents)
+
+    def _decoding(self) -> Decoder:
         if self._decoder is None:
             device, check = self._pipeline.model.kv.device, self._runner.check
             self._decoder = Decoder(self._pipeline.autoencoder, device, on_decoded=self._on_decoded, check=check)
-        self._decoder.put(number, index, latents)
+        return self._decoder
 
     def _next_chunk(self, number: int, video: _Video, *, wait: bool) -> Chunk | None:
         if number in self._not_finite:
@@ -414,5 +423,6 @@ class Engine:
         """Have all ranks keep what a video has come to."""
         video = self._videos[number]
         self._collect(number, video)  # so that the counts are those of all ticks before
-        self._runner.save(number, folder, pack_run(video.run.state()), self._wake.set)
+        decoder = {} if self._decoder is None else self._decoder.state(number)
+        self._runner.save(number, folder, pack_run(video.run.state(), decoder), self._wake.set)
         return dict(video.reporter.counts)

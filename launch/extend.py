@@ -19,7 +19,7 @@ from engine.files import part_of, write_errors
 from launch.forms import arguments, from_values
 from launch.generate import generate
 from launch.options import ContinueOptions, Options
-from launch.output.formats import STREAM
+from launch.output.names import STREAM
 from launch.plan import Plan, plan_videos
 from launch.saved import DIGEST_LENGTH, MANIFEST, saved_folder
 from models.errors import InputError

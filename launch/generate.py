@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -29,7 +29,6 @@ from launch.forms import arguments
 from launch.model import ModelPlan, layout_of, plan_model
 from launch.options import TRACE_FILE, Options, together
 from launch.output.display import Display, rank_line, summary_text
-from launch.output.sinks import VideoSinks
 from launch.plan import Plan, plan_videos
 from models.errors import InputError
 from parallel.cluster import messages
@@ -41,6 +40,9 @@ from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
 from parallel.ranks.spawn import run_ranks, worker_ranks
 from parallel.trace import RankCounters, Tracer
+
+if TYPE_CHECKING:
+    from launch.output.sinks import VideoSinks
 
 
 class Backend(Protocol):
@@ -343,6 +345,8 @@ def make_with(backend: Backend, plans: Sequence[Plan], display: Display, began: 
 
     Loading began at `began`, by the monotonic clock.
     """
+    from launch.output.sinks import VideoSinks  # files alone need PyAV
+
     tracer = backend.tracer if isinstance(backend, EngineBackend) else None
     recorders = [_recorder(plan, index, tracer) for index, plan in enumerate(plans)]
     if isinstance(backend, EngineBackend):

@@ -12,16 +12,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from engine.files import check_folder, check_target, partial_of
 from engine.request import Request
-from launch.media import Bounds, Frame, read_image, read_video
 from launch.memory import Job
 from launch.model import ModelPlan, layout_of, plan_model
 from launch.options import Options, ray_address, together
-from launch.output.formats import MP4, STREAM, SUFFIXES, Format, format_of
+from launch.output.names import STREAM, SUFFIXES, suffix_of
 from models.config import read_json
 from models.errors import InputError
 from models.families import family_of
@@ -29,6 +29,9 @@ from models.family import Figures
 from parallel.cluster.config import video_size
 from parallel.cluster.messages import VideoOrder
 from parallel.cluster.scheduler import VideoSize
+
+if TYPE_CHECKING:
+    from launch.media import Bounds
 
 _LETTERS = 40  # of a prompt in a name; file systems take 255 bytes
 
@@ -42,7 +45,7 @@ class Plan:
     request: Request
     out: Path  # file to write
     record: Path | None  # folder for a record of the run; None for none
-    form: Format = MP4  # of the file
+    suffix: str = ".mp4"  # says what the file is; as of `suffix_of`
 
     @property
     def size(self) -> VideoSize:
@@ -98,12 +101,12 @@ def _check_saving(options: Options) -> None:
 
 def _plan_one(options: Options, name: str) -> Plan:
     """The plan of a single video; what its name asks for, and where that is, is checked."""
-    out, form = Path(name), format_of(str(name))
+    out, suffix = Path(name), suffix_of(str(name))
     if out == STREAM:
         if options.preview or os.isatty(1):
             why = "there is no name for a --preview" if options.preview else "send it into a file or a program"
             raise InputError(f"--out - writes the video to standard output: {why}")
-    elif form.suffix:
+    elif suffix:
         for path, what in ((out, "video"), (partial_of(out), "unfinished video")):
             check_target(path, suffix=None, what=what)
     else:
@@ -114,7 +117,7 @@ def _plan_one(options: Options, name: str) -> Plan:
         check_target(preview := out.with_suffix(".png"), suffix=None, what="preview")
         if options.image is not None and options.image.absolute() == preview.absolute():
             raise InputError(f"--preview would take the place of --image {options.image}: name another --out")
-    return replace(plan_requests(options, [out])[0], form=form)
+    return replace(plan_requests(options, [out])[0], suffix=suffix)
 
 
 def plan_requests(options: Options, outs: Sequence[Path]) -> list[Plan]:
@@ -238,9 +241,12 @@ def _chunks(options: Options, known: Figures) -> int:
 
 
 def _prefix(options: Options, request: Request, fps: int, bounds: Bounds | None) -> Tensor | None:
+    if options.image is None and options.video is None:
+        return None
+    from launch.media import Frame, read_image, read_video  # it needs PyAV
+
     frame = Frame(height=request.height, width=request.width, fit=options.fit, bounds=bounds)
     if options.image is not None:
         return read_image(options.image, frame)
-    if options.video is not None:
-        return read_video(options.video, frame, fps=fps, end=options.video_from)
-    return None
+    assert options.video is not None
+    return read_video(options.video, frame, fps=fps, end=options.video_from)

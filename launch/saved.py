@@ -30,7 +30,7 @@ from engine.files import Damaged, atomic_write, read_sealed, write_errors, write
 from launch.forms import values_of
 from launch.model import layout_of
 from launch.options import threads_of_a_rank
-from launch.output.formats import Format
+from launch.output.formats import FORMATS, Format
 from launch.output.segments import count_frames
 from launch.plan import Plan
 from models.errors import InputError
@@ -168,7 +168,7 @@ class SavedVideo:
         request, known = plan.request, plan.model.config.figures
         self.folder, self._plan, self._say = folder.absolute(), plan, say
         self.segments = SegmentFiles(
-            folder=self.folder / f"segments-{plan.form.codec.name}",
+            folder=self.folder / f"segments-{FORMATS[plan.suffix].codec.name}",
             frames=known.chunk_frames,
             height=request.height,
             width=request.width,
@@ -235,7 +235,7 @@ class SavedVideo:
             seed=request.seed,
             seconds=None,
             chunks=request.chunks,
-            out=f"{plan.out.absolute()}{'' if plan.form.suffix else '/'}",
+            out=f"{plan.out.absolute()}{'' if plan.suffix else '/'}",
         )
         return values_of(own)
 

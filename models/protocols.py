@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -284,7 +284,21 @@ class Autoencoder(Protocol):
 
     def stream(self) -> Callable[[Tensor], Tensor]:
         """What decodes the chunks of one video, in order and without gaps: latents [1, C, t, h, w] -> uint8
-        [F, H, W, 3]. It may keep what a chunk leaves to the next."""
+        [F, H, W, 3]. It may keep what a chunk leaves to the next, and is a `RememberingStream` then."""
+
+
+@runtime_checkable
+class RememberingStream(Protocol):
+    """A stream of an autoencoder, whose frames depend on the chunks before."""
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """As of `Autoencoder.stream`."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next chunk depends on; a chunk replaces these tensors and does not write into them."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state, before the first chunk."""
 
 
 class Pipeline(Protocol):

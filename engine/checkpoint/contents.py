@@ -26,6 +26,7 @@ from models.protocols import Pipeline
 
 RUN_FILE = "run.safetensors"
 _FORMAT = 7
+_DECODER = "decoder."
 _PARTS = ("kv", "queries", "origin")  # of a `LayerKV`
 
 
@@ -110,10 +111,11 @@ def unpack_shard(contents: Contents) -> tuple[KVState, FlagState]:
     return state, _flag_state(values)
 
 
-def pack_run(state: VideoState) -> Contents:
-    """The state of a run, copied to the CPU."""
+def pack_run(state: VideoState, decoder: Mapping[str, Tensor]) -> Contents:
+    """The state of a run, and what its decoder keeps for the next chunk, copied to the CPU."""
     tensors = {f"latents.{chunk}": part for chunk, part in state.latents.items()}
     tensors |= {f"before.{chunk}": part for chunk, part in state.before.items()}
+    tensors |= {f"{_DECODER}{name}": part for name, part in decoder.items()}
     memory = []
     for chunk, held in state.memory.items():
         for place, one in enumerate(held):
@@ -133,6 +135,12 @@ def pack_run(state: VideoState) -> Contents:
         "unsent": list(state.unsent),
     }
     return Contents(tensors=_to_host(tensors), values=values)
+
+
+def unpack_decoder(contents: Contents) -> dict[str, Tensor]:
+    """What `pack_run` was given of the decoder."""
+    found = {name: part for name, part in contents.tensors.items() if name.startswith(_DECODER)}
+    return {name.removeprefix(_DECODER): part for name, part in found.items()}
 
 
 def unpack_run(contents: Contents) -> VideoState:

@@ -21,6 +21,7 @@ from launch.ending import check_signals
 from launch.generate import Backend
 from launch.options import Options
 from launch.output.display import Row, State
+from launch.output.formats import FORMATS
 from launch.output.segments import encode_segment
 from launch.plan import Plan
 from launch.saved import SavedVideo
@@ -142,11 +143,11 @@ class Making:
         video.state, video.gang = State.RUNNING, event.gang
 
     def _store(self, backend: Backend, video: Video, chunk: messages.ChunkMade) -> None:
-        if self._stopping.is_set():
+        if self._stopping.is_set() or video.state is State.FAILED:
             raise futures.CancelledError
         plan = video.plan
         with write_errors(plan.out, kinds=(av.FFmpegError,)):
-            segment = encode_segment(chunk.frames, plan.form.codec, plan.model.config.figures.fps)
+            segment = encode_segment(chunk.frames, FORMATS[plan.suffix].codec, plan.model.config.figures.fps)
         video.saved.segments.write(chunk.index, segment)
         with self._lock:  # chunks of one video may be encoded on several threads
             video.stored.add(chunk.index)
@@ -177,8 +178,8 @@ class Making:
             if video.made and not video.storing and video.state is not State.FAILED and not self._stopping.is_set():
                 video.made = False
                 finish, plan = video.saved.segments.finish, video.plan
-                fps = plan.model.config.figures.fps
-                video.ending = self._pool.submit(finish, plan.form, plan.out, video.chunks, fps, self._stopping)
+                form, fps = FORMATS[plan.suffix], plan.model.config.figures.fps
+                video.ending = self._pool.submit(finish, form, plan.out, video.chunks, fps, self._stopping)
             if video.ending is not None and video.ending.done() and self._end(video, video.ending):
                 again.append(video)
         return again
@@ -208,7 +209,3 @@ class Making:
             return
         video.state, video.error = State.FAILED, str(error)
         self._ended(video, error)
-
-
-def _under_way(video: Video) -> list[futures.Future[None]]:
-    return [*video.storing, *([] if video.ending is None else [video.ending])]

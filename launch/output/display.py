@@ -23,7 +23,7 @@ from rich.text import Text
 
 from engine.progress import Progress
 from launch.options import Options, size_text
-from launch.output.formats import STREAM
+from launch.output.names import STREAM
 from launch.plan import Plan
 from parallel.trace import RankCounters
 

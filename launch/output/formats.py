@@ -21,8 +21,8 @@ from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
 from engine.files import atomic_write, part_of
+from launch.output.names import FOLDER
 from launch.output.segments import H264, LOSSLESS, TICKS, VP9, Codec, container_in, decode, join, pixels
-from models.errors import InputError
 
 Segments = Callable[[], Iterable[BinaryIO]]
 """The segments of a video, or a stream of them, from the start each time that it is called."""
@@ -34,7 +34,6 @@ _GIF_USE = ("paletteuse", "dither=bayer:bayer_scale=5:diff_mode=rectangle")
 class Format:
     """What a video becomes."""
 
-    suffix: str  # of the name; empty for a folder
     codec: Codec  # of its segments
     finish: Callable[[Segments, Path, int], None]  # makes the file, at so many frames per second
 
@@ -116,23 +115,11 @@ def png(picture: NDArray[np.uint8]) -> bytes:
     return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
 
 
-MP4 = Format(suffix=".mp4", codec=H264, finish=_joined("mp4"))
-_WEBM = Format(suffix=".webm", codec=VP9, finish=_joined("webm"))
-_GIF = Format(suffix=".gif", codec=LOSSLESS, finish=_gif)
-_PNG = Format(suffix="", codec=LOSSLESS, finish=_pictures)
-_FORMATS = {one.suffix: one for one in (MP4, _WEBM, _GIF)}
-SUFFIXES = tuple(_FORMATS)
-STREAM = Path("-")
-"""In place of a file: standard output."""
-
-
-def format_of(name: str) -> Format:
-    """What a file of that name is to be; an InputError names those that there are."""
-    if name.endswith("/"):
-        return _PNG
-    if Path(name) == STREAM:
-        return MP4
-    if (found := _FORMATS.get(Path(name).suffix.lower())) is None:
-        known = ", ".join(_FORMATS)
-        raise InputError(f"cannot write {name}: the name of the video must end in {known}, or in / for a folder of png")
-    return found
+MP4 = Format(codec=H264, finish=_joined("mp4"))
+FORMATS = {
+    ".mp4": MP4,
+    ".webm": Format(codec=VP9, finish=_joined("webm")),
+    ".gif": Format(codec=LOSSLESS, finish=_gif),
+    FOLDER: Format(codec=LOSSLESS, finish=_pictures),
+}
+"""By the ending of the name."""

@@ -20,6 +20,7 @@ from engine.record import Recorder
 from launch import __version__
 from launch.ending import CommandFailed
 from launch.output.display import Display, Summary
+from launch.output.formats import FORMATS
 from launch.output.video import BackgroundWriter, VideoWriter
 from launch.plan import Plan
 from launch.saved import SavedVideo, saved_folder
@@ -159,7 +160,7 @@ class VideoSinks:
         writer = VideoWriter(
             plan.out,
             fps=plan.model.config.figures.fps,
-            form=plan.form,
+            form=FORMATS[plan.suffix],
             keep_partial=options.keep_partial,
             preview=plan.out.with_suffix(".png") if options.preview else None,
             segments=None if video.saved is None else video.saved.segments,
@@ -223,6 +224,7 @@ def record_settings(summary: Summary) -> dict[str, Any]:
         "steps": request.num_steps,
         "window": config.figures.window,
         "device": plan.model.device,
+        "attention": "sdpa" if plan.options.attention == "auto" else plan.options.attention,
         "pp": options.pp,
         "cp": options.cp,
         "layers": list(stage_sizes(config, options.pp, options.split)),

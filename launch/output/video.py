@@ -23,7 +23,8 @@ import numpy as np
 
 from engine.files import Damaged, part_of, partial_of, write_errors
 from launch.ending import CommandFailed
-from launch.output.formats import MP4, STREAM, Format
+from launch.output.formats import MP4, Format
+from launch.output.names import STREAM
 from launch.output.preview import Preview
 from launch.output.segments import FragmentStream, Frames, decode, encode_segment, pixels
 from models.errors import InputError

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -116,19 +116,41 @@ class WanVAE:
 
     def stream(self) -> Callable[[Tensor], Tensor]:
         """Decodes the chunks of one video in order; as `Autoencoder.stream`."""
-        features: dict[int, Any] = defaultdict(lambda: None)  # the last frames that each layer has seen
+        return _WanStream(self.network, self._mean, self._scale)
 
-        @torch.no_grad()
-        def decode(latents: Tensor) -> Tensor:
-            z = latents.to(self._mean) / self._scale + self._mean
-            parts = [
-                self.network.decoder(part, feat_cache=features, feat_idx=[0], first_chunk=not features)
-                for part in self.network.post_quant_conv(z).split(1, dim=2)
-            ]
-            unit = (torch.cat(parts, dim=2).clamp(-1, 1) / 2 + 0.5).clamp(0, 1)
-            return (unit[0] * 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
 
-        return decode
+class _WanStream:
+    """A `RememberingStream`: every layer keeps the last frames that it has seen."""
+
+    def __init__(self, network: Any, mean: Tensor, scale: Tensor) -> None:
+        self._network, self._mean, self._scale = network, mean, scale
+        self._features: dict[int, Any] = defaultdict(lambda: None)  # frames, or a word where there were too few
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        z = latents.to(self._mean) / self._scale + self._mean
+        parts = [
+            self._network.decoder(part, feat_cache=self._features, feat_idx=[0], first_chunk=not self._features)
+            for part in self._network.post_quant_conv(z).split(1, dim=2)
+        ]
+        unit = (torch.cat(parts, dim=2).clamp(-1, 1) / 2 + 0.5).clamp(0, 1)
+        return (unit[0] * 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+    def state(self) -> dict[str, Tensor]:
+        """As of `RememberingStream`; a word has its letters as numbers."""
+        return {
+            f"{layer}{'.word' if isinstance(kept, str) else ''}": (
+                torch.tensor(list(kept.encode()), dtype=torch.uint8) if isinstance(kept, str) else kept
+            )
+            for layer, kept in self._features.items()
+            if kept is not None
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """As of `RememberingStream`."""
+        for name, kept in state.items():
+            layer, _, word = name.partition(".")
+            self._features[int(layer)] = bytes(kept.tolist()).decode() if word else kept.to(self._mean.device)
 
 
 class WanVaeFiles:

@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.video import WorkItem
 from models.errors import InputError
+from models.protocols import Pass, PassCondition
 from parallel.comm.store import StoreServer
 from parallel.trace import DeviceTimer, Tracer, merge_traces, shipped_events
-from tests.engine.reuse.test_flags import item
+
+_CONDITION = PassCondition(times=(0.0,))
+_PASS = Pass(name="denoise", caption="text", branch=0, isolated=False, weight=1.0, condition=_CONDITION)
+ITEM = WorkItem(request=0, tick=3, chunk=1, step=2, chunks_left=0, what=_PASS, keys_from=None, before=())
 
 
 def spans(lines):
@@ -27,7 +32,7 @@ def test_spans_of_all_ranks_make_one_trace(tmp_path):
         tracer = Tracer(rank, f"rank {rank}", wanted=True, about={"stage": rank})
         began = time.perf_counter()
         time.sleep(0.01)
-        tracer.add("compute", began, item(3))
+        tracer.add("compute", began, ITEM)
         tracer.add("wait", time.perf_counter())
         tracer.mark("reuse", request=0, tick=4, chunk=1, step=2)
         parts.append(tracer.lines())
@@ -39,8 +44,8 @@ def test_spans_of_all_ranks_make_one_trace(tmp_path):
         {"name": "rank 1", "stage": 1},
     ]
     computed = [event for event in events if event.get("cat") == "compute"]
-    assert [event["name"] for event in computed] == [f"denoise {item(3).chunk}"] * 2
-    about = {"request": 0, "tick": item(3).tick, "chunk": item(3).chunk, "step": item(3).step}
+    assert [event["name"] for event in computed] == [f"denoise {ITEM.chunk}"] * 2
+    about = {"request": 0, "tick": ITEM.tick, "chunk": ITEM.chunk, "step": ITEM.step}
     assert computed[0]["args"] == {**about, "what": "denoise", "returns": True}
     assert all(9e3 < event["dur"] < 1e6 for event in computed)
     assert abs(computed[1]["ts"] / 1e6 - time.time()) < 5
@@ -74,7 +79,7 @@ def test_a_long_trace_is_shipped_in_blocks_and_deleted():
     assert int(where.get("trace/0/1")) > 1
     assert read + len(spans(shipped_events(where, 0, 1))) == 24000
     assert not where.check(["trace/0/1/0"])
-    tracer.add("compute", time.perf_counter(), item(3))
+    tracer.add("compute", time.perf_counter(), ITEM)
     tracer.ship(where, 1)
     assert [event["cat"] for event in spans(shipped_events(where, 1, 1))] == ["compute"]
 

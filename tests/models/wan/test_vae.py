@@ -42,6 +42,15 @@ def test_a_video_is_decoded_chunk_by_chunk_as_it_is_at_once(vae):
         assert torch.equal(torch.cat(parts), whole)
 
 
+def test_a_stream_goes_on_from_its_state(vae):
+    z = latents(7)
+    for cut in (1, 2, 5):
+        first, second = vae.stream(), vae.stream()
+        first(z[:, :, :cut])
+        second.restore({name: part.clone() for name, part in first.state().items()})
+        assert torch.equal(first(z[:, :, cut:]), second(z[:, :, cut:]))
+
+
 def test_the_decoder_keeps_the_streams_of_videos_apart(vae):
     first, second = latents(4), latents(4).flip(3)
     decoder = Decoder(vae, torch.device("cpu"), on_decoded=lambda began: None, check=lambda: None)

@@ -1,12 +1,16 @@
 """The leader's command loop, with a real engine on a gang of one rank."""
 
+import json
 import threading
 import time
 from contextlib import contextmanager
 
+import pytest
 import torch
 
+from models.magi.text import T5Encoder, TextLoading
 from parallel.cluster.actor import CommandLoop
+from parallel.cluster.config import MagiSource
 from parallel.cluster.messages import (
     Admitted,
     CancelVideo,
@@ -26,6 +30,7 @@ from parallel.health.timeouts import Timeouts
 from parallel.mesh import Layout, Mesh
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import open_gang
+from tests.models import downloaded
 from tests.parallel.cluster.sources import SmallSource, size
 from tests.parallel.small import request
 
@@ -55,8 +60,9 @@ class Controller:
 
 
 @contextmanager
-def running():
-    controller, failures = Controller(), []
+def running(source=None):
+    """A gang of one rank that makes the videos of a source, the small one if there is none; and its trace."""
+    controller, failures, source = Controller(), [], source or SmallSource()
 
     def work():
         torch.set_num_threads(1)
@@ -65,8 +71,9 @@ def running():
         env = RankEnv(**place, host=at.host, port=at.port, secret=at.secret, launcher_serves=True)
         layout = Layout(pp=1)
         try:
-            with open_gang(env, layout, timeouts=Timeouts(silent=30.0)) as gang:
-                pipeline = SmallSource().lead(Mesh(layout=layout, rank=0), "cpu")
+            with open_gang(env, layout, timeouts=Timeouts(silent=30.0), trace=True) as gang:
+                controller.tracer = gang.tracer
+                pipeline = source.lead(Mesh(layout=layout, rank=0), "cpu")
                 with gang.lead(pipeline) as (engine, _):
                     controller.loop.run(engine, torch.device("cpu"), controller.receive)
         except BaseException as error:
@@ -138,3 +145,40 @@ def test_commands_for_videos_that_are_gone_are_ignored():
             controller.loop.handle(command)
         controller.loop.handle(order("here", chunks=1))
         until(lambda: controller.all(VideoDone), "it does not end")
+
+
+@pytest.mark.slow
+def test_two_prompts_load_t5_once_and_the_second_is_read_beside_the_work(tmp_path, monkeypatch):
+    """A real T5, which takes its time with a prompt. The trace has passes of the first video all the while."""
+    from transformers import T5EncoderModel
+
+    loads, load, reads, encode = [], T5EncoderModel.from_pretrained, [], T5Encoder.encode
+
+    def counting(folder, **how):
+        loads.append(folder)
+        return load(folder, **how)
+
+    def slowly(encoder, prompt):
+        began, made = time.time(), encode(encoder, prompt)
+        time.sleep(0.5)
+        reads.append((began, time.time()))
+        return made
+
+    monkeypatch.setattr(T5EncoderModel, "from_pretrained", counting)
+    monkeypatch.setattr(T5Encoder, "encode", slowly)
+    folder = downloaded.download(tmp_path, "4.5B_distill")
+    source = MagiSource(config=downloaded.small_config("4.5B_distill"), weights=folder, text=TextLoading())
+    one = {"height": downloaded.SIDE, "width": downloaded.SIDE, "num_steps": 32}
+    first, second = order("first", prompt="a cat", chunks=7, **one), order("second", prompt="a dog", chunks=1, **one)
+    with running(source) as controller:
+        controller.loop.handle(first)
+        until(lambda: controller.all(QuantumDone), "it makes nothing")
+        controller.loop.handle(second)
+        until(lambda: len(controller.all(VideoDone)) == 2, "they do not end", seconds=60)
+    assert len(loads) == 1 and len(reads) == 2
+    spans = [event for event in map(json.loads, controller.tracer.lines()) if event.get("cat") == "compute"]
+    began, ended = (moment * 1e6 for moment in reads[1])
+    meanwhile = [span["ts"] for span in spans if began < span["ts"] < ended]
+    assert len(meanwhile) > 20 and {span["args"]["request"] for span in spans if span["ts"] < ended} == {0}
+    gaps = [later - earlier for earlier, later in zip([began, *meanwhile], [*meanwhile, ended], strict=True)]
+    assert max(gaps) < (ended - began) / 2
