@@ -37,6 +37,7 @@ class Figures:
     chunk_frames: int  # frames of a chunk
     window: int  # chunks that are denoised at once
     offload: bool = False  # finished chunks are to be in host memory, where there is a GPU
+    decode_cost: float = 0.0  # the same of the autoencoder, which works for a chunk once in all its passes
     most_chunks: int | None = None  # of what the model is run on; a longer video is made of several
 
 
