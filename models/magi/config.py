@@ -199,8 +199,11 @@ class MagiConfig:
             fps=runtime.fps,
             num_steps=runtime.num_steps,
             chunk_frames=runtime.chunk_width * runtime.temporal_downsample_factor,
+            frames=runtime.num_frames,
             window=runtime.window_size,
             decode_cost=0.0 if runtime.t5_pretrained is None else self._decode_cost(),
+            copies=runtime.cfg_number == 1,
+            boundless=not runtime.noise2clean_kvrange,
             offload=self.engine_config.kv_offload,
         )
 
