@@ -11,17 +11,11 @@ import torch
 from engine.kv.layout import KVSettings
 from engine.kv.selection import Granularity, SelectionSettings
 from engine.reuse.policy import KINDS, ReuseSettings
-from launch.model import (
-    MAGI_1_FIGURES,
-    POCKET_FIGURES,
-    ReuseFigures,
-    kv_settings,
-    plan_model,
-    reuse_preset,
-    reuse_settings,
-)
+from launch.model import kv_settings, plan_model, reuse_preset, reuse_settings
 from launch.options import CacheName, Options, ReuseKind, TokenUnit
 from models.errors import InputError
+from models.family import ReuseFigures
+from models.magi.family import MAGI_1_FIGURES, POCKET_FIGURES
 
 
 def _settings(options: Options, *, num_steps: int = 16, guided: bool = False) -> ReuseSettings:
