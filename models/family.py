@@ -42,6 +42,7 @@ class Figures:
     copies: bool = False  # there is a copy pass, which may be left out
     boundless: bool = False  # it looks back at all of a video, whose KV grows with it
     offload: bool = False  # finished chunks are to be in host memory, where there is a GPU
+    decode_cost: float = 0.0  # the same of the autoencoder, which works for a chunk once in all its passes
     most_chunks: int | None = None  # of what the model is run on; a longer video is made of several
 
 
