@@ -66,9 +66,9 @@ def plan_model(options: Options) -> ModelPlan:
     family.sampling(config, num_steps, clean_pass=True, copy_pass=True)  # says whether the steps fit
     figures = family.reuse_figures(config)
     reuse = reuse_settings(options, figures, num_steps=num_steps, guided=not known.copies)
-    attention_backend(options.attention)  # says whether it can run here
-    if options.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "gcc", "clang"))):
-        raise InputError("--compile needs a C++ compiler, and there is none on the PATH: install g++, or leave it out")
+    attention_backend(options.attention, known.dtype)  # says whether it can run here
+    if options.compile:
+        _check_compile(config)
     loader = family.loader(config, choices)
     vae_bytes = family.vae_bytes(config, loader.vae)
     source = Source(
@@ -83,6 +83,13 @@ def plan_model(options: Options) -> ModelPlan:
     # On a CPU it would move rows from memory to memory.
     kv = kv_settings(options, offload=known.offload and device == "cuda")
     return ModelPlan(name=name, source=source, vae_bytes=vae_bytes, device=device, cache=cache, reuse=reuse, kv=kv)
+
+
+def _check_compile(config: ModelConfig) -> None:
+    if not isinstance(config, MagiConfig):
+        raise InputError("--compile is for MAGI-1 and magi-pocket: leave it out")
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "gcc", "clang"))):
+        raise InputError("--compile needs a C++ compiler, and there is none on the PATH: install g++, or leave it out")
 
 
 def _model(options: Options) -> tuple[str, ModelConfig]:

@@ -304,7 +304,7 @@ class Options:
         default="reference",
     )
     compile: bool = _compute(
-        "Make few kernels of what is not attention. Worth its minute on a GPU in a long video; needs a C++ compiler.",
+        "MAGI-1: few kernels for what is not attention. For long videos on a GPU; needs a C++ compiler and a minute.",
         default=False,
     )
     threads: int | None = _compute(

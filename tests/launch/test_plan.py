@@ -62,6 +62,8 @@ def test_seconds_of_another_frame_rate(options: Options, tmp_path: Path) -> None
 def test_how_to_compute_reaches_the_model(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     source = _plan(options, precision="fast", attention="auto", compile=True).model.source
     assert (source.precise, source.attention, source.compiled) == (False, "auto", True)
+    with pytest.raises(InputError, match="--compile is for MAGI-1"):
+        _plan(options, compile=True, model="self-forcing-1.3b", weights=None)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(InputError, match="--compile needs a C"):
         _plan(options, compile=True)
