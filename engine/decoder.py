@@ -74,7 +74,7 @@ class Decoder:
         self._enqueue(chunk, video, index, latents)
 
     def prime(self, video: int, latents: Tensor) -> None:
-        """Let a video see what comes before its first chunk, [1, C, t, h, w], if that matters; its frames are dropped."""
+        """Let a video that remembers see what comes before its first chunk, [1, C, t, h, w]; its frames are dropped."""
         if isinstance(self._stream(video), RememberingStream):
             self._primed[video] = Future[Chunk]()
             self._enqueue(self._primed[video], video, -1, latents.to(self._device))
