@@ -88,7 +88,7 @@ class Look:
     seconds: float  # since the first video's submission
     host_bytes: int  # resident, of this process and those that it has started
     device_bytes: int  # most that this process's GPU has held so far; 0 without one
-    kv_bytes: int  # of the leader's buffers, of all videos in flight
+    kv_bytes: int  # of the leader's buffers, of all videos in flight; what is in host memory counted
 
 
 @dataclass(frozen=True, kw_only=True, config=_FIGURES)
@@ -169,7 +169,7 @@ class _Watch:
             case messages.VideoFailed():
                 raise InputError(event.message)
             case messages.Progressed():
-                self._kv[event.video] = event.progress.kv_bytes
+                self._kv[event.video] = event.progress.kv_bytes + event.progress.kv_host_bytes
             case messages.VideoDone():
                 self.computed.append(event.computed)
                 self._kv.pop(event.video, None)

@@ -121,6 +121,7 @@ class KVBuffer:
 
     def state(self) -> KVState:
         """What it holds now; later writes change it."""
+        self._compress_due()
         layout, layers = self.layout, {}
         self._staging.settle()
         for branch, held in enumerate(self._branches):
@@ -190,7 +191,16 @@ class KVBuffer:
             for target, source in zip(*pieces, strict=True):
                 target.copy_(source)
 
+    def _compress_due(self) -> None:
+        """Make compressions that no chunk has made since, with the queries of what was denoised last."""
+        for branch, held in enumerate(self._branches):
+            for number, layer in held.items():
+                if layer.due is not None:
+                    assert layer.queries is not None
+                    self._compress(branch, number, layer.queries)
+
     def _retire(self, chunk: int) -> None:
+        self._compress_due()
         layout, selection = self.layout, self._plan.selection
         used, rows = layout.used_rows, layout.rows(chunk)
         begins = [self._begin(branch) for branch in range(len(self._branches))]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -62,13 +63,18 @@ def importance(queries: Tensor, keys: Tensor) -> Tensor:
     Queries [Q, H, d], keys [L, G, d]; gives [G, L] fp32, of which rows sum to one.
     """
     (count, _, size), (length, groups, _) = queries.shape, keys.shape
-    k_GdL = keys.float().permute(1, 2, 0)
-    q_GHQd = queries.float().unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
+    # On a GPU products of bf16 values are exact, and added up in fp32; a CPU has no such product.
+    exact = keys.device.type != "cpu" and keys.dtype == queries.dtype == torch.bfloat16
+    if not exact:
+        queries, keys = queries.float(), keys.float()
+    product = partial(torch.bmm, out_dtype=torch.float32) if exact else torch.bmm
+    k_GdL = keys.permute(1, 2, 0)
+    q_GHQd = queries.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
     total = torch.zeros(groups, length, device=keys.device)
     heads = q_GHQd.shape[1]
     step = max(1, _ROWS_AT_ONCE // (groups * heads * length))
     for part in q_GHQd.split(step, dim=2):
-        logits = (part.flatten(1, 2) @ k_GdL).unflatten(1, (heads, -1)).amax(1) / math.sqrt(size)
+        logits = product(part.flatten(1, 2), k_GdL).unflatten(1, (heads, -1)).amax(1) / math.sqrt(size)
         total += logits.softmax(-1).sum(1)
     return total / count
 

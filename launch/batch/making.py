@@ -143,7 +143,7 @@ class Making:
         video.state, video.gang = State.RUNNING, event.gang
 
     def _store(self, backend: Backend, video: Video, chunk: messages.ChunkMade) -> None:
-        if self._stopping.is_set():
+        if self._stopping.is_set() or video.state is State.FAILED:
             raise futures.CancelledError
         plan = video.plan
         with write_errors(plan.out, kinds=(av.FFmpegError,)):
@@ -209,7 +209,3 @@ class Making:
             return
         video.state, video.error = State.FAILED, str(error)
         self._ended(video, error)
-
-
-def _under_way(video: Video) -> list[futures.Future[None]]:
-    return [*video.storing, *([] if video.ending is None else [video.ending])]

@@ -143,7 +143,7 @@ class WanRun:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Latents:
+class Latents:
     """A pipeline that ends with latents."""
 
     model: WanDiT
@@ -151,16 +151,20 @@ class _Latents:
 
     @property
     def attention(self) -> Attention:
+        """What KV views attend with."""
         return self.model.attention
 
     @property
     def autoencoder(self) -> Autoencoder:
+        """There is none."""
         raise AssertionError("latents are not decoded")
 
     def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> Sampling:
+        """As it was given."""
         return self.how
 
     def captions(self, prompt: str) -> CaptionTable:
+        """Nothing is read."""
         raise AssertionError("captions are given")
 
 
@@ -238,7 +242,7 @@ def _make(run: WanRun, model: WanDiT, gang: Gang | None) -> list[WanResult]:
         seed=0,
     )
     encoded = Encoded(captions=making.captions, prefix=making.prefix, noise=making.noise)
-    recorder, pipeline, runner = _Spans(), _Latents(model=model, how=sampling), _Watching(model)
+    recorder, pipeline, runner = _Spans(), Latents(model=model, how=sampling), _Watching(model)
     engine = Engine(pipeline, runner, reuse=making.reuse, kv=making.kv)
     led = nullcontext((engine, None)) if gang is None else gang.lead(pipeline, making.reuse, making.kv)
     with led as (engine, _):

@@ -224,6 +224,7 @@ def record_settings(summary: Summary) -> dict[str, Any]:
         "steps": request.num_steps,
         "window": config.runtime_config.window_size,
         "device": plan.model.device,
+        "attention": "sdpa" if plan.options.attention == "auto" else plan.options.attention,
         "pp": options.pp,
         "cp": options.cp,
         "layers": list(stage_sizes(config, options.pp, options.split)),

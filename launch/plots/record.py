@@ -45,6 +45,26 @@ _CELLS: Any = {"aspect": "auto", "interpolation": "nearest"}  # of a map
 # ---- computed and reused steps
 
 
+def reuse_table(record: RunRecord) -> list[str]:
+    """Lines of a table by step, of a record in which all chunks take the same decisions at the same distances.
+
+    It is that of a distance which looks at no latents; of other records, and of one chunk, there is none.
+    """
+    rows, changes = record.decisions, record.changes
+    if (
+        len(rows) < 2
+        or (rows != rows[0]).any()
+        or not np.array_equal(changes, np.tile(changes[0], (len(rows), 1)), True)
+    ):
+        return []
+    names = list(_STATES)
+    lines = [f"all chunks take the same steps: {record.computed_fraction:.0%} computed", f"{'step':>4} {'change':>8}"]
+    for step, (state, change) in enumerate(zip(rows[0].tolist(), changes[0].tolist(), strict=True)):
+        shown = f"{change:.6f}" if np.isfinite(change) else "-"
+        lines.append(f"{step:>4} {shown:>8}  {names[state] if state < _OUTSIDE else '-'}")
+    return lines
+
+
 def reuse_figure(record: RunRecord) -> Figure:
     """A map of chunks and ticks: computed, reused, not in the window; at its side each chunk's computed share.
 

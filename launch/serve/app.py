@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from launch.options import parse_size
 from launch.serve.guard import Guard
 from launch.serve.metrics import Metrics
-from launch.serve.requests import Service, accept
+from launch.serve.requests import Service, accept, extend
 from launch.serve.schemas import failure, video
 from launch.serve.store import Full, Job, Store
 from launch.serve.watch import events, fragments
@@ -84,6 +84,12 @@ def _add_videos(app: FastAPI, service: Service, metrics: Metrics) -> None:
         metrics.asked(job)
         return video(job, model)
 
+    @app.post("/v1/videos/extensions")
+    async def extension(request: Request) -> dict[str, Any]:
+        job = await extend(request, service)
+        metrics.asked(job)
+        return video(job, model)
+
     @app.get("/v1/videos")
     def listed(
         after: str | None = None,
@@ -113,7 +119,7 @@ def _add_one_video(app: FastAPI, service: Service) -> None:
             cancelled = asyncio.wrap_future(service.maker.cancel(job))
             await asyncio.wait_for(asyncio.shield(cancelled), _CANCEL_SECONDS)
         else:
-            await asyncio.to_thread(store.remove, job)
+            await asyncio.to_thread(service.maker.remove, job)
         return {"id": job.id, "object": "video.deleted", "deleted": True, "status": job.status}
 
     @app.get("/v1/videos/{name}/events")

@@ -82,6 +82,11 @@ class Maker:
         self._wake()
         return done
 
+    def remove(self, job: Job) -> None:
+        """Forget a job that has ended, with its video and what a longer one would go on from."""
+        self._store.remove(job)
+        shutil.rmtree(self.state(job.id), ignore_errors=True)
+
     def gangs(self) -> list[GangView]:
         """All gangs at this moment; none before there is a cluster."""
         backend = self._backend
@@ -90,6 +95,11 @@ class Maker:
     def plan(self, line: dict[str, Any], folder: Path) -> Plan:
         """The plan of a line, whose files are in a folder; an `InputError` says why it cannot be made here."""
         return plan_line(line, folder, self._options.base, out=folder, bounds=self.bounds)
+
+    def state(self, name: str) -> Path:
+        """The folder of chunks and checkpoints of a job, as `SavedVideo` has it."""
+        folder = self._options.checkpoints
+        return self._store.state(name) if folder is None else folder / name
 
     @property
     def bounds(self) -> Bounds:
@@ -145,7 +155,6 @@ class Maker:
         except InputError as error:  # it was accepted by a service with other options
             return self._fail(job, str(error))
         plan = replace(plan, out=self._store.video(job))
-        state = self._store.state(job) if self._options.checkpoints is None else self._options.checkpoints / job.id
         video = Video(
             line=job.number,
             title=job.line["prompt"],
@@ -154,7 +163,7 @@ class Maker:
             name=job.id,
             plan=plan,
             priority=job.line["priority"],
-            saved=SavedVideo(state, plan, partial(self._say_of, job)),
+            saved=SavedVideo(self.state(job.id), plan, partial(self._say_of, job)),
         )
         self._making.add(video)
         self._submit(backend, video)
@@ -210,12 +219,16 @@ class Maker:
         try:
             with write_errors(stream := self._store.stream(job)):
                 shutil.copytree(video.saved.segments.folder, stream, copy_function=link_file, dirs_exist_ok=True)
-            video.saved.finish(keep=job.continues)
         except InputError as failure:
             return self._fail(job, str(failure))
-        job.nbytes = self._store.size(job)
-        self._close(job, "completed")
+        self._close(job, "completed")  # before what it is made of goes, in case this process is killed
         self._metrics.done(job)
+        try:
+            video.saved.finish(keep=job.continues)
+        except InputError as failure:
+            self._say(str(failure))
+        job.nbytes = self._store.size(job)
+        self._save(job)
 
     def _forget(self, video: Video) -> None:
         """Remove what a video that has ended leaves, once nothing more of it is written."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
+from pathlib import Path
 from typing import Any
 
+from engine.files import Damaged
 from launch.batch.making import Video
 from parallel.cluster.messages import Ticked
 
@@ -22,7 +24,8 @@ class Live:
     """One video."""
 
     def __init__(self, video: Video) -> None:
-        self._lock, self._video = threading.Lock(), video
+        self._lock = threading.Lock()
+        self._video: Video | None = video  # None after its end
         self._schedule = schedule = video.plan.size.schedule
         self._rows = [bytearray(schedule.num_steps) for _ in range(schedule.chunks)]
         self._tick, self._kv_fill, self._kept = 0, 0.0, list[float]()
@@ -32,11 +35,18 @@ class Live:
     @property
     def stored(self) -> int:
         """Chunks that are on the disk, from the first on."""
-        return self._video.chunks_done
+        video = self._video
+        return self._schedule.chunks - self._schedule.first if video is None else video.chunks_done
 
     def segment(self, index: int) -> bytes:
-        """A chunk that is on the disk; a Damaged as of `SegmentFiles`."""
-        return self._video.saved.segments.read(index)
+        """A chunk that is on the disk; a Damaged as of `SegmentFiles`, or after the video's end."""
+        if (video := self._video) is None:
+            raise Damaged(Path(), "it is over")
+        return video.saved.segments.read(index)
+
+    def end(self) -> None:
+        """Let go of all but the table."""
+        self._video = None
 
     @property
     def percent(self) -> int:
@@ -46,11 +56,12 @@ class Live:
     def ticked(self, event: Ticked) -> None:
         """A tick is done."""
         with self._lock:
-            for chunk, step, value in event.decisions:
+            known = [one for one in event.decisions if one[0] < len(self._rows) and one[1] < len(self._rows[one[0]])]
+            for chunk, step, value in known:
                 self._rows[chunk][step] = value + 1
             self._tick, self._kv_fill = event.tick + 1, event.kv_fill
             self._kept = self._kept if event.kept is None else list(event.kept)
-            cells = [[chunk, step, _MARKS[value + 1]] for chunk, step, value in event.decisions]
+            cells = [[chunk, step, _MARKS[value + 1]] for chunk, step, value in known]
             news: dict[str, Any] = {"tick": self._tick, "cells": cells, "kv_fill": round(event.kv_fill, 3)}
             self._version += 1
             self._news.append((self._version, news if event.kept is None else {**news, "kept": self._kept}))
@@ -100,6 +111,7 @@ class LiveVideos:
         """A video has ended."""
         with self._lock:
             if (live := self._videos.pop(name, None)) is not None:
+                live.end()
                 self._ended[name] = live
                 if len(self._ended) > _ENDED:
                     self._ended.popitem(last=False)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import shutil
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,14 +16,14 @@ from fastapi import HTTPException, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 
-from engine.files import write_errors
+from engine.files import link_file, write_errors
 from launch.batch.file import line_options, read_object
 from launch.media import is_clip
 from launch.options import Options
 from launch.plan import Plan
 from launch.serve.engine import Maker
 from launch.serve.options import ServeOptions
-from launch.serve.schemas import REFERENCE, CreateVideo, write_prompts
+from launch.serve.schemas import PROMPTS, REFERENCE, CreateVideo, ExtendVideo, write_prompts
 from launch.serve.store import Job, Store
 from models.errors import InputError
 
@@ -56,6 +57,14 @@ async def accept(request: Request, service: Service) -> Job:
         return await run_in_threadpool(_accept, service, values, None if upload is None else upload.file)
 
 
+async def extend(request: Request, service: Service) -> Job:
+    """Queue a longer video that goes on from the end of a finished one; errors as in `accept`."""
+    async with _body(request) as (values, upload):
+        if upload is not None:
+            raise InputError('video: a file cannot be made longer here, give {"id": "video_..."}')
+        return await run_in_threadpool(_extend, service, ExtendVideo.of(values))
+
+
 @asynccontextmanager
 async def _body(request: Request) -> AsyncIterator[tuple[dict[str, Any], UploadFile | None]]:
     """The values of a body, JSON or a form, and the file that came with it."""
@@ -70,24 +79,24 @@ async def _body(request: Request) -> AsyncIterator[tuple[dict[str, Any], UploadF
 
 
 def _read_form(form: FormData) -> tuple[dict[str, Any], UploadFile | None]:
+    """The values of a form, in which clients write an object as `name[key]`, and its file."""
     values: dict[str, Any] = {}
-    parts: dict[str, Any] = {}
     upload = None
     for name, value in form.multi_items():
-        inner = name.removeprefix("input_reference[").removesuffix("]")
+        outer, _, inner = name.removesuffix("]").partition("[")
         if isinstance(value, UploadFile):
-            if name != "input_reference":
+            if name not in ("input_reference", "video"):
                 raise InputError(f"there is a file for {name[:80]!r}: only input_reference is one")
             upload = value
-        elif name in values or inner in parts:
+        elif inner and isinstance(values.setdefault(outer, {}), dict) and inner not in values[outer]:
+            values[outer][inner] = value
+        elif inner or name in values:
             raise InputError(f"the key {name[:80]!r} is there twice: leave one of them out")
-        elif inner != name:  # as clients write an object in a form
-            parts[inner] = value
         else:
             values[name] = value
-    if len([one for one in (upload, parts, values.get("input_reference")) if one]) > 1:
+    if upload is not None and "input_reference" in values:
         raise InputError("input_reference is there twice: leave one of them out")
-    return (values | {"input_reference": parts} if parts else values), upload
+    return values, upload
 
 
 def _accept(service: Service, values: dict[str, Any], upload: BinaryIO | None) -> Job:
@@ -95,8 +104,7 @@ def _accept(service: Service, values: dict[str, Any], upload: BinaryIO | None) -
     _check_model(asked, service)
     line, embedded = asked.line(), asked.reference()
     _check_size(line_options(line, Path(), service.options.base), service)
-    folder = service.store.new_folder()
-    try:
+    with _new_job(service) as folder:
         reference = io.BytesIO(embedded) if embedded is not None else upload
         if reference is not None:
             with write_errors(folder / REFERENCE), (folder / REFERENCE).open("wb") as file:
@@ -105,19 +113,61 @@ def _accept(service: Service, values: dict[str, Any], upload: BinaryIO | None) -
                 line["video" if is_clip(folder / REFERENCE, service.maker.bounds) else "image"] = REFERENCE
         if asked.prompts:
             line["script"] = write_prompts(asked.prompts, folder)
-        with _READING:
-            plan = service.maker.plan(line, folder)
-        runtime, request = plan.model.config.runtime_config, plan.request
-        frames = request.chunks * runtime.chunk_width * runtime.temporal_downsample_factor
-        size = f"{request.width}x{request.height}"
-        job = service.store.add(folder, line, seconds=round(frames / runtime.fps, 3), size=size)
+        return _queue(service, line, folder)
+
+
+def _extend(service: Service, asked: ExtendVideo) -> Job:
+    store = service.store
+    if (old := store.get(asked.name)) is None:
+        raise HTTPException(404, f"there is no video {asked.name[:80]!r}")
+    if not old.continues:
+        why = "it is not finished" if old.unfinished else "only a service with --keep-state can make it longer"
+        raise HTTPException(409, f"the video {old.id} is {old.status}: {why}")
+    with _new_job(service) as folder:
+        for name in (REFERENCE, PROMPTS):
+            if (store.folder(old) / name).exists():
+                link_file(str(store.folder(old) / name), str(folder / name))
+        plan = service.maker.plan(old.line, folder)
+        chunks, chunk = plan.size.chunks, _chunk_frames(plan) / plan.model.config.runtime_config.fps
+        line = {name: value for name, value in old.line.items() if name != "seconds"}
+        line["chunks"] = plan.request.chunks + math.ceil(round(asked.seconds / chunk, 6))
+        if asked.prompt is not None:
+            prompts = {f"{first * chunk:.6f}s": prompt for first, prompt in plan.request.script}
+            (folder / PROMPTS).unlink(missing_ok=True)  # which the other video has, too
+            line["script"] = write_prompts({**prompts, f"{chunks * chunk:.6f}s": asked.prompt}, folder)
+        _check_size(line_options(line, Path(), service.options.base), service)
+        with write_errors(folder):
+            shutil.copytree(service.maker.state(old.id), service.maker.state(folder.name), copy_function=link_file)
+        return _queue(service, line, folder)
+
+
+@contextmanager
+def _new_job(service: Service) -> Iterator[Path]:
+    """A folder for a job, which is removed if it does not become one."""
+    folder = service.store.new_folder()
+    try:
+        yield folder
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(service.maker.state(folder.name), ignore_errors=True)
         if isinstance(error, InputError):  # which must not say where the files of the service are
             raise type(error)(str(error).replace(f"{folder}/", "").replace(REFERENCE, "input_reference")) from None
         raise
+
+
+def _queue(service: Service, line: dict[str, Any], folder: Path) -> Job:
+    with _READING:
+        plan = service.maker.plan(line, folder)
+    request = plan.request
+    seconds = round(request.chunks * _chunk_frames(plan) / plan.model.config.runtime_config.fps, 3)
+    job = service.store.add(folder, line, seconds=seconds, size=f"{request.width}x{request.height}")
     service.maker.queue(job, plan)
     return job
+
+
+def _chunk_frames(plan: Plan) -> int:
+    runtime = plan.model.config.runtime_config
+    return runtime.chunk_width * runtime.temporal_downsample_factor
 
 
 def _check_model(asked: CreateVideo, service: Service) -> None:

@@ -10,7 +10,7 @@ import binascii
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
@@ -35,13 +35,29 @@ def _object(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
+def _reference(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) != {"id"}:
+        raise ValueError('give {"id": "video_..."}')
+    return value
+
+
 Integer = Annotated[int, BeforeValidator(_no_bool)]
 
 
-class CreateVideo(BaseModel):
-    """The body of `POST /v1/videos`; what it leaves out is as the options of the service say."""
-
+class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        """Read a body's values; an `InputError` says what cannot be used."""
+        try:
+            return cls.model_validate({name: value for name, value in values.items() if value is not None})
+        except ValidationError as error:
+            raise InputError(complaints(error, cls)) from None
+
+
+class CreateVideo(_Body):
+    """The body of `POST /v1/videos`; what it leaves out is as the options of the service say."""
 
     prompt: str = Field(min_length=1, max_length=10_000)
     model: str | None = Field(default=None, max_length=1_000)
@@ -56,14 +72,6 @@ class CreateVideo(BaseModel):
     prompts: Annotated[dict[str, str], BeforeValidator(_object)] | None = Field(default=None, max_length=10_000)
     priority: Integer = 0
     input_reference: Annotated[dict[str, JsonValue], BeforeValidator(_object)] | None = None
-
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> CreateVideo:
-        """Read a body's values; an `InputError` says what cannot be used."""
-        try:
-            return cls.model_validate({name: value for name, value in values.items() if value is not None})
-        except ValidationError as error:
-            raise InputError(complaints(error, cls)) from None
 
     def line(self) -> dict[str, Any]:
         """The same as a line of a batch file, but for the files that it names; an `InputError` as in a batch."""
@@ -87,6 +95,19 @@ class CreateVideo(BaseModel):
             raise InputError("input_reference: this is no base64") from None
 
 
+class ExtendVideo(_Body):
+    """The body of `POST /v1/videos/extensions`."""
+
+    video: Annotated[str | dict[str, str], BeforeValidator(_reference)]
+    seconds: Annotated[float, BeforeValidator(_no_bool)] = Field(gt=0, le=1_000_000)
+    prompt: str | None = Field(default=None, min_length=1, max_length=10_000)
+
+    @property
+    def name(self) -> str:
+        """The id of the video that is to be longer."""
+        return self.video if isinstance(self.video, str) else self.video["id"]
+
+
 def write_prompts(prompts: dict[str, str], folder: Path) -> str:
     """Keep prompts of later parts in a job's folder; returns the name of the file."""
     (folder / PROMPTS).write_text(json.dumps(prompts))
@@ -107,6 +128,7 @@ def video(job: Job, model: str) -> dict[str, Any]:
         "prompt": job.line["prompt"],
         "size": job.size,
         "seconds": f"{job.seconds:g}",
+        "continues": job.continues,
         "error": None if job.error is None else {"code": "video_failed", "message": job.error},
     }
 

@@ -97,9 +97,9 @@ class Store:
         """The finished video."""
         return self.folder(job) / _VIDEO
 
-    def state(self, job: Job) -> Path:
-        """Chunks and checkpoints of a video that is made, as `SavedVideo` has them."""
-        return self.folder(job) / _STATE
+    def state(self, name: str) -> Path:
+        """The folder of chunks and checkpoints of a job, if it is not elsewhere."""
+        return self.root / name / _STATE
 
     def stream(self, job: Job) -> Path:
         """The segments of a finished video."""
@@ -156,7 +156,9 @@ class Store:
 
     def clean(self, job: Job) -> None:
         """Remove all files of a job but the job itself and what is kept of its video."""
-        kept = [_JOB, *([_VIDEO, _STREAM] if job.status == "completed" else []), *([_STATE] if job.continues else [])]
+        kept = {_JOB} | ({_VIDEO, _STREAM} if job.status == "completed" else set())
+        if job.continues:
+            kept |= {_STATE, *(str(job.line.get(name)) for name in ("image", "video", "script"))}
         for path in self.folder(job).glob("*"):
             if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

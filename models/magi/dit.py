@@ -283,7 +283,7 @@ class MagiDiT(nn.Module):
         self.config = config
         self.held = range(config.num_layers) if layers is None else layers
         embeds, reads_out = 0 in self.held, config.num_layers - 1 in self.held
-        self.attention: Attention = attention_backend(attention)
+        self.attention: Attention = attention_backend(attention, config.dtype)
         if embeds:
             size = (1, config.patch_size, config.patch_size)
             self.x_embedder = nn.Conv3d(config.in_channels, config.hidden_size, size, size, bias=False)

@@ -6,6 +6,7 @@ Shapes: B batch, S tokens, T H W the grid of tokens, H heads, d head size, n rot
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,7 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
 def product_in_fp32(x: Tensor, weight: Tensor) -> Tensor:
     """x [.., n] times the transpose of weight [m, n], in fp32. On a GPU bf16 operands are not cast: their products are
     exact and added up in fp32 all the same, 16 times as fast (docs/performance.md)."""
-    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
+    if x.device.type != "cpu" and x.dtype == weight.dtype == torch.bfloat16:
         return torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
     return F.linear(x.float(), weight.float())
 
@@ -100,7 +101,8 @@ class Fp8Linear(nn.Module):
     """A linear layer of a quantised checkpoint (5.3): [.., inputs] -> [.., outputs] bf16.
 
     Products of two fp8 values are exact in bf16 and sums are taken in fp32, so it gives the released results up to the
-    order of summation on any device; the released kernel (a scaled fp8 matrix product) is faster on GPUs that have it.
+    order of summation on any device. A GPU that multiplies fp8 does so, as the released kernel; on others both operands
+    are cast to bf16 for a call, which costs little beside the product and no memory that lasts.
 
     Args:
         inputs: values of a token.
@@ -125,5 +127,15 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantise, multiply, and scale back."""
-        y = self.quantise(x).float() @ self.weight[0].float().T
-        return (y * (self.input_scale[0] * self.weight_scale[0])).bfloat16()
+        quantised, weight, scale = self.quantise(x), self.weight[0], self.input_scale[:1]
+        if _multiplies_fp8(weight.device) and not any(size % 16 for size in weight.shape):
+            rows = quantised.flatten(0, -2)
+            y = torch._scaled_mm(rows, weight.T, scale, self.weight_scale, out_dtype=torch.bfloat16)
+            return y.unflatten(0, x.shape[:-1])
+        y = product_in_fp32(quantised.bfloat16(), weight.bfloat16())
+        return (y * (scale * self.weight_scale)).bfloat16()
+
+
+@cache
+def _multiplies_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

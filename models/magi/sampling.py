@@ -165,11 +165,15 @@ class MagiSampling:
         _, intervals = _SHORTCUTS.get(self.config.engine_config.shortcut_mode, _DEFAULT_SHORTCUT)
         return 8 / intervals[step_in_quantum % len(intervals)]
 
+    @cached_property
+    def _scale_limits(self) -> list[float]:
+        """Times at which the scales change."""
+        return [torch.tensor(r, dtype=torch.float32).item() - 1e-7 for r in self.config.runtime_config.cfg_t_range]
+
     def _scales(self, step: int) -> tuple[float, float]:
         """(previous-chunks scale, text scale) at a step's time (7.5)."""
         runtime = self.config.runtime_config
-        limits = [torch.tensor(r, dtype=torch.float32).item() - 1e-7 for r in runtime.cfg_t_range]
-        k = bisect.bisect_left(limits, self.time(step)) - 1
+        k = bisect.bisect_left(self._scale_limits, self.time(step)) - 1
         return runtime.prev_chunk_scales[k], runtime.text_scales[k]
 
     def weighs_text(self, step: int) -> bool:

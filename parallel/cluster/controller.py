@@ -118,6 +118,7 @@ class Controller:
             self._gangs[holder].send(messages.CancelVideo(video=video))
         self._scheduler.cancel(video)
         del self._videos[video]
+        self._confirmed.discard(video)
         self._out = deque(event for event in self._out if getattr(event, "video", None) != video)
 
     def stored(self, video: str, count: int) -> None:

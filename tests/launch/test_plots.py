@@ -10,6 +10,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from PIL import Image
 from engine.record import NOT_ACTIVE, RunRecord
 from launch.cli import run
 from launch.plots import PLOTS, distance_figure, kv_figure, plot, reuse_figure
+from launch.plots.record import reuse_table
 from models.errors import InputError
 from tests.launch.process import environment, flowcache_process
 from tests.launch.records import SETTINGS, made_up_record
@@ -52,6 +54,19 @@ def test_the_map_is_what_was_decided() -> None:
         assert state in texts
     assert f"{record.computed_fraction:.0%} computed" in texts
     assert '"a red circle moving right", magi-pocket, 6 chunks of 16 steps' in texts
+
+
+def test_steps_that_all_chunks_share_are_a_table() -> None:
+    """One row of decisions and distances for all chunks, as of a distance that looks at no latents."""
+    record = made_up_record()
+    assert reuse_table(record) == []
+    shared = replace(
+        record, decisions=record.decisions[:1].repeat(6, axis=0), changes=record.changes[:1].repeat(6, axis=0)
+    )
+    first, _, *steps = reuse_table(shared)
+    assert "same steps" in first and len(steps) == 16
+    assert [line.split()[2] for line in steps] == [("computed", "reused")[state] for state in shared.decisions[0]]
+    assert steps[0].split()[1] == "-" and float(steps[1].split()[1]) == pytest.approx(record.changes[0, 1], abs=1e-6)
 
 
 def test_the_bars_are_the_computed_shares() -> None:

@@ -75,8 +75,8 @@ def test_grouped_keys_are_not_copied() -> None:
 
 def test_sdpa_is_always_there_and_auto_gives_something_that_runs() -> None:
     assert available_backends()[0] == "sdpa"
-    best = "flash-attn" if "flash-attn" in available_backends() else "sdpa"
-    assert attention_backend("auto") is BACKENDS[best]
+    assert attention_backend("auto") is BACKENDS["sdpa"]
+    assert attention_backend("auto", torch.float32) is attention_backend("sdpa", torch.float32)
 
 
 def test_an_unknown_backend_is_reported() -> None:
@@ -91,3 +91,11 @@ def test_a_backend_that_cannot_run_here_says_what_is_missing(name: str, package:
     missing = "a CUDA GPU is missing" if importlib.util.find_spec(package) else f"package {package} is missing"
     with pytest.raises(InputError, match=missing):
         attention_backend(name)
+
+
+@pytest.mark.parametrize("name", ["flash-attn", "xformers"])
+def test_kernels_of_16_bits_are_refused_for_an_fp32_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.attention.available_backends", lambda: list(BACKENDS))
+    with pytest.raises(InputError, match=f"{name}' has no kernels for an fp32 model: use sdpa"):
+        attention_backend(name, torch.float32)
+    assert attention_backend(name, torch.bfloat16) is BACKENDS[name]

@@ -40,17 +40,28 @@ function useExample(event) {
   at("prompt").focus();
 }
 
-async function make(event) {
-  event.preventDefault();
+async function send(path, body) {
   clearError();
-  const form = new FormData(at("make"));
-  const body = { prompt: form.get("prompt"), seconds: Number(form.get("seconds")), seed: Number(form.get("seed")) };
   const headers = { "Content-Type": "application/json" };
   try {
-    const video = await (await ask("v1/videos", { method: "POST", headers, body: JSON.stringify(body) })).json();
-    await showQueue();
+    const video = await (await ask(path, { method: "POST", headers, body: JSON.stringify(body) })).json();
     watch(video);
+    await showQueue();
   } catch (error) { showError(error); }
+}
+
+function make(event) {
+  event.preventDefault();
+  const form = new FormData(at("make"));
+  const [seconds, seed] = ["seconds", "seed"].map((name) => Number(form.get(name)));
+  return send("v1/videos", { prompt: form.get("prompt"), seconds, seed });
+}
+
+function makeLonger() { // by what the form says
+  if (!at("make").reportValidity()) return null;
+  const form = new FormData(at("make"));
+  const body = { video: { id: watched.id }, prompt: form.get("prompt"), seconds: Number(form.get("seconds")) };
+  return send("v1/videos/extensions", body);
 }
 
 // ---- the list
@@ -152,6 +163,7 @@ function showVideo(video) {
   at("watch-title").textContent = video.prompt;
   at("cancel").textContent = unfinished ? "Cancel" : "Delete";
   at("download").disabled = video.status !== "completed";
+  at("longer").hidden = !video.continues;
   watched.over = !unfinished;
   watched.seconds = Number(video.seconds);
   const percent = Math.floor(video.progress / 25) * 25; // so that it is not read out all the time
@@ -242,6 +254,7 @@ async function begin() {
 at("make").addEventListener("submit", make);
 at("cancel").addEventListener("click", remove);
 at("download").addEventListener("click", download);
+at("longer").addEventListener("click", makeLonger);
 at("key").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem("key", at("secret").value);

@@ -55,3 +55,13 @@ def test_chunks_enter_in_order_and_only_into_free_slots():
         layout.enter(5)
     with pytest.raises(ValueError, match="cannot retire"):
         layout.retire(4)
+
+
+def test_first_chunks_stay_where_a_sink_is_wanted():
+    layout = KVLayout(chunk_tokens=2, clean_tokens=6, window=1, chunks=99, sink_tokens=2)
+    for chunk in range(8):
+        layout.enter(chunk)
+        layout.drop_oldest(layout.retire(chunk))
+    assert layout.clean == [(0, 2), (6, 2), (7, 2)]
+    layout.enter(8)
+    assert layout.rows(6) == slice(2, 4) and layout.span(None, 8) == slice(0, 8)

@@ -24,7 +24,20 @@ class Service:
 
     def __init__(self, folder, temporary, *more):
         self.folder, self.temporary = folder, temporary
-        self.command = ["serve", "--out", "served", "--port", 0, "--pp", 2, "--checkpoint-every", 1, "--concurrency", 2]
+        self.command = [
+            "serve",
+            "--keep-state",
+            "--out",
+            "served",
+            "--port",
+            0,
+            "--pp",
+            2,
+            "--checkpoint-every",
+            1,
+            "--concurrency",
+            2,
+        ]
         self.command += [f"--{name}={value}" for name, value in SIZE.items()] + ["--threads", 1, *more]
         self.said = folder / "said.txt"
 

@@ -87,6 +87,10 @@ def raw(content, kind="application/json"):
     return "POST", "/v1/videos", {"content": content, "headers": {"content-type": kind}}
 
 
+def longer(**body):
+    return "POST", "/v1/videos/extensions", {"json": body}
+
+
 LONG = '{"prompt": ' + "[" * 100_000
 FORM = "multipart/form-data; boundary=x"
 UNKNOWN = "/v1/videos/video_000000000000000000000000"
@@ -139,6 +143,9 @@ BAD = {
         400,
         "only input_reference",
     ),
+    "a longer video of none": (longer(video={"id": "video_0"}, seconds=1), 404, "no video"),
+    "a longer video of nothing": (longer(seconds=1), 400, "'video' is missing"),
+    "a longer video of another form": (longer(video={"url": "x"}, seconds=1), 400, "video"),
     "an unknown id": (("GET", UNKNOWN, {}), 404, "no video"),
     "its content": (("GET", f"{UNKNOWN}/content", {}), 404, "no video"),
     "its end": (("DELETE", UNKNOWN, {}), 404, "no video"),

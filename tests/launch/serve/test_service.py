@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The Sora API"
 
 
 def is_tidy(folder):
-    return {path.name for path in folder.iterdir()} == {"job.json", "video.mp4", "stream"}
+    return {path.name for path in folder.iterdir()} == {"job.json", "video.mp4", "stream", "state"}
 
 
 def test_the_official_client_makes_lists_reads_and_deletes_videos(service):
@@ -114,6 +114,20 @@ def test_a_video_is_streamed_and_watched_while_it_is_made(service):
     np.testing.assert_array_equal(frames, whole[:24])
     again = service.client.get(f"/v1/videos/{name}/stream", params={"fragment": 10}).content
     np.testing.assert_array_equal(decoded(again, service.folder / "rest.mp4"), whole[240:])
+
+
+def test_a_finished_video_is_made_longer_as_if_all_had_been_asked_for(service):
+    short = service.create(seconds=6, seed=11)
+    service.wait(short)
+    other = "a blue cross moving up"
+    reference = {"video": {"id": short}}  # which the client takes for a file, where it has an argument for it
+    made = service.openai.videos.extend(prompt=other, seconds="2", video=openai.omit, extra_body=reference)
+    assert made.seconds == "8"
+    service.wait(made.id)
+    assert service.get(short)["status"] == "completed"
+    assert "chunks" not in service.get(short) and len(service.frames(short)) == 6 * 24
+    whole = made_alone(service.folder, chunks=8, seed=11, prompt_at=[f"6s {other}"])
+    np.testing.assert_array_equal(service.frames(made.id), whole)
 
 
 def test_the_events_of_a_video_tell_each_step_and_its_end(service):

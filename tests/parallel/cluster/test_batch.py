@@ -57,7 +57,7 @@ class Runs:
         assert out == "" and "Traceback" not in text
         return self.process.returncode, text
 
-    def lose_thecommand_of(self):
+    def lose_the_command(self):
         self.start()
         try:
             self.when(lambda: len(self.parts()) == len(self.wholes()) == 2)
@@ -128,7 +128,7 @@ def test_a_batch_that_was_ended_goes_on_where_it_was(tmp_path, temporary, monkey
     command = ["batch", "prompts.jsonl", "--out", "videos", "--pp", "2", "--steps", "8", "--height", "64"]
     command += ["--width", "64", "--checkpoint-every", "1", "--cache", "none", "--concurrency", "2"]
     runs, videos = Runs(tmp_path, temporary, *command), tmp_path / "videos"
-    runs.lose_thecommand_of()
+    runs.lose_the_command()
     runs.lose_the_head()
     runs.lose_a_rank_and_stop()
     damaged = runs.damage()

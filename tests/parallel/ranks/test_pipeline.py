@@ -114,6 +114,11 @@ def test_stages_make_the_same_bits_as_one_process(tmp_path, values):
     assert sizes == values.get("split", sizes)
 
 
+def test_host_memory_changes_no_bit_where_ranks_share_the_heads(tmp_path):
+    values = {"cp": 2, "budget": 1, "config": {"guided": True, "window": 1}, "requests": [{"chunks": 4}]}
+    same(*(run(tmp_path, offload=offload, **values)["latents"] for offload in (True, False)))
+
+
 def test_a_reused_chunk_costs_no_stage_anything(tmp_path):
     """Calls and bytes of every rank are those of the computed items; all ranks have seen the same flags."""
     values = {"cache": FLOWCACHE, "trace": True, "requests": [{"chunks": 7}, {"chunks": 5, "seed": 9}]}
