@@ -59,6 +59,7 @@ class Decoder:
         self._waiting = queue.Queue(_AHEAD)
         self._videos: dict[int, deque[Future[Chunk]]] = {}  # chunks that were not taken
         self._streams: dict[int, Stream] = {}  # of videos that were begun and are not forgotten
+        self._primed: dict[int, Future[Chunk]] = {}  # what comes before a video's first chunk
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)  # it may hang
         self._thread.start()
@@ -68,9 +69,18 @@ class Decoder:
 
         The chunks of a video come in order; after its last one it is to be forgotten.
         """
-        chunk, ready = Future[Chunk](), None
-        stream = self._stream(video)
+        chunk = Future[Chunk]()
         self._videos.setdefault(video, deque()).append(chunk)
+        self._enqueue(chunk, video, index, latents)
+
+    def prime(self, video: int, latents: Tensor) -> None:
+        """Let a video that remembers see what comes before its first chunk, [1, C, t, h, w]; its frames are dropped."""
+        if isinstance(self._stream(video), RememberingStream):
+            self._primed[video] = Future[Chunk]()
+            self._enqueue(self._primed[video], video, -1, latents.to(self._device))
+
+    def _enqueue(self, chunk: Future[Chunk], video: int, index: int, latents: Tensor) -> None:
+        stream, ready = self._stream(video), None
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._device))
@@ -86,7 +96,7 @@ class Decoder:
         stream = self._streams.get(video)
         if not isinstance(stream, RememberingStream):
             return {}
-        for chunk in self._videos.get(video, ()):
+        for chunk in (*filter(None, [self._primed.get(video)]), *self._videos.get(video, ())):
             self._wait(chunk)
         return stream.state()
 
@@ -120,6 +130,7 @@ class Decoder:
     def forget(self, video: int) -> None:
         """A video is over, or nobody wants the rest of its chunks."""
         self._streams.pop(video, None)
+        self._primed.pop(video, None)
         for chunk in self._videos.pop(video, ()):
             chunk.cancel()
 

@@ -212,6 +212,8 @@ class Engine:
         runner.admit(admission)
         if what.decoder and decode:
             self._decoding().restore(number, what.decoder)
+        elif decode and what.encoded.prefix is not None and what.encoded.prefix.shape[2] > 1:  # an image is shown
+            self._decoding().prime(number, what.encoded.prefix)
         kv = partial(runner.kv, number)
         reporting = partial(ProgressReporter, kv=kv, on_progress=on_progress, recorder=recorder)
         reporter = reporting(run.schedule, counts=counts, whole=course.whole)

@@ -67,8 +67,7 @@ def on_ray(
         CommandFailed: the cluster is gone.
     """
     model, options, gangs = plans[0].model, plans[0].options, min(gangs, len(plans))
-    layout, source, weights = layout_of(options), model.source, model.source.weights
-    source = replace(source, weights=None if weights is None else weights.absolute())
+    layout, source = layout_of(options), replace(model.source, loader=model.source.loader.absolute())
     threads = threads_of_a_rank(options)
     task = RankTask(
         layout=layout,

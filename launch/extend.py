@@ -78,8 +78,8 @@ def _read(state: Path) -> Options:
 
 def _longer(old: Plan, given: ContinueOptions, root: Path) -> Options:
     """The options that make the longer video as a whole."""
-    runtime, schedule = old.model.config.runtime_config, old.size.schedule
-    chunk = runtime.chunk_width * runtime.temporal_downsample_factor / runtime.fps
+    known, schedule = old.model.config.figures, old.size.schedule
+    chunk = known.chunk_frames / known.fps
     more = max(1, -(-round(given.seconds * 1000) // round(chunk * 1000)))
     prompts = list(old.options.prompt_at or ())
     if given.prompt is not None:

@@ -191,7 +191,7 @@ class Options:
     )
     distance: Arithmetic | None = _reuse(
         "How far a chunk has changed is taken in [bold]fp32[/bold], or in [bold]bf16[/bold] with every step rounded, "
-        "as the published FlowCache does.",
+        "as the published FlowCache does. SkyReels-V2 has a distance of its own unless one is given here.",
         metavar="DTYPE",
     )
     clean_pass: bool | None = _passes(
@@ -304,7 +304,7 @@ class Options:
         default="reference",
     )
     compile: bool = _compute(
-        "Make few kernels of what is not attention. Worth its minute on a GPU in a long video; needs a C++ compiler.",
+        "MAGI-1: few kernels for what is not attention. For long videos on a GPU; needs a C++ compiler and a minute.",
         default=False,
     )
     threads: int | None = _compute(

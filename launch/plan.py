@@ -24,8 +24,8 @@ from launch.options import Options, ray_address, together
 from launch.output.names import STREAM, SUFFIXES, suffix_of
 from models.config import read_json
 from models.errors import InputError
-from models.magi.config import MagiConfig
-from models.pocket.text import parse_prompt
+from models.families import family_of
+from models.family import Figures
 from parallel.cluster.config import video_size
 from parallel.cluster.messages import VideoOrder
 from parallel.cluster.scheduler import VideoSize
@@ -125,11 +125,11 @@ def plan_requests(options: Options, outs: Sequence[Path]) -> list[Plan]:
     if not options.prompts:
         raise InputError("there is no prompt: say what the video shows")
     first = plan_video(options, out=outs[0], at_a_time=together(options, len(options.prompts)))
-    text = replace(first.model.source.text, prompts=(*options.prompts, *(prompt for _, prompt in first.request.script)))
-    first = replace(first, model=replace(first.model, source=replace(first.model.source, text=text)))
+    loader = first.model.source.loader.with_prompts((*options.prompts, *(prompt for _, prompt in first.request.script)))
+    first = replace(first, model=replace(first.model, source=replace(first.model.source, loader=loader)))
     plans = []
     for place, (prompt, out) in enumerate(zip(options.prompts, outs, strict=True)):
-        _check_prompt(first.model.config, prompt)
+        family_of(first.model.config).check_prompt(first.model.config, prompt)
         request = replace(first.request, prompt=prompt, seed=options.seed + place)
         plans.append(replace(first, request=request, out=out))
     return plans
@@ -144,31 +144,31 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1, bounds: Bound
     if options.image is not None and options.video is not None:
         raise InputError("--image and --video both say what to start from: give one of them")
     model = plan_model(options)
-    config, runtime = model.config, model.config.runtime_config
+    config, known = model.config, model.config.figures
     request = Request(
         prompt=options.prompts[0],
-        script=_script(options, config),
-        chunks=_chunks(options, config),
-        height=options.height or runtime.video_size_h,
-        width=options.width or runtime.video_size_w,
-        num_steps=options.steps or runtime.num_steps,
+        script=_script(options, known),
+        chunks=_chunks(options, known),
+        height=options.height or known.height,
+        width=options.width or known.width,
+        num_steps=options.steps or known.num_steps,
         seed=options.seed,
     )
     for prompt in (request.prompt, *(prompt for _, prompt in request.script)):
-        _check_prompt(config, prompt)
+        family_of(config).check_prompt(config, prompt)
     started = options.image is not None or options.video is not None  # which may fill a chunk that is not counted
     if request.script and request.script[-1][0] >= request.chunks + started:
         prompt = request.script[-1][1]
         raise InputError(f"the prompt {prompt!r} begins after the end of the video: ask for more --seconds")
     plan = Plan(options=options, model=model, request=request, out=out, record=options.record)
-    if not runtime.noise2clean_kvrange and model.kv.budget is None:
+    if known.boundless and model.kv.budget is None:
         raise InputError(
             f"{model.name} looks back at the whole video (noise2clean_kvrange is empty), so that {request.chunks:,} "
             f"chunks hold {plan.size.kv_bytes / 1e9:,.1f} GB of keys and values: give --kv-budget CHUNKS"
         )
     if options.launcher != "ray" or (model.device == "cpu" and not ray_address()):  # whose ranks may be anywhere
         job(plan, at_a_time).check(model.device)
-    return replace(plan, request=replace(request, prefix=_prefix(options, request, runtime.fps, bounds)))
+    return replace(plan, request=replace(request, prefix=_prefix(options, request, known.fps, bounds)))
 
 
 def job(plan: Plan, videos: int = 1) -> Job:
@@ -201,12 +201,7 @@ def video_names(prompts: Sequence[str]) -> list[str]:
     return names
 
 
-def _check_prompt(config: MagiConfig, prompt: str) -> None:
-    if config.runtime_config.t5_pretrained is None:  # it has a fixed vocabulary
-        parse_prompt(prompt)
-
-
-def _script(options: Options, config: MagiConfig) -> tuple[tuple[int, str], ...]:
+def _script(options: Options, known: Figures) -> tuple[tuple[int, str], ...]:
     """Prompts of later chunks, of `--prompts` and `--prompt-at`, by the first chunk that is made of each."""
     given: list[tuple[str, str]] = []
     if options.script is not None:
@@ -215,18 +210,17 @@ def _script(options: Options, config: MagiConfig) -> tuple[tuple[int, str], ...]
             raise InputError(f'{options.script}: write times and prompts, such as {{"4s": "a red circle moving left"}}')
         given += values.items()
     given += [(time, prompt) for time, _, prompt in (text.partition(" ") for text in options.prompt_at or ())]
-    runtime = config.runtime_config
-    chunk_frames = runtime.chunk_width * runtime.temporal_downsample_factor
+    chunk_frames = known.chunk_frames
     script: dict[int, str] = {}
     for time, prompt in given:
         found = re.fullmatch(r"(\d{1,7}(?:\.\d+)?)s?", time.strip())
         if found is None:
             raise InputError(f"{time!r} is no time: write seconds, such as 4s")
-        chunk = int(round(float(found[1]) * runtime.fps, 3) // chunk_frames)
+        chunk = int(round(float(found[1]) * known.fps, 3) // chunk_frames)
         if not prompt.strip():
             raise InputError(f"there is no prompt for {time}")
         if not chunk:
-            seconds = chunk_frames / runtime.fps
+            seconds = chunk_frames / known.fps
             raise InputError(f"{time} is in the first chunk of {seconds:g} s, which PROMPT is for: give a later time")
         if chunk in script:
             raise InputError(f"there are two prompts for the chunk at {time}: leave out one")
@@ -234,18 +228,16 @@ def _script(options: Options, config: MagiConfig) -> tuple[tuple[int, str], ...]
     return tuple(sorted(script.items()))
 
 
-def _chunks(options: Options, config: MagiConfig) -> int:
+def _chunks(options: Options, known: Figures) -> int:
     """Length in chunks; seconds are rounded up, as the released code rounds frames (specification 7.1)."""
     if options.seconds is not None and options.chunks is not None:
         raise InputError("--seconds and --chunks both say how long the video is: give one of them")
     if options.chunks is not None:
         return options.chunks
-    runtime = config.runtime_config
-    chunk_frames = runtime.chunk_width * runtime.temporal_downsample_factor
     if options.seconds is None:
-        return math.ceil(runtime.num_frames / chunk_frames)
+        return math.ceil(known.frames / known.chunk_frames)
     # To a thousandth of a frame, so that 2.1 s at 10 frames per second is 21 frames and not a hair more.
-    return math.ceil(round(options.seconds * runtime.fps, 3) / chunk_frames)
+    return math.ceil(round(options.seconds * known.fps, 3) / known.chunk_frames)
 
 
 def _prefix(options: Options, request: Request, fps: int, bounds: Bounds | None) -> Tensor | None:

@@ -56,10 +56,8 @@ def video_digest(plan: Plan, threads: int, repeat: int = 0) -> str:
         "repeat": repeat,
         "request": asdict(replace(plan.request, prefix=None)),
         "prefix": None if prefix is None else hashlib.sha256(prefix.numpy().tobytes()).hexdigest(),
-        "model": asdict(model.config),
-        "weights": "random" if source.random else None if source.weights is None else str(source.weights.resolve()),
-        "text": [source.text.special, source.text.negative, source.text.dtype, source.text.tokens],
-        "copy_weight": source.copy_weight,
+        "model": model.config.to_dict(),
+        **source.loader.settings,
         "cp": plan.options.cp,  # sums are taken in another order; pp and split change nothing
         "threads": threads,
         "attention": source.attention,
@@ -167,11 +165,11 @@ class SavedVideo:
     """The folder of one video."""
 
     def __init__(self, folder: Path, plan: Plan, say: Callable[[str], None]) -> None:
-        request, runtime = plan.request, plan.model.config.runtime_config
+        request, known = plan.request, plan.model.config.figures
         self.folder, self._plan, self._say = folder.absolute(), plan, say
         self.segments = SegmentFiles(
             folder=self.folder / f"segments-{FORMATS[plan.suffix].codec.name}",
-            frames=runtime.chunk_width * runtime.temporal_downsample_factor,
+            frames=known.chunk_frames,
             height=request.height,
             width=request.width,
             say=say,
@@ -227,8 +225,8 @@ class SavedVideo:
 
     def _values(self) -> dict[str, Any]:
         """The options that make this one video."""
-        plan, request, runtime = self._plan, self._plan.request, self._plan.model.config.runtime_config
-        chunk = runtime.chunk_width * runtime.temporal_downsample_factor / runtime.fps
+        plan, request, known = self._plan, self._plan.request, self._plan.model.config.figures
+        chunk = known.chunk_frames / known.fps
         own = replace(
             plan.options,
             prompts=[request.prompt],

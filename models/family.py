@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
-from models.checkpoint import Stored
-from models.protocols import KVGeometry, Sampling
+from models.attention import Attention
+from models.checkpoint import Loading, Stored
+from models.protocols import KVGeometry, Pipeline, Sampling, VideoModel
+from models.text import TextDtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,9 +37,96 @@ class Figures:
     fps: int
     num_steps: int
     chunk_frames: int  # frames of a chunk
+    frames: int  # of a video
     window: int  # chunks that are denoised at once
+    copies: bool = False  # there is a copy pass, which may be left out
+    boundless: bool = False  # it looks back at all of a video, whose KV grows with it
     offload: bool = False  # finished chunks are to be in host memory, where there is a GPU
+    decode_cost: float = 0.0  # the same of the autoencoder, which works for a chunk once in all its passes
     most_chunks: int | None = None  # of what the model is run on; a longer video is made of several
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReuseFigures:
+    """What the presets of reuse of one model are made of."""
+
+    warmup_steps: int  # m, a chunk's first steps, which are computed
+    slow: float  # threshold of `flowcache-slow`
+    fast: float  # threshold of `flowcache-fast`
+    teacache: float  # threshold of `teacache`
+    default: Literal["none", "flowcache-slow", "flowcache-fast", "teacache"]  # holds where no preset is asked for
+    reuse: Literal["residual", "extrapolate"]  # stands in for a step that is left out; docs/reuse.md has the figures
+    extrapolate_from: float = 1.0  # share of the threshold above which a step is extrapolated in place of that; 1 never
+    distance: Literal["fp32", "bf16", "condition"] = "fp32"  # that is summed
+    polynomial: tuple[float, ...] = ()  # that it is put into first, of the highest power first; none takes it as it is
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choices:
+    """What was asked for of a model, by the options of the command line; None where nothing was."""
+
+    name: str  # of the model, for people
+    preset: bool = False  # it is asked for by that name, and not by a file
+    weights: Path | None = None  # folder of them
+    random: bool = False  # they are random numbers
+    fps: int | None = None
+    window: int | None = None
+    guidance_times: str | None = None
+    chunk_scales: str | None = None
+    text_scales: str | None = None
+    special: str | None = None
+    special_tokens: Path | None = None
+    negative: bool = False
+    t5_device: str | None = None
+    t5_dtype: TextDtype | None = None
+    prompt_cache: Path | None = None  # that was asked for
+    usual_cache: Path | None = None  # where prompts are kept in any case
+    copy_weight: float | None = None
+
+    def given(self, *names: str) -> str | None:
+        """The first of these options that was given, as it is written."""
+        found = next((name for name in names if getattr(self, name) not in (None, False)), None)
+        return None if found is None else "--" + found.replace("_", "-")
+
+
+class ModelLoader(Protocol):
+    """Loads one model, or a part of it. It is sent to ranks, so it holds no weights."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model."""
+
+    @property
+    def identity(self) -> list[Any]:
+        """Plain values that name the model and its weights; a checkpoint is taken up by the same only."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plain values that a video depends on besides the configuration."""
+
+    @property
+    def vae(self) -> Path | None:
+        """Where its autoencoder is; None for random weights. An `InputError` says what is missing."""
+
+    def absolute(self) -> ModelLoader:
+        """The same for another working directory."""
+
+    def with_prompts(self, prompts: tuple[str, ...]) -> ModelLoader:
+        """The same, with prompts that are known before the model is loaded."""
+
+    def pipeline(self, loading: Loading) -> Pipeline:
+        """Layers, text encoder and autoencoder; an `InputError` says what is missing or damaged."""
+
+    def stage(self, loading: Loading) -> StageLayers:
+        """Layers alone; errors likewise."""
+
+
+class StageLayers(VideoModel, Protocol):
+    """Layers of a model, and what their KV views attend with."""
+
+    @property
+    def attention(self) -> Attention:
+        """The attention backend."""
 
 
 class ModelConfig(Protocol):
@@ -123,6 +212,18 @@ class Family(Protocol):
 
     def parts(self, config: Any, folder: Path, tokens: Path | None) -> Iterator[Part]:
         """The parts of a downloaded model, the DiT first; an `InputError` says all that is missing of the others."""
+
+    def changed(self, config: Any, choices: Choices) -> Any:
+        """The configuration with the settings of sampling that were given; an `InputError` says what does not fit."""
+
+    def loader(self, config: Any, choices: Choices) -> ModelLoader:
+        """What loads the model; an `InputError` says which options are not for it."""
+
+    def reuse_figures(self, config: Any) -> ReuseFigures | None:
+        """Of the presets of reuse; None if there are none for it."""
+
+    def check_prompt(self, config: Any, prompt: str) -> None:
+        """An `InputError` says what the model cannot read."""
 
     def stage_bytes(self, config: Any, layers: range) -> int:
         """Bytes that the DiT with these layers takes once it is loaded."""

@@ -74,7 +74,8 @@ def stage_sizes(config: ModelConfig, stages: int, split: str | None = None) -> t
     known = config.figures
     if split is not None:
         return parse_split(split, layers=known.layers, stages=stages)
-    return balanced_split([known.layer_cost] * known.layers, stages, first=known.edge_cost, last=known.edge_cost)
+    first = known.edge_cost + known.decode_cost  # the leader decodes, on the same device
+    return balanced_split([known.layer_cost] * known.layers, stages, first=first, last=known.edge_cost)
 
 
 def stage_range(config: ModelConfig, mesh: Mesh, split: str | None = None) -> range:

@@ -39,9 +39,10 @@ from benchmarks.quality.trial import LEAN, WORK, Results, Setting, Trial, TrialR
 from benchmarks.workload import MOST_PROMPTS, POCKET, Steps, pocket_requests
 from engine.request import Request
 from engine.reuse.policy import KINDS, ReuseSettings
-from launch.model import POCKET_FIGURES, reuse_preset
+from launch.model import reuse_preset
 from launch.options import CacheName
 from models.checkpoint import Loading
+from models.magi.family import POCKET_FIGURES
 from models.magi.pipeline import MagiPipeline, load_pipeline
 from models.pocket.preset import pocket_config
 

@@ -158,7 +158,7 @@ class _Watch:
         self.last: NDArray[np.float32] | None = None  # latents of a chunk
         self.computed: list[float] = []
         self._kv: dict[str, int] = {}
-        self._per_minute = max(1, round(60 * plans[0].model.config.runtime_config.fps / 24))
+        self._per_minute = max(1, round(60 * plans[0].model.config.figures.fps / 24))
 
     def begin(self) -> None:
         self._began = time.perf_counter()
@@ -255,7 +255,7 @@ def make(case: Case, folder: Path) -> Run:
     """Make the videos of a case with files in a folder. A rank that does not lead ends in here."""
     settle_heap()  # as the command line does
     plans, began = case.plans(), time.perf_counter()
-    runtime = plans[0].model.config.runtime_config
+    known = plans[0].model.config.figures
     watch = _Watch(plans, folder, os.getppid() if case.launcher == "torchrun" else os.getpid())
     with ExitStack() as stack:
         backend = _backend(plans, stack)
@@ -266,8 +266,8 @@ def make(case: Case, folder: Path) -> Run:
     seconds = max(video[-1] for video in watch.chunks)
     return Run(
         case=case,
-        frames_per_chunk=runtime.chunk_width * runtime.temporal_downsample_factor,
-        video_fps=runtime.fps,
+        frames_per_chunk=known.chunk_frames,
+        video_fps=known.fps,
         ready=ready,
         chunk_seconds=watch.chunks,
         computed=float(np.mean(watch.computed)),

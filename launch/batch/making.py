@@ -147,7 +147,7 @@ class Making:
             raise futures.CancelledError
         plan = video.plan
         with write_errors(plan.out, kinds=(av.FFmpegError,)):
-            segment = encode_segment(chunk.frames, FORMATS[plan.suffix].codec, plan.model.config.runtime_config.fps)
+            segment = encode_segment(chunk.frames, FORMATS[plan.suffix].codec, plan.model.config.figures.fps)
         video.saved.segments.write(chunk.index, segment)
         with self._lock:  # chunks of one video may be encoded on several threads
             video.stored.add(chunk.index)
@@ -178,7 +178,7 @@ class Making:
             if video.made and not video.storing and video.state is not State.FAILED and not self._stopping.is_set():
                 video.made = False
                 finish, plan = video.saved.segments.finish, video.plan
-                form, fps = FORMATS[plan.suffix], plan.model.config.runtime_config.fps
+                form, fps = FORMATS[plan.suffix], plan.model.config.figures.fps
                 video.ending = self._pool.submit(finish, form, plan.out, video.chunks, fps, self._stopping)
             if video.ending is not None and video.ending.done() and self._end(video, video.ending):
                 again.append(video)

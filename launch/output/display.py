@@ -143,7 +143,7 @@ def summary_text(summaries: Sequence[Summary], *, making: float, ranks: str | No
     last, chunks = summaries[-1], sum(one.chunks for one in summaries)
     lines = []
     for one in summaries:
-        request, fps = one.plan.request, one.plan.model.config.runtime_config.fps
+        request, fps = one.plan.request, one.plan.model.config.figures.fps
         size = f"{one.frames} frames of {request.width}x{request.height}, {one.frames / fps:.1f} s of video"
         lines.append(f"{'standard output' if one.plan.out == STREAM else one.plan.out}: {size}")
     made, making = ("made", last.making) if len(summaries) == 1 else (f"{len(summaries)} videos made", making)

@@ -159,7 +159,7 @@ class VideoSinks:
         self._display.begin(index, plan.out.stem if self._folder is not None else "")
         writer = VideoWriter(
             plan.out,
-            fps=plan.model.config.runtime_config.fps,
+            fps=plan.model.config.figures.fps,
             form=FORMATS[plan.suffix],
             keep_partial=options.keep_partial,
             preview=plan.out.with_suffix(".png") if options.preview else None,
@@ -222,7 +222,7 @@ def record_settings(summary: Summary) -> dict[str, Any]:
         "height": request.height,
         "width": request.width,
         "steps": request.num_steps,
-        "window": config.runtime_config.window_size,
+        "window": config.figures.window,
         "device": plan.model.device,
         "attention": "sdpa" if plan.options.attention == "auto" else plan.options.attention,
         "pp": options.pp,

@@ -162,10 +162,10 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_rest(app: FastAPI, service: Service, metrics: Metrics) -> None:
-    limit, runtime = service.limit.request, service.limit.model.config.runtime_config
+    limit, known = service.limit.request, service.limit.model.config.figures
     model = {"id": service.model, "object": "model", "created": 0, "owned_by": "flowcache"}
-    model |= {"size": f"{limit.width}x{limit.height}", "max_seconds": service.options.max_seconds, "fps": runtime.fps}
-    model |= {"chunk_frames": runtime.chunk_width * runtime.temporal_downsample_factor}
+    model |= {"size": f"{limit.width}x{limit.height}", "max_seconds": service.options.max_seconds, "fps": known.fps}
+    model |= {"chunk_frames": known.chunk_frames}
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:

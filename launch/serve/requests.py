@@ -128,7 +128,7 @@ def _extend(service: Service, asked: ExtendVideo) -> Job:
             if (store.folder(old) / name).exists():
                 link_file(str(store.folder(old) / name), str(folder / name))
         plan = service.maker.plan(old.line, folder)
-        chunks, chunk = plan.size.chunks, _chunk_frames(plan) / plan.model.config.runtime_config.fps
+        chunks, chunk = plan.size.chunks, _chunk_frames(plan) / plan.model.config.figures.fps
         line = {name: value for name, value in old.line.items() if name != "seconds"}
         line["chunks"] = plan.request.chunks + math.ceil(round(asked.seconds / chunk, 6))
         if asked.prompt is not None:
@@ -159,15 +159,14 @@ def _queue(service: Service, line: dict[str, Any], folder: Path) -> Job:
     with _READING:
         plan = service.maker.plan(line, folder)
     request = plan.request
-    seconds = round(request.chunks * _chunk_frames(plan) / plan.model.config.runtime_config.fps, 3)
+    seconds = round(request.chunks * _chunk_frames(plan) / plan.model.config.figures.fps, 3)
     job = service.store.add(folder, line, seconds=seconds, size=f"{request.width}x{request.height}")
     service.maker.queue(job, plan)
     return job
 
 
 def _chunk_frames(plan: Plan) -> int:
-    runtime = plan.model.config.runtime_config
-    return runtime.chunk_width * runtime.temporal_downsample_factor
+    return plan.model.config.figures.chunk_frames
 
 
 def _check_model(asked: CreateVideo, service: Service) -> None:
@@ -177,20 +176,19 @@ def _check_model(asked: CreateVideo, service: Service) -> None:
         raise HTTPException(404, f"there is no model {asked.model[:80]!r} here: this service has {model.name}")
     if asked.negative_prompt:
         raise InputError("negative_prompt: models of this engine have no text of that kind, leave it out")
-    own = {"fps": model.config.runtime_config.fps, "cache": model.cache, "kv_budget": model.kv.budget}
+    own = {"fps": model.config.figures.fps, "cache": model.cache, "kv_budget": model.kv.budget}
     for name, text in _UNCHANGED.items():
         if (given := getattr(asked, name)) is not None and given != own[name]:
             raise InputError(f"{name}: {text.format(own[name])}, so leave it out, or start a service with another")
 
 
 def _check_size(options: Options, service: Service) -> None:
-    runtime, largest = service.limit.model.config.runtime_config, service.limit.request
-    width, height = options.width or runtime.video_size_w, options.height or runtime.video_size_h
+    known, largest = service.limit.model.config.figures, service.limit.request
+    width, height = options.width or known.width, options.height or known.height
     most = service.options.max_pixels or largest.width * largest.height
     if width * height > most:
         raise HTTPException(413, f"size: {width}x{height} has more than the {most:,} pixels that are made here")
-    chunk = runtime.chunk_width * runtime.temporal_downsample_factor
-    frames = runtime.num_frames if options.chunks is None else options.chunks * chunk
-    seconds = options.seconds or frames / runtime.fps
+    frames = known.frames if options.chunks is None else options.chunks * known.chunk_frames
+    seconds = options.seconds or frames / known.fps
     if seconds > service.options.max_seconds:
         raise HTTPException(413, f"seconds: {seconds:g} is more than the {service.options.max_seconds:g} made here")

@@ -64,9 +64,9 @@ def run_service(options: ServeOptions, *, say: Callable[[str], None]) -> None:
 
 def limit_plan(options: ServeOptions) -> Plan:
     """The plan of the largest video that is made, which gangs are started for."""
-    base, runtime = options.base, plan_model(options.base).config.runtime_config
+    base, known = options.base, plan_model(options.base).config.figures
     parse_size(options.max_upload)
-    width, height = base.width or runtime.video_size_w, base.height or runtime.video_size_h
+    width, height = base.width or known.width, base.height or known.height
     if options.max_pixels is not None:  # nearly a square, of no fewer pixels
         width = 16 * math.ceil(math.sqrt(options.max_pixels) / 16)
         height = 16 * math.ceil(options.max_pixels / width / 16)

@@ -26,6 +26,9 @@ _Pixels = Annotated[int, Field(ge=16, le=16_384)]
 _Patch = Annotated[int, Field(ge=1, le=64)]
 _Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
 _DTYPES = {"torch.bfloat16": torch.bfloat16, "torch.float16": torch.float16, "torch.float32": torch.float32}
+_CELL_COST = 1.9e9
+"""Multiplications that the layers make in the time in which a latent cell is decoded: 0.39 s for the 48,600 of a chunk,
+where they reach 480 TFLOP/s (docs/performance.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -196,9 +199,18 @@ class MagiConfig:
             fps=runtime.fps,
             num_steps=runtime.num_steps,
             chunk_frames=runtime.chunk_width * runtime.temporal_downsample_factor,
+            frames=runtime.num_frames,
             window=runtime.window_size,
+            decode_cost=0.0 if runtime.t5_pretrained is None else self._decode_cost(),
+            copies=runtime.cfg_number == 1,
+            boundless=not runtime.noise2clean_kvrange,
             offload=self.engine_config.kv_offload,
         )
+
+    def _decode_cost(self) -> float:
+        """Of the released autoencoder; that of magi-pocket is too small to count."""
+        passes = self.runtime_config.num_steps * self.runtime_config.cfg_number
+        return _CELL_COST * self.model_config.patch_size**2 / passes
 
     def kv_geometry(self, layers: range, device: torch.device) -> KVGeometry:
         """Shape of the KV of some layers."""

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from models.family import Part
+from models.family import Choices, Part, ReuseFigures
 from models.magi import folder as folders
 from models.magi.config import MagiConfig
+from models.magi.loader import MagiLoader, changed, loader_of
 from models.magi.presets import PRESETS, Preset, preset_of
 from models.magi.random import vae_config
 from models.magi.sampling import MagiSampling
 from models.magi.text import T5_FOLDER, SpecialTokens, check_t5
 from models.magi.weights import Checkpoint, stage_bytes, vae_parameters
+from models.pocket.text import parse_prompt
+
+# As published (FlowCache, below Eq. 8). Extrapolation was measured on magi-pocket only.
+MAGI_1_FIGURES = ReuseFigures(warmup_steps=5, slow=0.01, fast=0.015, teacache=0.01, default="none", reuse="residual")
+# Thresholds for 16 steps; benchmarks.quality measures what they mean.
+POCKET_FIGURES = ReuseFigures(
+    warmup_steps=3, slow=0.0629, fast=0.0994, teacache=0.0657, default="flowcache-slow", reuse="extrapolate"
+)
 
 
 class MagiFamily:
@@ -59,6 +68,23 @@ class MagiFamily:
             yield Part(name="T5", where=t5, check=lambda: check_t5(t5))
         if (special := files.tokens) is not None:
             yield Part(name="special tokens", where=special, check=lambda: _special(special, config))
+
+    def changed(self, config: MagiConfig, choices: Choices) -> MagiConfig:
+        """As `Family`."""
+        return changed(config, choices)
+
+    def loader(self, config: MagiConfig, choices: Choices) -> MagiLoader:
+        """As `Family`."""
+        return loader_of(config, choices)
+
+    def reuse_figures(self, config: MagiConfig) -> ReuseFigures:
+        """As `Family`."""
+        return POCKET_FIGURES if config.runtime_config.t5_pretrained is None else MAGI_1_FIGURES
+
+    def check_prompt(self, config: MagiConfig, prompt: str) -> None:
+        """As `Family`: magi-pocket has a fixed vocabulary."""
+        if config.runtime_config.t5_pretrained is None:
+            parse_prompt(prompt)
 
     def stage_bytes(self, config: MagiConfig, layers: range) -> int:
         """As `Family`."""

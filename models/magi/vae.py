@@ -26,6 +26,7 @@ Size = tuple[int, int, int]
 
 _MIN_FPS = 16
 _OVERLAP = 0.25
+_CELLS_AT_ONCE = 1 << 14  # five full tiles at 24 frames per second; bounds the memory
 
 
 class _Attention(nn.Module):
@@ -247,10 +248,23 @@ class TiledVAE:
         return self.vae.encode((pixels.float() / 127.5 - 1).to(self.vae.dtype))
 
     @torch.no_grad()
-    def decode_tile(self, latents: Tensor, tile: Tile) -> Tensor:
-        """Pixels [1, 3, f, H, W] around -1..1 of one tile of scaled fp32 latents [1, z, t, h, w] on any device."""
-        part = latents[:, :, tile.time, tile.rows, tile.columns].to(self._device())
-        return self.vae.decode(part.float() / self.scale_factor)
+    def decode_tiles(self, latents: Tensor, tiles: Sequence[Tile]) -> list[Tensor]:
+        """Pixels [1, 3, f, H, W] around -1..1 of tiles of scaled fp32 latents [1, z, t, h, w] on any device.
+
+        Tiles of one size go through the decoder together, as many as have `_CELLS_AT_ONCE` latent cells.
+        """
+        parts = [latents[:, :, tile.time, tile.rows, tile.columns].to(self._device()) for tile in tiles]
+        by_size: dict[torch.Size, list[int]] = {}
+        for index, part in enumerate(parts):
+            by_size.setdefault(part.shape, []).append(index)
+        decoded: dict[int, Tensor] = {}
+        for size, indices in by_size.items():
+            count = max(1, _CELLS_AT_ONCE // math.prod(size[2:]))
+            for start in range(0, len(indices), count):
+                batch = indices[start : start + count]
+                joined = torch.cat([parts[index] for index in batch])
+                decoded |= zip(batch, self.vae.decode(joined.float() / self.scale_factor).split(1), strict=True)
+        return [decoded[index] for index in range(len(tiles))]
 
     def merge_latents(self, grid: Sequence[Tile], tiles: Sequence[Tensor]) -> Tensor:
         """Blend encoded tiles, given in the grid's order, into latents [1, z, t, h, w], unscaled.
@@ -301,7 +315,7 @@ class TiledVAE:
         """
         t, h, w = latents.shape[2:]
         grid = self.decode_grid(t, h, w)
-        merged = self.merge_frames(grid, [self.decode_tile(latents, tile) for tile in grid])
+        merged = self.merge_frames(grid, self.decode_tiles(latents, grid))
         return to_uint8(merged)[0].permute(1, 2, 3, 0).contiguous()
 
     def _device(self) -> torch.device:

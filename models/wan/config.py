@@ -179,6 +179,7 @@ class WanConfig:
             fps=runtime.fps,
             num_steps=runtime.num_steps,
             chunk_frames=runtime.chunk_width * CELL_FRAMES,
+            frames=runtime.window_frames * CELL_FRAMES,
             window=1 if runtime.method == "self-forcing" else self.window_chunks,
             most_chunks=None if runtime.method == "self-forcing" else self.window_chunks,
         )

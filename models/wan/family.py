@@ -7,15 +7,19 @@ from functools import cache
 from pathlib import Path
 
 from models.checkpoint import Loading
-from models.family import Part
+from models.family import Choices, Part, ReuseFigures
 from models.protocols import Sampling
 from models.wan import folder as folders
+from models.wan.changes import KEPT_STEPS, POLYNOMIALS
 from models.wan.config import WanConfig
+from models.wan.loader import WanLoader, changed, loader_of
 from models.wan.method import sampling_of
 from models.wan.presets import PRESETS, VAE_PARAMETERS, Preset, preset_of
 from models.wan.text import check_text
 from models.wan.vae import WanVaeFiles
 from models.wan.weights import WanWeights, empty_dit
+
+_LARGE_DIM = 5120  # channels of the model whose fit is that of 14B
 
 
 class WanFamily:
@@ -59,6 +63,34 @@ class WanFamily:
         yield Part(name="UMT5", where=files.text, check=lambda: check_text(files.text, files.tokenizer))
         if (image := files.image) is not None:
             yield Part(name="CLIP", where=image, check=lambda: "an image encoder")
+
+    def changed(self, config: WanConfig, choices: Choices) -> WanConfig:
+        """As `Family`."""
+        return changed(config, choices)
+
+    def loader(self, config: WanConfig, choices: Choices) -> WanLoader:
+        """As `Family`."""
+        return loader_of(config, choices)
+
+    def reuse_figures(self, config: WanConfig) -> ReuseFigures | None:
+        """As `Family`: of SkyReels-V2 as published, with the fit of its size; none of Self-Forcing, whose steps are
+        few."""
+        if config.runtime.method == "self-forcing":
+            return None
+        size = "14B" if config.shapes.dim >= _LARGE_DIM else "1.3B"
+        return ReuseFigures(
+            warmup_steps=KEPT_STEPS[True],
+            slow=0.1,
+            fast=0.15,
+            teacache=0.2,
+            default="none",
+            reuse="residual",
+            distance="condition",
+            polynomial=POLYNOMIALS[size, True],
+        )
+
+    def check_prompt(self, config: WanConfig, prompt: str) -> None:
+        """As `Family`: it reads all."""
 
     def stage_bytes(self, config: WanConfig, layers: range) -> int:
         """As `Family`."""

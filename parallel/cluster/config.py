@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -19,12 +18,7 @@ from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from models.checkpoint import Loading
 from models.families import family_of
-from models.family import ModelConfig
-from models.magi.config import MagiConfig
-from models.magi.pipeline import load_pipeline, load_stage
-from models.magi.random import random_dit, random_pipeline
-from models.magi.sampling import COPY_WEIGHT
-from models.magi.text import TextLoading
+from models.family import ModelConfig, ModelLoader
 from models.protocols import CELL_FRAMES, Pipeline
 from parallel.cluster.scheduler import GangSize, VideoSize
 from parallel.comm.ulysses import local_heads
@@ -52,14 +46,10 @@ class ModelSource(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MagiSource:
-    """A MAGI-1 model, or magi-pocket."""
+class Source:
+    """A model of any family, by its loader."""
 
-    config: MagiConfig  # values of the configuration file
-    random: bool = False  # weights are random numbers, and no file is read
-    weights: Path | None = None  # folder in place of the configured one; every node must see it
-    text: TextLoading = field(default_factory=TextLoading)  # how prompts are read
-    copy_weight: float = COPY_WEIGHT  # as in `MagiSampling`
+    loader: ModelLoader
     split: str | None = None  # layers of each stage, as in `9,9,8,8`; None balances them
     precise: bool = True  # fp32 output projections, as released
     compiled: bool = False  # few kernels besides attention
@@ -67,28 +57,21 @@ class MagiSource:
 
     @property
     def identity(self) -> str:
-        """A digest of all fields."""
-        text = [str(self.text.tokens), self.text.dtype, self.text.special, self.text.negative]
-        how = [self.copy_weight, self.split, self.precise, self.compiled, self.attention]
-        weights = None if self.weights is None else self.weights.absolute()
-        values = [self.config.to_dict(), self.random, str(weights), text, how]
+        """A digest of all that a video depends on."""
+        values = [*self.loader.absolute().identity, self.split, self.precise, self.compiled, self.attention]
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def lead(self, mesh: Mesh, device: str) -> Pipeline:
         """The first stage's layers, the text encoder and the autoencoder; an `InputError` says what is missing."""
-        loading = self._loading(mesh, device)
-        if self.random:
-            return random_pipeline(self.config, loading, copy_weight=self.copy_weight)
-        return load_pipeline(self.config, self.weights, loading, self.text, copy_weight=self.copy_weight)
+        return self.loader.pipeline(self._loading(mesh, device))
 
     def stage(self, mesh: Mesh, device: str) -> StageModel:
         """A rank's layers; errors as in `lead`."""
-        loading = self._loading(mesh, device)
-        model = random_dit(self.config, loading) if self.random else load_stage(self.config, self.weights, loading)
+        model = self.loader.stage(self._loading(mesh, device))
         return StageModel(model=model, attention=model.attention)
 
     def _loading(self, mesh: Mesh, device: str) -> Loading:
-        layers = stage_range(self.config, mesh, self.split) if mesh.layout.pp > 1 else None
+        layers = stage_range(self.loader.config, mesh, self.split) if mesh.layout.pp > 1 else None
         how = {"precise": self.precise, "compiled": self.compiled}
         return Loading(device=device, attention=self.attention, layers=layers, **how)
 

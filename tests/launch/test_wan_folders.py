@@ -1,4 +1,4 @@
-"""SkyReels-V2 and Self-Forcing as they are downloaded: inspected."""
+"""SkyReels-V2 and Self-Forcing as they are downloaded: inspected, and made videos with."""
 
 import shutil
 
@@ -47,3 +47,49 @@ def test_models_lists_both_families(capsys):
     assert run(["models"]) == 0
     shown = capsys.readouterr().out
     assert "magi-pocket" in shown and "self-forcing-1.3b" in shown and "Skywork/SkyReels-V2-DF-14B-720P" in shown
+
+
+SMALL = ["--height", "32", "--width", "32", "--chunks", "2", "--steps", "4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_folder_makes_videos_which_are_the_same_on_two_ranks(folders, layout, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked = ["generate", "a cat sits on a red mat", "--weights", str(folders[layout]), *SMALL]
+    assert run([*asked, "--out", "one.mp4"]) == 0
+    width = 3 if layout == "self-forcing" else 5
+    assert f"one.mp4: {1 + 4 * (2 * width - 1)} frames of 32x32" in capsys.readouterr().out
+    assert run([*asked, "--out", "two.mp4", "--pp", "2"]) == 0
+    assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
+    assert run([*asked, "--out", "other.mp4", "--seed", "1"]) == 0
+    assert (tmp_path / "one.mp4").read_bytes() != (tmp_path / "other.mp4").read_bytes()
+
+
+@pytest.mark.slow
+def test_reuse_is_that_of_the_model(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked = ["generate", "a cat", "--weights", str(folders["released"]), *SMALL[:-1], "10", "--cache", "flowcache-slow"]
+    assert run(asked) == 0
+    assert "(flowcache-slow)" in (shown := capsys.readouterr().out) and "100% of the steps" not in shown
+
+
+WRONG = {
+    "no weights": (["--model", "self-forcing-1.3b"], "has no weights here: download gdhe17/Self-Forcing"),
+    "MAGI's options": (["--weights", "released", "--special", "HQ"], "--special is for MAGI-1"),
+    "another of them": (["--weights", "released", "--window", "2"], "--window is for MAGI-1"),
+    "a copy pass": (["--weights", "released", "--copy-pass"], "--copy-pass is for distilled models"),
+    "reuse of few steps": (["--weights", "self-forcing", "--cache", "teacache"], "no figures of reuse"),
+    "heads": (["--weights", "self-forcing", "--cp", "2"], "--cp 2 does not divide the model's 1 key heads"),
+    "layers": (["--weights", "released", "--pp", "4"], "3 layers cannot be split over 4 stages"),
+    "an unknown model": (["--model", "skyreels"], "choose from magi-pocket"),
+}
+
+
+@pytest.mark.parametrize(("given", "said"), list(WRONG.values()), ids=list(WRONG))
+def test_what_does_not_fit_is_one_line(folders, tmp_path, monkeypatch, capsys, given, said):
+    monkeypatch.chdir(tmp_path)
+    given = [str(folders[one]) if one in folders else one for one in given]
+    assert run(["generate", "a cat", *SMALL, *given]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flowcache: error: ")]
+    assert len(lines) == 1 and said in lines[0] and not list(tmp_path.iterdir())

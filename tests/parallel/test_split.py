@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import InputError
+from models.magi.presets import released_config
 from models.pocket.preset import pocket_config
 from parallel.mesh import Layout, Mesh
 from parallel.split import balanced_split, parse_split, stage_layers, stage_range, stage_sizes
@@ -83,3 +84,11 @@ def test_every_stage_of_a_model_has_its_layers():
         assert [layer for part in ranges for layer in part] == list(range(6))
     assert stage_sizes(config, 2, "4,2") == (4, 2)
     assert stage_sizes(config, 2) == (3, 3)
+
+
+def test_the_leader_decodes_and_has_fewer_layers_for_it():
+    config = released_config("4.5B_distill")
+    assert 0 < config.figures.decode_cost < config.figures.layer_cost
+    assert stage_sizes(config, 4) == (8, 9, 9, 8)
+    assert stage_sizes(config, 8)[0] == min(stage_sizes(config, 8))
+    assert pocket_config().figures.decode_cost == 0

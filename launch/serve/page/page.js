@@ -7,7 +7,7 @@ import { drawKept, drawMap } from "./map.js";
 const at = (id) => document.getElementById(id);
 const EXAMPLES = ["a red circle moving right", "a blue cross moving up", "a green triangle standing still"];
 const WORDS = {
-  queued: "waits for a gang", in_progress: "is made", completed: "is finished", failed: "has failed", cancelled: "was cancelled",
+  queued: "waits for a gang", in_progress: "is being made", completed: "is finished", failed: "has failed", cancelled: "was cancelled",
 };
 const UNFINISHED = ["queued", "in_progress"];
 

@@ -66,6 +66,20 @@ def test_the_decoder_keeps_the_streams_of_videos_apart(vae):
     decoder.close()
 
 
+def test_what_comes_before_the_first_chunk_is_seen_and_not_shown(vae):
+    z = latents(5)
+    decoder = Decoder(vae, torch.device("cpu"), on_decoded=lambda began: None, check=lambda: None)
+    decoder.prime(0, z[:, :, :3])
+    kept = decoder.state(0)
+    decoder.put(0, 0, z[:, :, 3:])
+    assert torch.equal(decoder.get(0, wait=True).frames, vae.decode(z)[9:])
+    assert decoder.get(0, wait=False) is None
+    decoder.restore(1, kept)  # as from a checkpoint
+    decoder.put(1, 0, z[:, :, 3:])
+    assert torch.equal(decoder.get(1, wait=True).frames, vae.decode(z)[9:])
+    decoder.close()
+
+
 def test_frames_become_latents_of_their_last_one_and_fours(vae):
     frames = torch.randint(0, 256, (12, 24, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     z = vae.encode(frames)
