@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from models.magi.loader import MagiLoader
 from models.magi.text import T5Encoder, TextLoading
 from parallel.cluster.actor import CommandLoop
-from parallel.cluster.config import MagiSource
+from parallel.cluster.config import Source
 from parallel.cluster.messages import (
     Admitted,
     CancelVideo,
@@ -167,7 +168,8 @@ def test_two_prompts_load_t5_once_and_the_second_is_read_beside_the_work(tmp_pat
     monkeypatch.setattr(T5EncoderModel, "from_pretrained", counting)
     monkeypatch.setattr(T5Encoder, "encode", slowly)
     folder = downloaded.download(tmp_path, "4.5B_distill")
-    source = MagiSource(config=downloaded.small_config("4.5B_distill"), weights=folder, text=TextLoading())
+    config = downloaded.small_config("4.5B_distill")
+    source = Source(loader=MagiLoader(config=config, weights=folder, text=TextLoading()))
     one = {"height": downloaded.SIDE, "width": downloaded.SIDE, "num_steps": 32}
     first, second = order("first", prompt="a cat", chunks=7, **one), order("second", prompt="a dog", chunks=1, **one)
     with running(source) as controller:
