@@ -11,10 +11,12 @@ from collections import OrderedDict, deque
 from pathlib import Path
 from typing import Any
 
-from engine.files import Damaged
+from engine.files import Damaged, read_sealed
 from launch.batch.making import Video
+from launch.saved import segment_name
 from parallel.cluster.messages import Ticked
 
+SEGMENT = 2**30  # bytes of a chunk, at most
 _NEWS, _ENDED = 256, 64  # news of a video that are kept; videos that are remembered after their end
 _MARKS = ".crx"
 """Of a step: not taken, computed, reused, extrapolated; by the value of a `Decision` and one."""
@@ -39,10 +41,10 @@ class Live:
         return self._schedule.chunks - self._schedule.first if video is None else video.chunks_done
 
     def segment(self, index: int) -> bytes:
-        """A chunk that is on the disk; a Damaged as of `SegmentFiles`, or after the video's end."""
+        """A chunk that is on the disk, only its checksum looked at; a Damaged as of `read_sealed`, or after the end."""
         if (video := self._video) is None:
             raise Damaged(Path(), "it is over")
-        return video.saved.segments.read(index)
+        return read_sealed(video.saved.segments.folder / segment_name(index), SEGMENT)
 
     def end(self) -> None:
         """Let go of all but the table."""

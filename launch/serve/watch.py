@@ -15,12 +15,11 @@ from typing import Any
 from engine.files import Damaged, read_sealed
 from launch.output.segments import FragmentStream
 from launch.saved import segment_name
-from launch.serve.live import Live
+from launch.serve.live import SEGMENT, Live
 from launch.serve.requests import Service
 from launch.serve.schemas import video
 from launch.serve.store import Job
 
-_SEGMENT = 2**30  # bytes of a chunk, at most
 _LOOK, _GANGS, _SIGN = 0.1, 0.5, 15.0  # seconds between looks, news of gangs, and signs of life to a viewer
 
 
@@ -81,7 +80,7 @@ async def _next_segment(service: Service, job: Job, index: int) -> bytes | None:
             live = service.maker.live.get(job.id)
             if job.status == "completed":
                 path = service.store.stream(job) / segment_name(index)
-                return await asyncio.to_thread(read_sealed, path, _SEGMENT) if path.exists() else None
+                return await asyncio.to_thread(read_sealed, path, SEGMENT) if path.exists() else None
             if live is not None and live.stored > index:
                 return await asyncio.to_thread(live.segment, index)
         if over:
