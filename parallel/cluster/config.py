@@ -117,7 +117,8 @@ def video_size(
     width = sampling.chunk_width
     frames = 0 if request.prefix is None else len(request.prefix)
     given = 1 if frames == 1 else frames // CELL_FRAMES
-    chunks = spans(sampling, request, given)[0].chunks + sampling.prefix_chunks(given)
+    first = spans(sampling, request, given)[0].chunks
+    chunks = first + sampling.prefix_chunks(given)
     schedule = Schedule(
         first=given // width, chunks=chunks, num_steps=num_steps, window=sampling.window, stagger=sampling.stagger
     )
@@ -125,4 +126,5 @@ def video_size(
     plan = plan_kv(sampling, schedule, kv, config.chunk_tokens(request.height, request.width))
     held = local_heads(geometry, layout.cp)
     pinned = plan.host_nbytes(replace(held, device=torch.device("cuda")))
-    return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(held), kv_host_bytes=pinned)
+    later = request.chunks - first
+    return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(held), kv_host_bytes=pinned, later=later)
