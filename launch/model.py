@@ -178,6 +178,8 @@ def reuse_settings(options: Options, figures: ReuseFigures | None, *, num_steps:
     if options.copy_pass and guided:
         raise InputError("--copy-pass is for distilled models, this one has guidance: leave it out")
     settings = ReuseSettings() if figures is None else reuse_preset(cache, figures)
+    if options.distance is not None and options.distance != settings.distance:
+        changes["polynomial"] = ()  # a fit is one of its own distance
     warmup = options.cache_warmup
     if warmup is not None and settings.policy == "flowcache" and warmup >= num_steps:  # teacache counts all ticks
         raise InputError(f"--cache-warmup {warmup} computes all {num_steps} steps: give less, or --cache none")

@@ -191,7 +191,7 @@ class Options:
     )
     distance: Arithmetic | None = _reuse(
         "How far a chunk has changed is taken in [bold]fp32[/bold], or in [bold]bf16[/bold] with every step rounded, "
-        "as the published FlowCache does.",
+        "as the published FlowCache does. SkyReels-V2 has a distance of its own unless one is given here.",
         metavar="DTYPE",
     )
     clean_pass: bool | None = _passes(

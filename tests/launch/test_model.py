@@ -16,6 +16,8 @@ from launch.options import CacheName, Options, ReuseKind, TokenUnit
 from models.errors import InputError
 from models.family import ReuseFigures
 from models.magi.family import MAGI_1_FIGURES, POCKET_FIGURES
+from models.wan.family import WanFamily
+from models.wan.presets import skyreels_config
 
 
 def _settings(options: Options, *, num_steps: int = 16, guided: bool = False) -> ReuseSettings:
@@ -78,6 +80,18 @@ def test_options_change_single_figures() -> None:
     )
     one = _settings(Options(cache="flowcache-fast", cache_warmup=2))
     assert (one.threshold, one.warmup_steps, one.clean_pass) == (0.015, 2, False)
+
+
+def test_a_distance_that_is_given_has_no_fit_of_another() -> None:
+    """The published fit of SkyReels-V2 belongs to the distance that looks at no latents."""
+    config = skyreels_config(large=False)
+    figures, steps = WanFamily().reuse_figures(config), config.runtime.num_steps
+    published, own = (
+        reuse_settings(Options(cache="flowcache-fast", distance=given), figures, num_steps=steps, guided=True)
+        for given in (None, "fp32")
+    )
+    assert (published.distance, len(published.polynomial), published.threshold) == ("condition", 5, 0.15)
+    assert (own.distance, own.polynomial) == ("fp32", ())
 
 
 def test_passes_can_be_left_out_without_reuse() -> None:
