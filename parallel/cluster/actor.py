@@ -205,7 +205,8 @@ class CommandLoop:
             self._inbox.put((video, read))
             self._wake()
 
-        read = self._reader.submit(engine.read, order.request, order.checkpoint, stored=order.stored)
+        own = partial(engine.read, stored=order.stored, reuse=order.reuse, kv=order.kv)
+        read = self._reader.submit(own, order.request, order.checkpoint)
         read.add_done_callback(read_is_done)
 
     def _admit(self, video: _Video, read: Future[Submission], engine: Engine) -> None:
