@@ -59,6 +59,8 @@ class Submission:
     state: VideoState | None = None  # what that holds of the run
     decoder: Mapping[str, Tensor] = field(default_factory=dict)  # and of its decoder, if that keeps something
     damage: tuple[str, ...] = ()  # a line for each damaged checkpoint that was deleted
+    reuse: ReuseSettings | None = None  # which steps are reused; None for the engine's own settings
+    kv: KVSettings | None = None  # how much of the past is held; likewise
 
     @property
     def first(self) -> int:
@@ -125,21 +127,28 @@ class Engine:
         self._wake.set()
 
     def read(
-        self, request: Request, checkpoint: CheckpointConfig | None = None, *, stored: int | None = None
+        self,
+        request: Request,
+        checkpoint: CheckpointConfig | None = None,
+        *,
+        stored: int | None = None,
+        reuse: ReuseSettings | None = None,
+        kv: KVSettings | None = None,
     ) -> Submission:
         """Encode a request and look for its last checkpoint: what takes long before a video can begin.
 
         It touches no video in flight, and so may be called by another thread while this one steps. `stored` chunks are
         in safe hands, None for all; a checkpoint after them is of no use. A damaged one is deleted, and the one before
-        it taken.
+        it taken. Without `reuse` and `kv` the engine's own settings hold.
 
         Raises:
             InputError: the model cannot take it, or the checkpoint is of another request, model, layout or setting.
         """
         encoded = encode(self._pipeline, request)
+        reuse, kv = reuse or self._reuse, kv or self._kv
         if checkpoint is None:
-            return Submission(request=request, encoded=encoded)
-        whole = fingerprint(request, self._pipeline, self._identity, self._runner.layout, self._reuse, self._kv)
+            return Submission(request=request, encoded=encoded, reuse=reuse, kv=kv)
+        whole = fingerprint(request, self._pipeline, self._identity, self._runner.layout, reuse, kv)
         last = open_quantum(self._pipeline, request, encoded)
         own = partial(of_past, whole, last=last)
         damage: list[str] = []
@@ -164,6 +173,8 @@ class Engine:
             state=state,
             decoder=decoder,
             damage=tuple(damage),
+            reuse=reuse,
+            kv=kv,
         )
 
     def submit(
@@ -193,7 +204,7 @@ class Engine:
         number, found, runner = self._numbers, what.found, self._runner
         start, counts, folder = (0, {}, None) if found is None else (found.quantum, found.counts, found.folder)
         self._numbers += 1
-        reuse, wanted = self._reuse, what.request
+        reuse, wanted = what.reuse or self._reuse, what.request
         sampling = self._pipeline.sampling(wanted.num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
         course = Course(sampling, wanted, what.encoded)
         prepared = partial(
@@ -202,7 +213,7 @@ class Engine:
             wanted,
             number=number,
             reuse=reuse,
-            kv=self._kv,
+            kv=what.kv or self._kv,
             observe=recorder is not None and recorder.observes,
         )
         run, admission = prepared(what.encoded, span=course.span, checkpoint=folder)

@@ -76,8 +76,8 @@ been asked for at once; its last few chunks before the old end are made again.
 _BATCH_HELP = """Make the videos of a file, several at a time, on many processes or GPUs.
 
 The file has a JSON object in each line: [cyan]{"prompt": "a red circle moving right", "seconds": 4, "seed": 1}[/cyan].
-It may also have chunks, image, video, priority (higher goes first), height, width, steps and name; what a line leaves
-out is as the options here say.
+It may also have chunks, image, video, priority (higher goes first), height, width, steps, cache, kv_budget and name;
+what a line leaves out is as the options here say.
 
 Run it again and it goes on: videos that are there are kept, those that were begun go on where they were.
 

@@ -55,7 +55,8 @@ class Plan:
 
     def order(self, video: str) -> VideoOrder:
         """The order to make it, under a name."""
-        return VideoOrder(video=video, request=self.request, size=self.size)
+        model = self.model
+        return VideoOrder(video=video, request=self.request, size=self.size, reuse=model.reuse, kv=model.kv)
 
 
 def plan_videos(options: Options) -> list[Plan]:

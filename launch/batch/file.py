@@ -23,17 +23,18 @@ from launch.plan import Plan, plan_video, slug
 from launch.saved import video_digest
 from models.errors import InputError
 
+_OF_LINES = tuple(one for one in declared(Options) if one.line or one.name in ("cache", "kv_budget"))
+"""Options of a line: those of a video, and of how a gang makes it those that may differ from one to the next."""
 _EITHER = {("seconds", "chunks"): "how long it is", ("image", "video"): "what it starts from"}
 
 
 def _line_model() -> type[BaseModel]:
-    """What a line may say: the options that `Options` declares for lines, a priority and a name."""
+    """What a line may say: options, a priority and a name."""
     keys: dict[str, Any] = {"prompt": (str, Field(min_length=1, max_length=10_000))}
-    for one in declared(Options):
-        if one.line:
-            path, (low, high) = one.value_type is Path, one.within or (None, None)
-            limits = Field(default=None, ge=low, le=high, min_length=1 if path else None)
-            keys[one.name] = ((str if path else one.value_type) | None, limits)
+    for one in _OF_LINES:
+        path, (low, high) = one.value_type is Path, one.within or (None, None)
+        limits = Field(default=None, ge=low, le=high, min_length=1 if path else None)
+        keys[one.name] = ((str if path else one.value_type) | None, limits)
     keys["priority"] = (int, Field(default=0, ge=-1_000_000, le=1_000_000))
     keys["name"] = (str | None, Field(default=None, min_length=1, max_length=200))
     config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
@@ -106,7 +107,7 @@ def plan_line(line: dict[str, Any], folder: Path, base: Options, *, out: Path, b
 
 def line_options(line: dict[str, Any], folder: Path, base: Options) -> Options:
     """The line on top of the base. What it says of length or start takes the place of both ways to say it."""
-    given = {one.name: line[one.name] for one in declared(Options) if one.line and one.name in line}
+    given = {one.name: line[one.name] for one in _OF_LINES if one.name in line}
     for pair in _EITHER:
         if not given.keys().isdisjoint(pair):
             given = {**dict.fromkeys(pair), **given}

@@ -29,11 +29,6 @@ from models.errors import InputError
 
 _FIELDS, _FIELD_BYTES = 40, 2**20  # of a form
 _READING = threading.Lock()  # one picture is decoded at a time, whoever sends them
-_UNCHANGED = {
-    "fps": "frames per second of this service are {}",
-    "cache": "this service reuses steps by {}",
-    "kv_budget": "the KV budget of this service is {}",
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,16 +165,14 @@ def _chunk_frames(plan: Plan) -> int:
 
 
 def _check_model(asked: CreateVideo, service: Service) -> None:
-    """A service has one model, and gangs that were started for it: what they cannot change is refused."""
+    """A service has one model, and gangs that were started for it."""
     model = service.limit.model
     if asked.model is not None and asked.model != model.name:
         raise HTTPException(404, f"there is no model {asked.model[:80]!r} here: this service has {model.name}")
     if asked.negative_prompt:
         raise InputError("negative_prompt: models of this engine have no text of that kind, leave it out")
-    own = {"fps": model.config.figures.fps, "cache": model.cache, "kv_budget": model.kv.budget}
-    for name, text in _UNCHANGED.items():
-        if (given := getattr(asked, name)) is not None and given != own[name]:
-            raise InputError(f"{name}: {text.format(own[name])}, so leave it out, or start a service with another")
+    if asked.fps not in (None, fps := model.config.figures.fps):
+        raise InputError(f"fps: this service makes {fps} frames per second, so leave it out, or start another one")
 
 
 def _check_size(options: Options, service: Service) -> None:

@@ -76,7 +76,8 @@ class CreateVideo(_Body):
     def line(self) -> dict[str, Any]:
         """The same as a line of a batch file, but for the files that it names; an `InputError` as in a batch."""
         line: dict[str, Any] = {"prompt": self.prompt, "priority": self.priority}
-        given = {"seconds": self.seconds, "seed": self.seed, "steps": self.num_inference_steps}
+        given: dict[str, Any] = {"seconds": self.seconds, "seed": self.seed, "steps": self.num_inference_steps}
+        given |= {"cache": self.cache, "kv_budget": self.kv_budget}
         line |= {name: value for name, value in given.items() if value is not None}
         if self.size is not None and (found := _SIZE.fullmatch(self.size)):
             line |= {"width": int(found[1]), "height": int(found[2])}

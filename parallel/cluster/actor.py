@@ -205,7 +205,8 @@ class CommandLoop:
             self._inbox.put((video, read))
             self._wake()
 
-        read = self._reader.submit(engine.read, order.request, order.checkpoint, stored=order.stored)
+        own = partial(engine.read, stored=order.stored, reuse=order.reuse, kv=order.kv)
+        read = self._reader.submit(own, order.request, order.checkpoint)
         read.add_done_callback(read_is_done)
 
     def _admit(self, video: _Video, read: Future[Submission], engine: Engine) -> None:
@@ -241,12 +242,15 @@ class CommandLoop:
                 self._post(messages.ChunkMade(video=name, index=chunk.index, frames=frames, latents=latents))
 
     def _progressed(self, video: _Video, progress: Progress) -> None:
-        name, ticks = video.order.video, video.order.size.schedule.quantum_ticks
-        video.progress = progress
+        name, schedule = video.order.video, video.order.size.schedule
+        video.progress, ticks = progress, schedule.quantum_ticks
         if progress.tick % ticks:
             return
+        # Quanta are those of the first span of a long video; the last of them is held until the video's end.
+        quantum, counted = progress.tick // ticks - 1, schedule.quanta - (progress.ticks > schedule.ticks)
+        done = [messages.QuantumDone(video=name, quantum=quantum)] if quantum < counted else []
         self._post(
-            messages.QuantumDone(video=name, quantum=progress.tick // ticks - 1),
+            *done,
             messages.Progressed(video=name, progress=progress),
             urgent=len(self._videos) > 1,  # else nobody waits for the quantum's slots
         )

@@ -116,7 +116,8 @@ def video_size(
     sampling = family_of(config).sampling(config, num_steps, **passes)
     width = sampling.chunk_width
     _, given = (0, 0) if request.prefix is None else sampling.prefix(len(request.prefix))
-    chunks = spans(sampling, request, given)[0].chunks + sampling.prefix_chunks(given)
+    first = spans(sampling, request, given)[0].chunks
+    chunks = first + sampling.prefix_chunks(given)
     schedule = Schedule(
         first=given // width, chunks=chunks, num_steps=num_steps, window=sampling.window, stagger=sampling.stagger
     )
@@ -124,4 +125,5 @@ def video_size(
     plan = plan_kv(sampling, schedule, kv, config.chunk_tokens(request.height, request.width))
     held = local_heads(geometry, layout.cp)
     pinned = plan.host_nbytes(replace(held, device=torch.device("cuda")))
-    return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(held), kv_host_bytes=pinned)
+    later = request.chunks - first
+    return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(held), kv_host_bytes=pinned, later=later)

@@ -42,6 +42,7 @@ class _Video:
 
     order: messages.VideoOrder
     delivered: int  # the next chunk
+    stored: int  # chunks that the caller says are stored, if it does
     number: int = -1  # that its gang has given it, which failures name
 
 
@@ -103,7 +104,7 @@ class Controller:
     def submit(self, order: messages.VideoOrder) -> None:
         """Queue a video; an InputError if no gang can ever hold it, or one of that name is not made yet."""
         self._scheduler.submit(order.video, order.size, priority=order.priority)
-        self._videos[order.video] = _Video(order, order.stored)
+        self._videos[order.video] = _Video(order, order.stored, order.stored)
         self._confirmed.discard(order.video)
         if order.confirmed:
             self._confirmed.add(order.video)
@@ -188,9 +189,12 @@ class Controller:
 
     def _pass_on_stored(self) -> None:
         while not self._stored.empty():
-            video, count = self._stored.get()
-            if video in self._videos and (gang := self._scheduler.entry(video).gang) is not None:
-                self._gangs[gang].send(messages.ChunkTaken(video=video, index=count - 1))
+            name, count = self._stored.get()
+            if (video := self._videos.get(name)) is None:
+                continue
+            video.stored = max(video.stored, count)
+            if (gang := self._scheduler.entry(name).gang) is not None:
+                self._gangs[gang].send(messages.ChunkTaken(video=name, index=count - 1))
 
     def _carry_out(self) -> None:
         for decision in self._scheduler.decide():
@@ -198,7 +202,8 @@ class Controller:
             if isinstance(decision, Permit):
                 gang.send(messages.PermitQuantum(video=video, quantum=decision.quantum))
             else:
-                gang.send(replace(self._videos[video].order, stored=self._videos[video].delivered))
+                begun = self._videos[video]
+                gang.send(replace(begun.order, stored=begun.stored if begun.order.confirmed else begun.delivered))
 
     def _handle(self, gang: Gang, event: messages.SentByGang) -> None:
         """An event of a leader, which may be of a video that has ended."""
@@ -237,7 +242,8 @@ class Controller:
         video = self._videos[chunk.video]
         self._metrics.chunks.inc(1, tags={"again": str(chunk.index < video.delivered).lower()})
         if chunk.index < video.delivered:
-            gang.send(messages.ChunkTaken(video=chunk.video, index=chunk.index))
+            taken = min(chunk.index, video.stored - 1) if video.order.confirmed else chunk.index
+            gang.send(messages.ChunkTaken(video=chunk.video, index=taken))
         elif chunk.index > video.delivered:
             raise GangBroken(f"{gang.name} has left out chunk {video.delivered} of {chunk.video}")
         else:

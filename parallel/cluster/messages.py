@@ -17,8 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from engine.checkpoint.files import CheckpointConfig
+from engine.kv.layout import KVSettings
+from engine.kv.selection import SelectionSettings
 from engine.progress import Progress
 from engine.request import Request
+from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from models.errors import InputError
 from parallel.cluster.scheduler import VideoSize
@@ -36,6 +39,8 @@ class VideoOrder:
     checkpoint: CheckpointConfig | None = None  # None begins from the start after a loss
     stored: int = 0  # chunks that the caller has already, from the first on; they are not handed out again
     priority: int = 0  # higher goes first
+    reuse: ReuseSettings | None = None  # which steps are reused; None for what its gang was started with
+    kv: KVSettings | None = None  # how much of the past is held; likewise
     watched: bool = False  # somebody wants to know of every tick
     confirmed: bool = False  # the caller says of chunks that they are stored; else asking for the next event does
 
@@ -203,7 +208,7 @@ def log_entry(event: GangEvent, seconds: float) -> dict[str, Any]:
 
 # ---- bytes
 
-_PARTS = (Request, VideoSize, Schedule, CheckpointConfig, Progress)
+_PARTS = (Request, VideoSize, Schedule, CheckpointConfig, Progress, ReuseSettings, KVSettings, SelectionSettings)
 _SENT = (*get_args(Command), *get_args(SentByGang), RankStarted, *_PARTS)
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in _SENT}
 

@@ -167,5 +167,20 @@ def test_a_video_that_was_killed_goes_on_and_ends_with_the_same_frames(
     assert json.loads((state / "video.json").read_text())["options"]["chunks"] == 12
 
 
+@pytest.mark.slow
+def test_a_video_of_a_batch_is_made_longer(tmp_path: Path, options: list[str]) -> None:
+    """On a cluster of its own, as it was made."""
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"prompt": PROMPT, "chunks": 2, "seed": 4}))
+    process = flowcache_process(tmp_path, "batch", "lines.jsonl", "--out", "made", *options, "--pp", 2, "--keep-state")
+    assert process.communicate(timeout=150) and process.returncode == 0
+    (video,) = Path("made").glob("*.mp4")
+    process = flowcache_process(tmp_path, "continue", video, "--seconds", 1, "--out", "longer.mp4")
+    _, said = process.communicate(timeout=150)
+    assert process.returncode == 0, said
+    generate(*options, "--chunks", 3, "--seed", 4, "--out", "whole.mp4")
+    assert Path("longer.mp4").read_bytes() == Path("whole.mp4").read_bytes()
+    assert sorted(os.listdir()) == ["lines.jsonl", "longer.mp4", "longer.state", "made", "whole.mp4"]
+
+
 def _manifests() -> list[Path]:
     return list(Path("kept").glob("*/pp*/*/manifest.json"))

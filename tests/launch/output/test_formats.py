@@ -105,6 +105,7 @@ def test_what_there_is_of_an_interrupted_video_is_kept_if_asked_for(tmp_path: Pa
     with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "a.mp4", fps=24, keep_partial=keep) as writer:
         writer.write(chunks()[0])
         assert len(frames_of(partial)) == 3
+        assert partial.is_symlink() != keep  # so that it goes, or stays, with the hidden file of a killed process
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == ([partial.name] if keep else [])
     if keep:

@@ -130,6 +130,14 @@ def test_a_finished_video_is_made_longer_as_if_all_had_been_asked_for(service):
     np.testing.assert_array_equal(service.frames(made.id), whole)
 
 
+def test_requests_of_one_gang_may_reuse_and_hold_as_they_like(service):
+    hows = [{"cache": "none"}, {"cache": "flowcache-fast", "kv_budget": 2}, {}]
+    names = [service.create(seconds=4, seed=12, **how) for how in hows]
+    for name, how in zip(names, hows, strict=True):
+        service.wait(name)
+        np.testing.assert_array_equal(service.frames(name), made_alone(service.folder, seconds=4, seed=12, **how))
+
+
 def test_the_events_of_a_video_tell_each_step_and_its_end(service):
     name = service.create(seconds=3, seed=10)
     kinds, rows = [], []

@@ -106,6 +106,22 @@ def test_a_lost_gang_begins_again_where_the_caller_is_and_no_chunk_comes_twice(c
     assert ChunkTaken(video="a", index=1) in gang.sent
 
 
+def test_a_chunk_that_is_still_to_be_confirmed_does_not_count_as_stored(controller, gang):
+    """Not even for the gang that goes on with the video, nor when that makes the chunk again."""
+    controller.submit(replace(order("a", request(chunks=2)), confirmed=True))
+    gang.rounds += [[], [ADMITTED, chunk(0), chunk(1)], GangBroken("a rank is gone"), [], [ADMITTED, chunk(0)], []]
+    gang.rounds += [[chunk(1)], [DONE]]
+    indices = []
+    for event in controller.run():
+        if isinstance(event, ChunkMade):
+            indices.append(event.index)
+        if isinstance(event, GangLost):
+            controller.stored("a", 1)
+    assert indices == [0, 1]
+    assert [command.stored for command in gang.sent if isinstance(command, VideoOrder)] == [0, 1]
+    assert {command.index for command in gang.sent if isinstance(command, ChunkTaken)} == {0}
+
+
 def test_a_video_that_has_ended_leaves_nothing_behind(controller, gang):
     for last in (DONE, VideoFailed(video="a", message="too wide"), None):
         controller.submit(order("a", request(chunks=1)))
