@@ -1,9 +1,9 @@
 """Floating point operations of MAGI-1's passes, counted from shapes, and a runner that counts while it runs.
 
-A multiplication and an addition are two operations. All matrix products of a pass are counted: embeddings, projections,
-attention over the keys that the pass really attended to and over the text, MLP, modulation, head. Norms, softmax,
-rotary positions, the distances of reuse policies and the scores of KV compression are not; on magi-pocket a distance is
-below one percent of a pass.
+A multiplication and an addition are two operations. All matrix products of a pass are counted: embedding, projections,
+attention over the keys that the pass really attended to and over the text, MLP, head. What many passes share is not, as
+texts and modulation (`engine/inputs.py`), nor are norms, softmax, rotary positions, the distances of reuse policies and
+the scores of KV compression; on magi-pocket a distance is below one percent of a pass.
 """
 
 from __future__ import annotations
@@ -15,12 +15,8 @@ from models.attention import Attention
 from models.magi.config import ModelConfig
 from models.protocols import CaptionTable, VideoModel
 
-_FREQUENCIES = 256  # sines and cosines of the timestep embedding (specification 6.1)
 
-
-def pass_flops(
-    config: ModelConfig, *, tokens: int, keys: int, text: int, distilled: bool, read_out: bool = True
-) -> int:
+def pass_flops(config: ModelConfig, *, tokens: int, keys: int, text: int, read_out: bool = True) -> int:
     """Operations of one pass of one chunk through all layers.
 
     Args:
@@ -28,24 +24,15 @@ def pass_flops(
         tokens: of the chunk.
         keys: that each of them attends to.
         text: caption tokens.
-        distilled: the step size is embedded too.
         read_out: a velocity is read out; passes that are run for their KV alone need none.
     """
     hidden, keyed = config.hidden_size, config.num_query_groups * config.kv_channels
-    cond, text_width = config.cond_size, int(config.hidden_size * config.xattn_cond_hidden_ratio)
     mlp = config.ffn_hidden_size * (3 if config.gated_linear_unit else 2)
     projections = 2 * hidden + 2 * keyed + 2 * hidden  # q, qx; k, v; the two results together
-    layer = (
-        tokens * hidden * (projections + mlp)
-        + text * text_width * 2 * keyed
-        + 2 * tokens * hidden * (keys + text)
-        + cond * int(2 * hidden * config.cond_gating_ratio)
-    )
+    layer = tokens * hidden * (projections + mlp) + 2 * tokens * hidden * (keys + text)
     patch = config.patch_size**2 * config.t_patch_size
     embedding = tokens * hidden * patch * (config.in_channels + config.out_channels * read_out)
-    captions = text * config.caption_channels * text_width + config.caption_channels * cond
-    times = (_FREQUENCIES + cond) * cond * (2 if distilled else 1)
-    return 2 * (config.num_layers * layer + embedding + captions + times)
+    return 2 * (config.num_layers * layer + embedding)
 
 
 class CountingRunner(LocalRunner):
@@ -87,6 +74,5 @@ class CountingRunner(LocalRunner):
             tokens=tokens,
             keys=keys,
             text=len(self._captions[item.request].get(item.what.caption, item.chunk, item.chunks_left).text),
-            distilled=item.what.condition.distill is not None,
             read_out=bool(item.what.weight),
         )

@@ -91,11 +91,11 @@ class Admission:
 
 def encode(pipeline: Pipeline, request: Request) -> Encoded:
     """Encode a request's prompts and prefix; an InputError if the model cannot take them."""
-    prefix = None if request.prefix is None else _encode_prefix(pipeline, request.prefix)
+    sampling = pipeline.sampling(request.num_steps, clean_pass=True, copy_pass=False)
+    prefix = None if request.prefix is None else _encode_prefix(pipeline, sampling, request.prefix)
     captions = pipeline.captions(request.prompt)
     if request.script:
-        width = pipeline.sampling(request.num_steps, clean_pass=True, copy_pass=False).chunk_width
-        made = 0 if prefix is None else prefix.shape[2] // width  # whole chunks of the prefix
+        made = 0 if prefix is None else prefix.shape[2] // sampling.chunk_width  # whole chunks of the prefix
         later = tuple((made + first, pipeline.captions(prompt).text) for first, prompt in request.script)
         captions = replace(captions, later=later)
     return Encoded(captions=captions, prefix=prefix, noise=partial(seeded_noise, request.seed))
@@ -222,8 +222,9 @@ def open_quantum(pipeline: Pipeline, request: Request, encoded: Encoded) -> int:
 
 
 @torch.no_grad()
-def _encode_prefix(pipeline: Pipeline, prefix: Tensor) -> Tensor:
-    latents = pipeline.autoencoder.encode(prefix)
+def _encode_prefix(pipeline: Pipeline, sampling: Sampling, prefix: Tensor) -> Tensor:
+    used, _ = sampling.prefix(len(prefix))
+    latents = pipeline.autoencoder.encode(prefix[-used:])
     if not latents.shape[2]:
         raise InputError(f"a prefix of {len(prefix)} frames is too short: give one image or 4 frames and more")
     return latents.to(pipeline.model.kv.dtype)

@@ -181,6 +181,12 @@ class Sampling(Protocol):
     def overlap(self) -> int:
         """Chunks at the end of a span that the next one is given."""
 
+    def prefix(self, frames: int) -> tuple[int, int]:
+        """Of a clip of so many frames: how many of its last ones are gone on from, and their number in latent frames.
+
+        An InputError if there are too few.
+        """
+
     def prefix_chunks(self, frames: int) -> int:
         """How many chunks a prefix of so many latent frames adds to those that are asked for."""
 

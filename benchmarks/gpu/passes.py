@@ -36,7 +36,7 @@ def passes(bench: Bench, backend: str, *, compiled: bool = False) -> Iterator[Ro
     for chunks in CONTEXTS:
         run = _pass(bench, dit, chunks)
         seconds = bench.seconds(run, repeats=3)
-        flops = partial(pass_flops, bench.shapes, tokens=bench.tokens, text=_TEXT, distilled=bench.distilled)
+        flops = partial(pass_flops, bench.shapes, tokens=bench.tokens, text=_TEXT)
         whole, keys = flops(keys=chunks * bench.tokens), chunks * bench.tokens + _TEXT
         attended = 4 * bench.tokens * keys * bench.shapes.hidden_size * bench.shapes.num_layers
         split = _split(run)

@@ -189,7 +189,6 @@ class Cluster:
             tokens=self.tokens,
             keys=round(chunks * self.tokens),
             text=_TEXT,
-            distilled=self.config.engine_config.distill,
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.magi.config import MagiConfig
-from models.protocols import CaptionKind, Draw, Pass, PassCondition
+from models.protocols import CELL_FRAMES, CaptionKind, Draw, Pass, PassCondition
 
 _SHORTCUT_STEPS = 12
 _SHORTCUTS = {"16,16,8": ((0.0, 1 / 16, 2 / 16), (1, 1, 2))}
@@ -106,6 +106,10 @@ class MagiSampling:
     def chunk_width(self) -> int:
         """Latent frames of a chunk."""
         return self.config.runtime_config.chunk_width
+
+    def prefix(self, frames: int) -> tuple[int, int]:
+        """All; an image is a latent frame too."""
+        return frames, 1 if frames == 1 else frames // CELL_FRAMES
 
     def prefix_chunks(self, frames: int) -> int:
         """A chunk that the prefix fills in part is one more."""

@@ -2,6 +2,7 @@
 
     python -m models.pocket.train --out runs/pocket             everything, about two hours on 2 cores
     python -m models.pocket.train --out runs/pocket --export    write models/pocket/weights from what is there
+    python -m models.pocket.train --out runs/decoder --refine   go on with the decoder that ships, and nothing else
 
 It can be stopped at any time; the same command goes on from the last checkpoint. A run is set by its seed.
 """
@@ -113,6 +114,28 @@ def export(run: Run, target: Path, args: argparse.Namespace) -> None:
     run.report(f"wrote {target}: step {dit['step']} of the DiT")
 
 
+def refine(run: Run, args: argparse.Namespace) -> None:
+    """Polish the decoder that ships for so many steps more, and write it; latents and DiT stay as they are."""
+    path, record = WEIGHTS / "vae" / "diffusion_pytorch_model.safetensors", WEIGHTS / "training.json"
+    start = run.out / "vae.safetensors"  # a run that goes on begins with what it began with
+    if not start.exists():
+        shutil.copyfile(path, start)
+    vae = ViTVAE(POCKET_VAE).requires_grad_(False)
+    vae.load_state_dict({key: value.float() for key, value in load_file(start).items()})
+    polished = polish_decoder(run, vae, steps=args.polish_steps, batch=args.vae_batch)
+    save_half(polished.state_dict(), path)
+    history = torch.load(run.out / "decoder.ckpt", weights_only=True)["history"]
+    command = f"python -m models.pocket.train --refine --seed {args.seed} --vae-batch {args.vae_batch}"
+    values = json.loads(record.read_text())
+    values["refined_decoder"] = {
+        "command": f"{command} --polish-steps {args.polish_steps}",
+        "torch": torch.__version__,
+        "last": history[-1],
+        "curve": history[::4],
+    }
+    record.write_text(json.dumps(values, indent=1) + "\n")
+
+
 def report(line: str) -> None:
     """One line of progress."""
     sys.stdout.write(f"{time.strftime('%H:%M:%S')} {line}\n")
@@ -129,13 +152,14 @@ def _options() -> argparse.Namespace:
         ("clips", 4000, "to encode for the DiT"),
         ("clip-chunks", 5, "length of a clip"),
         ("dit-steps", 4300, "of the DiT"),
-        ("polish-steps", 700, "of the decoder, after the DiT"),
+        ("polish-steps", 2400, "of the decoder, after the DiT"),
         ("threads", 0, "CPU threads; 0 leaves PyTorch's choice"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=what)
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile; needs gcc"
     )
+    parser.add_argument("--refine", action="store_true", help="only polish the decoder that ships")
     parser.add_argument("--export", action="store_true", help=f"only write {WEIGHTS} from the newest checkpoints")
     return parser.parse_args()
 
@@ -147,6 +171,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     run = Run(out=args.out, seed=args.seed, compiled=args.compile, report=report)
+    if args.refine:
+        return refine(run, args)
     if not args.export:
         vae = prepare_vae(run, args)
         train_dit(run, prepare_latents(run, vae, args), steps=args.dit_steps)

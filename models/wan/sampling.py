@@ -19,11 +19,21 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError
-from models.protocols import Draw, Pass, PassCondition
+from models.protocols import CELL_FRAMES, Draw, Pass, PassCondition
 from models.wan.unipc import Sigmas, UniPC
 
 _NOISE, _CLEAN = 999, 0  # what the model is told of frames that have not begun, and of finished ones
 _TRAINED_STEPS = 1000
+
+
+def whole_chunks(frames: int, width: int, *, most: int | None) -> tuple[int, int]:
+    """As `Sampling.prefix`, of whole chunks of latent frames: the first latent frame is one frame, others are four."""
+    chunks = (1 + (frames - 1) // CELL_FRAMES) // width
+    if not chunks:
+        needed = 1 + CELL_FRAMES * (width - 1)
+        raise InputError(f"this model goes on from {needed} frames and more, and {frames} are given")
+    latents = min(chunks, most or chunks) * width
+    return 1 + CELL_FRAMES * (latents - 1), latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +154,10 @@ class BlockSampling(DiffusionForcing):
         """Groups that the next window goes on from."""
         return self.overlap_frames // self.block
 
+    def prefix(self, frames: int) -> tuple[int, int]:
+        """Those of whole groups, and no more than a window goes on from."""
+        return whole_chunks(frames, self.block, most=self.overlap or None)
+
     def prefix_chunks(self, frames: int) -> int:
         """Whole groups; an InputError if a group is given in part."""
         if frames % self.block:
@@ -260,6 +274,10 @@ class WindowSampling(DiffusionForcing):
     def chunk_width(self) -> int:
         """Latent frames of the window."""
         return self.frames + self.ends
+
+    def prefix(self, frames: int) -> tuple[int, int]:
+        """All that are whole latent frames."""
+        return whole_chunks(frames, 1, most=None)
 
     def prefix_chunks(self, frames: int) -> int:
         """None: the given frames are in the window."""

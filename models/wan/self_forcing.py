@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.protocols import Draw, Pass, PassCondition
+from models.wan.sampling import whole_chunks
 
 _TRAINED_STEPS = 1000
 
@@ -62,6 +63,11 @@ class SelfForcingSampling:
         """Noise level before each step: shift s / (1 + (shift - 1) s)."""
         spaced = [step / _TRAINED_STEPS for step in self.steps]
         return tuple(self.shift * s / (1 + (self.shift - 1) * s) for s in spaced)
+
+    def prefix(self, frames: int) -> tuple[int, int]:
+        """Those of whole chunks, and no more than a chunk attends to besides itself."""
+        most = None if self.held is None else self.held // self.chunk_width - 1
+        return whole_chunks(frames, self.chunk_width, most=most)
 
     def prefix_chunks(self, frames: int) -> int:
         """Whole chunks; an InputError if one is given in part."""

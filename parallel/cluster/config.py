@@ -19,7 +19,7 @@ from engine.schedule import Schedule
 from models.checkpoint import Loading
 from models.families import family_of
 from models.family import ModelConfig, ModelLoader
-from models.protocols import CELL_FRAMES, Pipeline
+from models.protocols import Pipeline
 from parallel.cluster.scheduler import GangSize, VideoSize
 from parallel.comm.ulysses import local_heads
 from parallel.health.timeouts import HEAD_SECONDS, Timeouts
@@ -115,8 +115,7 @@ def video_size(
     num_steps, passes = request.num_steps, {"clean_pass": reuse.clean_pass, "copy_pass": reuse.copy_pass}
     sampling = family_of(config).sampling(config, num_steps, **passes)
     width = sampling.chunk_width
-    frames = 0 if request.prefix is None else len(request.prefix)
-    given = 1 if frames == 1 else frames // CELL_FRAMES
+    _, given = (0, 0) if request.prefix is None else sampling.prefix(len(request.prefix))
     first = spans(sampling, request, given)[0].chunks
     chunks = first + sampling.prefix_chunks(given)
     schedule = Schedule(

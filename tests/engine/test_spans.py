@@ -79,11 +79,14 @@ def test_it_goes_on_from_a_checkpoint_of_its_first_span(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(rest, whole[found.first :], strict=True))
 
 
-def test_a_prefix_that_leaves_no_room_or_part_of_a_group_is_refused():
-    for frames, said in ((32, "goes on from 6 at most"), (12, "not whole groups")):
-        prefix = torch.zeros(frames, 32, 48, 3, dtype=torch.uint8)
-        with pytest.raises(InputError, match=said):
-            latents(engine(), prefix=prefix)
+def test_of_a_prefix_the_last_whole_groups_count_and_a_shorter_one_is_refused():
+    frames = torch.zeros(32, 32, 48, 3, dtype=torch.uint8)
+    used, _ = engine()._pipeline.sampling(4, clean_pass=True, copy_pass=True).prefix(32)
+    assert used < 32
+    made = latents(engine(), prefix=frames), latents(engine(), prefix=frames[-used:])
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+    with pytest.raises(InputError, match="goes on from 5 frames and more, and 3 are given"):
+        latents(engine(), prefix=frames[:3])
 
 
 MEMORY = """

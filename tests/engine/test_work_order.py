@@ -9,6 +9,7 @@ from engine.kv.layout import KVLayout, clean_chunks
 from engine.reuse.policy import Policy, ReuseSettings
 from engine.video import Reuse, VideoRun, VideoShape, seeded_noise
 from models.magi.sampling import MagiSampling
+from models.wan.sampling import BlockSampling
 from tests.engine.tiny import tiny_config
 
 TOKENS = 3
@@ -17,6 +18,10 @@ TOKENS = 3
 def new_run(*, chunks, prefix_frames, window, num_steps, ranges, guided=False, compressed=False):
     config = tiny_config(guided=guided, window=window, ranges=ranges)
     sampling = MagiSampling(config=config, num_steps=num_steps)
+    return run_of(sampling, chunks, prefix_frames, compressed=compressed)
+
+
+def run_of(sampling, chunks, prefix_frames, *, compressed=False):
     shape = VideoShape(channels=1, chunks=chunks, prefix_frames=prefix_frames, height=1, width=1)
     prefix = torch.zeros(1, 1, prefix_frames, 1, 1) if prefix_frames else None
     reuse = Reuse(policy=Policy(), memory=ReuseSettings().new_memory(), patches=lambda x: x, observe=False)
@@ -64,12 +69,39 @@ def videos(draw):
 @given(videos())
 def test_the_layout_can_follow_any_order_with_the_rows_it_was_given(video):
     """Buffers are sized by what is ever attended: no item asks for rows that were dropped, none overflows."""
-    run, sampling = new_run(**video)
+    follow(*new_run(**video))
+
+
+@st.composite
+def groups(draw):
+    count, steps = draw(st.integers(1, 8)), draw(st.integers(1, 12))
+    sampling = BlockSampling(
+        steps=steps,
+        ar_step=draw(st.integers(0, 14)),
+        block=2,
+        frames=2 * count,
+        key_range=draw(st.sampled_from([None, 0, 1, 2])),
+        hides_prefix=draw(st.booleans()),
+        clean_pass=draw(st.booleans()),
+    )
+    return run_of(sampling, count, 2 * draw(st.integers(0, count - 1)))
+
+
+@settings(deadline=None, max_examples=120)
+@given(groups())
+def test_it_can_follow_groups_that_stand_anyhow(run_and_sampling):
+    """Staggered by any number of steps, all in step, after given groups, with a range of finished ones or with all."""
+    follow(*run_and_sampling)
+
+
+def follow(run, sampling):
+    """Carry the changes of the layout out; the items."""
     capacity = clean_chunks(run.schedule, sampling, None)
     layout = KVLayout(
         chunk_tokens=TOKENS, clean_tokens=capacity * TOKENS, window=sampling.window, chunks=run.schedule.chunks
     )
-    for item in all_items(run):
+    items = all_items(run)
+    for item in items:
         for op in item.before:
             if op.kind == "enter":
                 layout.enter(op.chunk)
@@ -80,6 +112,7 @@ def test_the_layout_can_follow_any_order_with_the_rows_it_was_given(video):
             rows = layout.span(item.keys_from, item.chunk)
             first = 0 if item.keys_from is None else item.keys_from
             assert rows.stop - rows.start == (item.chunk + 1 - first) * TOKENS
+    return items
 
 
 @settings(deadline=None, max_examples=80)

@@ -2,10 +2,12 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from launch.cli import run
+from launch.output.video import VideoWriter
 from tests.models.wan.downloaded import of_diffusers, released, self_forcing
 
 LAYOUTS = {"released": released, "diffusers": of_diffusers, "self-forcing": self_forcing}
@@ -64,6 +66,21 @@ def test_a_folder_makes_videos_which_are_the_same_on_two_ranks(folders, layout, 
     assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
     assert run([*asked, "--out", "other.mp4", "--seed", "1"]) == 0
     assert (tmp_path / "one.mp4").read_bytes() != (tmp_path / "other.mp4").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_clip_is_gone_on_from_in_whole_chunks(folders, tmp_path, monkeypatch, capsys):
+    """Its last 17 frames are five latent frames; what is made is decoded as what comes after them."""
+    monkeypatch.chdir(tmp_path)
+    with VideoWriter(tmp_path / "clip.mp4", fps=24) as writer:
+        writer.write(np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8))
+    asked = ["generate", "a cat", "--weights", str(folders["released"]), *SMALL, "--out", "x.mp4"]
+    assert run([*asked, "--video", "clip.mp4"]) == 0
+    assert "x.mp4: 40 frames of 32x32" in capsys.readouterr().out
+    with VideoWriter(tmp_path / "short.mp4", fps=24) as writer:
+        writer.write(np.zeros((12, 32, 32, 3), dtype=np.uint8))
+    assert run([*asked, "--video", "short.mp4"]) == 2
+    assert "this model goes on from 17 frames and more, and 12 are given" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from engine.kv.layout import KVSettings
+from engine.reuse.policy import ReuseSettings
 from models.magi.loader import MagiLoader
 from models.magi.text import T5Encoder, TextLoading
 from parallel.cluster.actor import CommandLoop
-from parallel.cluster.config import Source
+from parallel.cluster.config import Source, video_size
 from parallel.cluster.messages import (
     Admitted,
     CancelVideo,
@@ -32,6 +34,7 @@ from parallel.mesh import Layout, Mesh
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import open_gang
 from tests.models import downloaded
+from tests.models.wan.small import small_pipeline
 from tests.parallel.cluster.sources import SmallSource, size
 from tests.parallel.small import request
 
@@ -184,3 +187,29 @@ def test_two_prompts_load_t5_once_and_the_second_is_read_beside_the_work(tmp_pat
     assert len(meanwhile) > 20 and {span["args"]["request"] for span in spans if span["ts"] < ended} == {0}
     gaps = [later - earlier for earlier, later in zip([began, *meanwhile], [*meanwhile, ended], strict=True)]
     assert max(gaps) < (ended - began) / 2
+
+
+class GroupSource:
+    """A small model whose long videos are made in spans."""
+
+    identity = "groups"
+    runtime = {"chunk_width": 2, "stagger": 2, "window_frames": 8, "overlap_frames": 2}
+
+    def lead(self, mesh, device):
+        return small_pipeline(**self.runtime)
+
+
+def test_a_long_video_is_counted_whole_and_holds_slots_until_its_end():
+    """Permits are for the quanta of its first span; the last of these is never given back before the video ends."""
+    made = request(num_steps=6, chunks=7)
+    config = small_pipeline(**GroupSource.runtime).config
+    reuse, kv = ReuseSettings(), KVSettings()
+    whole = video_size(config, made, reuse=reuse, kv=kv, layout=Layout(pp=1))
+    assert (whole.chunks, whole.schedule.chunks) == (7, 4)
+    with running(GroupSource()) as controller:
+        controller.loop.handle(VideoOrder(video="long", request=made, size=whole))
+        until(lambda: controller.all(VideoDone), "it does not end", seconds=60)
+    assert [one.index for one in controller.all(ChunkMade)] == list(range(7))
+    done = [one.quantum for one in controller.all(QuantumDone)]
+    assert done == list(range(whole.schedule.quanta - 1))
+    assert {one.quantum for one in controller.all(QuantumReady)} == set(range(whole.schedule.quanta))
