@@ -10,8 +10,7 @@ import numpy as np
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
 from parallel.cluster.messages import Ticked
-
-_SECONDS = 0.2  # between two messages that are sent for this alone: every message has its cost
+from parallel.health.timeouts import WATCHED_SECONDS
 
 
 class LiveRecorder(Recorder):
@@ -42,7 +41,7 @@ class LiveRecorder(Recorder):
     def ticked(self, tick: int, *, seconds: float, items: int, fill: float) -> None:
         """Send all since the last tick."""
         now = time.monotonic()
-        due = now - self._sent >= _SECONDS
+        due = now - self._sent >= WATCHED_SECONDS
         self._sent = now if due else self._sent
         decisions, self._decisions = tuple(self._decisions), []
         kept, self._kept = self._kept, None

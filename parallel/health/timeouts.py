@@ -30,6 +30,7 @@ NEWS_SECONDS = 0.2  # between two looks at all gangs where no message comes
 NODES_SECONDS = 1.0  # between two looks at the nodes of the cluster
 PLACES_SECONDS = 0.2  # between two looks whether a gang's places are reserved
 ENDS_SECONDS = 0.5  # between two looks whether Ray has lost a rank
+WATCHED_SECONDS = 0.2  # between two messages that are sent for a viewer alone: every message has its cost
 METRICS_SECONDS = 1.0  # between two exports of metrics
 
 
