@@ -22,7 +22,9 @@ def pytest_configure(config):
     """What the commands keep for the next run (encoded prompts) goes to a folder of this run, and with it."""
     config.cache_home = tempfile.mkdtemp(prefix="flowcache-tests-")
     os.environ["XDG_CACHE_HOME"] = config.cache_home
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the commands would rightly ignore it, and tests send it
+    # Under nohup, or behind a shell, the commands would rightly ignore these, and tests send them.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config):

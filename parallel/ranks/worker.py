@@ -7,7 +7,9 @@ no other synchronisation.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ from parallel.comm.edges import Edges, RankServices
 from parallel.comm.messages import Header, Kind, Message, unpack_admit, unpack_json
 from parallel.comm.ulysses import TokenSplit, UlyssesShard, local_heads
 from parallel.health.exit_codes import BAD_INPUT
+from parallel.health.timeouts import CANCELLED_SECONDS, POLL_SECONDS
 from parallel.trace import DeviceTimer, OnMeasured, RankCounters, Tracer
 
 
@@ -138,6 +141,12 @@ class StageWorker:
         video, key = header.request, saved_key(folder, self._mesh.rank)
 
         def ended(written: tuple[Shard, ...] | Exception) -> None:
+            if (
+                isinstance(written, Exception)
+                and os.strerror(errno.ENOENT) in str(written)
+                and self._let_go(video, key)
+            ):
+                return  # it was cancelled, and its files are removed by whoever did it
             if isinstance(written, InputError):
                 self._monitor.fail(str(written), status=BAD_INPUT)
             elif isinstance(written, Exception):
@@ -156,6 +165,13 @@ class StageWorker:
             write_async(folder, files, ended)
             self.counters.checkpoints += 1
             self._tracer.add("snapshot", began)
+
+    def _let_go(self, video: int, key: str) -> bool:
+        """Whether nobody wants a video's checkpoint any more; the word that says so may still be on its way."""
+        deadline = time.monotonic() + CANCELLED_SECONDS
+        while self._saving.get(video) == key and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        return self._saving.get(video) != key
 
     @contextmanager
     def _working(self, what: str) -> Iterator[None]:

@@ -66,6 +66,7 @@ def test_record_then_plot(flowcache: Callable[..., Result], tmp_path: Path, rand
         "cp": 1,
         "layers": [6],
         "cache_preset": "flowcache-slow",
+        "attention": "sdpa",
     }
 
 

@@ -46,14 +46,28 @@ class Service:
         self.process = flowcache_process(self.folder, *self.command, extra=extra, errors=self.said.open("w"))
         address = self.when(lambda: re.search(r"at (http://\S+)", self.said.read_text()))[1]
         headers = {"Authorization": f"Bearer {KEY}"}
-        self.client = httpx2.Client(base_url=address, headers=headers, timeout=60)
+        hooks = {"request": [self.alive]}
+        self.client = httpx2.Client(base_url=address, headers=headers, timeout=60, event_hooks=hooks)
         self.openai = openai.OpenAI(api_key=KEY, base_url=f"{address}/v1", max_retries=0)
+
+    def alive(self, _=None):
+        """Say what it said, if it has ended."""
+        assert self.process.poll() is None and "error: " not in self.said.read_text(), self.said.read_text()
+
+    def tried(self, condition):
+        """What a condition gives; an error with what the service said, if it has ended."""
+        self.alive()
+        try:
+            return condition()
+        except httpx2.TransportError:
+            self.process.wait(60)
+            self.alive()
+            raise
 
     def when(self, condition, seconds=180):
         """What a condition gives as soon as that is true."""
         deadline = time.monotonic() + seconds
-        while not (found := condition()):
-            assert self.process.poll() is None, self.said.read_text()
+        while not (found := self.tried(condition)):
             assert time.monotonic() < deadline, self.said.read_text()
             time.sleep(0.05)
         return found
