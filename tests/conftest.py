@@ -24,6 +24,7 @@ def pytest_configure(config):
     os.environ["XDG_CACHE_HOME"] = config.cache_home
     # Under nohup, or behind a shell, the commands would rightly ignore these, and tests send them.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
