@@ -104,10 +104,10 @@ def frames(path: Path) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RELEASED)
 def test_a_downloaded_folder_makes_a_video_in_one_process_and_on_two_ranks(
-    checkout: Path, tmp_path: Path, flowcache: Callable[..., Result], name: str
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flowcache: Callable[..., Result], name: str
 ) -> None:
     folder = checkout / "ckpt" / "magi" / name
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert run(["generate", PROMPT, "--weights", str(folder), *SMALL, "--out", "one.mp4"]) == 0
     result = flowcache("generate", PROMPT, "--weights", folder, *SMALL, "--pp", 2, "--out", "two.mp4")
     assert result.returncode == 0, result.stderr
@@ -118,9 +118,9 @@ def test_a_downloaded_folder_makes_a_video_in_one_process_and_on_two_ranks(
 
 @pytest.mark.slow
 def test_random_weights_need_no_download_and_are_the_same_on_two_ranks(
-    tmp_path: Path, flowcache: Callable[..., Result]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flowcache: Callable[..., Result]
 ) -> None:
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     given = ["a red circle moving right", "--weights", "random", "--steps", "4", "--chunks", "2", "--threads", "1"]
     assert run(["generate", *given, "--out", "one.mp4"]) == 0
     result = flowcache("generate", *given, "--pp", 2, "--out", "two.mp4")

@@ -73,6 +73,7 @@ def test_a_video_is_made_and_plays_before_it_is_finished_also_after_a_reload(pag
 def test_a_video_is_cancelled_and_deleted_by_the_keyboard(page, service):
     name = make(page, service, 40)
     service.wait(name, "in_progress")
+    playwright.expect(page.locator("#cancel")).to_be_enabled()
     page.locator("#cancel").press("Enter")
     page.get_by_text("The video was cancelled").wait_for()
     assert service.get(name)["status"] == "cancelled"
