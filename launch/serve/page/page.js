@@ -207,9 +207,10 @@ function redraw() {
 
 async function remove() {
   clearError();
+  const { id, over } = watched; // an event may say that it is cancelled before the answer does
   try {
-    const answer = await (await ask(`v1/videos/${watched.id}`, { method: "DELETE" })).json();
-    if (answer.status !== "cancelled" || watched.over) {
+    const answer = await (await ask(`v1/videos/${id}`, { method: "DELETE" })).json();
+    if (watched?.id === id && (over || answer.status !== "cancelled")) {
       watched.stop.abort();
       watched = null;
       history.replaceState(null, "", "#");
