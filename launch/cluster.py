@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,16 @@ from parallel.cluster.controller import ClusterLost, Controller
 from parallel.cluster.placement import GangShape, alive_nodes, cluster_has_gpus
 from parallel.cluster.scheduler import GangSize
 from parallel.health.exit_codes import FAILED
-from parallel.health.timeouts import HEAD_SECONDS, JOIN_SECONDS, OWN_HEAD_SECONDS, RAY_FILES_SECONDS, Timeouts
+from parallel.health.processes import LocalProcess, descendants
+from parallel.health.timeouts import (
+    HEAD_SECONDS,
+    JOIN_SECONDS,
+    OWN_HEAD_SECONDS,
+    POLL_SECONDS,
+    RAY_ENDS_SECONDS,
+    RAY_FILES_SECONDS,
+    Timeouts,
+)
 
 _OBJECT_STORE = 512 * 2**20  # bytes for what Ray itself passes around; chunks do not go through it
 _LONGEST_BASE = 16  # characters before a folder of Ray's: 107 are allowed for a socket's name
@@ -158,7 +168,7 @@ def _init(stack: ExitStack, *, address: str, **own: Any) -> None:
     The thread lives on, as what Ray has started ends with it. A handler that Ray's core installs all the same, which
     ends the process with a dump of the stack, is undone.
     """
-    begun, ends = Future[None](), threading.Event()
+    begun, ends, others = Future[None](), threading.Event(), descendants(os.getpid())
 
     def work() -> None:
         try:
@@ -182,8 +192,20 @@ def _init(stack: ExitStack, *, address: str, **own: Any) -> None:
             check_signals()
             if time.monotonic() - began > JOIN_SECONDS:
                 raise TimeoutError(f"it has not answered within {JOIN_SECONDS:.0f} s")
-    stack.callback(ray.shutdown)
+    stack.callback(partial(_end_own, others) if own else ray.shutdown)
     begun.result()
+
+
+def _end_own(others: set[int]) -> None:
+    """End a cluster and all processes that came with it; without its head some would look for that for a minute."""
+    started = [LocalProcess(pid) for pid in descendants(os.getpid()) - others]
+    ray.shutdown()
+    deadline = time.monotonic() + RAY_ENDS_SECONDS
+    while not all(process.gone for process in started) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    for process in started:
+        process.end()
+        process.close()
 
 
 @contextmanager

@@ -159,10 +159,10 @@ def _decode(path: Path, frame: Frame, *, fps: int | None, last: float | None = N
             if graph is None:
                 graph = _graph(picture, stream, frame, fps=fps)
             graph.push(picture)
-            yield from _pull(graph)
+            yield from pulled(graph)
         if graph is not None:
             graph.push(None)
-            yield from _pull(graph)
+            yield from pulled(graph)
 
 
 def _graph(first: VideoFrame, stream: av.VideoStream, frame: Frame, *, fps: int | None) -> Graph:
@@ -187,7 +187,8 @@ def _graph(first: VideoFrame, stream: av.VideoStream, frame: Frame, *, fps: int 
     return graph
 
 
-def _pull(graph: Graph) -> Iterator[VideoFrame]:
+def pulled(graph: Graph) -> Iterator[VideoFrame]:
+    """The frames that have come out of a graph of filters by now."""
     while True:
         try:
             frame = graph.pull()

@@ -37,6 +37,7 @@ from models.pocket.text import parse_prompt
 from parallel.cluster import messages
 from parallel.cluster.messages import Event
 from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED
+from parallel.health.processes import descendants
 from parallel.mesh import Layout, Mesh
 
 CASE, RUN = "case.json", "run.json"
@@ -185,7 +186,7 @@ class _Watch:
         made = sum(map(len, self.chunks))
         if made % EVERY == 0:
             gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-            host = rss() + sum(map(_resident, below(self._root) - {os.getpid()}))
+            host = rss() + sum(map(_resident, ({self._root} | descendants(self._root)) - {os.getpid()}))
             seconds, kv = time.perf_counter() - self._began, sum(self._kv.values())
             self.looks.append(Look(chunks=made, seconds=seconds, host_bytes=host, device_bytes=gpu, kv_bytes=kv))
 
@@ -225,21 +226,6 @@ def commit() -> str:
     """Of the checkout that this runs in."""
     asked = ["git", "-C", os.path.dirname(__file__), "describe", "--always", "--dirty"]
     return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-
-
-def below(root: int) -> set[int]:
-    """A process and all that it has started, as far as they live."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (OSError, ValueError):
-                continue
-    found = {root}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
 
 
 def _resident(pid: int) -> int:

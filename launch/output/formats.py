@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +21,7 @@ from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
 from engine.files import atomic_write, part_of
+from launch.media import pulled
 from launch.output.names import FOLDER
 from launch.output.segments import H264, LOSSLESS, TICKS, VP9, Codec, container_in, decode, join, pixels
 
@@ -71,10 +72,10 @@ def _gif(segments: Segments, path: Path, fps: int) -> None:
         for number, frame in enumerate(decode(segments())):
             frame.pts = number * TICKS
             pictures.push(frame)
-            for picture in _pull(graph):
+            for picture in pulled(graph):
                 container.mux(stream.encode(picture))
         pictures.push(None)
-        for picture in _pull(graph):
+        for picture in pulled(graph):
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
 
@@ -82,16 +83,6 @@ def _gif(segments: Segments, path: Path, fps: int) -> None:
 def _source(graph: Graph, frame: VideoFrame, fps: int) -> FilterContext:
     base = Fraction(1, fps * TICKS)
     return graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=base)
-
-
-def _pull(graph: Graph) -> Iterator[VideoFrame]:
-    while True:
-        try:
-            frame = graph.pull()
-        except (av.BlockingIOError, av.EOFError):
-            return
-        if isinstance(frame, VideoFrame):
-            yield frame
 
 
 def _pictures(segments: Segments, path: Path, fps: int) -> None:

@@ -63,6 +63,19 @@ class LocalProcess:
             self._descriptor, self._gone = None, True
 
 
+def descendants(pid: int) -> set[int]:
+    """All processes that a process has started, and those in turn; none where there is no /proc."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found, more = set[int](), {pid}
+    while more:
+        more = {child for child, parent in parents.items() if parent in more} - found
+        found |= more
+    return found
+
+
 class WakeupPipe:
     """Wakes a thread by `notify`, and on SIGTERM if it was made in the main thread and SIGTERM has no handler."""
 

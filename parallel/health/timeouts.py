@@ -26,6 +26,7 @@ JOIN_SECONDS = 30.0  # for a cluster to be joined, once it takes connections
 HEAD_SECONDS = 30.0  # for the head of a cluster to be started again; after 60 Ray ends the process
 OWN_HEAD_SECONDS = 2.0  # the same of a cluster that ends with the command: nobody starts it again
 HEAD_ANSWERS_SECONDS = 1.0  # for it to take a connection
+RAY_ENDS_SECONDS = 1.0  # for processes of a cluster that has ended, before they are ended
 RAY_FILES_SECONDS = 2.0  # for its last processes to end, so that its files can be removed
 NEWS_SECONDS = 0.2  # between two looks at all gangs where no message comes
 NODES_SECONDS = 1.0  # between two looks at the nodes of the cluster

@@ -98,23 +98,6 @@ def flowcache_process(
     )
 
 
-def children(pid: int) -> set[int]:
-    """All processes that descend from one."""
-    parents: dict[int, list[int]] = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents.setdefault(int(fields[1]), []).append(int(status.parent.name))
-    found, look = set[int](), [pid]
-    while look:
-        below = parents.get(look.pop(), [])
-        found |= set(below)
-        look += below
-    return found
-
-
 def command_of(pid: int) -> str:
     """How a process was started; empty if it has ended."""
     try:

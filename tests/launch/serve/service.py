@@ -12,7 +12,8 @@ import openai
 
 from launch.generate import generate
 from launch.options import Options
-from tests.launch.process import children, command_of, flowcache_process
+from parallel.health.processes import descendants
+from tests.launch.process import command_of, flowcache_process
 
 PROMPT = "a red circle moving right"
 KEY = "an-example-of-a-key"
@@ -87,7 +88,7 @@ class Service:
         return decoded(self.client.get(f"/v1/videos/{name}/content").content, self.folder / "got.mp4")
 
     def below(self, name=""):
-        return [pid for pid in children(self.process.pid) if name in command_of(pid)]
+        return [pid for pid in descendants(self.process.pid) if name in command_of(pid)]
 
     def end(self, number=signal.SIGTERM):
         self.process.send_signal(number)

@@ -13,7 +13,8 @@ import pytest
 from launch.generate import generate
 from launch.options import Options
 from models.pocket.text import VOCABULARY
-from tests.launch.process import children, command_of, flowcache_process, overflowing_weights, short_folder
+from parallel.health.processes import descendants
+from tests.launch.process import command_of, flowcache_process, overflowing_weights, short_folder
 from tests.parallel.strangers import Fuzzer
 
 pytestmark = pytest.mark.slow
@@ -50,7 +51,7 @@ class Runs:
         return found
 
     def below(self, name, but=()):
-        return [pid for pid in children(self.process.pid) if name in command_of(pid) and pid not in but]
+        return [pid for pid in descendants(self.process.pid) if name in command_of(pid) and pid not in but]
 
     def end(self, seconds=180):
         out, text = self.process.communicate(timeout=seconds)
