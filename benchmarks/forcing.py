@@ -32,9 +32,9 @@ from engine.video import Work, seeded_noise
 from launch.conformance.golden import read_golden
 from launch.conformance.wan_generation import Latents, wan_runs
 from models.protocols import CELL_PIXELS, CaptionTable, Sampling
-from models.wan.changes import KEPT_STEPS, POLYNOMIALS, condition_changes
 from models.wan.dit import WanDiT
-from models.wan.sampling import BlockSampling, WindowSampling
+from models.wan.sampling.changes import KEPT_STEPS, POLYNOMIALS, condition_changes
+from models.wan.sampling.forcing import BlockSampling, WindowSampling
 
 _GOLDEN = Path(__file__).parent.parent / "tests" / "data" / "goldens" / "skyreels" / "flowcache_slow.safetensors"
 _DIM, _FFN, _LAYERS, _TEXT = 1536, 8960, 30, 512  # of 1.3B

@@ -32,11 +32,11 @@ from models.checkpoint import Loading
 from models.config import checked
 from models.errors import InputError
 from models.protocols import CELL_FRAMES, CELL_PIXELS, Autoencoder, CaptionTable, Sampling
-from models.wan.changes import KEPT_STEPS, POLYNOMIALS, condition_changes
 from models.wan.config import CAUSAL_WAN, WanConfig
 from models.wan.dit import WanDiT
-from models.wan.sampling import BlockSampling, WindowSampling
-from models.wan.self_forcing import SelfForcingSampling
+from models.wan.sampling.changes import KEPT_STEPS, POLYNOMIALS, condition_changes
+from models.wan.sampling.forcing import BlockSampling, WindowSampling
+from models.wan.sampling.self_forcing import SelfForcingSampling
 from models.wan.weights import WanWeights
 from parallel.mesh import Mesh
 from parallel.ranks.gang import Gang

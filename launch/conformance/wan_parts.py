@@ -15,7 +15,7 @@ from engine.schedule import Schedule
 from launch.conformance.golden import Golden
 from models.config import checked
 from models.errors import InputError
-from models.wan.unipc import Sigmas, UniPC
+from models.wan.sampling.unipc import Sigmas, UniPC
 
 _Count = Annotated[int, Field(ge=0, le=1_000)]
 _Steps = Annotated[int, Field(ge=1, le=1_000)]

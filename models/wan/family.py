@@ -10,11 +10,11 @@ from models.checkpoint import Loading
 from models.family import Choices, Part, ReuseFigures
 from models.protocols import Sampling
 from models.wan import folder as folders
-from models.wan.changes import KEPT_STEPS, POLYNOMIALS
 from models.wan.config import WanConfig
 from models.wan.loader import WanLoader, changed, loader_of
-from models.wan.method import sampling_of
 from models.wan.presets import PRESETS, VAE_PARAMETERS, Preset, preset_of
+from models.wan.sampling.changes import KEPT_STEPS, POLYNOMIALS
+from models.wan.sampling.method import sampling_of
 from models.wan.text import check_text
 from models.wan.vae import WanVaeFiles
 from models.wan.weights import WanWeights, empty_dit

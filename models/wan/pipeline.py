@@ -14,12 +14,12 @@ from models.attention import Attention
 from models.checkpoint import Loading
 from models.protocols import Autoencoder, CaptionTable, Sampling
 from models.text import TextDtype, TextEncoder
-from models.wan.changes import condition_changes
 from models.wan.config import WanConfig
 from models.wan.dit import WanDiT
 from models.wan.folder import dit_source, find_files
-from models.wan.method import sampling_of
-from models.wan.sampling import BlockSampling
+from models.wan.sampling.changes import condition_changes
+from models.wan.sampling.forcing import BlockSampling
+from models.wan.sampling.method import sampling_of
 from models.wan.text import UMT5Encoder, padded
 from models.wan.vae import WanVaeFiles
 from models.wan.weights import WanWeights

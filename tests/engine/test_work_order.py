@@ -9,7 +9,7 @@ from engine.kv.layout import KVLayout, clean_chunks
 from engine.reuse.policy import Policy, ReuseSettings
 from engine.video import Reuse, VideoRun, VideoShape, seeded_noise
 from models.magi.sampling import MagiSampling
-from models.wan.sampling import BlockSampling
+from models.wan.sampling.forcing import BlockSampling
 from tests.engine.tiny import tiny_config
 
 TOKENS = 3

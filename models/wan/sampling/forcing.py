@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.protocols import CELL_FRAMES, Draw, Pass, PassCondition
-from models.wan.unipc import Sigmas, UniPC
+from models.wan.sampling.unipc import Sigmas, UniPC
 
 _NOISE, _CLEAN = 999, 0  # what the model is told of frames that have not begun, and of finished ones
 _TRAINED_STEPS = 1000

@@ -1,6 +1,6 @@
 """How Self-Forcing samples: one chunk after another, in four steps that go to the end and back into noise.
 
-Figures only, as `sampling.py`. Each finished chunk is run once more as it is, for the KV that later chunks attend to.
+Figures only, as `forcing.py`. Each finished chunk is run once more as it is, for the KV that later chunks attend to.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.protocols import Draw, Pass, PassCondition
-from models.wan.sampling import whole_chunks
+from models.wan.sampling.forcing import whole_chunks
 
 _TRAINED_STEPS = 1000
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from models.protocols import Sampling
 from models.wan.config import WanConfig
-from models.wan.sampling import BlockSampling
-from models.wan.self_forcing import SelfForcingSampling
+from models.wan.sampling.forcing import BlockSampling
+from models.wan.sampling.self_forcing import SelfForcingSampling
 
 
 def sampling_of(

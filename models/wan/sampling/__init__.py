@@ -1,0 +1,1 @@
+"""How the family is sampled: figures and solvers, no weights."""
