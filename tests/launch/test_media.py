@@ -75,8 +75,8 @@ def test_of_an_animation_only_the_first_frame_is_decoded(tmp_path: Path) -> None
 
 def test_the_end_of_a_clip_is_read_without_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _write(tmp_path / "clip.mp4", torch.cat([_plain(RED, 900), _plain(BLUE, 20), _plain(RED, 12)]))
-    decoded, graph = list[object](), media._pull
-    monkeypatch.setattr(media, "_pull", lambda one: decoded.append(one) or graph(one))
+    decoded, frames_of = list[object](), media.pulled
+    monkeypatch.setattr(media, "pulled", lambda graph: decoded.append(graph) or frames_of(graph))
     frames = read_video(path, Frame(height=32, width=48), fps=24)
     assert [_near(frame[16, 24], BLUE) for frame in frames] == [True] * 20 + [False] * 12
     assert len(decoded) < 600  # from the key frame before it
