@@ -23,7 +23,6 @@ from engine.kv.selection import SelectionSettings
 from engine.record import Recorder, RunRecord
 from engine.request import Admission, Encoded, Request
 from engine.reuse.policy import CONDITION, ChunkPolicy, ReuseSettings
-from engine.schedule import Schedule
 from engine.video import Noise, Work
 from launch.conformance.golden import Golden
 from launch.conformance.wan_forward import wan_config
@@ -204,21 +203,6 @@ class _Watching(LocalRunner):
         kept[f"keep_key.{name}"], kept[f"keep_query.{name}"] = keys.clone(), queries.clone()
 
 
-class _Spans(Recorder):
-    """A record of each span."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.done: list[RunRecord] = []
-        self._begun = False
-
-    def begin(self, schedule: Schedule) -> None:
-        if self._begun:
-            self.done.append(self.finish({}))
-        self._begun = True
-        super().begin(schedule)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WanResult:
     """What was made of an iteration."""
@@ -242,21 +226,27 @@ def _make(run: WanRun, model: WanDiT, gang: Gang | None) -> list[WanResult]:
         seed=0,
     )
     encoded = Encoded(captions=making.captions, prefix=making.prefix, noise=making.noise)
-    recorder, pipeline, runner = _Spans(), Latents(model=model, how=sampling), _Watching(model)
+    recorder, pipeline, runner = Recorder(), Latents(model=model, how=sampling), _Watching(model)
     engine = Engine(pipeline, runner, reuse=making.reuse, kv=making.kv)
     led = nullcontext((engine, None)) if gang is None else gang.lead(pipeline, making.reuse, making.kv)
     with led as (engine, _):
         what = Submission(request=request, encoded=encoded)
         made = torch.cat([chunk.latents for chunk in engine.generate(what, recorder=recorder, decode=False)], dim=2)
-    records, results, latents = [*recorder.done, recorder.finish({})], list[WanResult](), making.prefix
-    for place, (iteration, record) in enumerate(zip(run.iterations, records, strict=True)):
+    record, results, latents = recorder.finish({}), list[WanResult](), making.prefix
+    for place, iteration in enumerate(run.iterations):
         own = made[:, :, sum(making.frames[:place]) : sum(making.frames[: place + 1])]
         if latents is not None:
             latents = latents[:, :, latents.shape[2] - making.given[place] :]
         latents = own if latents is None else torch.cat([latents.to(own), own], dim=2)
         kept = runner.kept[place] if gang is None else None
         results.append(
-            WanResult(iteration=iteration, latents=latents, record=record, policy=_policy(golden), kept=kept)
+            WanResult(
+                iteration=iteration,
+                latents=latents,
+                record=record.of_span(place),
+                policy=_policy(golden),
+                kept=kept,
+            )
         )
     return results
 
@@ -428,7 +418,7 @@ def _flags(record: RunRecord) -> Tensor:
 def _decided(record: RunRecord, kept: int) -> Tensor:
     """The distances of what was decided, row by row, of one branch and then the other."""
     found, last = list[float](), record.schedule.num_steps - 1
-    for tick in record.schedule:
+    for tick in record.schedule.spans[0]:
         seen = [float(record.distances[tick.index, chunk]) for chunk, step in tick.active if kept <= step < last]
         found += seen * 2
     return torch.tensor(found)
