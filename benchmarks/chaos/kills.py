@@ -9,6 +9,7 @@ In the end all videos are to be complete, with the frames of runs that nothing d
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -27,14 +28,14 @@ from models.errors import InputError
 
 _SECONDS, _STEPS = 8, 8  # of a video, and of a chunk of it
 _SEEDS, _TWICE = 3, 2  # different videos of `generate`, and kills of each
-_MOMENTS = 0.4, 1.0  # between which it is killed, as shares of the time that it takes
+_MOMENTS, _LOOK = (0.4, 1.0), 0.005  # between which it is killed, as shares of what it computes; seconds between looks
 _STARTING, _WORKING = 0.2, 4.0  # share of kills of a service that starts; seconds within which the kill comes
 _GANGS, _LINGER = 2, 30.0  # seconds for processes to go
 _VIDEOS = 3  # that a service is given before each kill
 _PATIENCE = 120.0
 _FILES = {"job.json", "stream", "video.mp4"}  # of a finished video of a service
 _NOTES = """\
-After: seconds from the start of the command, or since the gangs were up, to the kill. Done: chunks that were on the
+After: seconds that generate had computed for, or since a video was being made. Done: chunks that were on the
 disk then. Right are videos and streams whose frames are those of a run that nothing disturbs. Left: processes, and
 files that do not belong there."""
 
@@ -121,22 +122,20 @@ def _undisturbed(folder: Path, videos: int) -> list[str]:
 def _kill_generate(kills: Kills, folder: Path, draw: random.Random, log: Callable[[str], None]) -> None:
     """Kill runs of the command until that was done as often as wanted, and let every video be finished."""
     wanted = _undisturbed(folder, _SEEDS)
-    began = time.monotonic()
-    subprocess.run(_command(folder / "0.mp4", PROMPT), env=environment(), capture_output=True, check=False)
-    whole = time.monotonic() - began
+    whole, _ = _run(_command(folder / "0.mp4", PROMPT))
     while len(kills.rows) < kills.wanted and kills.videos < 3 * kills.wanted:
         out, state, seed = folder / f"{kills.videos}.mp4", folder / f"{kills.videos}.state", kills.videos % _SEEDS
         out.unlink(missing_ok=True)
         command = _command(out, PROMPT, "--seed", seed, "--checkpoint", state, "--checkpoint-every", 1)
         with marked() as mark:
             for _ in range(min(_TWICE, kills.wanted - len(kills.rows))):
-                after = draw.uniform(*_MOMENTS) * whole
-                if not _killed(command, after):
+                after, killed = _run(command, draw.uniform(*_MOMENTS) * whole)
+                if not killed:
                     break
                 done = len(list(state.glob("*/segments-*/*.mp4")))
                 kills.hit(after, f"video {kills.videos}", done)
                 log(f"generate, video {kills.videos}: killed after {after:.1f} s, with {done} chunks")
-            subprocess.run(command, env=environment(), capture_output=True, check=False)
+            _run(command)
             kills.left += survivors(mark, _LINGER).values()
         kills.left += [
             path.name for path in folder.iterdir() if path.suffix not in (".mp4", "") or ".partial" in path.name
@@ -144,14 +143,22 @@ def _kill_generate(kills: Kills, folder: Path, draw: random.Random, log: Callabl
         kills.add(frames_digest(out) if out.exists() else None, wanted[seed])
 
 
-def _killed(command: Sequence[str], after: float) -> bool:
-    """Run a command and kill it after so many seconds; False if it has ended before."""
+def _run(command: Sequence[str], most: float = math.inf) -> tuple[float, bool]:
+    """Run a command, and kill it once it has computed for so many seconds, which do not depend on other programs.
+
+    Returns:
+        The seconds that it has computed, and whether it was killed.
+    """
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    seconds, deadline = 0.0, time.monotonic() + _PATIENCE
     try:
-        process.wait(after)
-        return False
-    except subprocess.TimeoutExpired:
-        return True
+        while seconds < most and time.monotonic() < deadline:
+            if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                return seconds, False
+            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+            seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            time.sleep(_LOOK)
+        return seconds, True
     finally:
         process.kill()
         process.wait()
