@@ -30,8 +30,8 @@ _SECONDS, _STEPS = 8, 8  # of a video, and of a chunk of it
 _SEEDS, _TWICE = 3, 2  # different videos of `generate`, and kills of each
 _MOMENTS, _LOOK = (0.4, 1.0), 0.005  # between which it is killed, as shares of what it computes; seconds between looks
 _STARTING, _WORKING = 0.2, 4.0  # share of kills of a service that starts; seconds within which the kill comes
-_GANGS, _LINGER = 2, 30.0  # seconds for processes to go
-_VIDEOS = 3  # that a service is given before each kill
+_GANGS, _LINGER = 1, 30.0  # seconds for processes to go
+_VIDEOS = 2  # that a service is given before each kill
 _PATIENCE = 120.0
 _FILES = {"job.json", "stream", "video.mp4"}  # of a finished video of a service
 _NOTES = """\
@@ -90,7 +90,7 @@ def run_kills(out: Path, kinds: Sequence[Kind], count: int, seed: int, log: Call
             (_kill_generate if kind is Kind.GENERATE else _kill_service)(kills, folder, random.Random(seed), log)
             found.append(kills)
     rows = [row for kills in found for row in kills.rows]
-    videos = f"Videos of {_SECONDS} s and {_STEPS} steps, a checkpoint a chunk, {_GANGS} gangs of pp 2 of a service"
+    videos = f"Videos of {_SECONDS} s and {_STEPS} steps, a checkpoint a chunk, one gang of pp 2 of a service"
     return publish(
         out,
         "chaos_kills",
