@@ -44,6 +44,7 @@ from models.wan.sampling.forcing import BlockSampling, WindowSampling
 _GOLDEN = Path(__file__).parents[2] / "tests" / "data" / "goldens" / "skyreels" / "flowcache_slow.safetensors"
 _STRUCTURE = 1.5  # groups alone save at least this, of the published two
 _FRACTIONS, _QUICK_FRACTIONS = (0.8, 0.65, 0.5), (0.5,)  # computed, that both distances are compared at
+_ERRORS = (0.02, 0.05, 0.1)  # of latents that a window goes on from
 _TRIES, _QUICK_TRIES, _NEAR = 5, 2, 0.03
 _QUICK = {"num_steps": 10, "window_frames": 6, "chunk_width": 2, "overlap_frames": 2, "stagger": 2}
 VANILLA, IN_STEP, TEACACHE = "whole window, staggered", "whole window, in step", "whole window, TeaCache"
@@ -86,13 +87,13 @@ class Studio:
     captions: CaptionTable
     config: WanConfig
 
-    def make(self, way: Way) -> Made:
-        """Make one window in one way."""
+    def make(self, way: Way, given: Tensor | None = None) -> Made:
+        """Make one window in one way, or what is left of it after `given` groups [1, C, t, h, w]."""
         sampling, (height, width) = way.sampling, (4, 6)
         chunks, frames = sampling.chunks_at_once or 1, sampling.chunk_width
         request = Request(
             prompt=way.what,
-            chunks=chunks,
+            chunks=chunks - (0 if given is None else sampling.prefix_chunks(given.shape[2])),
             height=height * CELL_PIXELS,
             width=width * CELL_PIXELS,
             num_steps=sampling.num_steps,
@@ -104,7 +105,7 @@ class Studio:
         def noise(chunk: int, shape: tuple[int, ...], draw: int) -> Tensor:
             return parts[chunk].clone()
 
-        encoded = Encoded(captions=self.captions, prefix=None, noise=lambda span: noise)
+        encoded = Encoded(captions=self.captions, prefix=given, noise=lambda span: noise)
         runner, recorder, began = _Counting(self, frames), Recorder(), time.perf_counter()
         engine = Engine(Latents(model=self.model, how=sampling), runner, reuse=way.reuse)
         submission = Submission(request=request, encoded=encoded)
@@ -198,6 +199,22 @@ def at_equal_shares(studio: Studio, groups: Way, slow: Way, fractions: Sequence[
     return found
 
 
+def given_rows(studio: Studio, groups: Made) -> list[Row]:
+    """What becomes of the next window if the latents that it goes on from are not exact, as an autoencoder has them."""
+    assert isinstance(groups.way.sampling, BlockSampling)
+    runtime, rows = studio.config.runtime, list[Row]()
+    sampling = replace(groups.way.sampling, noise_condition=runtime.noise_condition)
+    way = Way(what="the next window", sampling=sampling, reuse=groups.way.reuse)
+    given = groups.latents[:, :, -runtime.overlap_frames :]
+    noise = torch.randn(given.shape, generator=torch.Generator().manual_seed(1)) * given.std()
+    exact = studio.make(way, given).latents
+    for share in _ERRORS:
+        latents = studio.make(way, given + share * noise).latents
+        off = ((latents - exact).norm() / exact.norm()).item()
+        rows.append({"given latents off by": f"{share:.0%}", "next ones off by": off, "PSNR": psnr(latents, exact)})
+    return rows
+
+
 def psnr(made: Tensor, wanted: Tensor) -> float:
     """Of latents, with the range of those that are wanted as the peak; infinite if they are equal."""
     error = (made - wanted).square().mean()
@@ -223,10 +240,13 @@ def study(name: str, *, steps: int | None, quick: bool, out: Path) -> int:
     made = [studio.make(way) for way in common.progress(list(asked.values()), "ways", len(asked))]
     fractions, tries = (_QUICK_FRACTIONS, _QUICK_TRIES) if quick else (_FRACTIONS, _TRIES)
     equal = at_equal_shares(studio, asked[GROUPS], asked[SLOW], fractions, tries)
-    return report(out, name, config, made, equal)
+    given = given_rows(studio, next(one for one in made if one.way.what == GROUPS))
+    return report(out, name, config, made, equal, given)
 
 
-def report(out: Path, name: str, config: WanConfig, made: Sequence[Made], equal: Sequence[Made]) -> int:
+def report(
+    out: Path, name: str, config: WanConfig, made: Sequence[Made], equal: Sequence[Made], given: Sequence[Row]
+) -> int:
     """Write and print what was measured; the exit status."""
     by_name, runtime = {one.way.what: one for one in made}, config.runtime
     window, groups = by_name[VANILLA], by_name[GROUPS]
@@ -263,7 +283,11 @@ def report(out: Path, name: str, config: WanConfig, made: Sequence[Made], equal:
             "most of one. Seconds are of the small model, in which all but its layers weighs more than it should."
         ),
         verdicts=verdicts,
-        sections={"Ways": rows, "Distances at equal shares, each without a fit": equal_rows},
+        sections={
+            "Ways": rows,
+            "Distances at equal shares, each without a fit": equal_rows,
+            "A window that goes on from latents which are not exact": given,
+        },
         data=[*rows, *equal_rows],
     )
 

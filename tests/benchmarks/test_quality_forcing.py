@@ -37,7 +37,7 @@ def made(what, operations, *shares):
 )
 def test_the_status_says_whether_structure_and_reuse_each_save(tmp_path, capsys, groups, slow, shares, status):
     found = [made(VANILLA, 10.0), made(GROUPS, groups), made(SLOW, slow, *shares), made(FAST, min(slow, 1.0), 0.4, 0.4)]
-    assert report(tmp_path, NAME, CONFIG, found, [made("by patches", 3.0, 0.5, 0.7)]) == status
+    assert report(tmp_path, NAME, CONFIG, found, [made("by patches", 3.0, 0.5, 0.7)], []) == status
     assert capsys.readouterr().out.count("FAIL") == status
     rows = {row["what"]: row for row in csv.DictReader((tmp_path / "forcing.csv").open())}
     slowly = rows[SLOW]
