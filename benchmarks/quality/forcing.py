@@ -162,11 +162,11 @@ def ways(studio: Studio, figures: ReuseFigures) -> list[Way]:
     window = replace(window, changes=condition_changes(studio.model, rows, window.fps))
     steps: list[tuple[float, ...]] = [(float(time),) for time in groups.sigmas.timesteps]
     groups = replace(groups, changes=condition_changes(studio.model, steps, groups.fps))
-    none, cycle = ReuseSettings(clean_pass=False, copy_pass=False), window.num_steps // 2
+    none, cycle = ReuseSettings(clean_pass=False, copy_pass=False), window.num_steps
     published = replace(
         none, warmup_steps=figures.warmup_steps, distance=CONDITION, polynomial=tuple(figures.polynomial)
     )
-    teacache = replace(published, policy="teacache", threshold=figures.teacache, cycle=cycle)
+    teacache = replace(published, policy="teacache-cyclic", threshold=figures.teacache, cycle=cycle)
     flowcache = replace(published, policy="flowcache")
     return [
         Way(what=VANILLA, sampling=window, reuse=none),
