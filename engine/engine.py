@@ -35,13 +35,12 @@ from engine.kv.layout import KVSettings
 from engine.order import AdmissionGate, WorkOrder
 from engine.progress import OnProgress, ProgressReporter
 from engine.record import Recorder
-from engine.request import Admission, Encoded, Request, encode, open_quantum, prepare, timetable
+from engine.request import Admission, Encoded, Request, encode, open_quantum, prepare, sampling_of, timetable
 from engine.reuse.policy import ReuseSettings
 from engine.spans import Course
-from engine.timetable import Timetable
 from engine.video import VideoRun, VideoState, WorkItem
 from models.errors import InputError
-from models.protocols import Pipeline, Sampling
+from models.protocols import Pipeline
 
 _NO_REUSE, _OWN_RANGE = ReuseSettings(), KVSettings()
 _GATE_SECONDS = 0.01  # to sleep at most while a gate is closed or a disk is waited for
@@ -159,7 +158,8 @@ class Engine:
         if checkpoint is None:
             return Submission(request=request, encoded=encoded, reuse=reuse, kv=kv)
         whole = fingerprint(request, self._pipeline, self._identity, self._runner.layout, reuse, kv)
-        table, damage = self._table(request, encoded, reuse), list[str]()
+        table = timetable(sampling_of(self._pipeline, request, encoded, reuse), request.chunks, encoded.given)
+        damage = list[str]()
         last = open_quantum(encoded, table)
 
         def own(quantum: int) -> Mapping[str, object]:
@@ -218,7 +218,8 @@ class Engine:
         start, counts, folder = (0, {}, None) if found is None else (found.quantum, found.counts, found.folder)
         self._numbers += 1
         reuse, wanted = what.reuse or self._reuse, what.request
-        table, overlap = self._table(wanted, what.encoded, reuse), self._overlap(wanted, reuse)
+        sampling = sampling_of(self._pipeline, wanted, what.encoded, reuse)
+        table, overlap = timetable(sampling, wanted.chunks, what.encoded.given), sampling.overlap * sampling.chunk_width
         course = Course(table, what.encoded, overlap, quantum=start, state=what.course)
         prepared = partial(
             prepare,
@@ -415,18 +416,6 @@ class Engine:
         self._runner.admit(admission)
         video.reporter = reporter = video.reporting(course.span.number, counts=video.reporter.counts)
         video.order = video.ordered(video.run, on_decision=reporter.decided, before=course.place.quantum)
-
-    def _table(self, request: Request, encoded: Encoded, reuse: ReuseSettings) -> Timetable:
-        given = 0 if encoded.prefix is None else encoded.prefix.shape[2]
-        return timetable(self._sampling(request, reuse), request.chunks, given)
-
-    def _overlap(self, request: Request, reuse: ReuseSettings) -> int:
-        """Latent frames that a span hands over to the next."""
-        sampling = self._sampling(request, reuse)
-        return 0 if sampling.chunks_at_once is None else sampling.overlap * sampling.chunk_width
-
-    def _sampling(self, request: Request, reuse: ReuseSettings) -> Sampling:
-        return self._pipeline.sampling(request.num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
 
     def _finished(self, number: int, video: _Video, latents: Tensor) -> None:
         """Have a chunk decoded, or hand out its latents alone."""

@@ -20,7 +20,7 @@ from engine.schedule import Schedule
 from engine.timetable import Timetable
 from engine.video import Noise, Reuse, VideoRun, VideoShape, seeded_noise
 from models.errors import InputError
-from models.protocols import CELL_PIXELS, CaptionTable, PassCondition, Pipeline, Sampling
+from models.protocols import CELL_FRAMES, CELL_PIXELS, CaptionTable, PassCondition, Pipeline, Sampling
 
 _SIZE_STEP = 2 * CELL_PIXELS  # a token is a patch of 2 x 2 cells
 
@@ -75,6 +75,12 @@ class Encoded:
     captions: CaptionTable
     prefix: Tensor | None  # latents [1, C, P, h, w] to go on from
     noise: Callable[[int], Noise]  # where the chunks start, by the span of a long video
+    beside: Tensor | None = None  # as of `SeenImage`
+
+    @property
+    def given(self) -> int:
+        """Latent frames that are given."""
+        return 0 if self.prefix is None else self.prefix.shape[2]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,13 +99,23 @@ class Admission:
 def encode(pipeline: Pipeline, request: Request) -> Encoded:
     """Encode a request's prompts and prefix; an InputError if the model cannot take them."""
     sampling = pipeline.sampling(request.num_steps, clean_pass=True, copy_pass=False)
-    prefix = None if request.prefix is None else _encode_prefix(pipeline, sampling, request.prefix)
+    seen = None if request.prefix is None else pipeline.see(request.prefix)
+    prefix = None if request.prefix is None or seen else _encode_prefix(pipeline, sampling, request.prefix)
     captions = pipeline.captions(request.prompt)
+    if seen is not None:
+        captions = replace(captions, image=seen.tokens)
     if request.script:
         made = 0 if prefix is None else prefix.shape[2] // sampling.chunk_width  # whole chunks of the prefix
         later = tuple((made + first, pipeline.captions(prompt).text) for first, prompt in request.script)
         captions = replace(captions, later=later)
-    return Encoded(captions=captions, prefix=prefix, noise=partial(seeded_noise, request.seed))
+    beside = None if seen is None else seen.beside
+    return Encoded(captions=captions, prefix=prefix, noise=partial(seeded_noise, request.seed), beside=beside)
+
+
+def sampling_of(pipeline: Pipeline, request: Request, encoded: Encoded, reuse: ReuseSettings) -> Sampling:
+    """How a request is denoised."""
+    passes = {"clean_pass": reuse.clean_pass, "copy_pass": reuse.copy_pass}
+    return pipeline.sampling(request.num_steps, given=encoded.given, **passes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +129,7 @@ class Span:
 def timetable(sampling: Sampling, chunks: int, given: int) -> Timetable:
     """When the chunks that are asked for are made, after so many given latent frames.
 
-    An InputError if the given ones leave no room.
+    An InputError if the given ones leave no room, or there is one span alone and it is too short.
     """
     first, left, limit = given // sampling.chunk_width, sampling.prefix_chunks(given) + chunks, sampling.chunks_at_once
     if limit is not None and left - chunks >= limit:
@@ -122,6 +138,9 @@ def timetable(sampling: Sampling, chunks: int, given: int) -> Timetable:
     spans = list[Schedule]()
     while left > first:
         held = left if limit is None else min(left, limit)
+        if held < left and not sampling.overlap:
+            frames = 1 + CELL_FRAMES * (held * sampling.chunk_width - 1)
+            raise InputError(f"{chunks} chunks are too many: this way of sampling makes {frames} frames at most")
         spans.append(
             Schedule(
                 first=first,
@@ -152,9 +171,7 @@ def prepare(
 
     An InputError says if the model cannot make what is asked for.
     """
-    sampling = pipeline.sampling(request.num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
-    model = pipeline.model
-    given = 0 if encoded.prefix is None else encoded.prefix.shape[2]
+    sampling, model, given = sampling_of(pipeline, request, encoded, reuse), pipeline.model, encoded.given
     span = span or Span(number=0, schedule=timetable(sampling, request.chunks, given).spans[0])
     shape = VideoShape(
         channels=model.latent_channels,
@@ -171,6 +188,7 @@ def prepare(
         encoded.noise(span.number),
         how,
         prefix=encoded.prefix,
+        beside=encoded.beside,
         compressed=kv.budget is not None,
         retires_at_once=kv.selection.asks == "next",
         device=model.kv.device,

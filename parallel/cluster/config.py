@@ -113,7 +113,9 @@ def video_size(
     """What a video of a model takes; an InputError if the model cannot make it, or does not fit the layout."""
     num_steps, passes = request.num_steps, {"clean_pass": reuse.clean_pass, "copy_pass": reuse.copy_pass}
     sampling = family_of(config).sampling(config, num_steps, **passes)
-    _, given = (0, 0) if request.prefix is None else sampling.prefix(len(request.prefix))
+    image = request.prefix is not None and config.figures.sees_image
+    _, given = (0, 0) if request.prefix is None or image else sampling.prefix(len(request.prefix))
+    sampling = family_of(config).sampling(config, num_steps, given=given, **passes)
     table = timetable(sampling, request.chunks, given)
     geometry = config.kv_geometry(range(max(stage_sizes(config, layout.pp, split))), torch.device("cpu"))
     plan = plan_kv(sampling, table.spans[0], kv, config.chunk_tokens(request.height, request.width))

@@ -14,7 +14,7 @@ from engine.checkpoint.files import CheckpointConfig
 from engine.engine import Engine
 from engine.kv.layout import KVSettings
 from engine.record import NOT_ACTIVE, Recorder, RunRecord
-from engine.request import encode
+from engine.request import timetable
 from engine.reuse.policy import ReuseSettings
 from launch.plots.record import reuse_table
 from models.errors import InputError
@@ -84,7 +84,7 @@ def test_it_goes_on_from_a_checkpoint_before_any_quantum(tmp_path, monkeypatch, 
                 seen.add(place.parent.name)
                 shutil.copytree(place.parent, tmp_path / str(len(seen)) / place.parent.name)
     quanta = {int(name.split("-")[1]) for name in seen}
-    table = made._table(wanted, encode(made._pipeline, wanted), REUSE)
+    table = timetable(made._pipeline.sampling(6), wanted.chunks, 0)
     assert quanta == set(range(1, table.quanta))  # those before a later span's first quantum are there too
     for place in range(1, len(seen) + 1, 1 if len(seen) < 4 else 3):
         again = engine()
