@@ -18,15 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.checkpoint.contents import (
-    RUN_FILE,
-    fingerprint,
-    of_past,
-    pack_run,
-    unpack_course,
-    unpack_decoder,
-    unpack_run,
-)
+from engine.checkpoint.contents import RUN_FILE, fingerprint, of_past, pack_run, unpack_rest, unpack_run
 from engine.checkpoint.files import Checkpoint, CheckpointConfig, Checkpointer, discard, must_fit, newest, read_contents
 from engine.decoder import Chunk, Decoder
 from engine.executor import LocalRunner, NotFinite, Runner
@@ -175,7 +167,7 @@ class Engine:
             found.check_fits(own(found.quantum))
             with must_fit(found.folder):
                 contents = read_contents(found.folder, RUN_FILE)
-                state, decoder, course = unpack_run(contents), unpack_decoder(contents), unpack_course(contents)
+                state, (decoder, course) = unpack_run(contents), unpack_rest(contents)
         return Submission(
             request=request,
             encoded=encoded,

@@ -139,14 +139,9 @@ def pack_run(state: VideoState, decoder: Mapping[str, Tensor], course: Mapping[s
     return Contents(tensors=_to_host(tensors), values=values)
 
 
-def unpack_decoder(contents: Contents) -> dict[str, Tensor]:
-    """What `pack_run` was given of the decoder."""
-    return _named(contents, _DECODER)
-
-
-def unpack_course(contents: Contents) -> dict[str, Tensor]:
-    """What it was given of the course."""
-    return _named(contents, _COURSE)
+def unpack_rest(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What `pack_run` was given of the decoder and of the course."""
+    return _named(contents, _DECODER), _named(contents, _COURSE)
 
 
 def _named(contents: Contents, start: str) -> dict[str, Tensor]:
