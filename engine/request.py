@@ -124,6 +124,7 @@ class Span:
 
     number: int  # counted from 0
     schedule: Schedule
+    begins: tuple[int, int] = (0, 0)  # tick and chunk of the whole video
 
 
 def timetable(sampling: Sampling, chunks: int, given: int) -> Timetable:
@@ -191,6 +192,7 @@ def prepare(
         beside=encoded.beside,
         compressed=kv.budget is not None,
         retires_at_once=kv.selection.asks == "next",
+        span=span.begins,
         device=model.kv.device,
     )
     plan = plan_kv(sampling, run.schedule, kv, model.token_count(*run.grid))

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from engine.checkpoint.files import CheckpointConfig
 from engine.engine import Engine
+from engine.executor import NotFinite
 from engine.kv.layout import KVSettings
 from engine.record import NOT_ACTIVE, Recorder, RunRecord
 from engine.request import timetable
@@ -120,6 +122,18 @@ def test_its_record_has_all_spans(tmp_path):
     first, short = record.of_span(0), alone.finish({})
     for name in ("span", "decisions", "changes", "tick_items", "fill", "held"):
         assert np.array_equal(getattr(first, name), getattr(short, name), equal_nan=True)
+
+
+def test_what_is_not_finite_in_a_later_span_is_named_by_its_place_in_the_video():
+    made = engine()
+    read = made.read(request(num_steps=6, chunks=7))
+
+    def noise(span):
+        usual = read.encoded.noise(span)
+        return lambda chunk, shape, draw: usual(chunk, shape, draw) * (float("nan") if span and not draw else 1)
+
+    with pytest.raises(NotFinite, match="at tick 12, chunk 4"):
+        list(made.generate(replace(read, encoded=replace(read.encoded, noise=noise)), decode=False))
 
 
 def test_of_a_prefix_the_last_whole_groups_count_and_a_shorter_one_is_refused():
