@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -70,6 +70,7 @@ class Submission:
 
 @dataclass(slots=True)
 class _Video:
+    asked: Submission
     course: Course
     prepared: Callable[..., tuple[VideoRun, Admission]]  # a run of one of its spans
     reporting: Callable[..., ProgressReporter]
@@ -148,9 +149,8 @@ class Engine:
         reuse, kv = reuse or self._reuse, kv or self._kv
         if checkpoint is None:
             return Submission(request=request, encoded=encoded, reuse=reuse, kv=kv)
-        whole = fingerprint(request, self._pipeline, self._identity, self._runner.layout, reuse, kv)
-        last = open_quantum(self._pipeline, request, encoded)
-        own = partial(of_past, whole, last=last)
+        submission = Submission(request=request, encoded=encoded, checkpoint=checkpoint, reuse=reuse, kv=kv)
+        own = self._fingerprint(submission)
         damage: list[str] = []
 
         def on_damage(folder: Path, error: Damaged) -> None:
@@ -164,18 +164,32 @@ class Engine:
             with must_fit(found.folder):
                 contents = read_contents(found.folder, RUN_FILE)
                 state, decoder = unpack_run(contents), unpack_decoder(contents)
-        return Submission(
-            request=request,
-            encoded=encoded,
-            checkpoint=checkpoint,
-            fingerprint=own,
-            found=found,
-            state=state,
-            decoder=decoder,
-            damage=tuple(damage),
-            reuse=reuse,
-            kv=kv,
-        )
+        return replace(submission, fingerprint=own, found=found, state=state, decoder=decoder, damage=tuple(damage))
+
+    def _fingerprint(self, what: Submission) -> Callable[[int], Mapping[str, object]]:
+        reuse, kv = what.reuse or self._reuse, what.kv or self._kv
+        whole = fingerprint(what.request, self._pipeline, self._identity, self._runner.layout, reuse, kv)
+        return partial(of_past, whole, last=open_quantum(self._pipeline, what.request, what.encoded))
+
+    def read_prompt(self, prompt: str) -> Tensor:
+        """Encode a prompt for `change_prompt`; as `read`, on any thread."""
+        return self._pipeline.captions(prompt).text
+
+    def change_prompt(self, video: int, first: int, prompt: str, text: Tensor) -> None:
+        """Make the chunks of a video from `first` on of another prompt, which was encoded, until its script has one.
+
+        `first` is counted as in a script. None of these chunks may have entered: a gate sees to that. Nothing happens
+        if the video is not in flight.
+        """
+        held = self._videos.get(video)
+        if held is None:
+            return
+        chunk = held.run.schedule.first + first if first else None
+        held.course.change_text(chunk, text)
+        self._runner.change_text(video, chunk, text)
+        held.asked = replace(held.asked, request=held.asked.request.with_prompt(first, prompt))
+        if held.checkpointer is not None:
+            held.checkpointer.fingerprint = self._fingerprint(held.asked)
 
     def submit(
         self,
@@ -237,7 +251,18 @@ class Engine:
         ordered = partial(WorkOrder, barrier=self._barrier, on_decision=decided)
         order = ordered(run, gate=gate, checkpointer=keeper, start=start)
         self._videos[number] = _Video(
-            course, prepared, reporting, ordered, run, order, reporter, keeper, decode, stored, handed_out=what.first
+            what,
+            course,
+            prepared,
+            reporting,
+            ordered,
+            run,
+            order,
+            reporter,
+            keeper,
+            decode,
+            stored,
+            handed_out=what.first,
         )
         return number
 

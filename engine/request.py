@@ -57,6 +57,12 @@ class Request:
         if self.prefix is not None:
             self._check_prefix(self.prefix)
 
+    def with_prompt(self, first: int, prompt: str) -> Request:
+        """The same with another prompt from a chunk on; those of later chunks stay."""
+        if not first:
+            return replace(self, prompt=prompt)
+        return replace(self, script=tuple(sorted({**dict(self.script), first: prompt}.items())))
+
     def _check_prefix(self, prefix: Tensor) -> None:
         if prefix.dtype != torch.uint8 or prefix.dim() != 4 or prefix.shape[-1] != 3:
             raise InputError(f"a prefix must be uint8 frames [F, H, W, 3], not {prefix.dtype} {tuple(prefix.shape)}")

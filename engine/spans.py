@@ -41,6 +41,10 @@ class Course:
         """The video, for those who watch the present span."""
         return Whole(chunks=self._chunks, ticks=sum(self._ticks), before=sum(self._ticks[: self._at]))
 
+    def change_text(self, chunk: int | None, text: Tensor) -> None:
+        """As `CaptionTable.with_text`, for the spans to come."""
+        self._encoded = replace(self._encoded, captions=self._encoded.captions.with_text(chunk, text))
+
     def finished(self, latents: Tensor) -> None:
         """Take note of finished latents [1, C, t, h, w], in order."""
         if not self.last:

@@ -120,6 +120,13 @@ class CaptionTable:
         rows = self.counters[min(chunks_left, len(self.counters) - 1)]
         return torch.cat([rows, text])[: self.max_length]
 
+    def with_text(self, chunk: int | None, text: Tensor) -> CaptionTable:
+        """The same with another text from a chunk on, or from the start; those that take its place later stay."""
+        if chunk is None:
+            return replace(self, text=text)
+        others = [one for one in self.later if one[0] != chunk]
+        return replace(self, later=tuple(sorted([*others, (chunk, text)], key=lambda one: one[0])))
+
     def to(self, device: torch.device) -> CaptionTable:
         """The same on a device."""
         counters = None if self.counters is None else self.counters.to(device)

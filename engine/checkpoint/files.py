@@ -168,6 +168,12 @@ def newest(
     return None
 
 
+def furthest(folder: Path) -> int:
+    """The last quantum that a checkpoint of a request goes on with, whole or not; 0 if there is none."""
+    found = (_FOLDER.fullmatch(place.name) for place in _folders(folder))
+    return max((int(one[1]) for one in found if one is not None), default=0)
+
+
 def discard(folder: Path, *, whole: bool = True) -> None:
     """Delete all checkpoints of a request; those alone that were never finished, if not the `whole` ones too."""
     for place in _folders(folder):
@@ -193,7 +199,8 @@ class Checkpointer:
         saved: Callable[[], tuple[Shard, ...] | None],  # the last one's files, once on the disk
     ) -> None:
         self.folder, self._every = config.folder, config.every
-        self._fingerprint, self._start, self._last = fingerprint, start, last if config.extend else None
+        self.fingerprint = fingerprint
+        self._start, self._last = start, last if config.extend else None
         self._save, self._saved = save, saved
         self._pending: Checkpoint | None = None
         self.writing = False
@@ -215,7 +222,7 @@ class Checkpointer:
         if self._pending is not None:
             return False
         folder = new_folder(self.folder, quantum)
-        counts, fingerprint, self.writing = self._save(folder), self._fingerprint(quantum), True
+        counts, fingerprint, self.writing = self._save(folder), self.fingerprint(quantum), True
         self._pending = Checkpoint(folder=folder, quantum=quantum, counts=counts, fingerprint=fingerprint, shards=())
         return True
 

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint.files import furthest
 from engine.files import link_file, write_errors
 from launch.batch.file import plan_line
 from launch.batch.making import Making, Video
@@ -31,6 +32,7 @@ from launch.saved import SavedVideo
 from launch.serve.live import LiveVideos
 from launch.serve.metrics import Metrics
 from launch.serve.options import ServeOptions
+from launch.serve.prompts import TooLate, change_job
 from launch.serve.store import Job, Status, Store
 from models.errors import InputError
 from parallel.cluster import messages
@@ -55,6 +57,7 @@ class Maker:
         self._waiting: deque[tuple[Job, Plan | None]] = deque()  # not handed to the controller yet
         self._waiting.extend((job, None) for job in store.jobs() if job.unfinished)
         self._cancelled: deque[tuple[Job, Future[None]]] = deque()
+        self._prompted: deque[tuple[Job, str, Future[dict[str, Any]]]] = deque()
         self.live = LiveVideos()
         """What can be watched."""
         self._over: list[Video] = []  # those that have ended, of which events may still be on their way
@@ -79,6 +82,16 @@ class Maker:
                 self._waiting.remove(waiting[0])
                 self._close(job, "cancelled")
                 done.set_result(None)
+        self._wake()
+        return done
+
+    def change_prompt(self, job: Job, prompt: str) -> Future[dict[str, Any]]:
+        """Make the chunks of a job's video that have not begun of another prompt, or raise a `TooLate`.
+
+        The result is its entry of `prompts_of`. It is given once the change is on the disk.
+        """
+        done = Future[dict[str, Any]]()
+        self._prompted.append((job, prompt, done))
         self._wake()
         return done
 
@@ -147,6 +160,26 @@ class Maker:
             with self._lock:
                 job, plan = self._waiting.popleft()
             self._begin(backend, job, plan)
+        while self._prompted:
+            job, prompt, changed = self._prompted.popleft()
+            if changed.set_running_or_notify_cancel():
+                try:
+                    changed.set_result(self._change_prompt(backend, job, prompt))
+                except (TooLate, InputError) as error:
+                    changed.set_exception(error)
+
+    def _change_prompt(self, backend: Controller, job: Job, prompt: str) -> dict[str, Any]:
+        video, first = self._making.videos.get(job.id), None
+        if video is not None and job.unfinished and not video.damaged:
+            seen = max(video.chunks_done, furthest(video.saved.checkpoints))  # by a process before this one, too
+            first = backend.next_entry(job.id, seen)
+        if video is None or first is None:
+            why = "all of its chunks have begun" if job.unfinished else f"it is {job.status}"
+            raise TooLate(f"no chunk of the video {job.id} is left for a new prompt: {why}")
+        video.plan = change_job(self._store, job, video.plan, first, prompt)
+        video.saved = SavedVideo(self.state(job.id), video.plan, partial(self._say_of, job))
+        backend.change_prompt(job.id, first, prompt)
+        return next(one for one in job.prompts if one["chunk"] == first)
 
     def _begin(self, backend: Controller, job: Job, plan: Plan | None) -> None:
         folder = self._store.folder(job)

@@ -9,7 +9,6 @@ import base64
 import binascii
 import json
 import re
-from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
@@ -20,8 +19,8 @@ from models.errors import InputError
 
 _SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
 _DATA = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,")
-REFERENCE, PROMPTS = "reference", "prompts.json"
-"""Files in the folder of a job."""
+REFERENCE = "reference"
+"""What a job starts from, in its folder."""
 
 
 def _no_bool(value: Any) -> Any:
@@ -109,10 +108,10 @@ class ExtendVideo(_Body):
         return self.video if isinstance(self.video, str) else self.video["id"]
 
 
-def write_prompts(prompts: dict[str, str], folder: Path) -> str:
-    """Keep prompts of later parts in a job's folder; returns the name of the file."""
-    (folder / PROMPTS).write_text(json.dumps(prompts))
-    return PROMPTS
+class NewPrompt(_Body):
+    """The body of `POST /v1/videos/{id}/prompt`."""
+
+    prompt: str = Field(min_length=1, max_length=10_000, pattern=r"\S")
 
 
 def video(job: Job, model: str) -> dict[str, Any]:
@@ -127,6 +126,7 @@ def video(job: Job, model: str) -> dict[str, Any]:
         "completed_at": None if job.completed_at is None else int(job.completed_at),
         "expires_at": None,
         "prompt": job.line["prompt"],
+        "prompts": job.prompts,
         "size": job.size,
         "seconds": f"{job.seconds:g}",
         "continues": job.continues,

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -51,6 +51,7 @@ class Job:
     restarts: int = 0  # gangs that were lost while they made it
     nbytes: int = 0  # of all that is kept of the finished video
     continues: bool = False  # a longer video can be made of it
+    prompts: list[dict[str, Any]] = field(default_factory=list)  # of which each chunk is made, as clients read them
 
     @property
     def unfinished(self) -> bool:
@@ -114,12 +115,15 @@ class Store:
             folder.mkdir()
         return folder
 
-    def add(self, folder: Path, line: dict[str, Any], *, seconds: float, size: str) -> Job:
+    def add(
+        self, folder: Path, line: dict[str, Any], *, seconds: float, size: str, prompts: list[dict[str, Any]]
+    ) -> Job:
         """Queue a job, whose files are in a new folder; a `Full` if the queue is, or the disk."""
         with self._lock:
             self._check_room()
             number, now = self._numbers, time.time()
-            job = Job(id=folder.name, number=number, line=line, seconds=seconds, size=size, created_at=now)
+            about: dict[str, Any] = {"line": line, "seconds": seconds, "size": size, "prompts": prompts}
+            job = Job(id=folder.name, number=number, created_at=now, **about)
             self._numbers += 1
             self.save(job)
             self._jobs[job.id] = job

@@ -61,6 +61,15 @@ class CancelVideo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ChangePrompt:
+    """Make the chunks of a video from one on of another prompt; no quantum that lets one of them in is permitted."""
+
+    video: str
+    first: int  # counted as in a request's script
+    prompt: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkTaken:
     """The caller has stored a chunk and all before it; a checkpoint that comes after them may be committed."""
 
@@ -73,7 +82,7 @@ class Finish:
     """Nothing more will come."""
 
 
-Command = VideoOrder | PermitQuantum | CancelVideo | ChunkTaken | Finish
+Command = VideoOrder | PermitQuantum | CancelVideo | ChangePrompt | ChunkTaken | Finish
 
 # ---- events, from the ranks to the controller, and from there to the caller
 

@@ -24,7 +24,7 @@ from engine.kv.buffer import KVBuffer
 from engine.request import Admission
 from engine.video import Work, WorkItem
 from parallel.comm.edges import Edges, RankServices
-from parallel.comm.messages import Header, Kind, pack_admit, pack_json
+from parallel.comm.messages import Header, Kind, pack_admit, pack_json, pack_text
 from parallel.health.timeouts import POLL_SECONDS
 from parallel.ranks.worker import StageWorker, read_velocity, saved_key
 
@@ -51,6 +51,11 @@ class Leader(Runner):
         """Take a video in on all ranks; an InputError if this layout cannot serve it."""
         self.worker.admit(admission)
         self._edges.announce(Header(kind=Kind.ADMIT, request=admission.video), pack_admit(admission))
+
+    def change_text(self, video: int, chunk: int | None, text: Tensor) -> None:
+        """Have all ranks read another text for chunks that have not entered."""
+        self.worker.stage.change_text(video, chunk, text)
+        self._edges.announce(Header(kind=Kind.TEXT, request=video), pack_text(chunk, text))
 
     def begin(self, work: Work) -> None:
         """Run an item's first stage and send it on."""

@@ -29,7 +29,7 @@ from models.attention import Attention
 from models.errors import InputError
 from models.protocols import VideoModel
 from parallel.comm.edges import Edges, RankServices
-from parallel.comm.messages import Header, Kind, Message, unpack_admit, unpack_json
+from parallel.comm.messages import Header, Kind, Message, unpack_admit, unpack_json, unpack_text
 from parallel.comm.ulysses import TokenSplit, UlyssesShard, local_heads
 from parallel.health.exit_codes import BAD_INPUT
 from parallel.health.timeouts import CANCELLED_SECONDS, POLL_SECONDS
@@ -210,6 +210,9 @@ def serve(worker: StageWorker, edges: Edges, tracer: Tracer) -> None:
             assert message.payload is not None
             edges.announce(header, message.payload)
             worker.admit(unpack_admit(message.payload))
+        elif header.kind is Kind.TEXT:
+            edges.announce(header, message.payload)
+            worker.stage.change_text(header.request, *unpack_text(message.payload))
         elif header.kind is Kind.RELEASE:
             edges.announce(header)
             worker.release(header)

@@ -94,6 +94,12 @@ def longer(**body):
 LONG = '{"prompt": ' + "[" * 100_000
 FORM = "multipart/form-data; boundary=x"
 UNKNOWN = "/v1/videos/video_000000000000000000000000"
+
+
+def reprompt(body, name=UNKNOWN):
+    return "POST", f"{name}/prompt", {"json": body}
+
+
 BAD = {
     "no body": (raw(b""), 400, "not JSON"),
     "no JSON": (raw(b"{broken"), 400, "not JSON"),
@@ -147,6 +153,7 @@ BAD = {
     "a longer video of none": (longer(video={"id": "video_0"}, seconds=1), 404, "no video"),
     "a longer video of nothing": (longer(seconds=1), 400, "'video' is missing"),
     "a longer video of another form": (longer(video={"url": "x"}, seconds=1), 400, "video"),
+    "a new prompt of none": (reprompt({"prompt": PROMPT}), 404, "no video"),
     "an unknown id": (("GET", UNKNOWN, {}), 404, "no video"),
     "its content": (("GET", f"{UNKNOWN}/content", {}), 404, "no video"),
     "its end": (("DELETE", UNKNOWN, {}), 404, "no video"),
@@ -221,6 +228,15 @@ def test_jobs_are_queued_listed_and_cancelled(tmp_path):
         gone = client.delete(f"/v1/videos/{ids[0]}").json()
         assert gone == {"id": ids[0], "object": "video.deleted", "deleted": True, "status": "cancelled"}
         assert client.get(f"/v1/videos/{ids[0]}").json()["status"] == "cancelled"
+        for prompt, status, words in (
+            ("", 400, "prompt"),
+            ("  ", 400, "prompt"),
+            ("a " * 9000, 400, "prompt"),
+            ("a purple cow", 400, "purple"),
+            (PROMPT, 409, "is cancelled"),
+        ):
+            answer = client.post(f"/v1/videos/{ids[0]}/prompt", json={"prompt": prompt})
+            assert answer.status_code == status and words in answer.json()["error"]["message"], answer.text
         client.delete(f"/v1/videos/{ids[0]}")
         assert client.get(f"/v1/videos/{ids[0]}").status_code == 404
         for seed in range(2):

@@ -15,13 +15,14 @@ import openai
 import pytest
 
 from tests.launch.process import ROOT, command_of
-from tests.launch.serve.service import KEY, PROMPT, decoded, made_alone, picture
+from tests.launch.serve.service import KEY, OTHER, PROMPT, decoded, made_alone, picture
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The Sora API")]
 
 
 def is_tidy(folder):
-    return {path.name for path in folder.iterdir()} == {"job.json", "video.mp4", "stream", "state"}
+    names = {path.name for path in folder.iterdir() if not path.name.startswith("prompts-")}
+    return names == {"job.json", "video.mp4", "stream", "state"}
 
 
 def test_the_official_client_makes_lists_reads_and_deletes_videos(service):
@@ -62,13 +63,21 @@ def test_a_video_that_is_cancelled_frees_its_slots_for_the_next(service):
     service.when(lambda: not [path for folder in folders for path in folder.iterdir() if path.name != "job.json"])
 
 
-def test_a_gang_that_dies_ends_no_request(service):
+def test_a_gang_that_dies_ends_no_request_and_forgets_no_new_prompt(service):
     name = service.create(seconds=6, seed=1)
+    service.when(lambda: service.get(name)["progress"] >= 5)
+    changed = service.change(name, OTHER)
+    assert changed["prompt"] == OTHER and 0 < changed["chunk"] < 6 and changed["seconds"] == changed["chunk"]
     service.when(lambda: service.get(name)["progress"] >= 40)
     os.kill(service.below("RankActor")[0], signal.SIGKILL)
     service.when(lambda: "gang-0 was lost" in service.said.read_text())
     service.wait(name)
-    np.testing.assert_array_equal(service.frames(name), made_alone(service.folder, seconds=6, seed=1))
+    told = [{"chunk": 0, "seconds": 0, "prompt": PROMPT}, {key: changed[key] for key in ("chunk", "seconds", "prompt")}]
+    assert service.get(name)["prompts"] == told
+    late = service.client.post(f"/v1/videos/{name}/prompt", json={"prompt": OTHER})
+    assert late.status_code == 409 and "completed" in late.json()["error"]["message"]
+    whole = made_alone(service.folder, seconds=6, seed=1, prompt_at=[f"{changed['seconds']}s {OTHER}"])
+    np.testing.assert_array_equal(service.frames(name), whole)
     assert service.client.get("/health").json() == {"status": "ok", "gangs": {"gang-0": "up"}}
     text = service.client.get("/metrics").text
     for figure in (
@@ -82,16 +91,24 @@ def test_a_gang_that_dies_ends_no_request(service):
         assert re.search(rf'^flowcache_serve_{figure}\S*{{.*model="magi-pocket".*}} [\d.]+$', text, re.M), figure
 
 
-def test_a_service_that_is_killed_goes_on_with_its_queue_when_started_again(service):
-    names = [service.create(seconds=4, seed=seed) for seed in (5, 6)] + [service.create(seed=7)]
+def test_a_service_that_is_killed_goes_on_with_its_queue_and_new_prompts_when_started_again(service):
+    names = [service.create(seconds=seconds, seed=seed) for seconds, seed in ((10, 5), (4, 6), (2, 7))]
+    assert service.change(names[2], OTHER)["chunk"] == 0  # it waits
     state = service.folder / "served" / names[0] / "state"
+    service.when(lambda: service.get(names[0])["progress"] >= 5)
+    first = service.change(names[0], OTHER)["chunk"]
     service.when(lambda: len(list(state.glob("segments-*/*.mp4"))) >= 2)
     service.process.kill()
     service.process.wait()
     service.start()
-    for name, seconds, seed in zip(names, (4, 4, 1), (5, 6, 7), strict=True):
+    second = service.change(names[0], PROMPT)["chunk"]
+    assert 0 < first < second < 10
+    assert [one["chunk"] for one in service.get(names[0])["prompts"]] == [0, first, second]
+    hows = [{"prompt_at": [f"{first}s {OTHER}", f"{second}s {PROMPT}"]}, {}, {"prompts": [OTHER]}]
+    for name, seconds, seed, how in zip(names, (10, 4, 2), (5, 6, 7), hows, strict=True):
         service.wait(name)
-        np.testing.assert_array_equal(service.frames(name), made_alone(service.folder, seconds=seconds, seed=seed))
+        whole = made_alone(service.folder, seconds=seconds, seed=seed, **how)
+        np.testing.assert_array_equal(service.frames(name), whole)
         service.when(partial(is_tidy, service.folder / "served" / name))
 
 
@@ -119,14 +136,13 @@ def test_a_video_is_streamed_and_watched_while_it_is_made(service):
 def test_a_finished_video_is_made_longer_as_if_all_had_been_asked_for(service):
     short = service.create(seconds=6, seed=11)
     service.wait(short)
-    other = "a blue cross moving up"
     reference = {"video": {"id": short}}  # which the client takes for a file, where it has an argument for it
-    made = service.openai.videos.extend(prompt=other, seconds="2", video=openai.omit, extra_body=reference)
+    made = service.openai.videos.extend(prompt=OTHER, seconds="2", video=openai.omit, extra_body=reference)
     assert made.seconds == "8"
     service.wait(made.id)
     assert service.get(short)["status"] == "completed"
     assert "chunks" not in service.get(short) and len(service.frames(short)) == 6 * 24
-    whole = made_alone(service.folder, chunks=8, seed=11, prompt_at=[f"6s {other}"])
+    whole = made_alone(service.folder, chunks=8, seed=11, prompt_at=[f"6s {OTHER}"])
     np.testing.assert_array_equal(service.frames(made.id), whole)
 
 
