@@ -27,7 +27,7 @@ from engine.kv.layout import KVSettings
 from engine.order import AdmissionGate, WorkOrder
 from engine.progress import OnProgress, ProgressReporter
 from engine.record import Recorder
-from engine.request import Admission, Encoded, Request, encode, open_quantum, prepare
+from engine.request import Admission, Encoded, Request, encode, open_quantum, prepare, variant_of
 from engine.reuse.policy import ReuseSettings
 from engine.spans import Course
 from engine.video import VideoRun, VideoState, WorkItem
@@ -145,7 +145,7 @@ class Engine:
         Raises:
             InputError: the model cannot take it, or the checkpoint is of another request, model, layout or setting.
         """
-        encoded = encode(self._pipeline, request)
+        encoded = encode(variant_of(self._pipeline, request), request)
         reuse, kv = reuse or self._reuse, kv or self._kv
         if checkpoint is None:
             return Submission(request=request, encoded=encoded, reuse=reuse, kv=kv)
@@ -218,12 +218,12 @@ class Engine:
         number, found, runner = self._numbers, what.found, self._runner
         start, counts, folder = (0, {}, None) if found is None else (found.quantum, found.counts, found.folder)
         self._numbers += 1
-        reuse, wanted = what.reuse or self._reuse, what.request
-        sampling = self._pipeline.sampling(wanted.num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
+        reuse, wanted, pipeline = what.reuse or self._reuse, what.request, variant_of(self._pipeline, what.request)
+        sampling = pipeline.sampling(wanted.num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
         course = Course(sampling, wanted, what.encoded)
         prepared = partial(
             prepare,
-            self._pipeline,
+            pipeline,
             wanted,
             number=number,
             reuse=reuse,
@@ -235,6 +235,8 @@ class Engine:
             with must_fit(found.folder):
                 run.restore(what.state)
         runner.admit(admission)
+        if decode and pipeline is not self._pipeline:
+            self._decoding().use(number, pipeline.autoencoder)
         if what.decoder and decode:
             self._decoding().restore(number, what.decoder)
         elif decode and what.encoded.prefix is not None and what.encoded.prefix.shape[2] > 1:  # an image is shown

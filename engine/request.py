@@ -19,7 +19,7 @@ from engine.reuse.policy import CONDITION, DISTANCES, ReuseSettings
 from engine.schedule import Schedule
 from engine.video import Noise, Reuse, VideoRun, VideoShape, seeded_noise
 from models.errors import InputError
-from models.protocols import CELL_PIXELS, CaptionTable, PassCondition, Pipeline, Sampling
+from models.protocols import CELL_PIXELS, Adjustable, CaptionTable, PassCondition, Pipeline, Sampling
 
 _SIZE_STEP = 2 * CELL_PIXELS  # a token is a patch of 2 x 2 cells
 
@@ -38,6 +38,8 @@ class Request:
     seed: int  # of the noise
     prefix: Tensor | None = None
     """Frames that the video goes on from, uint8 [F, H, W, 3]: one for image to video, more for video to video."""
+    fps: int | None = None  # frames per second; None for those of the loaded model, likewise
+    negative: str | None = None  # what it is not to show
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -93,6 +95,15 @@ class Admission:
     grid: tuple[int, int, int]  # latent (T, h, w) of a chunk
     checkpoint: str | None = None  # folder of the checkpoint that the video goes on from
     hidden: bool = False  # hidden states come back from passes, and not velocities
+
+
+def variant_of(pipeline: Pipeline, request: Request) -> Pipeline:
+    """The loaded model as a request wants it; an InputError if it cannot be had."""
+    if request.fps is None and request.negative is None:
+        return pipeline
+    if not isinstance(pipeline, Adjustable):
+        raise InputError("this pipeline has one frame rate and one negative prompt: leave both out")
+    return pipeline.variant(fps=request.fps, negative=request.negative)
 
 
 def encode(pipeline: Pipeline, request: Request) -> Encoded:

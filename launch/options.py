@@ -116,9 +116,16 @@ class Options:
     fps: int | None = _video(
         "Frames of a second of video, which the autoencoder's tiles follow; the model's own by default.",
         within=(16, 120),
+        line=True,
     )
     window: int | None = _video(
         "Chunks that are denoised at once; fewer need less memory. The model's own by default.", within=(1, 64)
+    )
+    negative_prompt: str | None = _text(
+        "SkyReels-V2: what the video is not to show; guidance leads away from it.",
+        metavar="PROMPT",
+        shown="the published one",
+        line=True,
     )
     special: str | None = _text(
         "Released models: what kind of video is wanted, from HQ, DURATION, STATIC, DYNAMIC, BORDERNESS, 3D and 2D; or "

@@ -334,3 +334,11 @@ class Pipeline(Protocol):
 
     def captions(self, prompt: str) -> CaptionTable:
         """Encode a prompt."""
+
+
+@runtime_checkable
+class Adjustable(Protocol):
+    """A pipeline whose videos may differ in these."""
+
+    def variant(self, *, fps: int | None, negative: str | None) -> Pipeline:
+        """The same for a video of so many frames per second, with a text of what is not wanted; None leaves it."""

@@ -216,6 +216,8 @@ def record_settings(summary: Summary) -> dict[str, Any]:
         "model": plan.model.name,
         "prompt": request.prompt,
         "script": [{"chunk": chunk, "prompt": prompt} for chunk, prompt in request.script],
+        "negative_prompt": request.negative,
+        "fps": config.figures.fps,
         "seed": request.seed,
         "chunks": request.chunks,
         "prefix_frames": 0 if request.prefix is None else len(request.prefix),

@@ -182,10 +182,6 @@ def _check_model(asked: CreateVideo, service: Service) -> None:
     model = service.limit.model
     if asked.model is not None and asked.model != model.name:
         raise HTTPException(404, f"there is no model {asked.model[:80]!r} here: this service has {model.name}")
-    if asked.negative_prompt:
-        raise InputError("negative_prompt: models of this engine have no text of that kind, leave it out")
-    if asked.fps not in (None, fps := model.config.figures.fps):
-        raise InputError(f"fps: this service makes {fps} frames per second, so leave it out, or start another one")
 
 
 def _check_size(options: Options, service: Service) -> None:
@@ -195,6 +191,6 @@ def _check_size(options: Options, service: Service) -> None:
     if width * height > most:
         raise HTTPException(413, f"size: {width}x{height} has more than the {most:,} pixels that are made here")
     frames = known.frames if options.chunks is None else options.chunks * known.chunk_frames
-    seconds = options.seconds or frames / known.fps
+    seconds = options.seconds or frames / (options.fps or known.fps)
     if seconds > service.options.max_seconds:
         raise HTTPException(413, f"seconds: {seconds:g} is more than the {service.options.max_seconds:g} made here")

@@ -65,7 +65,7 @@ class CreateVideo(_Body):
     seed: Integer | None = None
     num_inference_steps: Integer | None = None
     fps: Integer | None = None
-    negative_prompt: str | None = None
+    negative_prompt: str | None = Field(default=None, max_length=10_000)
     cache: str | None = None
     kv_budget: Integer | None = None
     prompts: Annotated[dict[str, str], BeforeValidator(_object)] | None = Field(default=None, max_length=10_000)
@@ -77,6 +77,7 @@ class CreateVideo(_Body):
         line: dict[str, Any] = {"prompt": self.prompt, "priority": self.priority}
         given: dict[str, Any] = {"seconds": self.seconds, "seed": self.seed, "steps": self.num_inference_steps}
         given |= {"cache": self.cache, "kv_budget": self.kv_budget}
+        given |= {"fps": self.fps, "negative_prompt": self.negative_prompt}
         line |= {name: value for name, value in given.items() if value is not None}
         if self.size is not None and (found := _SIZE.fullmatch(self.size)):
             line |= {"width": int(found[1]), "height": int(found[2])}

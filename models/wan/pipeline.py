@@ -5,8 +5,10 @@ Nothing here knows ranks or how a video is scheduled.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,7 +55,7 @@ class WanPipeline:
     ) -> None:
         self.config, self.model = config, model
         self._autoencoder, self._encoder = autoencoder, encoder
-        self._changes: dict[int, tuple[float, ...]] = {}  # by the number of steps
+        self._changes: dict[tuple[int, int], tuple[float, ...]] = {}  # by the number of steps and frames per second
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -74,10 +76,11 @@ class WanPipeline:
         sampling = sampling_of(self.config, num_steps, clean_pass=clean_pass)
         if not isinstance(sampling, BlockSampling):
             return sampling
-        if num_steps not in self._changes:
+        key = num_steps, sampling.fps
+        if key not in self._changes:
             steps = [(float(time),) for time in sampling.sigmas.timesteps]
-            self._changes[num_steps] = condition_changes(self.model, steps, sampling.fps)
-        return replace(sampling, changes=self._changes[num_steps])
+            self._changes[key] = condition_changes(self.model, steps, sampling.fps)
+        return replace(sampling, changes=self._changes[key])
 
     def captions(self, prompt: str) -> CaptionTable:
         """Encode a prompt, and the negative prompt as the text of no text; zero rows behind both count.
@@ -88,6 +91,13 @@ class WanPipeline:
         length = self.config.shapes.text_len
         text, null = (padded(self._encoder.encode(one), length) for one in (prompt, self.config.runtime.negative))
         return CaptionTable(text=text, null=null).to(self.model.device)
+
+    def variant(self, *, fps: int | None, negative: str | None) -> WanPipeline:
+        """As `Adjustable`: a model that is told the frame rate is told this one."""
+        given: dict[str, Any] = {"fps": fps, "negative": negative}
+        made, given = copy(self), {name: value for name, value in given.items() if value is not None}
+        made.config = replace(self.config, runtime=replace(self.config.runtime, **given))
+        return made
 
 
 def load_pipeline(config: WanConfig, folder: Path, loading: Loading, text: WanTextLoading = _TEXT) -> WanPipeline:

@@ -130,10 +130,13 @@ BAD = {
     "a huge seed": (create(seed=10**30), 400, "seed"),
     "steps that do not divide": (create(num_inference_steps=7), 400, "7"),
     "steps of another type": (create(num_inference_steps="many"), 400, "num_inference_steps"),
-    "another frame rate": (create(fps=60), 400, "fps"),
+    "too few frames": (create(fps=8), 400, "fps"),
+    "a frame rate of another type": (create(fps="many"), 400, "fps"),
+    "too many seconds at another frame rate": (create(fps=48, seconds=5), 413, "seconds: 5"),
     "an unknown preset": (create(cache="best"), 400, "cache"),
     "no KV budget": (create(kv_budget=0), 400, "kv_budget"),
-    "a negative prompt": (create(negative_prompt="ugly"), 400, "negative_prompt"),
+    "a negative prompt": (create(negative_prompt="ugly"), 400, "magi-pocket read none"),
+    "a long negative prompt": (create(negative_prompt="ugly " * 9000), 400, "negative_prompt"),
     "prompts of another type": (create(prompts={"1s": 3}), 400, "prompts"),
     "prompts at no time": (create(prompts={"later": PROMPT}), 400, "no time"),
     "prompts after the end": (create(prompts={"3s": PROMPT}, seconds=2), 400, "after the end"),
@@ -261,12 +264,15 @@ def test_what_a_video_starts_from_comes_in_each_form(tmp_path):
             upload(picture, seconds="1"),
             upload(film, seconds="2", prompts=json.dumps({"1s": "a blue cross moving up"}), size="64x64"),
             create(input_reference=embedded, seconds="2"),
+            upload(picture, seconds="2", fps="48", negative_prompt=""),
         ):
             assert client.request(method, path, **given).status_code == 200
         lines = [job.line for job in store.jobs()]
+        assert (lines[-1]["fps"], store.jobs()[-1].seconds) == (48, 2)
     assert [[key for key in ("image", "video", "script") if key in line] for line in lines] == [
         ["image"],
         ["video", "script"],
+        ["image"],
         ["image"],
     ]
 

@@ -147,7 +147,7 @@ def test_a_finished_video_is_made_longer_as_if_all_had_been_asked_for(service):
 
 
 def test_requests_of_one_gang_may_reuse_and_hold_as_they_like(service):
-    hows = [{"cache": "none"}, {"cache": "flowcache-fast", "kv_budget": 2}, {}]
+    hows = [{"cache": "none"}, {"cache": "flowcache-fast", "kv_budget": 2}, {"fps": 48}]
     names = [service.create(seconds=4, seed=12, **how) for how in hows]
     for name, how in zip(names, hows, strict=True):
         service.wait(name)
