@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -92,6 +93,14 @@ class _Video:
         return self.checkpointer is not None and self.checkpointer.waits
 
 
+class NotKept(InputError):
+    """A checkpoint of a video cannot be written. Others can go on once it is cancelled."""
+
+    def __init__(self, video: int, message: str) -> None:
+        super().__init__(message)
+        self.video = video
+
+
 class Engine:
     """Makes videos with one loaded model: one by `generate`, several at once by `submit` and `step`."""
 
@@ -157,6 +166,8 @@ class Engine:
             shutil.rmtree(folder, ignore_errors=True)
             damage.append(f"{error}; this checkpoint was deleted, and what comes after the one before it is made again")
 
+        with suppress(OSError):  # else it is said when there is something to write
+            checkpoint.folder.mkdir(exist_ok=True)
         found, state = newest(checkpoint.folder, stored=stored, on_damage=on_damage), None
         decoder: Mapping[str, Tensor] = {}
         if found is not None:
@@ -278,13 +289,16 @@ class Engine:
             GangError: a rank has failed.
             NotFinite: one of the videos cannot be made, and is to be cancelled; the others go on.
             DecoderHung: the autoencoder does not come on.
-            InputError: a checkpoint cannot be written, which ends the gang.
+            NotKept: a checkpoint cannot be written; likewise.
         """
         for number, video in self._videos.items():
             if number in self._not_finite:
                 self._give_up(self._not_finite[number])
             if video.checkpointer is not None:
-                video.checkpointer.poll(video.handed_out if video.stored is None else video.stored())
+                try:
+                    video.checkpointer.poll(video.handed_out if video.stored is None else video.stored())
+                except InputError as error:
+                    raise NotKept(number, str(error)) from None
         if not self._idle():
             self._advance()
         idle, results = self._idle(), []

@@ -39,7 +39,8 @@ _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionEr
 class CheckpointConfig:
     """Where and how often to keep how far a video is."""
 
-    folder: Path  # of this request alone; all ranks must reach it. Whoever asks for checkpoints deletes it in the end
+    folder: Path  # of this request alone; all ranks must reach it. Whoever asks for checkpoints makes the folder around
+    # it, and deletes both in the end by `remove_folder`
     every: int  # a checkpoint each time so many chunks have entered the window (or would have, at the end)
     extend: bool = False  # the last one is that which a longer video would go on from
 
@@ -87,7 +88,8 @@ def new_folder(folder: Path, quantum: int) -> Path:
 def write_async(
     folder: Path, files: Mapping[str, Contents], on_end: Callable[[tuple[Shard, ...] | Exception], None]
 ) -> None:
-    """Write files, by name, on a thread of their own. The folder is made if need be.
+    """Write files, by name, on a thread of their own. The folder is made if need be, and the one around it is not: that
+    is gone where nobody wants the checkpoint any more.
 
     `on_end` is called in the thread once all are on the disk, or with what has gone wrong: an InputError where one
     cannot be written.
@@ -267,7 +269,7 @@ def _write(path: Path, contents: Contents) -> Shard:
     part = part_of(path)
     with write_errors(path, _WHAT, (SafetensorError,), _ADVICE):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             with torch.no_grad():
                 save_file(dict(contents.tensors), part, metadata={"values": json.dumps(dict(contents.values))})
             shard = Shard(file=path.name, nbytes=part.stat().st_size, digest=digest_of_file(part))

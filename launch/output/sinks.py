@@ -136,6 +136,8 @@ class VideoSinks:
                 self._display.phase("reading the prompt" + (" and what to start from" if prefix is not None else ""))
             case messages.GangLost():
                 self._display.phase(f"starting again: {event.message}")
+            case messages.VideoFailed(disk=True):
+                raise InputError(event.message)
             case messages.VideoFailed():
                 raise CommandFailed(event.message, status=FAILED, shown_here=True)
             case messages.Admitted():

@@ -13,6 +13,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 
+from engine.files import DiskFull
 from launch.options import parse_size
 from launch.serve.guard import Guard
 from launch.serve.metrics import Metrics
@@ -59,6 +60,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(InputError)
     async def unusable(_: Request, error: InputError) -> JSONResponse:
         return JSONResponse(failure(str(error)), 400)
+
+    @app.exception_handler(DiskFull)
+    async def no_room(_: Request, error: DiskFull) -> JSONResponse:
+        return JSONResponse(failure(str(error), kind="server_error", code="disk_full"), 507)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.files import furthest
-from engine.files import link_file, write_errors
+from engine.files import link_file, remove_folder, write_errors
 from launch.batch.file import plan_line
 from launch.batch.making import Making, Video
 from launch.cluster import on_ray
@@ -98,7 +98,7 @@ class Maker:
     def remove(self, job: Job) -> None:
         """Forget a job that has ended, with its video and what a longer one would go on from."""
         self._store.remove(job)
-        shutil.rmtree(self.state(job.id), ignore_errors=True)
+        remove_folder(self.state(job.id))
 
     def gangs(self) -> list[GangView]:
         """All gangs at this moment; none before there is a cluster."""
@@ -206,12 +206,11 @@ class Maker:
 
     def _submit(self, backend: Controller, video: Video) -> None:
         """Have what is missing of a video made."""
-        order = self._making.begin(video)
-        self.live.begin(video)
-        if order is None:
-            return
         try:
-            backend.submit(replace(order, watched=True))
+            order = self._making.begin(video)
+            self.live.begin(video)
+            if order is not None:
+                backend.submit(replace(order, watched=True))
         except InputError as error:
             video.state = State.FAILED
             self._ended(video, error)

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from engine.files import atomic_write, check_folder, write_errors
+from engine.files import atomic_write, check_folder, remove_folder, write_errors
 from models.errors import InputError
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
@@ -165,14 +165,14 @@ class Store:
             kept |= {_STATE, *(str(job.line.get(name)) for name in ("image", "video", "script"))}
         for path in self.folder(job).glob("*"):
             if path.name not in kept:
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def remove(self, job: Job) -> None:
         """Forget a job, with its video."""
         with self._lock:
             self._jobs.pop(job.id, None)
             (self.folder(job) / _JOB).unlink(missing_ok=True)
-        shutil.rmtree(self.folder(job), ignore_errors=True)
+        remove_folder(self.folder(job))
 
     def _check_room(self) -> None:
         unfinished = [job for job in self._jobs.values() if job.unfinished]

@@ -19,7 +19,7 @@ from typing import Any
 import ray
 import torch
 
-from engine.engine import ChunkResult, Engine, Submission
+from engine.engine import ChunkResult, Engine, NotKept, Submission
 from engine.executor import NotFinite
 from engine.machine import settle_heap
 from engine.progress import Progress
@@ -184,7 +184,7 @@ class CommandLoop:
                 continue
             try:
                 results = engine.step()
-            except NotFinite as error:
+            except (NotFinite, NotKept) as error:
                 self._fail(error, engine)
                 continue
             for made in results:
@@ -240,7 +240,7 @@ class CommandLoop:
 
     def _refuse(self, name: str, error: Exception) -> None:
         del self._videos[name]
-        self._post(messages.VideoFailed(video=name, message=str(error)))
+        self._post(messages.VideoFailed(video=name, message=str(error), disk=isinstance(error, NotKept)))
 
     def _admit(self, video: _Video, read: Future[Submission], engine: Engine) -> None:
         name = video.order.video
@@ -257,7 +257,7 @@ class CommandLoop:
             return self._refuse(name, error)
         self._post(messages.Admitted(video=name, number=video.number, first=found.first, damage=found.damage))
 
-    def _fail(self, error: NotFinite, engine: Engine) -> None:
+    def _fail(self, error: NotFinite | NotKept, engine: Engine) -> None:
         engine.cancel(error.video)
         for name in [name for name, video in self._videos.items() if video.number == error.video]:
             self._refuse(name, error)

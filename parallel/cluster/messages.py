@@ -176,6 +176,7 @@ class VideoFailed(VideoEvent):
     """A video cannot be made, or is set aside. A gang that refuses one is well."""
 
     message: str
+    disk: bool = False  # a file of it could not be written, as there may be no room for those of others either
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
