@@ -30,6 +30,7 @@ from launch.model import ModelPlan, layout_of, plan_model
 from launch.options import TRACE_FILE, Options, together
 from launch.output.display import Display, rank_line, summary_text
 from launch.plan import Plan, plan_videos
+from models.attention import backend_name
 from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.messages import Event, VideoOrder
@@ -330,10 +331,11 @@ def _write_trace(gang: Gang, options: Options) -> None:
 
 def _make(backend: AbstractContextManager[Backend], plans: Sequence[Plan]) -> str:
     """Open a backend and make the videos with it; says what was made and what it cost."""
-    began, options, ranks = time.monotonic(), plans[0].options, layout_of(plans[0].options).world_size
+    began, options, model = time.monotonic(), plans[0].options, plans[0].model
+    ranks = layout_of(options).world_size
     on = f" on {ranks} ranks (pp {options.pp} x cp {options.cp})" if ranks > 1 else ""
     with Display() as display:
-        display.phase(f"loading {plans[0].model.name}{on}")
+        display.phase(f"loading {model.name}{on}, {model.device}, attention by {backend_name(options.attention)}")
         with backend as opened, unwinding_signals():
             made = make_with(opened, plans, display, began)
     counters = opened.counters if isinstance(opened, EngineBackend) else ()

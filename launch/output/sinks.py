@@ -24,6 +24,7 @@ from launch.output.formats import FORMATS
 from launch.output.video import BackgroundWriter, VideoWriter
 from launch.plan import Plan
 from launch.saved import SavedVideo, saved_folder
+from models.attention import backend_name
 from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.messages import ChunkMade, Event, VideoDone, VideoOrder
@@ -228,7 +229,7 @@ def record_settings(summary: Summary) -> dict[str, Any]:
         "steps": request.num_steps,
         "window": config.figures.window,
         "device": plan.model.device,
-        "attention": "sdpa" if plan.options.attention == "auto" else plan.options.attention,
+        "attention": backend_name(plan.options.attention),
         "pp": options.pp,
         "cp": options.cp,
         "layers": list(stage_sizes(config, options.pp, options.split)),

@@ -249,7 +249,10 @@ def test_generate_as_a_real_process(flowcache: Flowcache, tmp_path: Path, random
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("noise.mp4: 48 frames of 64x64, 2.0 s of video\nmade in ")
-    assert "loading magi-pocket" in result.stderr and "chunks 2/2, step 4/4, 100%, " in result.stderr
+    assert (
+        "loading magi-pocket, cpu, attention by sdpa" in result.stderr
+        and "chunks 2/2, step 4/4, 100%, " in result.stderr
+    )
     assert "\x1b" not in result.stdout + result.stderr
     with av.open(str(tmp_path / "noise.mp4")) as container:
         frames = list(container.decode(video=0))
