@@ -25,6 +25,7 @@ from launch.serve.requests import Service
 from launch.serve.run import limit_plan, listening, served
 from launch.serve.store import Store
 from models.errors import InputError
+from tests.launch.process import short_files
 
 PROMPT = "a red circle moving right"
 KEY = "an-example-of-a-key"
@@ -254,6 +255,15 @@ def test_jobs_are_queued_listed_and_cancelled(tmp_path):
         assert again.jobs() == before
         with pytest.raises(InputError, match="another service has"), running(tmp_path / "a"):
             pass
+
+
+def test_a_request_that_the_disk_has_no_room_for_is_an_error_and_leaves_nothing(tmp_path):
+    with running(tmp_path / "a") as (client, store):
+        with short_files(10):
+            full = client.post("/v1/videos", json={"prompt": PROMPT})
+        assert full.status_code == 507 and "no space left" in full.json()["error"]["message"]
+        assert not store.jobs() and [path.name for path in store.root.iterdir()] == [".lock"]
+        assert client.post("/v1/videos", json={"prompt": PROMPT}).status_code == 200
 
 
 def test_what_a_video_starts_from_comes_in_each_form(tmp_path):

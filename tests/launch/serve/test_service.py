@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
 import openai
 import pytest
 
-from tests.launch.process import ROOT, command_of
+from tests.launch.process import ROOT, command_of, small_disk
 from tests.launch.serve.service import KEY, OTHER, PROMPT, decoded, made_alone, picture
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The Sora API")]
@@ -89,6 +90,37 @@ def test_a_gang_that_dies_ends_no_request_and_forgets_no_new_prompt(service):
         "real_time_factor",
     ):
         assert re.search(rf'^flowcache_serve_{figure}\S*{{.*model="magi-pocket".*}} [\d.]+$', text, re.M), figure
+
+
+def test_a_disk_that_is_full_for_one_video_fails_it_and_the_others_go_on(service):
+    """At first for a checkpoint, then for the first chunk; two videos keep the gang busy until the disks are there."""
+    before = service.said.read_text().count("was lost")
+    busy = [service.create(seconds=40, seed=seed) for seed in (20, 21)]
+    for name in busy:
+        service.wait(name, "in_progress")
+    full = [service.create(seconds=3, seed=seed) for seed in (22, 23)]
+    other = service.create(seconds=3, seed=24)
+    with ExitStack() as disks:
+        for name, size in zip(full, ("64k", "4k"), strict=True):
+            state = service.folder / "served" / name / "state"
+            state.mkdir(exist_ok=True)
+            disks.enter_context(small_disk(state, size))
+        for name in busy:
+            service.client.delete(f"/v1/videos/{name}")
+        for name in full:
+            message = service.wait(name, "failed")["error"]["message"]
+            assert re.match(rf"cannot write .*{name}/state/.*: no space left there, ", message) and "\n" not in message
+            service.when(partial(is_empty, service.folder / "served" / name))
+        service.wait(other)
+    np.testing.assert_array_equal(service.frames(other), made_alone(service.folder, seconds=3, seed=24))
+    assert service.said.read_text().count("was lost") == before
+    for name in full:
+        service.client.delete(f"/v1/videos/{name}")
+        assert not (service.folder / "served" / name).exists()
+
+
+def is_empty(folder):
+    return [path.name for path in folder.rglob("*") if path.name != "job.json"] == ["state"]
 
 
 def test_a_service_that_is_killed_goes_on_with_its_queue_and_new_prompts_when_started_again(service):
