@@ -357,9 +357,9 @@ def cancelled(gang, values, out):
         if values["removed"]:
             remove_folder(folder)
         engine.cancel(number)
-        time.sleep(2 * values["seconds"])
-        left = [key for key in keys if gang._store.check([key])]
-        left += [path.name for path in folder.parent.iterdir() if "checkpoints" in path.name and values["removed"]]
+    time.sleep(2 * values["seconds"])
+    left = [key for key in keys if gang._store.check([key])]
+    left += [path.name for path in folder.parent.iterdir() if "checkpoints" in path.name and values["removed"]]
     torch.save(left, out)
 
 
