@@ -63,7 +63,11 @@ def _short(name: str) -> str:
 
 
 def link_file(source: str, target: str) -> None:
-    """Give a file that is never written into another name; on a disk without links, a copy of it."""
+    """Give a file that is never written into another name; on a disk without links, a copy of it.
+
+    What has that name already is replaced: a process that was killed may have left it.
+    """
+    Path(target).unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:

@@ -1,14 +1,16 @@
 """Do videos survive when processes, machines and disks fail? Causes failures while they are made, and keeps account.
 
-    python -m benchmarks.chaos --out results/chaos                     # 20 failures and five around `batch`
-    python -m benchmarks.chaos --quick --out /tmp/chaos                # 3 failures, small videos, and those five
+    python -m benchmarks.chaos --out results/chaos                     # all kinds
+    python -m benchmarks.chaos --quick --out /tmp/chaos                # at most 3 failures of gangs, and small videos
     python -m benchmarks.chaos --failures 50 --kinds rank,gang --seed 7
+    python -m benchmarks.chaos --kinds generate,service,service-rank     # SIGKILL at 10, 5 and 5 random times
 
 Gangs make videos on a Ray cluster of several nodes, all of them on this machine: first a batch that nothing disturbs,
 then the same videos again and again until all failures were caused. Ranks, whole gangs and nodes fail, chosen by seed:
 killed, stopped, or cut off as by a loss of power. Most failures wait until the gang that was hit before works again,
 some do not. An account is kept from the log of events and from the checkpoints on the disk at the moment of each loss.
-The other kinds (driver, part, checkpoint, disk, gcs) hit `flowcache batch`, once each: see `benchmarks.chaos.batch`.
+The kinds driver, part, checkpoint, disk and gcs hit `flowcache batch`, once each: see `benchmarks.chaos.batch`. And
+generate, service and service-rank kill `flowcache generate` and `flowcache serve`: see `benchmarks.chaos.kills`.
 
 Exit status 0 if every video is complete with the latents of the undisturbed run, no work from before a checkpoint was
 done again, and no process is left; 1 if not, 2 for bad input.
@@ -34,6 +36,7 @@ from benchmarks.chaos.account import Account, ChaosRun, Mark, facts, fault_rows,
 from benchmarks.chaos.batch import run_batches
 from benchmarks.chaos.faults import (
     GANG_KINDS,
+    KILL_KINDS,
     Injector,
     Kind,
     Nodes,
@@ -44,6 +47,7 @@ from benchmarks.chaos.faults import (
     simulated_cluster,
     survivors,
 )
+from benchmarks.chaos.kills import run_kills
 from benchmarks.cluster import GangSetup, warm_up
 from benchmarks.common import Out, machine_line, new_log, output_folder, publish, run_command
 from benchmarks.runs import reuse_for
@@ -80,6 +84,7 @@ def run(
     videos: Annotated[int, typer.Option(min=1, help="Videos of the batch.")] = 8,
     failures: Annotated[int, typer.Option(min=1, help="How many failures.")] = 20,
     kinds: Annotated[str, typer.Option(help="What fails, with commas between.")] = ",".join(Kind),
+    kills: Annotated[int, typer.Option(min=1, help="Of generate; of the service and its ranks half as many.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of failures.")] = 0,
     limit: Annotated[int, typer.Option(min=1, help="Seconds after which the run is broken off.")] = 900,
     quick: Annotated[bool, typer.Option("--quick", help="At most three failures, and small videos.")] = False,
@@ -87,7 +92,8 @@ def run(
 ) -> int:
     """Disturb videos while they are made."""
     chosen = parse_kinds(kinds)
-    of_gangs, others = [[kind for kind in chosen if (kind in GANG_KINDS) is own] for own in (True, False)]
+    of_gangs, killed = [[kind for kind in chosen if kind in group] for group in (GANG_KINDS, KILL_KINDS)]
+    others = [kind for kind in chosen if kind not in (*of_gangs, *killed)]
     output_folder(out)
     log, status = new_log(), 0
     with (out / "ray.log").open("w") as file, redirect_stdout(file):  # Ray prints every process that it has lost
@@ -96,6 +102,7 @@ def run(
             found = _disturb(setup, log)
     if of_gangs:
         status = _write(out, setup, found, seed)
+    status |= run_kills(out, killed, min(kills, 2) if quick else kills, seed, log) if killed else 0
     return status | (run_batches(out, others, log) if others else 0)
 
 

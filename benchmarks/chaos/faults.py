@@ -50,10 +50,15 @@ class Kind(StrEnum):
     CHECKPOINT = "checkpoint"
     DISK = "disk"
     GCS = "gcs"
+    GENERATE = "generate"
+    SERVICE = "service"
+    SERVICE_RANK = "service-rank"
 
 
 GANG_KINDS = (Kind.RANK, Kind.GANG, Kind.NODE)
-"""Those that a gang is hit by; the others are of `benchmarks.chaos.batch`."""
+"""Those that a gang is hit by."""
+KILL_KINDS = (Kind.GENERATE, Kind.SERVICE, Kind.SERVICE_RANK)
+"""Those of `benchmarks.chaos.kills`; all others are of `benchmarks.chaos.batch`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

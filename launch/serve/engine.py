@@ -62,6 +62,9 @@ class Maker:
         """What can be watched."""
         self._over: list[Video] = []  # those that have ended, of which events may still be on their way
         self._backend: Controller | None = None
+        for job in store.jobs():
+            if not (job.unfinished or job.continues):  # a service that was killed has not come to it
+                shutil.rmtree(self.state(job.id), ignore_errors=True)
 
     # ---- for other threads
 
@@ -247,20 +250,30 @@ class Maker:
             return
         if error is not None:
             return self._fail(job, str(error))
-        job.progress, job.computed, job.continues = 100, video.computed, self._options.base.keep_state
+        job.progress, job.computed = 100, video.computed
+        keep = self._options.base.keep_state
         try:
             with write_errors(stream := self._store.stream(job)):
                 shutil.copytree(video.saved.segments.folder, stream, copy_function=link_file, dirs_exist_ok=True)
         except InputError as failure:
             return self._fail(job, str(failure))
-        self._close(job, "completed")  # before what it is made of goes, in case this process is killed
+        if keep:  # a longer one may be asked for as soon as it is completed
+            job.continues = self._finish(video, keep=True)
+        self._close(job, "completed")
+        if not keep:  # not before, in case this process is killed
+            self._finish(video, keep=False)
         self._metrics.done(job)
-        try:
-            video.saved.finish(keep=job.continues)
-        except InputError as failure:
-            self._say(str(failure))
         job.nbytes = self._store.size(job)
         self._save(job)
+
+    def _finish(self, video: Video, *, keep: bool) -> bool:
+        """Remove what a video was made of but for what is to `keep`; False if that cannot be written."""
+        try:
+            video.saved.finish(keep=keep)
+        except InputError as failure:
+            self._say(str(failure))
+            return False
+        return True
 
     def _forget(self, video: Video) -> None:
         """Remove what a video that has ended leaves, once nothing more of it is written."""

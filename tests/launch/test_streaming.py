@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from launch.api import load
+from launch.output.formats import MP4
+from launch.output.segments import encode_segment
 from tests.launch.process import ROOT, environment, flowcache_process
 
 PROMPT = "a red circle moving right"
@@ -60,7 +63,7 @@ def _read_frames(process: subprocess.Popen[bytes]) -> bytes:
 
 @pytest.mark.slow
 def test_a_growing_file_and_a_stream_play_before_a_third_is_made(
-    tmp_path: Path, arguments: list[object], reading: subprocess.Popen[bytes]
+    tmp_path: Path, arguments: list[object], reading: subprocess.Popen[bytes], random_weights: Path
 ) -> None:
     data = _read_frames(reading)
     assert len(frames_of(io.BytesIO(data))) <= CHUNKS * 24 / 3
@@ -80,6 +83,11 @@ def test_a_growing_file_and_a_stream_play_before_a_third_is_made(
     assert process.returncode == 0, said
     assert sorted(os.listdir(tmp_path)) == ["a.mp4", "a.png"]
     assert (frames_of(io.BytesIO(data + rest)) == frames_of(tmp_path / "a.mp4")).all()
+    with load(weights=random_weights, threads=1) as engine:  # without a stream
+        made = [
+            encode_segment(chunk.frames, MP4.codec, 24) for chunk in engine.generate(PROMPT, chunks=CHUNKS, steps=8)
+        ]
+    assert (np.concatenate([frames_of(io.BytesIO(one)) for one in made]) == frames_of(tmp_path / "a.mp4")).all()
 
 
 @pytest.mark.slow

@@ -1,14 +1,17 @@
 """What the service makes of requests, good and bad, before there is any gang: a real store on a real port."""
 
 import base64
+import gzip
 import json
 import logging
 import resource
 import socket
 import struct
+import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import av
 import httpx2
@@ -92,6 +95,14 @@ def longer(**body):
     return "POST", "/v1/videos/extensions", {"json": body}
 
 
+def long_clip():
+    with tempfile.TemporaryDirectory() as folder:
+        return clip(Path(folder) / "clip.mp4", 24 * 6)
+
+
+GIF = b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0x80, 0, 0) + bytes(6)
+GIF += b"," + struct.pack("<HHHHB", 0, 0, 65535, 65535, 0) + b"\2\2\x4c\1\0;"
+BOMB, LONG_CLIP = base64.b64encode(png(8192)).decode(), long_clip()
 LONG = '{"prompt": ' + "[" * 100_000
 FORM = "multipart/form-data; boundary=x"
 UNKNOWN = "/v1/videos/video_000000000000000000000000"
@@ -129,6 +140,9 @@ BAD = {
     "a size out of bounds": (create(size="999999x999999"), 400, "width"),
     "a negative seed": (create(seed=-1), 400, "seed"),
     "a huge seed": (create(seed=10**30), 400, "seed"),
+    "a number of 5,000 digits": (raw(b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}"), 400, "cannot be read"),
+    "no number": (raw(b'{"prompt": "a", "seconds": NaN}'), 400, "seconds"),
+    "a huge priority": (create(priority=10**30), 400, "priority"),
     "steps that do not divide": (create(num_inference_steps=7), 400, "7"),
     "steps of another type": (create(num_inference_steps="many"), 400, "num_inference_steps"),
     "too few frames": (create(fps=8), 400, "fps"),
@@ -148,6 +162,21 @@ BAD = {
     "an empty reference": (upload(b""), 400, "cannot read"),
     "half a picture": (upload(png(64)[:60]), 400, "cannot read"),
     "a bomb": (upload(png(8192)), 400, "at most 33,554,432 pixels"),
+    "a bomb of another kind": (upload(GIF), 400, "pixels"),
+    "a bomb in base64": (create(input_reference={"image_url": f"data:image/png;base64,{BOMB}"}), 400, "pixels"),
+    "a clip that is too long": (upload(LONG_CLIP), 400, "longer than 4 s"),
+    "a compressed body": (
+        ("POST", "/v1/videos", {"content": gzip.compress(b"{}"), "headers": {"content-encoding": "gzip"}}),
+        400,
+        "UTF-8",
+    ),
+    "many fields": (("POST", "/v1/videos", {"data": {f"x{number}": "1" for number in range(41)}}), 400, "fields"),
+    "two files": (
+        ("POST", "/v1/videos", {"data": {"prompt": PROMPT}, "files": [("input_reference", b"x")] * 2}),
+        400,
+        "files",
+    ),
+    "broken JSON in a form": (upload(png(64), prompts="{"), 400, "prompts"),
     "a large body": (upload(bytes(2_000_000)), 413, "1,000,000 bytes"),
     "a file of another name": (
         ("POST", "/v1/videos", {"data": {"prompt": PROMPT}, "files": {"prompts": ("x", b"{}")}}),
@@ -158,6 +187,18 @@ BAD = {
     "a longer video of nothing": (longer(seconds=1), 400, "'video' is missing"),
     "a longer video of another form": (longer(video={"url": "x"}, seconds=1), 400, "video"),
     "a new prompt of none": (reprompt({"prompt": PROMPT}), 404, "no video"),
+    "a longer video of a path": (longer(video={"id": "../../etc"}, seconds=1), 404, "no video"),
+    "a longer video of a file": (
+        ("POST", "/v1/videos/extensions", {"data": {"seconds": "1"}, "files": {"video": ("x", b"x")}}),
+        400,
+        "a file cannot be made longer",
+    ),
+    "its events": (("GET", f"{UNKNOWN}/events", {}), 404, "no video"),
+    "a fragment before the first": (("GET", f"{UNKNOWN}/stream", {"params": {"fragment": -1}}), 400, "fragment"),
+    "a fragment of another type": (("GET", f"{UNKNOWN}/stream", {"params": {"fragment": "x"}}), 400, "fragment"),
+    "a file of the page elsewhere": (("GET", "/page/..%2f..%2frun.py", {}), 404, "there is no"),
+    "another variant": (("GET", f"{UNKNOWN}/content", {"params": {"variant": "thumbnail"}}), 400, "variant"),
+    "an unknown model": (("GET", "/v1/models/..%2fetc", {}), 404, "there is no model"),
     "an unknown id": (("GET", UNKNOWN, {}), 404, "no video"),
     "its content": (("GET", f"{UNKNOWN}/content", {}), 404, "no video"),
     "its end": (("DELETE", UNKNOWN, {}), 404, "no video"),
@@ -171,6 +212,10 @@ BAD = {
     "a page elsewhere": (("GET", "/v1/videos", {"headers": {"origin": "http://evil.example"}}), 403, "other sites"),
     "another name": (("GET", "/v1/videos", {"headers": {"host": "evil.example"}}), 403, "other sites"),
 }
+
+
+def test_bad_requests_are_of_many_kinds():
+    assert len(BAD) >= 70 and {status for _, status, _ in BAD.values()} == {400, 403, 404, 405, 413, 415}
 
 
 @pytest.mark.parametrize("name", BAD)

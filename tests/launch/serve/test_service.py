@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +19,9 @@ import pytest
 
 from tests.launch.process import ROOT, command_of, small_disk
 from tests.launch.serve.service import KEY, OTHER, PROMPT, decoded, made_alone, picture
+from tests.launch.serve.test_requests import BAD
 
+SECRET = "a-key-of-another-service"
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The Sora API")]
 
 
@@ -132,6 +136,8 @@ def test_a_service_that_is_killed_goes_on_with_its_queue_and_new_prompts_when_st
     service.when(lambda: len(list(state.glob("segments-*/*.mp4"))) >= 2)
     service.process.kill()
     service.process.wait()
+    # As if it had been killed at the end of a video, when the chunks of its stream had got their second names.
+    shutil.copytree(next(state.glob("segments-*")), state.parent / "stream", copy_function=os.link)
     service.start()
     second = service.change(names[0], PROMPT)["chunk"]
     assert 0 < first < second < 10
@@ -218,6 +224,25 @@ def test_many_clients_at_once_lose_nothing(service):
         service.wait(name)
     texts = {service.client.get(f"/v1/videos/{name}/content").content for name in names}
     assert len(texts) == 16
+
+
+def test_bad_requests_end_no_service_and_nothing_secret_is_said(service):
+    """All that no option of the service allows, each without a key too; the other test of them has no process."""
+    for name, ((method, path, given), status, _) in BAD.items():
+        if status in (400, 404, 405, 415) and "too long" not in name:
+            answer = service.client.request(method, path, **given)
+            assert 400 <= answer.status_code < 500, (name, answer.text)
+            headers = {**given.get("headers", {}), "Authorization": f"Bearer {SECRET}"}
+            refused = service.client.request(method, path, **{**given, "headers": headers})
+            assert refused.status_code == (404 if path.startswith("/page/") else 401), name  # the page needs no key
+    port = service.client.base_url.port
+    head = f"POST /v1/videos HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 5000\r\n\r\n{{"
+    for sent in (head, "GARBAGE\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(sent.encode())
+    service.wait(service.create())
+    said = service.said.read_text()
+    assert "Traceback" not in said and KEY not in said and SECRET not in said
 
 
 def test_the_curl_lines_of_the_docs_work(service):

@@ -1,0 +1,34 @@
+"""SIGKILL at random times: what is held against each kind, and a small run of `generate` and of a service."""
+
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.chaos.faults import Kind
+from benchmarks.chaos.kills import Kills
+
+
+def kills(found="frames", hits=1, left=(), streamed=1):
+    one = Kills(kind=Kind.SERVICE_RANK, wanted=1, streams=1, streamed=streamed, left=list(left))
+    for _ in range(hits):
+        one.hit(0.5, "rank 1 of 2", 3)
+    one.add("frames", "frames")
+    one.add(found, "frames")
+    return one
+
+
+def test_each_figure_fails_for_itself():
+    assert kills().verdict.passed and kills().rows[0]["done"] == 3
+    bad = ({"found": None}, {"found": "others"}, {"hits": 0}, {"left": ["raylet"]}, {"streamed": 0})
+    assert not [changes for changes in bad if kills(**changes).verdict.passed]
+
+
+@pytest.mark.slow
+def test_videos_survive_a_kill_of_each_kind(tmp_path):
+    kinds = "generate,service,service-rank"
+    command = [sys.executable, "-m", "benchmarks.chaos", "--kinds", kinds, "--kills", "1", "--quick"]
+    ended = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True, check=False, timeout=280)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    text = (tmp_path / "chaos_kills.md").read_text()
+    assert text.count("PASS") == 3 and "1 kills, 2 of 2 videos complete, 2 right, 0 left" in text
