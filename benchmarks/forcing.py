@@ -125,11 +125,11 @@ def ways(model: WanDiT, common_figures: dict[str, Any]) -> list[tuple[str, Sampl
     groups = replace(groups, changes=condition_changes(model, steps, groups.fps))
     none = ReuseSettings(clean_pass=False, copy_pass=False)
     published = replace(none, warmup_steps=KEPT_STEPS[True], distance=CONDITION, polynomial=POLYNOMIALS["1.3B", True])
-    cycle = window.num_steps // 2
+    cycle = window.num_steps
     return [
         ("whole window, staggered", window, none),
         ("whole window, in step", replace(window, ar_step=0, changes=None), none),
-        ("TeaCache 0.2", window, replace(published, policy="teacache", threshold=0.2, cycle=cycle)),
+        ("TeaCache 0.2", window, replace(published, policy="teacache-cyclic", threshold=0.2, cycle=cycle)),
         ("groups", groups, none),
         ("groups, renewed when finished", replace(groups, clean_pass=True), replace(none, clean_pass=True)),
         ("FlowCache slow, 0.1", groups, replace(published, policy="flowcache", threshold=0.1)),

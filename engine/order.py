@@ -168,17 +168,17 @@ class WorkOrder:
             for seen, decision in run.decide(tick, chunks):
                 if self._on_decision is not None:
                     self._on_decision(seen, decision)
-                if decision is Decision.COMPUTE:
-                    yield from self._open(opened, seen.chunk, seen.step)
+                if decision.computes:
+                    yield from self._open(opened, seen.chunk, seen.step, decision)
                 else:
                     self._stepped(opened, seen.chunk)
         run.seal(tick)
 
-    def _open(self, opened: TickProgress, chunk: int, step: int) -> Iterator[Work]:
-        work = self._run.open(opened.tick, chunk, step)
+    def _open(self, opened: TickProgress, chunk: int, step: int, decision: Decision) -> Iterator[Work]:
+        work = self._run.open(opened.tick, chunk, step, decision)
         weighed = [one.item.what for one in work if one.item.what.weight]
         opened.items += len(work)
-        opened.computed += 1
+        opened.computed += decision is Decision.COMPUTE
         if weighed:
             self._steps[chunk] = _OpenStep(tick=opened, step=step, passes=weighed)
         yield from work

@@ -212,6 +212,8 @@ def _reuse(
         return model.velocity(hidden, grid, condition)
 
     of_layers = sampling.residual_of_layers and settings.reuse == "residual" and settings.policy != "none"
+    if settings.policy == "teacache-cyclic" and not of_layers:
+        raise InputError("teacache-cyclic decides for each pass, which needs the residual of a model's layers")
     return Reuse(
         policy=settings.new_policy(),
         memory=settings.new_memory(),

@@ -143,8 +143,8 @@ def plan_video(
         clean[tick.index] = tuple(run.begin(tick))
         for seen, decision in run.decide(tick):
             decided[tick.index, seen.chunk] = seen, decision
-            if decision is Decision.COMPUTE:
-                work = steps[tick.index, seen.chunk] = tuple(run.open(tick, seen.chunk, seen.step))
+            if decision.computes:
+                work = steps[tick.index, seen.chunk] = tuple(run.open(tick, seen.chunk, seen.step, decision))
                 run.close(seen.chunk, seen.step, [one.item.what for one in work], [one.x for one in work])
         run.seal(tick)
         for chunk in tick.finishing:

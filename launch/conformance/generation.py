@@ -30,6 +30,7 @@ from models.magi.weights import Checkpoint
 from models.protocols import CELL_PIXELS, CaptionTable
 from parallel.mesh import Mesh
 from parallel.ranks.gang import Gang
+from parallel.ranks.worker import StageModel
 from parallel.split import stage_range
 
 _PUBLISHED = {"clean_forward": "clean_pass", "nearly_clean_mix": "copy_pass"}
@@ -56,6 +57,10 @@ class Run:
     def make(self, model: MagiDiT, gang: Gang | None) -> Result:
         """Make the case's video with a model; on all ranks of a gang, as its leader."""
         return _make(self.golden, self, model, gang)
+
+    def serve(self, model: MagiDiT, gang: Gang) -> None:
+        """The same on the other ranks."""
+        gang.serve(StageModel(model=model, attention=model.attention))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

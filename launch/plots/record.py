@@ -28,6 +28,7 @@ from matplotlib.ticker import (
 )
 
 from engine.record import NOT_ACTIVE, RunRecord
+from engine.reuse.policy import Decision
 from engine.schedule import Schedule
 
 COMPUTED, REUSED, EXTRAPOLATED = "#27548a", "#f3b23f", "#6fae8f"
@@ -59,10 +60,16 @@ def reuse_table(record: RunRecord) -> list[str]:
         return []
     names = list(_STATES)
     lines = [f"all chunks take the same steps: {record.computed_fraction:.0%} computed", f"{'step':>4} {'change':>8}"]
-    for step, (state, change) in enumerate(zip(rows[0].tolist(), changes[0].tolist(), strict=True)):
+    for step, (state, change) in enumerate(zip(_states(rows[0]).tolist(), changes[0].tolist(), strict=True)):
         shown = f"{change:.6f}" if np.isfinite(change) else "-"
         lines.append(f"{step:>4} {shown:>8}  {names[state] if state < _OUTSIDE else '-'}")
     return lines
+
+
+def _states(flags: np.ndarray) -> np.ndarray:
+    """Places in `_STATES`; a step that is reused in part counts as reused."""
+    shown = np.where(flags > Decision.EXTRAPOLATE.value, Decision.REUSE.value, flags)
+    return np.where(flags == NOT_ACTIVE, _OUTSIDE, shown)
 
 
 def reuse_figure(record: RunRecord) -> Figure:
@@ -78,7 +85,7 @@ def reuse_figure(record: RunRecord) -> Figure:
         states = np.concatenate([given, record.decisions])
     else:
         states = record.flags.T
-    states = np.where(states == NOT_ACTIVE, _OUTSIDE, states)
+    states = _states(states)
     norm = BoundaryNorm(np.arange(len(_STATES) + 1) - 0.5, len(_STATES))
     extent = (0, states.shape[1], schedule.chunks - 0.5, -0.5)
     axes.imshow(states, cmap=ListedColormap(list(_STATES.values())), norm=norm, extent=extent, **_CELLS)
@@ -160,7 +167,7 @@ def distance_figure(record: RunRecord) -> Figure:
         columns = (column[np.isfinite(column)] for column in known.T)
         medians = [np.median(column) if len(column) else np.nan for column in columns]
         axes.plot(progress, medians, color="black", linewidth=2.2, label="median of the chunks")
-    _name_lines(figure, axes, made, reused=bool(np.isin(record.decisions, (1, 2)).any()))
+    _name_lines(figure, axes, made, reused=bool(np.isin(record.decisions, (0, NOT_ACTIVE), invert=True).any()))
     _add_title(figure, "How far each chunk changes from step to step", record)
     return figure
 

@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
-import openai
 import pytest
 
 from tests.launch.process import ROOT, command_of, small_disk
@@ -31,6 +30,8 @@ def is_tidy(folder):
 
 
 def test_the_official_client_makes_lists_reads_and_deletes_videos(service):
+    import openai
+
     videos = service.openai.videos
     made = videos.create(prompt=PROMPT, seconds="1", size="64x64", extra_body={"seed": 3})
     assert made.status == "queued" and made.object == "video" and made.model == "magi-pocket"
@@ -172,6 +173,8 @@ def test_a_video_is_streamed_and_watched_while_it_is_made(service):
 
 
 def test_a_finished_video_is_made_longer_as_if_all_had_been_asked_for(service):
+    import openai
+
     short = service.create(seconds=6, seed=11)
     service.wait(short)
     reference = {"video": {"id": short}}  # which the client takes for a file, where it has an argument for it
