@@ -12,6 +12,7 @@ from engine.engine import Engine
 from engine.kv.layout import KVSettings
 from engine.reuse.policy import ReuseSettings
 from models.errors import InputError
+from tests.engine.test_engine import HeldGate
 from tests.models.wan.small import small_pipeline
 from tests.parallel.small import one_thread, request
 
@@ -61,6 +62,18 @@ def test_a_later_prompt_counts_the_chunks_of_the_whole_video():
     plain, changed = latents(engine(), chunks=9), latents(engine(), chunks=9, script=((6, "another thing"),))
     same = [torch.equal(a, b) for a, b in zip(plain, changed, strict=True)]
     assert same[:6] == [True] * 6 and not same[6] and not same[8]
+
+
+def test_a_new_prompt_of_the_first_span_is_that_of_the_later_ones():
+    made, chunks, gate = engine(), [], HeldGate(2)
+    number = made.submit(request(num_steps=6, chunks=9, script=((7, "a third"),)), gate=gate, decode=False)
+    while made.running(number):
+        chunks += [result.chunk.latents for result in made.step()]
+        if gate.asked and not gate.allowed:
+            made.change_prompt(number, 2, "another thing", made.read_prompt("another thing"))
+            gate.allowed = True
+    whole = latents(engine(), chunks=9, script=((2, "another thing"), (7, "a third")))
+    assert all(torch.equal(a, b) for a, b in zip(chunks, whole, strict=True))
 
 
 def test_it_goes_on_from_a_checkpoint_of_its_first_span(tmp_path):
