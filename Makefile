@@ -4,6 +4,7 @@
 
 PYTHON ?= python3.11
 BIN := .venv/bin
+BY_FILE := --dist loadfile --no-loadscope-reorder  # as tests/conftest.py orders them
 
 # Tests start hundreds of processes: what one of them compiles serves the next, also where the caller's environment
 # keeps Python from writing it down.
@@ -29,13 +30,13 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 fast: .venv/.dev
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n auto $(BY_FILE) -m "not slow"
 
 check: .venv/.dev
 	$(MAKE) -j 2 lint fast
 
 test: check
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 12 -m "slow and not alone"
+	$(BIN)/python -m pytest -n 3 $(BY_FILE) --durations 12 -m "slow and not alone"
 	$(BIN)/python -m pytest -m alone
 
 clean:

@@ -28,7 +28,7 @@ from engine.kv.layout import KVSettings
 from engine.order import AdmissionGate, WorkOrder
 from engine.progress import OnProgress, ProgressReporter
 from engine.record import Recorder
-from engine.request import Admission, Encoded, Request, encode, open_quantum, prepare, variant_of
+from engine.request import Admission, Encoded, Request, encode, open_quantum, prepare, sampling_of, variant_of
 from engine.reuse.policy import ReuseSettings
 from engine.spans import Course
 from engine.video import VideoRun, VideoState, WorkItem
@@ -230,8 +230,7 @@ class Engine:
         start, counts, folder = (0, {}, None) if found is None else (found.quantum, found.counts, found.folder)
         self._numbers += 1
         reuse, wanted, pipeline = what.reuse or self._reuse, what.request, variant_of(self._pipeline, what.request)
-        sampling = pipeline.sampling(wanted.num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
-        course = Course(sampling, wanted, what.encoded)
+        course = Course(sampling_of(pipeline, wanted, what.encoded, reuse), wanted, what.encoded)
         prepared = partial(
             prepare,
             pipeline,

@@ -19,7 +19,7 @@ from engine.reuse.policy import CONDITION, DISTANCES, ReuseSettings
 from engine.schedule import Schedule
 from engine.video import Noise, Reuse, VideoRun, VideoShape, seeded_noise
 from models.errors import InputError
-from models.protocols import CELL_PIXELS, Adjustable, CaptionTable, PassCondition, Pipeline, Sampling
+from models.protocols import CELL_FRAMES, CELL_PIXELS, Adjustable, CaptionTable, PassCondition, Pipeline, Sampling
 
 _SIZE_STEP = 2 * CELL_PIXELS  # a token is a patch of 2 x 2 cells
 
@@ -82,6 +82,12 @@ class Encoded:
     captions: CaptionTable
     prefix: Tensor | None  # latents [1, C, P, h, w] to go on from
     noise: Callable[[int], Noise]  # where the chunks start, by the span of a long video
+    beside: Tensor | None = None  # as of `SeenImage`
+
+    @property
+    def given(self) -> int:
+        """Latent frames that are given."""
+        return 0 if self.prefix is None else self.prefix.shape[2]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,13 +115,23 @@ def variant_of(pipeline: Pipeline, request: Request) -> Pipeline:
 def encode(pipeline: Pipeline, request: Request) -> Encoded:
     """Encode a request's prompts and prefix; an InputError if the model cannot take them."""
     sampling = pipeline.sampling(request.num_steps, clean_pass=True, copy_pass=False)
-    prefix = None if request.prefix is None else _encode_prefix(pipeline, sampling, request.prefix)
+    seen = None if request.prefix is None else pipeline.see(request.prefix)
+    prefix = None if request.prefix is None or seen else _encode_prefix(pipeline, sampling, request.prefix)
     captions = pipeline.captions(request.prompt)
+    if seen is not None:
+        captions = replace(captions, image=seen.tokens)
     if request.script:
         made = 0 if prefix is None else prefix.shape[2] // sampling.chunk_width  # whole chunks of the prefix
         later = tuple((made + first, pipeline.captions(prompt).text) for first, prompt in request.script)
         captions = replace(captions, later=later)
-    return Encoded(captions=captions, prefix=prefix, noise=partial(seeded_noise, request.seed))
+    beside = None if seen is None else seen.beside
+    return Encoded(captions=captions, prefix=prefix, noise=partial(seeded_noise, request.seed), beside=beside)
+
+
+def sampling_of(pipeline: Pipeline, request: Request, encoded: Encoded, reuse: ReuseSettings) -> Sampling:
+    """How a request is denoised."""
+    passes = {"clean_pass": reuse.clean_pass, "copy_pass": reuse.copy_pass}
+    return pipeline.sampling(request.num_steps, given=encoded.given, **passes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +146,7 @@ class Span:
 def spans(sampling: Sampling, request: Request, given: int) -> list[Span]:
     """The spans of a request with so many given latent frames; one for a family without an end.
 
-    An InputError if the given ones leave no room.
+    An InputError if the given ones leave no room, or there is one span alone and it is too short.
     """
     first, limit = sampling.prefix_chunks(given), sampling.chunks_at_once
     if limit is None:
@@ -139,6 +155,9 @@ def spans(sampling: Sampling, request: Request, given: int) -> list[Span]:
         most = (limit - 1) * sampling.chunk_width
         raise InputError(f"{given} given latent frames are too many: this model goes on from {most} at most")
     made = min(request.chunks, limit - first)
+    if made < request.chunks and not sampling.overlap:
+        frames = 1 + CELL_FRAMES * (limit * sampling.chunk_width - 1)
+        raise InputError(f"{request.chunks} chunks are too many: this way of sampling makes {frames} frames at most")
     found = [Span(number=0, chunks=made, begins=0)]
     while made < request.chunks:
         count = min(request.chunks - made, limit - sampling.overlap)
@@ -163,9 +182,7 @@ def prepare(
 
     An InputError says if the model cannot make what is asked for.
     """
-    sampling = pipeline.sampling(request.num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
-    model = pipeline.model
-    given = 0 if encoded.prefix is None else encoded.prefix.shape[2]
+    sampling, model, given = sampling_of(pipeline, request, encoded, reuse), pipeline.model, encoded.given
     span = span or spans(sampling, request, given)[0]
     shape = VideoShape(
         channels=model.latent_channels,
@@ -182,6 +199,7 @@ def prepare(
         encoded.noise(span.number),
         how,
         prefix=encoded.prefix,
+        beside=encoded.beside,
         compressed=kv.budget is not None,
         retires_at_once=kv.selection.asks == "next",
         device=model.kv.device,
@@ -227,8 +245,8 @@ def _reuse(
 
 def open_quantum(pipeline: Pipeline, request: Request, encoded: Encoded) -> int:
     """As of `Schedule`, for a request: a text may say how many chunks are left."""
-    sampling = pipeline.sampling(request.num_steps, clean_pass=True, copy_pass=False)
-    given = 0 if encoded.prefix is None else encoded.prefix.shape[2]
+    given = encoded.given
+    sampling = pipeline.sampling(request.num_steps, clean_pass=True, copy_pass=False, given=given)
     schedule = Schedule(
         first=given // sampling.chunk_width,
         chunks=spans(sampling, request, given)[0].chunks + sampling.prefix_chunks(given),

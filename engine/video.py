@@ -143,12 +143,14 @@ class VideoRun:
         reuse: Reuse,  # which steps are not computed
         *,
         prefix: Tensor | None,  # latents [1, C, P, h, w] to go on from, in the dtype that the prefix pass reads
+        beside: Tensor | None = None,  # [1, c, T, h, w], what the model is given behind the latents' channels
         compressed: bool,  # the past is compressed, so a chunk attends to all of it and not to a range of chunks
         retires_at_once: bool = False,  # a chunk is part of that past after its last step, not from the next tick on
         device: torch.device,  # where latents are kept
     ) -> None:
         self._request, self._shape, self._sampling, self._noise = request, shape, sampling, noise
         self._reuse, self._prefix, self._compressed, self._device = reuse, prefix, compressed, device
+        self._beside = beside
         self._at_once = retires_at_once and not sampling.clean_pass
         self.schedule = Schedule(
             first=shape.prefix_frames // sampling.chunk_width,
@@ -416,7 +418,11 @@ class VideoRun:
 
     def _model_input(self, chunk: int, step: int | None) -> Tensor:
         """What the model is given of a chunk's latents, with the frames that are given (7.4, step 4)."""
-        return self._solvers[chunk].model_input(self._latents[chunk], step)
+        x = self._solvers[chunk].model_input(self._latents[chunk], step)
+        if self._beside is None:
+            return x
+        width = self._sampling.chunk_width
+        return torch.cat([x, self._beside[:, :, chunk * width : (chunk + 1) * width].to(x)], dim=1)
 
     def _work(self, tick: int, chunk: int, step: int | None, what: Pass, limit: int | None, x: Tensor) -> Work:
         before, self._ops = tuple(self._ops), []

@@ -22,11 +22,11 @@ SHARED = {
 LONGEST = (
     *SHARED,
     "tests/parallel/cluster/",
-    "tests/launch/test_ranks.py",
-    "tests/launch/test_extend.py",
+    "tests/launch/",
     "tests/parallel/health/",
     "tests/parallel/ranks/",
     "tests/benchmarks/",
+    "tests/test_layers.py",
 )
 
 
@@ -47,11 +47,11 @@ def pytest_unconfigure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Put the longest slow tests first; tests of a file stay together."""
+    """Put the longest tests first; those of a file stay together."""
 
     def place(item):
         found = (place for place, start in enumerate(LONGEST) if item.nodeid.startswith(start))
-        return next(found, len(LONGEST)) if item.get_closest_marker("slow") else len(LONGEST)
+        return next(found, len(LONGEST))
 
     items.sort(key=place)
 

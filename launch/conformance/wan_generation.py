@@ -172,13 +172,16 @@ class Latents:
         """There is none."""
         raise AssertionError("latents are not decoded")
 
-    def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> Sampling:
+    def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0) -> Sampling:
         """As it was given."""
         return self.how
 
     def captions(self, prompt: str) -> CaptionTable:
         """Nothing is read."""
         raise AssertionError("captions are given")
+
+    def see(self, image: Tensor) -> None:
+        """Nothing."""
 
 
 def wan_runs(golden: Golden) -> list[WanRun]:

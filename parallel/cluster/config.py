@@ -115,11 +115,17 @@ def video_size(
     num_steps, passes = request.num_steps, {"clean_pass": reuse.clean_pass, "copy_pass": reuse.copy_pass}
     sampling = family_of(config).sampling(config, num_steps, **passes)
     width = sampling.chunk_width
-    _, given = (0, 0) if request.prefix is None else sampling.prefix(len(request.prefix))
+    image = request.prefix is not None and config.figures.sees_image
+    _, given = (0, 0) if request.prefix is None or image else sampling.prefix(len(request.prefix))
+    sampling = family_of(config).sampling(config, num_steps, given=given, **passes)
     first = spans(sampling, request, given)[0].chunks
     chunks = first + sampling.prefix_chunks(given)
     schedule = Schedule(
-        first=given // width, chunks=chunks, num_steps=num_steps, window=sampling.window, stagger=sampling.stagger
+        first=given // width,
+        chunks=chunks,
+        num_steps=sampling.num_steps,
+        window=sampling.window,
+        stagger=sampling.stagger,
     )
     geometry = config.kv_geometry(range(max(stage_sizes(config, layout.pp, split))), torch.device("cpu"))
     plan = plan_kv(sampling, schedule, kv, config.chunk_tokens(request.height, request.width))

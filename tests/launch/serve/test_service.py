@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from launch.cli import run
 from tests.launch.process import ROOT, command_of, small_disk
 from tests.launch.serve.service import KEY, OTHER, PROMPT, decoded, made_alone, picture
 from tests.launch.serve.test_requests import BAD
@@ -276,10 +277,12 @@ def test_a_signal_ends_it_with_nothing_left_but_its_folder(service):
     assert not [path for path in service.temporary.iterdir() if path.suffix != ".log"]
 
 
-def test_what_cannot_be_served_is_one_line(flowcache):
+def test_what_cannot_be_served_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     for arguments, words in ((["--host", "0.0.0.0"], "give an --api-key"), (["--model", "x"], "unknown model")):
-        made = flowcache("serve", *arguments)
-        assert made.returncode == 2 and words in made.stderr and made.stderr.count("\n") == 1, made.stderr
+        assert run(["serve", *arguments]) == 2
+        shown = capsys.readouterr().err
+        assert words in shown and shown.count("\n") == 1, shown
 
 
 def test_without_the_extra_one_line_says_how_to_get_it():

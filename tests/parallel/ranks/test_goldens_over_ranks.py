@@ -23,7 +23,7 @@ FEW = [GOLDENS / f"{name}.safetensors" for name in ("flowcache_fast", "t2v_base_
 @pytest.mark.parametrize(
     ("layout", "split", "files"),
     [
-        ({"pp": 2}, None, CASES + FORCING + SELF_FORCING),
+        ({"pp": 2}, None, FEW + FORCING + SELF_FORCING),
         ({"pp": 3}, None, FEW + FORCING[::2]),
         ({"pp": 2}, "1,2", FEW),
         ({"pp": 2, "cp": 2}, None, CASES + [path for path in FORCING if path.stem not in THREE_HEADS]),
