@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.checkpoint.contents import RUN_FILE, fingerprint, of_past, pack_run, unpack_decoder, unpack_run
+from engine.checkpoint.contents import RUN_FILE, fingerprint, of_past, pack_run, unpack_rest, unpack_run
 from engine.checkpoint.files import Checkpoint, CheckpointConfig, Checkpointer, discard, must_fit, newest, read_contents
 from engine.decoder import Chunk, Decoder
 from engine.executor import LocalRunner, NotFinite, Runner
@@ -28,7 +28,17 @@ from engine.kv.layout import KVSettings
 from engine.order import AdmissionGate, WorkOrder
 from engine.progress import OnProgress, ProgressReporter
 from engine.record import Recorder
-from engine.request import Admission, Encoded, Request, encode, open_quantum, prepare, sampling_of, variant_of
+from engine.request import (
+    Admission,
+    Encoded,
+    Request,
+    encode,
+    open_quantum,
+    prepare,
+    sampling_of,
+    timetable,
+    variant_of,
+)
 from engine.reuse.policy import ReuseSettings
 from engine.spans import Course
 from engine.video import VideoRun, VideoState, WorkItem
@@ -59,6 +69,7 @@ class Submission:
     found: Checkpoint | None = None  # the checkpoint to go on from
     state: VideoState | None = None  # what that holds of the run
     decoder: Mapping[str, Tensor] = field(default_factory=dict)  # and of its decoder, if that keeps something
+    course: Mapping[str, Tensor] = field(default_factory=dict)  # and of its spans
     damage: tuple[str, ...] = ()  # a line for each damaged checkpoint that was deleted
     reuse: ReuseSettings | None = None  # which steps are reused; None for the engine's own settings
     kv: KVSettings | None = None  # how much of the past is held; likewise
@@ -79,7 +90,7 @@ class _Video:
     run: VideoRun
     order: WorkOrder
     reporter: ProgressReporter
-    checkpointer: Checkpointer | None  # of the first span
+    checkpointer: Checkpointer | None
     decodes: bool
     stored: Callable[[], int] | None
     handed_out: int  # index of the next chunk
@@ -160,7 +171,7 @@ class Engine:
             return Submission(request=request, encoded=encoded, reuse=reuse, kv=kv)
         submission = Submission(request=request, encoded=encoded, checkpoint=checkpoint, reuse=reuse, kv=kv)
         own = self._fingerprint(submission)
-        damage: list[str] = []
+        damage = list[str]()
 
         def on_damage(folder: Path, error: Damaged) -> None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -169,18 +180,26 @@ class Engine:
         with suppress(OSError):  # else it is said when there is something to write
             checkpoint.folder.mkdir(exist_ok=True)
         found, state = newest(checkpoint.folder, stored=stored, on_damage=on_damage), None
-        decoder: Mapping[str, Tensor] = {}
+        decoder, course = dict[str, Tensor](), dict[str, Tensor]()
         if found is not None:
             found.check_fits(own(found.quantum))
             with must_fit(found.folder):
                 contents = read_contents(found.folder, RUN_FILE)
-                state, decoder = unpack_run(contents), unpack_decoder(contents)
-        return replace(submission, fingerprint=own, found=found, state=state, decoder=decoder, damage=tuple(damage))
+                state, (decoder, course) = unpack_run(contents), unpack_rest(contents)
+        submission = replace(submission, fingerprint=own, found=found, damage=tuple(damage))
+        return replace(submission, state=state, decoder=decoder, course=course)
 
     def _fingerprint(self, what: Submission) -> Callable[[int], Mapping[str, object]]:
         reuse, kv = what.reuse or self._reuse, what.kv or self._kv
         whole = fingerprint(what.request, self._pipeline, self._identity, self._runner.layout, reuse, kv)
-        return partial(of_past, whole, last=open_quantum(self._pipeline, what.request, what.encoded))
+        sampling = sampling_of(self._pipeline, what.request, what.encoded, reuse)
+        table = timetable(sampling, what.request.chunks, what.encoded.given)
+        last = open_quantum(what.encoded, table)
+
+        def own(quantum: int) -> Mapping[str, object]:
+            return of_past(whole, begun=table.begun(quantum), ends=quantum > last)
+
+        return own
 
     def read_prompt(self, prompt: str) -> Tensor:
         """Encode a prompt for `change_prompt`; as `read`, on any thread."""
@@ -195,9 +214,9 @@ class Engine:
         held = self._videos.get(video)
         if held is None:
             return
-        chunk = held.run.schedule.first + first if first else None
+        chunk = held.course.table.first + first if first else None
         held.course.change_text(chunk, text)
-        self._runner.change_text(video, chunk, text)
+        self._runner.change_text(video, None if chunk is None else chunk - held.course.place.chunk, text)
         held.asked = replace(held.asked, request=held.asked.request.with_prompt(first, prompt))
         if held.checkpointer is not None:
             held.checkpointer.fingerprint = self._fingerprint(held.asked)
@@ -230,7 +249,9 @@ class Engine:
         start, counts, folder = (0, {}, None) if found is None else (found.quantum, found.counts, found.folder)
         self._numbers += 1
         reuse, wanted, pipeline = what.reuse or self._reuse, what.request, variant_of(self._pipeline, what.request)
-        course = Course(sampling_of(pipeline, wanted, what.encoded, reuse), wanted, what.encoded)
+        sampling = sampling_of(pipeline, wanted, what.encoded, reuse)
+        table, overlap = timetable(sampling, wanted.chunks, what.encoded.given), sampling.overlap * sampling.chunk_width
+        course = Course(table, what.encoded, overlap, quantum=start, state=what.course)
         prepared = partial(
             prepare,
             pipeline,
@@ -240,7 +261,7 @@ class Engine:
             kv=what.kv or self._kv,
             observe=recorder is not None and recorder.observes,
         )
-        run, admission = prepared(what.encoded, span=course.span, checkpoint=folder)
+        run, admission = prepared(course.encoded, span=course.span, checkpoint=folder)
         if found is not None and what.state is not None:
             with must_fit(found.folder):
                 run.restore(what.state)
@@ -252,16 +273,17 @@ class Engine:
         elif decode and what.encoded.prefix is not None and what.encoded.prefix.shape[2] > 1:  # an image is shown
             self._decoding().prime(number, what.encoded.prefix)
         kv = partial(runner.kv, number)
-        reporting = partial(ProgressReporter, kv=kv, on_progress=on_progress, recorder=recorder)
-        reporter = reporting(run.schedule, counts=counts, whole=course.whole)
+        if recorder is not None:
+            recorder.begin(table)
+        reporting = partial(ProgressReporter, table, kv=kv, on_progress=on_progress, recorder=recorder)
+        reporter = reporting(course.span.number, counts=counts)
         keeper = None
         if what.checkpoint is not None:
             save, saved = partial(self._save, number), partial(runner.saved, number)
-            last = open_quantum(self._pipeline, what.request, what.encoded)
+            last = open_quantum(what.encoded, table)
             keeper = Checkpointer(what.checkpoint, what.fingerprint, last, start, save, saved)
-        decided = None if recorder is None else recorder.decided
-        ordered = partial(WorkOrder, barrier=self._barrier, on_decision=decided)
-        order = ordered(run, gate=gate, checkpointer=keeper, start=start)
+        ordered = partial(WorkOrder, barrier=self._barrier, gate=gate, checkpointer=keeper)
+        order = ordered(run, on_decision=reporter.decided, start=course.quantum, before=course.place.quantum)
         self._videos[number] = _Video(
             what,
             course,
@@ -435,12 +457,12 @@ class Engine:
 
     def _go_on(self, video: _Video) -> None:
         """Begin the next span of a long video."""
-        encoded = video.course.go_on(self._pipeline.model.kv.dtype)
-        video.run, admission = video.prepared(encoded, span=video.course.span)
+        course = video.course
+        course.go_on(self._pipeline.model.kv.dtype)
+        video.run, admission = video.prepared(course.encoded, span=course.span)
         self._runner.admit(admission)
-        counts, whole = video.reporter.counts, video.course.whole
-        video.reporter = video.reporting(video.run.schedule, counts=counts, whole=whole)
-        video.order = video.ordered(video.run)
+        video.reporter = reporter = video.reporting(course.span.number, counts=video.reporter.counts)
+        video.order = video.ordered(video.run, on_decision=reporter.decided, before=course.place.quantum)
 
     def _finished(self, number: int, video: _Video, latents: Tensor) -> None:
         """Have a chunk decoded, or hand out its latents alone."""
@@ -465,9 +487,9 @@ class Engine:
         chunk = None if self._decoder is None else self._decoder.get(number, wait=wait)
         # The runner of a GPU may learn of what is not finite too late. These latents are on the host in any case.
         if chunk is not None and not torch.isfinite(chunk.latents.sum()):
-            schedule = video.run.schedule
-            index = schedule.first + chunk.index
-            tick = schedule.tick_of(index, schedule.num_steps - 1)
+            table = video.course.table
+            index = table.first + chunk.index
+            tick = table.tick_of(index, table.num_steps - 1)
             self._not_finite[number] = NotFinite(number, rank=0, tick=tick, chunk=index)
             return None
         return chunk
@@ -477,5 +499,6 @@ class Engine:
         video = self._videos[number]
         self._collect(number, video)  # so that the counts are those of all ticks before
         decoder = {} if self._decoder is None else self._decoder.state(number)
-        self._runner.save(number, folder, pack_run(video.run.state(), decoder), self._wake.set)
+        contents = pack_run(video.run.state(), decoder, video.course.state())
+        self._runner.save(number, folder, contents, self._wake.set)
         return dict(video.reporter.counts)

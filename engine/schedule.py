@@ -84,10 +84,6 @@ class Schedule:
         """
         return max(0, min(self._made - told, self.quanta - 1)) if self._apart else 0
 
-    def entered(self, begun: int) -> int:
-        """Chunks, the given ones not counted, that have entered once so many quanta have begun."""
-        return min(begun if self._apart else begun * self._made, self._made)
-
     def slots(self, quantum: int) -> int:
         """Chunks that are active in a quantum at most; an IndexError if the video does not have so many."""
         if not 0 <= quantum < self.quanta:

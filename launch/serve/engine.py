@@ -174,8 +174,8 @@ class Maker:
     def _change_prompt(self, backend: Controller, job: Job, prompt: str) -> dict[str, Any]:
         video, first = self._making.videos.get(job.id), None
         if video is not None and job.unfinished and not video.damaged:
-            seen = max(video.chunks_done, furthest(video.saved.checkpoints))  # by a process before this one, too
-            first = backend.next_entry(job.id, seen)
+            kept = video.plan.size.schedule.begun(furthest(video.saved.checkpoints))
+            first = backend.next_entry(job.id, max(video.chunks_done, kept))  # also of a process before this one
         if video is None or first is None:
             why = "all of its chunks have begun" if job.unfinished else f"it is {job.status}"
             raise TooLate(f"no chunk of the video {job.id} is left for a new prompt: {why}")

@@ -125,12 +125,12 @@ class Controller:
     def next_entry(self, video: str, seen: int) -> int | None:
         """The first chunk of a video, counted as in a script, that cannot have entered; None if there is none.
 
-        So many are `seen` to have entered before the video was submitted. Chunks of later spans are not told of.
+        So many are `seen` to have entered before the video was submitted.
         """
         if (held := self._videos.get(video)) is None:
             return None
         schedule = held.order.size.schedule
-        entered = max(seen, schedule.entered(held.begun))
+        entered = max(seen, schedule.begun(held.begun))
         return entered if entered < schedule.chunks - schedule.first else None
 
     def change_prompt(self, video: str, first: int, prompt: str) -> None:
