@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.checkpoint.contents import RUN_FILE, Contents, pack_shard, rank_file, unpack_shard
 from engine.checkpoint.files import Shard, must_fit, read_contents, write_async
 from engine.inputs import PassInputs
-from engine.kv.buffer import KVBuffer, OnKept
+from engine.kv.buffer import KVBuffer
 from engine.request import Admission
 from engine.reuse.flags import FlagLog
 from engine.video import Work, WorkItem
@@ -39,6 +39,16 @@ class TokenShard(Protocol):
 
     def view(self, inner: KVView) -> KVView:
         """What these tokens attend to, if `inner` holds the heads that are attended with here."""
+
+
+class KVWatcher(Protocol):
+    """Is told of what compressions see and keep, for comparison."""
+
+    def admitted(self) -> None:
+        """A video, or the next span of a long one, is taken in."""
+
+    def kept(self, item: WorkItem, branch: int, layer: int, queries: Tensor, keys: Tensor, positions: Tensor) -> None:
+        """Before or within an item `positions` [keep, G] of `keys` [n, G, d] are kept for `queries` [m, H, d]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,9 +123,10 @@ class Stage:
         *,
         rank: int = 0,  # number of this process, for the name of its file in a checkpoint
         place: Mapping[str, int] | None = None,  # tells this process's shard of a checkpoint from those of others
-        on_kept: OnKept | None = None,  # told of what compressions keep
+        watcher: KVWatcher | None = None,  # told of what compressions keep
     ) -> None:
-        self.model, self._attention, self._file, self._on_kept = model, attention, rank_file(rank), on_kept
+        self.model, self._attention, self._file, self._watcher = model, attention, rank_file(rank), watcher
+        self._item: WorkItem | None = None  # that is run
         self._place = {"layers": [model.kv.layers.start, model.kv.layers.stop], **(place or {})}
         self._videos: dict[int, _Held] = {}
         self.finite = FiniteCheck(torch.cuda.Event if model.kv.device.type == "cuda" else None)
@@ -129,7 +140,10 @@ class Stage:
         `geometry` is of the KV that is held here, if not the model's; `shard` the tokens computed here, if not all.
         """
         geometry = geometry or self.model.kv
-        kv, flags = KVBuffer(admission.kv, geometry, self._attention, self._on_kept), FlagLog(admission.schedule)
+        if self._watcher is not None:
+            self._watcher.admitted()
+        on_kept = None if self._watcher is None else self._kept
+        kv, flags = KVBuffer(admission.kv, geometry, self._attention, on_kept), FlagLog(admission.schedule)
         if admission.checkpoint is not None:
             self._restore(Path(admission.checkpoint), kv, flags)
         tokens = slice(None) if shard is None else shard.tokens
@@ -159,6 +173,7 @@ class Stage:
     @torch.no_grad()
     def change(self, item: WorkItem) -> None:
         """Make the changes to the KV that come before an item."""
+        self._item = item
         for op in item.before:
             self._videos[item.request].kv.apply(op)
 
@@ -189,6 +204,10 @@ class Stage:
         """This process's file of a checkpoint: copies, which later items do not touch."""
         held = self._videos[video]
         return {self._file: pack_shard(held.kv.state(), held.flags.state(), self._place)}
+
+    def _kept(self, *seen: Any) -> None:
+        assert self._watcher is not None and self._item is not None
+        self._watcher.kept(self._item, *seen)
 
     def _restore(self, folder: Path, kv: KVBuffer, flags: FlagLog) -> None:
         path, contents = folder / self._file, read_contents(folder, self._file)
@@ -259,8 +278,8 @@ class LocalRunner(Runner):
 
     layout = {"pp": 1, "cp": 1}
 
-    def __init__(self, model: VideoModel, attention: Attention, *, on_kept: OnKept | None = None) -> None:
-        self._stage = Stage(model, attention, on_kept=on_kept)
+    def __init__(self, model: VideoModel, attention: Attention, *, watcher: KVWatcher | None = None) -> None:
+        self._stage = Stage(model, attention, watcher=watcher)
         self._results: list[tuple[WorkItem, Tensor]] = []
         self._written: dict[int, tuple[Shard, ...] | Exception] = {}
 

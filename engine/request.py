@@ -17,9 +17,10 @@ from torch import Tensor
 from engine.kv.layout import KVPlan, KVSettings, plan_kv
 from engine.reuse.policy import CONDITION, DISTANCES, ReuseSettings
 from engine.schedule import Schedule
+from engine.timetable import Timetable
 from engine.video import Noise, Reuse, VideoRun, VideoShape, seeded_noise
 from models.errors import InputError
-from models.protocols import CELL_PIXELS, CaptionTable, PassCondition, Pipeline, Sampling
+from models.protocols import CELL_FRAMES, CELL_PIXELS, CaptionTable, PassCondition, Pipeline, Sampling
 
 _SIZE_STEP = 2 * CELL_PIXELS  # a token is a patch of 2 x 2 cells
 
@@ -74,6 +75,12 @@ class Encoded:
     captions: CaptionTable
     prefix: Tensor | None  # latents [1, C, P, h, w] to go on from
     noise: Callable[[int], Noise]  # where the chunks start, by the span of a long video
+    beside: Tensor | None = None  # as of `SeenImage`
+
+    @property
+    def given(self) -> int:
+        """Latent frames that are given."""
+        return 0 if self.prefix is None else self.prefix.shape[2]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,13 +99,23 @@ class Admission:
 def encode(pipeline: Pipeline, request: Request) -> Encoded:
     """Encode a request's prompts and prefix; an InputError if the model cannot take them."""
     sampling = pipeline.sampling(request.num_steps, clean_pass=True, copy_pass=False)
-    prefix = None if request.prefix is None else _encode_prefix(pipeline, sampling, request.prefix)
+    seen = None if request.prefix is None else pipeline.see(request.prefix)
+    prefix = None if request.prefix is None or seen else _encode_prefix(pipeline, sampling, request.prefix)
     captions = pipeline.captions(request.prompt)
+    if seen is not None:
+        captions = replace(captions, image=seen.tokens)
     if request.script:
         made = 0 if prefix is None else prefix.shape[2] // sampling.chunk_width  # whole chunks of the prefix
         later = tuple((made + first, pipeline.captions(prompt).text) for first, prompt in request.script)
         captions = replace(captions, later=later)
-    return Encoded(captions=captions, prefix=prefix, noise=partial(seeded_noise, request.seed))
+    beside = None if seen is None else seen.beside
+    return Encoded(captions=captions, prefix=prefix, noise=partial(seeded_noise, request.seed), beside=beside)
+
+
+def sampling_of(pipeline: Pipeline, request: Request, encoded: Encoded, reuse: ReuseSettings) -> Sampling:
+    """How a request is denoised."""
+    passes = {"clean_pass": reuse.clean_pass, "copy_pass": reuse.copy_pass}
+    return pipeline.sampling(request.num_steps, given=encoded.given, **passes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,28 +123,36 @@ class Span:
     """A stretch of a long video that is made as one run, with times and positions of its own."""
 
     number: int  # counted from 0
-    chunks: int  # that are made in it
-    begins: int  # number of its first chunk in the whole video, given ones counted
+    schedule: Schedule
 
 
-def spans(sampling: Sampling, request: Request, given: int) -> list[Span]:
-    """The spans of a request with so many given latent frames; one for a family without an end.
+def timetable(sampling: Sampling, chunks: int, given: int) -> Timetable:
+    """When the chunks that are asked for are made, after so many given latent frames.
 
-    An InputError if the given ones leave no room.
+    An InputError if the given ones leave no room, or there is one span alone and it is too short.
     """
-    first, limit = sampling.prefix_chunks(given), sampling.chunks_at_once
-    if limit is None:
-        return [Span(number=0, chunks=request.chunks, begins=0)]
-    if first >= limit:
+    first, left, limit = given // sampling.chunk_width, sampling.prefix_chunks(given) + chunks, sampling.chunks_at_once
+    if limit is not None and left - chunks >= limit:
         most = (limit - 1) * sampling.chunk_width
         raise InputError(f"{given} given latent frames are too many: this model goes on from {most} at most")
-    made = min(request.chunks, limit - first)
-    found = [Span(number=0, chunks=made, begins=0)]
-    while made < request.chunks:
-        count = min(request.chunks - made, limit - sampling.overlap)
-        found.append(Span(number=len(found), chunks=count, begins=first + made - sampling.overlap))
-        made += count
-    return found
+    spans = list[Schedule]()
+    while left > first:
+        held = left if limit is None else min(left, limit)
+        if held < left and not sampling.overlap:
+            frames = 1 + CELL_FRAMES * (held * sampling.chunk_width - 1)
+            raise InputError(f"{chunks} chunks are too many: this way of sampling makes {frames} frames at most")
+        spans.append(
+            Schedule(
+                first=first,
+                chunks=held,
+                num_steps=sampling.num_steps,
+                window=sampling.window,
+                stagger=sampling.stagger,
+            )
+        )
+        first = sampling.overlap
+        left += first - held
+    return Timetable(spans=tuple(spans))
 
 
 def prepare(
@@ -146,13 +171,11 @@ def prepare(
 
     An InputError says if the model cannot make what is asked for.
     """
-    sampling = pipeline.sampling(request.num_steps, clean_pass=reuse.clean_pass, copy_pass=reuse.copy_pass)
-    model = pipeline.model
-    given = 0 if encoded.prefix is None else encoded.prefix.shape[2]
-    span = span or spans(sampling, request, given)[0]
+    sampling, model, given = sampling_of(pipeline, request, encoded, reuse), pipeline.model, encoded.given
+    span = span or Span(number=0, schedule=timetable(sampling, request.chunks, given).spans[0])
     shape = VideoShape(
         channels=model.latent_channels,
-        chunks=span.chunks + sampling.prefix_chunks(given),
+        chunks=span.schedule.chunks,
         prefix_frames=given,
         height=request.height // CELL_PIXELS,
         width=request.width // CELL_PIXELS,
@@ -165,6 +188,7 @@ def prepare(
         encoded.noise(span.number),
         how,
         prefix=encoded.prefix,
+        beside=encoded.beside,
         compressed=kv.budget is not None,
         retires_at_once=kv.selection.asks == "next",
         device=model.kv.device,
@@ -195,6 +219,8 @@ def _reuse(
         return model.velocity(hidden, grid, condition)
 
     of_layers = sampling.residual_of_layers and settings.reuse == "residual" and settings.policy != "none"
+    if settings.policy == "teacache-cyclic" and not of_layers:
+        raise InputError("teacache-cyclic decides for each pass, which needs the residual of a model's layers")
     return Reuse(
         policy=settings.new_policy(),
         memory=settings.new_memory(),
@@ -206,19 +232,10 @@ def _reuse(
     )
 
 
-def open_quantum(pipeline: Pipeline, request: Request, encoded: Encoded) -> int:
+def open_quantum(encoded: Encoded, table: Timetable) -> int:
     """As of `Schedule`, for a request: a text may say how many chunks are left."""
-    sampling = pipeline.sampling(request.num_steps, clean_pass=True, copy_pass=False)
-    given = 0 if encoded.prefix is None else encoded.prefix.shape[2]
-    schedule = Schedule(
-        first=given // sampling.chunk_width,
-        chunks=spans(sampling, request, given)[0].chunks + sampling.prefix_chunks(given),
-        num_steps=sampling.num_steps,
-        window=sampling.window,
-        stagger=sampling.stagger,
-    )
     counters = encoded.captions.counters
-    return schedule.open_quantum(0 if counters is None else len(counters) - 1)
+    return table.open_quantum(0 if counters is None else len(counters) - 1)
 
 
 @torch.no_grad()

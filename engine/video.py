@@ -143,12 +143,14 @@ class VideoRun:
         reuse: Reuse,  # which steps are not computed
         *,
         prefix: Tensor | None,  # latents [1, C, P, h, w] to go on from, in the dtype that the prefix pass reads
+        beside: Tensor | None = None,  # [1, c, T, h, w], what the model is given behind the latents' channels
         compressed: bool,  # the past is compressed, so a chunk attends to all of it and not to a range of chunks
         retires_at_once: bool = False,  # a chunk is part of that past after its last step, not from the next tick on
         device: torch.device,  # where latents are kept
     ) -> None:
         self._request, self._shape, self._sampling, self._noise = request, shape, sampling, noise
         self._reuse, self._prefix, self._compressed, self._device = reuse, prefix, compressed, device
+        self._beside = beside
         self._at_once = retires_at_once and not sampling.clean_pass
         self.schedule = Schedule(
             first=shape.prefix_frames // sampling.chunk_width,
@@ -163,6 +165,7 @@ class VideoRun:
         self._ops: list[KVOp] = []
         self._leaving: set[int] = set()  # as in `VideoState`
         self._flags, self._unsent = FlagLog(self.schedule), list[int]()
+        self._weighed: dict[int, list[Pass]] = {}  # of steps that are open, by chunk
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -240,17 +243,19 @@ class VideoRun:
         for one, decision in zip(seen, self._reuse.policy.decide(seen), strict=True):
             self._flags.add([decision.value])
             self._unsent.append(decision.value)
-            if decision is not Decision.COMPUTE:
+            if not decision.computes:
                 velocity, size_of = self._stand_in(tick, one.chunk, one.step, decision)
                 self._step(one.chunk, velocity, size_of)
                 self._opened(one.chunk, one.step)
             yield one, decision
 
-    def open(self, tick: Tick, chunk: int, step: int) -> list[Work]:
-        """The passes of one chunk's step, if it is computed."""
+    def open(self, tick: Tick, chunk: int, step: int, decision: Decision = Decision.COMPUTE) -> list[Work]:
+        """The passes of one chunk's step that are computed, if some are."""
         x, limit = self._model_input(chunk, step), self._sampling.key_limit(step, chunk - self.schedule.first)
         passes = self._step_passes(tick, chunk, step)
-        work = [self._work(tick.index, chunk, step, what, limit, x) for what in passes]
+        self._weighed[chunk] = [what for what in passes if what.weight]
+        run = [what for what in passes if not decision.leaves_out(what.caption)]
+        work = [self._work(tick.index, chunk, step, what, limit, x) for what in run]
         self._opened(chunk, step)
         return work
 
@@ -258,17 +263,17 @@ class VideoRun:
         """Take a step with the weighted sum of its passes' velocities (7.4, step 6; 7.5).
 
         Results are velocities, or the last hidden states if `Reuse.read_out` makes velocities of them. Passes without a
-        weight, which are run for their KV alone, may be left out.
+        weight, which are run for their KV alone, may be left out; for one that was reused, what its layers added before
+        stands in.
         """
-        reuse, parts = self._reuse, tuple(results)
-        if reuse.read_out is not None:
-            embedded = reuse.patches(self._model_input(chunk, step))
-            results = [reuse.read_out(part, what.condition) for what, part in zip(passes, parts, strict=True)]
-            parts = tuple(part - embedded for part in parts)
+        weighed, added = self._weighed.pop(chunk), tuple[Tensor, ...]()
+        if self._reuse.read_out is not None:
+            hidden = {what.name: part for what, part in zip(passes, results, strict=True)}
+            results, added = self._read_out(chunk, step, weighed, hidden)
+            passes = weighed
         velocity = self._weighted(chunk, passes, results)
-        if reuse.read_out is None:
-            parts = (velocity,)
-        reuse.memory.computed(chunk, ComputedStep(step, self._sampling.time(step), parts))
+        parts = added or (velocity,)
+        self._reuse.memory.computed(chunk, ComputedStep(step, self._sampling.time(step), parts))
         self._step(chunk, velocity, step)
 
     def seal(self, tick: Tick) -> None:
@@ -358,14 +363,27 @@ class VideoRun:
 
     def _stand_in(self, tick: Tick, chunk: int, step: int, decision: Decision) -> tuple[Tensor, int]:
         """The velocity that stands in for a step, and the step whose size it is taken over."""
-        reuse = self._reuse
-        if reuse.read_out is None:
+        if self._reuse.read_out is None:
             extrapolate, time = decision is Decision.EXTRAPOLATE, self._sampling.time(step)
-            return reuse.memory.velocity(chunk, extrapolate=extrapolate, step=step, time=time)
+            return self._reuse.memory.velocity(chunk, extrapolate=extrapolate, step=step, time=time)
         passes = [what for what in self._step_passes(tick, chunk, step) if what.weight]
-        embedded, added = reuse.patches(self._model_input(chunk, step)), reuse.memory.last(chunk).parts
-        parts = [reuse.read_out(embedded + part, what.condition) for what, part in zip(passes, added, strict=True)]
-        return self._weighted(chunk, passes, parts), step
+        velocities, _ = self._read_out(chunk, step, passes, {})
+        return self._weighted(chunk, passes, velocities), step
+
+    def _read_out(
+        self, chunk: int, step: int, passes: Sequence[Pass], hidden: Mapping[str, Tensor]
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Velocities of a step's passes, and what their layers added: of the hidden states that came back, by the name
+        of the pass, else of what was added before."""
+        reuse, velocities, added = self._reuse, list[Tensor](), list[Tensor]()
+        assert reuse.read_out is not None
+        embedded = reuse.patches(self._model_input(chunk, step))
+        before = reuse.memory.last(chunk).parts if len(hidden) < len(passes) else ()
+        for place, what in enumerate(passes):
+            last = hidden.get(what.name)
+            added.append(before[place] if last is None else last - embedded)
+            velocities.append(reuse.read_out(embedded + before[place] if last is None else last, what.condition))
+        return velocities, tuple(added)
 
     def _weighted(self, chunk: int, passes: Sequence[Pass], velocities: Sequence[Tensor]) -> Tensor:
         velocity = torch.zeros_like(self._latents[chunk])
@@ -400,7 +418,11 @@ class VideoRun:
 
     def _model_input(self, chunk: int, step: int | None) -> Tensor:
         """What the model is given of a chunk's latents, with the frames that are given (7.4, step 4)."""
-        return self._solvers[chunk].model_input(self._latents[chunk], step)
+        x = self._solvers[chunk].model_input(self._latents[chunk], step)
+        if self._beside is None:
+            return x
+        width = self._sampling.chunk_width
+        return torch.cat([x, self._beside[:, :, chunk * width : (chunk + 1) * width].to(x)], dim=1)
 
     def _work(self, tick: int, chunk: int, step: int | None, what: Pass, limit: int | None, x: Tensor) -> Work:
         before, self._ops = tuple(self._ops), []

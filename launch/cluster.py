@@ -54,8 +54,9 @@ _LONGEST_BASE = 16  # characters before a folder of Ray's: 107 are allowed for a
 _ANSWER = 6.0  # seconds for a cluster to take a connection, and again to answer on it
 # How a client begins to speak HTTP/2, as gRPC does: the preface, and empty settings.
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-# By default Ray's workers give way to everything else, also to its own processes; here ranks come first.
-_SYSTEM = {"worker_niceness": 0}
+# By default Ray's workers give way to everything else, also to its own processes; here ranks come first. And it starts
+# one for each CPU before anybody asks, of which ranks, with variables of their own, can use none.
+_SYSTEM = {"worker_niceness": 0, "prestart_worker_first_driver": False}
 
 
 @contextmanager

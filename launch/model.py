@@ -128,6 +128,8 @@ def _choices(options: Options, name: str) -> Choices:
         prompt_cache=options.prompt_cache,
         usual_cache=prompt_cache(),
         copy_weight=options.copy_weight,
+        sampling=options.sampling,
+        precision=None if options.precision == "reference" else options.precision,
     )
 
 
@@ -149,10 +151,10 @@ def reuse_preset(name: CacheName, figures: ReuseFigures) -> ReuseSettings:
     """What a name of `--cache` stands for with a model's figures.
 
     The published runs with reuse leave out the clean pass and the copy pass, and so do the presets; a run without
-    reuse has both.
+    reuse has both, where the model is published with them.
     """
     if name == "none":
-        return ReuseSettings()
+        return ReuseSettings(clean_pass=figures.clean_pass)
     return ReuseSettings(
         policy=name.partition("-")[0],
         threshold={"flowcache-slow": figures.slow, "flowcache-fast": figures.fast}.get(name, figures.teacache),

@@ -120,6 +120,13 @@ class Options:
     window: int | None = _video(
         "Chunks that are denoised at once; fewer need less memory. The model's own by default.", within=(1, 64)
     )
+    sampling: Literal["groups", "window", "staggered"] | None = _video(
+        "SkyReels-V2: [bold]groups[/bold] of frames in order, which attend to those before, for any length; "
+        "or a [bold]window[/bold] of 97 frames at once, as it was trained, which may begin with --image, or "
+        "[bold]staggered[/bold], at noise levels of their own.",
+        metavar="WAY",
+        shown="groups",
+    )
     special: str | None = _text(
         "Released models: what kind of video is wanted, from HQ, DURATION, STATIC, DYNAMIC, BORDERNESS, 3D and 2D; or "
         "none.",

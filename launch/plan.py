@@ -146,6 +146,8 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1, bounds: Bound
         raise InputError("--image and --video both say what to start from: give one of them")
     model = plan_model(options)
     config, known = model.config, model.config.figures
+    if known.sees_image and options.image is None:
+        raise InputError(f"{model.name} makes a video of an image: give it with --image")
     request = Request(
         prompt=options.prompts[0],
         script=_script(options, known),

@@ -170,11 +170,19 @@ class TorchFile(WeightFiles):
         source: the file.
         within: where the dictionary is, if it is in another: the first of these keys that is there.
         prefix: of the names in it, which is left out.
+        convert: what makes the tensors that are wanted of those that are stored, without copies.
     """
 
-    def __init__(self, source: Path, *, within: Sequence[str] = (), prefix: str = "") -> None:
+    def __init__(
+        self,
+        source: Path,
+        *,
+        within: Sequence[str] = (),
+        prefix: str = "",
+        convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    ) -> None:
         super().__init__(source)
-        self._within, self._prefix = within, prefix
+        self._within, self._prefix, self._convert = within, prefix, convert
 
     def stored(self) -> dict[str, Stored]:
         """All tensors; an `InputError` if the file cannot be read, or holds anything else."""
@@ -195,7 +203,7 @@ class TorchFile(WeightFiles):
         for name, tensor in values.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
                 raise InputError(f"{path}: {name} is {type(tensor).__name__} and no tensor: it is refused")
-        return {name.removeprefix(self._prefix): tensor for name, tensor in values.items()}
+        return self._convert({name.removeprefix(self._prefix): tensor for name, tensor in values.items()})
 
     def _locate(self, names: Collection[str], *, all_used: bool) -> dict[str, Stored]:
         stored = self.stored()

@@ -44,6 +44,7 @@ class Figures:
     offload: bool = False  # finished chunks are to be in host memory, where there is a GPU
     decode_cost: float = 0.0  # the same of the autoencoder, which works for a chunk once in all its passes
     most_chunks: int | None = None  # of what the model is run on; a longer video is made of several
+    sees_image: bool = False  # it makes nothing without an image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +60,7 @@ class ReuseFigures:
     extrapolate_from: float = 1.0  # share of the threshold above which a step is extrapolated in place of that; 1 never
     distance: Literal["fp32", "bf16", "condition"] = "fp32"  # that is summed
     polynomial: tuple[float, ...] = ()  # that it is put into first, of the highest power first; none takes it as it is
+    clean_pass: bool = True  # a run without reuse renews the KV of a finished chunk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +84,8 @@ class Choices:
     prompt_cache: Path | None = None  # that was asked for
     usual_cache: Path | None = None  # where prompts are kept in any case
     copy_weight: float | None = None
+    sampling: str | None = None  # a family's name of one of its ways
+    precision: str | None = None  # `fast`
 
     def given(self, *names: str) -> str | None:
         """The first of these options that was given, as it is written."""
@@ -231,5 +235,5 @@ class Family(Protocol):
     def vae_bytes(self, config: Any, vae: Path | None) -> int:
         """The same of the autoencoder that is there, else of the model's own."""
 
-    def sampling(self, config: Any, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> Sampling:
+    def sampling(self, config: Any, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0) -> Sampling:
         """How to denoise; as `Pipeline.sampling`."""

@@ -69,6 +69,13 @@ class Caption(NamedTuple):
     image: Tensor | None = None  # [P, image channels]
 
 
+class SeenImage(NamedTuple):
+    """What a model that sees an image is given of it."""
+
+    tokens: Tensor  # [P, image channels], beside each text
+    beside: Tensor  # [1, c, T, h, w], behind the channels of the latents
+
+
 TextKV = Mapping[int, tuple[Tensor, ...]]
 """Keys and values [1, N, G, d] of a text, and then those of an image, by layer."""
 Modulation = Mapping[int, tuple[Tensor, ...]]
@@ -322,8 +329,12 @@ class Pipeline(Protocol):
     def attention(self) -> Attention:
         """What KV views attend with."""
 
-    def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> Sampling:
-        """How to denoise with that many steps, with or without the passes that reuse may leave out."""
+    def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0) -> Sampling:
+        """How to denoise with that many steps, with or without the passes that reuse may leave out, where so many
+        latent frames are given."""
 
     def captions(self, prompt: str) -> CaptionTable:
         """Encode a prompt."""
+
+    def see(self, image: Tensor) -> SeenImage | None:
+        """What the model is given of an image, uint8 [1, H, W, 3]; None if it goes on from its latents instead."""

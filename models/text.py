@@ -165,7 +165,9 @@ def load_pretrained(transformers: Any, kind: str, folder: Path, what: str, **opt
     return model.requires_grad_(False).eval()
 
 
-def check_encoder(folder: Path, what: str, *, tokenizer: Path | None = None, weights: bool = True) -> int:
+def check_encoder(
+    folder: Path, what: str, *, tokenizer: Path | None = None, weights: bool = True, words: bool = True
+) -> int:
     """See that folders hold what an encoder is read from: description, vocabulary and weights.
 
     Returns:
@@ -174,13 +176,14 @@ def check_encoder(folder: Path, what: str, *, tokenizer: Path | None = None, wei
     Raises:
         InputError: something is missing. The library would make up a vocabulary, and say nothing.
     """
-    words = tokenizer or folder
+    place = tokenizer or folder
+    known = (place / "spiece.model").is_file() or (place / "tokenizer.json").is_file()
     files = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    for name, place, held in (
+    for name, where, held in (
         ("config.json", folder, (folder / "config.json").is_file() or not weights),
-        ("spiece.model", words, (words / "spiece.model").is_file() or (words / "tokenizer.json").is_file()),
+        ("spiece.model", place, known or not words),
         ("weights (*.safetensors or pytorch_model*.bin)", folder, files or not weights),
     ):
         if not held:
-            raise InputError(f"cannot load {what} from {place}: it lacks {name}")
+            raise InputError(f"cannot load {what} from {where}: it lacks {name}")
     return sum(path.stat().st_size for path in files)

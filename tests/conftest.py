@@ -1,5 +1,6 @@
 """Which tests share a worker when several run at a time; and a home for what is cached."""
 
+import gc
 import os
 import shutil
 import signal
@@ -7,19 +8,31 @@ import tempfile
 
 import pytest
 
-# They start clusters. There is one at a time, and those that can share one do.
-RAY = (
-    "tests/benchmarks/test_chaos.py",
-    "tests/benchmarks/test_cluster.py",
-    "tests/launch/serve/test_page.py",
-    "tests/launch/serve/test_service.py",
-    "tests/launch/test_cluster.py",
+# Tests that share a cluster, or a service, share a worker with it. Ray is joined once by a process, so the tests of
+# joining come first.
+SHARED = {
+    "tests/launch/test_cluster.py": "cluster",
+    "tests/parallel/cluster/test_cluster.py": "cluster",
+    "tests/parallel/cluster/test_joined.py": "cluster",
+    "tests/parallel/cluster/test_nodes.py": "cluster",
+    "tests/launch/serve/test_page.py": "service",
+    "tests/launch/serve/test_service.py": "service",
+}
+# What takes longest begins first, so that no worker is left alone with it at the end.
+LONGEST = (
+    *SHARED,
     "tests/parallel/cluster/",
+    "tests/launch/",
+    "tests/parallel/health/",
+    "tests/parallel/ranks/",
+    "tests/benchmarks/",
+    "tests/test_layers.py",
 )
 
 
 def pytest_configure(config):
     """What the commands keep for the next run (encoded prompts) goes to a folder of this run, and with it."""
+    gc.disable()  # what is collected stays
     config.cache_home = tempfile.mkdtemp(prefix="flowcache-tests-")
     os.environ["XDG_CACHE_HOME"] = config.cache_home
     # Under nohup, or behind a shell, the commands would rightly ignore these, and tests send them.
@@ -33,13 +46,30 @@ def pytest_unconfigure(config):
     shutil.rmtree(config.cache_home, ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items):
+    """Put the longest tests first; those of a file stay together."""
+
+    def place(item):
+        found = (place for place, start in enumerate(LONGEST) if item.nodeid.startswith(start))
+        return next(found, len(LONGEST))
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish():
+    """Look for garbage again, but not in what all tests have imported."""
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With `--dist loadfile`, all of a file run on one worker, and so do all that need Ray."""
+    """With `--dist loadfile`, all of a file run on one worker, and so do all that share something costly."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid):
-            return "ray" if nodeid.startswith(RAY) else super()._split_scope(nodeid)
+            file = super()._split_scope(nodeid)
+            return SHARED.get(file, file)
 
     return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None

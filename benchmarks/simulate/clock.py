@@ -72,8 +72,8 @@ class VideoPlan:
         """What was decided for some of a tick's chunks."""
         return [self.decided[tick.index, chunk] for chunk in chunks]
 
-    def open(self, tick: Tick, chunk: int, step: int) -> list[Work]:
-        """The passes of a step."""
+    def open(self, tick: Tick, chunk: int, step: int, decision: Decision) -> list[Work]:
+        """The passes of a step, of which all are run."""
         return list(self.steps[tick.index, chunk])
 
     def close(self, chunk: int, step: int, passes: Sequence[Pass], velocities: Sequence[torch.Tensor]) -> None:
@@ -143,8 +143,8 @@ def plan_video(
         clean[tick.index] = tuple(run.begin(tick))
         for seen, decision in run.decide(tick):
             decided[tick.index, seen.chunk] = seen, decision
-            if decision is Decision.COMPUTE:
-                work = steps[tick.index, seen.chunk] = tuple(run.open(tick, seen.chunk, seen.step))
+            if decision.computes:
+                work = steps[tick.index, seen.chunk] = tuple(run.open(tick, seen.chunk, seen.step, decision))
                 run.close(seen.chunk, seen.step, [one.item.what for one in work], [one.x for one in work])
         run.seal(tick)
         for chunk in tick.finishing:

@@ -18,10 +18,11 @@ from torch import Tensor
 from engine.reuse.memory import KINDS, ReuseMemory
 from models.errors import InputError
 
-POLICIES = ("none", "flowcache", "teacache")
+POLICIES = ("none", "flowcache", "teacache", "teacache-cyclic")
 DISTANCES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Arithmetics of distances between patch embeddings, by name; the code that is published for MAGI-1 takes them in bf16,
 where each of its steps is rounded."""
+_BRANCHES = 2  # of guidance
 CONDITION = "condition"
 """The distance that looks at no latents: of what the layers are told of a step, known before a video begins."""
 
@@ -32,6 +33,17 @@ class Decision(Enum):
     COMPUTE = 0
     REUSE = 1
     EXTRAPOLATE = 2  # reused too, but with the change of the velocity taken on: between the other two
+    REUSE_TEXT = 3  # the pass with the text is reused, and the one without it computed
+    REUSE_NULL = 4  # the other way round
+
+    @property
+    def computes(self) -> bool:
+        """Some pass of the step is run."""
+        return self not in (Decision.REUSE, Decision.EXTRAPOLATE)
+
+    def leaves_out(self, caption: str) -> bool:
+        """Of a step that `computes`, whether the pass with that caption is reused all the same."""
+        return self is (Decision.REUSE_TEXT if caption == "text" else Decision.REUSE_NULL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,27 +168,47 @@ class WindowPolicy(_Accumulator):
 
     scope = "window"
 
-    def __init__(
-        self,
-        threshold: float,
-        warmup_steps: int,
-        extrapolate_from: float = 1.0,
-        polynomial: Sequence[float] = (),
-        *,
-        cycle: int | None = None,  # ticks after which the warm-up begins anew
-    ) -> None:
-        super().__init__(threshold, warmup_steps, extrapolate_from, polynomial)
+    def decide(self, observations: Sequence[Observation]) -> list[Decision]:
+        """Decide once for the window."""
+        now = observations[0]
+        forced = now.final or now.tick < self.warmup_steps
+        shared = self.add("window", _whole_distance(observations), forced=forced)
+        return [Decision.COMPUTE if one.step == 0 else shared for one in observations]
+
+
+class CyclicPolicy(_Accumulator):
+    """TeaCache as published for Wan: each branch of guidance decides by itself, and warms up every so many passes.
+
+    These are counted through both branches, so that an odd number makes them begin at different ticks.
+    """
+
+    scope = "window"
+
+    def __init__(self, threshold: float, warmup_steps: int, polynomial: Sequence[float], cycle: int) -> None:
+        super().__init__(threshold, warmup_steps, polynomial=polynomial)
         self._cycle = cycle
 
     def decide(self, observations: Sequence[Observation]) -> list[Decision]:
-        """Decide once for the window."""
-        known = [(one.change, one.scale) for one in observations if one.change is not None and one.scale is not None]
-        scale = sum(scale for _, scale in known)
-        distance = sum(change for change, _ in known) / scale if scale else None
-        now = observations[0]
-        forced = now.final or (now.tick % self._cycle if self._cycle else now.tick) < self.warmup_steps
-        shared = self.add("window", distance, forced=forced)
+        """Decide once for each branch of the window."""
+        now, distance = observations[0], _whole_distance(observations)
+        text, null = (self._reuses(branch, now, distance) for branch in range(_BRANCHES))
+        if text and null:
+            shared = Decision.REUSE
+        else:
+            shared = Decision.REUSE_TEXT if text else Decision.REUSE_NULL if null else Decision.COMPUTE
         return [Decision.COMPUTE if one.step == 0 else shared for one in observations]
+
+    def _reuses(self, branch: int, now: Observation, distance: float | None) -> bool:
+        since = (_BRANCHES * now.tick + branch) % self._cycle
+        forced = now.final or since < _BRANCHES * self.warmup_steps
+        return self.add(f"branch {branch}", distance, forced=forced) is Decision.REUSE
+
+
+def _whole_distance(observations: Sequence[Observation]) -> float | None:
+    """Of the window, over its chunks; None if none has one."""
+    known = [(one.change, one.scale) for one in observations if one.change is not None and one.scale is not None]
+    scale = sum(scale for _, scale in known)
+    return sum(change for change, _ in known) / scale if scale else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,8 +220,7 @@ class ReuseSettings:
     warmup_steps: int = 1  # m, first steps that are always computed
     reuse: str = "residual"  # one of `KINDS`
     extrapolate_from: float = 1.0  # share of the threshold above which a step is extrapolated; 1 never does
-    cycle: int | None = None
-    """Ticks after which TeaCache's warm-up begins anew, as the published code for Wan has it; None has one warm-up."""
+    cycle: int | None = None  # passes, through both branches, after which `teacache-cyclic` warms up anew
     distance: str = "fp32"  # arithmetic of distances, one of `DISTANCES`; or `CONDITION`
     polynomial: tuple[float, ...] = ()  # what rescales distances before they are summed, of the highest power first
     clean_pass: bool = True  # renew the KV of a finished chunk by a pass of its own; the published runs do not
@@ -202,7 +233,9 @@ class ReuseSettings:
             raise InputError(f"unknown kind of reuse {self.reuse!r}: choose from {', '.join(KINDS)}")
         if self.distance not in (known := (*DISTANCES, CONDITION)):
             raise InputError(f"unknown arithmetic of distances {self.distance!r}: choose from {', '.join(known)}")
-        if self.distance == "bf16" and self.policy == "teacache":
+        if self.policy == "teacache-cyclic" and not self.cycle:
+            raise InputError("teacache-cyclic warms up every so many passes: say how many by its cycle")
+        if self.distance == "bf16" and self.policy.startswith("teacache"):
             raise InputError("distances in bf16 are those of one chunk, as FlowCache takes them: not for teacache")
         self.new_policy()  # checks the figures
 
@@ -210,8 +243,10 @@ class ReuseSettings:
         """A policy with empty state, for one request."""
         if self.policy == "none":
             return Policy()
+        if self.policy == "teacache-cyclic":
+            return CyclicPolicy(self.threshold, self.warmup_steps, self.polynomial, self.cycle or 1)
         figures = self.threshold, self.warmup_steps, self.extrapolate_from, self.polynomial
-        return ChunkPolicy(*figures) if self.policy == "flowcache" else WindowPolicy(*figures, cycle=self.cycle)
+        return ChunkPolicy(*figures) if self.policy == "flowcache" else WindowPolicy(*figures)
 
     def new_memory(self) -> ReuseMemory:
         """An empty memory, for one request."""

@@ -21,7 +21,6 @@ from parallel.health.exit_codes import BAD_INPUT, FAILED, OK
 from parallel.health.failure import GangError
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang
-from parallel.ranks.worker import StageModel
 
 _MAGI, _WAN = (runs_of, made_by), (wan_runs, wan_made_by)
 _VIDEOS: dict[str, tuple[Callable[[Golden], list[Any]], Callable[..., Iterator[tuple[str, Tensor]]]]] = {
@@ -82,7 +81,7 @@ def check_on_gang(
                 if gang.mesh.leads:
                     results.append(run.make(model, gang))
                 else:
-                    gang.serve(StageModel(model=model, attention=model.attention))
+                    run.serve(model, gang)
                 serving = False
             if gang.mesh.leads:
                 on_verdict(compare(golden, _figures(golden, results)))

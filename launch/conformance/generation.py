@@ -30,6 +30,7 @@ from models.magi.weights import Checkpoint
 from models.protocols import CELL_PIXELS, CaptionTable
 from parallel.mesh import Mesh
 from parallel.ranks.gang import Gang
+from parallel.ranks.worker import StageModel
 from parallel.split import stage_range
 
 _PUBLISHED = {"clean_forward": "clean_pass", "nearly_clean_mix": "copy_pass"}
@@ -56,6 +57,10 @@ class Run:
     def make(self, model: MagiDiT, gang: Gang | None) -> Result:
         """Make the case's video with a model; on all ranks of a gang, as its leader."""
         return _make(self.golden, self, model, gang)
+
+    def serve(self, model: MagiDiT, gang: Gang) -> None:
+        """The same on the other ranks."""
+        gang.serve(StageModel(model=model, attention=model.attention))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +140,7 @@ def made_by(golden: Golden, results: Sequence[Result]) -> Iterator[tuple[str, Te
 
 def _distances_of_latents(golden: Golden, result: Result) -> Tensor:
     """The published distance of every chunk at every tick, [ticks, chunks] fp64, of the latents that the file gives."""
-    schedule, width = result.record.schedule, result.run.config.runtime_config.chunk_width
+    schedule, width = result.record.schedule.spans[0], result.run.config.runtime_config.chunk_width
     distances = torch.full((schedule.ticks, schedule.chunks), torch.nan, dtype=torch.float64)
     before: dict[int, Tensor] = {}
     for tick in schedule:
@@ -153,7 +158,7 @@ def _distances_of_latents(golden: Golden, result: Result) -> Tensor:
 
 def _decisions(prefix: str, result: Result, distances: Tensor) -> Iterator[tuple[str, Tensor]]:
     """What is decided of distances [ticks, chunks]: flags, and the distances and sums that they come from."""
-    schedule, reuse, policy = result.record.schedule, result.run.reuse, result.run.reuse.new_policy()
+    schedule, reuse, policy = result.record.schedule.spans[0], result.run.reuse, result.run.reuse.new_policy()
     used, sums = torch.full_like(distances, torch.nan), torch.full_like(distances, torch.nan)
     flags = torch.full(distances.shape, NOT_ACTIVE, dtype=torch.uint8)
     since = [0.0] * schedule.chunks  # of each chunk, since it was last computed

@@ -21,12 +21,11 @@ from engine.executor import LocalRunner
 from engine.kv.layout import KVSettings
 from engine.kv.selection import SelectionSettings
 from engine.record import Recorder, RunRecord
-from engine.request import Admission, Encoded, Request
-from engine.reuse.policy import CONDITION, ChunkPolicy, ReuseSettings
-from engine.schedule import Schedule
-from engine.video import Noise, Work
+from engine.request import Encoded, Request
+from engine.reuse.policy import CONDITION, ChunkPolicy, Decision, ReuseSettings
+from engine.video import Noise, WorkItem
 from launch.conformance.golden import Golden
-from launch.conformance.wan_forward import wan_config
+from launch.conformance.wan_forward import softmax_in_fp32, wan_config
 from models.attention import Attention
 from models.checkpoint import Loading
 from models.config import checked
@@ -40,9 +39,12 @@ from models.wan.sampling.self_forcing import SelfForcingSampling
 from models.wan.weights import WanWeights
 from parallel.mesh import Mesh
 from parallel.ranks.gang import Gang
+from parallel.ranks.worker import StageModel
 from parallel.split import balanced_split, parse_split, stage_layers
 
 _Count = Annotated[int, Field(ge=0, le=100_000)]
+_POLICIES = {"": "none", "flowcache": "flowcache", "teacache": "teacache-cyclic"}
+"""The engine's names of published ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +61,7 @@ class _Sampling:
     causal_block_size: Annotated[int, Field(ge=1, le=1_000)]
     overlap_history: _Count | None = None
     addnoise_condition: _Count = 0
+    causal_attention: bool = False  # the mask that is causal by blocks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,10 +85,10 @@ class _Policy:
     def reuse(self) -> ReuseSettings:
         """A threshold below zero computes everything."""
         return ReuseSettings(
-            policy="none" if not self.policy or self.threshold < 0 else self.policy,
+            policy="none" if self.threshold < 0 else _POLICIES[self.policy],
             threshold=max(0.0, self.threshold),
             warmup_steps=KEPT_STEPS[self.use_ret_steps],
-            cycle=self.num_steps // 2 if self.policy == "teacache" else None,
+            cycle=self.num_steps or None,
             distance=CONDITION if self.policy else "fp32",
             polynomial=self.polynomial,
             clean_pass=False,
@@ -122,9 +125,12 @@ class WanRun:
     iterations: range
 
     def load(self, layers: range | None) -> WanDiT:
-        """The model, with the layers that are run here; all by default."""
+        """The model, with the layers that are run here; all by default. In bf16 attention is the published one."""
         weights = WanWeights(self.golden.path.parent / self.golden.text("weights"))
-        return weights.dit(self.config, Loading(layers=layers, device=self.golden.device))
+        model = weights.dit(self.config, Loading(layers=layers, device=self.golden.device))
+        if self.config.dtype == torch.bfloat16:
+            model.attention = softmax_in_fp32(model.attention)
+        return model
 
     def layers(self, mesh: Mesh, split: str | None) -> range:
         """The layers of a rank's stage; errors as in `stage_sizes`."""
@@ -136,6 +142,12 @@ class WanRun:
     def make(self, model: WanDiT, gang: Gang | None) -> list[WanResult]:
         """Make the iterations with a model; on all ranks of a gang, as its leader."""
         return _make(self, model, gang)
+
+    def serve(self, model: WanDiT, gang: Gang) -> None:
+        """The same on the other ranks."""
+        log = KeptLog()
+        gang.serve(StageModel(model=model, attention=model.attention, watcher=log))
+        log.whole(gang)
 
     def making(self, model: WanDiT) -> _Making:
         """What the file asks for."""
@@ -159,13 +171,16 @@ class Latents:
         """There is none."""
         raise AssertionError("latents are not decoded")
 
-    def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> Sampling:
+    def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0) -> Sampling:
         """As it was given."""
         return self.how
 
     def captions(self, prompt: str) -> CaptionTable:
         """Nothing is read."""
         raise AssertionError("captions are given")
+
+    def see(self, image: Tensor) -> None:
+        """Nothing."""
 
 
 def wan_runs(golden: Golden) -> list[WanRun]:
@@ -182,41 +197,33 @@ def wan_runs(golden: Golden) -> list[WanRun]:
     return [WanRun(golden=golden, config=config, iterations=range(one, one + 1)) for one in range(count)]
 
 
-class _Watching(LocalRunner):
-    """Takes down what compressions see and keep."""
+class KeptLog:
+    """What compressions see and keep in each span, by the ends of the names that files have; a `KVWatcher`."""
 
-    def __init__(self, model: WanDiT) -> None:
-        super().__init__(model, model.attention, on_kept=self._note)
-        self.kept: list[dict[str, Tensor]] = []
-        self._row = 0
+    def __init__(self) -> None:
+        self.spans: list[dict[str, Tensor]] = []
 
-    def admit(self, admission: Admission) -> None:
-        super().admit(admission)
-        self.kept.append({})
+    def admitted(self) -> None:
+        """The next span."""
+        self.spans.append({})
 
-    def begin(self, work: Work) -> None:
-        self._row = work.item.tick
-        super().begin(work)
-
-    def _note(self, branch: int, layer: int, queries: Tensor, keys: Tensor, positions: Tensor) -> None:
-        kept, name = self.kept[-1], f"row{self._row}.{('cond', 'uncond')[branch]}.layer{layer}"
+    def kept(self, item: WorkItem, branch: int, layer: int, queries: Tensor, keys: Tensor, positions: Tensor) -> None:
+        """Take down; of heads in order."""
+        kept, name = self.spans[-1], f"row{item.tick}.{('cond', 'uncond')[branch]}.layer{layer}"
         kept[f"keep.{name}"] = positions.sort(dim=0).values.to(torch.int16)
         kept[f"keep_key.{name}"], kept[f"keep_query.{name}"] = keys.clone(), queries.clone()
 
-
-class _Spans(Recorder):
-    """A record of each span."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.done: list[RunRecord] = []
-        self._begun = False
-
-    def begin(self, schedule: Schedule) -> None:
-        if self._begun:
-            self.done.append(self.finish({}))
-        self._begun = True
-        super().begin(schedule)
+    def whole(self, gang: Gang | None) -> list[dict[str, Tensor]]:
+        """That of all ranks, the heads of a layer side by side; every rank calls it once a model is let go."""
+        if gang is None:
+            return self.spans
+        own = {f"{span}/{name}": part for span, kept in enumerate(self.spans) for name, part in kept.items()}
+        parts = gang.collect(own)
+        spans = [dict[str, Tensor]() for _ in self.spans]
+        for key in dict.fromkeys(key for part in parts for key in part):
+            span, _, name = key.partition("/")
+            spans[int(span)][name] = torch.cat([part[key] for part in parts if key in part], dim=1)
+        return spans
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,7 +234,7 @@ class WanResult:
     latents: Tensor  # [1, C, T, h, w], with the given ones
     record: RunRecord
     policy: _Policy
-    kept: dict[str, Tensor] | None  # what compressions saw and kept, by the ends of names; None on ranks
+    kept: dict[str, Tensor]  # what compressions saw and kept, by the ends of names
 
 
 def _make(run: WanRun, model: WanDiT, gang: Gang | None) -> list[WanResult]:
@@ -242,21 +249,23 @@ def _make(run: WanRun, model: WanDiT, gang: Gang | None) -> list[WanResult]:
         seed=0,
     )
     encoded = Encoded(captions=making.captions, prefix=making.prefix, noise=making.noise)
-    recorder, pipeline, runner = _Spans(), Latents(model=model, how=sampling), _Watching(model)
-    engine = Engine(pipeline, runner, reuse=making.reuse, kv=making.kv)
-    led = nullcontext((engine, None)) if gang is None else gang.lead(pipeline, making.reuse, making.kv)
+    recorder, pipeline, log = Recorder(), Latents(model=model, how=sampling), KeptLog()
+    engine = Engine(pipeline, LocalRunner(model, model.attention, watcher=log), reuse=making.reuse, kv=making.kv)
+    led = nullcontext((engine, None)) if gang is None else gang.lead(pipeline, making.reuse, making.kv, watcher=log)
     with led as (engine, _):
         what = Submission(request=request, encoded=encoded)
         made = torch.cat([chunk.latents for chunk in engine.generate(what, recorder=recorder, decode=False)], dim=2)
-    records, results, latents = [*recorder.done, recorder.finish({})], list[WanResult](), making.prefix
-    for place, (iteration, record) in enumerate(zip(run.iterations, records, strict=True)):
+    record, results, latents = recorder.finish({}), list[WanResult](), making.prefix
+    kept, policy = log.whole(gang), _policy(golden)
+    for place, iteration in enumerate(run.iterations):
         own = made[:, :, sum(making.frames[:place]) : sum(making.frames[: place + 1])]
         if latents is not None:
             latents = latents[:, :, latents.shape[2] - making.given[place] :]
         latents = own if latents is None else torch.cat([latents.to(own), own], dim=2)
-        kept = runner.kept[place] if gang is None else None
         results.append(
-            WanResult(iteration=iteration, latents=latents, record=record, policy=_policy(golden), kept=kept)
+            WanResult(
+                iteration=iteration, latents=latents, record=record.of_span(place), policy=policy, kept=kept[place]
+            )
         )
     return results
 
@@ -292,7 +301,7 @@ def _forcing(run: WanRun, model: WanDiT) -> _Making:
         "noise_condition": asked.addnoise_condition,
         "dtype": model.config.dtype,
     }
-    causal = golden.path.stem == "df_causal"  # the file does not say that it was run with the mask
+    causal = asked.causal_attention
     sampling: BlockSampling | WindowSampling
     if causal or policy.policy == "flowcache":
         restricted = policy.use_kvrange or policy.use_compress
@@ -406,10 +415,10 @@ def wan_made_by(golden: Golden, runs: Sequence[Sequence[WanResult]]) -> Iterator
         yield name, one.latents[0, :, : expected.shape[1]].to(expected.dtype)
         if f"output.reuse_flags.iter{one.iteration}" in golden.tensors:
             yield f"output.reuse_flags.iter{one.iteration}", _flags(one.record)
-        for start in ("keep", "keep_key", "keep_query") if one.kept is not None else ():
+        for start in ("keep", "keep_key", "keep_query"):
             whole = f"output.{start}.iter{one.iteration}."
             for end in golden.named(whole):
-                yield f"{whole}{end}", (one.kept or {}).get(f"{start}.{end}", torch.zeros(0))
+                yield f"{whole}{end}", one.kept.get(f"{start}.{end}", torch.zeros(0))
     if "output.rel_l1" in golden.tensors:
         policy = results[0].policy
         changes = torch.cat([_decided(one.record, KEPT_STEPS[policy.use_ret_steps]) for one in results])
@@ -419,16 +428,19 @@ def wan_made_by(golden: Golden, runs: Sequence[Sequence[WanResult]]) -> Iterator
 
 
 def _flags(record: RunRecord) -> Tensor:
-    """[rows, branches, groups]; both branches see the same latents and conditions, so one decision is for both."""
+    """[rows, branches, groups], of the decisions [rows, groups]."""
     flags = torch.from_numpy(record.flags)
     flags[0, : record.schedule.first] = 0  # given groups are run once, beside the first row
-    return flags[:, None].expand(-1, 2, -1).contiguous()
+    of_one = torch.tensor([[value, value] for value in range(256)], dtype=torch.uint8)
+    of_one[Decision.REUSE_TEXT.value] = torch.tensor([Decision.REUSE.value, Decision.COMPUTE.value])
+    of_one[Decision.REUSE_NULL.value] = torch.tensor([Decision.COMPUTE.value, Decision.REUSE.value])
+    return of_one[flags.long()].transpose(1, 2).contiguous()
 
 
 def _decided(record: RunRecord, kept: int) -> Tensor:
     """The distances of what was decided, row by row, of one branch and then the other."""
     found, last = list[float](), record.schedule.num_steps - 1
-    for tick in record.schedule:
+    for tick in record.schedule.spans[0]:
         seen = [float(record.distances[tick.index, chunk]) for chunk, step in tick.active if kept <= step < last]
         found += seen * 2
     return torch.tensor(found)

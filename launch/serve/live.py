@@ -18,8 +18,8 @@ from parallel.cluster.messages import Ticked
 
 SEGMENT = 2**30  # bytes of a chunk, at most
 _NEWS, _ENDED = 256, 64  # news of a video that are kept; videos that are remembered after their end
-_MARKS = ".crx"
-"""Of a step: not taken, computed, reused, extrapolated; by the value of a `Decision` and one."""
+_MARKS = ".crxrr"
+"""Of a step: not taken, computed, reused (in part, too), extrapolated; by the value of a `Decision` and one."""
 
 
 class Live:

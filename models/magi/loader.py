@@ -103,6 +103,8 @@ def changed(config: MagiConfig, options: Choices) -> MagiConfig:
     given = {key: _numbers(name, text) for key, (name, text) in guidance.items() if text is not None}
     if given and runtime.cfg_number == 1:
         raise InputError(f"{guidance[next(iter(given))][0]} is for models with guidance, this one is distilled")
+    if options.sampling is not None:
+        raise InputError(f"--sampling is for SkyReels-V2, {options.name} is sampled in one way: leave it out")
     asked = {"fps": options.fps, "window_size": options.window}
     changes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     if given:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from models.attention import Attention
 from models.checkpoint import Loading
@@ -59,7 +60,12 @@ class MagiPipeline:
         """What KV views attend with."""
         return self.model.attention
 
-    def sampling(self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True) -> MagiSampling:
+    def see(self, image: Tensor) -> None:
+        """Nothing: a video goes on from the latents of an image."""
+
+    def sampling(
+        self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True, given: int = 0
+    ) -> MagiSampling:
         """How to denoise with that many steps, with or without the passes that reuse may leave out."""
         return MagiSampling(
             config=self.config,

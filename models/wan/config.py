@@ -100,7 +100,9 @@ CAUSAL_WAN = WanPrecision(fp32_islands=False, rotary="complex128", norm_rounds=T
 class WanRuntime:
     """What a video is like if nothing else is asked for; the defaults are those of SkyReels-V2 with FlowCache."""
 
-    method: Literal["diffusion forcing", "self-forcing"] = "diffusion forcing"
+    method: Literal["diffusion forcing", "self-forcing", "image to video"] = "diffusion forcing"
+    sampling: Literal["groups", "window", "staggered"] = "groups"
+    """Of diffusion forcing, as `--sampling`: groups of frames in order, or whole windows in step or staggered."""
     num_steps: Annotated[int, Field(ge=1, le=1_000)] = 50
     shift: Annotated[float, Field(ge=0.01, le=100)] = 8.0  # of the noise levels
     guidance: Annotated[float, Field(ge=0, le=100)] = 6.0  # 1 and less runs no negative prompt
@@ -140,6 +142,18 @@ SELF_FORCING = WanRuntime(
 )
 
 
+IMAGE_TO_VIDEO = WanRuntime(
+    method="image to video",
+    sampling="window",
+    shift=5.0,
+    guidance=5.0,
+    chunk_width=1,
+    stagger=0,
+    overlap_frames=1,
+    noise_condition=0,
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class WanConfig:
     """A model."""
@@ -162,7 +176,8 @@ class WanConfig:
         """As `models.family.ModelConfig`."""
         shapes, runtime, dim = self.shapes, self.runtime, self.shapes.dim
         keys = self.chunk_tokens(runtime.height, runtime.width) * self.window_chunks
-        attended = shapes.text_len + (keys + 1) / 2  # each chunk sees those before it
+        chunks = self.window_chunks
+        attended = shapes.text_len + keys * (chunks + 1) / (2 * chunks)  # each chunk sees itself and those before it
         return Figures(
             layers=shapes.num_layers,
             key_heads=shapes.num_heads,
@@ -178,21 +193,27 @@ class WanConfig:
             width=runtime.width,
             fps=runtime.fps,
             num_steps=runtime.num_steps,
-            chunk_frames=runtime.chunk_width * CELL_FRAMES,
+            chunk_frames=self.chunk_latents * CELL_FRAMES,
             frames=runtime.window_frames * CELL_FRAMES,
             window=1 if runtime.method == "self-forcing" else self.window_chunks,
             most_chunks=None if runtime.method == "self-forcing" else self.window_chunks,
+            sees_image=shapes.sees_image,
         )
+
+    @property
+    def chunk_latents(self) -> int:
+        """Latent frames of what the engine makes as one."""
+        return self.runtime.chunk_width if self.runtime.sampling == "groups" else self.runtime.window_frames
 
     @property
     def window_chunks(self) -> int:
         """Chunks of a window."""
-        return self.runtime.window_frames // self.runtime.chunk_width
+        return self.runtime.window_frames // self.chunk_latents
 
     def chunk_tokens(self, height: int, width: int) -> int:
         """Tokens of a chunk of a video of that size in pixels."""
         _, rows, columns = self.shapes.patch_size
-        return self.runtime.chunk_width * (height // (CELL_PIXELS * rows)) * (width // (CELL_PIXELS * columns))
+        return self.chunk_latents * (height // (CELL_PIXELS * rows)) * (width // (CELL_PIXELS * columns))
 
     @property
     def dtype(self) -> torch.dtype:

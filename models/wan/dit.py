@@ -128,9 +128,10 @@ class WanDiT(nn.Module):
     def embed_condition(self, condition: PassCondition) -> tuple[Tensor, Tensor]:
         """What the head and what the layers are told of a chunk: e [F, D] and e0 [F, 6, D], in the islands' dtype.
 
-        F is 1 if all the chunk's times are the same.
+        F is 1 if all the chunk's times are the same; each is computed all the same, as a product's last bits depend on
+        how many rows it has.
         """
-        times = condition.times if len(set(condition.times)) > 1 else condition.times[:1]
+        times = condition.times
         island, first, last = self.config.island_dtype, self.time_embedding[0], self.time_embedding[2]
         half = self.config.shapes.freq_dim // 2
         t = torch.tensor(times, dtype=torch.float64, device=self.device)
@@ -143,6 +144,8 @@ class WanDiT(nn.Module):
             row = self.fps_embedding.weight[0 if condition.fps == _TRAINED_FPS[0] else 1]
             hidden = F.silu(linear_in(self.fps_projection[0], row, island))
             e0 = e0 + linear_in(self.fps_projection[2], hidden, island)
+        if len(set(times)) == 1:
+            e, e0 = e[:1], e0[:1]
         return e, e0.unflatten(-1, (6, -1))
 
     def embed_text(self, text: Tensor) -> Tensor:

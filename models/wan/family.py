@@ -11,6 +11,7 @@ from models.family import Choices, Part, ReuseFigures
 from models.protocols import Sampling
 from models.wan import folder as folders
 from models.wan.config import WanConfig
+from models.wan.image import check_image
 from models.wan.loader import WanLoader, changed, loader_of
 from models.wan.presets import PRESETS, VAE_PARAMETERS, Preset, preset_of
 from models.wan.sampling.changes import KEPT_STEPS, POLYNOMIALS
@@ -43,8 +44,7 @@ class WanFamily:
     def describe(self, config: WanConfig) -> str:
         """As `Family`."""
         shapes = config.shapes
-        kind = config.runtime.method + (", which sees an image" if shapes.sees_image else "")
-        return f"a causal Wan of {shapes.num_layers} layers and {shapes.dim} channels, by {kind}"
+        return f"a causal Wan of {shapes.num_layers} layers and {shapes.dim} channels, by {config.runtime.method}"
 
     def holds_model(self, folder: Path) -> bool:
         """As `Family`."""
@@ -62,7 +62,7 @@ class WanFamily:
         yield Part(name="autoencoder", where=files.vae, check=WanVaeFiles(files.vae).check)
         yield Part(name="UMT5", where=files.text, check=lambda: check_text(files.text, files.tokenizer))
         if (image := files.image) is not None:
-            yield Part(name="CLIP", where=image, check=lambda: "an image encoder")
+            yield Part(name="CLIP", where=image, check=lambda: check_image(image))
 
     def changed(self, config: WanConfig, choices: Choices) -> WanConfig:
         """As `Family`."""
@@ -74,8 +74,8 @@ class WanFamily:
 
     def reuse_figures(self, config: WanConfig) -> ReuseFigures | None:
         """As `Family`: of SkyReels-V2 as published, with the fit of its size; none of Self-Forcing, whose steps are
-        few."""
-        if config.runtime.method == "self-forcing":
+        few, and of images to video."""
+        if config.runtime.method != "diffusion forcing":
             return None
         size = "14B" if config.shapes.dim >= _LARGE_DIM else "1.3B"
         return ReuseFigures(
@@ -87,6 +87,7 @@ class WanFamily:
             reuse="residual",
             distance="condition",
             polynomial=POLYNOMIALS[size, True],
+            clean_pass=False,
         )
 
     def check_prompt(self, config: WanConfig, prompt: str) -> None:
@@ -103,9 +104,11 @@ class WanFamily:
         stored = WanVaeFiles(vae).check()
         return 4 * sum(entry.size for entry in stored.values())
 
-    def sampling(self, config: WanConfig, num_steps: int, *, clean_pass: bool, copy_pass: bool) -> Sampling:
+    def sampling(
+        self, config: WanConfig, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0
+    ) -> Sampling:
         """As `Family`."""
-        return sampling_of(config, num_steps, clean_pass=clean_pass)
+        return sampling_of(config, num_steps, clean_pass=clean_pass, given=given)
 
 
 @cache  # a batch asks once for each of its lines

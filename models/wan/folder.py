@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models.checkpoint import Stored
 from models.config import checked
 from models.errors import InputError
 from models.folder import first_with
-from models.wan.config import CAUSAL_WAN, SELF_FORCING, SKYREELS, WanConfig, WanRuntime, WanShapes, shapes_from_json
+from models.wan.config import (
+    CAUSAL_WAN,
+    IMAGE_TO_VIDEO,
+    SELF_FORCING,
+    SKYREELS,
+    WanConfig,
+    WanRuntime,
+    WanShapes,
+    shapes_from_json,
+)
+from models.wan.image import IMAGE_FOLDER, RELEASED_CLIP
 from models.wan.text import RELEASED_TEXT, RELEASED_TOKENIZER
 from models.wan.vae import RELEASED_VAE
 from models.wan.weights import weight_files
@@ -34,7 +44,7 @@ class WanFiles:
     vae: Path  # the released file, or a folder of diffusers
     text: Path  # UMT5, likewise
     tokenizer: Path  # folder of its vocabulary
-    image: Path | None = None  # folder of CLIP, of a model that sees an image
+    image: Path | None = None  # of a model that sees an image: CLIP, likewise
 
     def all(self) -> tuple[Path | None, ...]:
         """The paths, for whoever compares two sets of them."""
@@ -59,8 +69,11 @@ def recognise(folder: Path) -> WanConfig:
         described = folder / "config.json"
     if described.is_file():
         large = "720p" in folder.absolute().name.lower()
-        runtime = WanRuntime(height=720, width=1280) if large else WanRuntime()
-        return WanConfig(shapes=shapes_from_json(described), precision=SKYREELS, runtime=runtime)
+        shapes = shapes_from_json(described)
+        runtime = IMAGE_TO_VIDEO if shapes.sees_image else WanRuntime()
+        if large:
+            runtime = replace(runtime, height=720, width=1280)
+        return WanConfig(shapes=shapes, precision=SKYREELS, runtime=runtime)
     if generators:
         shapes = _shapes_of(weight_files(generators[0]).stored(), generators[0])
         return WanConfig(shapes=shapes, precision=CAUSAL_WAN, runtime=SELF_FORCING)
@@ -79,25 +92,23 @@ def find_files(config: WanConfig, folder: Path) -> WanFiles:
         InputError: what is not found.
     """
     missing: list[str] = []
+    image, sees = None, config.shapes.sees_image
     if (folder / _TRANSFORMER).is_dir():
         vae = first_with([folder / "vae"], "config.json", "autoencoder (a folder with config.json)", missing)
         text = first_with([folder / "text_encoder"], "config.json", "UMT5 encoder (a folder with config.json)", missing)
         words = first_with([folder], "tokenizer", "folder tokenizer", missing)
         dit, tokenizer = folder / _TRANSFORMER, None if words is None else words / "tokenizer"
+        if sees:
+            what = "CLIP image encoder (a folder with config.json)"
+            image = first_with([folder / IMAGE_FOLDER], "config.json", what, missing)
     else:
         generators, up = _generators(folder), folder.absolute().parent
         dit = generators[0] if generators else folder
         around = [folder, folder / _PARTS, up, up / _PARTS]
-        found = [first_with(around, name, name, missing) for name in (RELEASED_VAE, RELEASED_TEXT, RELEASED_TOKENIZER)]
-        names = (RELEASED_VAE, RELEASED_TEXT, RELEASED_TOKENIZER)
-        vae, text, tokenizer = (
-            None if place is None else place / name for place, name in zip(found, names, strict=True)
-        )
-    image = None
-    if config.shapes.sees_image:
-        name = "image_encoder"
-        at = first_with([folder], name, f"CLIP image encoder (a folder {name} of diffusers)", missing)
-        image = None if at is None else at / name
+        names = (RELEASED_VAE, RELEASED_TEXT, RELEASED_TOKENIZER, *([RELEASED_CLIP] if sees else []))
+        found = [(first_with(around, name, name, missing), name) for name in names]
+        vae, text, tokenizer, *images = (None if place is None else place / name for place, name in found)
+        image = images[0] if images else None
     if missing:
         raise InputError(f"{folder} is not complete: {'; '.join(missing)}")
     assert vae is not None and text is not None and tokenizer is not None

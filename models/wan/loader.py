@@ -16,7 +16,11 @@ from models.wan.pipeline import WanPipeline, WanTextLoading, load_pipeline, load
 from models.wan.presets import PRESETS
 from models.wan.random import random_dit, random_pipeline
 
-_OF_MAGI = ("window", "guidance_times", "chunk_scales", "text_scales", "special", "special_tokens", "negative")
+_OF_MAGI = (
+    *("window", "guidance_times", "chunk_scales", "text_scales", "special", "special_tokens", "negative"),
+    *("copy_weight", "precision"),
+)
+_IN_STEP = {"chunk_width": 1, "stagger": 0}  # as SkyReels-V2 is run in step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,11 +70,14 @@ class WanLoader:
 
 def changed(config: WanConfig, choices: Choices) -> WanConfig:
     """As `Family.changed`."""
-    if (option := choices.given(*_OF_MAGI, "copy_weight")) is not None:
+    if (option := choices.given(*_OF_MAGI)) is not None:
         raise InputError(f"{option} is for MAGI-1, {choices.name} has no such setting: leave it out")
-    if choices.fps is None:
-        return config
-    return replace(config, runtime=replace(config.runtime, fps=choices.fps))
+    changes: dict[str, Any] = {} if choices.fps is None else {"fps": choices.fps}
+    if choices.sampling is not None:
+        if config.runtime.method != "diffusion forcing":
+            raise InputError(f"--sampling is for diffusion forcing, {choices.name} is sampled in one way: leave it out")
+        changes |= {"sampling": choices.sampling} | (_IN_STEP if choices.sampling == "window" else {})
+    return replace(config, runtime=replace(config.runtime, **changes))
 
 
 def loader_of(config: WanConfig, choices: Choices) -> WanLoader:
@@ -82,8 +89,6 @@ def loader_of(config: WanConfig, choices: Choices) -> WanLoader:
     if choices.weights is None:
         where = f"download {PRESETS[choices.name].folder} from huggingface.co, and " if choices.preset else ""
         raise InputError(f"{choices.name} has no weights here: {where}give their folder with --weights")
-    if config.shapes.sees_image:
-        raise InputError(f"{choices.name} is a model that sees an image, which cannot be made videos with yet")
     text = WanTextLoading(
         device=choices.t5_device, dtype=choices.t5_dtype, cache=choices.prompt_cache or choices.usual_cache
     )

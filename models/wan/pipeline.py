@@ -9,19 +9,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from models.attention import Attention
 from models.checkpoint import Loading
-from models.protocols import Autoencoder, CaptionTable, Sampling
+from models.protocols import Autoencoder, CaptionTable, Sampling, SeenImage
 from models.text import TextDtype, TextEncoder
 from models.wan.config import WanConfig
 from models.wan.dit import WanDiT
 from models.wan.folder import dit_source, find_files
+from models.wan.image import ClipEncoder, ImageEncoder
 from models.wan.sampling.changes import condition_changes
-from models.wan.sampling.forcing import BlockSampling
 from models.wan.sampling.method import sampling_of
+from models.wan.sampling.self_forcing import SelfForcingSampling
 from models.wan.text import UMT5Encoder, padded
-from models.wan.vae import WanVaeFiles
+from models.wan.vae import WanVAE, WanVaeFiles
 from models.wan.weights import WanWeights
 
 
@@ -50,10 +52,11 @@ class WanPipeline:
         model: WanDiT,
         autoencoder: Autoencoder | None = None,
         encoder: TextEncoder | None = None,
+        images: ImageEncoder | None = None,
     ) -> None:
         self.config, self.model = config, model
-        self._autoencoder, self._encoder = autoencoder, encoder
-        self._changes: dict[int, tuple[float, ...]] = {}  # by the number of steps
+        self._autoencoder, self._encoder, self._images = autoencoder, encoder, images
+        self._changes: dict[tuple[int, int], tuple[float, ...]] = {}  # by the number of steps and of given frames
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -66,18 +69,32 @@ class WanPipeline:
         """What KV views attend with."""
         return self.model.attention
 
-    def sampling(self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True) -> Sampling:
-        """How to denoise with that many steps, with or without the passes that renew a finished chunk's KV.
+    def sampling(self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True, given: int = 0) -> Sampling:
+        """How to denoise with that many steps, with or without the passes that renew a finished chunk's KV, where so
+        many latent frames are given.
 
         With the table of how its conditions change from step to step.
         """
-        sampling = sampling_of(self.config, num_steps, clean_pass=clean_pass)
-        if not isinstance(sampling, BlockSampling):
+        sampling = sampling_of(self.config, num_steps, clean_pass=clean_pass, given=given)
+        if isinstance(sampling, SelfForcingSampling):
             return sampling
-        if num_steps not in self._changes:
-            steps = [(float(time),) for time in sampling.sigmas.timesteps]
-            self._changes[num_steps] = condition_changes(self.model, steps, sampling.fps)
-        return replace(sampling, changes=self._changes[num_steps])
+        if (key := (num_steps, given)) not in self._changes:
+            steps = [sampling.times(step) for step in range(sampling.num_steps)]
+            self._changes[key] = condition_changes(self.model, steps, sampling.fps)
+        return replace(sampling, changes=self._changes[key])
+
+    def see(self, image: Tensor) -> SeenImage | None:
+        """CLIP's tokens of an image, and beside the latents: which frame is given, and the image with zeros behind it.
+
+        None for a model that sees none. Specification 1.5.
+        """
+        if self._images is None:
+            return None
+        assert isinstance(self.autoencoder, WanVAE)
+        start = self.autoencoder.encode_start(image, self.config.runtime.window_frames)
+        marks = start.new_zeros(1, self.config.shapes.in_dim - 2 * start.shape[1], *start.shape[2:])
+        marks[:, :, 0] = 1
+        return SeenImage(self._images.encode(image[0]), torch.cat([marks, start], dim=1))
 
     def captions(self, prompt: str) -> CaptionTable:
         """Encode a prompt, and the negative prompt as the text of no text; zero rows behind both count.
@@ -111,7 +128,8 @@ def load_pipeline(config: WanConfig, folder: Path, loading: Loading, text: WanTe
         encoder.encode(prompt)
     encoder.release()
     autoencoder = WanVaeFiles(files.vae).load(loading.device)
-    return WanPipeline(config, WanWeights(files.dit).dit(config, loading), autoencoder, encoder)
+    images = None if files.image is None else ClipEncoder(files.image, device=loading.device)
+    return WanPipeline(config, WanWeights(files.dit).dit(config, loading), autoencoder, encoder, images)
 
 
 def load_stage(config: WanConfig, folder: Path, loading: Loading) -> WanDiT:

@@ -39,6 +39,17 @@ def skyreels_config(*, large: bool, large_frames: bool = False) -> WanConfig:
     return WanConfig(shapes=_shapes(large=large, told_fps=not large), precision=SKYREELS, runtime=runtime)
 
 
+def image_config(*, large_frames: bool = False) -> WanConfig:
+    """SkyReels-V2 of 14B that makes a video of an image; it is no diffusion forcing."""
+    from dataclasses import replace
+
+    from models.wan.config import IMAGE_TO_VIDEO, SKYREELS, WanConfig
+
+    shapes = replace(_shapes(large=True, told_fps=False), model_type="i2v", in_dim=36)
+    runtime = replace(IMAGE_TO_VIDEO, height=720, width=1280) if large_frames else IMAGE_TO_VIDEO
+    return WanConfig(shapes=shapes, precision=SKYREELS, runtime=runtime)
+
+
 def self_forcing_config() -> WanConfig:
     """Self-Forcing, which is a causal Wan 2.1 of 1.3B."""
     from models.wan.config import CAUSAL_WAN, SELF_FORCING, WanConfig
@@ -75,6 +86,20 @@ _MODELS: tuple[tuple[str, str, Callable[[], WanConfig], int, str], ...] = (
         partial(skyreels_config, large=True, large_frames=True),
         14_288_491_584,
         "DF-14B-720P",
+    ),
+    (
+        "skyreels-v2-i2v-14b-540p",
+        "an image to video: 97 frames at once, of a picture that CLIP sees",
+        image_config,
+        16_394_878_784,
+        "I2V-14B-540P",
+    ),
+    (
+        "skyreels-v2-i2v-14b-720p",
+        "the same, for larger frames",
+        partial(image_config, large_frames=True),
+        16_394_878_784,
+        "I2V-14B-720P",
     ),
 )
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from models.checkpoint import Loading
 from models.random import RandomEncoder, fill_random, normal
-from models.wan.config import WanConfig
+from models.wan.config import IMAGE_TOKENS, WanConfig
 from models.wan.dit import WanDiT
 from models.wan.pipeline import WanPipeline
 from models.wan.vae import WanVAE, WanVaeConfig, empty_vae
@@ -20,7 +20,19 @@ def random_pipeline(config: WanConfig, loading: Loading, *, vae: WanVaeConfig | 
     empty = empty_vae(described)
     network = fill_random(empty, dict.fromkeys(empty.state_dict(), torch.float32), loading.device, _value)
     encoder = RandomEncoder(config.shapes.text_dim, config.shapes.text_len)
-    return WanPipeline(config, random_dit(config, loading), WanVAE(network, described), encoder)
+    images = _RandomImages(config.shapes.clip_dim) if config.shapes.sees_image else None
+    return WanPipeline(config, random_dit(config, loading), WanVAE(network, described), encoder, images)
+
+
+class _RandomImages:
+    """Makes up tokens of images."""
+
+    def __init__(self, channels: int) -> None:
+        self._channels = channels
+
+    def encode(self, image: Tensor) -> Tensor:
+        """As `ImageEncoder`."""
+        return torch.randn(IMAGE_TOKENS, self._channels, generator=torch.Generator().manual_seed(0))
 
 
 def random_dit(config: WanConfig, loading: Loading) -> WanDiT:

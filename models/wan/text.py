@@ -1,4 +1,4 @@
-"""The UMT5 encoder of Wan, from a released file or a folder of `transformers`, and CLIP for models that see an image.
+"""The UMT5 encoder of Wan, from a released file or a folder of `transformers`.
 
 Prompts are cleaned as specification 1.6 says. The encoder gives the tokens that count; the model is given `text_len`
 rows, of which those behind the text are zero and take part (`padded`).
@@ -23,7 +23,6 @@ from models.text import KeptEncoder, TextDtype, check_encoder, load_pretrained, 
 RELEASED_TEXT = "models_t5_umt5-xxl-enc-bf16.pth"
 RELEASED_TOKENIZER = "google/umt5-xxl"
 _ENCODER = "the UMT5 encoder"
-_CLIP = "the CLIP image encoder"
 
 # A parameter's name in transformers, in order, and the released one.
 _WORDS = tuple(
@@ -146,29 +145,3 @@ def _shape(files: TorchFile, stored: Mapping[str, Stored], name: str) -> tuple[i
     if len(shape) != 2 or not all(shape):
         raise InputError(f"{files.source} holds no UMT5 encoder: it lacks {name}")
     return shape[0], shape[1]
-
-
-# ---- images
-
-
-class ClipEncoder:
-    """CLIP's vision tower, from a folder of `transformers` (`image_encoder`): the tokens before its last layer."""
-
-    def __init__(self, folder: Path, *, device: str = "cpu") -> None:
-        transformers = package("transformers", "wan", "an image")
-        self._model = load_pretrained(transformers, "CLIPVisionModel", folder, _CLIP, dtype="auto").to(device)
-
-    @torch.no_grad()
-    def encode(self, image: Tensor) -> Tensor:
-        """Tokens [257, C] fp32 of an image, uint8 [H, W, 3], as specification 1.5 says."""
-        constants = package("transformers.utils.constants", "wan", "an image")
-        pixels = image.permute(2, 0, 1)[None].to(self._model.device).float() / 127.5 - 1
-        side = self._model.config.image_size
-        pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", align_corners=False) / 2 + 0.5
-        mean, std = (
-            torch.tensor(values, device=pixels.device).view(1, 3, 1, 1)
-            for values in (constants.OPENAI_CLIP_MEAN, constants.OPENAI_CLIP_STD)
-        )
-        pixels = ((pixels - mean) / std).to(self._model.dtype)
-        states = self._model(pixels, output_hidden_states=True).hidden_states
-        return states[-2][0].float().cpu()

@@ -110,6 +110,14 @@ class WanVAE:
         pixels = frames[(count - 1) % CELL_FRAMES :].to(self._mean.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         return (self.network.encode(pixels).latent_dist.mode() - self._mean) * self._scale
 
+    @torch.no_grad()
+    def encode_start(self, image: Tensor, count: int) -> Tensor:
+        """Latents [1, z, count, h, w] fp32 of an image uint8 [1, H, W, 3] with frames behind it that are zero."""
+        frames = image.to(self._mean.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        rest = frames.new_zeros(()).expand(1, 3, CELL_FRAMES * (count - 1), *image.shape[1:3])
+        mode = self.network.encode(torch.cat([frames, rest], dim=2)).latent_dist.mode()
+        return (mode - self._mean) * self._scale
+
     def decode(self, latents: Tensor) -> Tensor:
         """Frames uint8 [1 + 4k, H, W, 3] of a whole video's latents [1, z, 1 + k, h, w]."""
         return self.stream()(latents)

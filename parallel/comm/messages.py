@@ -35,7 +35,7 @@ from models.protocols import CaptionTable
 
 HEADER_BYTES = 2048
 _DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
-_MAGIC = b"FLC3"
+_MAGIC = b"FLC4"
 _PROOF_BYTES = 16
 _FIXED = struct.Struct("<4sBBHQihHH8s16sI5I")
 """Magic, kind, dtype, dimensions, number, request, not_finite, flags, item's bytes, two digests, next buffer, shape."""
@@ -108,7 +108,7 @@ class Header:
         magic, kind, dtype, dimensions, number, request, *fields = _FIXED.unpack_from(content)
         not_finite, flags, length, digest, payload, following, *shape = fields
         start, end = _FIXED.size, _FIXED.size + length
-        size = end + (flags + 3) // 4
+        size = end + (flags + 1) // 2
         if magic != _MAGIC or dtype >= len(_DTYPES) or dimensions > _DIMENSIONS or size > _CONTENT_BYTES:
             raise ValueError("the bytes received are no header: sender and receiver are out of step")
         return cls(
@@ -219,12 +219,12 @@ def _as_payload(content: bytes) -> Tensor:
 
 
 def _pack_flags(flags: tuple[int, ...]) -> bytes:
-    """Four to a byte."""
-    packed = bytearray((len(flags) + 3) // 4)
+    """Two to a byte."""
+    packed = bytearray((len(flags) + 1) // 2)
     for index, flag in enumerate(flags):
-        packed[index // 4] |= flag << 2 * (index % 4)
+        packed[index // 2] |= flag << 4 * (index % 2)
     return bytes(packed)
 
 
 def _unpack_flags(packed: bytes, count: int) -> tuple[int, ...]:
-    return tuple(packed[index // 4] >> 2 * (index % 4) & 3 for index in range(count))
+    return tuple(packed[index // 2] >> 4 * (index % 2) & 15 for index in range(count))

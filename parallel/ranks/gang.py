@@ -7,14 +7,17 @@ on workers as a loop. An error on any rank ends all of them with one message.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load, save
+from torch import Tensor
 
 from engine.engine import Engine
+from engine.executor import KVWatcher
 from engine.kv.layout import KVSettings
 from engine.reuse.policy import ReuseSettings
 from models.errors import InputError
@@ -73,13 +76,14 @@ class Gang:
         *,
         barrier: bool = False,
         identity: str = "",
+        watcher: KVWatcher | None = None,
     ) -> Iterator[tuple[Engine, list[RankCounters]]]:
-        """An engine whose work the gang does; on the leader. Arguments are those of `Engine`.
+        """An engine whose work the gang does; on the leader. Arguments are those of `Engine` and of `StageModel`.
 
         Yields:
             The engine, and a list that takes the counters of all ranks at the end. A GangError if a rank has failed.
         """
-        stage = StageModel(model=pipeline.model, attention=pipeline.attention)
+        stage = StageModel(model=pipeline.model, attention=pipeline.attention, watcher=watcher)
         leader = Leader(StageWorker(stage, self._services, self._load_seconds), self._services)
         decoded, counters = partial(self.tracer.add, "decode", track=1), list[RankCounters]()
         engine = Engine(pipeline, leader, reuse=reuse, kv=kv, barrier=barrier, identity=identity, on_decoded=decoded)
@@ -88,6 +92,15 @@ class Gang:
         publish_counters(self._store, self._sessions, leader.worker.finish())
         counters += collect_counters(self._store, self._sessions, self.mesh.layout.world_size)
         self._sessions += 1
+
+    def collect(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Small tensors of all ranks, by rank; on the leader, nothing elsewhere. Every rank calls it, after a model."""
+        own = {name: part.contiguous() for name, part in tensors.items()}
+        self._store.set(f"collected/{self._sessions}/{self.mesh.rank}", save(own))
+        if not self.mesh.leads:
+            return []
+        keys = [f"collected/{self._sessions}/{rank}" for rank in range(self.mesh.layout.world_size)]
+        return [load(raw) for raw in self._store.multi_get(keys)]
 
     def write_trace(self, path: Path) -> None:
         """Write the traces of all ranks in Chrome's and Perfetto's format; on the leader, once an engine is closed."""

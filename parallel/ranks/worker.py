@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.checkpoint.contents import RUN_FILE, Contents
 from engine.checkpoint.files import Shard, write_async
-from engine.executor import Stage, TokenShard
+from engine.executor import KVWatcher, Stage, TokenShard
 from engine.request import Admission
 from engine.video import WorkItem
 from models.attention import Attention
@@ -42,6 +42,7 @@ class StageModel:
 
     model: VideoModel
     attention: Attention  # what KV views attend with
+    watcher: KVWatcher | None = None  # told of what compressions keep here
 
 
 def describe(item: WorkItem) -> str:
@@ -57,7 +58,7 @@ class StageWorker:
         self._mesh, self._groups, self._store = mesh, services.groups, services.store
         self._monitor, self._tracer = services.monitor, services.tracer
         place = {"stage": mesh.stage, "cp_rank": mesh.cp_rank}
-        self.stage = Stage(model, stage.attention, rank=mesh.rank, place=place)
+        self.stage = Stage(model, stage.attention, rank=mesh.rank, place=place, watcher=stage.watcher)
         self._splits: dict[int, TokenSplit] = {}
         self._saving: dict[int, str] = {}  # key of each video's last checkpoint in the store
         self._saving_lock = threading.Lock()

@@ -6,7 +6,7 @@ It shares the run and the stage with the engine, and nothing of how work is orde
 from engine.executor import Stage
 from engine.kv.layout import KVSettings
 from engine.request import encode, prepare
-from engine.reuse.policy import Decision, ReuseSettings
+from engine.reuse.policy import ReuseSettings
 
 
 def reference_latents(pipeline, request, reuse=None, kv=None):
@@ -34,8 +34,8 @@ def reference_latents(pipeline, request, reuse=None, kv=None):
             carry_out(work)
         for seen, decision in run.decide(tick):
             decisions[tick.index, seen.chunk] = decision
-            if decision is Decision.COMPUTE:
-                passes = run.open(tick, seen.chunk, seen.step)
+            if decision.computes:
+                passes = run.open(tick, seen.chunk, seen.step, decision)
                 velocities = [carry_out(work) for work in passes]
                 run.close(seen.chunk, seen.step, [work.item.what for work in passes], velocities)
         run.seal(tick)

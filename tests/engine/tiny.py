@@ -43,7 +43,10 @@ class TinyPipeline:
         self.attention = attention_backend("sdpa")
         self.autoencoder = self
 
-    def sampling(self, num_steps, *, clean_pass=True, copy_pass=True):
+    def see(self, image):
+        return None
+
+    def sampling(self, num_steps, *, clean_pass=True, copy_pass=True, given=0):
         return MagiSampling(config=self.config, num_steps=num_steps, clean_pass=clean_pass, copy_pass=copy_pass)
 
     def captions(self, prompt):

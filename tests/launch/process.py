@@ -64,7 +64,6 @@ def wait_for_frames(process: subprocess.Popen[str], path: Path, seconds: float =
 def flowcache_process(
     folder: Path,
     *arguments: object,
-    largest_file: int | None = None,
     extra: Mapping[str, str] | None = None,
     output: int | TextIO = subprocess.PIPE,
     errors: int | TextIO = subprocess.PIPE,
@@ -74,7 +73,6 @@ def flowcache_process(
     Args:
         folder: where it stands.
         arguments: of the command line.
-        largest_file: bytes; the kernel refuses to let a file grow beyond.
         extra: variables of the environment.
         output: standard output.
         errors: standard error.
@@ -84,8 +82,6 @@ def flowcache_process(
         # A test run in the background may have been started with signals ignored, and children inherit that.
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_DFL)
-        if largest_file is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
     return subprocess.Popen(
         [sys.executable, "-m", "launch", *map(str, arguments)],

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from launch.cli import run
 from models.magi.presets import PRESETS
 from models.pocket.preset import pocket_config
-from tests.launch.process import ROOT, Result, environment, flowcache_process, wait_for_frames
+from tests.launch.process import ROOT, Result, environment, flowcache_process, short_files, wait_for_frames
 from tests.launch.records import made_up_record
 
 GOLDENS = ROOT / "tests" / "data" / "goldens"
@@ -211,15 +211,15 @@ def test_threads_that_wait_leave_the_cores_to_others(tmp_path: Path) -> None:
         assert f"OMP_WAIT_POLICY = '{kept}'" in process.communicate(timeout=60)[1]
 
 
-@pytest.mark.slow
-def test_no_space_left_is_one_line_and_leaves_nothing(tmp_path: Path, random_weights: Path) -> None:
+def test_no_space_left_is_one_line_and_leaves_nothing(
+    folder: Path, random_weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The kernel refuses to let files grow beyond 30 kB, in the middle of the video."""
-    arguments = ["--weights", random_weights, "--steps", 4]
-    process = flowcache_process(tmp_path, "generate", PROMPT, *arguments, largest_file=30_000)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2 and "Traceback" not in errors
-    assert errors.splitlines()[-1].startswith("flowcache: error: cannot write video.mp4: no space left there")
-    assert os.listdir(tmp_path) == []
+    with short_files(30_000):
+        assert run(["generate", PROMPT, "--weights", str(random_weights), "--steps", "4", "--threads", "1"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.splitlines()[-1].startswith("flowcache: error: cannot write video.mp4: no space left there")
+    assert "Traceback" not in shown and os.listdir(folder) == []
 
 
 @pytest.mark.slow
@@ -314,13 +314,12 @@ def test_the_longest_video_begins_at_once(tmp_path: Path, random_weights: Path) 
 
 
 @pytest.mark.slow
-def test_magi_pocket_shows_what_its_prompt_says(flowcache: Flowcache, tmp_path: Path) -> None:
+def test_magi_pocket_shows_what_its_prompt_says(folder: Path) -> None:
     """The trained weights that ship: the strongest colour of the frames is red, and then blue."""
     for colour, channel in (("red", 0), ("blue", 2)):
         out = f"{colour}.mp4"
-        result = flowcache("generate", f"a {colour} square moving right", "--chunks", 1, "--seed", 1, "--out", out)
-        assert result.returncode == 0, result.stderr
-        with av.open(str(tmp_path / out)) as container:
+        assert run(["generate", f"a {colour} square moving right", "--chunks", "1", "--seed", "1", "--out", out]) == 0
+        with av.open(str(folder / out)) as container:
             last = list(container.decode(video=0))[-1].to_ndarray(format="rgb24").reshape(-1, 3).astype(int)
         saturation = last.max(axis=1) - last.min(axis=1)
         strongest = last[saturation.argsort()[-200:]]  # pixels of the object, on a grey background

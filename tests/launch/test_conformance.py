@@ -15,8 +15,7 @@ from models.errors import InputError
 
 GOLDENS = Path(__file__).parent.parent / "data" / "goldens"
 FILES = [*GOLDENS.glob("*.safetensors"), *GOLDENS.glob("skyreels/*.safetensors")]
-NOT_YET = {"df_teacache_noret_odd"}  # whose branches swap what they reuse in the middle
-CASES = sorted(path for path in FILES if not path.stem.startswith("weights") and path.stem not in NOT_YET)
+CASES = sorted(path for path in FILES if not path.stem.startswith("weights"))
 LARGE = {"released_24b_forward", "released_4.5b_forward", "released_gated", "released_plain"}
 
 FORWARD = (
@@ -93,6 +92,12 @@ def with_one_number_changed(tensor):
         ("skyreels/forward_nofps", "input.t.df"),
         ("skyreels/forward_i2v", "input.y"),
         ("skyreels/forward_i2v", "input.clip"),
+        ("skyreels/df_start_end", "input.end_latents"),
+        ("skyreels/df_teacache_noret_odd", "input.noise.iter0"),
+        ("skyreels/df_sync_bf16", "input.negative_context"),
+        ("skyreels/flowcache_compress1", "input.addnoise.iter1"),
+        ("skyreels/causal_wan_prefix3", "input.renoise"),
+        ("skyreels/scheduler_unipc", "input.model_outputs.n12.shift8.0"),
     ],
 )
 def test_one_changed_number_of_the_input_fails(beside, case, tensor):
@@ -121,6 +126,21 @@ def test_figures_that_do_not_fit_a_forward_are_named(beside, case, key, value):
     path = rewritten(GOLDENS / f"{case}.safetensors", beside / "x.safetensors", lambda _: None, {key: value})
     with pytest.raises(InputError, match="x.safetensors"):
         check_file(path)
+
+
+def test_a_video_in_bf16_with_the_published_softmax_is_the_published_one_bit_for_bit():
+    golden = read_golden(GOLDENS / "skyreels" / "df_sync_bf16.safetensors", "cpu")
+    ((name, made),) = remake(golden)
+    assert made.dtype == torch.bfloat16 and identical(made, golden.tensors[name])
+
+
+def test_that_attention_is_causal_by_blocks_is_in_the_metadata(beside):
+    """Under another name the file passes; without the word it is another video."""
+    path = GOLDENS / "skyreels" / "df_causal.safetensors"
+    assert check_file(rewritten(path, beside / "x.safetensors", lambda _: None)).passed
+    told = read_golden(path, "cpu").metadata["sampling"].replace(', "causal_attention": true', "")
+    silent = rewritten(path, beside / "df_causal.safetensors", lambda _: None, {"sampling": told})
+    assert "causal_attention" not in told and not check_file(silent).passed
 
 
 def test_a_forward_in_bf16_with_the_published_softmax_is_the_published_one_bit_for_bit():

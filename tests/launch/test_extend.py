@@ -1,31 +1,26 @@
-"""Videos that go on: after SIGKILL from their checkpoints, and when they are finished from their saved state."""
+"""Videos that go on: after SIGKILL from their checkpoints, and when they are finished from their saved state.
+
+On a cluster they are tested in `tests/parallel/cluster/test_joined.py`.
+"""
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from launch.cli import run
-from tests.launch.process import flowcache_process, short_files
-
-PROMPT, OTHER = "a red circle moving right", "a blue cross moving up"
+from tests.launch.going_on import OTHER, PROMPT, generate, killed_and_going_on
+from tests.launch.process import short_files
 
 
 @pytest.fixture
 def options(tmp_path: Path, random_weights: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     return ["--steps", "8", "--weights", str(random_weights), "--threads", "1"]
-
-
-def generate(*arguments: object) -> None:
-    assert run(["generate", PROMPT, *map(str, arguments)]) == 0
 
 
 def extend(*arguments: object) -> int:
@@ -139,48 +134,8 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "times"), [([], 4), (["--pp", "2"], 2), (["--pp", "2", "--launcher", "ray"], 1)])
+@pytest.mark.parametrize(("how", "times"), [([], 3), (["--pp", "2"], 2)])
 def test_a_video_that_was_killed_goes_on_and_ends_with_the_same_frames(
     tmp_path: Path, options: list[str], how: list[str], times: int
 ) -> None:
-    began = time.monotonic()
-    generate(*options, "--chunks", 12, "--out", "whole.mp4")
-    latest, moments = 2 * (time.monotonic() - began), random.Random(str(how))
-    command = ["generate", PROMPT, *options, *how, "--chunks", "12", "--out", "a.mp4", "--checkpoint", "kept"]
-    command += ["--checkpoint-every", "1", "--keep-state"]
-    for _ in range(times):
-        process = flowcache_process(tmp_path, *command)
-        count = len(_manifests())
-        while len(_manifests()) == count < 2 and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, latest / 3))
-        process.kill()
-        process.communicate()
-        assert not Path("a.mp4").exists() or process.returncode == 0
-    time.sleep(1 if how else 0)  # ranks see that the first one is gone
-    process = flowcache_process(tmp_path, *command)
-    _, said = process.communicate(timeout=170)
-    assert process.returncode == 0, said
-    assert Path("a.mp4").read_bytes() == Path("whole.mp4").read_bytes()
-    assert sorted(name for name in os.listdir() if not name.startswith(".r")) == ["a.mp4", "kept", "whole.mp4"]
-    (state,) = Path("kept").iterdir()
-    assert json.loads((state / "video.json").read_text())["options"]["chunks"] == 12
-
-
-@pytest.mark.slow
-def test_a_video_of_a_batch_is_made_longer(tmp_path: Path, options: list[str]) -> None:
-    """On a cluster of its own, as it was made."""
-    (tmp_path / "lines.jsonl").write_text(json.dumps({"prompt": PROMPT, "chunks": 2, "seed": 4}))
-    process = flowcache_process(tmp_path, "batch", "lines.jsonl", "--out", "made", *options, "--pp", 2, "--keep-state")
-    assert process.communicate(timeout=150) and process.returncode == 0
-    (video,) = Path("made").glob("*.mp4")
-    process = flowcache_process(tmp_path, "continue", video, "--seconds", 1, "--out", "longer.mp4")
-    _, said = process.communicate(timeout=150)
-    assert process.returncode == 0, said
-    generate(*options, "--chunks", 3, "--seed", 4, "--out", "whole.mp4")
-    assert Path("longer.mp4").read_bytes() == Path("whole.mp4").read_bytes()
-    assert sorted(os.listdir()) == ["lines.jsonl", "longer.mp4", "longer.state", "made", "whole.mp4"]
-
-
-def _manifests() -> list[Path]:
-    return list(Path("kept").glob("*/pp*/*/manifest.json"))
+    killed_and_going_on(tmp_path, options, how, times)

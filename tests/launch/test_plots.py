@@ -23,7 +23,7 @@ from launch.cli import run
 from launch.plots import PLOTS, distance_figure, kv_figure, plot, reuse_figure
 from launch.plots.record import reuse_table
 from models.errors import InputError
-from tests.launch.process import environment, flowcache_process
+from tests.launch.process import environment, short_files
 from tests.launch.records import SETTINGS, made_up_record
 
 OUTSIDE = 3  # state of a cell of the map of reuse
@@ -216,15 +216,12 @@ def test_a_plot_leaves_matplotlib_as_it_was(folder: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0
 
 
-@pytest.mark.slow
-def test_a_full_disk_leaves_nothing(folder: Path) -> None:
+def test_a_full_disk_leaves_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The kernel refuses to let files grow beyond 10 kB; the older picture stays."""
     Path("run/reuse.png").write_bytes(b"old")
-    process = flowcache_process(folder, "plot", "reuse", "run", largest_file=10_000)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2 and errors.splitlines()[-1].startswith(
-        "flowcache: error: cannot write run/reuse.png"
-    )
+    with short_files(10_000):
+        assert run(["plot", "reuse", "run"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("flowcache: error: cannot write run/reuse.png")
     assert sorted(os.listdir("run")) == ["record.json", "record.npz", "reuse.png"]
     assert Path("run/reuse.png").read_bytes() == b"old"
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -28,7 +28,6 @@ from tests.ports import free_ports
 GOLDENS = ROOT / "tests" / "data" / "goldens"
 pytestmark = pytest.mark.slow
 PROMPT, OTHER = "a red circle moving right", "a blue cross moving up"
-Flowcache = Callable[..., Result]
 
 
 def torchrun(folder: Path, ranks: int, *arguments: object, program: Sequence[str] = ("-m", "launch")) -> Result:
@@ -44,8 +43,8 @@ def torchrun(folder: Path, ranks: int, *arguments: object, program: Sequence[str
     )
 
 
-def errors(result: Result) -> list[str]:
-    return [line for line in result.stderr.splitlines() if line.startswith("flowcache: error: ")]
+def errors(shown: str) -> list[str]:
+    return [line for line in shown.splitlines() if line.startswith("flowcache: error: ")]
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +64,17 @@ SMALL = ["--chunks", 2, "--steps", 8, "--height", 64, "--width", 64, "--threads"
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("layer", [1, 4])
 def test_what_comes_to_nan_ends_with_tick_chunk_and_rank(
-    flowcache: Flowcache, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, ranks: int, layer: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], ranks: int, layer: int
 ) -> None:
     """The rank that holds the layer, whichever sees it in the end."""
-    folder = tmp_path_factory.mktemp("overflowing") / "weights"
-    weights = overflowing_weights(folder, f"videodit_blocks.layers.{layer}.mlp.linear_fc2.weight")
-    result = flowcache("generate", PROMPT, "--pp", ranks, "--weights", weights, *SMALL)
+    weights = overflowing_weights(tmp_path / "weights", f"videodit_blocks.layers.{layer}.mlp.linear_fc2.weight")
+    monkeypatch.chdir(tmp_path)
+    assert run(["generate", PROMPT, "--pp", str(ranks), "--weights", str(weights), *map(str, SMALL)]) == 1
     rank = int(ranks == 2 and layer == 4)
     text = f"flowcache: error: rank {rank} has computed NaN or infinity at tick 0, chunk 0: check the weights, "
-    assert result.returncode == 1 and result.stdout == ""
-    assert errors(result) == [text + "and the device of that rank"]
-    assert os.listdir(tmp_path) == []
+    shown = capfd.readouterr()
+    assert shown.out == "" and os.listdir(tmp_path) == ["weights"]
+    assert errors(shown.err) == [text + "and the device of that rank"]
 
 
 def test_ranks_make_the_video_of_one_process(made: tuple[Path, Result], random_weights: Path, tmp_path: Path) -> None:
@@ -215,7 +214,7 @@ def test_finished_videos_stay_and_missing_ones_are_named(tmp_path: Path, random_
 def test_a_wrong_number_of_ranks_is_said_once(tmp_path: Path) -> None:
     result = torchrun(tmp_path, 2, "generate", PROMPT, "--pp", 3)
     assert result.returncode == 1  # torchrun's own; the ranks' is 2
-    assert errors(result) == [
+    assert errors(result.stderr) == [
         "flowcache: error: --pp 3 x --cp 1 needs 3 ranks, but 2 were started: "
         "torchrun --nproc-per-node 3 starts as many"
     ]
@@ -231,7 +230,7 @@ def test_the_others_wait_until_rank_0_has_said_it(tmp_path: Path) -> None:
     program.parent.mkdir()
     program.write_text(SLOW)
     result = torchrun(program.parent, 2, "generate", PROMPT, "--pp", 3, program=[str(program)])
-    assert len(errors(result)) == 1 and "--pp 3 x --cp 1 needs 3 ranks" in errors(result)[0]
+    assert len(errors(result.stderr)) == 1 and "--pp 3 x --cp 1 needs 3 ranks" in errors(result.stderr)[0]
 
 
 def test_what_one_rank_alone_finds_is_said_by_it(tmp_path: Path) -> None:
@@ -246,7 +245,7 @@ def test_what_one_rank_alone_finds_is_said_by_it(tmp_path: Path) -> None:
 def test_what_a_rank_finds_is_said_once(tmp_path: Path) -> None:
     result = torchrun(tmp_path, 2, "generate", "a red dog", "--pp", 2)
     assert result.returncode == 1 and result.stdout == ""
-    assert len(errors(result)) == 1 and "unknown word 'dog'" in errors(result)[0]
+    assert len(errors(result.stderr)) == 1 and "unknown word 'dog'" in errors(result.stderr)[0]
     assert os.listdir(tmp_path) == []
 
 
@@ -339,11 +338,13 @@ def test_a_lost_rank_is_one_line_and_leaves_nothing(
 # ---- conformance
 
 
-def test_conformance_on_ranks(flowcache: Flowcache) -> None:
+def test_conformance_on_ranks(capfd: pytest.CaptureFixture[str]) -> None:
     """A golden file passes; one that is not there does not keep it from being checked."""
-    result = flowcache("conformance", "missing.safetensors", GOLDENS / "t2v_fullkv_window2.safetensors", "--pp", 2)
-    assert result.returncode == 2
-    (line,) = result.stdout.splitlines()
+    assert (
+        run(["conformance", "missing.safetensors", str(GOLDENS / "t2v_fullkv_window2.safetensors"), "--pp", "2"]) == 2
+    )
+    shown = capfd.readouterr()
+    (line,) = shown.out.splitlines()
     assert line.startswith("t2v_fullkv_window2 ") and line.endswith("4 comparisons, pp 2 x cp 1  PASS")
-    assert len(errors(result)) == 1 and "missing.safetensors" in errors(result)[0]
-    assert len(result.stderr.splitlines()) == 1
+    assert len(errors(shown.err)) == 1 and "missing.safetensors" in errors(shown.err)[0]
+    assert len(shown.err.splitlines()) == 1

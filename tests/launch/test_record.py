@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,30 +17,31 @@ from engine.reuse.policy import ReuseSettings
 from launch import __version__
 from launch.cli import run
 from launch.output.video import VideoWriter
-from tests.launch.process import Result
 
 PROMPT = "a red circle moving right"
 
 
 @pytest.mark.slow
-def test_record_then_plot(flowcache: Callable[..., Result], tmp_path: Path, random_weights: Path) -> None:
-    options = ["--chunks", 3, "--steps", 8, "--seed", 5, "--weights", random_weights, "--record", "run"]
-    kept = ["--kv-budget", 1, "--kv-offload"]
-    result = flowcache("generate", PROMPT, *options, "--cache-threshold", 0.2, "--reuse", "velocity", *kept)
-    assert result.returncode == 0, result.stderr
+def test_record_then_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, random_weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--chunks", "3", "--steps", "8", "--seed", "5", "--weights", str(random_weights), "--record", "run"]
+    kept = ["--kv-budget", "1", "--kv-offload", "--threads", "1"]
+    assert run(["generate", PROMPT, *options, "--cache-threshold", "0.2", "--reuse", "velocity", *kept]) == 0
+    shown = capsys.readouterr().out
     assert sorted(os.listdir(tmp_path)) == ["run", "video.mp4"]
     assert sorted(os.listdir(tmp_path / "run")) == ["record.json", "record.npz"]
     record = RunRecord.load(tmp_path / "run")
-    plotted = flowcache("plot", "kv", "run")
-    assert (plotted.returncode, plotted.stdout, plotted.stderr) == (0, "run/kv.png\n", "")
+    assert run(["plot", "kv", "run"]) == 0 and capsys.readouterr() == ("run/kv.png\n", "")
     assert (tmp_path / "run" / "kv.png").read_bytes().startswith(b"\x89PNG")
 
     settings = dict(record.settings)
-    assert f"{record.computed_fraction:.0%} of the steps computed" in result.stdout
+    assert f"{record.computed_fraction:.0%} of the steps computed" in shown
     on_host = settings.pop("kv_host_bytes")
     assert on_host == 6 * 96 * 2 * 2 * 48 * 4  # a chunk of 96 tokens, keys and values of 2 heads of 48, 6 layers, fp32
     said = f"keys and values {settings['kv_bytes'] / 1e6:.1f} MB and {on_host / 1e3:.1f} kB on the host"
-    assert said in result.stdout
+    assert said in shown
     seconds = settings.pop("seconds")
     assert 0 < record.tick_seconds.sum() < seconds["making"] and seconds["loading"] > 0
     assert settings.pop("computed_fraction") == pytest.approx(record.computed_fraction)

@@ -17,9 +17,10 @@ import pytest
 from numpy.typing import NDArray
 
 from launch.api import load
+from launch.cli import run
 from launch.output.formats import MP4
 from launch.output.segments import encode_segment
-from tests.launch.process import ROOT, environment, flowcache_process
+from tests.launch.process import environment, flowcache_process
 
 PROMPT = "a red circle moving right"
 CHUNKS = 9
@@ -119,8 +120,7 @@ def test_a_signal_ends_a_run_whose_reader_has_stopped(tmp_path: Path, random_wei
 
 
 @pytest.mark.slow
-def test_ranks_stream_too(tmp_path: Path, arguments: list[object]) -> None:
-    command = [sys.executable, "-m", "launch", *map(str, arguments), "--chunks", "2", "--pp", "2", "--out", "-"]
-    made = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, timeout=120, check=False)
-    assert made.returncode == 0, made.stderr
-    assert len(frames_of(io.BytesIO(made.stdout))) == 48 and b"standard output: 48 frames" in made.stderr
+def test_ranks_stream_too(arguments: list[object], capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    assert run([*map(str, arguments), "--chunks", "2", "--pp", "2", "--out", "-"]) == 0
+    shown, said = capfdbinary.readouterr()
+    assert len(frames_of(io.BytesIO(shown))) == 48 and b"standard output: 48 frames" in said

@@ -26,7 +26,7 @@ KEPT_STEPS = {True: 5, False: 1}
 
 @torch.no_grad()
 def condition_changes(
-    model: WanDiT, steps: Sequence[tuple[float, ...]], fps: int, *, of_head: bool = False
+    model: WanDiT, steps: Sequence[tuple[float, ...]], fps: int | None, *, of_head: bool = False
 ) -> tuple[float, ...]:
     """Relative L1 change of e0 in each step, since the step before; the first is 0.
 

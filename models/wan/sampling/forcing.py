@@ -43,11 +43,12 @@ class DiffusionForcing:
     steps: int  # denoising steps of a group
     shift: float = 8.0  # of the noise levels
     guidance: float = 6.0  # scale of classifier-free guidance; 1 and less runs no negative prompt
-    fps: int = 24  # what a model that is told is told
+    fps: int | None = 24  # what a model that is told is told
     block: int = 1  # latent frames of a group (`causal_block_size`)
     ar_step: int = 0  # rows between two groups that begin; 0 denoises all in step
     frames: int = 25  # latent frames of a window
     noise_condition: int = 0  # noise that is mixed into given frames, in thousandths (`addnoise_condition`)
+    overlap_frames: int = 0  # latent frames that a longer video's next window goes on from, or a clip's at most
     aliased: bool = True  # as in `UniPC`
     changes: tuple[float, ...] | None = None  # of the times' embedding e0, by step
     dtype: torch.dtype = torch.float32  # of latents, as in `UniPC`
@@ -119,7 +120,6 @@ class BlockSampling(DiffusionForcing):
     """Each group is a chunk, block-causal, as FlowCache runs it."""
 
     clean_pass: bool = False  # renew a finished group's KV at time 0; published, it stays that of the last step
-    overlap_frames: int = 0  # latent frames that a longer video's next window goes on from
     key_range: int | None = None  # finished groups that are attended to; None for all
     hides_prefix: bool = False  # the first group does not see the given ones in its first step, as published with a
     # range or with compression
@@ -156,6 +156,8 @@ class BlockSampling(DiffusionForcing):
 
     def prefix(self, frames: int) -> tuple[int, int]:
         """Those of whole groups, and no more than a window goes on from."""
+        if frames == 1:
+            raise InputError("groups of frames do not begin with an image: take it with --sampling window")
         return whole_chunks(frames, self.block, most=self.overlap or None)
 
     def prefix_chunks(self, frames: int) -> int:
@@ -168,6 +170,10 @@ class BlockSampling(DiffusionForcing):
     def branches(self) -> int:
         """One for each branch of guidance."""
         return 2 if self.guidance > 1 else 1
+
+    def times(self, step: int) -> tuple[float, ...]:
+        """What the model is told in a step."""
+        return (float(self.sigmas.timesteps[step]),)
 
     def time(self, step: int) -> float:
         """1 - sigma."""
@@ -199,7 +205,7 @@ class BlockSampling(DiffusionForcing):
 
     def step_passes(self, step: int, *, oldest: bool, text_needed: bool) -> tuple[Pass, ...]:
         """Both branches at the step's time."""
-        return self._passes((self.sigmas.timesteps[step],))
+        return self._passes(self.times(step))
 
     def clean_passes(self, step_in_quantum: int, *, prefix: bool, text_needed: bool) -> tuple[Pass, ...]:
         """Both branches: of a given group at the time of its noise, of a finished one at 0."""
@@ -276,8 +282,8 @@ class WindowSampling(DiffusionForcing):
         return self.frames + self.ends
 
     def prefix(self, frames: int) -> tuple[int, int]:
-        """All that are whole latent frames."""
-        return whole_chunks(frames, 1, most=None)
+        """Those of whole groups, as of one that is given in part nothing stays."""
+        return whole_chunks(frames, self.block, most=self.overlap_frames // self.block or None)
 
     def prefix_chunks(self, frames: int) -> int:
         """None: the given frames are in the window."""

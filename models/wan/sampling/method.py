@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from models.protocols import Sampling
+from typing import Any
+
+import torch
+
 from models.wan.config import WanConfig
-from models.wan.sampling.forcing import BlockSampling
+from models.wan.sampling.forcing import BlockSampling, WindowSampling
 from models.wan.sampling.self_forcing import SelfForcingSampling
 
 
 def sampling_of(
-    config: WanConfig, num_steps: int, *, clean_pass: bool, changes: tuple[float, ...] | None = None
-) -> Sampling:
-    """Groups of latent frames as chunks, or Self-Forcing's chunks. `changes`: as of `Sampling`, if they are known.
+    config: WanConfig, num_steps: int, *, clean_pass: bool, given: int = 0
+) -> BlockSampling | WindowSampling | SelfForcingSampling:
+    """Groups of latent frames as chunks, whole windows, of which so many latent frames are given, or Self-Forcing's
+    chunks.
 
     An InputError if the steps cannot be sampled.
     """
@@ -24,17 +28,19 @@ def sampling_of(
             held=runtime.window_frames,
             clean_pass=clean_pass,
         )
-    return BlockSampling(
-        steps=num_steps,
-        shift=runtime.shift,
-        guidance=runtime.guidance,
-        fps=runtime.fps,
-        block=runtime.chunk_width,
-        ar_step=runtime.stagger,
-        frames=runtime.window_frames,
-        noise_condition=runtime.noise_condition,
-        overlap_frames=runtime.overlap_frames,
-        clean_pass=clean_pass,
-        changes=changes,
-        dtype=config.dtype,
-    )
+    image = runtime.method == "image to video"
+    common: dict[str, Any] = {
+        "steps": num_steps,
+        "shift": runtime.shift,
+        "guidance": runtime.guidance,
+        "fps": None if image else runtime.fps,  # such a model is not told
+        "block": runtime.chunk_width,
+        "ar_step": runtime.stagger,
+        "frames": runtime.window_frames,
+        "noise_condition": runtime.noise_condition,
+        "overlap_frames": runtime.overlap_frames,
+        "dtype": torch.float32 if image else config.dtype,
+    }
+    if runtime.sampling != "groups":
+        return WindowSampling(**common, given=given, aliased=not image)
+    return BlockSampling(**common, clean_pass=clean_pass)

@@ -120,12 +120,12 @@ class UniPC:
         figures, held = self._sigmas.steps[step], self._state
         m = x - figures.sigma * velocity
         if (correct := figures.corrector) is not None:
-            last, before = held["last"], self._round(correct.ratio * held["x"])
+            last, before = held["last"], self._scaled(correct.ratio, held["x"])
             change = self._rounded(correct.newer) * (m - last)
             if correct.older:
                 change = self._rounded(correct.older) * ((held["older"] - last) / correct.r) + change
             x = self._round(before - correct.scale * last - correct.scale * change)
-        following = self._round(figures.ratio * x) - figures.scale * m
+        following = self._scaled(figures.ratio, x) - figures.scale * m
         if figures.r is not None:
             following = following - figures.scale * 0.5 * ((held["last"] - m) / figures.r)
         following = self._round(following)
@@ -140,6 +140,10 @@ class UniPC:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a saved state."""
         self._state = dict(state)
+
+    def _scaled(self, figure: float, x: Tensor) -> Tensor:
+        """A product as PyTorch makes it of a number in fp32 and latents in `dtype`; a CPU rounds the number too."""
+        return (torch.tensor(figure) * x.to(self._dtype)).to(x.dtype)
 
     def _round(self, x: Tensor) -> Tensor:
         return x if self._dtype == torch.float32 else x.to(self._dtype).to(x.dtype)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from engine.reuse.memory import ComputedStep, ReuseMemory
 from engine.reuse.policy import (
     ChunkPolicy,
+    CyclicPolicy,
     Decision,
     Observation,
     ReuseSettings,
@@ -60,6 +61,18 @@ def test_the_published_distance_is_rounded_at_every_step():
         1.001953125,
         0.0,
     ]
+
+
+def test_branches_warm_up_every_so_many_passes_of_both():
+    """Five passes: the branches begin anew at tick 2 and 3 in turn, and both at tick 5."""
+    policy = CyclicPolicy(10.0, 1, (), 5)
+    decided = [policy.decide([seen(0, tick, 0.1, tick=tick)])[0].name for tick in range(7)]
+    assert decided == ["COMPUTE", "REUSE", "REUSE_TEXT", "REUSE_NULL", "REUSE", "COMPUTE", "REUSE"]
+    even = CyclicPolicy(0.15, 1, (), 6)
+    decided = [even.decide([seen(0, tick, 0.1, tick=tick)])[0].name for tick in range(7)]
+    assert decided == ["COMPUTE", "REUSE", "COMPUTE", "COMPUTE", "REUSE", "COMPUTE", "COMPUTE"]
+    with pytest.raises(InputError, match="say how many by its cycle"):
+        ReuseSettings(policy="teacache-cyclic", threshold=0.1)
 
 
 def test_chunks_do_not_share_their_sums():

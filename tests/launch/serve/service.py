@@ -8,7 +8,6 @@ from fractions import Fraction
 import av
 import httpx2
 import numpy as np
-import openai
 
 from launch.generate import generate
 from launch.options import Options
@@ -43,6 +42,8 @@ class Service:
         self.said = folder / "said.txt"
 
     def start(self):
+        import openai  # which takes two seconds, of every worker that collects tests
+
         extra = {"TMPDIR": str(self.temporary), "FLOWCACHE_API_KEY": KEY}
         self.process = flowcache_process(self.folder, *self.command, extra=extra, errors=self.said.open("w"))
         address = self.when(lambda: re.search(r"at (http://\S+)", self.said.read_text()))[1]

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import openai
 import pytest
 
 from engine.files import part_of
+from launch.cli import run
 from tests.launch.process import ROOT, command_of
 from tests.launch.serve.service import KEY, PROMPT, decoded, made_alone, picture
 from tests.launch.serve.test_requests import BAD
@@ -31,6 +31,8 @@ def is_tidy(folder):
 
 
 def test_the_official_client_makes_lists_reads_and_deletes_videos(service):
+    import openai
+
     videos = service.openai.videos
     made = videos.create(prompt=PROMPT, seconds="1", size="64x64", extra_body={"seed": 3})
     assert made.status == "queued" and made.object == "video" and made.model == "magi-pocket"
@@ -128,6 +130,8 @@ def test_a_video_is_streamed_and_watched_while_it_is_made(service):
 
 
 def test_a_finished_video_is_made_longer_as_if_all_had_been_asked_for(service):
+    import openai
+
     short = service.create(seconds=6, seed=11)
     service.wait(short)
     other = "a blue cross moving up"
@@ -230,10 +234,12 @@ def test_a_signal_ends_it_with_nothing_left_but_its_folder(service):
     assert not [path for path in service.temporary.iterdir() if path.suffix != ".log"]
 
 
-def test_what_cannot_be_served_is_one_line(flowcache):
+def test_what_cannot_be_served_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     for arguments, words in ((["--host", "0.0.0.0"], "give an --api-key"), (["--model", "x"], "unknown model")):
-        made = flowcache("serve", *arguments)
-        assert made.returncode == 2 and words in made.stderr and made.stderr.count("\n") == 1, made.stderr
+        assert run(["serve", *arguments]) == 2
+        shown = capsys.readouterr().err
+        assert words in shown and shown.count("\n") == 1, shown
 
 
 def test_without_the_extra_one_line_says_how_to_get_it():

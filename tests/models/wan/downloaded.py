@@ -11,7 +11,7 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
-from models.wan import text, vae
+from models.wan import image, text, vae
 from models.wan.config import WanShapes
 from models.wan.weights import diffusers_name
 from tests.models.wan.small import IMAGE_SHAPES, SHAPES, small_config, small_dit
@@ -43,6 +43,8 @@ def released(folder: Path, shapes: WanShapes = SHAPES) -> Path:
         json.dumps({"_class_name": "WanModel", "_diffusers_version": "0.31.0"} | values)
     )
     _write_parts(folder)
+    if shapes.sees_image:
+        torch.save(released_clip(), folder / image.RELEASED_CLIP)
     return folder
 
 
@@ -83,6 +85,15 @@ def of_diffusers(folder: Path, shapes: WanShapes = SHAPES) -> Path:
     if shapes.sees_image:
         write_clip(folder / "image_encoder")
     return folder
+
+
+LAYOUTS = {
+    "released": released,
+    "diffusers": of_diffusers,
+    "self-forcing": self_forcing,
+    "image": lambda folder: released(folder, IMAGE_SHAPES),
+    "image of diffusers": lambda folder: of_diffusers(folder, IMAGE_SHAPES),
+}
 
 
 def _write_parts(folder: Path) -> None:
@@ -134,11 +145,36 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 0}')
 
 
-def write_clip(folder: Path) -> None:
+def small_clip():
     """A vision tower of CLIP with 257 tokens."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(0)
     sizes = {"hidden_size": IMAGE_SHAPES.clip_dim, "intermediate_size": 48, "num_hidden_layers": 3}
-    config = CLIPVisionConfig(**sizes, num_attention_heads=4, image_size=32, patch_size=2)
-    CLIPVisionModel(config).save_pretrained(folder)
+    config = CLIPVisionConfig(**sizes, num_attention_heads=1, image_size=32, patch_size=2, hidden_act="gelu")
+    return CLIPVisionModel(config).eval()
+
+
+def write_clip(folder: Path) -> None:
+    """As diffusers has it."""
+    small_clip().save_pretrained(folder)
+
+
+def released_clip() -> dict[str, torch.Tensor]:
+    """As Wan's file has it: queries, keys and values in one tensor, and a tower for texts beside it."""
+    apart = {image.released_name(name): tensor for name, tensor in small_clip().state_dict().items()}
+    held = {
+        "log_scale": torch.zeros(()),
+        "visual.head": torch.zeros(4, 4),
+        "textual.token_embedding.weight": torch.ones(2),
+    }
+    for name, tensor in apart.items():
+        stem, found, last = name.rpartition(".attn.q.")
+        if found:
+            fused = [apart[f"{stem}.attn.{one}.{last}"] for one in "qkv"]
+            held[f"{stem}.attn.to_qkv.{last}"] = torch.cat(fused)
+        elif ".attn.k." not in name and ".attn.v." not in name:
+            held[name] = tensor.clone()
+    held["visual.cls_embedding"] = held["visual.cls_embedding"].view(1, 1, -1)
+    held["visual.pos_embedding"] = held["visual.pos_embedding"][None]
+    return held

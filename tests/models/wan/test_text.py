@@ -5,8 +5,8 @@ import torch
 
 from models.errors import InputError
 from models.text import KeptEncoder
-from models.wan.text import ClipEncoder, UMT5Encoder, clean_prompt, padded, released_name
-from tests.models.wan.downloaded import small_umt5, write_clip, write_tokenizer
+from models.wan.text import UMT5Encoder, clean_prompt, padded, released_name
+from tests.models.wan.downloaded import small_umt5, write_tokenizer
 
 PROMPT = "A  cat sits &amp;amp; looks\n at the sky"
 
@@ -76,23 +76,3 @@ def test_what_is_missing_is_said_before_anything_is_read(parts, tmp_path):
     for weights, words in ((tmp_path / "x.pth", parts / "words"), (parts / "umt5.pth", tmp_path), (tmp_path, tmp_path)):
         with pytest.raises(InputError, match="UMT5"):
             UMT5Encoder(weights, words)
-
-
-def test_clip_gives_the_tokens_before_its_last_layer(tmp_path):
-    from transformers import CLIPVisionModel
-
-    write_clip(tmp_path)
-    encoder, image = ClipEncoder(tmp_path), torch.randint(0, 256, (40, 56, 3), dtype=torch.uint8)
-    tokens = encoder.encode(image)
-    assert tokens.shape == (257, 40) and tokens.dtype == torch.float32 and tokens.isfinite().all()
-    model, seen = CLIPVisionModel.from_pretrained(tmp_path).eval(), []
-    layers = [module for name, module in model.named_modules() if name.endswith("encoder.layers.1")]
-    layers[0].register_forward_hook(lambda module, given, out: seen.append(out[0] if isinstance(out, tuple) else out))
-    flat = torch.full((40, 56, 3), 255, dtype=torch.uint8)
-    white = encoder.encode(flat)
-    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
-    with torch.no_grad():
-        model(((1 - mean) / std).view(1, 3, 1, 1).expand(1, 3, 32, 32))
-    torch.testing.assert_close(white, seen[0][0], rtol=1e-4, atol=1e-4)
-    with pytest.raises(InputError, match="cannot load the CLIP image encoder"):
-        ClipEncoder(tmp_path / "absent")

@@ -1,6 +1,7 @@
 """Wan 2.1's autoencoder: both layouts, chunk by chunk as at once, and what is damaged."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from models.errors import InputError
 from models.wan.vae import WanVAE, WanVaeFiles, released_name
 from tests.models.wan.downloaded import SMALL_VAE, small_vae
 
-pytest.importorskip("diffusers")
+pytestmark = pytest.mark.skipif(find_spec("diffusers") is None, reason="diffusers is not installed")
 
 
 @pytest.fixture(scope="module")

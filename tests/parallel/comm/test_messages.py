@@ -51,7 +51,7 @@ headers = st.builds(
     kind=st.sampled_from(Kind),
     request=st.integers(-1, 1 << 20),
     item=st.none() | items,
-    flags=st.lists(st.integers(0, 2), max_size=1024).map(tuple),
+    flags=st.lists(st.integers(0, 4), max_size=1024).map(tuple),
     digest=st.binary(min_size=8, max_size=8),
     shape=st.lists(st.integers(1, 1 << 20), max_size=5).map(tuple),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.uint8]),
