@@ -310,6 +310,21 @@ def test_a_request_that_the_disk_has_no_room_for_is_an_error_and_leaves_nothing(
         assert client.post("/v1/videos", json={"prompt": PROMPT}).status_code == 200
 
 
+def test_what_a_killed_service_has_left_of_an_ended_video_goes(tmp_path):
+    """Its checkpoints, which may be elsewhere; those of a video that is to be made stay."""
+    given = {"checkpoints": tmp_path / "kept"}
+    with running(tmp_path / "a", **given) as (client, store):
+        ended, queued = (client.post("/v1/videos", json={"prompt": PROMPT}).json()["id"] for _ in range(2))
+        client.delete(f"/v1/videos/{ended}")
+        for name in (ended, queued):
+            (tmp_path / "kept" / name / "pp1").mkdir(parents=True)
+            (store.root / name / "left").touch()
+    with running(tmp_path / "a", **given) as (_, store):
+        assert [path.name for path in (tmp_path / "kept").iterdir()] == [queued]
+        assert [path.name for path in (store.root / ended).iterdir()] == ["job.json"]
+        assert (store.root / queued / "left").exists()
+
+
 def test_what_a_video_starts_from_comes_in_each_form(tmp_path):
     picture, film = png(64), clip(tmp_path / "clip.mp4", 24)
     embedded = {"image_url": "data:image/png;base64," + base64.b64encode(picture).decode()}

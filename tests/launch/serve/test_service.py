@@ -12,10 +12,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from engine.files import part_of
 from launch.cli import run
 from tests.launch.process import ROOT, command_of, small_disk
 from tests.launch.serve.service import KEY, OTHER, PROMPT, decoded, made_alone, picture
@@ -139,7 +141,9 @@ def test_a_service_that_is_killed_goes_on_with_its_queue_and_new_prompts_when_st
     service.process.kill()
     service.process.wait()
     # As if it had been killed at the end of a video, when the chunks of its stream had got their second names.
-    shutil.copytree(next(state.glob("segments-*")), state.parent / "stream", copy_function=os.link)
+    chunks, half = next(state.glob("segments-*")), part_of(Path("000003.mp4")).name
+    shutil.copytree(chunks, state.parent / "stream", copy_function=os.link)
+    (chunks / half.replace(f"-{os.getpid()}.", f"-{service.process.pid}.")).touch()  # or while it wrote a chunk
     service.start()
     second = service.change(names[0], PROMPT)["chunk"]
     assert 0 < first < second < 10
@@ -150,6 +154,7 @@ def test_a_service_that_is_killed_goes_on_with_its_queue_and_new_prompts_when_st
         whole = made_alone(service.folder, seconds=seconds, seed=seed, **how)
         np.testing.assert_array_equal(service.frames(name), whole)
         service.when(partial(is_tidy, service.folder / "served" / name))
+        assert not list((service.folder / "served" / name).rglob(".*"))
 
 
 def test_a_video_is_streamed_and_watched_while_it_is_made(service):
