@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.checkpoint.contents import RUN_FILE, fingerprint, of_past, pack_run, unpack_decoder, unpack_run
+from engine.checkpoint.contents import RUN_FILE, fingerprint, of_past, pack_run, unpack_rest, unpack_run
 from engine.checkpoint.files import Checkpoint, CheckpointConfig, Checkpointer, discard, must_fit, newest, read_contents
 from engine.decoder import Chunk, Decoder
 from engine.executor import LocalRunner, NotFinite, Runner
@@ -27,7 +27,7 @@ from engine.kv.layout import KVSettings
 from engine.order import AdmissionGate, WorkOrder
 from engine.progress import OnProgress, ProgressReporter
 from engine.record import Recorder
-from engine.request import Admission, Encoded, Request, encode, open_quantum, prepare, sampling_of
+from engine.request import Admission, Encoded, Request, encode, open_quantum, prepare, sampling_of, timetable
 from engine.reuse.policy import ReuseSettings
 from engine.spans import Course
 from engine.video import VideoRun, VideoState, WorkItem
@@ -58,6 +58,7 @@ class Submission:
     found: Checkpoint | None = None  # the checkpoint to go on from
     state: VideoState | None = None  # what that holds of the run
     decoder: Mapping[str, Tensor] = field(default_factory=dict)  # and of its decoder, if that keeps something
+    course: Mapping[str, Tensor] = field(default_factory=dict)  # and of its spans
     damage: tuple[str, ...] = ()  # a line for each damaged checkpoint that was deleted
     reuse: ReuseSettings | None = None  # which steps are reused; None for the engine's own settings
     kv: KVSettings | None = None  # how much of the past is held; likewise
@@ -77,7 +78,7 @@ class _Video:
     run: VideoRun
     order: WorkOrder
     reporter: ProgressReporter
-    checkpointer: Checkpointer | None  # of the first span
+    checkpointer: Checkpointer | None
     decodes: bool
     stored: Callable[[], int] | None
     handed_out: int  # index of the next chunk
@@ -149,21 +150,24 @@ class Engine:
         if checkpoint is None:
             return Submission(request=request, encoded=encoded, reuse=reuse, kv=kv)
         whole = fingerprint(request, self._pipeline, self._identity, self._runner.layout, reuse, kv)
-        last = open_quantum(self._pipeline, request, encoded)
-        own = partial(of_past, whole, last=last)
-        damage: list[str] = []
+        table = timetable(sampling_of(self._pipeline, request, encoded, reuse), request.chunks, encoded.given)
+        damage = list[str]()
+        last = open_quantum(encoded, table)
+
+        def own(quantum: int) -> Mapping[str, object]:
+            return of_past(whole, begun=table.begun(quantum), ends=quantum > last)
 
         def on_damage(folder: Path, error: Damaged) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             damage.append(f"{error}; this checkpoint was deleted, and what comes after the one before it is made again")
 
         found, state = newest(checkpoint.folder, stored=stored, on_damage=on_damage), None
-        decoder: Mapping[str, Tensor] = {}
+        decoder, course = dict[str, Tensor](), dict[str, Tensor]()
         if found is not None:
             found.check_fits(own(found.quantum))
             with must_fit(found.folder):
                 contents = read_contents(found.folder, RUN_FILE)
-                state, decoder = unpack_run(contents), unpack_decoder(contents)
+                state, (decoder, course) = unpack_run(contents), unpack_rest(contents)
         return Submission(
             request=request,
             encoded=encoded,
@@ -172,6 +176,7 @@ class Engine:
             found=found,
             state=state,
             decoder=decoder,
+            course=course,
             damage=tuple(damage),
             reuse=reuse,
             kv=kv,
@@ -205,7 +210,9 @@ class Engine:
         start, counts, folder = (0, {}, None) if found is None else (found.quantum, found.counts, found.folder)
         self._numbers += 1
         reuse, wanted = what.reuse or self._reuse, what.request
-        course = Course(sampling_of(self._pipeline, wanted, what.encoded, reuse), wanted, what.encoded)
+        sampling = sampling_of(self._pipeline, wanted, what.encoded, reuse)
+        table, overlap = timetable(sampling, wanted.chunks, what.encoded.given), sampling.overlap * sampling.chunk_width
+        course = Course(table, what.encoded, overlap, quantum=start, state=what.course)
         prepared = partial(
             prepare,
             self._pipeline,
@@ -215,7 +222,7 @@ class Engine:
             kv=what.kv or self._kv,
             observe=recorder is not None and recorder.observes,
         )
-        run, admission = prepared(what.encoded, span=course.span, checkpoint=folder)
+        run, admission = prepared(course.encoded, span=course.span, checkpoint=folder)
         if found is not None and what.state is not None:
             with must_fit(found.folder):
                 run.restore(what.state)
@@ -225,16 +232,17 @@ class Engine:
         elif decode and what.encoded.prefix is not None and what.encoded.prefix.shape[2] > 1:  # an image is shown
             self._decoding().prime(number, what.encoded.prefix)
         kv = partial(runner.kv, number)
-        reporting = partial(ProgressReporter, kv=kv, on_progress=on_progress, recorder=recorder)
-        reporter = reporting(run.schedule, counts=counts, whole=course.whole)
+        if recorder is not None:
+            recorder.begin(table)
+        reporting = partial(ProgressReporter, table, kv=kv, on_progress=on_progress, recorder=recorder)
+        reporter = reporting(course.span.number, counts=counts)
         keeper = None
         if what.checkpoint is not None:
             save, saved = partial(self._save, number), partial(runner.saved, number)
-            last = open_quantum(self._pipeline, what.request, what.encoded)
+            last = open_quantum(what.encoded, table)
             keeper = Checkpointer(what.checkpoint, what.fingerprint, last, start, save, saved)
-        decided = None if recorder is None else recorder.decided
-        ordered = partial(WorkOrder, barrier=self._barrier, on_decision=decided)
-        order = ordered(run, gate=gate, checkpointer=keeper, start=start)
+        ordered = partial(WorkOrder, barrier=self._barrier, gate=gate, checkpointer=keeper)
+        order = ordered(run, on_decision=reporter.decided, start=course.quantum, before=course.place.quantum)
         self._videos[number] = _Video(
             course, prepared, reporting, ordered, run, order, reporter, keeper, decode, stored, handed_out=what.first
         )
@@ -394,12 +402,12 @@ class Engine:
 
     def _go_on(self, video: _Video) -> None:
         """Begin the next span of a long video."""
-        encoded = video.course.go_on(self._pipeline.model.kv.dtype)
-        video.run, admission = video.prepared(encoded, span=video.course.span)
+        course = video.course
+        course.go_on(self._pipeline.model.kv.dtype)
+        video.run, admission = video.prepared(course.encoded, span=course.span)
         self._runner.admit(admission)
-        counts, whole = video.reporter.counts, video.course.whole
-        video.reporter = video.reporting(video.run.schedule, counts=counts, whole=whole)
-        video.order = video.ordered(video.run)
+        video.reporter = reporter = video.reporting(course.span.number, counts=video.reporter.counts)
+        video.order = video.ordered(video.run, on_decision=reporter.decided, before=course.place.quantum)
 
     def _finished(self, number: int, video: _Video, latents: Tensor) -> None:
         """Have a chunk decoded, or hand out its latents alone."""
@@ -424,9 +432,9 @@ class Engine:
         chunk = None if self._decoder is None else self._decoder.get(number, wait=wait)
         # The runner of a GPU may learn of what is not finite too late. These latents are on the host in any case.
         if chunk is not None and not torch.isfinite(chunk.latents.sum()):
-            schedule = video.run.schedule
-            index = schedule.first + chunk.index
-            tick = schedule.tick_of(index, schedule.num_steps - 1)
+            table = video.course.table
+            index = table.first + chunk.index
+            tick = table.tick_of(index, table.num_steps - 1)
             self._not_finite[number] = NotFinite(number, rank=0, tick=tick, chunk=index)
             return None
         return chunk
@@ -436,5 +444,6 @@ class Engine:
         video = self._videos[number]
         self._collect(number, video)  # so that the counts are those of all ticks before
         decoder = {} if self._decoder is None else self._decoder.state(number)
-        self._runner.save(number, folder, pack_run(video.run.state(), decoder), self._wake.set)
+        contents = pack_run(video.run.state(), decoder, video.course.state())
+        self._runner.save(number, folder, contents, self._wake.set)
         return dict(video.reporter.counts)

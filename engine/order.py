@@ -29,7 +29,8 @@ OnDecision = Callable[[Observation, Decision], None]
 
 
 class AdmissionGate(Protocol):
-    """Says when the quanta of one video may begin. It is called by the thread that works off the video."""
+    """Says when the quanta of one video may begin, counted through all its spans. It is called by the thread that works
+    off the video."""
 
     def announce(self, quantum: int) -> None:
         """A quantum comes next: the last tick of the one before has begun, or the video has been submitted."""
@@ -69,9 +70,10 @@ class WorkOrder:
         gate: AdmissionGate | None = None,  # lets quanta begin; None lets all
         checkpointer: Checkpointer | None = None,  # keeps how far the video is between quanta
         start: int = 0,  # the first quantum, to which the run was restored if it is not 0
+        before: int = 0,  # quanta of earlier spans of the video, for those who count all
     ) -> None:
         self._run, self._barrier, self._on_decision = run, barrier, on_decision
-        self._gate, self._checkpointer, self._start = gate, checkpointer, start
+        self._gate, self._checkpointer, self._start, self._quanta_before = gate, checkpointer, start, before
         self.held = False
         """What comes next waits for the gate or for the last checkpoint, and not for a velocity."""
         self._steps: dict[int, _OpenStep] = {}
@@ -82,7 +84,7 @@ class WorkOrder:
         self._peeked: Work | None = None
         self._walk, self._over, self._before = self._issue(), False, time.perf_counter()
         if gate is not None:
-            gate.announce(start)
+            gate.announce(before + start)
 
     @property
     def over(self) -> bool:
@@ -128,7 +130,7 @@ class WorkOrder:
         """Work in order; None where the next one has to wait."""
         schedule = self._run.schedule
         for quantum in range(self._start, schedule.quanta):
-            yield from self._hold(quantum)
+            yield from self._hold(self._quanta_before + quantum)
             if not quantum:
                 yield from self._run.prefix_work()
             ticks = schedule.ticks_of_quantum(quantum)
@@ -158,7 +160,7 @@ class WorkOrder:
         self._ticks.append(opened)
         clean = run.begin(tick)
         if coming is not None and self._gate is not None:
-            self._gate.announce(coming)
+            self._gate.announce(self._quanta_before + coming)
         opened.items += len(clean)
         yield from clean
         groups = [list(tick.active)] if run.whole_window else [[one] for one in tick.active]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from engine.kv.buffer import KVBuffer
 from engine.order import TickProgress
 from engine.record import Recorder
-from engine.schedule import Schedule
+from engine.reuse.policy import Decision, Observation
+from engine.timetable import Timetable
 
 OnProgress = Callable[["Progress"], None]
 
@@ -31,43 +34,38 @@ class Progress:
     kv_host_bytes: int = 0  # what they have in host memory beside it
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Whole:
-    """A video that is made in several runs."""
-
-    chunks: int  # that are made
-    ticks: int  # of all runs
-    before: int  # ticks of the runs before this one
-
-
 class ProgressReporter:
-    """Counts, and passes on what happens to one video."""
+    """Counts, and passes on what happens in one span of a video, by the numbers of the whole video."""
 
     def __init__(
         self,
-        schedule: Schedule,  # of the run
+        table: Timetable,  # of the video
+        span: int,  # the one that is made
         kv: Callable[[], KVBuffer],  # its buffers in this process
         on_progress: OnProgress | None,  # called after every tick; None for nobody
         recorder: Recorder | None,  # takes what happens, for a record; None for none
         counts: Mapping[str, int],  # of an earlier run that this one goes on from
-        *,
-        whole: Whole | None = None,  # the video, if this run is a span of it
     ) -> None:
-        self._whole = whole or Whole(chunks=schedule.chunks - schedule.first, ticks=schedule.ticks, before=0)
-        self._schedule, self._kv, self._on_progress, self._recorder = schedule, kv, on_progress, recorder
+        self._table, self._schedule, self._place = table, table.spans[span], table.places[span]
+        self._kv, self._on_progress, self._recorder = kv, on_progress, recorder
         self.counts = Counter({**dict.fromkeys(("items", "computed", "steps", "done", "chunks"), 0), **counts})
         """Passes (`items`), `computed` steps, all `steps`, chunks `done`; `chunks`, index of the next to hand out."""
-        if recorder is not None:
-            recorder.begin(schedule)
+
+    def decided(self, seen: Observation, decision: Decision) -> None:
+        """A policy has decided about a chunk's step."""
+        if self._recorder is not None:
+            chunk, tick = self._place.chunk + seen.chunk, self._place.tick + seen.tick
+            self._recorder.decided(replace(seen, chunk=chunk, tick=tick), decision)
 
     def retired(self, chunks: Sequence[int]) -> None:
         """Chunks have left the window for the clean region, which was cut down to its size."""
         if self._recorder is None or not chunks:
             return
         shares = self._kv().kept_shares(chunks[-1] + 1).numpy()
+        before = self._place.chunk  # chunks of which nothing is held any more
         for chunk in chunks:
             if chunk >= self._schedule.first:
-                self._recorder.retired(chunk, shares[: chunk + 1])
+                self._recorder.retired(before + chunk, np.concatenate([np.zeros(before), shares[: chunk + 1]]))
 
     def ticked(self, done: TickProgress) -> None:
         """All chunks of a tick have taken their step."""
@@ -76,18 +74,18 @@ class ProgressReporter:
         if self._recorder is None and self._on_progress is None:
             return
         kv = self._kv()
-        fill = kv.layout.used_rows / kv.layout.capacity
+        fill, tick = kv.layout.used_rows / kv.layout.capacity, self._place.tick + done.tick.index
         if self._recorder is not None:
-            self._recorder.ticked(done.tick.index, seconds=done.seconds, items=done.items, fill=fill)
+            self._recorder.ticked(tick, seconds=done.seconds, items=done.items, fill=fill)
         if self._on_progress is not None:
-            schedule, counts = self._schedule, self.counts
+            table, counts = self._table, self.counts
             progress = Progress(
-                tick=self._whole.before + done.tick.index + 1,
-                ticks=self._whole.ticks,
+                tick=tick + 1,
+                ticks=table.ticks,
                 chunks_done=counts["done"],
-                chunks=self._whole.chunks,
+                chunks=table.chunks - table.first,
                 step=done.tick.active[0][1] + 1,
-                num_steps=schedule.num_steps,
+                num_steps=table.num_steps,
                 steps_done=counts["steps"],
                 computed_fraction=counts["computed"] / max(1, counts["steps"]),
                 kv_fill=fill,

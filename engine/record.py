@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from engine.files import atomic_write, write_errors
 from engine.reuse.policy import Decision, Observation
 from engine.schedule import Schedule
+from engine.timetable import Timetable
 from models.errors import InputError
 
 NOT_ACTIVE = 255
@@ -35,12 +37,14 @@ _DAMAGE = (
 """What reading a file that is not whole can raise."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A finished record."""
+    """A finished record. Chunks and ticks are counted through all spans of the video."""
 
     settings: Mapping[str, Any]  # what was asked for, as plain JSON values
-    span: np.ndarray  # int64, the schedule's first, chunks, num_steps, window, stagger; older ones lack the last
+    span: np.ndarray
+    """Int64 [spans, 5], of each schedule first, chunks, num_steps, window, stagger. Older ones are [5] or [4], of one
+    span, without the stagger."""
     decisions: np.ndarray  # uint8 [made chunks, steps], see `NOT_ACTIVE`
     changes: np.ndarray  # float32 [made chunks, steps], relative L1; NaN where none was taken
     tick_seconds: np.ndarray  # float64 [ticks]
@@ -49,10 +53,29 @@ class RunRecord:
     held: np.ndarray
     """Float64 [entries, 3]: after which chunk retired, of which chunk, what share of its tokens was still held."""
 
-    @property
-    def schedule(self) -> Schedule:
+    @cached_property
+    def schedule(self) -> Timetable:
         """Of the video."""
-        return Schedule(**dict(zip(_SPAN, map(int, self.span), strict=False)))
+        rows = np.atleast_2d(self.span)
+        return Timetable(spans=tuple(Schedule(**dict(zip(_SPAN, map(int, row), strict=False))) for row in rows))
+
+    def of_span(self, number: int) -> RunRecord:
+        """The record of one span alone, with chunks and ticks of its own."""
+        table = self.schedule
+        own, (chunk, tick, _), after = table.spans[number], table.places[number], table.places[number + 1]
+        made = slice(chunk + own.first - table.first, chunk + own.chunks - table.first)
+        ticks, (retired, held) = slice(tick, after.tick), (self.held[:, 0].astype(int), self.held[:, 1].astype(int))
+        inside = (chunk + own.first <= retired) & (retired < chunk + own.chunks) & (held >= chunk)
+        return RunRecord(
+            settings=self.settings,
+            span=np.atleast_2d(self.span)[number : number + 1],
+            decisions=self.decisions[made],
+            changes=self.changes[made],
+            tick_seconds=self.tick_seconds[ticks],
+            tick_items=self.tick_items[ticks],
+            fill=self.fill[ticks],
+            held=self.held[inside] - np.array([chunk, chunk, 0]),
+        )
 
     @property
     def flags(self) -> np.ndarray:
@@ -123,7 +146,12 @@ class RunRecord:
 
     def _check(self) -> None:
         """Raise a ValueError or an InputError where arrays do not fit together."""
-        if self.span.shape not in ((4,), (5,)) or self.span.dtype.kind != "i":
+        if (
+            self.span.ndim not in (1, 2)
+            or not self.span.size
+            or self.span.shape[-1] not in (4, 5)
+            or self.span.dtype.kind != "i"
+        ):
             raise ValueError("the span is no schedule")
         schedule = self.schedule
         steps, ticks = (schedule.chunks - schedule.first, schedule.num_steps), (schedule.ticks,)
@@ -158,12 +186,12 @@ class Recorder:
     def __init__(self) -> None:
         self._first, self._arrays, self._held = 0, dict[str, np.ndarray](), list[np.ndarray]()
 
-    def begin(self, schedule: Schedule) -> None:
-        """Start, with the schedule of the run."""
-        ticks, steps = schedule.ticks, (schedule.chunks - schedule.first, schedule.num_steps)
-        self._first, self._held = schedule.first, []
+    def begin(self, table: Timetable) -> None:
+        """Start, with the schedule of the video."""
+        ticks, steps = table.ticks, (table.chunks - table.first, table.num_steps)
+        self._first, self._held = table.first, []
         self._arrays = {
-            "span": np.array([getattr(schedule, name) for name in _SPAN], dtype=np.int64),
+            "span": np.array([[getattr(span, name) for name in _SPAN] for span in table.spans], dtype=np.int64),
             "decisions": np.full(steps, NOT_ACTIVE, dtype=np.uint8),
             "changes": np.full(steps, np.nan, dtype=np.float32),
             "tick_seconds": np.zeros(ticks),

@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.kv.layout import KVPlan, KVSettings, plan_kv
 from engine.reuse.policy import CONDITION, DISTANCES, ReuseSettings
 from engine.schedule import Schedule
+from engine.timetable import Timetable
 from engine.video import Noise, Reuse, VideoRun, VideoShape, seeded_noise
 from models.errors import InputError
 from models.protocols import CELL_FRAMES, CELL_PIXELS, CaptionTable, PassCondition, Pipeline, Sampling
@@ -122,31 +123,36 @@ class Span:
     """A stretch of a long video that is made as one run, with times and positions of its own."""
 
     number: int  # counted from 0
-    chunks: int  # that are made in it
-    begins: int  # number of its first chunk in the whole video, given ones counted
+    schedule: Schedule
 
 
-def spans(sampling: Sampling, request: Request, given: int) -> list[Span]:
-    """The spans of a request with so many given latent frames; one for a family without an end.
+def timetable(sampling: Sampling, chunks: int, given: int) -> Timetable:
+    """When the chunks that are asked for are made, after so many given latent frames.
 
     An InputError if the given ones leave no room, or there is one span alone and it is too short.
     """
-    first, limit = sampling.prefix_chunks(given), sampling.chunks_at_once
-    if limit is None:
-        return [Span(number=0, chunks=request.chunks, begins=0)]
-    if first >= limit:
+    first, left, limit = given // sampling.chunk_width, sampling.prefix_chunks(given) + chunks, sampling.chunks_at_once
+    if limit is not None and left - chunks >= limit:
         most = (limit - 1) * sampling.chunk_width
         raise InputError(f"{given} given latent frames are too many: this model goes on from {most} at most")
-    made = min(request.chunks, limit - first)
-    if made < request.chunks and not sampling.overlap:
-        frames = 1 + CELL_FRAMES * (limit * sampling.chunk_width - 1)
-        raise InputError(f"{request.chunks} chunks are too many: this way of sampling makes {frames} frames at most")
-    found = [Span(number=0, chunks=made, begins=0)]
-    while made < request.chunks:
-        count = min(request.chunks - made, limit - sampling.overlap)
-        found.append(Span(number=len(found), chunks=count, begins=first + made - sampling.overlap))
-        made += count
-    return found
+    spans = list[Schedule]()
+    while left > first:
+        held = left if limit is None else min(left, limit)
+        if held < left and not sampling.overlap:
+            frames = 1 + CELL_FRAMES * (held * sampling.chunk_width - 1)
+            raise InputError(f"{chunks} chunks are too many: this way of sampling makes {frames} frames at most")
+        spans.append(
+            Schedule(
+                first=first,
+                chunks=held,
+                num_steps=sampling.num_steps,
+                window=sampling.window,
+                stagger=sampling.stagger,
+            )
+        )
+        first = sampling.overlap
+        left += first - held
+    return Timetable(spans=tuple(spans))
 
 
 def prepare(
@@ -166,10 +172,10 @@ def prepare(
     An InputError says if the model cannot make what is asked for.
     """
     sampling, model, given = sampling_of(pipeline, request, encoded, reuse), pipeline.model, encoded.given
-    span = span or spans(sampling, request, given)[0]
+    span = span or Span(number=0, schedule=timetable(sampling, request.chunks, given).spans[0])
     shape = VideoShape(
         channels=model.latent_channels,
-        chunks=span.chunks + sampling.prefix_chunks(given),
+        chunks=span.schedule.chunks,
         prefix_frames=given,
         height=request.height // CELL_PIXELS,
         width=request.width // CELL_PIXELS,
@@ -226,19 +232,10 @@ def _reuse(
     )
 
 
-def open_quantum(pipeline: Pipeline, request: Request, encoded: Encoded) -> int:
+def open_quantum(encoded: Encoded, table: Timetable) -> int:
     """As of `Schedule`, for a request: a text may say how many chunks are left."""
-    given = encoded.given
-    sampling = pipeline.sampling(request.num_steps, clean_pass=True, copy_pass=False, given=given)
-    schedule = Schedule(
-        first=given // sampling.chunk_width,
-        chunks=spans(sampling, request, given)[0].chunks + sampling.prefix_chunks(given),
-        num_steps=sampling.num_steps,
-        window=sampling.window,
-        stagger=sampling.stagger,
-    )
     counters = encoded.captions.counters
-    return schedule.open_quantum(0 if counters is None else len(counters) - 1)
+    return table.open_quantum(0 if counters is None else len(counters) - 1)
 
 
 @torch.no_grad()

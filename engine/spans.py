@@ -6,49 +6,68 @@ It knows neither how a run is carried out nor what becomes of its chunks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from engine.progress import Whole
-from engine.request import Encoded, Request, Span, spans
-from models.protocols import Sampling
+from engine.request import Encoded, Span
+from engine.timetable import Place, Timetable
 
 
 class Course:
     """How far a video is in its spans; most have one."""
 
-    def __init__(self, sampling: Sampling, request: Request, encoded: Encoded) -> None:
-        given = 0 if encoded.prefix is None else encoded.prefix.shape[2]
-        self._encoded, self._spans, self._at = encoded, spans(sampling, request, given), 0
-        self._chunks, self._tail = request.chunks, Tensor()
-        self._ticks = [(span.chunks - 1) * sampling.stagger + sampling.num_steps for span in self._spans]
-        self._overlap = sampling.overlap * sampling.chunk_width
+    def __init__(
+        self,
+        table: Timetable,  # of the video
+        encoded: Encoded,  # the request, as it was read
+        overlap: int,  # latent frames that a span hands over to the next; 0 for a family without an end
+        *,
+        quantum: int = 0,  # to begin with
+        state: Mapping[str, Tensor] | None = None,  # of the checkpoint before that quantum
+    ) -> None:
+        self.table, self._encoded, self._overlap = table, encoded, overlap
+        self._at, self.quantum = table.at(quantum)  # the latter is counted within the span
+        held = state or {}
+        self._prefix = held.get("prefix", encoded.prefix)
+        self._tail = held.get("tail", encoded.prefix)
 
     @property
     def span(self) -> Span:
         """The present one."""
-        return self._spans[self._at]
+        return Span(number=self._at, schedule=self.table.spans[self._at])
+
+    @property
+    def place(self) -> Place:
+        """Where it begins."""
+        return self.table.places[self._at]
 
     @property
     def last(self) -> bool:
         """No other comes after it."""
-        return self._at == len(self._spans) - 1
+        return self._at == len(self.table.spans) - 1
 
     @property
-    def whole(self) -> Whole:
-        """The video, for those who watch the present span."""
-        return Whole(chunks=self._chunks, ticks=sum(self._ticks), before=sum(self._ticks[: self._at]))
+    def encoded(self) -> Encoded:
+        """The request as the model reads it in the present span."""
+        captions, begins = self._encoded.captions, self.place.chunk
+        later = tuple((chunk - begins, text) for chunk, text in captions.later)
+        return replace(self._encoded, prefix=self._prefix, captions=replace(captions, later=later))
 
     def finished(self, latents: Tensor) -> None:
         """Take note of finished latents [1, C, t, h, w], in order."""
-        if not self.last:
-            self._tail = torch.cat([self._tail, latents], dim=2)[:, :, -self._overlap :] if len(self._tail) else latents
+        if self._overlap:
+            known = latents if self._tail is None else torch.cat([self._tail.to(latents), latents], dim=2)
+            self._tail = known[:, :, -self._overlap :]
 
-    def go_on(self, dtype: torch.dtype) -> Encoded:
-        """Turn to the next span: the request as the model reads it there, which goes on from latents in that dtype."""
-        self._at, prefix = self._at + 1, self._tail[:, :, -self._overlap :].to(dtype)
-        captions = self._encoded.captions
-        later = tuple((chunk - self.span.begins, text) for chunk, text in captions.later)
-        return replace(self._encoded, prefix=prefix, captions=replace(captions, later=later))
+    def go_on(self, dtype: torch.dtype) -> None:
+        """Turn to the next span, which goes on from latents in that dtype."""
+        self._at, self.quantum = self._at + 1, 0
+        self._prefix = self._tail.to(dtype) if self._overlap and self._tail is not None else None
+
+    def state(self) -> dict[str, Tensor]:
+        """What the rest of the video depends on, empty for a family without an end."""
+        held = {"prefix": self._prefix, "tail": self._tail} if self._overlap else {}
+        return {name: part for name, part in held.items() if part is not None}

@@ -26,7 +26,7 @@ import av
 import torch
 
 from engine.checkpoint.files import CheckpointConfig, discard, newest
-from engine.files import Damaged, atomic_write, read_sealed, write_errors, write_sealed
+from engine.files import Damaged, atomic_write, read_sealed, remove_stale_parts, write_errors, write_sealed
 from launch.forms import values_of
 from launch.model import layout_of
 from launch.options import threads_of_a_rank
@@ -201,6 +201,7 @@ class SavedVideo:
         for path in others:
             shutil.rmtree(path, ignore_errors=True)
         discard(self.checkpoints, whole=False)
+        remove_stale_parts(self.segments.folder)
         if others and every:
             anew = "computed again from its first chunk on, as its checkpoints are of another --pp or --split"
             self._say(f"{anew}; the chunks that are finished are kept")

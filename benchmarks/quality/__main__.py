@@ -1,7 +1,8 @@
-"""What reuse and KV compression cost and what they spoil, on magi-pocket.
+"""What reuse and KV compression cost and what they spoil, on magi-pocket; or on a model of diffusion forcing.
 
     python -m benchmarks.quality --out results/quality          # about an hour on one core
     python -m benchmarks.quality --quick --out /tmp/quality     # a small sweep
+    python -m benchmarks.quality --model skyreels-v2-df-1.3b-540p   # some minutes: see forcing.py
 
 Makes the same videos without reuse, with chunk-wise reuse (flowcache), with one decision for the window (teacache),
 with each kind of reuse and over a range of thresholds, and with compressed KV. Exit status 0 if all that the project
@@ -34,9 +35,10 @@ import typer
 from rich.console import Console
 
 from benchmarks.common import Out, machine_line, nearest, output_folder, progress, publish, run_command, search
+from benchmarks.quality.forcing import study
 from benchmarks.quality.report import curve_table, pareto_figure, setting_rows, speed_figure, verdicts
 from benchmarks.quality.trial import LEAN, WORK, Results, Setting, Trial, TrialRunner, image_metrics
-from benchmarks.workload import MOST_PROMPTS, POCKET, Steps, pocket_requests
+from benchmarks.workload import MOST_PROMPTS, POCKET, pocket_requests
 from engine.request import Request
 from engine.reuse.policy import KINDS, ReuseSettings
 from launch.model import reuse_preset
@@ -51,7 +53,7 @@ STAND_INS = (*((kind, 1.0) for kind in KINDS), ("velocity", 0.5))
 """What stands in for a reused step, and the share of the threshold above which it is extrapolated; 1 never does."""
 _FRACTIONS, _QUICK_FRACTIONS = (0.9, 0.8, 0.65, 0.5, 0.4), (0.85, 0.65, 0.5)  # computed, that the curves aim at
 _BUDGETS, _QUICK_BUDGETS = (1, 2, 3, 4), (1, 2, 4)  # of the KV buffer
-_PROMPTS, _QUICK_PROMPTS = 20, 4
+_PROMPTS, _QUICK_PROMPTS, _STEPS = 20, 4, 16
 _CURVE_PROMPTS, _WORK_PROMPTS = 2, 4  # that thresholds are found on
 _RANGE, _TRIES, _QUICK_TRIES = 50, 10, 2  # how far from the preset's a threshold may be; how often to try
 _NEAR, _EXACT = 0.02, 0.002  # of a computed fraction, and of a share of the operations
@@ -76,15 +78,23 @@ def run(
         typer.Option(min=1, max=MOST_PROMPTS, help=f"How many prompts; {_PROMPTS}, or {_QUICK_PROMPTS} if quick."),
     ] = None,
     chunks: Annotated[int, typer.Option(min=2, help="Length of each video, in chunks of 24 frames.")] = 8,
-    steps: Steps = 16,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help=f"Denoising steps of a chunk; {_STEPS}, or those of the --model.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of prompts and of all noise.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="A model of SkyReels-V2, in place of magi-pocket: structure and reuse apart.")
+    ] = None,
     weights: Annotated[Path | None, typer.Option(help="Folder of weights, in place of those that ship.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few prompts, few thresholds.")] = False,
     out: Out = Path("results/quality"),
 ) -> int:
     """Measure what reuse and KV compression save, and what they cost in quality."""
+    if model is not None:
+        return study(model, steps=steps, quick=quick, out=out)
     image_metrics()  # says at once if it is missing
     output_folder(out)
+    steps = steps or _STEPS
     pipeline = load_pipeline(pocket_config(), weights, Loading())
     count = prompts or (_QUICK_PROMPTS if quick else _PROMPTS)
     requests = pocket_requests(count, chunks=chunks, num_steps=steps, seed=seed)

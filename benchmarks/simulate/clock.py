@@ -72,8 +72,8 @@ class VideoPlan:
         """What was decided for some of a tick's chunks."""
         return [self.decided[tick.index, chunk] for chunk in chunks]
 
-    def open(self, tick: Tick, chunk: int, step: int) -> list[Work]:
-        """The passes of a step."""
+    def open(self, tick: Tick, chunk: int, step: int, decision: Decision) -> list[Work]:
+        """The passes of a step, of which all are run."""
         return list(self.steps[tick.index, chunk])
 
     def close(self, chunk: int, step: int, passes: Sequence[Pass], velocities: Sequence[torch.Tensor]) -> None:

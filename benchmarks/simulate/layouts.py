@@ -25,6 +25,7 @@ from engine.kv.layout import KVSettings, plan_kv
 from engine.record import NOT_ACTIVE, RunRecord
 from engine.reuse.policy import ChunkPolicy, Decision, Observation
 from engine.schedule import Schedule
+from engine.timetable import Timetable
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
@@ -293,7 +294,7 @@ def reuse_of_record(study: Study, folder: Path) -> Reuse:
     return Reuse(name=f"record {folder.name}", flags=(flags,))
 
 
-def recorded_flags(flags: np.ndarray, schedule: Schedule, recorded: Schedule) -> np.ndarray:
+def recorded_flags(flags: np.ndarray, schedule: Schedule, recorded: Schedule | Timetable) -> np.ndarray:
     """Flags of a record, repeated or cut to another number of chunks; chunk by chunk and step by step."""
     if (recorded.num_steps, recorded.window) != (schedule.num_steps, schedule.window):
         has = f"the record has {recorded.num_steps} steps in a window of {recorded.window}"

@@ -26,7 +26,7 @@ from models.protocols import Pipeline
 
 RUN_FILE = "run.safetensors"
 _FORMAT = 7
-_DECODER = "decoder."
+_DECODER, _COURSE = "decoder.", "course."
 _PARTS = ("kv", "queries", "origin")  # of a `LayerKV`
 
 
@@ -67,14 +67,14 @@ def fingerprint(
     return plain
 
 
-def of_past(fingerprint: Mapping[str, Any], quantum: int, last: int) -> dict[str, Any]:
-    """What the state before a quantum depends on: neither prompts that come later, nor the length up to the `last` one.
+def of_past(fingerprint: Mapping[str, Any], *, begun: int, ends: bool) -> dict[str, Any]:
+    """What the state depends on when so many chunks have `begun`: neither prompts that come later, nor the length.
 
-    Both are figures of the schedule; see `Schedule.open_quantum`.
+    Unless the video `ends` so soon that it shows; see `Schedule.open_quantum`.
     """
     request = dict(fingerprint["request"])
-    request["script"] = [[first, prompt] for first, prompt in request["script"] if first < quantum]
-    if quantum <= last:
+    request["script"] = [[first, prompt] for first, prompt in request["script"] if first < begun]
+    if not ends:
         del request["chunks"]
     return {**fingerprint, "request": request}
 
@@ -111,11 +111,13 @@ def unpack_shard(contents: Contents) -> tuple[KVState, FlagState]:
     return state, _flag_state(values)
 
 
-def pack_run(state: VideoState, decoder: Mapping[str, Tensor]) -> Contents:
-    """The state of a run, and what its decoder keeps for the next chunk, copied to the CPU."""
+def pack_run(state: VideoState, decoder: Mapping[str, Tensor], course: Mapping[str, Tensor]) -> Contents:
+    """The state of a run, what its decoder keeps for the next chunk and its `Course` for the next span; copied to the
+    CPU."""
     tensors = {f"latents.{chunk}": part for chunk, part in state.latents.items()}
     tensors |= {f"before.{chunk}": part for chunk, part in state.before.items()}
     tensors |= {f"{_DECODER}{name}": part for name, part in decoder.items()}
+    tensors |= {f"{_COURSE}{name}": part for name, part in course.items()}
     memory = []
     for chunk, held in state.memory.items():
         for place, one in enumerate(held):
@@ -137,10 +139,13 @@ def pack_run(state: VideoState, decoder: Mapping[str, Tensor]) -> Contents:
     return Contents(tensors=_to_host(tensors), values=values)
 
 
-def unpack_decoder(contents: Contents) -> dict[str, Tensor]:
-    """What `pack_run` was given of the decoder."""
-    found = {name: part for name, part in contents.tensors.items() if name.startswith(_DECODER)}
-    return {name.removeprefix(_DECODER): part for name, part in found.items()}
+def unpack_rest(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What `pack_run` was given of the decoder and of the course."""
+    return _named(contents, _DECODER), _named(contents, _COURSE)
+
+
+def _named(contents: Contents, start: str) -> dict[str, Tensor]:
+    return {name.removeprefix(start): part for name, part in contents.tensors.items() if name.startswith(start)}
 
 
 def unpack_run(contents: Contents) -> VideoState:

@@ -127,6 +127,7 @@ class KVBuffer:
         for branch, held in enumerate(self._branches):
             for number, layer in held.items():
                 pieces = self._pieces(branch, number, layout.alike if branch else 0, layout.used_rows)
+                pieces = pieces or [layer.kv[:, :0]]
                 kv = pieces[0] if len(pieces) == 1 else torch.cat([piece.cpu() for piece in pieces], dim=1)
                 origin = None if layer.origin is None else layer.origin[: layout.used_rows]
                 layers[branch, number] = LayerKV(kv, layer.queries, origin)

@@ -140,7 +140,7 @@ def made_by(golden: Golden, results: Sequence[Result]) -> Iterator[tuple[str, Te
 
 def _distances_of_latents(golden: Golden, result: Result) -> Tensor:
     """The published distance of every chunk at every tick, [ticks, chunks] fp64, of the latents that the file gives."""
-    schedule, width = result.record.schedule, result.run.config.runtime_config.chunk_width
+    schedule, width = result.record.schedule.spans[0], result.run.config.runtime_config.chunk_width
     distances = torch.full((schedule.ticks, schedule.chunks), torch.nan, dtype=torch.float64)
     before: dict[int, Tensor] = {}
     for tick in schedule:
@@ -158,7 +158,7 @@ def _distances_of_latents(golden: Golden, result: Result) -> Tensor:
 
 def _decisions(prefix: str, result: Result, distances: Tensor) -> Iterator[tuple[str, Tensor]]:
     """What is decided of distances [ticks, chunks]: flags, and the distances and sums that they come from."""
-    schedule, reuse, policy = result.record.schedule, result.run.reuse, result.run.reuse.new_policy()
+    schedule, reuse, policy = result.record.schedule.spans[0], result.run.reuse, result.run.reuse.new_policy()
     used, sums = torch.full_like(distances, torch.nan), torch.full_like(distances, torch.nan)
     flags = torch.full(distances.shape, NOT_ACTIVE, dtype=torch.uint8)
     since = [0.0] * schedule.chunks  # of each chunk, since it was last computed

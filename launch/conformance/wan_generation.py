@@ -23,7 +23,6 @@ from engine.kv.selection import SelectionSettings
 from engine.record import Recorder, RunRecord
 from engine.request import Encoded, Request
 from engine.reuse.policy import CONDITION, ChunkPolicy, Decision, ReuseSettings
-from engine.schedule import Schedule
 from engine.video import Noise, WorkItem
 from launch.conformance.golden import Golden
 from launch.conformance.wan_forward import softmax_in_fp32, wan_config
@@ -227,21 +226,6 @@ class KeptLog:
         return spans
 
 
-class _Spans(Recorder):
-    """A record of each span."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.done: list[RunRecord] = []
-        self._begun = False
-
-    def begin(self, schedule: Schedule) -> None:
-        if self._begun:
-            self.done.append(self.finish({}))
-        self._begun = True
-        super().begin(schedule)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WanResult:
     """What was made of an iteration."""
@@ -265,21 +249,23 @@ def _make(run: WanRun, model: WanDiT, gang: Gang | None) -> list[WanResult]:
         seed=0,
     )
     encoded = Encoded(captions=making.captions, prefix=making.prefix, noise=making.noise)
-    recorder, pipeline, log = _Spans(), Latents(model=model, how=sampling), KeptLog()
+    recorder, pipeline, log = Recorder(), Latents(model=model, how=sampling), KeptLog()
     engine = Engine(pipeline, LocalRunner(model, model.attention, watcher=log), reuse=making.reuse, kv=making.kv)
     led = nullcontext((engine, None)) if gang is None else gang.lead(pipeline, making.reuse, making.kv, watcher=log)
     with led as (engine, _):
         what = Submission(request=request, encoded=encoded)
         made = torch.cat([chunk.latents for chunk in engine.generate(what, recorder=recorder, decode=False)], dim=2)
-    records, results, latents = [*recorder.done, recorder.finish({})], list[WanResult](), making.prefix
-    kept = log.whole(gang)
-    for place, (iteration, record) in enumerate(zip(run.iterations, records, strict=True)):
+    record, results, latents = recorder.finish({}), list[WanResult](), making.prefix
+    kept, policy = log.whole(gang), _policy(golden)
+    for place, iteration in enumerate(run.iterations):
         own = made[:, :, sum(making.frames[:place]) : sum(making.frames[: place + 1])]
         if latents is not None:
             latents = latents[:, :, latents.shape[2] - making.given[place] :]
         latents = own if latents is None else torch.cat([latents.to(own), own], dim=2)
         results.append(
-            WanResult(iteration=iteration, latents=latents, record=record, policy=_policy(golden), kept=kept[place])
+            WanResult(
+                iteration=iteration, latents=latents, record=record.of_span(place), policy=policy, kept=kept[place]
+            )
         )
     return results
 
@@ -454,7 +440,7 @@ def _flags(record: RunRecord) -> Tensor:
 def _decided(record: RunRecord, kept: int) -> Tensor:
     """The distances of what was decided, row by row, of one branch and then the other."""
     found, last = list[float](), record.schedule.num_steps - 1
-    for tick in record.schedule:
+    for tick in record.schedule.spans[0]:
         seen = [float(record.distances[tick.index, chunk]) for chunk, step in tick.active if kept <= step < last]
         found += seen * 2
     return torch.tensor(found)

@@ -29,7 +29,7 @@ from matplotlib.ticker import (
 
 from engine.record import NOT_ACTIVE, RunRecord
 from engine.reuse.policy import Decision
-from engine.schedule import Schedule
+from engine.timetable import Timetable
 
 COMPUTED, REUSED, EXTRAPOLATED = "#27548a", "#f3b23f", "#6fae8f"
 GREY, GRID = "#666666", "#e4e4e4"
@@ -106,7 +106,7 @@ def reuse_figure(record: RunRecord) -> Figure:
     return figure
 
 
-def _tick_label(schedule: Schedule) -> str:
+def _tick_label(schedule: Timetable) -> str:
     if schedule.chunks > _MANY:
         return f"step of the chunk (each row begins {schedule.quantum_ticks} ticks after the one above)"
     return f"tick (a chunk enters every {schedule.quantum_ticks} ticks)" if schedule.quanta > 1 else "tick"
@@ -201,7 +201,7 @@ def kv_figure(record: RunRecord) -> Figure:
     figure = Figure(figsize=(10, 1.6 + _map_height(schedule.chunks)), layout="constrained")
     heights = (max(2.2, _map_height(schedule.chunks) - 1.6), 1.2)
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=heights)
-    if schedule.chunks - schedule.first > 1:
+    if any(span.chunks - span.first > 1 for span in schedule.spans):
         _draw_shares(figure, axes, record)
     else:
         axes.text(0.5, 0.5, "no chunk has left the window", transform=axes.transAxes, ha="center", color=GREY)
@@ -211,7 +211,7 @@ def kv_figure(record: RunRecord) -> Figure:
     fill = np.append(record.fill, record.fill[-1])
     below.fill_between(at, fill, step="post", color=COMPUTED, alpha=0.25, linewidth=0)
     below.step(at, fill, where="post", color=COMPUTED, linewidth=1.2)
-    below.set(xlim=(0, schedule.quanta), ylim=(0, 1.05), xlabel="time, in chunks (the window moves on by one)")
+    below.set(xlim=(0, at[-1]), ylim=(0, 1.05), xlabel="time, in chunks (the window moves on by one)")
     below.set_ylabel("buffer fill")
     below.yaxis.set_major_formatter(PercentFormatter(1.0))
     below.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -225,16 +225,20 @@ def kv_figure(record: RunRecord) -> Figure:
 
 def _draw_shares(figure: Figure, axes: Axes, record: RunRecord) -> None:
     """The heat map: time to the right, past chunks downwards."""
-    retired = range(record.schedule.first, record.schedule.chunks - 1)  # the last chunk ends with the video
-    shares = record.kept[retired.start : retired.stop].T  # [past chunk, time]
-    chunk, when = np.indices(shares.shape)
-    shown = np.ma.masked_where(chunk > when + retired.start, shares)[: retired.stop]
+    schedule, kept = record.schedule, record.kept
+    lasts = [at.chunk + span.chunks - 1 for at, span in zip(schedule.places, schedule.spans, strict=False)]
+    retired = [chunk for chunk in range(schedule.first, schedule.chunks) if chunk not in lasts]  # they end a span
+    # A column for each chunk of time. Where a span begins anew, no chunk leaves the window for a while.
+    ends = [-(-schedule.tick_of(chunk, schedule.num_steps) // schedule.quantum_ticks) for chunk in retired]
+    start, columns = float(ends[0]), np.array(ends) - ends[0]
+    shown = np.ma.masked_array(np.zeros((retired[-1] + 1, int(columns[-1]) + 1)), mask=True)
+    for chunk, column in zip(retired, columns, strict=True):
+        shown[: chunk + 1, column] = kept[chunk, : chunk + 1]
     colours = colormaps["viridis"].with_extremes(bad="white", under=_GONE)
-    start = float(record.schedule.window)
-    extent = (start, start + len(retired), retired.stop - 0.5, -0.5)
+    extent = (start, start + shown.shape[1], len(shown) - 0.5, -0.5)
     image = axes.imshow(shown, cmap=colours, norm=PowerNorm(0.5, vmin=1e-4, vmax=1), extent=extent, **_CELLS)
     if len(retired) <= FEW:
-        _cell_lines(axes, start + np.arange(len(retired) + 1), np.arange(retired.stop + 1) - 0.5)
+        _cell_lines(axes, start + np.arange(shown.shape[1] + 1), np.arange(len(shown) + 1) - 0.5)
         _write_shares(axes, shown, start)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     bar = figure.colorbar(image, ax=axes, label="share of the chunk's tokens that lives on", pad=0.01)

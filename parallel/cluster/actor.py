@@ -242,15 +242,11 @@ class CommandLoop:
                 self._post(messages.ChunkMade(video=name, index=chunk.index, frames=frames, latents=latents))
 
     def _progressed(self, video: _Video, progress: Progress) -> None:
-        name, schedule = video.order.video, video.order.size.schedule
-        video.progress, ticks = progress, schedule.quantum_ticks
-        if progress.tick % ticks:
+        name, video.progress = video.order.video, progress
+        if (quantum := video.order.size.schedule.ended(progress.tick)) is None:
             return
-        # Quanta are those of the first span of a long video; the last of them is held until the video's end.
-        quantum, counted = progress.tick // ticks - 1, schedule.quanta - (progress.ticks > schedule.ticks)
-        done = [messages.QuantumDone(video=name, quantum=quantum)] if quantum < counted else []
         self._post(
-            *done,
+            messages.QuantumDone(video=name, quantum=quantum),
             messages.Progressed(video=name, progress=progress),
             urgent=len(self._videos) > 1,  # else nobody waits for the quantum's slots
         )

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from engine.kv.layout import KVSettings, plan_kv
-from engine.request import Request, spans
+from engine.request import Request, timetable
 from engine.reuse.policy import ReuseSettings
-from engine.schedule import Schedule
 from models.checkpoint import Loading
 from models.families import family_of
 from models.family import ModelConfig, ModelLoader
@@ -114,22 +113,12 @@ def video_size(
     """What a video of a model takes; an InputError if the model cannot make it, or does not fit the layout."""
     num_steps, passes = request.num_steps, {"clean_pass": reuse.clean_pass, "copy_pass": reuse.copy_pass}
     sampling = family_of(config).sampling(config, num_steps, **passes)
-    width = sampling.chunk_width
     image = request.prefix is not None and config.figures.sees_image
     _, given = (0, 0) if request.prefix is None or image else sampling.prefix(len(request.prefix))
     sampling = family_of(config).sampling(config, num_steps, given=given, **passes)
-    first = spans(sampling, request, given)[0].chunks
-    chunks = first + sampling.prefix_chunks(given)
-    schedule = Schedule(
-        first=given // width,
-        chunks=chunks,
-        num_steps=sampling.num_steps,
-        window=sampling.window,
-        stagger=sampling.stagger,
-    )
+    table = timetable(sampling, request.chunks, given)
     geometry = config.kv_geometry(range(max(stage_sizes(config, layout.pp, split))), torch.device("cpu"))
-    plan = plan_kv(sampling, schedule, kv, config.chunk_tokens(request.height, request.width))
+    plan = plan_kv(sampling, table.spans[0], kv, config.chunk_tokens(request.height, request.width))
     held = local_heads(geometry, layout.cp)
     pinned = plan.host_nbytes(replace(held, device=torch.device("cuda")))
-    later = request.chunks - first
-    return VideoSize(schedule=schedule, kv_bytes=plan.nbytes(held), kv_host_bytes=pinned, later=later)
+    return VideoSize(schedule=table, kv_bytes=plan.nbytes(held), kv_host_bytes=pinned)

@@ -9,6 +9,7 @@ import numpy as np
 
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
+from engine.timetable import Timetable
 from parallel.cluster.messages import Ticked
 from parallel.health.timeouts import WATCHED_SECONDS
 
@@ -29,6 +30,9 @@ class LiveRecorder(Recorder):
         self._decisions: list[tuple[int, int, int]] = []
         self._kept: tuple[float, ...] | None = None
         self._sent = 0.0
+
+    def begin(self, table: Timetable) -> None:
+        """Nothing is kept."""
 
     def decided(self, seen: Observation, decision: Decision) -> None:
         """Note the decision about a chunk's step."""

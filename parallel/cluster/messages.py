@@ -23,6 +23,7 @@ from engine.progress import Progress
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
+from engine.timetable import Timetable
 from models.errors import InputError
 from parallel.cluster.scheduler import VideoSize
 
@@ -208,7 +209,10 @@ def log_entry(event: GangEvent, seconds: float) -> dict[str, Any]:
 
 # ---- bytes
 
-_PARTS = (Request, VideoSize, Schedule, CheckpointConfig, Progress, ReuseSettings, KVSettings, SelectionSettings)
+_PARTS = (
+    *(Request, VideoSize, Timetable, Schedule, CheckpointConfig, Progress),
+    *(ReuseSettings, KVSettings, SelectionSettings),
+)
 _SENT = (*get_args(Command), *get_args(SentByGang), RankStarted, *_PARTS)
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in _SENT}
 

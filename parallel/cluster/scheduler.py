@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from engine.schedule import Schedule
+from engine.timetable import Timetable
 from models.errors import InputError
 
 _PROMISED = 2  # how often a gang promises its slots
@@ -43,15 +43,14 @@ _SAME = 2  # how often a request may be blamed for the same reason until it is s
 class VideoSize:
     """What a video takes."""
 
-    schedule: Schedule  # when each chunk takes each step; of the first span of a long video
+    schedule: Timetable  # when each chunk takes each step
     kv_bytes: int  # of keys and values, on the rank that holds most of them; held from admission to the end
     kv_host_bytes: int = 0  # in host memory beside it; nobody schedules by that
-    later: int = 0  # chunks of later spans
 
     @property
     def chunks(self) -> int:
         """Chunks that are generated and handed out."""
-        return self.schedule.chunks - self.schedule.first + self.later
+        return self.schedule.chunks - self.schedule.first
 
     @property
     def slots(self) -> int:

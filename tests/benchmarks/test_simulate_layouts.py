@@ -18,6 +18,7 @@ from benchmarks.simulate.layouts import (
 )
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
+from engine.timetable import Timetable
 from models.errors import InputError
 from models.magi.presets import PRESETS, find_preset
 from parallel.mesh import Layout
@@ -107,7 +108,7 @@ def test_reuse_leaves_the_share_of_the_operations():
 
 def test_the_reuse_of_a_record_is_taken(tmp_path):
     trace, recorded = Recorder(), study(chunks=3).schedule
-    trace.begin(recorded)
+    trace.begin(Timetable(spans=(recorded,)))
     for tick in recorded:
         for chunk, step in tick.active:
             seen = Observation(chunk=chunk, step=step, tick=tick.index, final=False, change=None, scale=None)

@@ -49,7 +49,7 @@ def test_a_plan_has_the_passes_of_the_engine_in_its_order(case):
         pass
     record = recorder.finish({})
     plan = plan_video(
-        record.schedule,
+        record.schedule.spans[0],
         sampling_of(pipeline, wanted, reuse),
         lambda what, step: (1.0, 1.0),
         record.flags,

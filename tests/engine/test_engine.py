@@ -17,6 +17,7 @@ from engine.record import NOT_ACTIVE, Recorder, RunRecord
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
+from engine.timetable import Timetable
 from engine.video import WorkItem
 from models.errors import InputError
 from models.protocols import Pass, PassCondition
@@ -292,7 +293,7 @@ def test_a_record_grows_in_proportion_to_the_video():
     sizes = []
     for chunks in (50, 100, 200):
         trace = Recorder()
-        trace.begin(Schedule(first=0, chunks=chunks, num_steps=8, window=4))
+        trace.begin(Timetable(spans=(Schedule(first=0, chunks=chunks, num_steps=8, window=4),)))
         for chunk in range(chunks - 1):
             trace.retired(chunk, np.eye(chunk + 1)[chunk])
         record = trace.finish({})

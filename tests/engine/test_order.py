@@ -202,7 +202,7 @@ class Keeper:
         if self.refusals % 2:
             return False
         share = pack_shard(self.held.state(), FlagState(digest=bytes(8), count=0), {})
-        contents = [pack_run(self.run.state(), {}), share]
+        contents = [pack_run(self.run.state(), {}, {}), share]
         plain = [Contents(tensors=one.tensors, values=json.loads(json.dumps(one.values))) for one in contents]
         self.saved[quantum] = (plain, len(self.order()))
         return True

@@ -1,16 +1,22 @@
 """Long videos of a family whose positions have an end: span after span, as one video."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from engine.checkpoint.files import CheckpointConfig
 from engine.engine import Engine
 from engine.kv.layout import KVSettings
+from engine.record import NOT_ACTIVE, Recorder, RunRecord
+from engine.request import timetable
 from engine.reuse.policy import ReuseSettings
+from launch.plots.record import reuse_table
 from models.errors import InputError
 from tests.models.wan.small import small_pipeline
 from tests.parallel.small import one_thread, request
@@ -63,20 +69,52 @@ def test_a_later_prompt_counts_the_chunks_of_the_whole_video():
     assert same[:6] == [True] * 6 and not same[6] and not same[8]
 
 
-def test_it_goes_on_from_a_checkpoint_of_its_first_span(tmp_path):
-    wanted, kept = request(num_steps=6, chunks=7), CheckpointConfig(folder=tmp_path, every=1)
-    first, chunks = engine(), []
-    number = first.submit(first.read(wanted, kept), decode=False)
-    while len(chunks) < 2:
-        chunks += [result.chunk for result in first.step()]
-    first.cancel(number)
-    again = engine()
-    found = again.read(wanted, kept)
-    assert found.found is not None and found.first < 4
-    rest = [chunk.latents for chunk in again.generate(found, decode=False)]
-    whole = latents(engine(), chunks=7)
-    assert len(rest) == 7 - found.first
-    assert all(torch.equal(a, b) for a, b in zip(rest, whole[found.first :], strict=True))
+@pytest.mark.parametrize("groups", [{}, {"stagger": 0}, {"overlap_frames": 6}], ids=["", "in step", "wide overlap"])
+def test_it_goes_on_from_a_checkpoint_before_any_quantum(tmp_path, monkeypatch, groups):
+    """Also from one between two spans; a span that makes fewer chunks than it hands over hands on what it was given."""
+    monkeypatch.setattr("tests.engine.test_spans.GROUPS", {**GROUPS, **groups})
+    chunks = 6 if "overlap_frames" in groups else 9
+    wanted, whole = request(num_steps=6, chunks=chunks), latents(engine(), chunks=chunks)
+    made, seen = engine(), set()
+    number = made.submit(made.read(wanted, CheckpointConfig(folder=tmp_path / "all", every=1)), decode=False)
+    while made.running(number):
+        made.step()
+        for place in tmp_path.glob("all/*/manifest.json"):
+            if place.parent.name not in seen:
+                seen.add(place.parent.name)
+                shutil.copytree(place.parent, tmp_path / str(len(seen)) / place.parent.name)
+    quanta = {int(name.split("-")[1]) for name in seen}
+    table = timetable(made._pipeline.sampling(6), wanted.chunks, 0)
+    assert quanta == set(range(1, table.quanta))  # those before a later span's first quantum are there too
+    for place in range(1, len(seen) + 1, 1 if len(seen) < 4 else 3):
+        again = engine()
+        found = again.read(wanted, CheckpointConfig(folder=tmp_path / str(place), every=1))
+        rest = [chunk.latents for chunk in again.generate(found, decode=False)]
+        assert found.found is not None and len(rest) == chunks - found.first
+        assert all(torch.equal(a, b) for a, b in zip(rest, whole[found.first :], strict=True))
+
+
+def test_its_record_has_all_spans(tmp_path):
+    made, recorder, told = engine(), Recorder(), []
+    list(made.generate(request(num_steps=6, chunks=9), told.append, recorder, decode=False))
+    recorder.finish({"prompt": "a cat"}).save(tmp_path)
+    record = RunRecord.load(tmp_path)
+    table = record.schedule
+    assert [(span.first, span.chunks) for span in table.spans] == [(0, 4), (1, 4), (1, 3)]
+    assert record.decisions.shape == (9, 6) and (record.decisions != NOT_ACTIVE).all()
+    assert table.ticks == told[-1].ticks == len(record.tick_items) and record.tick_seconds.all()
+    assert record.computed_fraction == pytest.approx(told[-1].computed_fraction)
+    assert (np.count_nonzero(record.flags != NOT_ACTIVE, axis=0) == 6).all()
+    # The schedule of conditions is one table: every chunk of every span takes the same decisions.
+    assert (record.decisions == record.decisions[0]).all() and len(reuse_table(record)) == 8
+    assert {chunk for chunk, _, _ in record.held} == {0, 1, 2, 4, 5, 7}
+    last, alone = record.of_span(2), Recorder()
+    assert last.schedule.spans[0] == table.spans[2] and (last.decisions == record.decisions[7:]).all()
+    assert last.held[:, :2].tolist() == [[1, 0], [1, 1]]
+    list(engine().generate(request(num_steps=6, chunks=4), None, alone, decode=False))
+    first, short = record.of_span(0), alone.finish({})
+    for name in ("span", "decisions", "changes", "tick_items", "fill", "held"):
+        assert np.array_equal(getattr(first, name), getattr(short, name), equal_nan=True)
 
 
 def test_of_a_prefix_the_last_whole_groups_count_and_a_shorter_one_is_refused():
@@ -90,22 +128,57 @@ def test_of_a_prefix_the_last_whole_groups_count_and_a_shorter_one_is_refused():
 
 
 MEMORY = """
-import resource, sys
-from tests.engine.test_spans import engine, request
-made = engine()
-for _ in made.generate(request(num_steps=3, height=96, width=96, chunks=1 + 3 * int(sys.argv[1])), decode=False):
-    pass
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+import json, pathlib, resource, sys, tempfile
+from tests.engine.test_spans import *
+from models.checkpoint import Loading
+from models.wan.pipeline import WanPipeline
+from models.wan.random import random_pipeline
+from models.wan.vae import WanVaeConfig
+small = small_pipeline(**GROUPS)
+decoding = random_pipeline(small.config, Loading(), vae=WanVaeConfig(base_dim=8, dim_mult=(1, 1, 1, 1))).autoencoder
+one_thread()
+made = Engine(WanPipeline(small.config, small.model, decoding, small._encoder), reuse=REUSE)
+folder, told, recorder = pathlib.Path(tempfile.mkdtemp()), [], Recorder()
+wanted = request(num_steps=3, height=128, width=128, chunks=1 + 3 * int(sys.argv[1]))
+read = made.read(wanted, CheckpointConfig(folder=folder, every=1))
+number, held, frames = made.submit(read, on_progress=told.append, recorder=recorder), {}, 0
+def note(name, size):
+    held[name] = max(held.get(name, 0), size)
+while made.running(number):
+    frames += sum(len(one.chunk.frames) for one in made.step())
+    if (video := made._videos.get(number)) is None:
+        continue
+    note("course", sum(part.nbytes for part in video.course.state().values()))
+    note("decoder", sum(part.nbytes for part in made._decoder.state(number).values()) if made._decoder else 0)
+    note("latents", sum(part.nbytes for part in video.run.state().latents.values()))
+    for place in folder.glob("quantum-*/manifest.json"):
+        note("checkpoint", sum(path.stat().st_size // 1000 for path in place.parent.glob("*.safetensors")))
+        note("checkpoints", len(list(folder.iterdir())))
+peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+record = recorder.finish({})
+arrays = sum(getattr(record, name).nbytes for name in ("span", "decisions", "changes", "tick_seconds", "held"))
+kv = sorted({one.kv_bytes for one in told})
+print(json.dumps({"peak": peak, "record": arrays, "kv": kv, "frames": frames, "held": held}))
 """
 
 
 @pytest.mark.slow
 def test_twenty_spans_take_the_memory_of_four():
-    def peak(spans):
-        command = [sys.executable, "-c", MEMORY, str(spans)]
-        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    """With frames, a record and checkpoints: only the record grows, by some bytes for each step of each chunk."""
 
-    assert peak(20) <= 1.02 * peak(4)
+    def made(spans):
+        command = [sys.executable, "-c", MEMORY, str(spans)]
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return json.loads(ran.stdout)
+
+    few, many = made(4), made(20)
+    assert many["frames"] == 8 * (1 + 3 * 20) - 3
+    assert many["kv"] == few["kv"] and many["held"] == few["held"] and all(few["held"].values())
+    assert many["record"] < 6 * few["record"] < 20_000
+    growth = many["peak"] - few["peak"]
+    assert growth <= 0.02 * few["peak"]
+    # It would be seen if each span left behind its keys and values, or frames of 128 x 128.
+    assert 16 * few["kv"][0] > 0.02 * few["peak"] and (many["frames"] - few["frames"]) * 3 * 128**2 > 0.02 * few["peak"]
 
 
 def test_four_steps_attend_to_a_range_that_is_held_and_no_further():

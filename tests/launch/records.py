@@ -7,6 +7,7 @@ import numpy as np
 from engine.record import Recorder, RunRecord
 from engine.reuse.policy import ChunkPolicy, Decision, Observation
 from engine.schedule import Schedule
+from engine.timetable import Timetable
 
 SETTINGS = {"prompt": "a red circle moving right", "model": "magi-pocket", "kv_bytes": 12_345_678}
 
@@ -24,7 +25,7 @@ def made_up_record(
     """A run whose distances rise as the paper's do; of the past, the newest chunks are kept the most."""
     schedule = Schedule(first=first, chunks=chunks, num_steps=num_steps, window=4)
     policy, trace = ChunkPolicy(threshold, 3, extrapolate_from), Recorder()
-    trace.begin(schedule)
+    trace.begin(Timetable(spans=(schedule,)))
     for tick in schedule:
         seen = [
             Observation(

@@ -1,6 +1,8 @@
 """SkyReels-V2 and Self-Forcing as they are downloaded: inspected, and made videos with."""
 
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ from PIL import Image
 
 from launch.cli import run
 from launch.output.video import VideoWriter
+from tests.launch.process import flowcache_process
+from tests.launch.test_streaming import frames_of
 from tests.models.wan.damage import DAMAGE, damaged
 from tests.models.wan.downloaded import LAYOUTS
 
@@ -75,6 +79,29 @@ def test_a_folder_makes_videos_which_are_the_same_on_two_ranks(folders, layout, 
     assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
     assert run([*asked, "--out", "other.mp4", "--seed", "1"]) == 0
     assert (tmp_path / "one.mp4").read_bytes() != (tmp_path / "other.mp4").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_long_video_that_was_killed_in_its_second_span_goes_on_and_can_be_made_longer(folders, tmp_path, monkeypatch):
+    """Five chunks, four and one: frames are those of an undisturbed video, here and when two more are added."""
+    monkeypatch.chdir(tmp_path)
+    asked = ["generate", "a cat", "--weights", str(folders["released"]), *SMALL[:4], "--steps", "4", "--threads", "1"]
+    assert run([*asked, "--chunks", "12", "--out", "longer.mp4"]) == 0
+    asked += ["--chunks", "10", "--checkpoint-every", "1", "--checkpoint", "kept", "--keep-state", "--out", "a.mp4"]
+    process = flowcache_process(tmp_path, *asked)
+    while not list(tmp_path.glob("kept/*/pp1/quantum-0000000[678]-*/manifest.json")) and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "a.mp4").exists()
+    process = flowcache_process(tmp_path, *asked)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert (state := next(tmp_path.glob("kept/*"))) and not list(state.glob("pp1/quantum-0000000[0-5]-*"))
+    assert run(["continue", "kept", "--seconds", "1.6", "--out", "b.mp4"]) == 0
+    assert (tmp_path / "b.mp4").read_bytes() == (tmp_path / "longer.mp4").read_bytes()
+    whole, short = (frames_of(tmp_path / name) for name in ("longer.mp4", "a.mp4"))
+    assert len(short) == 1 + 4 * 49 and np.array_equal(short, whole[: len(short)])
 
 
 @pytest.mark.slow

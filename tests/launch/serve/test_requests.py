@@ -281,6 +281,21 @@ def test_jobs_are_queued_listed_and_cancelled(tmp_path):
             pass
 
 
+def test_what_a_killed_service_has_left_of_an_ended_video_goes(tmp_path):
+    """Its checkpoints, which may be elsewhere; those of a video that is to be made stay."""
+    given = {"checkpoints": tmp_path / "kept"}
+    with running(tmp_path / "a", **given) as (client, store):
+        ended, queued = (client.post("/v1/videos", json={"prompt": PROMPT}).json()["id"] for _ in range(2))
+        client.delete(f"/v1/videos/{ended}")
+        for name in (ended, queued):
+            (tmp_path / "kept" / name / "pp1").mkdir(parents=True)
+            (store.root / name / "left").touch()
+    with running(tmp_path / "a", **given) as (_, store):
+        assert [path.name for path in (tmp_path / "kept").iterdir()] == [queued]
+        assert [path.name for path in (store.root / ended).iterdir()] == ["job.json"]
+        assert (store.root / queued / "left").exists()
+
+
 def test_what_a_video_starts_from_comes_in_each_form(tmp_path):
     picture, film = png(64), clip(tmp_path / "clip.mp4", 24)
     embedded = {"image_url": "data:image/png;base64," + base64.b64encode(picture).decode()}

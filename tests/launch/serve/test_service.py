@@ -11,10 +11,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from engine.files import part_of
 from launch.cli import run
 from tests.launch.process import ROOT, command_of
 from tests.launch.serve.service import KEY, PROMPT, decoded, made_alone, picture
@@ -95,12 +97,15 @@ def test_a_service_that_is_killed_goes_on_with_its_queue_when_started_again(serv
     service.process.kill()
     service.process.wait()
     # As if it had been killed at the end of a video, when the chunks of its stream had got their second names.
-    shutil.copytree(next(state.glob("segments-*")), state.parent / "stream", copy_function=os.link)
+    chunks, half = next(state.glob("segments-*")), part_of(Path("000003.mp4")).name
+    shutil.copytree(chunks, state.parent / "stream", copy_function=os.link)
+    (chunks / half.replace(f"-{os.getpid()}.", f"-{service.process.pid}.")).touch()  # or while it wrote a chunk
     service.start()
     for name, seconds, seed in zip(names, (4, 4, 1), (5, 6, 7), strict=True):
         service.wait(name)
         np.testing.assert_array_equal(service.frames(name), made_alone(service.folder, seconds=seconds, seed=seed))
         service.when(partial(is_tidy, service.folder / "served" / name))
+        assert not list((service.folder / "served" / name).rglob(".*"))
 
 
 def test_a_video_is_streamed_and_watched_while_it_is_made(service):

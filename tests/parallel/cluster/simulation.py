@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from engine.schedule import Schedule
+from engine.timetable import Timetable
 from parallel.cluster.scheduler import Admit, GangSize, Permit, RequestState, Scheduler, VideoSize
 
 WINDOW = 4
@@ -17,7 +18,7 @@ WINDOW = 4
 
 def size(*, chunks: int = 3, kv_bytes: int = 10, window: int = WINDOW) -> VideoSize:
     schedule = Schedule(first=0, chunks=chunks, num_steps=window, window=window)
-    return VideoSize(schedule=schedule, kv_bytes=kv_bytes)
+    return VideoSize(schedule=Timetable(spans=(schedule,)), kv_bytes=kv_bytes)
 
 
 @dataclass

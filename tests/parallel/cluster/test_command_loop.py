@@ -4,12 +4,14 @@ import json
 import threading
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from engine.kv.layout import KVSettings
 from engine.reuse.policy import ReuseSettings
+from launch.serve.live import Live
 from models.magi.loader import MagiLoader
 from models.magi.text import T5Encoder, TextLoading
 from parallel.cluster.actor import CommandLoop
@@ -25,6 +27,7 @@ from parallel.cluster.messages import (
     Progressed,
     QuantumDone,
     QuantumReady,
+    Ticked,
     VideoDone,
     VideoOrder,
 )
@@ -199,17 +202,24 @@ class GroupSource:
         return small_pipeline(**self.runtime)
 
 
-def test_a_long_video_is_counted_whole_and_holds_slots_until_its_end():
-    """Permits are for the quanta of its first span; the last of these is never given back before the video ends."""
+def test_a_long_video_is_counted_through_all_its_spans():
+    """Permits are for the quanta of all spans, each given back at its end, and a viewer's map has all chunks."""
     made = request(num_steps=6, chunks=7)
     config = small_pipeline(**GroupSource.runtime).config
-    reuse, kv = ReuseSettings(), KVSettings()
-    whole = video_size(config, made, reuse=reuse, kv=kv, layout=Layout(pp=1))
-    assert (whole.chunks, whole.schedule.chunks) == (7, 4)
+    size = video_size(config, made, reuse=ReuseSettings(), kv=KVSettings(), layout=Layout(pp=1))
+    assert size.chunks == 7 and [span.chunks for span in size.schedule.spans] == [4, 4]
     with running(GroupSource()) as controller:
-        controller.loop.handle(VideoOrder(video="long", request=made, size=whole))
+        controller.loop.handle(VideoOrder(video="long", request=made, size=size, watched=True))
         until(lambda: controller.all(VideoDone), "it does not end", seconds=60)
     assert [one.index for one in controller.all(ChunkMade)] == list(range(7))
-    done = [one.quantum for one in controller.all(QuantumDone)]
-    assert done == list(range(whole.schedule.quanta - 1))
-    assert {one.quantum for one in controller.all(QuantumReady)} == set(range(whole.schedule.quanta))
+    quanta = list(range(size.schedule.quanta))
+    assert [one.quantum for one in controller.all(QuantumDone)] == quanta
+    assert [one.quantum for one in controller.all(QuantumReady)] == quanta
+    live = Live(SimpleNamespace(plan=SimpleNamespace(size=size)))
+    seen = []
+    for ticked in controller.all(Ticked):
+        live.ticked(ticked)
+        seen.append(live.percent)
+    _, shown = live.snapshot()
+    assert shown["rows"] == ["cccccc"] * 7 and shown["tick"] == shown["ticks"] == len(seen)
+    assert seen == sorted(set(seen)) and seen[-1] == 100
