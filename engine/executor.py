@@ -153,6 +153,10 @@ class Stage:
             kv=kv, inputs=inputs, grid=admission.grid, shard=shard, flags=flags, hidden=admission.hidden
         )
 
+    def change_text(self, video: int, chunk: int | None, text: Tensor) -> None:
+        """Have the chunks of a video from one on, or all, see another text [N, channels]; none of them has begun."""
+        self._videos[video].inputs.change_text(chunk, text)
+
     def release(self, video: int) -> None:
         """Let go of a video's buffers."""
         self._videos.pop(video, None)
@@ -236,6 +240,9 @@ class Runner(Protocol):
     def admit(self, admission: Admission) -> None:
         """Take a video in; an InputError if it cannot be held, or its checkpoint does not fit."""
 
+    def change_text(self, video: int, chunk: int | None, text: Tensor) -> None:
+        """As `Stage.change_text`, for what is begun after it."""
+
     def begin(self, work: Work) -> None:
         """Begin an item. Its velocity comes from `results`, if the item has a weight."""
 
@@ -292,6 +299,10 @@ class LocalRunner(Runner):
     def admit(self, admission: Admission) -> None:
         """Take a video in."""
         self._stage.admit(admission)
+
+    def change_text(self, video: int, chunk: int | None, text: Tensor) -> None:
+        """As `Stage.change_text`."""
+        self._stage.change_text(video, chunk, text)
 
     def begin(self, work: Work) -> None:
         """Run an item."""

@@ -57,6 +57,10 @@ class Course:
         later = tuple((chunk - begins, text) for chunk, text in captions.later)
         return replace(self._encoded, prefix=self._prefix, captions=replace(captions, later=later))
 
+    def change_text(self, chunk: int | None, text: Tensor) -> None:
+        """As `CaptionTable.with_text`, for the spans to come."""
+        self._encoded = replace(self._encoded, captions=self._encoded.captions.with_text(chunk, text))
+
     def finished(self, latents: Tensor) -> None:
         """Take note of finished latents [1, C, t, h, w], in order."""
         if self._overlap:

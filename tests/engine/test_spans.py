@@ -20,6 +20,7 @@ from engine.request import timetable
 from engine.reuse.policy import ReuseSettings
 from launch.plots.record import distance_figure, kv_figure, reuse_figure, reuse_table
 from models.errors import InputError
+from tests.engine.test_engine import HeldGate
 from tests.models.wan.small import small_pipeline
 from tests.parallel.small import one_thread, request
 
@@ -69,6 +70,21 @@ def test_a_later_prompt_counts_the_chunks_of_the_whole_video():
     plain, changed = latents(engine(), chunks=9), latents(engine(), chunks=9, script=((6, "another thing"),))
     same = [torch.equal(a, b) for a, b in zip(plain, changed, strict=True)]
     assert same[:6] == [True] * 6 and not same[6] and not same[8]
+
+
+@pytest.mark.parametrize(("quantum", "first"), [(2, 2), (5, 4), (6, 4), (7, 5)])
+def test_a_new_prompt_of_any_span_is_that_of_the_later_ones(quantum, first):
+    made, chunks, gate = engine(), [], HeldGate(quantum)
+    table = timetable(made._pipeline.sampling(6), 9, 0)
+    assert table.begun(quantum) <= first < table.begun(quantum + 1) or table.begun(quantum) == first
+    number = made.submit(request(num_steps=6, chunks=9, script=((7, "a third"),)), gate=gate, decode=False)
+    while made.running(number):
+        chunks += [result.chunk.latents for result in made.step()]
+        if gate.asked and not gate.allowed:
+            made.change_prompt(number, first, "another thing", made.read_prompt("another thing"))
+            gate.allowed = True
+    whole = latents(engine(), chunks=9, script=((first, "another thing"), (7, "a third")))
+    assert all(torch.equal(a, b) for a, b in zip(chunks, whole, strict=True))
 
 
 @pytest.mark.parametrize("groups", [{}, {"stagger": 0}, {"overlap_frames": 6}], ids=["", "in step", "wide overlap"])

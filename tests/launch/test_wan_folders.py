@@ -1,6 +1,5 @@
 """SkyReels-V2 and Self-Forcing as they are downloaded: inspected, and made videos with."""
 
-import re
 import shutil
 import signal
 import time
@@ -191,11 +190,11 @@ def test_what_does_not_fit_is_one_line(folders, tmp_path, monkeypatch, capsys, g
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "damage", "said"), list(DAMAGE.values()), ids=list(DAMAGE))
-def test_damage_is_one_line_and_status_2(folders, picture, tmp_path, monkeypatch, capsys, layout, damage, said):
+@pytest.mark.parametrize(("layout", "damage"), [one[:2] for one in DAMAGE.values()], ids=list(DAMAGE))
+def test_damage_is_one_line_and_status_2(folders, picture, tmp_path, monkeypatch, capsys, layout, damage):
     folder = damaged(folders[layout], tmp_path / "model", damage)
     monkeypatch.chdir(tmp_path)
     start = ["--image", picture] if layout in IMAGES else []
     assert run(["generate", "a cat", *SMALL[:4], "--chunks", "1", "--weights", str(folder), *start]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flowcache: error: ")]
-    assert len(lines) == 1 and re.search(said, lines[0]) and not list(tmp_path.glob("*.mp4"))
+    assert len(lines) == 1 and str(folder) in lines[0] and not list(tmp_path.glob("*.mp4"))
