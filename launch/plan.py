@@ -136,17 +136,19 @@ def plan_requests(options: Options, outs: Sequence[Path]) -> list[Plan]:
     return plans
 
 
-def plan_video(options: Options, *, out: Path, at_a_time: int = 1, bounds: Bounds | None = None) -> Plan:
+def plan_video(
+    options: Options, *, out: Path, at_a_time: int = 1, bounds: Bounds | None = None, starts: bool = True
+) -> Plan:
     """Check the options of one video, of the first prompt, and read the picture or the clip that it starts from.
 
-    That is read within `bounds`, if it may come from anybody. There must be memory for `at_a_time` such videos. The
-    file `out` is not looked at.
+    That is read within `bounds`, if it may come from anybody; without `starts` it may still come. There must be memory
+    for `at_a_time` such videos. The file `out` is not looked at.
     """
     if options.image is not None and options.video is not None:
         raise InputError("--image and --video both say what to start from: give one of them")
     model = plan_model(options)
     config, known = model.config, model.config.figures
-    if known.sees_image and options.image is None:
+    if known.sees_image and options.image is None and starts:
         raise InputError(f"{model.name} makes a video of an image: give it with --image")
     request = Request(
         prompt=options.prompts[0],
