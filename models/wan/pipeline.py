@@ -56,7 +56,7 @@ class WanPipeline:
     ) -> None:
         self.config, self.model = config, model
         self._autoencoder, self._encoder, self._images = autoencoder, encoder, images
-        self._changes: dict[tuple[int, int], tuple[float, ...]] = {}  # by the number of steps and of given frames
+        self._changes: dict[tuple[int, int, int], tuple[float, ...]] = {}  # by the numbers of steps and of given frames
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -69,16 +69,18 @@ class WanPipeline:
         """What KV views attend with."""
         return self.model.attention
 
-    def sampling(self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True, given: int = 0) -> Sampling:
+    def sampling(
+        self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True, given: int = 0, ends: int = 0
+    ) -> Sampling:
         """How to denoise with that many steps, with or without the passes that renew a finished chunk's KV, where so
         many latent frames are given.
 
         With the table of how its conditions change from step to step.
         """
-        sampling = sampling_of(self.config, num_steps, clean_pass=clean_pass, given=given)
+        sampling = sampling_of(self.config, num_steps, clean_pass=clean_pass, given=given, ends=ends)
         if isinstance(sampling, SelfForcingSampling):
             return sampling
-        if (key := (num_steps, given)) not in self._changes:
+        if (key := (num_steps, given, ends)) not in self._changes:
             steps = [sampling.times(step) for step in range(sampling.num_steps)]
             self._changes[key] = condition_changes(self.model, steps, sampling.fps)
         return replace(sampling, changes=self._changes[key])
