@@ -20,7 +20,7 @@ from engine.schedule import Schedule
 from engine.timetable import Timetable
 from engine.video import Noise, Reuse, VideoRun, VideoShape, seeded_noise
 from models.errors import InputError
-from models.protocols import CELL_FRAMES, CELL_PIXELS, CaptionTable, PassCondition, Pipeline, Sampling
+from models.protocols import CELL_FRAMES, CELL_PIXELS, Adjustable, CaptionTable, PassCondition, Pipeline, Sampling
 
 _SIZE_STEP = 2 * CELL_PIXELS  # a token is a patch of 2 x 2 cells
 
@@ -39,7 +39,12 @@ class Request:
     seed: int  # of the noise
     prefix: Tensor | None = None
     """Frames that the video goes on from, uint8 [F, H, W, 3]: one for image to video, more for video to video."""
+<<<<<<< HEAD
     end: Tensor | None = None  # frame that it ends with, [1, H, W, 3] likewise
+=======
+    fps: int | None = None  # frames per second; None for those of the loaded model, likewise
+    negative: str | None = None  # what it is not to show
+>>>>>>> main
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -59,6 +64,12 @@ class Request:
         for frames in (self.prefix, self.end):
             if frames is not None:
                 self._check_prefix(frames)
+
+    def with_prompt(self, first: int, prompt: str) -> Request:
+        """The same with another prompt from a chunk on; those of later chunks stay."""
+        if not first:
+            return replace(self, prompt=prompt)
+        return replace(self, script=tuple(sorted({**dict(self.script), first: prompt}.items())))
 
     def _check_prefix(self, prefix: Tensor) -> None:
         if prefix.dtype != torch.uint8 or prefix.dim() != 4 or prefix.shape[-1] != 3:
@@ -97,6 +108,15 @@ class Admission:
     grid: tuple[int, int, int]  # latent (T, h, w) of a chunk
     checkpoint: str | None = None  # folder of the checkpoint that the video goes on from
     hidden: bool = False  # hidden states come back from passes, and not velocities
+
+
+def variant_of(pipeline: Pipeline, request: Request) -> Pipeline:
+    """The loaded model as a request wants it; an InputError if it cannot be had."""
+    if request.fps is None and request.negative is None:
+        return pipeline
+    if not isinstance(pipeline, Adjustable):
+        raise InputError("this pipeline has one frame rate and one negative prompt: leave both out")
+    return pipeline.variant(fps=request.fps, negative=request.negative)
 
 
 def encode(pipeline: Pipeline, request: Request) -> Encoded:
@@ -146,6 +166,7 @@ class Span:
 
     number: int  # counted from 0
     schedule: Schedule
+    begins: tuple[int, int] = (0, 0)  # tick and chunk of the whole video
 
 
 def timetable(sampling: Sampling, chunks: int, given: int) -> Timetable:
@@ -213,6 +234,7 @@ def prepare(
         beside=encoded.beside,
         compressed=kv.budget is not None,
         retires_at_once=kv.selection.asks == "next",
+        span=span.begins,
         device=model.kv.device,
     )
     plan = plan_kv(sampling, run.schedule, kv, model.token_count(*run.grid))

@@ -126,7 +126,8 @@ def plan_requests(options: Options, outs: Sequence[Path]) -> list[Plan]:
     if not options.prompts:
         raise InputError("there is no prompt: say what the video shows")
     first = plan_video(options, out=outs[0], at_a_time=together(options, len(options.prompts)))
-    loader = first.model.source.loader.with_prompts((*options.prompts, *(prompt for _, prompt in first.request.script)))
+    known = [*options.prompts, *(prompt for _, prompt in first.request.script), options.negative_prompt]
+    loader = first.model.source.loader.with_prompts(tuple(filter(None, known)))
     first = replace(first, model=replace(first.model, source=replace(first.model.source, loader=loader)))
     plans = []
     for place, (prompt, out) in enumerate(zip(options.prompts, outs, strict=True)):
@@ -160,7 +161,11 @@ def plan_video(
         width=options.width or known.width,
         num_steps=options.steps or known.num_steps,
         seed=options.seed,
+        fps=options.fps,
+        negative=options.negative_prompt,
     )
+    if options.negative_prompt:
+        family_of(config).check_negative(config)
     for prompt in (request.prompt, *(prompt for _, prompt in request.script)):
         family_of(config).check_prompt(config, prompt)
     started = options.image is not None or options.video is not None  # which may fill a chunk that is not counted

@@ -27,7 +27,15 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.files import CheckpointConfig, discard, newest
-from engine.files import Damaged, atomic_write, read_sealed, remove_stale_parts, write_errors, write_sealed
+from engine.files import (
+    Damaged,
+    atomic_write,
+    read_sealed,
+    remove_folder,
+    remove_stale_parts,
+    write_errors,
+    write_sealed,
+)
 from launch.forms import values_of
 from launch.model import layout_of
 from launch.options import threads_of_a_rank
@@ -215,7 +223,9 @@ class SavedVideo:
             self._say(f"{anew}; the chunks that are finished are kept")
 
     def order(self, video: str, stored: int, *, every: int, extend: bool) -> VideoOrder:
-        """The order to make what is missing: all but the `stored` chunks."""
+        """The order to make what is missing: all but the `stored` chunks. Its folder is made; errors as in `taken`."""
+        with write_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         config = CheckpointConfig(folder=self.checkpoints, every=every, extend=extend) if every else None
         return replace(self._plan.order(video), checkpoint=config, stored=stored, confirmed=True)
 
@@ -250,6 +260,6 @@ class SavedVideo:
 
     def remove(self) -> None:
         """Delete the folder, and the one around it unless there are those of others."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_folder(self.folder)
         with suppress(OSError):
             self.folder.parent.rmdir()

@@ -230,6 +230,9 @@ class Family(Protocol):
     def check_prompt(self, config: Any, prompt: str) -> None:
         """An `InputError` says what the model cannot read."""
 
+    def check_negative(self, config: Any) -> None:
+        """An `InputError` says that the model has no text of what is not wanted."""
+
     def stage_bytes(self, config: Any, layers: range) -> int:
         """Bytes that the DiT with these layers takes once it is loaded."""
 

@@ -25,7 +25,7 @@ from engine.video import KVOp, VideoState
 from models.protocols import Pipeline
 
 RUN_FILE = "run.safetensors"
-_FORMAT = 7
+_FORMAT = 8
 _DECODER, _COURSE = "decoder.", "course."
 _PARTS = ("kv", "queries", "origin")  # of a `LayerKV`
 

@@ -95,6 +95,8 @@ def served(app: FastAPI, listener: socket.socket) -> Iterator[None]:
         log_config=None,
         log_level="error",
         access_log=False,
+        loop="asyncio",  # whatever else is installed
+        http="h11",
         ws="none",
         lifespan="off",
         server_header=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from models.errors import InputError
 from models.family import Choices, Part, ReuseFigures
 from models.magi import folder as folders
 from models.magi.config import MagiConfig
@@ -85,6 +86,10 @@ class MagiFamily:
         """As `Family`: magi-pocket has a fixed vocabulary."""
         if config.runtime_config.t5_pretrained is None:
             parse_prompt(prompt)
+
+    def check_negative(self, config: MagiConfig) -> None:
+        """As `Family`: what stands for "no text" was learned."""
+        raise InputError("a negative prompt: MAGI-1 and magi-pocket read none, leave it out")
 
     def stage_bytes(self, config: MagiConfig, layers: range) -> int:
         """As `Family`."""

@@ -5,6 +5,7 @@ Nothing here knows ranks or how a video is scheduled.
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -82,6 +83,13 @@ class MagiPipeline:
         length = self.config.model_config.caption_max_length
         table = CaptionTable(text=text, null=self._null, counters=self._counters, max_length=length)
         return table.to(self.model.device)
+
+    def variant(self, *, fps: int | None, negative: str | None) -> MagiPipeline:
+        """As `Adjustable`: the autoencoder's tiles follow the frame rate. It reads no text of what is not wanted."""
+        made = copy(self)
+        if fps is not None and isinstance(self._autoencoder, TiledVAE):
+            made._autoencoder = self._autoencoder.at(fps)
+        return made
 
 
 def load_pipeline(

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from models.checkpoint import Loading
+from models.errors import InputError
 from models.family import Choices, Part, ReuseFigures
 from models.protocols import Sampling
 from models.wan import folder as folders
@@ -92,6 +93,11 @@ class WanFamily:
 
     def check_prompt(self, config: WanConfig, prompt: str) -> None:
         """As `Family`: it reads all."""
+
+    def check_negative(self, config: WanConfig) -> None:
+        """As `Family`: it is read where there is guidance."""
+        if config.runtime.guidance <= 1:
+            raise InputError("a negative prompt: this model has no guidance that could read it, leave it out")
 
     def stage_bytes(self, config: WanConfig, layers: range) -> int:
         """As `Family`."""
