@@ -39,12 +39,9 @@ class Request:
     seed: int  # of the noise
     prefix: Tensor | None = None
     """Frames that the video goes on from, uint8 [F, H, W, 3]: one for image to video, more for video to video."""
-<<<<<<< HEAD
     end: Tensor | None = None  # frame that it ends with, [1, H, W, 3] likewise
-=======
     fps: int | None = None  # frames per second; None for those of the loaded model, likewise
     negative: str | None = None  # what it is not to show
->>>>>>> main
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
