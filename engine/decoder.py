@@ -58,11 +58,16 @@ class Decoder:
         self._waiting: queue.Queue[tuple[Future[Chunk], Stream, int, Tensor, torch.cuda.Event | None] | None]
         self._waiting = queue.Queue(_AHEAD)
         self._videos: dict[int, deque[Future[Chunk]]] = {}  # chunks that were not taken
+        self._others: dict[int, Autoencoder] = {}  # of videos with one of their own
         self._streams: dict[int, Stream] = {}  # of videos that were begun and are not forgotten
         self._primed: dict[int, Future[Chunk]] = {}  # what comes before a video's first chunk
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)  # it may hang
         self._thread.start()
+
+    def use(self, video: int, autoencoder: Autoencoder) -> None:
+        """Decode a video that has not begun with another autoencoder."""
+        self._others[video] = autoencoder
 
     def put(self, video: int, index: int, latents: Tensor) -> None:
         """Have a finished chunk [1, C, t, h, w] decoded; waits while too many are undecoded, and raises as `get`.
@@ -130,6 +135,7 @@ class Decoder:
     def forget(self, video: int) -> None:
         """A video is over, or nobody wants the rest of its chunks."""
         self._streams.pop(video, None)
+        self._others.pop(video, None)
         self._primed.pop(video, None)
         for chunk in self._videos.pop(video, ()):
             chunk.cancel()
@@ -141,7 +147,7 @@ class Decoder:
 
     def _stream(self, video: int) -> Stream:
         if video not in self._streams:
-            self._streams[video] = self._autoencoder.stream()
+            self._streams[video] = self._others.get(video, self._autoencoder).stream()
         return self._streams[video]
 
     def _wait(self, chunk: Future[Chunk]) -> None:

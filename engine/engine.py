@@ -11,7 +11,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,17 @@ from engine.kv.layout import KVSettings
 from engine.order import AdmissionGate, WorkOrder
 from engine.progress import OnProgress, ProgressReporter
 from engine.record import Recorder
-from engine.request import Admission, Encoded, Request, encode, open_quantum, prepare, sampling_of, timetable
+from engine.request import (
+    Admission,
+    Encoded,
+    Request,
+    encode,
+    open_quantum,
+    prepare,
+    sampling_of,
+    timetable,
+    variant_of,
+)
 from engine.reuse.policy import ReuseSettings
 from engine.spans import Course
 from engine.video import VideoRun, VideoState, WorkItem
@@ -71,6 +82,7 @@ class Submission:
 
 @dataclass(slots=True)
 class _Video:
+    asked: Submission
     course: Course
     prepared: Callable[..., tuple[VideoRun, Admission]]  # a run of one of its spans
     reporting: Callable[..., ProgressReporter]
@@ -90,6 +102,14 @@ class _Video:
     def writing(self) -> bool:
         """Files of a checkpoint are not on the disk yet, or are not whole and have to be."""
         return self.checkpointer is not None and self.checkpointer.waits
+
+
+class NotKept(InputError):
+    """A checkpoint of a video cannot be written. Others can go on once it is cancelled."""
+
+    def __init__(self, video: int, message: str) -> None:
+        super().__init__(message)
+        self.video = video
 
 
 class Engine:
@@ -145,22 +165,20 @@ class Engine:
         Raises:
             InputError: the model cannot take it, or the checkpoint is of another request, model, layout or setting.
         """
-        encoded = encode(self._pipeline, request)
+        encoded = encode(variant_of(self._pipeline, request), request)
         reuse, kv = reuse or self._reuse, kv or self._kv
         if checkpoint is None:
             return Submission(request=request, encoded=encoded, reuse=reuse, kv=kv)
-        whole = fingerprint(request, self._pipeline, self._identity, self._runner.layout, reuse, kv)
-        table = timetable(sampling_of(self._pipeline, request, encoded, reuse), request.chunks, encoded.given)
+        submission = Submission(request=request, encoded=encoded, checkpoint=checkpoint, reuse=reuse, kv=kv)
+        own = self._fingerprint(submission)
         damage = list[str]()
-        last = open_quantum(encoded, table)
-
-        def own(quantum: int) -> Mapping[str, object]:
-            return of_past(whole, begun=table.begun(quantum), ends=quantum > last)
 
         def on_damage(folder: Path, error: Damaged) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             damage.append(f"{error}; this checkpoint was deleted, and what comes after the one before it is made again")
 
+        with suppress(OSError):  # else it is said when there is something to write
+            checkpoint.folder.mkdir(exist_ok=True)
         found, state = newest(checkpoint.folder, stored=stored, on_damage=on_damage), None
         decoder, course = dict[str, Tensor](), dict[str, Tensor]()
         if found is not None:
@@ -168,19 +186,40 @@ class Engine:
             with must_fit(found.folder):
                 contents = read_contents(found.folder, RUN_FILE)
                 state, (decoder, course) = unpack_run(contents), unpack_rest(contents)
-        return Submission(
-            request=request,
-            encoded=encoded,
-            checkpoint=checkpoint,
-            fingerprint=own,
-            found=found,
-            state=state,
-            decoder=decoder,
-            course=course,
-            damage=tuple(damage),
-            reuse=reuse,
-            kv=kv,
-        )
+        submission = replace(submission, fingerprint=own, found=found, damage=tuple(damage))
+        return replace(submission, state=state, decoder=decoder, course=course)
+
+    def _fingerprint(self, what: Submission) -> Callable[[int], Mapping[str, object]]:
+        reuse, kv = what.reuse or self._reuse, what.kv or self._kv
+        whole = fingerprint(what.request, self._pipeline, self._identity, self._runner.layout, reuse, kv)
+        sampling = sampling_of(self._pipeline, what.request, what.encoded, reuse)
+        table = timetable(sampling, what.request.chunks, what.encoded.given)
+        last = open_quantum(what.encoded, table)
+
+        def own(quantum: int) -> Mapping[str, object]:
+            return of_past(whole, begun=table.begun(quantum), ends=quantum > last)
+
+        return own
+
+    def read_prompt(self, prompt: str) -> Tensor:
+        """Encode a prompt for `change_prompt`; as `read`, on any thread."""
+        return self._pipeline.captions(prompt).text
+
+    def change_prompt(self, video: int, first: int, prompt: str, text: Tensor) -> None:
+        """Make the chunks of a video from `first` on of another prompt, which was encoded, until its script has one.
+
+        `first` is counted as in a script. None of these chunks may have entered: a gate sees to that. Nothing happens
+        if the video is not in flight.
+        """
+        held = self._videos.get(video)
+        if held is None:
+            return
+        chunk = held.course.table.first + first if first else None
+        held.course.change_text(chunk, text)
+        self._runner.change_text(video, None if chunk is None else chunk - held.course.place.chunk, text)
+        held.asked = replace(held.asked, request=held.asked.request.with_prompt(first, prompt))
+        if held.checkpointer is not None:
+            held.checkpointer.fingerprint = self._fingerprint(held.asked)
 
     def submit(
         self,
@@ -209,13 +248,13 @@ class Engine:
         number, found, runner = self._numbers, what.found, self._runner
         start, counts, folder = (0, {}, None) if found is None else (found.quantum, found.counts, found.folder)
         self._numbers += 1
-        reuse, wanted = what.reuse or self._reuse, what.request
-        sampling = sampling_of(self._pipeline, wanted, what.encoded, reuse)
+        reuse, wanted, pipeline = what.reuse or self._reuse, what.request, variant_of(self._pipeline, what.request)
+        sampling = sampling_of(pipeline, wanted, what.encoded, reuse)
         table, overlap = timetable(sampling, wanted.chunks, what.encoded.given), sampling.overlap * sampling.chunk_width
         course = Course(table, what.encoded, overlap, quantum=start, state=what.course)
         prepared = partial(
             prepare,
-            self._pipeline,
+            pipeline,
             wanted,
             number=number,
             reuse=reuse,
@@ -227,6 +266,8 @@ class Engine:
             with must_fit(found.folder):
                 run.restore(what.state)
         runner.admit(admission)
+        if decode and pipeline is not self._pipeline:
+            self._decoding().use(number, pipeline.autoencoder)
         if what.decoder and decode:
             self._decoding().restore(number, what.decoder)
         elif decode and what.encoded.prefix is not None and what.encoded.prefix.shape[2] > 1:  # an image is shown
@@ -244,7 +285,18 @@ class Engine:
         ordered = partial(WorkOrder, barrier=self._barrier, gate=gate, checkpointer=keeper)
         order = ordered(run, on_decision=reporter.decided, start=course.quantum, before=course.place.quantum)
         self._videos[number] = _Video(
-            course, prepared, reporting, ordered, run, order, reporter, keeper, decode, stored, handed_out=what.first
+            what,
+            course,
+            prepared,
+            reporting,
+            ordered,
+            run,
+            order,
+            reporter,
+            keeper,
+            decode,
+            stored,
+            handed_out=what.first,
         )
         return number
 
@@ -258,13 +310,16 @@ class Engine:
             GangError: a rank has failed.
             NotFinite: one of the videos cannot be made, and is to be cancelled; the others go on.
             DecoderHung: the autoencoder does not come on.
-            InputError: a checkpoint cannot be written, which ends the gang.
+            NotKept: a checkpoint cannot be written; likewise.
         """
         for number, video in self._videos.items():
             if number in self._not_finite:
                 self._give_up(self._not_finite[number])
             if video.checkpointer is not None:
-                video.checkpointer.poll(video.handed_out if video.stored is None else video.stored())
+                try:
+                    video.checkpointer.poll(video.handed_out if video.stored is None else video.stored())
+                except InputError as error:
+                    raise NotKept(number, str(error)) from None
         if not self._idle():
             self._advance()
         idle, results = self._idle(), []
@@ -434,8 +489,8 @@ class Engine:
         if chunk is not None and not torch.isfinite(chunk.latents.sum()):
             table = video.course.table
             index = table.first + chunk.index
-            tick = table.tick_of(index, table.num_steps - 1)
-            self._not_finite[number] = NotFinite(number, rank=0, tick=tick, chunk=index)
+            place = table.tick_of(index, table.num_steps - 1), index
+            self._not_finite[number] = NotFinite(number, rank=0, place=place)
             return None
         return chunk
 

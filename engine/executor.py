@@ -64,7 +64,8 @@ class _Held:
 class NotFinite(RuntimeError):
     """A video has come to NaN or infinity and cannot be made; the line names rank, tick and chunk. Others can go on."""
 
-    def __init__(self, video: int, *, rank: int, tick: int, chunk: int) -> None:
+    def __init__(self, video: int, *, rank: int, place: tuple[int, int]) -> None:
+        tick, chunk = place
         super().__init__(
             f"rank {rank} has computed NaN or infinity at tick {tick}, chunk {chunk}: "
             "check the weights, and the device of that rank"
@@ -152,6 +153,10 @@ class Stage:
             kv=kv, inputs=inputs, grid=admission.grid, shard=shard, flags=flags, hidden=admission.hidden
         )
 
+    def change_text(self, video: int, chunk: int | None, text: Tensor) -> None:
+        """Have the chunks of a video from one on, or all, see another text [N, channels]; none of them has begun."""
+        self._videos[video].inputs.change_text(chunk, text)
+
     def release(self, video: int) -> None:
         """Let go of a video's buffers."""
         self._videos.pop(video, None)
@@ -235,6 +240,9 @@ class Runner(Protocol):
     def admit(self, admission: Admission) -> None:
         """Take a video in; an InputError if it cannot be held, or its checkpoint does not fit."""
 
+    def change_text(self, video: int, chunk: int | None, text: Tensor) -> None:
+        """As `Stage.change_text`, for what is begun after it."""
+
     def begin(self, work: Work) -> None:
         """Begin an item. Its velocity comes from `results`, if the item has a weight."""
 
@@ -292,6 +300,10 @@ class LocalRunner(Runner):
         """Take a video in."""
         self._stage.admit(admission)
 
+    def change_text(self, video: int, chunk: int | None, text: Tensor) -> None:
+        """As `Stage.change_text`."""
+        self._stage.change_text(video, chunk, text)
+
     def begin(self, work: Work) -> None:
         """Run an item."""
         item, stage = work.item, self._stage
@@ -309,7 +321,7 @@ class LocalRunner(Runner):
     def not_finite(self, video: int) -> NotFinite | None:
         """What says that a video cannot be made."""
         item = self._stage.finite.found(video)
-        return None if item is None else NotFinite(video, rank=0, tick=item.tick, chunk=item.chunk)
+        return None if item is None else NotFinite(video, rank=0, place=item.place)
 
     def kv(self, video: int) -> KVBuffer:
         """The KV buffers of a video."""

@@ -28,6 +28,7 @@ _PARTIAL = ".partial.mp4"
 _LONG, _BEGINNING = 200, 40  # bytes of a name, of 255; characters that stay of a longer one
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DIGEST_BYTES = 16
+_REMOVALS = 3
 _NUMBER = re.compile(r"\(os error (\d+)\)|requested and \d+ written")  # as libraries in Rust and NumPy say it
 
 
@@ -71,6 +72,23 @@ def link_file(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder into which others may still be about to write.
+
+    It is renamed first. So nothing comes under its name any more, unless somebody makes the folder itself again.
+    """
+    part = part_of(folder)
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        os.replace(folder, part)
+    except OSError:  # it is gone, or a disk of its own
+        shutil.rmtree(folder, ignore_errors=True)
+    for _ in range(_REMOVALS):  # what was begun within it just before may still appear
+        shutil.rmtree(part, ignore_errors=True)
+        if not part.exists():
+            return
 
 
 def publish(part: Path, path: Path) -> None:

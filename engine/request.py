@@ -20,7 +20,7 @@ from engine.schedule import Schedule
 from engine.timetable import Timetable
 from engine.video import Noise, Reuse, VideoRun, VideoShape, seeded_noise
 from models.errors import InputError
-from models.protocols import CELL_FRAMES, CELL_PIXELS, CaptionTable, PassCondition, Pipeline, Sampling
+from models.protocols import CELL_FRAMES, CELL_PIXELS, Adjustable, CaptionTable, PassCondition, Pipeline, Sampling
 
 _SIZE_STEP = 2 * CELL_PIXELS  # a token is a patch of 2 x 2 cells
 
@@ -39,6 +39,9 @@ class Request:
     seed: int  # of the noise
     prefix: Tensor | None = None
     """Frames that the video goes on from, uint8 [F, H, W, 3]: one for image to video, more for video to video."""
+    end: Tensor | None = None  # frame that it ends with, [1, H, W, 3] likewise
+    fps: int | None = None  # frames per second; None for those of the loaded model, likewise
+    negative: str | None = None  # what it is not to show
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -55,8 +58,15 @@ class Request:
             raise InputError(f"{self.num_steps} denoising steps make no video")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"the seed {self.seed} is not between 0 and 2^63 - 1")
-        if self.prefix is not None:
-            self._check_prefix(self.prefix)
+        for frames in (self.prefix, self.end):
+            if frames is not None:
+                self._check_prefix(frames)
+
+    def with_prompt(self, first: int, prompt: str) -> Request:
+        """The same with another prompt from a chunk on; those of later chunks stay."""
+        if not first:
+            return replace(self, prompt=prompt)
+        return replace(self, script=tuple(sorted({**dict(self.script), first: prompt}.items())))
 
     def _check_prefix(self, prefix: Tensor) -> None:
         if prefix.dtype != torch.uint8 or prefix.dim() != 4 or prefix.shape[-1] != 3:
@@ -76,6 +86,7 @@ class Encoded:
     prefix: Tensor | None  # latents [1, C, P, h, w] to go on from
     noise: Callable[[int], Noise]  # where the chunks start, by the span of a long video
     beside: Tensor | None = None  # as of `SeenImage`
+    ends: int = 0  # latent frames behind the end that are given; the noise has them
 
     @property
     def given(self) -> int:
@@ -96,6 +107,15 @@ class Admission:
     hidden: bool = False  # hidden states come back from passes, and not velocities
 
 
+def variant_of(pipeline: Pipeline, request: Request) -> Pipeline:
+    """The loaded model as a request wants it; an InputError if it cannot be had."""
+    if request.fps is None and request.negative is None:
+        return pipeline
+    if not isinstance(pipeline, Adjustable):
+        raise InputError("this pipeline has one frame rate and one negative prompt: leave both out")
+    return pipeline.variant(fps=request.fps, negative=request.negative)
+
+
 def encode(pipeline: Pipeline, request: Request) -> Encoded:
     """Encode a request's prompts and prefix; an InputError if the model cannot take them."""
     sampling = pipeline.sampling(request.num_steps, clean_pass=True, copy_pass=False)
@@ -108,14 +128,33 @@ def encode(pipeline: Pipeline, request: Request) -> Encoded:
         made = 0 if prefix is None else prefix.shape[2] // sampling.chunk_width  # whole chunks of the prefix
         later = tuple((made + first, pipeline.captions(prompt).text) for first, prompt in request.script)
         captions = replace(captions, later=later)
-    beside = None if seen is None else seen.beside
-    return Encoded(captions=captions, prefix=prefix, noise=partial(seeded_noise, request.seed), beside=beside)
+    beside, noise = None if seen is None else seen.beside, partial(seeded_noise, request.seed)
+    end = None if request.end is None else pipeline.autoencoder.encode(request.end)
+    return Encoded(
+        captions=captions,
+        prefix=prefix,
+        noise=noise if end is None else lambda span: _ending(noise(span), end),
+        beside=beside,
+        ends=0 if end is None else end.shape[2],
+    )
+
+
+def _ending(noise: Noise, end: Tensor) -> Noise:
+    """Noise with latents in place of the last frames."""
+
+    def ending(chunk: int, shape: tuple[int, ...], draw: int) -> Tensor:
+        drawn = noise(chunk, shape, draw)
+        if not draw:
+            drawn[:, :, -end.shape[2] :] = end.to(drawn)
+        return drawn
+
+    return ending
 
 
 def sampling_of(pipeline: Pipeline, request: Request, encoded: Encoded, reuse: ReuseSettings) -> Sampling:
     """How a request is denoised."""
     passes = {"clean_pass": reuse.clean_pass, "copy_pass": reuse.copy_pass}
-    return pipeline.sampling(request.num_steps, given=encoded.given, **passes)
+    return pipeline.sampling(request.num_steps, given=encoded.given, ends=encoded.ends, **passes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +163,7 @@ class Span:
 
     number: int  # counted from 0
     schedule: Schedule
+    begins: tuple[int, int] = (0, 0)  # tick and chunk of the whole video
 
 
 def timetable(sampling: Sampling, chunks: int, given: int) -> Timetable:
@@ -191,6 +231,7 @@ def prepare(
         beside=encoded.beside,
         compressed=kv.budget is not None,
         retires_at_once=kv.selection.asks == "next",
+        span=span.begins,
         device=model.kv.device,
     )
     plan = plan_kv(sampling, run.schedule, kv, model.token_count(*run.grid))

@@ -37,7 +37,8 @@ class Course:
     @property
     def span(self) -> Span:
         """The present one."""
-        return Span(number=self._at, schedule=self.table.spans[self._at])
+        schedule, place = self.table.spans[self._at], self.place
+        return Span(number=self._at, schedule=schedule, begins=(place.tick, place.chunk))
 
     @property
     def place(self) -> Place:
@@ -55,6 +56,10 @@ class Course:
         captions, begins = self._encoded.captions, self.place.chunk
         later = tuple((chunk - begins, text) for chunk, text in captions.later)
         return replace(self._encoded, prefix=self._prefix, captions=replace(captions, later=later))
+
+    def change_text(self, chunk: int | None, text: Tensor) -> None:
+        """As `CaptionTable.with_text`, for the spans to come."""
+        self._encoded = replace(self._encoded, captions=self._encoded.captions.with_text(chunk, text))
 
     def finished(self, latents: Tensor) -> None:
         """Take note of finished latents [1, C, t, h, w], in order."""

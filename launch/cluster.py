@@ -29,7 +29,7 @@ import typer
 
 from engine.files import part_of, remove_stale_parts
 from launch.ending import CommandFailed, check_signals, deferred_signals, unwinding_signals
-from launch.model import layout_of
+from launch.model import ModelPlan, layout_of
 from launch.options import ray_address, threads_of_a_rank, together
 from launch.plan import Plan
 from models.errors import InputError
@@ -63,6 +63,7 @@ _SYSTEM = {"worker_niceness": 0, "prestart_worker_first_driver": False}
 def on_ray(
     plans: Sequence[Plan],
     *,
+    model: ModelPlan | None = None,  # that gangs are started with; None for that of the first plan
     gangs: int = 1,
     kv_bytes: int | None = None,
     max_restarts: int = 20,
@@ -77,7 +78,7 @@ def on_ray(
         InputError: there is no cluster, it is too small, or the memory is too small for a video.
         CommandFailed: the cluster is gone.
     """
-    model, options, gangs = plans[0].model, plans[0].options, min(gangs, len(plans))
+    model, options, gangs = model or plans[0].model, plans[0].options, min(gangs, len(plans))
     layout, source = layout_of(options), replace(model.source, loader=model.source.loader.absolute())
     threads = threads_of_a_rank(options)
     task = RankTask(

@@ -116,9 +116,16 @@ class Options:
     fps: int | None = _video(
         "Frames of a second of video, which the autoencoder's tiles follow; the model's own by default.",
         within=(16, 120),
+        line=True,
     )
     window: int | None = _video(
         "Chunks that are denoised at once; fewer need less memory. The model's own by default.", within=(1, 64)
+    )
+    negative_prompt: str | None = _text(
+        "SkyReels-V2: what the video is not to show; guidance leads away from it.",
+        metavar="PROMPT",
+        shown="the published one",
+        line=True,
     )
     sampling: Literal["groups", "window", "staggered"] | None = _video(
         "SkyReels-V2: [bold]groups[/bold] of frames in order, which attend to those before, for any length; "
@@ -153,6 +160,9 @@ class Options:
     )
     image: Path | None = _start("A picture that the video begins with.", batch=False, line=True)
     video: Path | None = _start("A clip that the video goes on from.", batch=False, line=True)
+    end_image: Path | None = _start(
+        "SkyReels-V2 with --sampling window or staggered: a picture that the video ends with.", batch=False
+    )
     video_from: ClipEnd = _start(
         "Which 32 frames of it: the last ones, or the first ones as in the released code.", default="end"
     )

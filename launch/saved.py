@@ -24,9 +24,18 @@ from typing import Any
 
 import av
 import torch
+from torch import Tensor
 
 from engine.checkpoint.files import CheckpointConfig, discard, newest
-from engine.files import Damaged, atomic_write, read_sealed, write_errors, write_sealed
+from engine.files import (
+    Damaged,
+    atomic_write,
+    read_sealed,
+    remove_folder,
+    remove_stale_parts,
+    write_errors,
+    write_sealed,
+)
 from launch.forms import values_of
 from launch.model import layout_of
 from launch.options import threads_of_a_rank
@@ -50,12 +59,15 @@ def video_digest(plan: Plan, threads: int, repeat: int = 0) -> str:
 
     What was not given is filled in: a default that is written out changes nothing.
     """
-    model, source, prefix = plan.model, plan.model.source, plan.request.prefix
+    model, source, request = plan.model, plan.model.source, plan.request
+    asked = asdict(replace(request, prefix=None, end=None))
+    del asked["end"]
     what = {
         "form": _DIGEST_FORM,
         "repeat": repeat,
-        "request": asdict(replace(plan.request, prefix=None)),
-        "prefix": None if prefix is None else hashlib.sha256(prefix.numpy().tobytes()).hexdigest(),
+        "request": asked,
+        "prefix": _digest(request.prefix),
+        **({} if request.end is None else {"end": _digest(request.end)}),
         "model": model.config.to_dict(),
         **source.loader.settings,
         "cp": plan.options.cp,  # sums are taken in another order; pp and split change nothing
@@ -68,6 +80,10 @@ def video_digest(plan: Plan, threads: int, repeat: int = 0) -> str:
     }
     text = json.dumps(what, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
+
+
+def _digest(frames: Tensor | None) -> str | None:
+    return None if frames is None else hashlib.sha256(frames.numpy().tobytes()).hexdigest()
 
 
 def _threads(plan: Plan) -> int:
@@ -201,12 +217,15 @@ class SavedVideo:
         for path in others:
             shutil.rmtree(path, ignore_errors=True)
         discard(self.checkpoints, whole=False)
+        remove_stale_parts(self.segments.folder)
         if others and every:
             anew = "computed again from its first chunk on, as its checkpoints are of another --pp or --split"
             self._say(f"{anew}; the chunks that are finished are kept")
 
     def order(self, video: str, stored: int, *, every: int, extend: bool) -> VideoOrder:
-        """The order to make what is missing: all but the `stored` chunks."""
+        """The order to make what is missing: all but the `stored` chunks. Its folder is made; errors as in `taken`."""
+        with write_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         config = CheckpointConfig(folder=self.checkpoints, every=every, extend=extend) if every else None
         return replace(self._plan.order(video), checkpoint=config, stored=stored, confirmed=True)
 
@@ -241,6 +260,6 @@ class SavedVideo:
 
     def remove(self) -> None:
         """Delete the folder, and the one around it unless there are those of others."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_folder(self.folder)
         with suppress(OSError):
             self.folder.parent.rmdir()

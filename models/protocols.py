@@ -127,6 +127,13 @@ class CaptionTable:
         rows = self.counters[min(chunks_left, len(self.counters) - 1)]
         return torch.cat([rows, text])[: self.max_length]
 
+    def with_text(self, chunk: int | None, text: Tensor) -> CaptionTable:
+        """The same with another text from a chunk on, or from the start; those that take its place later stay."""
+        if chunk is None:
+            return replace(self, text=text)
+        others = [one for one in self.later if one[0] != chunk]
+        return replace(self, later=tuple(sorted([*others, (chunk, text)], key=lambda one: one[0])))
+
     def to(self, device: torch.device) -> CaptionTable:
         """The same on a device."""
         counters = None if self.counters is None else self.counters.to(device)
@@ -212,6 +219,10 @@ class Sampling(Protocol):
     @property
     def sink(self) -> int:
         """First chunks whose KV stays though a range leaves them behind; with any, a range is what is held."""
+
+    @property
+    def ends(self) -> int:
+        """Last latent frames of the video's one chunk that are given too, and are no part of it."""
 
     @property
     def residual_of_layers(self) -> bool:
@@ -329,12 +340,20 @@ class Pipeline(Protocol):
     def attention(self) -> Attention:
         """What KV views attend with."""
 
-    def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0) -> Sampling:
+    def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0, ends: int = 0) -> Sampling:
         """How to denoise with that many steps, with or without the passes that reuse may leave out, where so many
-        latent frames are given."""
+        latent frames are given, and so many behind the end."""
 
     def captions(self, prompt: str) -> CaptionTable:
         """Encode a prompt."""
 
     def see(self, image: Tensor) -> SeenImage | None:
         """What the model is given of an image, uint8 [1, H, W, 3]; None if it goes on from its latents instead."""
+
+
+@runtime_checkable
+class Adjustable(Protocol):
+    """A pipeline whose videos may differ in these."""
+
+    def variant(self, *, fps: int | None, negative: str | None) -> Pipeline:
+        """The same for a video of so many frames per second, with a text of what is not wanted; None leaves it."""

@@ -18,7 +18,6 @@ done again, and no process is left; 1 if not, 2 for bad input.
 
 from __future__ import annotations
 
-import shutil
 import signal
 import sys
 import tempfile
@@ -54,6 +53,7 @@ from benchmarks.common import Out, machine_line, new_log, output_folder, publish
 from benchmarks.runs import reuse_for
 from benchmarks.workload import QUICK, ModelSpec, Workload
 from engine.checkpoint.files import CheckpointConfig, newest
+from engine.files import remove_folder
 from engine.kv.layout import KVSettings
 from parallel.cluster.controller import Controller
 from parallel.cluster.messages import Event, GangDown, GangLost, GangReady, VideoDone, VideoOrder
@@ -236,7 +236,7 @@ class _Runner:
         """Delete checkpoints of videos that are done, later: ranks may still be writing the last one."""
         self._done.append(video)
         if len(self._done) > keep:
-            shutil.rmtree(self._folder / self._done.popleft(), ignore_errors=True)
+            remove_folder(self._folder / self._done.popleft())
 
     def _next(self, number: int) -> VideoOrder:
         return self._order(f"video-{number}", number % self.found.distinct)

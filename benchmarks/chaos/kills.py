@@ -29,7 +29,7 @@ from models.errors import InputError
 _SECONDS, _STEPS = 8, 8  # of a video, and of a chunk of it
 _SEEDS, _TWICE = 3, 2  # different videos of `generate`, and kills of each
 _MOMENTS, _LOOK = (0.4, 1.0), 0.005  # between which it is killed, as shares of what it computes; seconds between looks
-_STARTING, _WORKING = 0.2, 4.0  # share of kills of a service that starts; seconds within which the kill comes
+_EVERY, _WORKING = 5, 4.0  # one in so many kills is of a service that starts; seconds within which the kill comes
 _GANGS, _LINGER = 1, 30.0  # seconds for processes to go
 _VIDEOS = 2  # that a service is given before each kill
 _PATIENCE = 120.0
@@ -207,7 +207,7 @@ class _Videos:
 def _hit_controller(kills: Kills, service: Service, videos: _Videos, draw: random.Random) -> str:
     """Kill the controller, while its cluster starts or videos are made, and start it again."""
     began = time.monotonic()
-    if starting := draw.random() < _STARTING:
+    if starting := len(kills.rows) % _EVERY == 1:
         time.sleep(draw.uniform(0.0, _WORKING))
     else:
         service.wait_up()
@@ -256,3 +256,4 @@ def _kill_service(kills: Kills, folder: Path, draw: random.Random, log: Callable
         kills.left += survivors(mark, _LINGER).values()
     for name in videos.names:
         kills.left += [f"{name}/{path.name}" for path in (service.served / name).iterdir() if path.name not in _FILES]
+    kills.left += [str(path) for path in service.served.rglob(".*") if path.name != ".lock"]

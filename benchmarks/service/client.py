@@ -144,8 +144,8 @@ class Service:
         return [pid for pid in (self.pid, *sorted(descendants(self.pid))) if name in _command(pid)]
 
     def memory(self) -> int:
-        """Bytes of all its processes; what several share counts once."""
-        return sum(map(_pss, self.processes()))
+        """Bytes of all its processes that are no mapped files; what several share counts once."""
+        return sum(map(_memory, self.processes()))
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """End it with a signal; its exit status."""
@@ -181,10 +181,14 @@ def _command(pid: int) -> str:
     return ""
 
 
-def _pss(pid: int) -> int:
-    """Bytes of a process, a share of what it shares with others; 0 if it has just ended."""
+def _memory(pid: int) -> int:
+    """Bytes of a process, with a share of what it shares with others; 0 if it has just ended.
+
+    Files that are mapped, such as libraries, do not count: how they are shared depends on other programs.
+    """
+    total = 0
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    return 0
+            if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
+                total += int(line.split()[1]) * 1024
+    return total

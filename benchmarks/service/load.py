@@ -20,7 +20,7 @@ from benchmarks.service.client import Service, frames_digest
 
 _PRIORITIES = (0, 1, 2)
 _REST, _LOOKS, _LOOK = 3.0, 9, 0.25  # seconds before memory is looked at, how often that is, and between two looks
-_WAITED, _AT_ONCE = 1.0, 0.3  # seconds for a request to be in the queue; in which two count as begun at once
+_WAITED, _AT_ONCE = 1.0, 1.0  # seconds for a request to be in the queue; in which two count as begun at once
 _MOST_GROWTH, _SHARE = 0.03, 8  # of memory; one in so many is the one that has waited longest
 _COUNTER = re.compile(r"^flowcache_serve_(chunks|videos)_total{.*} ([\d.e+]+)$", re.M)
 

@@ -39,7 +39,8 @@ _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionEr
 class CheckpointConfig:
     """Where and how often to keep how far a video is."""
 
-    folder: Path  # of this request alone; all ranks must reach it. Whoever asks for checkpoints deletes it in the end
+    folder: Path  # of this request alone; all ranks must reach it. Whoever asks for checkpoints makes the folder around
+    # it, and deletes both in the end by `remove_folder`
     every: int  # a checkpoint each time so many chunks have entered the window (or would have, at the end)
     extend: bool = False  # the last one is that which a longer video would go on from
 
@@ -87,7 +88,8 @@ def new_folder(folder: Path, quantum: int) -> Path:
 def write_async(
     folder: Path, files: Mapping[str, Contents], on_end: Callable[[tuple[Shard, ...] | Exception], None]
 ) -> None:
-    """Write files, by name, on a thread of their own. The folder is made if need be.
+    """Write files, by name, on a thread of their own. The folder is made if need be, and the one around it is not: that
+    is gone where nobody wants the checkpoint any more.
 
     `on_end` is called in the thread once all are on the disk, or with what has gone wrong: an InputError where one
     cannot be written.
@@ -168,6 +170,12 @@ def newest(
     return None
 
 
+def furthest(folder: Path) -> int:
+    """The last quantum that a checkpoint of a request goes on with, whole or not; 0 if there is none."""
+    found = (_FOLDER.fullmatch(place.name) for place in _folders(folder))
+    return max((int(one[1]) for one in found if one is not None), default=0)
+
+
 def discard(folder: Path, *, whole: bool = True) -> None:
     """Delete all checkpoints of a request; those alone that were never finished, if not the `whole` ones too."""
     for place in _folders(folder):
@@ -193,7 +201,8 @@ class Checkpointer:
         saved: Callable[[], tuple[Shard, ...] | None],  # the last one's files, once on the disk
     ) -> None:
         self.folder, self._every = config.folder, config.every
-        self._fingerprint, self._start, self._last = fingerprint, start, last if config.extend else None
+        self.fingerprint = fingerprint
+        self._start, self._last = start, last if config.extend else None
         self._save, self._saved = save, saved
         self._pending: Checkpoint | None = None
         self.writing = False
@@ -215,7 +224,7 @@ class Checkpointer:
         if self._pending is not None:
             return False
         folder = new_folder(self.folder, quantum)
-        counts, fingerprint, self.writing = self._save(folder), self._fingerprint(quantum), True
+        counts, fingerprint, self.writing = self._save(folder), self.fingerprint(quantum), True
         self._pending = Checkpoint(folder=folder, quantum=quantum, counts=counts, fingerprint=fingerprint, shards=())
         return True
 
@@ -260,7 +269,7 @@ def _write(path: Path, contents: Contents) -> Shard:
     part = part_of(path)
     with write_errors(path, _WHAT, (SafetensorError,), _ADVICE):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             with torch.no_grad():
                 save_file(dict(contents.tensors), part, metadata={"values": json.dumps(dict(contents.values))})
             shard = Shard(file=path.name, nbytes=part.stat().st_size, digest=digest_of_file(part))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import av
 
-from engine.files import Damaged, write_errors
+from engine.files import Damaged, DiskFull, write_errors
 from launch.ending import check_signals
 from launch.generate import Backend
 from launch.options import Options
@@ -119,7 +119,8 @@ class Making:
             case messages.Progressed():
                 self._progress(self.videos[event.video], event)
             case messages.VideoFailed():
-                self._fail(self.videos[event.video], InputError(event.message))
+                kind = DiskFull if event.disk else InputError
+                self._fail(self.videos[event.video], kind(event.message))
             case messages.VideoDone():
                 video = self.videos[event.video]
                 video.computed, video.made = event.computed, True

@@ -15,6 +15,7 @@ from launch.batch.making import Making, Video
 from launch.cluster import on_ray
 from launch.ending import unwinding_signals
 from launch.generate import make_videos
+from launch.model import plan_model
 from launch.options import BatchOptions, parse_size
 from launch.output.display import BatchDisplay, Row, State, summary
 from launch.saved import SavedVideo
@@ -90,7 +91,8 @@ class _Batch:
         kv_bytes = None if options.kv_memory is None else parse_size(options.kv_memory)
         if (count := len(orders)) < options.gangs:
             self._say(f"of --gangs {options.gangs} no more than {count} can have work: one for each video to make")
-        with on_ray(plans, gangs=options.gangs, kv_bytes=kv_bytes, max_restarts=options.max_restarts) as backend:
+        model, most = plan_model(options.base), options.max_restarts  # a line may have a frame rate of its own
+        with on_ray(plans, model=model, gangs=options.gangs, kv_bytes=kv_bytes, max_restarts=most) as backend:
 
             def handle(event: Event) -> None:
                 making.handle(backend, event)

@@ -27,7 +27,8 @@ Frames = NDArray[np.uint8] | Tensor  # uint8 [F, H, W, 3] on the CPU
 TICKS = 512  # of a frame, in the time base of segments
 _SMALL = 256 * 256  # pixels
 _CRF_SMALL, _CRF_LARGE = "12", "17"  # a small clip costs little, and shows every artefact when it is blown up
-_MUXING = {"movflags": "empty_moov+default_base_moof+frag_keyframe+skip_trailer"}
+# One fragment, however many key frames there are.
+_MUXING = {"movflags": "empty_moov+default_base_moof+frag_custom+skip_trailer"}
 _BOX = struct.Struct(">I4s")  # length and kind
 _COUNT, _TIME = struct.Struct(">I"), struct.Struct(">Q")
 

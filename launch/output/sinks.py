@@ -137,6 +137,8 @@ class VideoSinks:
                 self._display.phase("reading the prompt" + (" and what to start from" if prefix is not None else ""))
             case messages.GangLost():
                 self._display.phase(f"starting again: {event.message}")
+            case messages.VideoFailed(disk=True):
+                raise InputError(event.message)
             case messages.VideoFailed():
                 raise CommandFailed(event.message, status=FAILED, shown_here=True)
             case messages.Admitted():
@@ -217,6 +219,8 @@ def record_settings(summary: Summary) -> dict[str, Any]:
         "model": plan.model.name,
         "prompt": request.prompt,
         "script": [{"chunk": chunk, "prompt": prompt} for chunk, prompt in request.script],
+        "negative_prompt": request.negative,
+        "fps": config.figures.fps,
         "seed": request.seed,
         "chunks": request.chunks,
         "prefix_frames": 0 if request.prefix is None else len(request.prefix),

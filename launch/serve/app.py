@@ -13,10 +13,12 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 
+from engine.files import DiskFull
 from launch.options import parse_size
 from launch.serve.guard import Guard
 from launch.serve.metrics import Metrics
-from launch.serve.requests import Service, accept, extend
+from launch.serve.prompts import TooLate
+from launch.serve.requests import ANSWER_SECONDS, Service, accept, change_prompt, extend
 from launch.serve.schemas import failure, video
 from launch.serve.store import Full, Job, Store
 from launch.serve.watch import events, fragments
@@ -25,7 +27,6 @@ from parallel.cluster.gang import GangState
 
 _PAGE = Path(__file__).parent / "page"
 _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; media-src blob:; connect-src 'self'"
-_CANCEL_SECONDS = 20.0  # for the controller to hear of it
 _CODES = {
     404: "not_found",
     405: "method_not_allowed",
@@ -60,6 +61,10 @@ def _add_errors(app: FastAPI) -> None:
     async def unusable(_: Request, error: InputError) -> JSONResponse:
         return JSONResponse(failure(str(error)), 400)
 
+    @app.exception_handler(DiskFull)
+    async def no_room(_: Request, error: DiskFull) -> JSONResponse:
+        return JSONResponse(failure(str(error), kind="server_error", code="disk_full"), 507)
+
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         found = error.errors()[0]
@@ -69,6 +74,15 @@ def _add_errors(app: FastAPI) -> None:
     async def full(_: Request, error: Full) -> JSONResponse:
         body = failure(str(error), kind="rate_limit_error", code="full")
         return JSONResponse(body, 429, {"Retry-After": "10"})
+
+    @app.exception_handler(TooLate)
+    async def late(_: Request, error: TooLate) -> JSONResponse:
+        return JSONResponse(failure(str(error), code="too_late"), 409)
+
+    @app.exception_handler(TimeoutError)
+    async def starting(_: Request, error: TimeoutError) -> JSONResponse:
+        text = "the gangs do not answer yet: try again later"
+        return JSONResponse(failure(text, kind="server_error", code="not_ready"), 503, {"Retry-After": "10"})
 
     @app.exception_handler(ClientDisconnect)
     async def gone(_: Request, error: ClientDisconnect) -> JSONResponse:
@@ -117,10 +131,15 @@ def _add_one_video(app: FastAPI, service: Service) -> None:
         job = _found(store, name)
         if job.unfinished:
             cancelled = asyncio.wrap_future(service.maker.cancel(job))
-            await asyncio.wait_for(asyncio.shield(cancelled), _CANCEL_SECONDS)
+            await asyncio.wait_for(asyncio.shield(cancelled), ANSWER_SECONDS)
         else:
             await asyncio.to_thread(service.maker.remove, job)
         return {"id": job.id, "object": "video.deleted", "deleted": True, "status": job.status}
+
+    @app.post("/v1/videos/{name}/prompt")
+    async def prompted(name: str, request: Request) -> dict[str, Any]:
+        job = _found(store, name)
+        return {"id": job.id, "object": "video.prompt", **await change_prompt(request, service, job)}
 
     @app.get("/v1/videos/{name}/events")
     async def watched(name: str) -> StreamingResponse:

@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.files import link_file, write_errors
+from engine.checkpoint.files import furthest
+from engine.files import link_file, remove_folder, write_errors
 from launch.batch.file import plan_line
 from launch.batch.making import Making, Video
 from launch.cluster import on_ray
@@ -31,6 +32,7 @@ from launch.saved import SavedVideo
 from launch.serve.live import LiveVideos
 from launch.serve.metrics import Metrics
 from launch.serve.options import ServeOptions
+from launch.serve.prompts import TooLate, change_job
 from launch.serve.store import Job, Status, Store
 from models.errors import InputError
 from parallel.cluster import messages
@@ -55,6 +57,7 @@ class Maker:
         self._waiting: deque[tuple[Job, Plan | None]] = deque()  # not handed to the controller yet
         self._waiting.extend((job, None) for job in store.jobs() if job.unfinished)
         self._cancelled: deque[tuple[Job, Future[None]]] = deque()
+        self._prompted: deque[tuple[Job, str, Future[dict[str, Any]]]] = deque()
         self.live = LiveVideos()
         """What can be watched."""
         self._over: list[Video] = []  # those that have ended, of which events may still be on their way
@@ -85,10 +88,20 @@ class Maker:
         self._wake()
         return done
 
+    def change_prompt(self, job: Job, prompt: str) -> Future[dict[str, Any]]:
+        """Make the chunks of a job's video that have not begun of another prompt, or raise a `TooLate`.
+
+        The result is its entry of `prompts_of`. It is given once the change is on the disk.
+        """
+        done = Future[dict[str, Any]]()
+        self._prompted.append((job, prompt, done))
+        self._wake()
+        return done
+
     def remove(self, job: Job) -> None:
         """Forget a job that has ended, with its video and what a longer one would go on from."""
         self._store.remove(job)
-        shutil.rmtree(self.state(job.id), ignore_errors=True)
+        remove_folder(self.state(job.id))
 
     def gangs(self) -> list[GangView]:
         """All gangs at this moment; none before there is a cluster."""
@@ -150,6 +163,26 @@ class Maker:
             with self._lock:
                 job, plan = self._waiting.popleft()
             self._begin(backend, job, plan)
+        while self._prompted:
+            job, prompt, changed = self._prompted.popleft()
+            if changed.set_running_or_notify_cancel():
+                try:
+                    changed.set_result(self._change_prompt(backend, job, prompt))
+                except (TooLate, InputError) as error:
+                    changed.set_exception(error)
+
+    def _change_prompt(self, backend: Controller, job: Job, prompt: str) -> dict[str, Any]:
+        video, first = self._making.videos.get(job.id), None
+        if video is not None and job.unfinished and not video.damaged:
+            kept = video.plan.size.schedule.begun(furthest(video.saved.checkpoints))
+            first = backend.next_entry(job.id, max(video.chunks_done, kept))  # also of a process before this one
+        if video is None or first is None:
+            why = "all of its chunks have begun" if job.unfinished else f"it is {job.status}"
+            raise TooLate(f"no chunk of the video {job.id} is left for a new prompt: {why}")
+        video.plan = change_job(self._store, job, video.plan, first, prompt)
+        video.saved = SavedVideo(self.state(job.id), video.plan, partial(self._say_of, job))
+        backend.change_prompt(job.id, first, prompt)
+        return next(one for one in job.prompts if one["chunk"] == first)
 
     def _begin(self, backend: Controller, job: Job, plan: Plan | None) -> None:
         folder = self._store.folder(job)
@@ -176,12 +209,11 @@ class Maker:
 
     def _submit(self, backend: Controller, video: Video) -> None:
         """Have what is missing of a video made."""
-        order = self._making.begin(video)
-        self.live.begin(video)
-        if order is None:
-            return
         try:
-            backend.submit(replace(order, watched=True))
+            order = self._making.begin(video)
+            self.live.begin(video)
+            if order is not None:
+                backend.submit(replace(order, watched=True))
         except InputError as error:
             video.state = State.FAILED
             self._ended(video, error)

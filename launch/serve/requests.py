@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import math
 import shutil
@@ -23,11 +24,14 @@ from launch.options import Options
 from launch.plan import Plan
 from launch.serve.engine import Maker
 from launch.serve.options import ServeOptions
-from launch.serve.schemas import PROMPTS, REFERENCE, CreateVideo, ExtendVideo, write_prompts
+from launch.serve.prompts import TooLate, chunk_seconds, prompts_of, script_of, write_prompts
+from launch.serve.schemas import REFERENCE, CreateVideo, ExtendVideo, NewPrompt
 from launch.serve.store import Job, Store
 from models.errors import InputError
+from models.families import family_of
 
 _FIELDS, _FIELD_BYTES = 40, 2**20  # of a form
+ANSWER_SECONDS = 20.0  # for the controller to hear of what is asked for
 _READING = threading.Lock()  # one picture is decoded at a time, whoever sends them
 
 
@@ -58,6 +62,22 @@ async def extend(request: Request, service: Service) -> Job:
         if upload is not None:
             raise InputError('video: a file cannot be made longer here, give {"id": "video_..."}')
         return await run_in_threadpool(_extend, service, ExtendVideo.of(values))
+
+
+async def change_prompt(request: Request, service: Service, job: Job) -> dict[str, Any]:
+    """Make what has not begun of a job's video of another prompt; errors as in `accept`, or a `TooLate`.
+
+    Returns where it holds, as `prompts_of` has it.
+    """
+    async with _body(request) as (values, upload):
+        if upload is not None:
+            raise InputError("a prompt is text: leave the file out")
+        prompt = NewPrompt.of(values).prompt
+    config = service.limit.model.config
+    await run_in_threadpool(family_of(config).check_prompt, config, prompt)
+    if not job.unfinished:
+        raise TooLate(f"the video {job.id} is {job.status}")
+    return await asyncio.wait_for(asyncio.wrap_future(service.maker.change_prompt(job, prompt)), ANSWER_SECONDS)
 
 
 @asynccontextmanager
@@ -119,17 +139,14 @@ def _extend(service: Service, asked: ExtendVideo) -> Job:
         why = "it is not finished" if old.unfinished else "only a service with --keep-state can make it longer"
         raise HTTPException(409, f"the video {old.id} is {old.status}: {why}")
     with _new_job(service) as folder:
-        for name in (REFERENCE, PROMPTS):
-            if (store.folder(old) / name).exists():
-                link_file(str(store.folder(old) / name), str(folder / name))
+        for name in filter(None, map(old.line.get, ("image", "video", "script"))):
+            link_file(str(store.folder(old) / name), str(folder / name))
         plan = service.maker.plan(old.line, folder)
-        chunks, chunk = plan.size.chunks, _chunk_frames(plan) / plan.model.config.figures.fps
+        chunks, chunk = plan.size.chunks, chunk_seconds(plan)
         line = {name: value for name, value in old.line.items() if name != "seconds"}
         line["chunks"] = plan.request.chunks + math.ceil(round(asked.seconds / chunk, 6))
         if asked.prompt is not None:
-            prompts = {f"{first * chunk:.6f}s": prompt for first, prompt in plan.request.script}
-            (folder / PROMPTS).unlink(missing_ok=True)  # which the other video has, too
-            line["script"] = write_prompts({**prompts, f"{chunks * chunk:.6f}s": asked.prompt}, folder)
+            line["script"] = write_prompts({**script_of(plan), f"{chunks * chunk:.6f}s": asked.prompt}, folder)
         _check_size(line_options(line, Path(), service.options.base), service)
         with write_errors(folder):
             shutil.copytree(service.maker.state(old.id), service.maker.state(folder.name), copy_function=link_file)
@@ -154,14 +171,10 @@ def _queue(service: Service, line: dict[str, Any], folder: Path) -> Job:
     with _READING:
         plan = service.maker.plan(line, folder)
     request = plan.request
-    seconds = round(request.chunks * _chunk_frames(plan) / plan.model.config.figures.fps, 3)
-    job = service.store.add(folder, line, seconds=seconds, size=f"{request.width}x{request.height}")
+    seconds, size = round(request.chunks * chunk_seconds(plan), 3), f"{request.width}x{request.height}"
+    job = service.store.add(folder, line, seconds=seconds, size=size, prompts=prompts_of(plan))
     service.maker.queue(job, plan)
     return job
-
-
-def _chunk_frames(plan: Plan) -> int:
-    return plan.model.config.figures.chunk_frames
 
 
 def _check_model(asked: CreateVideo, service: Service) -> None:
@@ -169,10 +182,6 @@ def _check_model(asked: CreateVideo, service: Service) -> None:
     model = service.limit.model
     if asked.model is not None and asked.model != model.name:
         raise HTTPException(404, f"there is no model {asked.model[:80]!r} here: this service has {model.name}")
-    if asked.negative_prompt:
-        raise InputError("negative_prompt: models of this engine have no text of that kind, leave it out")
-    if asked.fps not in (None, fps := model.config.figures.fps):
-        raise InputError(f"fps: this service makes {fps} frames per second, so leave it out, or start another one")
 
 
 def _check_size(options: Options, service: Service) -> None:
@@ -182,6 +191,6 @@ def _check_size(options: Options, service: Service) -> None:
     if width * height > most:
         raise HTTPException(413, f"size: {width}x{height} has more than the {most:,} pixels that are made here")
     frames = known.frames if options.chunks is None else options.chunks * known.chunk_frames
-    seconds = options.seconds or frames / known.fps
+    seconds = options.seconds or frames / (options.fps or known.fps)
     if seconds > service.options.max_seconds:
         raise HTTPException(413, f"seconds: {seconds:g} is more than the {service.options.max_seconds:g} made here")

@@ -9,7 +9,6 @@ import base64
 import binascii
 import json
 import re
-from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
@@ -20,8 +19,8 @@ from models.errors import InputError
 
 _SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
 _DATA = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,")
-REFERENCE, PROMPTS = "reference", "prompts.json"
-"""Files in the folder of a job."""
+REFERENCE = "reference"
+"""What a job starts from, in its folder."""
 
 
 def _no_bool(value: Any) -> Any:
@@ -66,7 +65,7 @@ class CreateVideo(_Body):
     seed: Integer | None = None
     num_inference_steps: Integer | None = None
     fps: Integer | None = None
-    negative_prompt: str | None = None
+    negative_prompt: str | None = Field(default=None, max_length=10_000)
     cache: str | None = None
     kv_budget: Integer | None = None
     prompts: Annotated[dict[str, str], BeforeValidator(_object)] | None = Field(default=None, max_length=10_000)
@@ -78,6 +77,7 @@ class CreateVideo(_Body):
         line: dict[str, Any] = {"prompt": self.prompt, "priority": self.priority}
         given: dict[str, Any] = {"seconds": self.seconds, "seed": self.seed, "steps": self.num_inference_steps}
         given |= {"cache": self.cache, "kv_budget": self.kv_budget}
+        given |= {"fps": self.fps, "negative_prompt": self.negative_prompt}
         line |= {name: value for name, value in given.items() if value is not None}
         if self.size is not None and (found := _SIZE.fullmatch(self.size)):
             line |= {"width": int(found[1]), "height": int(found[2])}
@@ -109,10 +109,10 @@ class ExtendVideo(_Body):
         return self.video if isinstance(self.video, str) else self.video["id"]
 
 
-def write_prompts(prompts: dict[str, str], folder: Path) -> str:
-    """Keep prompts of later parts in a job's folder; returns the name of the file."""
-    (folder / PROMPTS).write_text(json.dumps(prompts))
-    return PROMPTS
+class NewPrompt(_Body):
+    """The body of `POST /v1/videos/{id}/prompt`."""
+
+    prompt: str = Field(min_length=1, max_length=10_000, pattern=r"\S")
 
 
 def video(job: Job, model: str) -> dict[str, Any]:
@@ -127,6 +127,7 @@ def video(job: Job, model: str) -> dict[str, Any]:
         "completed_at": None if job.completed_at is None else int(job.completed_at),
         "expires_at": None,
         "prompt": job.line["prompt"],
+        "prompts": job.prompts,
         "size": job.size,
         "seconds": f"{job.seconds:g}",
         "continues": job.continues,

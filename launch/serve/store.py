@@ -15,11 +15,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from engine.files import atomic_write, check_folder, write_errors
+from engine.files import atomic_write, check_folder, remove_folder, write_errors
 from models.errors import InputError
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
@@ -51,6 +51,7 @@ class Job:
     restarts: int = 0  # gangs that were lost while they made it
     nbytes: int = 0  # of all that is kept of the finished video
     continues: bool = False  # a longer video can be made of it
+    prompts: list[dict[str, Any]] = field(default_factory=list)  # of which each chunk is made, as clients read them
 
     @property
     def unfinished(self) -> bool:
@@ -114,12 +115,15 @@ class Store:
             folder.mkdir()
         return folder
 
-    def add(self, folder: Path, line: dict[str, Any], *, seconds: float, size: str) -> Job:
+    def add(
+        self, folder: Path, line: dict[str, Any], *, seconds: float, size: str, prompts: list[dict[str, Any]]
+    ) -> Job:
         """Queue a job, whose files are in a new folder; a `Full` if the queue is, or the disk."""
         with self._lock:
             self._check_room()
             number, now = self._numbers, time.time()
-            job = Job(id=folder.name, number=number, line=line, seconds=seconds, size=size, created_at=now)
+            about: dict[str, Any] = {"line": line, "seconds": seconds, "size": size, "prompts": prompts}
+            job = Job(id=folder.name, number=number, created_at=now, **about)
             self._numbers += 1
             self.save(job)
             self._jobs[job.id] = job
@@ -161,14 +165,14 @@ class Store:
             kept |= {_STATE, *(str(job.line.get(name)) for name in ("image", "video", "script"))}
         for path in self.folder(job).glob("*"):
             if path.name not in kept:
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def remove(self, job: Job) -> None:
         """Forget a job, with its video."""
         with self._lock:
             self._jobs.pop(job.id, None)
             (self.folder(job) / _JOB).unlink(missing_ok=True)
-        shutil.rmtree(self.folder(job), ignore_errors=True)
+        remove_folder(self.folder(job))
 
     def _check_room(self) -> None:
         unfinished = [job for job in self._jobs.values() if job.unfinished]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from models.errors import InputError
 from models.family import Choices, Part, ReuseFigures
 from models.magi import folder as folders
 from models.magi.config import MagiConfig
@@ -86,6 +87,10 @@ class MagiFamily:
         if config.runtime_config.t5_pretrained is None:
             parse_prompt(prompt)
 
+    def check_negative(self, config: MagiConfig) -> None:
+        """As `Family`: what stands for "no text" was learned."""
+        raise InputError("a negative prompt: MAGI-1 and magi-pocket read none, leave it out")
+
     def stage_bytes(self, config: MagiConfig, layers: range) -> int:
         """As `Family`."""
         return stage_bytes(config, layers)
@@ -96,7 +101,7 @@ class MagiFamily:
         return vae_parameters(described) * (4 if config.model_config.dtype.itemsize == 4 else 2)
 
     def sampling(
-        self, config: MagiConfig, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0
+        self, config: MagiConfig, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0, ends: int = 0
     ) -> MagiSampling:
         """As `Family`."""
         return MagiSampling(config=config, num_steps=num_steps, clean_pass=clean_pass, copy_pass=copy_pass)

@@ -5,6 +5,7 @@ Nothing here knows ranks or how a video is scheduled.
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ class MagiPipeline:
         """Nothing: a video goes on from the latents of an image."""
 
     def sampling(
-        self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True, given: int = 0
+        self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True, given: int = 0, ends: int = 0
     ) -> MagiSampling:
         """How to denoise with that many steps, with or without the passes that reuse may leave out."""
         return MagiSampling(
@@ -82,6 +83,13 @@ class MagiPipeline:
         length = self.config.model_config.caption_max_length
         table = CaptionTable(text=text, null=self._null, counters=self._counters, max_length=length)
         return table.to(self.model.device)
+
+    def variant(self, *, fps: int | None, negative: str | None) -> MagiPipeline:
+        """As `Adjustable`: the autoencoder's tiles follow the frame rate. It reads no text of what is not wanted."""
+        made = copy(self)
+        if fps is not None and isinstance(self._autoencoder, TiledVAE):
+            made._autoencoder = self._autoencoder.at(fps)
+        return made
 
 
 def load_pipeline(

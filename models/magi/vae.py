@@ -216,6 +216,10 @@ class TiledVAE:
         self._latent_tile: Size = (frames // time, tile_pixels // space, tile_pixels // space)
         self._latent_stride: Size = (frames // time, step // space, step // space)
 
+    def at(self, fps: int) -> TiledVAE:
+        """The same for videos of so many frames per second."""
+        return TiledVAE(self.vae, scale_factor=self.scale_factor, fps=fps, tile_pixels=self._pixel_tile[1])
+
     def encodable_frames(self, frames: int) -> int:
         """The most frames up to `frames` that `encode` accepts: a last tile of 2 or 3 is too short (1.8)."""
         rest = frames % self._pixel_tile[0]

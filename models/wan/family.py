@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from models.checkpoint import Loading
+from models.errors import InputError
 from models.family import Choices, Part, ReuseFigures
 from models.protocols import Sampling
 from models.wan import folder as folders
@@ -93,6 +94,11 @@ class WanFamily:
     def check_prompt(self, config: WanConfig, prompt: str) -> None:
         """As `Family`: it reads all."""
 
+    def check_negative(self, config: WanConfig) -> None:
+        """As `Family`: it is read where there is guidance."""
+        if config.runtime.guidance <= 1:
+            raise InputError("a negative prompt: this model has no guidance that could read it, leave it out")
+
     def stage_bytes(self, config: WanConfig, layers: range) -> int:
         """As `Family`."""
         return _stage_bytes(config, layers)
@@ -105,10 +111,10 @@ class WanFamily:
         return 4 * sum(entry.size for entry in stored.values())
 
     def sampling(
-        self, config: WanConfig, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0
+        self, config: WanConfig, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0, ends: int = 0
     ) -> Sampling:
         """As `Family`."""
-        return sampling_of(config, num_steps, clean_pass=clean_pass, given=given)
+        return sampling_of(config, num_steps, clean_pass=clean_pass, given=given, ends=ends)
 
 
 @cache  # a batch asks once for each of its lines

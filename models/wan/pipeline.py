@@ -5,8 +5,10 @@ Nothing here knows ranks or how a video is scheduled.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +58,7 @@ class WanPipeline:
     ) -> None:
         self.config, self.model = config, model
         self._autoencoder, self._encoder, self._images = autoencoder, encoder, images
-        self._changes: dict[tuple[int, int], tuple[float, ...]] = {}  # by the number of steps and of given frames
+        self._changes: dict[tuple[int | None, ...], tuple[float, ...]] = {}  # by steps, given frames and fps
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -69,16 +71,18 @@ class WanPipeline:
         """What KV views attend with."""
         return self.model.attention
 
-    def sampling(self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True, given: int = 0) -> Sampling:
+    def sampling(
+        self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True, given: int = 0, ends: int = 0
+    ) -> Sampling:
         """How to denoise with that many steps, with or without the passes that renew a finished chunk's KV, where so
         many latent frames are given.
 
         With the table of how its conditions change from step to step.
         """
-        sampling = sampling_of(self.config, num_steps, clean_pass=clean_pass, given=given)
+        sampling = sampling_of(self.config, num_steps, clean_pass=clean_pass, given=given, ends=ends)
         if isinstance(sampling, SelfForcingSampling):
             return sampling
-        if (key := (num_steps, given)) not in self._changes:
+        if (key := (num_steps, given, ends, sampling.fps)) not in self._changes:
             steps = [sampling.times(step) for step in range(sampling.num_steps)]
             self._changes[key] = condition_changes(self.model, steps, sampling.fps)
         return replace(sampling, changes=self._changes[key])
@@ -105,6 +109,13 @@ class WanPipeline:
         length = self.config.shapes.text_len
         text, null = (padded(self._encoder.encode(one), length) for one in (prompt, self.config.runtime.negative))
         return CaptionTable(text=text, null=null).to(self.model.device)
+
+    def variant(self, *, fps: int | None, negative: str | None) -> WanPipeline:
+        """As `Adjustable`: a model that is told the frame rate is told this one."""
+        given: dict[str, Any] = {"fps": fps, "negative": negative}
+        made, given = copy(self), {name: value for name, value in given.items() if value is not None}
+        made.config = replace(self.config, runtime=replace(self.config.runtime, **given))
+        return made
 
 
 def load_pipeline(config: WanConfig, folder: Path, loading: Loading, text: WanTextLoading = _TEXT) -> WanPipeline:

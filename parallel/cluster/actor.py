@@ -14,11 +14,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
+from typing import Any
 
 import ray
 import torch
 
-from engine.engine import ChunkResult, Engine, Submission
+from engine.engine import ChunkResult, Engine, NotKept, Submission
 from engine.executor import NotFinite
 from engine.machine import settle_heap
 from engine.progress import Progress
@@ -123,21 +124,29 @@ class _Video:
     handed_out: int = 0  # chunks, from the video's first on
     progress: Progress | None = None  # the latest
     permitted: set[int] = field(default_factory=set)  # quanta
+    changing: list[tuple[str, int]] = field(default_factory=list)  # videos with prompts to come, and from which chunk
 
     def announce(self, quantum: int) -> None:
         """Ask for a quantum."""
         self.send(messages.QuantumReady(video=self.order.video, quantum=quantum))
 
     def open(self, quantum: int) -> bool:
-        """Whether a quantum is permitted."""
-        return quantum in self.permitted
+        """Whether a quantum is permitted, and the prompt of the chunk that it lets in is there."""
+        name, entered = self.order.video, self.order.size.schedule.begun(quantum + 1)
+        return quantum in self.permitted and not any(
+            video == name and first < entered for video, first in tuple(self.changing)
+        )
+
+
+_Read = tuple[_Video, Future[Submission]] | tuple[messages.ChangePrompt, Future[torch.Tensor]]
 
 
 class CommandLoop:
     """Takes commands on any thread and carries them out on the leader's main thread, between steps of the engine."""
 
     def __init__(self) -> None:
-        self._inbox: SimpleQueue[messages.Command | tuple[_Video, Future[Submission]]] = SimpleQueue()
+        self._inbox: SimpleQueue[messages.Command | _Read] = SimpleQueue()
+        self._changing: list[tuple[str, int]] = []  # as in `_Video`
         self._events: list[messages.SentByGang] = []
         self._videos: dict[str, _Video] = {}
         self._finishing = False
@@ -151,6 +160,8 @@ class CommandLoop:
             if (video := self._videos.get(command.video)) is not None:
                 video.permitted.add(command.quantum)
         else:
+            if isinstance(command, messages.ChangePrompt):  # at once: a permit of that chunk may follow
+                self._changing.append((command.video, command.first))
             self._inbox.put(command)
         self._wake()
 
@@ -173,7 +184,7 @@ class CommandLoop:
                 continue
             try:
                 results = engine.step()
-            except NotFinite as error:
+            except (NotFinite, NotKept) as error:
                 self._fail(error, engine)
                 continue
             for made in results:
@@ -182,12 +193,16 @@ class CommandLoop:
                 if video.number >= 0 and not engine.running(video.number):
                     self._done(video)
 
-    def _carry_out(self, command: messages.Command | tuple[_Video, Future[Submission]], engine: Engine) -> None:
+    def _carry_out(self, command: messages.Command | _Read, engine: Engine) -> None:
         match command:
             case messages.VideoOrder():
                 self._order(command, engine)
-            case (video, read):
+            case (messages.ChangePrompt() as change, text):
+                self._change(change, text, engine)
+            case (_Video() as video, read):
                 self._admit(video, read, engine)
+            case messages.ChangePrompt():
+                self._read(command, partial(engine.read_prompt, command.prompt))
             case messages.CancelVideo():
                 if (cancelled := self._videos.pop(command.video, None)) is not None:
                     engine.cancel(cancelled.number)
@@ -198,16 +213,34 @@ class CommandLoop:
                 self._finishing = True
 
     def _order(self, order: messages.VideoOrder, engine: Engine) -> None:
-        """Encode an order and verify its checkpoint on another thread, for it takes long."""
-        video = self._videos[order.video] = _Video(order=order, send=self._post, stored=order.stored)
+        """Encode an order and verify its checkpoint."""
+        video = _Video(order=order, send=self._post, stored=order.stored, changing=self._changing)
+        self._videos[order.video] = video
+        own = partial(engine.read, stored=order.stored, reuse=order.reuse, kv=order.kv)
+        self._read(video, partial(own, order.request, order.checkpoint))
 
-        def read_is_done(read: Future[Submission]) -> None:
-            self._inbox.put((video, read))
+    def _read(self, what: Any, read: Callable[[], Any]) -> None:
+        """Do what takes long on another thread, one after the other; `what` comes back to the inbox with the result."""
+
+        def read_is_done(done: Future[Any]) -> None:
+            self._inbox.put((what, done))
             self._wake()
 
-        own = partial(engine.read, stored=order.stored, reuse=order.reuse, kv=order.kv)
-        read = self._reader.submit(own, order.request, order.checkpoint)
-        read.add_done_callback(read_is_done)
+        self._reader.submit(read).add_done_callback(read_is_done)
+
+    def _change(self, change: messages.ChangePrompt, read: Future[torch.Tensor], engine: Engine) -> None:
+        """A prompt was encoded. Its video was admitted before, as both are read in turn, or has it in a new order."""
+        if (video := self._videos.get(change.video)) is not None:
+            try:
+                engine.change_prompt(video.number, change.first, change.prompt, read.result())
+            except InputError as error:
+                engine.cancel(video.number)
+                self._refuse(change.video, error)
+        self._changing.remove((change.video, change.first))
+
+    def _refuse(self, name: str, error: Exception) -> None:
+        del self._videos[name]
+        self._post(messages.VideoFailed(video=name, message=str(error), disk=isinstance(error, NotKept)))
 
     def _admit(self, video: _Video, read: Future[Submission], engine: Engine) -> None:
         name = video.order.video
@@ -221,16 +254,13 @@ class CommandLoop:
                 found, on_progress=progressed, recorder=recorder, gate=video, stored=lambda: video.stored
             )
         except InputError as error:
-            del self._videos[name]
-            self._post(messages.VideoFailed(video=name, message=str(error)))
-            return
+            return self._refuse(name, error)
         self._post(messages.Admitted(video=name, number=video.number, first=found.first, damage=found.damage))
 
-    def _fail(self, error: NotFinite, engine: Engine) -> None:
+    def _fail(self, error: NotFinite | NotKept, engine: Engine) -> None:
         engine.cancel(error.video)
         for name in [name for name, video in self._videos.items() if video.number == error.video]:
-            del self._videos[name]
-            self._post(messages.VideoFailed(video=name, message=str(error)))
+            self._refuse(name, error)
 
     def _hand_out(self, made: ChunkResult) -> None:
         chunk = made.chunk

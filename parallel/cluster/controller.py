@@ -44,6 +44,7 @@ class _Video:
     delivered: int  # the next chunk
     stored: int  # chunks that the caller says are stored, if it does
     number: int = -1  # that its gang has given it, which failures name
+    begun: int = 0  # quanta that may ever have begun, on any gang
 
 
 class ClusterLost(Exception):  # noqa: N818 - reads as what it says
@@ -120,6 +121,24 @@ class Controller:
         del self._videos[video]
         self._confirmed.discard(video)
         self._out = deque(event for event in self._out if getattr(event, "video", None) != video)
+
+    def next_entry(self, video: str, seen: int) -> int | None:
+        """The first chunk of a video, counted as in a script, that cannot have entered; None if there is none.
+
+        So many are `seen` to have entered before the video was submitted.
+        """
+        if (held := self._videos.get(video)) is None:
+            return None
+        schedule = held.order.size.schedule
+        entered = max(seen, schedule.begun(held.begun))
+        return entered if entered < schedule.chunks - schedule.first else None
+
+    def change_prompt(self, video: str, first: int, prompt: str) -> None:
+        """Make a video from a chunk on, which is not before that of `next_entry`, of another prompt."""
+        held = self._videos[video]
+        held.order = replace(held.order, request=held.order.request.with_prompt(first, prompt))
+        if (holder := self._scheduler.entry(video).gang) is not None:
+            self._gangs[holder].send(messages.ChangePrompt(video=video, first=first, prompt=prompt))
 
     def stored(self, video: str, count: int) -> None:
         """So many chunks of a video, from its first one on, are in safe hands. May be called by any thread."""
@@ -200,6 +219,7 @@ class Controller:
         for decision in self._scheduler.decide():
             gang, video = self._gangs[decision.gang], decision.request
             if isinstance(decision, Permit):
+                self._videos[video].begun = max(self._videos[video].begun, decision.quantum + 1)
                 gang.send(messages.PermitQuantum(video=video, quantum=decision.quantum))
             else:
                 begun = self._videos[video]

@@ -23,6 +23,7 @@ from engine.progress import Progress
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
+from engine.timetable import Timetable
 from models.errors import InputError
 from parallel.cluster.scheduler import VideoSize
 
@@ -61,6 +62,15 @@ class CancelVideo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ChangePrompt:
+    """Make the chunks of a video from one on of another prompt; no quantum that lets one of them in is permitted."""
+
+    video: str
+    first: int  # counted as in a request's script
+    prompt: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkTaken:
     """The caller has stored a chunk and all before it; a checkpoint that comes after them may be committed."""
 
@@ -73,7 +83,7 @@ class Finish:
     """Nothing more will come."""
 
 
-Command = VideoOrder | PermitQuantum | CancelVideo | ChunkTaken | Finish
+Command = VideoOrder | PermitQuantum | CancelVideo | ChangePrompt | ChunkTaken | Finish
 
 # ---- events, from the ranks to the controller, and from there to the caller
 
@@ -167,6 +177,7 @@ class VideoFailed(VideoEvent):
     """A video cannot be made, or is set aside. A gang that refuses one is well."""
 
     message: str
+    disk: bool = False  # a file of it could not be written, as there may be no room for those of others either
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,7 +219,10 @@ def log_entry(event: GangEvent, seconds: float) -> dict[str, Any]:
 
 # ---- bytes
 
-_PARTS = (Request, VideoSize, Schedule, CheckpointConfig, Progress, ReuseSettings, KVSettings, SelectionSettings)
+_PARTS = (
+    *(Request, VideoSize, Timetable, Schedule, CheckpointConfig, Progress),
+    *(ReuseSettings, KVSettings, SelectionSettings),
+)
 _SENT = (*get_args(Command), *get_args(SentByGang), RankStarted, *_PARTS)
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in _SENT}
 

@@ -56,6 +56,7 @@ class Kind(IntEnum):
     RELEASE = 4  # a request has ended: free what is held for it
     LEAVE = 5  # the last message
     CHECKPOINT = 6  # take a snapshot of a request and begin to write it; the payload is the folder, as JSON
+    TEXT = 7  # chunks of a request that have not entered see another text; the payload is of `pack_text`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,6 +171,19 @@ def unpack_admit(payload: Tensor) -> Admission:
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the bytes received are no admission: {error}") from None
     return Admission(**{name: getattr(form, name) for name in _PLAIN}, captions=captions)
+
+
+def pack_text(chunk: int | None, text: Tensor) -> Tensor:
+    """A text [N, channels] and the first chunk that sees it, as a payload."""
+    return _as_payload(save({"chunk": pack_json(chunk), "text": text.cpu().contiguous()}))
+
+
+def unpack_text(payload: Tensor | None) -> tuple[int | None, Tensor]:
+    """From a payload, with the text on the CPU."""
+    if payload is None:
+        raise ValueError("the message has no payload")
+    tensors = load(payload.numpy().tobytes())
+    return unpack_json(tensors["chunk"]), tensors["text"]
 
 
 def pack_json(values: Any) -> Tensor:

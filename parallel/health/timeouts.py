@@ -8,7 +8,6 @@ from dataclasses import dataclass
 STORE_SECONDS = 20.0  # for a launcher's store to answer: it is there before its ranks are, or the launcher has gone
 LAST_TRANSFERS_SECONDS = 10.0  # for what was sent last to leave, on each edge between two ranks
 RANKS_END_SECONDS = 10.0  # for the ranks of a launcher to end by themselves before it ends them
-CANCELLED_SECONDS = 10.0  # for a rank to hear that a video is cancelled whose checkpoint it cannot write
 CHECK_SECONDS = 0.25  # between two checks whether a rank has failed, while a message is waited for
 POLL_SECONDS = 0.05  # between two looks at processes that end, and at files that are written
 

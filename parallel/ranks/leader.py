@@ -23,8 +23,9 @@ from engine.executor import NotFinite, Runner
 from engine.kv.buffer import KVBuffer
 from engine.request import Admission
 from engine.video import Work, WorkItem
+from models.errors import InputError
 from parallel.comm.edges import Edges, RankServices
-from parallel.comm.messages import Header, Kind, pack_admit, pack_json
+from parallel.comm.messages import Header, Kind, pack_admit, pack_json, pack_text
 from parallel.health.timeouts import POLL_SECONDS
 from parallel.ranks.worker import StageWorker, read_velocity, saved_key
 
@@ -51,6 +52,11 @@ class Leader(Runner):
         """Take a video in on all ranks; an InputError if this layout cannot serve it."""
         self.worker.admit(admission)
         self._edges.announce(Header(kind=Kind.ADMIT, request=admission.video), pack_admit(admission))
+
+    def change_text(self, video: int, chunk: int | None, text: Tensor) -> None:
+        """Have all ranks read another text for chunks that have not entered."""
+        self.worker.stage.change_text(video, chunk, text)
+        self._edges.announce(Header(kind=Kind.TEXT, request=video), pack_text(chunk, text))
 
     def begin(self, work: Work) -> None:
         """Run an item's first stage and send it on."""
@@ -87,7 +93,7 @@ class Leader(Runner):
         assert item is not None
         results.append((item, velocity))
         if rank >= 0 and item.request not in self._not_finite:
-            self._not_finite[item.request] = NotFinite(item.request, rank=rank, tick=item.tick, chunk=item.chunk)
+            self._not_finite[item.request] = NotFinite(item.request, rank=rank, place=item.place)
 
     def not_finite(self, video: int) -> NotFinite | None:
         """What says that a video cannot be made; its ranks say it with the velocities."""
@@ -105,7 +111,7 @@ class Leader(Runner):
         self._saving[video] = folder
 
     def saved(self, video: int) -> tuple[Shard, ...] | None:
-        """The files of a video's last snapshot, once all ranks have written."""
+        """The files of a video's last snapshot, once all ranks have written; an InputError if one of them cannot."""
         now = time.monotonic()
         if now - self._looked < POLL_SECONDS:
             return None
@@ -113,11 +119,13 @@ class Leader(Runner):
         keys = [saved_key(self._saving[video], rank) for rank in range(math.prod(self.layout.values()))]
         if not self._store.check(keys):
             return None
-        files = [file for raw in self._store.multi_get(keys) for file in json.loads(raw)]
+        told = [json.loads(raw) for raw in self._store.multi_get(keys)]
         for key in keys:
             self._store.delete_key(key)
         del self._saving[video]
-        return tuple(Shard(**file) for file in files)
+        if (error := next((one for one in told if isinstance(one, str)), None)) is not None:
+            raise InputError(error)
+        return tuple(Shard(**file) for files in told for file in files)
 
     def release(self, video: int) -> None:
         """Have all ranks let go of a video."""

@@ -7,9 +7,7 @@ no other synchronisation.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,10 +27,8 @@ from models.attention import Attention
 from models.errors import InputError
 from models.protocols import VideoModel
 from parallel.comm.edges import Edges, RankServices
-from parallel.comm.messages import Header, Kind, Message, unpack_admit, unpack_json
+from parallel.comm.messages import Header, Kind, Message, unpack_admit, unpack_json, unpack_text
 from parallel.comm.ulysses import TokenSplit, UlyssesShard, local_heads
-from parallel.health.exit_codes import BAD_INPUT
-from parallel.health.timeouts import CANCELLED_SECONDS, POLL_SECONDS
 from parallel.trace import DeviceTimer, OnMeasured, RankCounters, Tracer
 
 
@@ -47,7 +43,8 @@ class StageModel:
 
 def describe(item: WorkItem) -> str:
     """A work item in words."""
-    return f"request {item.request}, tick {item.tick}, chunk {item.chunk} ({item.what.name})"
+    tick, chunk = item.place
+    return f"request {item.request}, tick {tick}, chunk {chunk} ({item.what.name})"
 
 
 class StageWorker:
@@ -135,28 +132,21 @@ class StageWorker:
     ) -> None:
         """Take a snapshot of a video's KV and begin to write it; later items do not touch it.
 
-        The writer's thread leaves the names of the files in the store, so a slow disk holds up no rank's loop; they go
-        with the video. A file that cannot be written ends the gang, and so do flags that are not the leader's. The
-        leader writes the `run` too. `on_done` is called in the thread once all is written.
+        The writer's thread leaves the names of the files in the store, or why there are none, so a slow disk holds up
+        no rank's loop; they go with the video. Flags that are not the leader's end the gang. The leader writes the
+        `run` too. `on_done` is called in the thread once all is written, or cannot be.
         """
         video, key = header.request, saved_key(folder, self._mesh.rank)
 
         def ended(written: tuple[Shard, ...] | Exception) -> None:
-            if (
-                isinstance(written, Exception)
-                and os.strerror(errno.ENOENT) in str(written)
-                and self._let_go(video, key)
-            ):
-                return  # it was cancelled, and its files are removed by whoever did it
-            if isinstance(written, InputError):
-                self._monitor.fail(str(written), status=BAD_INPUT)
-            elif isinstance(written, Exception):
+            if isinstance(written, Exception) and not isinstance(written, InputError):
                 self._monitor.fail(f"{self._mesh.name(self._mesh.rank)}: {type(written).__name__}: {written}")
-            else:
-                with self._saving_lock:
-                    if self._saving.get(video) == key:
-                        self._store.set(key, json.dumps([asdict(shard) for shard in written]))
-                on_done()
+                return
+            told = str(written) if isinstance(written, InputError) else [asdict(shard) for shard in written]
+            with self._saving_lock:
+                if self._saving.get(video) == key:  # else it was cancelled
+                    self._store.set(key, json.dumps(told))
+            on_done()
 
         with self._working(f"request {video}, snapshot"):
             began = time.perf_counter()
@@ -166,13 +156,6 @@ class StageWorker:
             write_async(folder, files, ended)
             self.counters.checkpoints += 1
             self._tracer.add("snapshot", began)
-
-    def _let_go(self, video: int, key: str) -> bool:
-        """Whether nobody wants a video's checkpoint any more; the word that says so may still be on its way."""
-        deadline = time.monotonic() + CANCELLED_SECONDS
-        while self._saving.get(video) == key and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-        return self._saving.get(video) != key
 
     @contextmanager
     def _working(self, what: str) -> Iterator[None]:
@@ -211,6 +194,9 @@ def serve(worker: StageWorker, edges: Edges, tracer: Tracer) -> None:
             assert message.payload is not None
             edges.announce(header, message.payload)
             worker.admit(unpack_admit(message.payload))
+        elif header.kind is Kind.TEXT:
+            edges.announce(header, message.payload)
+            worker.stage.change_text(header.request, *unpack_text(message.payload))
         elif header.kind is Kind.RELEASE:
             edges.announce(header)
             worker.release(header)

@@ -62,6 +62,42 @@ def test_the_start_of_a_video_does_not_depend_on_its_length():
         assert torch.equal(a, b)
 
 
+class HeldGate:
+    """Lets no chunk in from one on until that is allowed."""
+
+    def __init__(self, first):
+        self.first, self.asked, self.allowed = first, False, False
+
+    def announce(self, quantum):
+        pass
+
+    def open(self, quantum):
+        self.asked |= quantum >= self.first
+        return quantum < self.first or self.allowed
+
+
+@pytest.mark.parametrize(("frames", "first"), [(0, 2), (0, 0), (1, 1), (56, 2)])
+def test_a_new_prompt_in_the_middle_makes_what_a_script_would(tmp_path, frames, first):
+    """Also where the script has one there already; and the checkpoints are those of the script from then on."""
+    prefix = torch.zeros(frames, 32, 48, 3, dtype=torch.uint8) if frames else None
+    asked = request(chunks=6, prefix=prefix, script=((first or 1, "a second thing"), (5, "a third")))
+    changed = asked.with_prompt(first, "quite another thing")
+    config = CheckpointConfig(folder=tmp_path, every=1)
+    engine, gate, made = Engine(TinyPipeline(tiny_config())), HeldGate(first), []
+    number = engine.submit(engine.read(asked, config), gate=gate)
+    while engine.running(number):
+        made += engine.step()
+        if gate.asked and not gate.allowed:
+            text = "quite another thing"
+            engine.change_prompt(number, first, text, engine.read_prompt(text))
+            gate.allowed = True
+    for one, whole in zip(made, latents(engine, changed), strict=True):
+        assert torch.equal(one.chunk.latents, whole)
+    assert engine.read(changed, config).found.quantum > first
+    with pytest.raises(InputError, match="another request"):
+        engine.read(asked, config)
+
+
 @pytest.mark.parametrize(("frames", "first", "count"), [(1, 6, 4), (32, 4, 4), (24, 6, 3)])
 def test_a_prefix_gives_the_published_number_of_latents(frames, first, count):
     """An image makes one chunk more, and keeps its latent; a clip's own latents are not handed out (part 3)."""

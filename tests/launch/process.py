@@ -10,11 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+import pytest
 from safetensors.torch import load_file, save_file
 
 from engine.files import partial_of
@@ -51,6 +52,18 @@ def short_files(most: int = 1000) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Callable[[], object]]:
+    """The folder is a disk of its own of that size, and what is given makes it larger; without root it is skipped."""
+    mount = ["mount", "-t", "tmpfs", "-o"]
+    if subprocess.run([*mount, f"size={size}", "tmpfs", folder], capture_output=True, check=False).returncode:
+        pytest.skip("a full disk is a small tmpfs here, which only root may mount")
+    try:
+        yield lambda: subprocess.run([*mount, "remount,size=64m", "tmpfs", folder], check=True)
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def wait_for_frames(process: subprocess.Popen[str], path: Path, seconds: float = 90) -> None:

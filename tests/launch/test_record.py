@@ -54,6 +54,8 @@ def test_record_then_plot(
         "model": "magi-pocket",
         "prompt": PROMPT,
         "script": [],
+        "negative_prompt": None,
+        "fps": 24,
         "seed": 5,
         "chunks": 3,
         "prefix_frames": 0,

@@ -16,6 +16,7 @@ import torch
 
 from engine import executor
 from engine.checkpoint.files import CheckpointConfig
+from engine.files import remove_folder
 from engine.kv.layout import KVSettings
 from engine.record import Recorder
 from engine.reuse.flags import FlagLog
@@ -327,12 +328,18 @@ def kept(gang, values, out):
 
 
 def cancelled(gang, values, out):
-    """A video is given up while its checkpoint is written: before or after rank 1 has its file on the disk."""
+    """A video is given up while its checkpoint is written: before or after rank 1 has its file on the disk.
+
+    Its folder may be removed just before, so that rank 1 has nowhere to write.
+    """
     pipeline = stage_pipeline(small_config(), gang.mesh)
     if not gang.mesh.leads:
         write = worker.write_async
 
         def write_slowly(folder, files, on_end):
+            if values["removed"]:
+                threading.Timer(values["seconds"], write, (folder, files, on_end)).start()
+                return
             write(folder, files, lambda written: (time.sleep(values["seconds"]), on_end(written)))
 
         worker.write_async = write_slowly
@@ -342,14 +349,18 @@ def cancelled(gang, values, out):
     folder = Path(out).with_name("checkpoints")
     with gang.lead(pipeline) as (engine, _):
         number = engine.submit(engine.read(request(chunks=6), CheckpointConfig(folder=folder, every=1)))
-        while not folder.exists():
+        while not list(folder.iterdir()):
             engine.step()
         keys = [worker.saved_key(next(folder.iterdir()), rank) for rank in range(2)]
         while not gang._store.check(keys[:1] if values["seconds"] else keys):
             time.sleep(0.01)
+        if values["removed"]:
+            remove_folder(folder)
         engine.cancel(number)
     time.sleep(2 * values["seconds"])
-    torch.save([key for key in keys if gang._store.check([key])], out)
+    left = [key for key in keys if gang._store.check([key])]
+    left += [path.name for path in folder.parent.iterdir() if "checkpoints" in path.name and values["removed"]]
+    torch.save(left, out)
 
 
 class _Held:

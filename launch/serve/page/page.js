@@ -26,9 +26,9 @@ async function ask(path, options = {}) {
   throw Object.assign(new Error(message), { status: answer.status });
 }
 
-function showError(error) {
+function showError(error, where = "error") {
   if (error.name === "AbortError") return;
-  at("error").textContent = error instanceof TypeError ? "The service does not answer." : error.message;
+  at(where).textContent = error instanceof TypeError ? "The service does not answer." : error.message;
 }
 
 const clearError = () => { at("error").textContent = ""; };
@@ -40,14 +40,29 @@ function useExample(event) {
   at("prompt").focus();
 }
 
+async function post(path, body) {
+  const headers = { "Content-Type": "application/json" };
+  return (await ask(path, { method: "POST", headers, body: JSON.stringify(body) })).json();
+}
+
 async function send(path, body) {
   clearError();
-  const headers = { "Content-Type": "application/json" };
   try {
-    const video = await (await ask(path, { method: "POST", headers, body: JSON.stringify(body) })).json();
-    watch(video);
+    watch(await post(path, body));
     await showQueue();
   } catch (error) { showError(error); }
+}
+
+async function changePrompt(event) {
+  event.preventDefault();
+  at("change-error").textContent = "";
+  const mine = watched;
+  try {
+    await post(`v1/videos/${mine.id}/prompt`, { prompt: at("new-prompt").value });
+    if (mine === watched) at("new-prompt").value = "";
+  } catch (error) {
+    if (mine === watched) showError(error, "change-error");
+  }
 }
 
 function make(event) {
@@ -103,6 +118,7 @@ async function watch(video) {
   const mine = watched;
   history.replaceState(null, "", `#${video.id}`);
   clearError();
+  at("change-error").textContent = at("new-prompt").value = "";
   at("panes").hidden = false;
   at("video").removeAttribute("src");
   showVideo(video);
@@ -164,12 +180,22 @@ function showVideo(video) {
   at("cancel").textContent = unfinished ? "Cancel" : "Delete";
   at("download").disabled = video.status !== "completed";
   at("longer").hidden = !video.continues;
+  at("change").hidden = !unfinished;
+  showPrompts(video.prompts);
   watched.over = !unfinished;
   watched.seconds = Number(video.seconds);
   const percent = Math.floor(video.progress / 25) * 25; // so that it is not read out all the time
   const text = `The video ${WORDS[video.status]}${video.status === "in_progress" ? `, ${percent} % and more` : ""}`
     + `${video.restarts ? `; a gang was lost ${video.restarts} times` : ""}${video.error ? `: ${video.error.message}` : ""}.`;
   if (at("status").textContent !== text) at("status").textContent = text;
+}
+
+function showPrompts(prompts) {
+  const texts = prompts.map(({ seconds, prompt }) => `From second ${seconds} on: ${prompt}`);
+  at("parts").hidden = texts.length < 2;
+  if (at("prompts").dataset.shown === JSON.stringify(texts)) return; // so that it is read out once
+  at("prompts").dataset.shown = JSON.stringify(texts);
+  at("prompts").replaceChildren(...texts.map((text) => Object.assign(document.createElement("li"), { textContent: text })));
 }
 
 function showFigures({ kv_fill: fill }) {
@@ -253,6 +279,7 @@ async function begin() {
 }
 
 at("make").addEventListener("submit", make);
+at("change").addEventListener("submit", changePrompt);
 at("cancel").addEventListener("click", remove);
 at("download").addEventListener("click", download);
 at("longer").addEventListener("click", makeLonger);

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from launch.output.formats import FORMATS, MP4
 from launch.output.names import suffix_of
 from launch.output.preview import Preview
-from launch.output.segments import FragmentStream, count_frames, encode_segment
+from launch.output.segments import FragmentStream, count_frames, decode, encode_segment
 from launch.output.video import VideoWriter
 from models.errors import InputError
 from tests.launch.process import short_files
@@ -84,6 +84,17 @@ def test_a_stream_plays_after_each_fragment_and_has_the_frames_of_the_file(tmp_p
 def test_a_chunk_gives_the_same_frames_whatever_came_before_it() -> None:
     alone = encode_segment(chunks()[1], MP4.codec, 24)
     assert encode_segment(chunks()[1], MP4.codec, 24) == alone and count_frames(alone) == 8
+
+
+def test_a_chunk_of_many_frames_with_cuts_is_one_fragment():
+    """The encoder sets key frames at cuts, which end no fragment."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
+    segment, written = encode_segment(noise, MP4.codec, 24), []
+    fragments = FragmentStream(written.append)
+    for _ in range(2):
+        fragments.add(segment)
+    assert segment.count(b"moof") == 1 and count_frames(segment) == 60 and fragments.frames == 120
+    assert sum(1 for _ in decode([io.BytesIO(b"".join(written))])) == 120
 
 
 @pytest.mark.parametrize("segment", [b"", b"nothing", bytes(200), encode_segment(chunks()[0], MP4.codec, 24)[:820]])

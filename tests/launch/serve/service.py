@@ -15,6 +15,7 @@ from parallel.health.processes import descendants
 from tests.launch.process import command_of, flowcache_process
 
 PROMPT = "a red circle moving right"
+OTHER = "a blue cross moving up"
 KEY = "an-example-of-a-key"
 SIZE = {"height": 64, "width": 64, "steps": 8}
 
@@ -79,6 +80,12 @@ class Service:
         assert answer.status_code == 200, answer.text
         return answer.json()["id"]
 
+    def change(self, name, prompt):
+        url, body = f"/v1/videos/{name}/prompt", {"prompt": prompt}
+        answer = self.when(lambda: (one := self.client.post(url, json=body)).status_code != 503 and one)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
     def get(self, name):
         return self.client.get(f"/v1/videos/{name}").json()
 
@@ -111,6 +118,6 @@ def picture(pixels):
 
 
 def made_alone(folder, **video):
-    options = Options(prompts=[PROMPT], out=folder / "alone.mp4", threads=1, **SIZE, **video)
+    options = Options(**{"prompts": [PROMPT], "out": folder / "alone.mp4", "threads": 1, **SIZE, **video})
     generate(options, [])
     return decoded((folder / "alone.mp4").read_bytes(), folder / "copy.mp4")

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.launch.serve.service import KEY, PROMPT
+from tests.launch.serve.service import KEY, OTHER, PROMPT
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 pytestmark = pytest.mark.slow
@@ -49,12 +49,37 @@ def is_playing(page):
     return page.evaluate("document.getElementById('video').currentTime > 0.2")
 
 
+def check_widths(page):
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def change_the_prompt(page, service, name):
+    """By the keyboard; first to one that the model does not know."""
+    given, button = page.get_by_label("New prompt"), page.get_by_role("button", name="Change the prompt")
+    given.press_sequentially("a purple cow")
+    button.press("Enter")
+    playwright.expect(page.get_by_role("alert")).to_contain_text("unknown word 'purple'")
+    given.fill(OTHER)
+    given.press("Tab")
+    playwright.expect(button).to_be_focused()
+    page.keyboard.press("Enter")
+    told = page.get_by_role("status", name="What it shows")
+    playwright.expect(told).to_contain_text(OTHER)
+    [_, new] = service.get(name)["prompts"]
+    playwright.expect(told).to_contain_text(f"From second {new['seconds']:g} on: {OTHER}")
+    playwright.expect(page.get_by_role("alert")).to_have_count(0)
+    check_widths(page)
+
+
 def test_a_video_is_made_and_plays_before_it_is_finished_also_after_a_reload(page, service):
     name = make(page, service, 16)
     taken = page.locator("#map")
     service.when(lambda: re.match("[1-9]", taken.get_attribute("aria-label")))
     service.when(lambda: is_playing(page))
     assert service.get(name)["status"] == "in_progress"
+    change_the_prompt(page, service, name)
     before = taken.get_attribute("aria-label")
     service.when(lambda: taken.get_attribute("aria-label") != before)
     page.screenshot(path=service.folder / "making.png")
@@ -65,9 +90,8 @@ def test_a_video_is_made_and_plays_before_it_is_finished_also_after_a_reload(pag
     with page.expect_download() as download:
         page.get_by_role("button", name="Download").click()
     assert download.value.suggested_filename == f"{name}.mp4"
-    for width in WIDTHS:
-        page.set_viewport_size({"width": width, "height": 900})
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("#change").is_hidden()
+    check_widths(page)
 
 
 def test_a_video_is_cancelled_and_deleted_by_the_keyboard(page, service):

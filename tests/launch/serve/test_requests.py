@@ -27,6 +27,7 @@ from launch.serve.requests import Service
 from launch.serve.run import limit_plan, listening, served
 from launch.serve.store import Store
 from models.errors import InputError
+from tests.launch.process import short_files
 
 PROMPT = "a red circle moving right"
 KEY = "an-example-of-a-key"
@@ -104,6 +105,12 @@ BOMB, LONG_CLIP = base64.b64encode(png(8192)).decode(), long_clip()
 LONG = '{"prompt": ' + "[" * 100_000
 FORM = "multipart/form-data; boundary=x"
 UNKNOWN = "/v1/videos/video_000000000000000000000000"
+
+
+def reprompt(body, name=UNKNOWN):
+    return "POST", f"{name}/prompt", {"json": body}
+
+
 BAD = {
     "no body": (raw(b""), 400, "not JSON"),
     "no JSON": (raw(b"{broken"), 400, "not JSON"),
@@ -137,10 +144,13 @@ BAD = {
     "a huge priority": (create(priority=10**30), 400, "priority"),
     "steps that do not divide": (create(num_inference_steps=7), 400, "7"),
     "steps of another type": (create(num_inference_steps="many"), 400, "num_inference_steps"),
-    "another frame rate": (create(fps=60), 400, "fps"),
+    "too few frames": (create(fps=8), 400, "fps"),
+    "a frame rate of another type": (create(fps="many"), 400, "fps"),
+    "too many seconds at another frame rate": (create(fps=48, seconds=5), 413, "seconds: 5"),
     "an unknown preset": (create(cache="best"), 400, "cache"),
     "no KV budget": (create(kv_budget=0), 400, "kv_budget"),
-    "a negative prompt": (create(negative_prompt="ugly"), 400, "negative_prompt"),
+    "a negative prompt": (create(negative_prompt="ugly"), 400, "magi-pocket read none"),
+    "a long negative prompt": (create(negative_prompt="ugly " * 9000), 400, "negative_prompt"),
     "prompts of another type": (create(prompts={"1s": 3}), 400, "prompts"),
     "prompts at no time": (create(prompts={"later": PROMPT}), 400, "no time"),
     "prompts after the end": (create(prompts={"3s": PROMPT}, seconds=2), 400, "after the end"),
@@ -175,6 +185,7 @@ BAD = {
     "a longer video of none": (longer(video={"id": "video_0"}, seconds=1), 404, "no video"),
     "a longer video of nothing": (longer(seconds=1), 400, "'video' is missing"),
     "a longer video of another form": (longer(video={"url": "x"}, seconds=1), 400, "video"),
+    "a new prompt of none": (reprompt({"prompt": PROMPT}), 404, "no video"),
     "a longer video of a path": (longer(video={"id": "../../etc"}, seconds=1), 404, "no video"),
     "a longer video of a file": (
         ("POST", "/v1/videos/extensions", {"data": {"seconds": "1"}, "files": {"video": ("x", b"x")}}),
@@ -265,6 +276,15 @@ def test_jobs_are_queued_listed_and_cancelled(tmp_path):
         gone = client.delete(f"/v1/videos/{ids[0]}").json()
         assert gone == {"id": ids[0], "object": "video.deleted", "deleted": True, "status": "cancelled"}
         assert client.get(f"/v1/videos/{ids[0]}").json()["status"] == "cancelled"
+        for prompt, status, words in (
+            ("", 400, "prompt"),
+            ("  ", 400, "prompt"),
+            ("a " * 9000, 400, "prompt"),
+            ("a purple cow", 400, "purple"),
+            (PROMPT, 409, "is cancelled"),
+        ):
+            answer = client.post(f"/v1/videos/{ids[0]}/prompt", json={"prompt": prompt})
+            assert answer.status_code == status and words in answer.json()["error"]["message"], answer.text
         client.delete(f"/v1/videos/{ids[0]}")
         assert client.get(f"/v1/videos/{ids[0]}").status_code == 404
         for seed in range(2):
@@ -281,6 +301,30 @@ def test_jobs_are_queued_listed_and_cancelled(tmp_path):
             pass
 
 
+def test_a_request_that_the_disk_has_no_room_for_is_an_error_and_leaves_nothing(tmp_path):
+    with running(tmp_path / "a") as (client, store):
+        with short_files(10):
+            full = client.post("/v1/videos", json={"prompt": PROMPT})
+        assert full.status_code == 507 and "no space left" in full.json()["error"]["message"]
+        assert not store.jobs() and [path.name for path in store.root.iterdir()] == [".lock"]
+        assert client.post("/v1/videos", json={"prompt": PROMPT}).status_code == 200
+
+
+def test_what_a_killed_service_has_left_of_an_ended_video_goes(tmp_path):
+    """Its checkpoints, which may be elsewhere; those of a video that is to be made stay."""
+    given = {"checkpoints": tmp_path / "kept"}
+    with running(tmp_path / "a", **given) as (client, store):
+        ended, queued = (client.post("/v1/videos", json={"prompt": PROMPT}).json()["id"] for _ in range(2))
+        client.delete(f"/v1/videos/{ended}")
+        for name in (ended, queued):
+            (tmp_path / "kept" / name / "pp1").mkdir(parents=True)
+            (store.root / name / "left").touch()
+    with running(tmp_path / "a", **given) as (_, store):
+        assert [path.name for path in (tmp_path / "kept").iterdir()] == [queued]
+        assert [path.name for path in (store.root / ended).iterdir()] == ["job.json"]
+        assert (store.root / queued / "left").exists()
+
+
 def test_what_a_video_starts_from_comes_in_each_form(tmp_path):
     picture, film = png(64), clip(tmp_path / "clip.mp4", 24)
     embedded = {"image_url": "data:image/png;base64," + base64.b64encode(picture).decode()}
@@ -289,12 +333,15 @@ def test_what_a_video_starts_from_comes_in_each_form(tmp_path):
             upload(picture, seconds="1"),
             upload(film, seconds="2", prompts=json.dumps({"1s": "a blue cross moving up"}), size="64x64"),
             create(input_reference=embedded, seconds="2"),
+            upload(picture, seconds="2", fps="48", negative_prompt=""),
         ):
             assert client.request(method, path, **given).status_code == 200
         lines = [job.line for job in store.jobs()]
+        assert (lines[-1]["fps"], store.jobs()[-1].seconds) == (48, 2)
     assert [[key for key in ("image", "video", "script") if key in line] for line in lines] == [
         ["image"],
         ["video", "script"],
+        ["image"],
         ["image"],
     ]
 

@@ -10,14 +10,17 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from engine.files import part_of
 from launch.cli import run
-from tests.launch.process import ROOT, command_of
-from tests.launch.serve.service import KEY, PROMPT, decoded, made_alone, picture
+from tests.launch.process import ROOT, command_of, small_disk
+from tests.launch.serve.service import KEY, OTHER, PROMPT, decoded, made_alone, picture
 from tests.launch.serve.test_requests import BAD
 
 SECRET = "a-key-of-another-service"
@@ -25,7 +28,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The Sora API"
 
 
 def is_tidy(folder):
-    return {path.name for path in folder.iterdir()} == {"job.json", "video.mp4", "stream", "state"}
+    names = {path.name for path in folder.iterdir() if not path.name.startswith("prompts-")}
+    return names == {"job.json", "video.mp4", "stream", "state"}
 
 
 def test_the_official_client_makes_lists_reads_and_deletes_videos(service):
@@ -68,13 +72,21 @@ def test_a_video_that_is_cancelled_frees_its_slots_for_the_next(service):
     service.when(lambda: not [path for folder in folders for path in folder.iterdir() if path.name != "job.json"])
 
 
-def test_a_gang_that_dies_ends_no_request(service):
+def test_a_gang_that_dies_ends_no_request_and_forgets_no_new_prompt(service):
     name = service.create(seconds=6, seed=1)
+    service.when(lambda: service.get(name)["progress"] >= 5)
+    changed = service.change(name, OTHER)
+    assert changed["prompt"] == OTHER and 0 < changed["chunk"] < 6 and changed["seconds"] == changed["chunk"]
     service.when(lambda: service.get(name)["progress"] >= 40)
     os.kill(service.below("RankActor")[0], signal.SIGKILL)
     service.when(lambda: "gang-0 was lost" in service.said.read_text())
     service.wait(name)
-    np.testing.assert_array_equal(service.frames(name), made_alone(service.folder, seconds=6, seed=1))
+    told = [{"chunk": 0, "seconds": 0, "prompt": PROMPT}, {key: changed[key] for key in ("chunk", "seconds", "prompt")}]
+    assert service.get(name)["prompts"] == told
+    late = service.client.post(f"/v1/videos/{name}/prompt", json={"prompt": OTHER})
+    assert late.status_code == 409 and "completed" in late.json()["error"]["message"]
+    whole = made_alone(service.folder, seconds=6, seed=1, prompt_at=[f"{changed['seconds']}s {OTHER}"])
+    np.testing.assert_array_equal(service.frames(name), whole)
     assert service.client.get("/health").json() == {"status": "ok", "gangs": {"gang-0": "up"}}
     text = service.client.get("/metrics").text
     for figure in (
@@ -88,19 +100,61 @@ def test_a_gang_that_dies_ends_no_request(service):
         assert re.search(rf'^flowcache_serve_{figure}\S*{{.*model="magi-pocket".*}} [\d.]+$', text, re.M), figure
 
 
-def test_a_service_that_is_killed_goes_on_with_its_queue_when_started_again(service):
-    names = [service.create(seconds=4, seed=seed) for seed in (5, 6)] + [service.create(seed=7)]
+def test_a_disk_that_is_full_for_one_video_fails_it_and_the_others_go_on(service):
+    """At first for a checkpoint, then for the first chunk; two videos keep the gang busy until the disks are there."""
+    before = service.said.read_text().count("was lost")
+    busy = [service.create(seconds=40, seed=seed) for seed in (20, 21)]
+    for name in busy:
+        service.wait(name, "in_progress")
+    full = [service.create(seconds=3, seed=seed) for seed in (22, 23)]
+    other = service.create(seconds=3, seed=24)
+    with ExitStack() as disks:
+        for name, size in zip(full, ("64k", "4k"), strict=True):
+            state = service.folder / "served" / name / "state"
+            state.mkdir(exist_ok=True)
+            disks.enter_context(small_disk(state, size))
+        for name in busy:
+            service.client.delete(f"/v1/videos/{name}")
+        for name in full:
+            message = service.wait(name, "failed")["error"]["message"]
+            assert re.match(rf"cannot write .*{name}/state/.*: no space left there, ", message) and "\n" not in message
+            service.when(partial(is_empty, service.folder / "served" / name))
+        service.wait(other)
+    np.testing.assert_array_equal(service.frames(other), made_alone(service.folder, seconds=3, seed=24))
+    assert service.said.read_text().count("was lost") == before
+    for name in full:
+        service.client.delete(f"/v1/videos/{name}")
+        assert not (service.folder / "served" / name).exists()
+
+
+def is_empty(folder):
+    return [path.name for path in folder.rglob("*") if path.name != "job.json"] == ["state"]
+
+
+def test_a_service_that_is_killed_goes_on_with_its_queue_and_new_prompts_when_started_again(service):
+    names = [service.create(seconds=seconds, seed=seed) for seconds, seed in ((10, 5), (4, 6), (2, 7))]
+    assert service.change(names[2], OTHER)["chunk"] == 0  # it waits
     state = service.folder / "served" / names[0] / "state"
+    service.when(lambda: service.get(names[0])["progress"] >= 5)
+    first = service.change(names[0], OTHER)["chunk"]
     service.when(lambda: len(list(state.glob("segments-*/*.mp4"))) >= 2)
     service.process.kill()
     service.process.wait()
     # As if it had been killed at the end of a video, when the chunks of its stream had got their second names.
-    shutil.copytree(next(state.glob("segments-*")), state.parent / "stream", copy_function=os.link)
+    chunks, half = next(state.glob("segments-*")), part_of(Path("000003.mp4")).name
+    shutil.copytree(chunks, state.parent / "stream", copy_function=os.link)
+    (chunks / half.replace(f"-{os.getpid()}.", f"-{service.process.pid}.")).touch()  # or while it wrote a chunk
     service.start()
-    for name, seconds, seed in zip(names, (4, 4, 1), (5, 6, 7), strict=True):
+    second = service.change(names[0], PROMPT)["chunk"]
+    assert 0 < first < second < 10
+    assert [one["chunk"] for one in service.get(names[0])["prompts"]] == [0, first, second]
+    hows = [{"prompt_at": [f"{first}s {OTHER}", f"{second}s {PROMPT}"]}, {}, {"prompts": [OTHER]}]
+    for name, seconds, seed, how in zip(names, (10, 4, 2), (5, 6, 7), hows, strict=True):
         service.wait(name)
-        np.testing.assert_array_equal(service.frames(name), made_alone(service.folder, seconds=seconds, seed=seed))
+        whole = made_alone(service.folder, seconds=seconds, seed=seed, **how)
+        np.testing.assert_array_equal(service.frames(name), whole)
         service.when(partial(is_tidy, service.folder / "served" / name))
+        assert not list((service.folder / "served" / name).rglob(".*"))
 
 
 def test_a_video_is_streamed_and_watched_while_it_is_made(service):
@@ -129,19 +183,18 @@ def test_a_finished_video_is_made_longer_as_if_all_had_been_asked_for(service):
 
     short = service.create(seconds=6, seed=11)
     service.wait(short)
-    other = "a blue cross moving up"
     reference = {"video": {"id": short}}  # which the client takes for a file, where it has an argument for it
-    made = service.openai.videos.extend(prompt=other, seconds="2", video=openai.omit, extra_body=reference)
+    made = service.openai.videos.extend(prompt=OTHER, seconds="2", video=openai.omit, extra_body=reference)
     assert made.seconds == "8"
     service.wait(made.id)
     assert service.get(short)["status"] == "completed"
     assert "chunks" not in service.get(short) and len(service.frames(short)) == 6 * 24
-    whole = made_alone(service.folder, chunks=8, seed=11, prompt_at=[f"6s {other}"])
+    whole = made_alone(service.folder, chunks=8, seed=11, prompt_at=[f"6s {OTHER}"])
     np.testing.assert_array_equal(service.frames(made.id), whole)
 
 
 def test_requests_of_one_gang_may_reuse_and_hold_as_they_like(service):
-    hows = [{"cache": "none"}, {"cache": "flowcache-fast", "kv_budget": 2}, {}]
+    hows = [{"cache": "none"}, {"cache": "flowcache-fast", "kv_budget": 2}, {"fps": 48}]
     names = [service.create(seconds=4, seed=12, **how) for how in hows]
     for name, how in zip(names, hows, strict=True):
         service.wait(name)

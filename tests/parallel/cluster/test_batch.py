@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from launch.cli import run
 from launch.generate import generate
 from launch.options import Options
 from parallel.health.processes import descendants
-from tests.launch.process import command_of, flowcache_process, short_folder
+from tests.launch.process import command_of, flowcache_process, short_folder, small_disk
 from tests.parallel.strangers import Fuzzer
 
 pytestmark = pytest.mark.slow
@@ -177,23 +176,17 @@ def test_a_video_on_ray_is_that_of_one_process_whatever_strangers_send(tmp_path,
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def disk(tmp_path):
     """A folder on a disk of 2 MB, and a function that makes it larger."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o"]
-    if subprocess.run([*mount, "size=2m", "tmpfs", folder], capture_output=True, check=False).returncode:
-        pytest.skip("a full disk is a small tmpfs here, which only root may mount")
-    try:
-        yield folder, lambda: subprocess.run([*mount, "remount,size=64m", "tmpfs", folder], check=True)
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
+    (folder := tmp_path / "disk").mkdir()
+    with small_disk(folder, "2m") as enlarge:
+        yield folder, enlarge
 
 
 def test_a_full_disk_ends_a_batch_with_one_line_and_the_next_run_goes_on_with_another_layout(
-    tmp_path, small_disk, monkeypatch
+    tmp_path, disk, monkeypatch
 ):
-    disk, enlarge = small_disk
+    disk, enlarge = disk
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "prompts.jsonl", {"prompt": PROMPTS[0], "chunks": 6})
     command = ["batch", "prompts.jsonl", "--out", disk / "videos", "--steps", 8, "--threads", 1]

@@ -19,6 +19,7 @@ from parallel.cluster.config import Source, video_size
 from parallel.cluster.messages import (
     Admitted,
     CancelVideo,
+    ChangePrompt,
     ChunkMade,
     ChunkTaken,
     Finish,
@@ -67,9 +68,9 @@ class Controller:
 
 
 @contextmanager
-def running(source=None):
+def running(source=None, controller=None):
     """A gang of one rank that makes the videos of a source, the small one if there is none; and its trace."""
-    controller, failures, source = Controller(), [], source or SmallSource()
+    controller, failures, source = controller or Controller(), [], source or SmallSource()
 
     def work():
         torch.set_num_threads(1)
@@ -148,10 +149,52 @@ def test_commands_for_videos_that_are_gone_are_ignored():
             PermitQuantum(video="gone", quantum=3),
             ChunkTaken(video="gone", index=1),
             CancelVideo(video="gone"),
+            ChangePrompt(video="gone", first=1, prompt="a thing"),
         ):
             controller.loop.handle(command)
         controller.loop.handle(order("here", chunks=1))
         until(lambda: controller.all(VideoDone), "it does not end")
+
+
+class SlowReader(SmallSource):
+    """It takes its time with a prompt."""
+
+    def lead(self, mesh, device):
+        pipeline = super().lead(mesh, device)
+        captions = pipeline.captions
+
+        def slowly(prompt):
+            time.sleep(0.3)
+            return captions(prompt)
+
+        pipeline.captions = slowly
+        return pipeline
+
+
+class Changing(Controller):
+    """It changes the prompt and permits the next chunk in one breath."""
+
+    def receive(self, events):
+        for event in events:
+            if isinstance(event, QuantumReady) and event.quantum in (0, 2):
+                text = f"another thing {event.quantum}"
+                self.loop.handle(ChangePrompt(video=event.video, first=event.quantum, prompt=text))
+        super().receive(events)
+
+
+def test_a_chunk_that_is_permitted_waits_for_its_new_prompt():
+    script = ((2, "another thing 2"),)
+    with running(SlowReader(), Changing()) as controller:
+        controller.loop.handle(order("changed", chunks=4))
+        until(lambda: controller.all(VideoDone), "it does not end")
+        changed = controller.all(ChunkMade)
+    with running() as controller:
+        controller.loop.handle(order("whole", chunks=4, prompt="another thing 0", script=script))
+        until(lambda: controller.all(VideoDone), "it does not end")
+        whole = controller.all(ChunkMade)
+    assert len(changed) == 4
+    for one, other in zip(changed, whole, strict=True):
+        assert (one.latents == other.latents).all()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import os
 import queue
 import resource
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,8 @@ def contents(value=1.0):
 
 def write(folder, quantum, *, value=1.0, files=("rank-0.safetensors", "run.safetensors")):
     """A checkpoint that is complete but for its manifest."""
+    with suppress(OSError):
+        folder.mkdir(parents=True)
     place, done = new_folder(folder, quantum), queue.SimpleQueue()
     write_async(place, {name: contents(value) for name in files}, done.put)
     shards = done.get(timeout=10)
@@ -339,9 +342,9 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_gang_with_one_line(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.0, 1.0])
-def test_nothing_stays_in_the_store_of_a_cancelled_video(tmp_path, seconds):
-    assert run(tmp_path, "cancelled", pp=2, seconds=seconds) == []
+@pytest.mark.parametrize(("seconds", "removed"), [(0.0, False), (1.0, False), (1.0, True)])
+def test_nothing_stays_of_a_cancelled_video_in_the_store_and_on_the_disk(tmp_path, seconds, removed):
+    assert run(tmp_path, "cancelled", pp=2, seconds=seconds, removed=removed) == []
 
 
 @pytest.mark.slow

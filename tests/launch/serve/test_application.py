@@ -1,0 +1,68 @@
+"""The service as an application of a real Ray Serve."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import httpx2
+import pytest
+
+from parallel.health.processes import descendants
+from tests.launch.process import ROOT, command_of, environment, short_folder
+from tests.ports import free_ports
+
+pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'flowcache-engine[rayserve]'")
+pytestmark = pytest.mark.slow
+START = """
+import sys
+import ray
+from ray import serve
+from launch.serve.application import build
+ray.init(address="local", num_cpus=3, include_dashboard=False, object_store_memory=2**27, _temp_dir=sys.argv[1])
+serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
+serve.run(build({"options": sys.argv[3]}))
+print("running", flush=True)
+sys.stdin.read()
+serve.shutdown()
+"""
+
+
+def services(process):
+    return [pid for pid in descendants(process.pid) if "launch serve --out" in command_of(pid)]
+
+
+def is_up(port):
+    try:
+        return httpx2.get(f"http://127.0.0.1:{port}/health", timeout=10).status_code == 200
+    except httpx2.TransportError:
+        return False
+
+
+def test_ray_serve_starts_the_service_again_when_it_is_killed_and_ends_it(tmp_path):
+    port, other = free_ports(2)
+    options = f"--out {tmp_path / 'served'} --port {port} --threads 1 --height 64 --width 64 --steps 8"
+    with short_folder() as temporary, (tmp_path / "said.txt").open("w") as said:
+        command = [sys.executable, "-c", START, str(temporary), str(other), options]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said
+        )
+        try:
+            when(lambda: is_up(port), tmp_path)
+            assert "a port of its own" in httpx2.get(f"http://127.0.0.1:{other}/", timeout=30).text
+            [first] = services(process)
+            os.kill(first, signal.SIGKILL)
+            when(lambda: services(process) not in ([], [first]) and is_up(port), tmp_path)
+            process.stdin.close()
+            when(lambda: not services(process), tmp_path)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def when(condition, folder, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, (folder / "said.txt").read_text()
+        time.sleep(0.2)
