@@ -489,8 +489,8 @@ class Engine:
         if chunk is not None and not torch.isfinite(chunk.latents.sum()):
             table = video.course.table
             index = table.first + chunk.index
-            tick = table.tick_of(index, table.num_steps - 1)
-            self._not_finite[number] = NotFinite(number, rank=0, tick=tick, chunk=index)
+            place = table.tick_of(index, table.num_steps - 1), index
+            self._not_finite[number] = NotFinite(number, rank=0, place=place)
             return None
         return chunk
 

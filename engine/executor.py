@@ -64,7 +64,8 @@ class _Held:
 class NotFinite(RuntimeError):
     """A video has come to NaN or infinity and cannot be made; the line names rank, tick and chunk. Others can go on."""
 
-    def __init__(self, video: int, *, rank: int, tick: int, chunk: int) -> None:
+    def __init__(self, video: int, *, rank: int, place: tuple[int, int]) -> None:
+        tick, chunk = place
         super().__init__(
             f"rank {rank} has computed NaN or infinity at tick {tick}, chunk {chunk}: "
             "check the weights, and the device of that rank"
@@ -320,7 +321,7 @@ class LocalRunner(Runner):
     def not_finite(self, video: int) -> NotFinite | None:
         """What says that a video cannot be made."""
         item = self._stage.finite.found(video)
-        return None if item is None else NotFinite(video, rank=0, tick=item.tick, chunk=item.chunk)
+        return None if item is None else NotFinite(video, rank=0, place=item.place)
 
     def kv(self, video: int) -> KVBuffer:
         """The KV buffers of a video."""

@@ -37,7 +37,8 @@ class Course:
     @property
     def span(self) -> Span:
         """The present one."""
-        return Span(number=self._at, schedule=self.table.spans[self._at])
+        schedule, place = self.table.spans[self._at], self.place
+        return Span(number=self._at, schedule=schedule, begins=(place.tick, place.chunk))
 
     @property
     def place(self) -> Place:

@@ -79,6 +79,12 @@ class WorkItem:
     what: Pass
     keys_from: int | None  # first chunk that is attended to; None for everything that is held
     before: tuple[KVOp, ...]  # changes of the KV buffers to make first
+    span: tuple[int, int] = (0, 0)  # tick and chunk of the whole video at which the span begins that counts these
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Tick and chunk in the whole video, for people."""
+        return self.span[0] + self.tick, self.span[1] + self.chunk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,9 +152,10 @@ class VideoRun:
         beside: Tensor | None = None,  # [1, c, T, h, w], what the model is given behind the latents' channels
         compressed: bool,  # the past is compressed, so a chunk attends to all of it and not to a range of chunks
         retires_at_once: bool = False,  # a chunk is part of that past after its last step, not from the next tick on
+        span: tuple[int, int] = (0, 0),  # as of `WorkItem`
         device: torch.device,  # where latents are kept
     ) -> None:
-        self._request, self._shape, self._sampling, self._noise = request, shape, sampling, noise
+        self._request, self._shape, self._sampling, self._noise, self._span = request, shape, sampling, noise, span
         self._reuse, self._prefix, self._compressed, self._device = reuse, prefix, compressed, device
         self._beside = beside
         self._at_once = retires_at_once and not sampling.clean_pass
@@ -285,7 +292,8 @@ class VideoRun:
     def finish(self, chunk: int) -> Tensor:
         """Take the latents of a chunk whose last step is closed, without given frames; an image's own stays."""
         given = None if self._shape.prefix_frames == 1 else self._given(chunk)
-        latents = self._latents[chunk][:, :, 0 if given is None else given.shape[2] :]
+        start, end = 0 if given is None else given.shape[2], self._sampling.chunk_width - self._sampling.ends
+        latents = self._latents[chunk][:, :, start:end]
         self._leave(chunk)
         return latents
 
@@ -437,6 +445,7 @@ class VideoRun:
             what=what,
             keys_from=None if limit is None else max(0, chunk + 1 - limit),
             before=before,
+            span=self._span,
         )
         flags, self._unsent = tuple(self._unsent), []
         return Work(item=item, x=x, flags=flags, digest=self._flags.digest)

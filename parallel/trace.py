@@ -76,8 +76,9 @@ class Tracer:
         took = (time.perf_counter() if ended is None else ended) - began
         name, about = kind, {}
         if item is not None:
-            name = kind if kind in ("send", "compress") else f"{item.what.name} {item.chunk}"
-            args = {"request": item.request, "tick": item.tick, "chunk": item.chunk, "step": item.step}
+            tick, chunk = item.place
+            name = kind if kind in ("send", "compress") else f"{item.what.name} {chunk}"
+            args = {"request": item.request, "tick": tick, "chunk": chunk, "step": item.step}
             about = {"args": {**args, "what": item.what.name, "returns": bool(item.what.weight)}}
         self._put(name, "X", cat=kind, tid=track, ts=self._microseconds(began), dur=round(took * 1e6, 1), **about)
 

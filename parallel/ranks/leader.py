@@ -93,7 +93,7 @@ class Leader(Runner):
         assert item is not None
         results.append((item, velocity))
         if rank >= 0 and item.request not in self._not_finite:
-            self._not_finite[item.request] = NotFinite(item.request, rank=rank, tick=item.tick, chunk=item.chunk)
+            self._not_finite[item.request] = NotFinite(item.request, rank=rank, place=item.place)
 
     def not_finite(self, video: int) -> NotFinite | None:
         """What says that a video cannot be made; its ranks say it with the velocities."""

@@ -43,7 +43,8 @@ class StageModel:
 
 def describe(item: WorkItem) -> str:
     """A work item in words."""
-    return f"request {item.request}, tick {item.tick}, chunk {item.chunk} ({item.what.name})"
+    tick, chunk = item.place
+    return f"request {item.request}, tick {tick}, chunk {chunk} ({item.what.name})"
 
 
 class StageWorker:

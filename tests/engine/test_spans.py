@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ import torch
 
 from engine.checkpoint.files import CheckpointConfig
 from engine.engine import Engine
+from engine.executor import NotFinite
 from engine.kv.layout import KVSettings
 from engine.record import NOT_ACTIVE, Recorder, RunRecord
 from engine.request import timetable
 from engine.reuse.policy import ReuseSettings
-from launch.plots.record import reuse_table
+from launch.plots.record import distance_figure, kv_figure, reuse_figure, reuse_table
 from models.errors import InputError
 from tests.engine.test_engine import HeldGate
 from tests.models.wan.small import small_pipeline
@@ -124,6 +126,11 @@ def test_its_record_has_all_spans(tmp_path):
     # The schedule of conditions is one table: every chunk of every span takes the same decisions.
     assert (record.decisions == record.decisions[0]).all() and len(reuse_table(record)) == 8
     assert {chunk for chunk, _, _ in record.held} == {0, 1, 2, 4, 5, 7}
+    for draw in (reuse_figure, distance_figure):
+        draw(record).savefig(tmp_path / "drawn.png")
+    (shares,) = kv_figure(record).axes[0].images
+    # Two columns without a chunk that leaves the window: there a span ends and the next one fills its window.
+    assert shares.get_array().mask.all(axis=0).tolist() == [False] * 3 + [True] * 3 + [False] * 2 + [True] * 3 + [False]
     last, alone = record.of_span(2), Recorder()
     assert last.schedule.spans[0] == table.spans[2] and (last.decisions == record.decisions[7:]).all()
     assert last.held[:, :2].tolist() == [[1, 0], [1, 1]]
@@ -131,6 +138,18 @@ def test_its_record_has_all_spans(tmp_path):
     first, short = record.of_span(0), alone.finish({})
     for name in ("span", "decisions", "changes", "tick_items", "fill", "held"):
         assert np.array_equal(getattr(first, name), getattr(short, name), equal_nan=True)
+
+
+def test_what_is_not_finite_in_a_later_span_is_named_by_its_place_in_the_video():
+    made = engine()
+    read = made.read(request(num_steps=6, chunks=7))
+
+    def noise(span):
+        usual = read.encoded.noise(span)
+        return lambda chunk, shape, draw: usual(chunk, shape, draw) * (float("nan") if span and not draw else 1)
+
+    with pytest.raises(NotFinite, match="at tick 12, chunk 4"):
+        list(made.generate(replace(read, encoded=replace(read.encoded, noise=noise)), decode=False))
 
 
 def test_of_a_prefix_the_last_whole_groups_count_and_a_shorter_one_is_refused():
@@ -146,13 +165,15 @@ def test_of_a_prefix_the_last_whole_groups_count_and_a_shorter_one_is_refused():
 MEMORY = """
 import json, pathlib, resource, sys, tempfile
 from tests.engine.test_spans import *
+from engine.machine import settle_heap
 from models.checkpoint import Loading
 from models.wan.pipeline import WanPipeline
 from models.wan.random import random_pipeline
 from models.wan.vae import WanVaeConfig
 small = small_pipeline(**GROUPS)
-decoding = random_pipeline(small.config, Loading(), vae=WanVaeConfig(base_dim=8, dim_mult=(1, 1, 1, 1))).autoencoder
+settle_heap()
 one_thread()
+decoding = random_pipeline(small.config, Loading(), vae=WanVaeConfig(base_dim=4, dim_mult=(1, 1, 1, 1))).autoencoder
 made = Engine(WanPipeline(small.config, small.model, decoding, small._encoder), reuse=REUSE)
 folder, told, recorder = pathlib.Path(tempfile.mkdtemp()), [], Recorder()
 wanted = request(num_steps=3, height=128, width=128, chunks=1 + 3 * int(sys.argv[1]))

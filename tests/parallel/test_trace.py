@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from parallel.trace import DeviceTimer, Tracer, merge_traces, shipped_events
 _CONDITION = PassCondition(times=(0.0,))
 _PASS = Pass(name="denoise", caption="text", branch=0, isolated=False, weight=1.0, condition=_CONDITION)
 ITEM = WorkItem(request=0, tick=3, chunk=1, step=2, chunks_left=0, what=_PASS, keys_from=None, before=())
+LATER = replace(ITEM, span=(20, 4))  # of a span that begins with tick 20 and chunk 4 of its video
 
 
 def spans(lines):
@@ -32,7 +34,7 @@ def test_spans_of_all_ranks_make_one_trace(tmp_path):
         tracer = Tracer(rank, f"rank {rank}", wanted=True, about={"stage": rank})
         began = time.perf_counter()
         time.sleep(0.01)
-        tracer.add("compute", began, ITEM)
+        tracer.add("compute", began, LATER)
         tracer.add("wait", time.perf_counter())
         tracer.mark("reuse", request=0, tick=4, chunk=1, step=2)
         parts.append(tracer.lines())
@@ -44,8 +46,8 @@ def test_spans_of_all_ranks_make_one_trace(tmp_path):
         {"name": "rank 1", "stage": 1},
     ]
     computed = [event for event in events if event.get("cat") == "compute"]
-    assert [event["name"] for event in computed] == [f"denoise {ITEM.chunk}"] * 2
-    about = {"request": 0, "tick": ITEM.tick, "chunk": ITEM.chunk, "step": ITEM.step}
+    assert [event["name"] for event in computed] == ["denoise 5"] * 2
+    about = {"request": 0, "tick": 23, "chunk": 5, "step": ITEM.step}
     assert computed[0]["args"] == {**about, "what": "denoise", "returns": True}
     assert all(9e3 < event["dur"] < 1e6 for event in computed)
     assert abs(computed[1]["ts"] / 1e6 - time.time()) < 5
