@@ -39,6 +39,7 @@ class Request:
     seed: int  # of the noise
     prefix: Tensor | None = None
     """Frames that the video goes on from, uint8 [F, H, W, 3]: one for image to video, more for video to video."""
+    end: Tensor | None = None  # frame that it ends with, [1, H, W, 3] likewise
     fps: int | None = None  # frames per second; None for those of the loaded model, likewise
     negative: str | None = None  # what it is not to show
 
@@ -57,8 +58,9 @@ class Request:
             raise InputError(f"{self.num_steps} denoising steps make no video")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"the seed {self.seed} is not between 0 and 2^63 - 1")
-        if self.prefix is not None:
-            self._check_prefix(self.prefix)
+        for frames in (self.prefix, self.end):
+            if frames is not None:
+                self._check_prefix(frames)
 
     def with_prompt(self, first: int, prompt: str) -> Request:
         """The same with another prompt from a chunk on; those of later chunks stay."""
@@ -84,6 +86,7 @@ class Encoded:
     prefix: Tensor | None  # latents [1, C, P, h, w] to go on from
     noise: Callable[[int], Noise]  # where the chunks start, by the span of a long video
     beside: Tensor | None = None  # as of `SeenImage`
+    ends: int = 0  # latent frames behind the end that are given; the noise has them
 
     @property
     def given(self) -> int:
@@ -125,14 +128,33 @@ def encode(pipeline: Pipeline, request: Request) -> Encoded:
         made = 0 if prefix is None else prefix.shape[2] // sampling.chunk_width  # whole chunks of the prefix
         later = tuple((made + first, pipeline.captions(prompt).text) for first, prompt in request.script)
         captions = replace(captions, later=later)
-    beside = None if seen is None else seen.beside
-    return Encoded(captions=captions, prefix=prefix, noise=partial(seeded_noise, request.seed), beside=beside)
+    beside, noise = None if seen is None else seen.beside, partial(seeded_noise, request.seed)
+    end = None if request.end is None else pipeline.autoencoder.encode(request.end)
+    return Encoded(
+        captions=captions,
+        prefix=prefix,
+        noise=noise if end is None else lambda span: _ending(noise(span), end),
+        beside=beside,
+        ends=0 if end is None else end.shape[2],
+    )
+
+
+def _ending(noise: Noise, end: Tensor) -> Noise:
+    """Noise with latents in place of the last frames."""
+
+    def ending(chunk: int, shape: tuple[int, ...], draw: int) -> Tensor:
+        drawn = noise(chunk, shape, draw)
+        if not draw:
+            drawn[:, :, -end.shape[2] :] = end.to(drawn)
+        return drawn
+
+    return ending
 
 
 def sampling_of(pipeline: Pipeline, request: Request, encoded: Encoded, reuse: ReuseSettings) -> Sampling:
     """How a request is denoised."""
     passes = {"clean_pass": reuse.clean_pass, "copy_pass": reuse.copy_pass}
-    return pipeline.sampling(request.num_steps, given=encoded.given, **passes)
+    return pipeline.sampling(request.num_steps, given=encoded.given, ends=encoded.ends, **passes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -292,7 +292,8 @@ class VideoRun:
     def finish(self, chunk: int) -> Tensor:
         """Take the latents of a chunk whose last step is closed, without given frames; an image's own stays."""
         given = None if self._shape.prefix_frames == 1 else self._given(chunk)
-        latents = self._latents[chunk][:, :, 0 if given is None else given.shape[2] :]
+        start, end = 0 if given is None else given.shape[2], self._sampling.chunk_width - self._sampling.ends
+        latents = self._latents[chunk][:, :, start:end]
         self._leave(chunk)
         return latents
 

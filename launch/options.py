@@ -160,6 +160,9 @@ class Options:
     )
     image: Path | None = _start("A picture that the video begins with.", batch=False, line=True)
     video: Path | None = _start("A clip that the video goes on from.", batch=False, line=True)
+    end_image: Path | None = _start(
+        "SkyReels-V2 with --sampling window or staggered: a picture that the video ends with.", batch=False
+    )
     video_from: ClipEnd = _start(
         "Which 32 frames of it: the last ones, or the first ones as in the released code.", default="end"
     )

@@ -137,18 +137,22 @@ def plan_requests(options: Options, outs: Sequence[Path]) -> list[Plan]:
     return plans
 
 
-def plan_video(options: Options, *, out: Path, at_a_time: int = 1, bounds: Bounds | None = None) -> Plan:
+def plan_video(
+    options: Options, *, out: Path, at_a_time: int = 1, bounds: Bounds | None = None, starts: bool = True
+) -> Plan:
     """Check the options of one video, of the first prompt, and read the picture or the clip that it starts from.
 
-    That is read within `bounds`, if it may come from anybody. There must be memory for `at_a_time` such videos. The
-    file `out` is not looked at.
+    That is read within `bounds`, if it may come from anybody; without `starts` it may still come. There must be memory
+    for `at_a_time` such videos. The file `out` is not looked at.
     """
     if options.image is not None and options.video is not None:
         raise InputError("--image and --video both say what to start from: give one of them")
     model = plan_model(options)
     config, known = model.config, model.config.figures
-    if known.sees_image and options.image is None:
+    if known.sees_image and options.image is None and starts:
         raise InputError(f"{model.name} makes a video of an image: give it with --image")
+    if options.end_image is not None and not known.ends:
+        raise InputError(f"{model.name} cannot be told of its end so: leave out --end-image, or see --sampling")
     request = Request(
         prompt=options.prompts[0],
         script=_script(options, known),
@@ -176,7 +180,8 @@ def plan_video(options: Options, *, out: Path, at_a_time: int = 1, bounds: Bound
         )
     if options.launcher != "ray" or (model.device == "cpu" and not ray_address()):  # whose ranks may be anywhere
         job(plan, at_a_time).check(model.device)
-    return replace(plan, request=replace(request, prefix=_prefix(options, request, known.fps, bounds)))
+    prefix, end = _prefix(options, request, known.fps, bounds), _end(options, request, bounds)
+    return replace(plan, request=replace(request, prefix=prefix, end=end))
 
 
 def job(plan: Plan, videos: int = 1) -> Job:
@@ -246,6 +251,15 @@ def _chunks(options: Options, known: Figures) -> int:
         return math.ceil(known.frames / known.chunk_frames)
     # To a thousandth of a frame, so that 2.1 s at 10 frames per second is 21 frames and not a hair more.
     return math.ceil(round(options.seconds * known.fps, 3) / known.chunk_frames)
+
+
+def _end(options: Options, request: Request, bounds: Bounds | None) -> Tensor | None:
+    if options.end_image is None:
+        return None
+    from launch.media import Frame, read_image
+
+    frame = Frame(height=request.height, width=request.width, fit=options.fit, bounds=bounds)
+    return read_image(options.end_image, frame)
 
 
 def _prefix(options: Options, request: Request, fps: int, bounds: Bounds | None) -> Tensor | None:

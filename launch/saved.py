@@ -24,6 +24,7 @@ from typing import Any
 
 import av
 import torch
+from torch import Tensor
 
 from engine.checkpoint.files import CheckpointConfig, discard, newest
 from engine.files import (
@@ -58,12 +59,15 @@ def video_digest(plan: Plan, threads: int, repeat: int = 0) -> str:
 
     What was not given is filled in: a default that is written out changes nothing.
     """
-    model, source, prefix = plan.model, plan.model.source, plan.request.prefix
+    model, source, request = plan.model, plan.model.source, plan.request
+    asked = asdict(replace(request, prefix=None, end=None))
+    del asked["end"]
     what = {
         "form": _DIGEST_FORM,
         "repeat": repeat,
-        "request": asdict(replace(plan.request, prefix=None)),
-        "prefix": None if prefix is None else hashlib.sha256(prefix.numpy().tobytes()).hexdigest(),
+        "request": asked,
+        "prefix": _digest(request.prefix),
+        **({} if request.end is None else {"end": _digest(request.end)}),
         "model": model.config.to_dict(),
         **source.loader.settings,
         "cp": plan.options.cp,  # sums are taken in another order; pp and split change nothing
@@ -76,6 +80,10 @@ def video_digest(plan: Plan, threads: int, repeat: int = 0) -> str:
     }
     text = json.dumps(what, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
+
+
+def _digest(frames: Tensor | None) -> str | None:
+    return None if frames is None else hashlib.sha256(frames.numpy().tobytes()).hexdigest()
 
 
 def _threads(plan: Plan) -> int:

@@ -45,6 +45,7 @@ class Figures:
     decode_cost: float = 0.0  # the same of the autoencoder, which works for a chunk once in all its passes
     most_chunks: int | None = None  # of what the model is run on; a longer video is made of several
     sees_image: bool = False  # it makes nothing without an image
+    ends: bool = False  # it can be told with which image a video ends
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,5 +239,7 @@ class Family(Protocol):
     def vae_bytes(self, config: Any, vae: Path | None) -> int:
         """The same of the autoencoder that is there, else of the model's own."""
 
-    def sampling(self, config: Any, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0) -> Sampling:
+    def sampling(
+        self, config: Any, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0, ends: int = 0
+    ) -> Sampling:
         """How to denoise; as `Pipeline.sampling`."""

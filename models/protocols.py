@@ -221,6 +221,10 @@ class Sampling(Protocol):
         """First chunks whose KV stays though a range leaves them behind; with any, a range is what is held."""
 
     @property
+    def ends(self) -> int:
+        """Last latent frames of the video's one chunk that are given too, and are no part of it."""
+
+    @property
     def residual_of_layers(self) -> bool:
         """What is published as the residual that stands in for a step: what the layers added to the patch embedding of
         each pass, and not the increment of the latents."""
@@ -336,9 +340,9 @@ class Pipeline(Protocol):
     def attention(self) -> Attention:
         """What KV views attend with."""
 
-    def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0) -> Sampling:
+    def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0, ends: int = 0) -> Sampling:
         """How to denoise with that many steps, with or without the passes that reuse may leave out, where so many
-        latent frames are given."""
+        latent frames are given, and so many behind the end."""
 
     def captions(self, prompt: str) -> CaptionTable:
         """Encode a prompt."""

@@ -54,6 +54,8 @@ def fingerprint(
     model, prefix = pipeline.model, request.prefix
     asked = {field.name: getattr(request, field.name) for field in fields(request)}
     asked["prefix"] = None if prefix is None else _digest(prefix)
+    if (end := asked.pop("end")) is not None:
+        asked["end"] = _digest(end)
     held = {
         "identity": identity,
         "class": type(model).__name__,

@@ -171,7 +171,7 @@ class Latents:
         """There is none."""
         raise AssertionError("latents are not decoded")
 
-    def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0) -> Sampling:
+    def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0, ends: int = 0) -> Sampling:
         """As it was given."""
         return self.how
 

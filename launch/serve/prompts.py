@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,5 +67,6 @@ def change_job(store: Store, job: Job, plan: Plan, first: int, prompt: str) -> P
     finally:
         for path in store.folder(job).glob("prompts-*.json"):
             if path.name != job.line.get("script"):
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink()
     return plan

@@ -71,7 +71,7 @@ def limit_plan(options: ServeOptions) -> Plan:
         width = 16 * math.ceil(math.sqrt(options.max_pixels) / 16)
         height = 16 * math.ceil(options.max_pixels / width / 16)
     largest = replace(base, prompts=[_PROMPT], seconds=options.max_seconds, chunks=None, width=width, height=height)
-    return plan_video(largest, out=Path())
+    return plan_video(largest, out=Path(), starts=False)
 
 
 @contextmanager

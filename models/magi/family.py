@@ -101,7 +101,7 @@ class MagiFamily:
         return vae_parameters(described) * (4 if config.model_config.dtype.itemsize == 4 else 2)
 
     def sampling(
-        self, config: MagiConfig, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0
+        self, config: MagiConfig, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0, ends: int = 0
     ) -> MagiSampling:
         """As `Family`."""
         return MagiSampling(config=config, num_steps=num_steps, clean_pass=clean_pass, copy_pass=copy_pass)

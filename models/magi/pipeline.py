@@ -65,7 +65,7 @@ class MagiPipeline:
         """Nothing: a video goes on from the latents of an image."""
 
     def sampling(
-        self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True, given: int = 0
+        self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True, given: int = 0, ends: int = 0
     ) -> MagiSampling:
         """How to denoise with that many steps, with or without the passes that reuse may leave out."""
         return MagiSampling(

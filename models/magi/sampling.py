@@ -71,6 +71,7 @@ class MagiSampling:
     overlap = 0
     publishes = True
     sink = 0
+    ends = 0
     residual_of_layers = False
     changes = None
 

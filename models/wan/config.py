@@ -198,6 +198,7 @@ class WanConfig:
             window=1 if runtime.method == "self-forcing" else self.window_chunks,
             most_chunks=None if runtime.method == "self-forcing" else self.window_chunks,
             sees_image=shapes.sees_image,
+            ends=runtime.method == "diffusion forcing" and runtime.sampling != "groups",
         )
 
     @property

@@ -111,10 +111,10 @@ class WanFamily:
         return 4 * sum(entry.size for entry in stored.values())
 
     def sampling(
-        self, config: WanConfig, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0
+        self, config: WanConfig, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0, ends: int = 0
     ) -> Sampling:
         """As `Family`."""
-        return sampling_of(config, num_steps, clean_pass=clean_pass, given=given)
+        return sampling_of(config, num_steps, clean_pass=clean_pass, given=given, ends=ends)
 
 
 @cache  # a batch asks once for each of its lines

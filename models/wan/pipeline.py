@@ -58,7 +58,7 @@ class WanPipeline:
     ) -> None:
         self.config, self.model = config, model
         self._autoencoder, self._encoder, self._images = autoencoder, encoder, images
-        self._changes: dict[tuple[int, int, int | None], tuple[float, ...]] = {}  # by steps, given frames and fps
+        self._changes: dict[tuple[int | None, ...], tuple[float, ...]] = {}  # by steps, given frames and fps
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -71,16 +71,18 @@ class WanPipeline:
         """What KV views attend with."""
         return self.model.attention
 
-    def sampling(self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True, given: int = 0) -> Sampling:
+    def sampling(
+        self, num_steps: int, *, clean_pass: bool = True, copy_pass: bool = True, given: int = 0, ends: int = 0
+    ) -> Sampling:
         """How to denoise with that many steps, with or without the passes that renew a finished chunk's KV, where so
         many latent frames are given.
 
         With the table of how its conditions change from step to step.
         """
-        sampling = sampling_of(self.config, num_steps, clean_pass=clean_pass, given=given)
+        sampling = sampling_of(self.config, num_steps, clean_pass=clean_pass, given=given, ends=ends)
         if isinstance(sampling, SelfForcingSampling):
             return sampling
-        if (key := (num_steps, given, sampling.fps)) not in self._changes:
+        if (key := (num_steps, given, ends, sampling.fps)) not in self._changes:
             steps = [sampling.times(step) for step in range(sampling.num_steps)]
             self._changes[key] = condition_changes(self.model, steps, sampling.fps)
         return replace(sampling, changes=self._changes[key])

@@ -115,7 +115,9 @@ def video_size(
     sampling = family_of(config).sampling(config, num_steps, **passes)
     image = request.prefix is not None and config.figures.sees_image
     _, given = (0, 0) if request.prefix is None or image else sampling.prefix(len(request.prefix))
-    sampling = family_of(config).sampling(config, num_steps, given=given, **passes)
+    sampling = family_of(config).sampling(
+        config, num_steps, given=given, ends=0 if request.end is None else 1, **passes
+    )
     table = timetable(sampling, request.chunks, given)
     geometry = config.kv_geometry(range(max(stage_sizes(config, layout.pp, split))), torch.device("cpu"))
     plan = plan_kv(sampling, table.spans[0], kv, config.chunk_tokens(request.height, request.width))

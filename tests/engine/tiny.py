@@ -46,7 +46,7 @@ class TinyPipeline:
     def see(self, image):
         return None
 
-    def sampling(self, num_steps, *, clean_pass=True, copy_pass=True, given=0):
+    def sampling(self, num_steps, *, clean_pass=True, copy_pass=True, given=0, ends=0):
         return MagiSampling(config=self.config, num_steps=num_steps, clean_pass=clean_pass, copy_pass=copy_pass)
 
     def captions(self, prompt):

@@ -157,3 +157,17 @@ def test_memory() -> None:
 def test_memory_that_does_not_fit(options: Options, said: str) -> None:
     with pytest.raises(InputError, match=said):
         kv_settings(options)
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "renews"),
+    [
+        ("skyreels-v2-df-1.3b-540p", {}, False),
+        ("skyreels-v2-df-1.3b-540p", {"clean_pass": True}, True),
+        ("self-forcing-1.3b", {}, True),
+        ("magi-4.5b", {}, True),
+    ],
+)
+def test_a_run_without_reuse_renews_finished_chunks_where_it_is_published_so(model, given, renews):
+    plan = plan_model(Options(prompts=["a cat"], model=model, weights=Path("random"), cache="none", **given))
+    assert plan.reuse.policy == "none" and plan.reuse.clean_pass is renews

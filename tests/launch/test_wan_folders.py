@@ -145,12 +145,13 @@ def test_whole_windows_begin_with_noise_an_image_or_a_clip(folders, picture, tmp
     asked = ["generate", "a cat", "--weights", str(folders["released"]), *SMALL[:4], "--steps", "3", "--out", "x.mp4"]
     assert run([*asked, "--sampling", "staggered", "--chunks", "1", "--cache", "teacache"]) == 0
     assert "x.mp4: 97 frames of 32x32" in capsys.readouterr().out
-    assert run([*asked, "--sampling", "window", "--chunks", "1", "--image", picture]) == 0
+    asked = [*asked, "--chunks", "1"]
+    assert run([*asked, "--sampling", "window", "--image", picture, "--end-image", picture]) == 0
     assert "x.mp4: 97 frames of 32x32" in capsys.readouterr().out
     with VideoWriter(tmp_path / "clip.mp4", fps=24) as writer:
         writer.write(np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8))
     for way in ("window", "staggered"):
-        assert run([*asked, "--sampling", way, "--chunks", "1", "--video", "clip.mp4"]) == 0
+        assert run([*asked, "--sampling", way, "--video", "clip.mp4"]) == 0
         assert "x.mp4: 80 frames of 32x32" in capsys.readouterr().out
 
 
@@ -171,6 +172,7 @@ WRONG = {
     "reuse of images": (["--weights", "image", "--image", "x.png", "--cache", "teacache"], "no figures of reuse"),
     "another way of images": (["--weights", "image", "--sampling", "groups"], "is sampled in one way"),
     "a way of MAGI": (["--sampling", "window"], "--sampling is for SkyReels-V2"),
+    "an end of groups": (["--weights", "released", "--end-image", "x.png"], "cannot be told of its end so"),
     "more than a window": (["--weights", "released", "--sampling", "window"], "2 chunks are too many: this way of"),
     "a copy pass": (["--weights", "released", "--copy-pass"], "--copy-pass is for distilled models"),
     "reuse of few steps": (["--weights", "self-forcing", "--cache", "teacache"], "no figures of reuse"),

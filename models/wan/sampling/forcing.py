@@ -56,6 +56,7 @@ class DiffusionForcing:
     residual_of_layers = True
     publishes = False
     sink = 0
+    ends = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.block < 1 or self.ar_step < 0:

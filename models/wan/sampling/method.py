@@ -12,10 +12,10 @@ from models.wan.sampling.self_forcing import SelfForcingSampling
 
 
 def sampling_of(
-    config: WanConfig, num_steps: int, *, clean_pass: bool, given: int = 0
+    config: WanConfig, num_steps: int, *, clean_pass: bool, given: int = 0, ends: int = 0
 ) -> BlockSampling | WindowSampling | SelfForcingSampling:
-    """Groups of latent frames as chunks, whole windows, of which so many latent frames are given, or Self-Forcing's
-    chunks.
+    """Groups of latent frames as chunks, whole windows, of which so many latent frames are given, and so many
+    behind the end, or Self-Forcing's chunks.
 
     An InputError if the steps cannot be sampled.
     """
@@ -42,5 +42,5 @@ def sampling_of(
         "dtype": torch.float32 if image else config.dtype,
     }
     if runtime.sampling != "groups":
-        return WindowSampling(**common, given=given, aliased=not image)
+        return WindowSampling(**common, given=given, ends=ends, aliased=not image)
     return BlockSampling(**common, clean_pass=clean_pass)

@@ -36,6 +36,7 @@ class SelfForcingSampling:
     branches = 1
     publishes = False
     residual_of_layers = True
+    ends = 0
     changes = None
 
     def __post_init__(self) -> None:
