@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from launch.conformance.generation import made_by, runs_of
-from launch.conformance.golden import Golden, Verdict, compare, read_golden
+from launch.conformance.golden import Golden, Verdict, compare, read_golden, without_weights
 from launch.conformance.parts import PARTS
 from launch.conformance.wan_generation import wan_made_by, wan_runs
 from launch.generate import join_ranks, needs_ranks, start_ranks
@@ -105,6 +105,8 @@ def check_conformance(
 ) -> int:
     """Check golden files, one line for each, also where one cannot be read; of the options only the ranks count.
 
+    Files of weights that lie beside them are left out.
+
     Returns:
         The exit status: 0 if all pass, 1 if one fails, 2 if one cannot be read.
 
@@ -114,7 +116,7 @@ def check_conformance(
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda was asked for, but this machine has no CUDA GPU: leave it out")
-    env = RankEnv.from_environment()
+    env, files = RankEnv.from_environment(), without_weights(files)
     if env is None and needs_ranks(options):
         start_ranks(arguments, options)
         return OK

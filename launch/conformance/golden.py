@@ -134,6 +134,20 @@ def read_golden(path: Path, device: str) -> Golden:
     return golden
 
 
+def without_weights(files: Sequence[Path]) -> list[Path]:
+    """The files but those of weights, which lie beside the cases that use them; all if there is nothing else."""
+    kept = [path for path in files if not _holds_weights(path)]
+    return kept or list(files)
+
+
+def _holds_weights(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("kind") == "weights"
+    except (OSError, SafetensorError):
+        return False  # which is said where it is read
+
+
 def compare(golden: Golden, made: Iterable[tuple[str, Tensor]]) -> Verdict:
     """Compare figures with the file's, by the names of its tensors."""
     worst, error, tolerance = -1.0, 0.0, 0.0

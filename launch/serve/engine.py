@@ -302,11 +302,15 @@ class Maker:
             self._over.append(video)
 
     def _close(self, job: Job, status: Status) -> None:
-        """A job has ended. A full disk does not end the service; what could not be written is made again."""
-        job.status, job.completed_at = status, time.time()
+        """A job has ended, and says so once it is written.
+
+        A full disk does not end the service; what could not be written is made again.
+        """
+        ended = replace(job, status=status, completed_at=time.time())
+        self._save(ended)
+        job.status, job.completed_at = ended.status, ended.completed_at
         self.live.end(job.id)
         self._metrics.forget(job)
-        self._save(job)
         if job.id not in self._making.videos:  # else it is cleaned when nothing is written any more
             self._store.clean(job)
 

@@ -337,6 +337,15 @@ def test_conformance_passes_on_golden_files(capsys: pytest.CaptureFixture[str]) 
     assert all("relative error" in line and line.endswith("PASS") for line in lines)
 
 
+def test_conformance_leaves_out_the_weights_that_lie_beside_its_files(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("timestep_matrix", "weights_fps", "forward_fps", "weights_nofps")
+    files = [str(GOLDENS / "skyreels" / f"{name}.safetensors") for name in names]
+    assert run(["conformance", *files]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [names[0], names[2]]
+    assert run(["conformance", files[1]]) == 2
+    assert "weights_fps.safetensors has kind 'wan_weights': known kinds are" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_conformance_on_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["conformance", str(GOLDENS / "vae.safetensors"), "--device", "cuda"]) == 2

@@ -261,6 +261,14 @@ def test_a_bomb_takes_no_memory(service):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
 
 
+def test_a_job_says_that_it_has_ended_once_that_is_written(tmp_path, monkeypatch):
+    with running(tmp_path / "a") as (client, store):
+        name, save, seen = client.post("/v1/videos", json={"prompt": PROMPT}).json()["id"], store.save, []
+        monkeypatch.setattr(store, "save", lambda job: (save(job), seen.append((job.status, store.get(name).status))))
+        assert client.delete(f"/v1/videos/{name}").json()["status"] == "cancelled"
+    assert seen == [("cancelled", "queued")]
+
+
 def test_jobs_are_queued_listed_and_cancelled(tmp_path):
     with running(tmp_path / "a", max_queue=4) as (client, store):
         made = [client.post("/v1/videos", json={"prompt": PROMPT, "seed": seed}).json() for seed in range(3)]

@@ -15,7 +15,14 @@ GOLDENS = Path(__file__).parents[2] / "data" / "goldens"
 PARTS = ("weights", "released_4", "released_24", "released_plain", "released_gated", "released_fp8")  # make no video
 CASES = sorted(path for path in GOLDENS.glob("*.safetensors") if not path.stem.startswith(PARTS))
 FORCING = sorted(GOLDENS.glob("skyreels/df_*")) + sorted(GOLDENS.glob("skyreels/flowcache_*"))
-THREE_HEADS = {"df_sync_nofps", "flowcache_14b"}
+# Of six heads and three layers, where the others have three and two.
+SIX_HEADS = [
+    GOLDENS / "skyreels" / f"{name}.safetensors"
+    for name in (
+        *("df_causal", "df_long_sync", "df_start_end", "df_sync_bf16", "df_teacache_noret_odd"),
+        *("flowcache_compress1", "flowcache_compress2", "flowcache_fast"),
+    )
+]
 SELF_FORCING = [GOLDENS / "skyreels" / f"causal_wan_{name}.safetensors" for name in ("rolling_sink", "prefix3")]
 FEW = [GOLDENS / f"{name}.safetensors" for name in ("flowcache_fast", "t2v_base_cfg3", "v2v_prefix9", "vae")]
 
@@ -24,9 +31,9 @@ FEW = [GOLDENS / f"{name}.safetensors" for name in ("flowcache_fast", "t2v_base_
     ("layout", "split", "files"),
     [
         ({"pp": 2}, None, FEW + FORCING + SELF_FORCING),
-        ({"pp": 3}, None, FEW + FORCING[::2]),
+        ({"pp": 3}, None, FEW + SIX_HEADS),
         ({"pp": 2}, "1,2", FEW),
-        ({"pp": 2, "cp": 2}, None, CASES + [path for path in FORCING if path.stem not in THREE_HEADS]),
+        ({"pp": 2, "cp": 2}, None, CASES + SIX_HEADS),
     ],
     ids=["pp 2", "pp 3", "pp 2 the other way round", "pp 2 x cp 2"],
 )
