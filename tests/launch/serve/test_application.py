@@ -26,6 +26,7 @@ serve.run(build({"options": sys.argv[3]}))
 print("running", flush=True)
 sys.stdin.read()
 serve.shutdown()
+ray.shutdown()
 """
 
 
@@ -56,6 +57,7 @@ def test_ray_serve_starts_the_service_again_when_it_is_killed_and_ends_it(tmp_pa
             when(lambda: services(process) not in ([], [first]) and is_up(port), tmp_path)
             process.stdin.close()
             when(lambda: not services(process), tmp_path)
+            process.wait(60)
         finally:
             process.kill()
             process.wait()
