@@ -55,35 +55,36 @@ class ImageEncoder(Protocol):
 
 
 class ClipEncoder:
-    """Tokens of an image, before the tower's last layer; an `InputError` if the files cannot be used."""
+    """Tokens of an image, before the tower's last layer; an `InputError` if the files cannot be used.
 
-    def __init__(self, source: Path, *, device: str = "cpu") -> None:
+    It works on the CPU, in fp32: a video has one image, and a GPU's memory is for the video.
+    """
+
+    def __init__(self, source: Path) -> None:
         transformers = package("transformers", _EXTRA, "an image")
         self._constants = package("transformers.utils.constants", _EXTRA, "an image")
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16  # as it is released
         if source.is_dir():
-            self._model = load_pretrained(transformers, "CLIPVisionModel", source, _CLIP, dtype=dtype).to(device)
+            self._model = load_pretrained(transformers, "CLIPVisionModel", source, _CLIP, dtype=torch.float32)
             return
         files, network = _released(transformers, source)
-        dtypes = dict.fromkeys(network.state_dict(), dtype)
-        self._model = files.fill(network, dtypes, device, all_used=True, stored_as=released_name)
+        dtypes = dict.fromkeys(network.state_dict(), torch.float32)
+        self._model = files.fill(network, dtypes, "cpu", all_used=True, stored_as=released_name)
         for module in self._model.modules():
             if "position_ids" in module._buffers:  # which no file holds
-                module.register_buffer("position_ids", torch.arange(IMAGE_TOKENS, device=device)[None])
+                module.register_buffer("position_ids", torch.arange(IMAGE_TOKENS)[None])
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """Tokens [257, C] fp32 of an image, uint8 [H, W, 3], as specification 1.5 says."""
-        pixels = image.permute(2, 0, 1)[None].to(self._model.device).float() / 127.5 - 1
+        pixels = image.cpu().permute(2, 0, 1)[None].float() / 127.5 - 1
         side = self._model.config.image_size
         pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", align_corners=False) / 2 + 0.5
         mean, std = (
-            torch.tensor(values, device=pixels.device).view(1, 3, 1, 1)
+            torch.tensor(values).view(1, 3, 1, 1)
             for values in (self._constants.OPENAI_CLIP_MEAN, self._constants.OPENAI_CLIP_STD)
         )
-        pixels = ((pixels - mean) / std).to(self._model.dtype)
-        states = self._model(pixels, output_hidden_states=True).hidden_states
-        return states[-2][0].float().cpu()
+        states = self._model((pixels - mean) / std, output_hidden_states=True).hidden_states
+        return states[-2][0]
 
 
 def check_image(source: Path) -> int:

@@ -139,7 +139,7 @@ def load_pipeline(config: WanConfig, folder: Path, loading: Loading, text: WanTe
         encoder.encode(prompt)
     encoder.release()
     autoencoder = WanVaeFiles(files.vae).load(loading.device)
-    images = None if files.image is None else ClipEncoder(files.image, device=loading.device)
+    images = None if files.image is None else ClipEncoder(files.image)
     return WanPipeline(config, WanWeights(files.dit).dit(config, loading), autoencoder, encoder, images)
 
 

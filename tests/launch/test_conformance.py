@@ -134,13 +134,18 @@ def test_a_video_in_bf16_with_the_published_softmax_is_the_published_one_bit_for
     assert made.dtype == torch.bfloat16 and identical(made, golden.tensors[name])
 
 
-def test_that_attention_is_causal_by_blocks_is_in_the_metadata(beside):
-    """Under another name the file passes; without the word it is another video."""
+@pytest.mark.parametrize(("name", "word", "passes"), [
+    ("x", ', "causal_attention": true', True),
+    ("df_causal", "", True),  # as it is published
+    ("x", "", False),  # another video
+])  # fmt: skip
+def test_that_attention_is_causal_by_blocks_is_said_or_known_by_the_name(beside, name, word, passes):
     path = GOLDENS / "skyreels" / "df_causal.safetensors"
-    assert check_file(rewritten(path, beside / "x.safetensors", lambda _: None)).passed
-    told = read_golden(path, "cpu").metadata["sampling"].replace(', "causal_attention": true', "")
-    silent = rewritten(path, beside / "df_causal.safetensors", lambda _: None, {"sampling": told})
-    assert "causal_attention" not in told and not check_file(silent).passed
+    told = read_golden(path, "cpu").metadata["sampling"].replace(', "causal_attention": true', word)
+    assert ("causal_attention" in told) == bool(word)
+    assert (
+        check_file(rewritten(path, beside / f"{name}.safetensors", lambda _: None, {"sampling": told})).passed == passes
+    )
 
 
 def test_a_forward_in_bf16_with_the_published_softmax_is_the_published_one_bit_for_bit():
