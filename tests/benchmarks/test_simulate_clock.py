@@ -18,7 +18,7 @@ class OnePass:
     """Sampling of one pass for each step, and one to renew a finished chunk if that is wanted."""
 
     chunks_at_once, overlap = None, 0
-    chunk_width, branches, publishes, sink = 1, 1, True, 0
+    chunk_width, branches, publishes, sink, ends = 1, 1, True, 0, 0
     residual_of_layers, changes = False, None
 
     def __init__(self, num_steps, window, *, clean):
