@@ -7,7 +7,8 @@ launcher that sets them starts the same ranks. No torch in here.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,11 +104,18 @@ def child_environment(env: RankEnv, *, threads: int) -> dict[str, str]:
     return {**os.environ, **env.variables(), "OMP_NUM_THREADS": str(threads)}
 
 
-def listen_at(interface: str | None) -> None:
-    """Have gloo and NCCL listen at a network interface. Variables alone tell them; what the user has set stays."""
-    if interface is not None:
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(variable, interface)
+@contextmanager
+def listening_at(interface: str | None) -> Iterator[None]:
+    """Have gloo and NCCL listen at a network interface, in a context. Variables alone tell them; what the user has set
+    stays, and nothing is left to processes that are started later."""
+    names = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+    told = {} if interface is None else {name: interface for name in names if name not in os.environ}
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name in told:
+            os.environ.pop(name, None)
 
 
 def _number(found: Mapping[str, str], name: str) -> int:

@@ -30,7 +30,7 @@ from parallel.health.failure import GangError
 from parallel.health.monitor import Monitor, is_connection_error
 from parallel.health.timeouts import Timeouts
 from parallel.mesh import Layout, Mesh
-from parallel.ranks.environment import RankEnv, listen_at
+from parallel.ranks.environment import RankEnv, listening_at
 from parallel.ranks.leader import Leader
 from parallel.ranks.worker import StageModel, StageWorker, serve
 from parallel.trace import RankCounters, Tracer, collect_counters, merge_traces, publish_counters, shipped_events
@@ -130,7 +130,6 @@ def open_gang(
     layout.check_world(env.world_size)
     mesh = Mesh(layout=layout, rank=env.rank)
     try:
-        listen_at(interface_of("127.0.0.1") if env.one_machine else interface)
         server, address = meet(env, interface, timeouts.first)
         store, groups_store = connect(env, address, timeouts.first), connect(env, address, timeouts.first)
         own = connect(env, address, timeouts.silent)
@@ -139,7 +138,11 @@ def open_gang(
     monitor = Monitor(own, mesh, timeouts, env)
     monitor.start()
     try:
-        with open_groups(env, mesh, groups_store, timeouts.first, device or pick_device(env)) as groups:
+        at = interface_of("127.0.0.1") if env.one_machine else interface
+        with (
+            listening_at(at),
+            open_groups(env, mesh, groups_store, timeouts.first, device or pick_device(env)) as groups,
+        ):
             place = {"stage": mesh.stage, "cp_rank": mesh.cp_rank}
             tracer = Tracer(env.rank, mesh.name(env.rank), wanted=trace, about=place)
             yield Gang(RankServices(mesh=mesh, groups=groups, store=store, monitor=monitor, tracer=tracer))

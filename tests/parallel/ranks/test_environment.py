@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from models.errors import InputError
-from parallel.ranks.environment import RankEnv, child_environment
+from parallel.ranks.environment import RankEnv, child_environment, listening_at
 
 ROOT = Path(__file__).parents[3]
 TORCHRUN = {
@@ -68,3 +68,14 @@ def test_reading_an_env_needs_no_torch():
     modules = "parallel.ranks.environment, parallel.mesh"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_where_libraries_listen_is_not_left_behind(monkeypatch):
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")  # what the user has set stays
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    with pytest.raises(ValueError), listening_at("lo"):
+        assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("lo", "ib0")
+        raise ValueError
+    assert "GLOO_SOCKET_IFNAME" not in os.environ and os.environ["NCCL_SOCKET_IFNAME"] == "ib0"
+    with listening_at(None):
+        assert "GLOO_SOCKET_IFNAME" not in os.environ
