@@ -179,6 +179,7 @@ class BackgroundWriter:
     def __init__(self, writer: VideoWriter, *, depth: int = 2) -> None:
         self._writer, self._depth = writer, depth
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="video")
+        self._pool.submit(bool)  # an interrupt while the thread starts has a second one started: not beside a file
         self._waiting: deque[Future[Any]] = deque()
         self._closed = self.whole = False  # `whole`: the file is there
 

@@ -33,7 +33,7 @@ def fill(buffer, chunk):
         view.store(layer, torch.randn(1, TOKENS, HEADS, SIZE), torch.randn(1, TOKENS, HEADS, SIZE))
         view.attend(layer, torch.randn(1, TOKENS, HEADS, SIZE))
 
-TOKENS, HEADS, SIZE, LAYERS, BUDGET, WINDOW = 300, 32, 64, 5, 2, 4
+TOKENS, HEADS, SIZE, LAYERS, BUDGET, WINDOW = 1200, 8, 64, 5, 2, 4
 compressed = sys.argv[1] == "compressed"
 geometry = KVGeometry(
     layers=range(LAYERS), query_heads=HEADS, key_heads=HEADS, head_size=SIZE, dtype=torch.float32,

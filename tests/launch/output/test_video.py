@@ -152,3 +152,16 @@ def test_a_video_whose_end_was_interrupted_is_not_called_missing(
     first, second = (f"{name}.mp4" for name in video_names(prompts))
     assert os.listdir(tmp_path / "videos") == [first]
     assert stream.getvalue().endswith(f"1 of 2 videos in {tmp_path / 'videos'} are complete; missing: {second}\n")
+
+
+def test_no_thread_is_started_once_there_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt while one starts would have another one end the file beside it."""
+    writer = BackgroundWriter(_writer(tmp_path / "a.mp4"))
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("interrupted")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(ValueError, match="of the video"), writer:
+        raise ValueError("of the video")
+    assert os.listdir(tmp_path) == []
