@@ -6,12 +6,10 @@ hands finished chunks out. A `Runner` runs the items. Nothing waits as long as a
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,29 +17,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.checkpoint.contents import RUN_FILE, fingerprint, of_past, pack_run, unpack_rest, unpack_run
-from engine.checkpoint.files import Checkpoint, CheckpointConfig, Checkpointer, discard, must_fit, newest, read_contents
+from engine.checkpoint.contents import pack_run
+from engine.checkpoint.files import Checkpointer, discard, must_fit
 from engine.decoder import Chunk, Decoder
 from engine.executor import LocalRunner, NotFinite, Runner
-from engine.files import Damaged
 from engine.kv.layout import KVSettings
 from engine.order import AdmissionGate, WorkOrder
 from engine.progress import OnProgress, ProgressReporter
 from engine.record import Recorder
-from engine.request import (
-    Admission,
-    Encoded,
-    Request,
-    encode,
-    open_quantum,
-    prepare,
-    sampling_of,
-    timetable,
-    variant_of,
-)
+from engine.request import Admission, Request, open_quantum, prepare, sampling_of, timetable, variant_of
 from engine.reuse.policy import ReuseSettings
 from engine.spans import Course
-from engine.video import VideoRun, VideoState, WorkItem
+from engine.submission import Reader, Submission
+from engine.video import VideoRun, WorkItem
 from models.errors import InputError
 from models.protocols import Pipeline
 
@@ -56,28 +44,6 @@ class ChunkResult:
 
     video: int
     chunk: Chunk
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Submission:
-    """A request that was read: encoded, and with its last checkpoint found and verified."""
-
-    request: Request
-    encoded: Encoded
-    checkpoint: CheckpointConfig | None = None
-    fingerprint: Callable[[int], Mapping[str, object]] = lambda quantum: {}  # of what the state before a quantum is of
-    found: Checkpoint | None = None  # the checkpoint to go on from
-    state: VideoState | None = None  # what that holds of the run
-    decoder: Mapping[str, Tensor] = field(default_factory=dict)  # and of its decoder, if that keeps something
-    course: Mapping[str, Tensor] = field(default_factory=dict)  # and of its spans
-    damage: tuple[str, ...] = ()  # a line for each damaged checkpoint that was deleted
-    reuse: ReuseSettings | None = None  # which steps are reused; None for the engine's own settings
-    kv: KVSettings | None = None  # how much of the past is held; likewise
-
-    @property
-    def first(self) -> int:
-        """Index of the first chunk that is handed out: more than 0 if it goes on from a checkpoint."""
-        return 0 if self.found is None else self.found.counts["chunks"]
 
 
 @dataclass(slots=True)
@@ -126,8 +92,9 @@ class Engine:
         barrier: bool = False,  # wait for all chunks of a tick before the next; for comparison
         on_decoded: Callable[[float], None] = lambda began: None,  # as of `Decoder`
     ) -> None:
-        self._pipeline, self._reuse, self._kv, self._identity = pipeline, reuse, kv, identity
+        self._pipeline, self._reuse, self._kv = pipeline, reuse, kv
         self._runner: Runner = runner or LocalRunner(pipeline.model, pipeline.attention)
+        self.reader = Reader(pipeline, self._runner.layout, identity=identity, reuse=reuse, kv=kv)
         self._barrier, self._on_decoded, self._wake = barrier, on_decoded, threading.Event()
         self._decoder: Decoder | None = None
         self._videos: dict[int, _Video] = {}
@@ -147,64 +114,6 @@ class Engine:
         """A gate has opened, so `step` need not wait any more. May be called by any thread."""
         self._wake.set()
 
-    def read(
-        self,
-        request: Request,
-        checkpoint: CheckpointConfig | None = None,
-        *,
-        stored: int | None = None,
-        reuse: ReuseSettings | None = None,
-        kv: KVSettings | None = None,
-    ) -> Submission:
-        """Encode a request and look for its last checkpoint: what takes long before a video can begin.
-
-        It touches no video in flight, and so may be called by another thread while this one steps. `stored` chunks are
-        in safe hands, None for all; a checkpoint after them is of no use. A damaged one is deleted, and the one before
-        it taken. Without `reuse` and `kv` the engine's own settings hold.
-
-        Raises:
-            InputError: the model cannot take it, or the checkpoint is of another request, model, layout or setting.
-        """
-        encoded = encode(variant_of(self._pipeline, request), request)
-        reuse, kv = reuse or self._reuse, kv or self._kv
-        if checkpoint is None:
-            return Submission(request=request, encoded=encoded, reuse=reuse, kv=kv)
-        submission = Submission(request=request, encoded=encoded, checkpoint=checkpoint, reuse=reuse, kv=kv)
-        own = self._fingerprint(submission)
-        damage = list[str]()
-
-        def on_damage(folder: Path, error: Damaged) -> None:
-            shutil.rmtree(folder, ignore_errors=True)
-            damage.append(f"{error}; this checkpoint was deleted, and what comes after the one before it is made again")
-
-        with suppress(OSError):  # else it is said when there is something to write
-            checkpoint.folder.mkdir(exist_ok=True)
-        found, state = newest(checkpoint.folder, stored=stored, on_damage=on_damage), None
-        decoder, course = dict[str, Tensor](), dict[str, Tensor]()
-        if found is not None:
-            found.check_fits(own(found.quantum))
-            with must_fit(found.folder):
-                contents = read_contents(found.folder, RUN_FILE)
-                state, (decoder, course) = unpack_run(contents), unpack_rest(contents)
-        submission = replace(submission, fingerprint=own, found=found, damage=tuple(damage))
-        return replace(submission, state=state, decoder=decoder, course=course)
-
-    def _fingerprint(self, what: Submission) -> Callable[[int], Mapping[str, object]]:
-        reuse, kv = what.reuse or self._reuse, what.kv or self._kv
-        whole = fingerprint(what.request, self._pipeline, self._identity, self._runner.layout, reuse, kv)
-        sampling = sampling_of(self._pipeline, what.request, what.encoded, reuse)
-        table = timetable(sampling, what.request.chunks, what.encoded.given)
-        last = open_quantum(what.encoded, table)
-
-        def own(quantum: int) -> Mapping[str, object]:
-            return of_past(whole, begun=table.begun(quantum), ends=quantum > last)
-
-        return own
-
-    def read_prompt(self, prompt: str) -> Tensor:
-        """Encode a prompt for `change_prompt`; as `read`, on any thread."""
-        return self._pipeline.captions(prompt).text
-
     def change_prompt(self, video: int, first: int, prompt: str, text: Tensor) -> None:
         """Make the chunks of a video from `first` on of another prompt, which was encoded, until its script has one.
 
@@ -219,7 +128,7 @@ class Engine:
         self._runner.change_text(video, None if chunk is None else chunk - held.course.place.chunk, text)
         held.asked = replace(held.asked, request=held.asked.request.with_prompt(first, prompt))
         if held.checkpointer is not None:
-            held.checkpointer.fingerprint = self._fingerprint(held.asked)
+            held.checkpointer.fingerprint = self.reader.fingerprint(held.asked)
 
     def submit(
         self,
@@ -244,7 +153,7 @@ class Engine:
             Damaged: a file of the checkpoint has come to harm since it was found.
         """
         if isinstance(what, Request):
-            what = self.read(what)
+            what = self.reader.read(what)
         number, found, runner = self._numbers, what.found, self._runner
         start, counts, folder = (0, {}, None) if found is None else (found.quantum, found.counts, found.folder)
         self._numbers += 1

@@ -129,7 +129,7 @@ class EngineBackend:
 
     def _begin(self, order: VideoOrder) -> messages.Admitted:
         video, on_progress = order.video, partial(self._progressed, order.video)
-        found = self._engine.read(order.request, order.checkpoint, stored=order.stored)
+        found = self._engine.reader.read(order.request, order.checkpoint, stored=order.stored)
         self._stored[video], self._first[video] = order.stored, order.stored
         stored = (lambda: self._stored[video]) if order.confirmed else None
         recorder = self.recorders.pop(video, None)

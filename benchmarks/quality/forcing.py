@@ -23,11 +23,12 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.common import Cell, Row, Verdict
-from engine.engine import Engine, Submission
+from engine.engine import Engine
 from engine.executor import LocalRunner
 from engine.record import Recorder
 from engine.request import Encoded, Request
 from engine.reuse.policy import CONDITION, ReuseSettings
+from engine.submission import Submission
 from engine.video import Work, seeded_noise
 from launch.conformance.golden import read_golden
 from launch.conformance.wan_generation import Latents, wan_runs

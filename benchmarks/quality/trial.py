@@ -22,11 +22,12 @@ from torch import Tensor
 from benchmarks.adherence import adherence
 from benchmarks.common import save_text
 from benchmarks.flops import CountingRunner
-from engine.engine import Engine, Submission
+from engine.engine import Engine
 from engine.kv.layout import KVSettings
 from engine.progress import Progress
 from engine.request import Request, encode
 from engine.reuse.policy import ReuseSettings
+from engine.submission import Submission
 from models.errors import InputError
 from models.magi.pipeline import MagiPipeline
 from models.pocket.text import parse_prompt

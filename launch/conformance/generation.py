@@ -13,11 +13,12 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from engine.engine import Engine, Submission
+from engine.engine import Engine
 from engine.record import NOT_ACTIVE, Recorder, RunRecord
 from engine.request import Encoded, Request
 from engine.reuse.policy import Decision, Observation, ReuseSettings, change_norms
 from engine.schedule import Schedule, Tick
+from engine.submission import Submission
 from engine.video import given_noise
 from launch.conformance.golden import Golden
 from models.checkpoint import Loading

@@ -16,13 +16,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from engine.engine import Engine, Submission
+from engine.engine import Engine
 from engine.executor import LocalRunner
 from engine.kv.layout import KVSettings
 from engine.kv.selection import SelectionSettings
 from engine.record import Recorder, RunRecord
 from engine.request import Encoded, Request
 from engine.reuse.policy import CONDITION, ChunkPolicy, Decision, ReuseSettings
+from engine.submission import Submission
 from engine.video import Noise, WorkItem
 from launch.conformance.golden import Golden
 from launch.conformance.wan_forward import softmax_in_fp32, wan_config

@@ -19,10 +19,11 @@ from typing import Any
 import ray
 import torch
 
-from engine.engine import ChunkResult, Engine, NotKept, Submission
+from engine.engine import ChunkResult, Engine, NotKept
 from engine.executor import NotFinite
 from engine.machine import settle_heap
 from engine.progress import Progress
+from engine.submission import Submission
 from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.config import RankTask
@@ -202,7 +203,7 @@ class CommandLoop:
             case (_Video() as video, read):
                 self._admit(video, read, engine)
             case messages.ChangePrompt():
-                self._read(command, partial(engine.read_prompt, command.prompt))
+                self._read(command, partial(engine.reader.read_prompt, command.prompt))
             case messages.CancelVideo():
                 if (cancelled := self._videos.pop(command.video, None)) is not None:
                     engine.cancel(cancelled.number)
@@ -216,7 +217,7 @@ class CommandLoop:
         """Encode an order and verify its checkpoint."""
         video = _Video(order=order, send=self._post, stored=order.stored, changing=self._changing)
         self._videos[order.video] = video
-        own = partial(engine.read, stored=order.stored, reuse=order.reuse, kv=order.kv)
+        own = partial(engine.reader.read, stored=order.stored, reuse=order.reuse, kv=order.kv)
         self._read(video, partial(own, order.request, order.checkpoint))
 
     def _read(self, what: Any, read: Callable[[], Any]) -> None:

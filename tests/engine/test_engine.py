@@ -84,18 +84,18 @@ def test_a_new_prompt_in_the_middle_makes_what_a_script_would(tmp_path, frames, 
     changed = asked.with_prompt(first, "quite another thing")
     config = CheckpointConfig(folder=tmp_path, every=1)
     engine, gate, made = Engine(TinyPipeline(tiny_config())), HeldGate(first), []
-    number = engine.submit(engine.read(asked, config), gate=gate)
+    number = engine.submit(engine.reader.read(asked, config), gate=gate)
     while engine.running(number):
         made += engine.step()
         if gate.asked and not gate.allowed:
             text = "quite another thing"
-            engine.change_prompt(number, first, text, engine.read_prompt(text))
+            engine.change_prompt(number, first, text, engine.reader.read_prompt(text))
             gate.allowed = True
     for one, whole in zip(made, latents(engine, changed), strict=True):
         assert torch.equal(one.chunk.latents, whole)
-    assert engine.read(changed, config).found.quantum > first
+    assert engine.reader.read(changed, config).found.quantum > first
     with pytest.raises(InputError, match="another request"):
-        engine.read(asked, config)
+        engine.reader.read(asked, config)
 
 
 @pytest.mark.parametrize(("frames", "first", "count"), [(1, 6, 4), (32, 4, 4), (24, 6, 3)])
@@ -218,7 +218,7 @@ def test_a_cancelled_video_leaves_the_others_alone():
 
 def spoilt(engine, wanted, **changes):
     """A request whose second chunk starts from noise that has one NaN in it."""
-    read = engine.read(wanted, **changes)
+    read = engine.reader.read(wanted, **changes)
 
     def noise(chunk, shape, draw):
         part = read.encoded.noise(0)(chunk, shape, draw)
@@ -441,12 +441,12 @@ def test_a_longer_video_goes_on_from_before_the_end_of_a_shorter_one(tmp_path, k
     config = CheckpointConfig(folder=tmp_path, every=3, extend=True)
     longer = request(chunks=9, script=((7, "another prompt"),))
     whole = list(engine.generate(longer))
-    made = list(engine.generate(engine.read(request(chunks=7), config)))
-    found = engine.read(longer, config)
+    made = list(engine.generate(engine.reader.read(request(chunks=7), config)))
+    found = engine.reader.read(longer, config)
     assert found.found is not None and found.found.quantum == last and len(made) == 7
     rest = list(engine.generate(found))
     assert [chunk.index for chunk in rest] == list(range(last - 3, 9))
     for a, b in zip(whole, (*made[: last - 3], *rest), strict=True):
         assert torch.equal(a.latents, b.latents) and torch.equal(a.frames, b.frames)
     with pytest.raises(InputError, match="another request"):
-        engine.read(request(chunks=9, prompt="something else"), config)
+        engine.reader.read(request(chunks=9, prompt="something else"), config)

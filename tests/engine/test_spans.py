@@ -81,7 +81,7 @@ def test_a_new_prompt_of_any_span_is_that_of_the_later_ones(quantum, first):
     while made.running(number):
         chunks += [result.chunk.latents for result in made.step()]
         if gate.asked and not gate.allowed:
-            made.change_prompt(number, first, "another thing", made.read_prompt("another thing"))
+            made.change_prompt(number, first, "another thing", made.reader.read_prompt("another thing"))
             gate.allowed = True
     whole = latents(engine(), chunks=9, script=((first, "another thing"), (7, "a third")))
     assert all(torch.equal(a, b) for a, b in zip(chunks, whole, strict=True))
@@ -94,7 +94,7 @@ def test_it_goes_on_from_a_checkpoint_before_any_quantum(tmp_path, monkeypatch, 
     chunks = 6 if "overlap_frames" in groups else 9
     wanted, whole = request(num_steps=6, chunks=chunks), latents(engine(), chunks=chunks)
     made, seen = engine(), set()
-    number = made.submit(made.read(wanted, CheckpointConfig(folder=tmp_path / "all", every=1)), decode=False)
+    number = made.submit(made.reader.read(wanted, CheckpointConfig(folder=tmp_path / "all", every=1)), decode=False)
     while made.running(number):
         made.step()
         for place in tmp_path.glob("all/*/manifest.json"):
@@ -106,7 +106,7 @@ def test_it_goes_on_from_a_checkpoint_before_any_quantum(tmp_path, monkeypatch, 
     assert quanta == set(range(1, table.quanta))  # those before a later span's first quantum are there too
     for place in range(1, len(seen) + 1, 1 if len(seen) < 4 else 3):
         again = engine()
-        found = again.read(wanted, CheckpointConfig(folder=tmp_path / str(place), every=1))
+        found = again.reader.read(wanted, CheckpointConfig(folder=tmp_path / str(place), every=1))
         rest = [chunk.latents for chunk in again.generate(found, decode=False)]
         assert found.found is not None and len(rest) == chunks - found.first
         assert all(torch.equal(a, b) for a, b in zip(rest, whole[found.first :], strict=True))
@@ -142,7 +142,7 @@ def test_its_record_has_all_spans(tmp_path):
 
 def test_what_is_not_finite_in_a_later_span_is_named_by_its_place_in_the_video():
     made = engine()
-    read = made.read(request(num_steps=6, chunks=7))
+    read = made.reader.read(request(num_steps=6, chunks=7))
 
     def noise(span):
         usual = read.encoded.noise(span)
@@ -178,7 +178,7 @@ decoding = random_pipeline(small.config, Loading(), vae=WanVaeConfig(base_dim=2,
 made = Engine(WanPipeline(small.config, small.model, decoding, small._encoder), reuse=REUSE)
 folder, told, recorder = pathlib.Path(tempfile.mkdtemp()), [], Recorder()
 wanted = request(num_steps=3, height=96, width=96, chunks=1 + 3 * 20)
-read = made.read(wanted, CheckpointConfig(folder=folder, every=3))
+read = made.reader.read(wanted, CheckpointConfig(folder=folder, every=3))
 number, spans, frames = made.submit(read, on_progress=told.append, recorder=recorder), [], 0
 while made.running(number):
     frames += sum(chunk.chunk.frames.nbytes for chunk in made.step())

@@ -311,7 +311,7 @@ def kept(gang, values, out):
     ]
     wholes = set()
     with gang.lead(pipeline, *settings(values)) as (engine, reports):
-        found = [engine.read(one, plan) for one, plan in zip(requests, plans, strict=True)]
+        found = [engine.reader.read(one, plan) for one, plan in zip(requests, plans, strict=True)]
         for one in found:
             engine.submit(one)
         resumed = [one.first for one in found]
@@ -348,7 +348,7 @@ def cancelled(gang, values, out):
         return
     folder = Path(out).with_name("checkpoints")
     with gang.lead(pipeline) as (engine, _):
-        number = engine.submit(engine.read(request(chunks=6), CheckpointConfig(folder=folder, every=1)))
+        number = engine.submit(engine.reader.read(request(chunks=6), CheckpointConfig(folder=folder, every=1)))
         while not list(folder.iterdir()):
             engine.step()
         keys = [worker.saved_key(next(folder.iterdir()), rank) for rank in range(2)]
