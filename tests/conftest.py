@@ -8,10 +8,12 @@ import tempfile
 
 import pytest
 
-# Tests that share a cluster, or a service, share a worker with it. Ray is joined once by a process, so the tests of
-# joining come first.
+# Tests that share a cluster, or a service, share a worker with it. A process is in one cluster at a time, and stays in
+# the shared one to its end, so those that join one of their own come before, on the same worker.
 SHARED = {
     "tests/launch/test_cluster.py": "cluster",
+    "tests/benchmarks/test_chaos.py": "cluster",
+    "tests/benchmarks/test_cluster.py": "cluster",
     "tests/parallel/cluster/test_cluster.py": "cluster",
     "tests/parallel/cluster/test_joined.py": "cluster",
     "tests/parallel/cluster/test_nodes.py": "cluster",
