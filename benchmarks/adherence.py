@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.pocket.clips import RADIUS, SIDE, Objects, render
-from models.pocket.text import COLOURS, SHAPES, Scene
+from models.pocket.words import COLOURS, SHAPES, Scene
 
 AFTER = 4  # frames after a boundary that are compared with the extended line
 _LEAST = 0.5  # share of the frames that must show an object before a line is fitted

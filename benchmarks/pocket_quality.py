@@ -33,7 +33,7 @@ from engine.request import Request
 from models.checkpoint import Loading
 from models.magi.pipeline import load_pipeline
 from models.pocket.preset import pocket_config
-from models.pocket.text import COLOURS, MOTIONS, SHAPES, parse_prompt
+from models.pocket.words import COLOURS, MOTIONS, SHAPES, parse_prompt
 
 _COLOUR, _DIRECTION, _PIXELS = 0.9, 0.8, 2.0  # what the project holds itself to
 _CHUNK = 24  # frames

@@ -33,7 +33,8 @@ from models.magi.random import random_dit
 from models.magi.sampling import MagiSampling
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
-from models.pocket.text import COLOURS, MOTIONS, SHAPES, PocketEncoder, Scene
+from models.pocket.text import PocketEncoder
+from models.pocket.words import COLOURS, MOTIONS, SHAPES, Scene
 
 Flags = tuple[tuple[int, ...], ...]
 """What was decided of a video's steps, [ticks][chunks] as in a record."""

@@ -30,7 +30,7 @@ from engine.reuse.policy import ReuseSettings
 from engine.submission import Submission
 from models.errors import InputError
 from models.magi.pipeline import MagiPipeline
-from models.pocket.text import parse_prompt
+from models.pocket.words import parse_prompt
 
 VANILLA, LEAN = ReuseSettings(), ReuseSettings(clean_pass=False, copy_pass=False)
 """No reuse, with the clean and the context-free passes and without them, as the published reuse runs."""

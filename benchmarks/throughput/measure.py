@@ -33,7 +33,7 @@ from launch.generate import Backend, EngineBackend, make_videos
 from launch.options import CacheName, Options
 from launch.plan import Plan, plan_requests
 from models.errors import InputError
-from models.pocket.text import parse_prompt
+from models.pocket.words import parse_prompt
 from parallel.cluster import messages
 from parallel.cluster.messages import Event
 from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED

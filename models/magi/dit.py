@@ -156,8 +156,9 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, fp8: bool, precise: bool, compiled: bool) -> None:
         super().__init__()
-        self._enter = _compile(self.enter) if compiled else self.enter
-        self._leave = _compile(self.leave) if compiled else self.leave
+        self._enter, self._leave = self.enter, self.leave
+        if compiled:
+            self.compile_regions()
         self.ada_modulate_layer = _Modulation(config)
         self.self_attention = _Attention(config, fp8, precise)
         self.self_attn_post_norm = LayerNorm1p(config.hidden_size, config.layernorm_epsilon)
@@ -184,6 +185,10 @@ class TransformerLayer(nn.Module):
         seen = cross(qx, *text)
         return self._leave(h_BSD, view.attend(layer, q), seen, gates_BRD)
 
+    def compile_regions(self, *, dynamic: bool = False) -> None:
+        """Make few kernels of each region: for every size that comes or, if `dynamic`, for all sizes."""
+        self._enter, self._leave = _compile(self.enter, dynamic), _compile(self.leave, dynamic)
+
     def enter(self, h_BSD: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
         """All in front of attention: q, qx, k, v."""
         return self.self_attention.heads(h_BSD, rope)
@@ -202,9 +207,9 @@ class TransformerLayer(nn.Module):
         return (norm(gated.flatten(1, 2)).float() + h_BSD).to(h_BSD.dtype)
 
 
-def _compile(region: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
-    """Compile a region for each size that comes. It rounds where the region does, though fused kernels need not."""
-    return torch.compile(region, dynamic=False, options={"emulate_precision_casts": True})
+def _compile(region: Callable[_Given, _Made], dynamic: bool) -> Callable[_Given, _Made]:
+    """Compile a region. It rounds where the region does, though fused kernels need not."""
+    return torch.compile(region, dynamic=dynamic, options={"emulate_precision_casts": True})
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -303,6 +308,11 @@ class MagiDiT(nn.Module):
             elif isinstance(part, LayerNorm1p):
                 part.gain = part.weight + 1
         return self
+
+    def compile_regions(self, *, dynamic: bool) -> None:
+        """As of `TransformerLayer`, in the layers that are held."""
+        for _, layer in self._layers():
+            layer.compile_regions(dynamic=dynamic)
 
     def _unfuse(self) -> None:
         for part in self.modules():

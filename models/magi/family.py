@@ -15,7 +15,7 @@ from models.magi.random import vae_config
 from models.magi.sampling import MagiSampling
 from models.magi.text import T5_FOLDER, SpecialTokens, check_t5
 from models.magi.weights import Checkpoint, stage_bytes, vae_parameters
-from models.pocket.text import parse_prompt
+from models.pocket.words import parse_prompt
 
 # As published (FlowCache, below Eq. 8). Extrapolation was measured on magi-pocket only.
 MAGI_1_FIGURES = ReuseFigures(warmup_steps=5, slow=0.01, fast=0.015, teacache=0.01, default="none", reuse="residual")

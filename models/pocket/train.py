@@ -1,8 +1,8 @@
-"""Train magi-pocket from nothing: autoencoder, normalised latents, DiT, and a last polish of the decoder.
+"""Train magi-pocket from nothing: autoencoder, normalised latents, a polish of the decoder, and the DiT.
 
-    python -m models.pocket.train --out runs/pocket             everything, about two hours on 2 cores
+    python -m models.pocket.train --out runs/pocket             everything: minutes on a GPU, many hours on 2 cores
+    python -m models.pocket.train --out runs/pocket --vae DIR   the same with that autoencoder, whose encoder is kept
     python -m models.pocket.train --out runs/pocket --export    write models/pocket/weights from what is there
-    python -m models.pocket.train --out runs/decoder --refine   go on with the decoder that ships, and nothing else
 
 It can be stopped at any time; the same command goes on from the last checkpoint. A run is set by its seed.
 """
@@ -27,6 +27,8 @@ from models.pocket.train_dit import Latents, encode_clips, train_dit
 from models.pocket.train_vae import POCKET_VAE, polish_decoder, tiles, train_vae
 from models.pocket.trainer import Run
 
+VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+RECORD = "training.json"
 WHITENING = 0.5
 """How far latents are whitened: 0 leaves their covariance, 1 makes it the identity."""
 
@@ -34,7 +36,7 @@ WHITENING = 0.5
 @torch.no_grad()
 def latent_statistics(vae: ViTVAE, seed: int, *, batches: int = 6, batch: int = 50) -> tuple[Tensor, Tensor]:
     """Mean [z] and covariance [z, z] of the latents' channels over random tiles."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(vae.encoder.cls_token.device).manual_seed(seed)
     z = torch.cat([vae.encode(tiles(batch, generator)) for _ in range(batches)]).transpose(0, 1).flatten(1)
     return z.mean(1), torch.cov(z)
 
@@ -61,9 +63,11 @@ def normalise_latents(vae: ViTVAE, mean: Tensor, covariance: Tensor) -> None:
 def prepare_vae(run: Run, args: argparse.Namespace) -> ViTVAE:
     """The trained autoencoder with normalised latents; from the disk if it is there."""
     path = run.out / "vae.safetensors"
-    vae = ViTVAE(POCKET_VAE)
+    vae = ViTVAE(POCKET_VAE).to(run.device)
+    if not path.exists() and args.vae:
+        shutil.copyfile(args.vae / VAE_WEIGHTS, path)
     if not path.exists():
-        trained = train_vae(run, steps=args.vae_steps, batch=args.vae_batch)
+        trained = train_vae(run, steps=args.vae_steps, batch=args.vae_batch, pool=args.tiles)
         vae.load_state_dict(trained.state_dict())
         mean, covariance = latent_statistics(vae, run.seed + 1)
         run.report(f"latent deviations {covariance.diagonal().sqrt().tolist()}")
@@ -84,56 +88,41 @@ def prepare_latents(run: Run, vae: ViTVAE, args: argparse.Namespace) -> Latents:
     if not path.exists():
         latents = encode_clips(vae, run, count=args.clips, chunks=args.clip_chunks)
         save_file({"chunks": latents.chunks, "captions": latents.captions}, path)
-    stored = load_file(path)
+    stored = load_file(path, device=str(run.device))
     return Latents(chunks=stored["chunks"], captions=stored["captions"])
 
 
 def export(run: Run, target: Path, args: argparse.Namespace) -> None:
-    """Write the weights (fp16) and how they were made."""
-    vae = torch.load(run.out / "vae.ckpt", weights_only=True)
-    dit = torch.load(run.out / "dit.ckpt", weights_only=True)
-    polished = run.out / "vae_polished.safetensors"
-    decoder = torch.load(run.out / "decoder.ckpt", weights_only=True) if polished.exists() else None
+    """Write the weights (fp16) and how they were made; of an autoencoder that was kept, as it was said before."""
+    before = json.loads((target / RECORD).read_text()) if args.vae else {}
+    checkpoints = {name: run.out / f"{name}.ckpt" for name in ("vae", "decoder", "dit")}
+    states = {name: torch.load(path, weights_only=True) for name, path in checkpoints.items() if path.exists()}
     folder = target / "inference_weight.distill"
     folder.mkdir(parents=True, exist_ok=True)
-    save_half(dit["ema"], folder / "model.safetensors")
+    save_half(states["dit"]["ema"], folder / "model.safetensors")
     write_vae_config(target / "vae", POCKET_VAE)
-    weights = polished if polished.exists() else run.out / "vae.safetensors"
-    shutil.copyfile(weights, target / "vae" / "diffusion_pytorch_model.safetensors")
+    save_half(states["decoder"]["ema"], target / "vae" / VAE_WEIGHTS)
+    histories = {name: state["history"] for name, state in states.items()}
     record = {
-        "command": f"python -m models.pocket.train --seed {args.seed} --vae-steps {args.vae_steps} "
-        f"--dit-steps {args.dit_steps} --clips {args.clips} --polish-steps {args.polish_steps}",
+        "command": _command(args, histories["dit"][-1]["step"]),
         "torch": torch.__version__,
+        "hardware": torch.cuda.get_device_name() if run.device.type == "cuda" else "CPU",
         "seed": args.seed,
-        "autoencoder": vae["history"][-1],
-        "dit": dit["history"][-1],
-        "decoder": decoder["history"][-1] if decoder else None,
-        "curves": {"autoencoder": vae["history"][::4], "dit": dit["history"][::8]},
+        "autoencoder": before["autoencoder"] if args.vae else histories["vae"][-1],
+        "decoder": histories["decoder"][-1],
+        "dit": histories["dit"][-1],
+        "curves": {name: history[::4] for name, history in histories.items()},
     }
-    (target / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    run.report(f"wrote {target}: step {dit['step']} of the DiT")
+    (target / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    run.report(f"wrote {target}: step {states['dit']['step']} of the DiT")
 
 
-def refine(run: Run, args: argparse.Namespace) -> None:
-    """Polish the decoder that ships for so many steps more, and write it; latents and DiT stay as they are."""
-    path, record = WEIGHTS / "vae" / "diffusion_pytorch_model.safetensors", WEIGHTS / "training.json"
-    start = run.out / "vae.safetensors"  # a run that goes on begins with what it began with
-    if not start.exists():
-        shutil.copyfile(path, start)
-    vae = ViTVAE(POCKET_VAE).requires_grad_(False)
-    vae.load_state_dict({key: value.float() for key, value in load_file(start).items()})
-    polished = polish_decoder(run, vae, steps=args.polish_steps, batch=args.vae_batch)
-    save_half(polished.state_dict(), path)
-    history = torch.load(run.out / "decoder.ckpt", weights_only=True)["history"]
-    command = f"python -m models.pocket.train --refine --seed {args.seed} --vae-batch {args.vae_batch}"
-    values = json.loads(record.read_text())
-    values["refined_decoder"] = {
-        "command": f"{command} --polish-steps {args.polish_steps}",
-        "torch": torch.__version__,
-        "last": history[-1],
-        "curve": history[::4],
-    }
-    record.write_text(json.dumps(values, indent=1) + "\n")
+def _command(args: argparse.Namespace, dit_steps: int) -> str:
+    """What makes the same weights on the same machine."""
+    names = ("seed", "clips", "clip_chunks", "polish_steps", "device", *(() if args.vae else ("vae_steps", "tiles")))
+    options = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names)
+    kept = f" --vae {args.vae}" if args.vae else ""
+    return f"python -m models.pocket.train{kept} --vae-batch {args.vae_batch} --dit-steps {dit_steps} {options}"
 
 
 def report(line: str) -> None:
@@ -147,37 +136,45 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/pocket"), help="checkpoints and latents")
     for name, default, what in (
         ("seed", 1, "of everything that is drawn"),
-        ("vae-steps", 1100, "of the autoencoder"),
-        ("vae-batch", 20, "tiles"),
-        ("clips", 4000, "to encode for the DiT"),
-        ("clip-chunks", 5, "length of a clip"),
-        ("dit-steps", 4300, "of the DiT"),
-        ("polish-steps", 2400, "of the decoder, after the DiT"),
+        ("vae-steps", 15000, "of the autoencoder"),
+        ("vae-batch", 48, "tiles"),
+        ("tiles", 20000, "to train the autoencoder on, and to polish its decoder"),
+        ("clips", 3500, "of each pace to encode for the DiT"),
+        ("clip-chunks", 17, "length of a clip"),
+        ("dit-steps", 60000, "of the DiT"),
+        ("polish-steps", 8000, "of the decoder alone"),
         ("threads", 0, "CPU threads; 0 leaves PyTorch's choice"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=what)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--minutes", type=float, help="of all of it: as many steps of the DiT as fit into what is left")
+    parser.add_argument("--vae", type=Path, help="folder of a trained autoencoder to begin with")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile; needs gcc"
     )
-    parser.add_argument("--refine", action="store_true", help="only polish the decoder that ships")
+    parser.add_argument(
+        "--graphs", action=argparse.BooleanOptionalAction, default=True, help="capture steps as CUDA graphs on a GPU"
+    )
     parser.add_argument("--export", action="store_true", help=f"only write {WEIGHTS} from the newest checkpoints")
     return parser.parse_args()
 
 
 def main() -> None:
     """Entry point."""
+    began = time.monotonic()
     args = _options()
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    run = Run(out=args.out, seed=args.seed, compiled=args.compile, report=report)
-    if args.refine:
-        return refine(run, args)
+    torch.backends.cudnn.benchmark = True  # shapes never change
+    device = torch.device(args.device)
+    captured = args.graphs and device.type == "cuda"
+    run = Run(out=args.out, seed=args.seed, compiled=args.compile, captured=captured, device=device, report=report)
     if not args.export:
         vae = prepare_vae(run, args)
-        train_dit(run, prepare_latents(run, vae, args), steps=args.dit_steps)
-        polished = polish_decoder(run, vae, steps=args.polish_steps, batch=args.vae_batch)
-        save_half(polished.state_dict(), run.out / "vae_polished.safetensors")
+        polish_decoder(run, vae, steps=args.polish_steps, batch=args.vae_batch, pool=args.tiles)
+        latents = prepare_latents(run, vae, args)
+        train_dit(run, latents, steps=args.dit_steps, until=None if args.minutes is None else began + 60 * args.minutes)
     export(run, WEIGHTS, args)
 
 

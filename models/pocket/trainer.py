@@ -1,13 +1,15 @@
 """One training loop for both networks: schedule, clipping, averaging, progress, and checkpoints to resume from.
 
-It does not know what is trained; a step function draws its batch from the generator that it is given.
+It does not know what is trained: it is given a loss, which draws its batch from a generator. On a GPU a whole step (the
+draw, forward, backward, the optimizers) is captured once for each kind of batch as a CUDA graph and replayed, since
+these networks are so small that starting their kernels takes longer than running them.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +19,14 @@ import torch
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
-Step = Callable[[torch.Generator], tuple[Tensor, dict[str, float]]]
+Figures = dict[str, Tensor]
+Choose = Callable[[torch.Generator], Hashable]
+"""The kind of the next batch, by a generator of the host: a kind has its own shapes and takes its own branches."""
+Loss = Callable[[Hashable, torch.Generator], tuple[Tensor, Figures]]
+"""The loss of a batch of a kind, which is drawn from a generator of the device, and figures to show."""
+Step = Callable[[Loss, Hashable, torch.Generator], Figures]
 _SAVE_EVERY = 120.0  # seconds
+_WARM_UP = 3  # steps of a kind before it is captured, in which libraries choose their kernels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +36,8 @@ class Run:
     out: Path  # folder of checkpoints
     seed: int
     compiled: bool  # with torch.compile, which needs gcc
+    captured: bool = False  # steps are captured as CUDA graphs, which optimizers must know
+    device: torch.device
     report: Callable[[str], None]  # shows one line of progress
 
 
@@ -43,6 +53,47 @@ def linear_decay(steps: int, *, warmup: int, hold: float) -> Callable[[int], flo
     return factor
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal, for matrices (Jordan et al., 2024, "Muon").
+
+    `torch.optim.Muon` goes through its matrices one by one and cannot be captured in a CUDA graph; here those of one
+    shape are updated together.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> None:
+        groups: dict[torch.Size, list[nn.Parameter]] = {}
+        for matrix in matrices:
+            groups.setdefault(matrix.shape, []).append(matrix)
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__([{"params": group} for group in groups.values()], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is taken
+        """Update all matrices by their gradients."""
+        for group in self.param_groups:
+            parameters, momentum = group["params"], group["momentum"]
+            gradients = torch.stack([parameter.grad for parameter in parameters])
+            first = self.state[parameters[0]]
+            if "momentum" not in first:
+                first["momentum"] = torch.zeros_like(gradients)
+            held = first["momentum"].lerp_(gradients, 1 - momentum)
+            rows, columns = gradients.shape[1:]
+            step = _orthogonal(gradients.lerp(held, momentum)) * (group["lr"] * max(1.0, rows / columns) ** 0.5)
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_sub_(parameters, list(step))
+
+
+def _orthogonal(matrices: Tensor) -> Tensor:
+    """The nearest orthogonal matrices, nearly: five steps of a quintic Newton-Schulz iteration, in bf16."""
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = (matrices if wide else matrices.mT).bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return (x if wide else x.mT).to(matrices.dtype)
+
+
 class Trainer(Generic[Module]):
     """Runs steps and can be stopped and started at any time: a checkpoint holds all that a step depends on.
 
@@ -50,7 +101,7 @@ class Trainer(Generic[Module]):
         run: what it is part of.
         name: of the checkpoint in `run.out`.
         module: what is trained.
-        optimizers: with the rates that the schedule's factor is applied to.
+        optimizers: with the rates that the schedule's factor is applied to; capturable where steps are captured.
         schedule: factor of the rates at a step.
         decay: of the averaged weights.
         seed: of this training; that of the run by default.
@@ -67,70 +118,88 @@ class Trainer(Generic[Module]):
         decay: float,
         seed: int | None = None,
     ) -> None:
-        self._checkpoint, self._module, self._decay = run.out / name, module, decay
+        self._run, self._checkpoint, self._module, self._decay = run, run.out / name, module, decay
         self._averaged = deepcopy(module).requires_grad_(False)
-        self._optimizers, self._schedule = optimizers, schedule
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._optimizers, self.schedule = optimizers, schedule
         self._base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-        self._seed, self._report = run.seed if seed is None else seed, run.report
-        self._step = 0
+        self._seed = run.seed if seed is None else seed
+        self._generator = torch.Generator(run.device)
+        self.step = 0
         self.history: list[dict[str, float]] = []
         if self._checkpoint.exists():
             self._load()
+        # What changes from step to step is read from the device, so that a captured step can be replayed.
+        self._rates = [[torch.zeros((), device=run.device) for _ in rates] for rates in self._base]
+        self._fresh = torch.zeros((), device=run.device)  # share of the present weights in the average
+        self._use_rates()
+        self._take: Step = _Graphs(self._advance) if run.captured else self._advance
 
-    def train(self, steps: int, step: Step) -> Module:
-        """Train up to `steps` steps in all; reports every 25 and saves every few minutes.
+    def train(self, steps: int, choose: Choose, loss: Loss) -> Module:
+        """Train up to `steps` steps in all; reports every hundredth of them and saves every few minutes.
 
         Returns:
             The averaged weights.
         """
-        parameters = [p for p in self._module.parameters() if p.requires_grad]
-        began, since, last_save = time.monotonic(), self._step, time.monotonic()
-        sums: dict[str, float] = {}
-        counted = 0
-        while self._step < steps:
-            figures = self._take(step, parameters)
+        began, since, last_save = time.monotonic(), self.step, time.monotonic()
+        sums: Figures = {}
+        counted, every = 0, max(25, steps // 100)
+        while self.step < steps:
+            kind = self._prepare(choose)
+            for key, value in self._take(loss, kind, self._generator).items():
+                sums[key] = sums[key] + value if key in sums else value.clone()
+            self.step += 1
             counted += 1
-            for key, value in figures.items():
-                sums[key] = sums.get(key, 0.0) + value
-            if self._step % 25 == 0 or self._step == steps:
-                means = {key: value / counted for key, value in sums.items()}
-                self.history.append({"step": self._step, **means})
-                pace = (time.monotonic() - began) / (self._step - since)
-                left = (steps - self._step) * pace / 60
+            if self.step % every == 0 or self.step == steps:
+                means = {key: value.item() / counted for key, value in sums.items()}
+                self.history.append({"step": self.step, **means})
+                pace = (time.monotonic() - began) / (self.step - since)
+                left = (steps - self.step) * pace / 60
                 shown = "  ".join(f"{key} {value:.4f}" for key, value in means.items())
-                self._report(f"step {self._step}/{steps}  {shown}  {pace:.2f} s/step  {left:.0f} min left")
+                self._run.report(f"step {self.step}/{steps}  {shown}  {1000 * pace:.1f} ms/step  {left:.1f} min left")
                 sums, counted = {}, 0
-            if time.monotonic() - last_save > _SAVE_EVERY or self._step == steps:
+            if time.monotonic() - last_save > _SAVE_EVERY or self.step == steps:
                 self._save()
                 last_save = time.monotonic()
         return self._averaged
 
-    def _take(self, step: Step, parameters: list[nn.Parameter]) -> dict[str, float]:
-        for optimizer, base in zip(self._optimizers, self._base, strict=True):
-            for group, rate in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = rate * self._schedule(self._step)
-        # Each step has its own stream, so that a resumed run draws what an unbroken one would have drawn.
-        loss, figures = step(torch.Generator().manual_seed(self._seed * 1_000_003 + self._step))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    def _prepare(self, choose: Choose) -> Hashable:
+        """Set rates and the generator for the next step, and choose its kind."""
+        factor = self.schedule(self.step)
+        for rates, base in zip(self._rates, self._base, strict=True):
+            for rate, full in zip(rates, base, strict=True):
+                rate.fill_(full * factor)
+        self._fresh.fill_(1 - min(self._decay, (2 + self.step) / (11 + self.step)))
+        # Each step has its own numbers, so that a resumed run draws what an unbroken one would have drawn.
+        seed = self._seed * 1_000_003 + self.step
+        self._generator.manual_seed(seed)
+        return choose(torch.Generator().manual_seed(seed + (1 << 40)))
+
+    def _advance(self, loss: Loss, kind: Hashable, generator: torch.Generator) -> Figures:
+        """A whole step."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        value, figures = loss(kind, generator)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         for optimizer in self._optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self._step += 1
-        self._average()
+        with torch.no_grad():
+            averages: list[Tensor] = list(self._averaged.parameters())
+            values = [p.detach() for p in self._module.parameters()]
+            change = torch._foreach_sub(values, averages)
+            torch._foreach_mul_(change, self._fresh)
+            torch._foreach_add_(averages, change)
         return figures
 
-    @torch.no_grad()
-    def _average(self) -> None:
-        """Take the present weights into the moving average, whose decay starts low."""
-        decay = min(self._decay, (1 + self._step) / (10 + self._step))
-        averages: list[Tensor] = list(self._averaged.parameters())
-        values = [p.detach() for p in self._module.parameters()]
-        torch._foreach_lerp_(averages, values, 1 - decay)
+    def _use_rates(self) -> None:
+        for optimizer, rates in zip(self._optimizers, self._rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     def _save(self) -> None:
         state = {
-            "step": self._step,
+            "step": self.step,
             "seed": self._seed,
             "module": self._module.state_dict(),
             "ema": self._averaged.state_dict(),
@@ -142,12 +211,48 @@ class Trainer(Generic[Module]):
         os.replace(part, self._checkpoint)
 
     def _load(self) -> None:
-        state = torch.load(self._checkpoint, weights_only=True)
+        state = torch.load(self._checkpoint, weights_only=True, map_location=self._run.device)
         if state["seed"] != self._seed:
             raise ValueError(f"{self._checkpoint} was trained with seed {state['seed']}, not {self._seed}")
-        self._step, self.history = state["step"], state["history"]
+        self.step, self.history = state["step"], state["history"]
         self._module.load_state_dict(state["module"])
         self._averaged.load_state_dict(state["ema"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self._report(f"going on from step {self._step} of {self._checkpoint}")
+        self._run.report(f"going on from step {self.step} of {self._checkpoint}")
+
+
+class _Graphs:
+    """Steps on a GPU: the first few of a kind as they are, then captured as a CUDA graph and replayed."""
+
+    def __init__(self, advance: Step) -> None:
+        self._advance = advance
+        self._seen: dict[Hashable, int] = {}
+        self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Figures]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def __call__(self, loss: Loss, kind: Hashable, generator: torch.Generator) -> Figures:
+        """One step."""
+        if kind in self._captured:
+            graph, figures = self._captured[kind]
+            graph.replay()
+            return figures
+        seen = self._seen.get(kind, 0)
+        self._seen[kind] = seen + 1
+        if seen == _WARM_UP:
+            return self._capture(loss, kind, generator)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            figures = self._advance(loss, kind, generator)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return figures
+
+    def _capture(self, loss: Loss, kind: Hashable, generator: torch.Generator) -> Figures:
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(generator)
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            figures = self._advance(loss, kind, generator)
+        self._captured[kind] = graph, figures
+        graph.replay()
+        return figures

@@ -16,7 +16,7 @@ from benchmarks.common import run_command
 from benchmarks.pocket_quality import contact_sheet, measure, percentile, report, run, verdicts
 from benchmarks.workload import balanced_scenes, pocket_requests
 from models.pocket.clips import RADIUS, SIDE, SPEED, Objects, draw_background, render
-from models.pocket.text import COLOURS, MOTIONS, SHAPES, Scene
+from models.pocket.words import COLOURS, MOTIONS, SHAPES, Scene
 
 SCENES = [Scene(colour=c, shape=s, motion=m) for c, s, m in product(COLOURS, SHAPES, MOTIONS)]
 RED_CIRCLE = Scene(colour="red", shape="circle", motion="right")

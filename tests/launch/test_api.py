@@ -16,7 +16,7 @@ from launch.api import VideoEngine, load
 from launch.ending import CommandFailed
 from launch.options import Options
 from models.errors import InputError
-from models.pocket.text import VOCABULARY
+from models.pocket.words import VOCABULARY
 from tests.launch.process import ROOT, environment, overflowing_weights
 from tests.launch.videos import generate_video
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from models.pocket.text import VOCABULARY
+from models.pocket.words import VOCABULARY
 from tests.launch.going_on import OTHER, PROMPT, generate, killed_and_going_on
 from tests.launch.process import flowcache_process, overflowing_weights
 
