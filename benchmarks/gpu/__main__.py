@@ -41,7 +41,7 @@ def all_parts(device: str) -> list[Part]:
     *reuse, last = [_part(f"video-{cache}", 130, partial(video, cache=cache)) for cache in _CACHES]
     return [
         _part("conformance", 55, conformance),
-        _part("tests", 35, gpu_tests),
+        _part("tests", 50, gpu_tests),
         _part("peaks", 3, peaks),
         _part("attention", 5, attention),
         first,
