@@ -28,7 +28,7 @@ from models.attention import available_backends
 from models.errors import InputError
 from parallel.health.exit_codes import FAILED, OK
 
-_H200 = 758.0  # TFLOP/s of bf16 products, where the parts take as long as they say
+_PEAK = 758.0  # TFLOP/s of bf16 products, where the parts take as long as they say
 _TINY = 0.03  # share of that time that the smallest preset takes
 _INTERRUPTED = 130
 _KEPT_EVERY = 2.0  # seconds, of what a part has so far
@@ -40,13 +40,13 @@ def all_parts(device: str) -> list[Part]:
     (first, *compiled), *others = [_passes(name, device) for name in available_backends()]
     *reuse, last = [_part(f"video-{cache}", 130, partial(video, cache=cache)) for cache in _CACHES]
     return [
-        _part("conformance", 45, conformance),
-        _part("tests", 60, gpu_tests),
+        _part("conformance", 55, conformance),
+        _part("tests", 50, gpu_tests),
         _part("peaks", 3, peaks),
-        _part("attention", 12, attention),
+        _part("attention", 5, attention),
         first,
         *compiled,
-        _part("selection", 15, selection),
+        _part("selection", 5, selection),
         _part("decode", 5, decode),
         *reuse,
         _part("layer", 5, layer),
@@ -61,7 +61,7 @@ def _passes(backend: str, device: str) -> list[Part]:
     """Passes as they are, and compiled, which is for GPUs."""
     parts = [_part(f"pass-{backend}", 30, partial(passes, backend=backend))]
     if device == "cuda":
-        parts.append(_part(f"pass-{backend}-compiled", 70, partial(passes, backend=backend, compiled=True)))
+        parts.append(_part(f"pass-{backend}-compiled", 45, partial(passes, backend=backend, compiled=True)))
     return parts
 
 
@@ -87,10 +87,9 @@ def main(
     results, log, left_out = Results(out, bench), new_log(), list[str]()
     there = {part.name: results.read(part.name) for part in parts}
     wanted = [part for part in parts if not (result := there[part.name]) or not result.complete]
+    wanted = [part for part in wanted if not only or part.name in only]
     try:
         for place, part in enumerate(wanted, 1):
-            if only and part.name not in only:
-                continue
             needed = _needed(part, results)
             log(f"{place} of {len(wanted)}: {part.name}, about {needed:.0f} s, {max(0, bench.left):.0f} s are left")
             if needed > bench.left:
@@ -111,7 +110,7 @@ def _needed(part: Part, results: Results) -> float:
     """Seconds that a part is expected to take, on a card as fast as this one is at products."""
     if results.bench.preset == TINY:
         return _TINY * part.seconds
-    return part.seconds * max(1.0, _H200 / (results.peak() or _H200))
+    return part.seconds * max(1.0, _PEAK / (results.peak() or _PEAK))
 
 
 def _measure(part: Part, results: Results, log: Callable[[str], None]) -> None:

@@ -98,7 +98,7 @@ class Part:
 
     name: str  # of its file
     about: str  # what it says, for the report
-    seconds: float  # that it takes about, of magi-4.5b-distill on an H200
+    seconds: float  # that it takes about, of magi-4.5b-distill on an H100 or H200
     measure: Callable[[Bench], Iterator[Row]]  # gives its rows as it has them
 
 

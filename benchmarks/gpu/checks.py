@@ -32,11 +32,11 @@ def conformance(bench: Bench) -> Iterator[Row]:
         try:
             verdict = check_file(path, device=bench.device.type)
             row |= {"passed": verdict.passed, "error": verdict.error, "allowed": verdict.tolerance}
-            row["problem"] = "" if verdict.passed else verdict.detail
+            row["said"] = verdict.detail
         except InputError as error:  # of a kind that is not known
-            row |= {"passed": None, "problem": problem(InputError(str(error).removeprefix(f"{path} ")))}
+            row |= {"passed": None, "said": problem(InputError(str(error).removeprefix(f"{path} ")))}
         except RuntimeError as error:
-            row |= {"passed": False, "problem": problem(error)}
+            row |= {"passed": False, "said": problem(error)}
         yield row | {"seconds": time.monotonic() - began}
 
 

@@ -20,7 +20,7 @@ from engine.kv.buffer import KVBuffer
 from engine.kv.layout import KVPlan
 from engine.kv.selection import Granularity, SelectionSettings, select
 from engine.video import KVOp
-from models.attention import Attention, attention_backend, available_backends
+from models.attention import Attention, attention_backend, available_backends, folded
 from models.errors import InputError
 from models.magi.layers import apply_rotary
 from models.magi.random import random_pipeline
@@ -64,13 +64,12 @@ def attention(bench: Bench) -> Iterator[Row]:
 
 
 def _attentions(bench: Bench) -> Iterator[tuple[str, Attention]]:
-    folded = attention_backend("sdpa")
     for name in available_backends():
         yield name, attention_backend(name)
     kernels = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
     for backend in kernels if bench.cuda else ():
 
-        def chosen(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend = backend) -> Tensor:
+        def in_rows(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend = backend) -> Tensor:
             with sdpa_kernel(backend):
                 return folded(q, k, v)
 
@@ -79,8 +78,9 @@ def _attentions(bench: Bench) -> Iterator[tuple[str, Attention]]:
                 q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
                 return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
 
-        yield f"sdpa's {backend.name.lower()}, folded", chosen
-        yield f"sdpa's {backend.name.lower()}, grouped", grouped
+        yield f"sdpa's {backend.name.lower()}, folded", in_rows
+        if backend is not SDPBackend.EFFICIENT_ATTENTION:  # takes no groups
+            yield f"sdpa's {backend.name.lower()}, grouped", grouped
 
 
 def projection(bench: Bench) -> Iterator[Row]:

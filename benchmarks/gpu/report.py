@@ -81,7 +81,8 @@ def _missing(made: Mapping[str, Result], parts: Sequence[Part], left_out: Sequen
     missing = [part.name for part in parts if part.name not in made and part.name not in left_out]
     for what, names in (("left out for want of time", left_out), ("not to their end", cut), ("missing", missing)):
         if names:
-            yield f"{what}: {', '.join(names)}; the same command goes on with them"
+            without = " without --only" if names is missing else ""
+            yield f"{what}: {', '.join(names)}; the same command{without} goes on with them"
 
 
 # ---- plots

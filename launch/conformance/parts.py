@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.kv.selection import Granularity, SelectionSettings, select
 from launch.conformance.forward import make_forward, make_released_forward
-from launch.conformance.golden import Golden
+from launch.conformance.golden import IN_FP8, Golden
 from launch.conformance.wan_forward import make_wan_forward
 from launch.conformance.wan_parts import make_scheduler, make_timestep_matrix
 from models.config import checked
@@ -84,7 +84,10 @@ def make_selection(golden: Golden) -> Iterator[tuple[str, Tensor]]:
 
 
 def make_fp8_linear(golden: Golden) -> Iterator[tuple[str, Tensor]]:
-    """Run the two kinds of quantised layers; `tensor_uneven` has an input scale whose elements differ."""
+    """Run the two kinds of quantised layers; `tensor_uneven` has an input scale whose elements differ.
+
+    Products are those of copies in bf16, and of fp8 as well on a device that has them.
+    """
     x = golden.tensor("input.x", (None, None))
     for case, smooth in (("tensor", False), ("tensor_uneven", False), ("channel", True)):
         _, outputs, inputs = golden.tensor(f"{case}.weight", (1, None, x.shape[1])).shape
@@ -92,8 +95,10 @@ def make_fp8_linear(golden: Golden) -> Iterator[tuple[str, Tensor]]:
         shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
         layer.load_state_dict({name: golden.tensor(f"{case}.{name}", shape) for name, shape in shapes.items()})
         layer.to(golden.device)
-        yield f"{case}.output.quantised", layer.quantise(x)
-        yield f"{case}.output.y", layer(x)
+        yield f"{case}.output.quantised", (quantised := layer.quantise(x))
+        yield f"{case}.output.y", layer.in_bf16(quantised)
+        if layer.multiplies_fp8:
+            yield f"{IN_FP8}{case}.output.y", layer(x)
 
 
 PARTS: dict[str, Callable[[Golden], Iterable[tuple[str, Tensor]]]] = {

@@ -19,10 +19,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
     [
         *("t2v_distill16", "t2v_base_cfg3", "v2v_prefix9", "flowcache_nodup", "kv_selection", "vae"),
         *("sampling_12step_window1", "released_plain", "released_gated", "released_24b_forward", "released_fp8_linear"),
+        *("released_reuse_bf16", "skyreels/df_sync_bf16"),
     ],
 )
 def test_golden_passes_on_a_gpu(case):
-    assert check_file(GOLDENS / f"{case}.safetensors", device="cuda").passed
+    verdict = check_file(GOLDENS / f"{case}.safetensors", device="cuda")
+    assert verdict.passed, verdict.detail
 
 
 def test_a_bf16_product_with_an_fp32_result_is_that_of_fp32_operands():

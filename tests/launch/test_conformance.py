@@ -9,9 +9,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from engine.reuse.policy import change_norms
 from launch.conformance.command import check_file, remake
-from launch.conformance.golden import TOLERANCES, compare, identical, read_golden, relative_error
+from launch.conformance.golden import IN_FP8, ON_GPU, TOLERANCES, compare, identical, read_golden, relative_error
 from models.errors import InputError
+from models.magi.layers import Fp8Linear
 
 GOLDENS = Path(__file__).parent.parent / "data" / "goldens"
 FILES = [*GOLDENS.glob("*.safetensors"), *GOLDENS.glob("skyreels/*.safetensors")]
@@ -60,10 +62,11 @@ def test_golden_passes_and_one_changed_number_fails(path):
     assert verdict.passed, verdict
     figures = {name for name in golden.tensors if re.match(r"(\w+\.)?output\.|fp32\.|mid\.", name)}
     assert figures == {name for name, _ in made}
-    for name in figures:
-        tensors = golden.tensors | {name: with_one_number_changed(golden.tensors[name])}
-        verdict = compare(replace(golden, tensors=tensors), made)
-        assert not verdict.passed and name in verdict.detail, verdict
+    for device in ("cpu", "cuda") if golden.kind in ON_GPU else ("cpu",):  # which says what is allowed
+        for name in figures:
+            tensors = golden.tensors | {name: with_one_number_changed(golden.tensors[name])}
+            verdict = compare(replace(golden, tensors=tensors, device=device), made)
+            assert not verdict.passed and name in verdict.detail, verdict
 
 
 def with_one_number_changed(tensor):
@@ -155,6 +158,41 @@ def test_a_forward_in_bf16_with_the_published_softmax_is_the_published_one_bit_f
     assert {name for name, _ in published} == {name for name in golden.tensors if not name.startswith("input.")}
     for name, tensor in published:
         assert identical(tensor, golden.tensors[name]), name
+
+
+@pytest.mark.parametrize("case", ["released_fp8_linear", "released_reuse_bf16", "skyreels/df_sync_bf16"])
+def test_sums_a_little_off_round_bf16_as_a_gpu_may_and_a_cpu_may_not(case, monkeypatch):
+    def linear(x, weight, bias=None, product=torch.nn.functional.linear):
+        y = product(x.float(), weight.float(), None if bias is None else bias.float())
+        return (y * (1 + 1e-5 * torch.randn_like(y))).to(x.dtype)
+
+    golden = read_golden(GOLDENS / f"{case}.safetensors", "cpu")
+    torch.manual_seed(0)
+    monkeypatch.setattr("torch.nn.functional.linear", linear)
+    made = remake(golden)
+    assert compare(replace(golden, device="cuda"), made).passed
+    assert not compare(golden, made).passed
+
+
+def test_distances_that_are_not_rounded_fail_where_a_gpu_may_round_otherwise(monkeypatch):
+    def unrounded(then, now, dtype):
+        return change_norms(then, now, torch.float32)
+
+    golden = read_golden(GOLDENS / "released_reuse_bf16.safetensors", "cpu")
+    monkeypatch.setattr("launch.conformance.generation.change_norms", unrounded)
+    verdict = compare(replace(golden, device="cuda"), remake(golden))
+    assert "output.distance is off by" in verdict.detail and "flags" not in verdict.detail, verdict
+
+
+def test_products_in_fp8_are_compared_beside_those_in_bf16(monkeypatch):
+    golden = read_golden(GOLDENS / "released_fp8_linear.safetensors", "cpu")
+    monkeypatch.setattr(Fp8Linear, "multiplies_fp8", True)  # a CPU does too, slowly
+    made, on_gpu = remake(golden), replace(golden, device="cuda")
+    verdict = compare(on_gpu, made)
+    assert verdict.passed and verdict.detail == "9 comparisons, 3 identical, 3 in fp8", verdict
+    off = {name: tensor * 1.004 for name, tensor in made if name.startswith(IN_FP8)}
+    said = compare(on_gpu, (dict(made) | off).items()).detail
+    assert len(off) == said.count(" is off by") == 3 and all(f"{name} is off by" in said for name in off)
 
 
 def test_a_changed_weight_fails(beside):
