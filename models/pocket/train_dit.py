@@ -248,7 +248,7 @@ class Windows:
     velocity: Tensor  # of the noisy chunks [B, noisy, 16, 6, h, w]
     captions: Tensor  # [B, N, channels]
     distill: Tensor  # step-size constants [B]
-    gap: Tensor  # latent frames that passed between the older half of the finished chunks and the rest
+    gap: Tensor  # [1], latent frames that passed between the older half of the finished chunks and the rest
     kept: Tensor | None  # rows of the finished chunks that are left [L, B, n, G]; None: all
 
 
@@ -297,7 +297,7 @@ def draw_windows(latents: Latents, branch: Branch, generator: torch.Generator) -
         return torch.randint(high, shape, generator=generator, device=device)
 
     paces, count, length = latents.chunks.shape[:3]
-    pace = below(paces)
+    pace = below(paces, 1)  # not a scalar: as an index the host would have to read it
     picked = pace * count + below(count, b)
     places = below(length - r + 1, b)[:, None] + torch.arange(r, device=device)
     clean = latents.chunks.flatten(0, 2)[picked[:, None] * length + places].float()
@@ -318,7 +318,7 @@ def draw_windows(latents: Latents, branch: Branch, generator: torch.Generator) -
         velocity=(clean - noise)[:, branch.clean :],
         captions=latents.captions.flatten(0, 1)[picked],
         distill=2.0 ** below(4, b) * 4,  # half of 8, 16, 32, 64 steps
-        gap=_draw_gap(pace, rand) if branch.clean >= 6 else torch.zeros((), device=device),
+        gap=_draw_gap(pace, rand) if branch.clean >= 6 else torch.zeros(1, device=device),
         kept=_draw_kept(branch, clean.shape[-2] * clean.shape[-1] // 4 * CHUNK_FRAMES, generator),
     )
 
@@ -326,7 +326,7 @@ def draw_windows(latents: Latents, branch: Branch, generator: torch.Generator) -
 def _draw_gap(pace: Tensor, rand: Callable[..., Tensor]) -> Tensor:
     """Latent frames of some whole turns, or of none; clips with rests know no turns."""
     turns = (2 ** (_LOG_TURNS * rand(1))).floor() * (rand(1) < 0.5)
-    return (turns * _turn_frames(pace.device)[pace])[0]
+    return turns * _turn_frames(pace.device)[pace]
 
 
 @cache
