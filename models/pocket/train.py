@@ -2,6 +2,7 @@
 
     python -m models.pocket.train --out runs/pocket             everything: minutes on a GPU, many hours on 2 cores
     python -m models.pocket.train --out runs/pocket --vae DIR   the same with that autoencoder, whose encoder is kept
+    python -m models.pocket.train --out runs/more --vae DIR --refine    go on with the DiT that ships, on a CPU
     python -m models.pocket.train --out runs/pocket --export    write models/pocket/weights from what is there
 
 It can be stopped at any time; the same command goes on from the last checkpoint. A run is set by its seed.
@@ -14,7 +15,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,13 +24,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.magi.vae import ViTVAE
+from models.pocket.latents import Latents, encode_clips
 from models.pocket.preset import WEIGHTS, write_vae_config
-from models.pocket.train_dit import Latents, encode_clips, train_dit
+from models.pocket.train_dit import new_dit, refine_dit, train_dit
 from models.pocket.train_vae import POCKET_VAE, polish_decoder, tiles, train_vae
 from models.pocket.trainer import Run
 
+DIT_WEIGHTS = Path("inference_weight.distill", "model.safetensors")
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 RECORD = "training.json"
+_SHORT = 5  # chunks of the clips that a trained DiT goes on with
 WHITENING = 0.5
 """How far latents are whitened: 0 leaves their covariance, 1 makes it the identity."""
 
@@ -79,50 +84,74 @@ def prepare_vae(run: Run, args: argparse.Namespace) -> ViTVAE:
 
 def save_half(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write weights in fp16."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: value.half().contiguous() for key, value in weights.items()}, path)
 
 
-def prepare_latents(run: Run, vae: ViTVAE, args: argparse.Namespace) -> Latents:
-    """The encoded clips; from the disk if they are there."""
-    path = run.out / "latents.safetensors"
+def prepare_latents(run: Run, name: str, encode: Callable[[], Latents]) -> Latents:
+    """Encoded clips; from the disk if they are there."""
+    path = run.out / f"{name}.safetensors"
     if not path.exists():
-        latents = encode_clips(vae, run, count=args.clips, chunks=args.clip_chunks)
+        latents = encode()
         save_file({"chunks": latents.chunks, "captions": latents.captions}, path)
     stored = load_file(path, device=str(run.device))
     return Latents(chunks=stored["chunks"], captions=stored["captions"])
 
 
+def train(run: Run, args: argparse.Namespace, until: float | None) -> None:
+    """All parts that are not there yet."""
+    vae = prepare_vae(run, args)
+    polish_decoder(run, vae, steps=args.polish_steps, batch=args.vae_batch, pool=args.tiles)
+    latents = prepare_latents(run, "latents", lambda: encode_clips(vae, run, count=args.clips, chunks=args.clip_chunks))
+    train_dit(run, latents, steps=args.dit_steps, until=until)
+
+
+def refine(run: Run, args: argparse.Namespace) -> None:
+    """Go on with the DiT that ships."""
+    vae = prepare_vae(run, args)
+    encode, seed = partial(encode_clips, vae, run), run.seed + 90
+    short = partial(encode, count=args.clips, chunks=_SHORT, panoramas=0.25, seed=seed)
+    long = partial(encode, count=args.clips // 12, chunks=args.clip_chunks, seed=seed + 1)
+    start = run.out / "start.safetensors"  # a run that goes on begins with what it began with
+    if not start.exists():
+        shutil.copyfile(args.weights / DIT_WEIGHTS, start)
+    dit = new_dit(run.seed)
+    dit.load_state_dict({key: value.float() for key, value in load_file(start).items()})
+    clips = prepare_latents(run, "short", short), prepare_latents(run, "long", long)
+    refine_dit(run, dit, *clips, steps=args.dit_steps)
+
+
 def export(run: Run, target: Path, args: argparse.Namespace) -> None:
-    """Write the weights (fp16) and how they were made; of an autoencoder that was kept, as it was said before."""
-    before = json.loads((target / RECORD).read_text()) if args.vae else {}
-    checkpoints = {name: run.out / f"{name}.ckpt" for name in ("vae", "decoder", "dit")}
-    states = {name: torch.load(path, weights_only=True) for name, path in checkpoints.items() if path.exists()}
-    folder = target / "inference_weight.distill"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_half(states["dit"]["ema"], folder / "model.safetensors")
-    write_vae_config(target / "vae", POCKET_VAE)
-    save_half(states["decoder"]["ema"], target / "vae" / VAE_WEIGHTS)
-    histories = {name: state["history"] for name, state in states.items()}
+    """Write the weights that this run has made (fp16), and how; runs whose weights it began with are named before."""
+    states = {
+        name: torch.load(path, weights_only=True)
+        for name in ("vae", "decoder", "dit")
+        if (path := run.out / f"{name}.ckpt").exists()
+    }
+    save_half(states["dit"]["ema"], target / DIT_WEIGHTS)
+    if "decoder" in states:
+        write_vae_config(target / "vae", POCKET_VAE)
+        save_half(states["decoder"]["ema"], target / "vae" / VAE_WEIGHTS)
     record = {
-        "command": _command(args, histories["dit"][-1]["step"]),
+        "command": _command(args, states["dit"]["step"]),
         "torch": torch.__version__,
         "hardware": torch.cuda.get_device_name() if run.device.type == "cuda" else "CPU",
-        "seed": args.seed,
-        "autoencoder": before["autoencoder"] if args.vae else histories["vae"][-1],
-        "decoder": histories["decoder"][-1],
-        "dit": histories["dit"][-1],
-        "curves": {name: history[::4] for name, history in histories.items()},
+        "last": {name: state["history"][-1] for name, state in states.items()},
+        "curves": {name: state["history"][::4] for name, state in states.items()},
     }
-    (target / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    before = json.loads((target / RECORD).read_text())["runs"] if args.vae else []
+    (target / RECORD).write_text(json.dumps({"runs": [*before, record]}, indent=1) + "\n")
     run.report(f"wrote {target}: step {states['dit']['step']} of the DiT")
 
 
 def _command(args: argparse.Namespace, dit_steps: int) -> str:
     """What makes the same weights on the same machine."""
-    names = ("seed", "clips", "clip_chunks", "polish_steps", "device", *(() if args.vae else ("vae_steps", "tiles")))
-    options = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names)
-    kept = f" --vae {args.vae}" if args.vae else ""
-    return f"python -m models.pocket.train{kept} --vae-batch {args.vae_batch} --dit-steps {dit_steps} {options}"
+    names = ["seed", "clips", "clip_chunks", "device"]
+    names += [] if args.refine else ["vae_batch", "tiles", "polish_steps"]
+    names += [] if args.vae else ["vae_steps"]
+    how = [f"--vae {args.vae}" if args.vae else "", "--refine" if args.refine else ""]
+    how += [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names]
+    return " ".join(["python -m models.pocket.train", *filter(None, how), f"--dit-steps {dit_steps}"])
 
 
 def report(line: str) -> None:
@@ -131,9 +160,10 @@ def report(line: str) -> None:
     sys.stdout.flush()
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m models.pocket.train", description="Train magi-pocket.")
     parser.add_argument("--out", type=Path, default=Path("runs/pocket"), help="checkpoints and latents")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the weights that are written")
     for name, default, what in (
         ("seed", 1, "of everything that is drawn"),
         ("vae-steps", 15000, "of the autoencoder"),
@@ -149,20 +179,24 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--minutes", type=float, help="of all of it: as many steps of the DiT as fit into what is left")
     parser.add_argument("--vae", type=Path, help="folder of a trained autoencoder to begin with")
+    parser.add_argument("--refine", action="store_true", help="go on with the DiT of --weights; with --vae")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile; needs gcc"
     )
     parser.add_argument(
         "--graphs", action=argparse.BooleanOptionalAction, default=True, help="capture steps as CUDA graphs on a GPU"
     )
-    parser.add_argument("--export", action="store_true", help=f"only write {WEIGHTS} from the newest checkpoints")
-    return parser.parse_args()
+    parser.add_argument("--export", action="store_true", help="only write the weights of the newest checkpoints")
+    args = parser.parse_args(arguments)
+    if args.refine and not args.vae:
+        parser.error("--refine needs --vae, the autoencoder whose latents the DiT knows")
+    return args
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     began = time.monotonic()
-    args = _options()
+    args = _options(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -170,12 +204,11 @@ def main() -> None:
     device = torch.device(args.device)
     captured = args.graphs and device.type == "cuda"
     run = Run(out=args.out, seed=args.seed, compiled=args.compile, captured=captured, device=device, report=report)
-    if not args.export:
-        vae = prepare_vae(run, args)
-        polish_decoder(run, vae, steps=args.polish_steps, batch=args.vae_batch, pool=args.tiles)
-        latents = prepare_latents(run, vae, args)
-        train_dit(run, latents, steps=args.dit_steps, until=None if args.minutes is None else began + 60 * args.minutes)
-    export(run, WEIGHTS, args)
+    if args.refine and not args.export:
+        refine(run, args)
+    elif not args.export:
+        train(run, args, None if args.minutes is None else began + 60 * args.minutes)
+    export(run, args.weights, args)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.attention import attention_backend
+from models.checkpoint import Loading
 from models.errors import InputError
+from models.magi.pipeline import load_pipeline
 from models.pocket.clips import (
     REST,
     SIDE,
@@ -20,23 +22,24 @@ from models.pocket.clips import (
     draw_panoramas,
     render,
 )
-from models.pocket.preset import POCKET_DIT, WEIGHTS
+from models.pocket.latents import Latents, encode_clips
+from models.pocket.muon import Muon
+from models.pocket.preset import POCKET_DIT, WEIGHTS, pocket_config
 from models.pocket.text import CAPTION_CHANNELS, encode_prompt
-from models.pocket.train import latent_statistics, normalise_latents
-from models.pocket.train_dit import (
+from models.pocket.train import latent_statistics, main, normalise_latents
+from models.pocket.train_dit import new_dit
+from models.pocket.train_vae import new_vae, tiles
+from models.pocket.trainer import Run, Trainer, linear_decay
+from models.pocket.windows import (
+    REFINED_KINDS,
     WINDOW_KINDS,
     Branch,
-    Latents,
     Windows,
     choose_branch,
     draw_windows,
-    encode_clips,
-    new_dit,
     window_loss,
     window_velocity,
 )
-from models.pocket.train_vae import new_vae, tiles
-from models.pocket.trainer import Muon, Run, Trainer, linear_decay
 from models.pocket.words import (
     COLOURS,
     MOTIONS,
@@ -294,6 +297,7 @@ def test_every_kind_of_window_trains_and_reads_nothing_back(kind, refreshed):
 
 def test_all_kinds_of_window_are_chosen_by_their_shares():
     chosen = [choose_branch(torch.Generator().manual_seed(seed)) for seed in range(3000)]
+    assert sum(kind.share for kind in REFINED_KINDS) == pytest.approx(1)
     for kind in WINDOW_KINDS:
         same = [one for one in chosen if (one.clean, one.noisy, one.kept) == (kind.clean, kind.noisy, kind.kept)]
         assert len(same) / len(chosen) == pytest.approx(kind.share, abs=0.03)
@@ -368,11 +372,29 @@ def test_a_checkpoint_of_another_seed_is_refused(tmp_path):
         new_trainer(tmp_path, seed=2)
 
 
+@pytest.mark.slow
+def test_the_command_trains_goes_on_and_says_how(tmp_path):
+    out, weights = tmp_path / "run", tmp_path / "weights"
+    few = ["--weights", weights, "--no-compile", "--clips", 12, "--clip-chunks", 5, "--dit-steps", 1, "--vae-batch", 2, "--device", "cpu"]
+    parts = ["--tiles", 100, "--vae-steps", 1, "--polish-steps", 1]
+    main([str(one) for one in ("--out", out, "--seed", 2, *few, *parts)])
+    folder = weights / "vae"
+    main([str(one) for one in ("--out", tmp_path / "more", "--vae", folder, "--refine", "--seed", 3, *few)])
+    first, second = json.loads((weights / "training.json").read_text())["runs"]
+    assert set(first["last"]) == {"vae", "decoder", "dit"} and set(second["last"]) == {"dit"}
+    assert second["command"].startswith(f"python -m models.pocket.train --vae {folder} --refine --seed 3 ")
+    pipeline = load_pipeline(pocket_config(), weights, Loading())
+    trained = torch.load(tmp_path / "more" / "dit.ckpt", weights_only=True)["ema"]["final_linear.linear.weight"]
+    assert torch.equal(pipeline.model.state_dict()["final_linear.linear.weight"], trained.half().float())
+    with pytest.raises(SystemExit):
+        main(["--refine"])
+
+
 def test_shipped_weights_are_small_and_say_how_they_were_made():
     files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 30e6
-    record = json.loads((WEIGHTS / "training.json").read_text())
-    assert "models.pocket.train" in record["command"]
-    assert record["dit"]["loss"] < 0.3
-    assert record["autoencoder"]["psnr"] > 25
+    runs = json.loads((WEIGHTS / "training.json").read_text())["runs"]
+    assert all("models.pocket.train" in run["command"] for run in runs)
+    assert runs[-1]["last"]["dit"]["loss"] < 0.3
+    assert [run["last"]["decoder"]["psnr"] for run in runs if "decoder" in run["last"]][-1] > 38
     assert POCKET_DIT.num_attention_heads % POCKET_DIT.num_query_groups == 0

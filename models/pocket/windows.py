@@ -1,0 +1,275 @@
+"""Windows as inference has them, which magi-pocket's DiT is trained on: how they are drawn, and what their loss is.
+
+Chunks are a quarter of the steps apart, each attends to itself and to what came before, behind up to twelve finished
+chunks. In part of the batches only some tokens of the finished chunks are left, others in each layer and key head, as
+the compression of the KV leaves them.
+
+Shapes: B windows, R chunks of a window, tok tokens per chunk, S = R * tok tokens, H heads, G key heads, d head size,
+L layers, n rows of the finished chunks that are left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.magi.dit import NULL_TEXT_ROWS, MagiDiT
+from models.pocket.clips import WORLD
+from models.pocket.latents import Latents
+from models.pocket.preset import POCKET_DIT
+from models.pocket.words import PACES, RESTS, SPEEDS
+
+CHUNK_FRAMES = 6  # latent
+WINDOW = 4
+CLEAN_T = 0.9999
+_CELL_FRAMES = 4  # frames of a latent frame
+_LOG_TURNS = 6.0  # 2 to this turns of a panorama lie at most between older and newer chunks of the past
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Grouped attention; `mask` [rows of q, rows of k] says who sees whom.
+
+    On CPUs it is plain matrix products, whose backward is much faster than the fused one's.
+    """
+    (b, s, h, d), g = q.shape, k.shape[2]
+    rows = q.reshape(b, s, g, h // g, d).permute(0, 2, 1, 3, 4).reshape(b, g, -1, d)
+    k, v = k.to(q.dtype).transpose(1, 2), v.to(q.dtype).transpose(1, 2)
+    mask = None if mask is None else mask.repeat_interleave(h // g, dim=0)
+    if q.device.type == "cpu":
+        scores = rows @ k.mT * (1 / math.sqrt(d))
+        scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+        out = scores.softmax(-1).to(v.dtype) @ v
+    else:
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+    return out.reshape(b, g, s, h // g, d).transpose(1, 2).reshape(b, s, h, d)
+
+
+def _chunk_mask(chunks: int, tok: int, past: int, device: torch.device) -> Tensor:
+    """Whom the tokens of consecutive chunks see: all of the past, and chunks up to their own."""
+    chunk = torch.arange(chunks, device=device)[:, None].expand(-1, tok).flatten()
+    seen = chunk[:, None] >= chunk[None, :]
+    return F.pad(seen, (past, 0), value=True)
+
+
+class _WindowView:
+    """Every chunk of the window attends to itself and to all chunks before it.
+
+    Args:
+        clean: finished chunks at the front.
+        noisy: chunks after them.
+        isolated: the finished chunks see only themselves, as in a clean pass.
+        kept: rows of the finished chunks that are left for the others [L, B, n, G]; None for all.
+    """
+
+    def __init__(self, clean: int, noisy: int, *, isolated: bool, kept: Tensor | None) -> None:
+        self._clean, self._noisy, self._isolated, self._kept = clean, noisy, isolated, kept
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self._k, self._v = k, v
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        tok = q.shape[1] // (self._clean + self._noisy)
+        split = self._clean * tok
+        done, going = q[:, :split], q[:, split:]
+        past = [self._k[:, :split], self._v[:, :split]]
+        parts = list[Tensor]()
+        if self._clean and self._isolated:
+            apart = [part.unflatten(1, (self._clean, tok)).flatten(0, 1) for part in (done, *past)]
+            parts.append(_attention(apart[0], apart[1], apart[2]).unflatten(0, (-1, self._clean)).flatten(1, 2))
+        elif self._clean:
+            parts.append(_attention(done, past[0], past[1], _chunk_mask(self._clean, tok, 0, q.device)))
+        if self._kept is not None:
+            index = self._kept[layer][..., None].expand(-1, -1, -1, q.shape[-1])
+            past = [part.gather(1, index) for part in past]
+        mask = _chunk_mask(self._noisy, tok, past[0].shape[1], q.device)
+        k, v = (torch.cat([old, new[:, split:]], dim=1) for old, new in zip(past, (self._k, self._v), strict=True))
+        return torch.cat([*parts, _attention(going, k, v, mask)], dim=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowKind:
+    """A state of the window: `clean` finished chunks, then `noisy` ones.
+
+    `share` of the batches are of this kind; of those, the share `drops` has no caption. `kept` chunks' worth of tokens
+    is left of the finished chunks; None leaves all.
+    """
+
+    share: float
+    clean: int
+    noisy: int
+    batch: int
+    drops: float = 0.0
+    kept: int | None = None
+
+
+WINDOW_KINDS = (
+    WindowKind(share=0.12, clean=0, noisy=1, batch=128, drops=0.1),
+    WindowKind(share=0.05, clean=0, noisy=2, batch=64),
+    WindowKind(share=0.04, clean=0, noisy=3, batch=48),
+    WindowKind(share=0.09, clean=0, noisy=4, batch=40),
+    WindowKind(share=0.22, clean=1, noisy=4, batch=32, drops=0.1),
+    WindowKind(share=0.05, clean=2, noisy=4, batch=32),
+    WindowKind(share=0.07, clean=4, noisy=4, batch=24),
+    WindowKind(share=0.04, clean=8, noisy=4, batch=20),
+    WindowKind(share=0.06, clean=12, noisy=4, batch=16),
+    WindowKind(share=0.04, clean=6, noisy=4, batch=20, kept=1),
+    WindowKind(share=0.06, clean=6, noisy=4, batch=20, kept=2),
+    WindowKind(share=0.08, clean=12, noisy=4, batch=16, kept=2),
+    WindowKind(share=0.08, clean=12, noisy=4, batch=16, kept=4),
+)
+REFINED_KINDS = (
+    WindowKind(share=0.60, clean=0, noisy=1, batch=28, drops=0.03),
+    WindowKind(share=0.08, clean=0, noisy=4, batch=5),
+    WindowKind(share=0.20, clean=1, noisy=4, batch=5, drops=0.03),
+    WindowKind(share=0.04, clean=4, noisy=4, batch=3),
+    WindowKind(share=0.04, clean=12, noisy=4, batch=2, kept=2),
+    WindowKind(share=0.04, clean=12, noisy=4, batch=2, kept=4),
+)
+"""What a trained model goes on with on a CPU: first chunks above all, whose shapes the others go on with."""
+REFRESHED = 0.6  # share of the batches whose finished chunks were renewed by a clean pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Branch:
+    """What the computation of a batch depends on besides its tensors."""
+
+    clean: int
+    noisy: int
+    batch: int
+    refreshed: bool  # the finished chunks are renewed by a clean pass; else they are as their last step left them
+    drop: bool  # no captions
+    kept: int | None  # so many chunks' worth of rows of the finished chunks is left; None: all
+
+
+def choose_branch(host: torch.Generator, kinds: Sequence[WindowKind] = WINDOW_KINDS) -> Branch:
+    """A kind of window at random, by its share."""
+    shares = torch.tensor([kind.share for kind in kinds])
+    kind = kinds[int(torch.multinomial(shares, 1, generator=host))]
+    refreshed, drop = torch.rand(2, generator=host).tolist()
+    return Branch(
+        clean=kind.clean,
+        noisy=kind.noisy,
+        batch=kind.batch,
+        refreshed=kind.clean > 0 and refreshed < REFRESHED,
+        drop=drop < kind.drops,
+        kept=kind.kept,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Windows:
+    """A batch of windows."""
+
+    x: Tensor  # noisy latents [B, R, 16, 6, h, w]
+    t: Tensor  # times [B, R]
+    velocity: Tensor  # of the noisy chunks [B, noisy, 16, 6, h, w]
+    captions: Tensor  # [B, N, channels]
+    distill: Tensor  # step-size constants [B]
+    gap: Tensor  # [1], latent frames that passed between the older half of the finished chunks and the rest
+    kept: Tensor | None  # rows of the finished chunks that are left [L, B, n, G]; None: all
+
+
+def window_velocity(dit: MagiDiT, windows: Windows, branch: Branch) -> Tensor:
+    """Velocity of all chunks of a batch of windows [B, R, 16, 6, h, w]."""
+    x, r = windows.x, branch.clean + branch.noisy
+    b, separate = x.shape[0], branch.clean if branch.refreshed else 0
+    hidden = dit.patches(x.transpose(1, 2).flatten(2, 3))
+    condition = dit.embed_condition(windows.t, distill=None, null=branch.drop)
+    condition = condition + dit.t_embedder(windows.distill)[:, None]
+    null = dit.null_text().expand(b, -1, -1)
+    captions = null if branch.drop else windows.captions
+    text = dit.embed_text(torch.cat([null, captions], dim=1) if separate else captions)
+    boundary = separate * (hidden.shape[1] // r)
+
+    def cross(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not boundary:
+            return _attention(q, k, v)
+        rows = NULL_TEXT_ROWS
+        seen_null = _attention(q[:, :boundary], k[:, :rows], v[:, :rows])
+        return torch.cat([seen_null, _attention(q[:, boundary:], k[:, rows:], v[:, rows:])], dim=1)
+
+    grid = (CHUNK_FRAMES * r, x.shape[-2], x.shape[-1])
+    frame = torch.arange(grid[0], dtype=torch.float32, device=x.device)
+    time = frame + windows.gap * (frame >= CHUNK_FRAMES * (branch.clean // 2))
+    rope = dit.rope.table(time, dit.token_grid(grid)[1:])
+    view = _WindowView(branch.clean, branch.noisy, isolated=branch.refreshed, kept=windows.kept)
+    out = dit.layers(hidden, dit.gates(condition), dit.text_kv(text), (rope,), view, cross=cross)
+    velocity = dit.velocity(out, grid)
+    return velocity.unflatten(2, (r, CHUNK_FRAMES)).transpose(1, 2)
+
+
+def draw_windows(latents: Latents, branch: Branch, generator: torch.Generator) -> Windows:
+    """A random batch of one kind of window.
+
+    The position of a chunk on its way from noise is s = (place + u) / 4 with one u for the window, as the schedule has
+    it, and t = s^2 / (3 - 2 s^2) (specification 7.2). All clips of a batch have one pace, so that whole turns of the
+    world may lie between the older finished chunks and the rest: what was seen long ago is where it was.
+    """
+    device, b, r = generator.device, branch.batch, branch.clean + branch.noisy
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, device=device)
+
+    def below(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator, device=device)
+
+    paces, count, length = latents.chunks.shape[:3]
+    pace = below(paces, 1)  # not a scalar: as an index the host would have to read it
+    picked = pace * count + below(count, b)
+    places = below(length - r + 1, b)[:, None] + torch.arange(r, device=device)
+    clean = latents.chunks.flatten(0, 2)[picked[:, None] * length + places].float()
+    noise = torch.randn(clean.shape, generator=generator, device=device)
+    if branch.noisy == 1:
+        s = rand(b, 1)
+    else:
+        place = torch.arange(branch.noisy - 1, -1, -1, device=device)
+        jitter = 0.05 / WINDOW * torch.randn(b, branch.noisy, generator=generator, device=device)
+        s = ((place + rand(b, 1)) / WINDOW + jitter).clamp(0, 1)
+    t = s.square() / (3 - 2 * s.square())
+    unfinished = 0.6 + 0.39 * rand(b, branch.clean)
+    t = torch.cat([torch.full_like(unfinished, CLEAN_T) if branch.refreshed else unfinished, t], dim=1)
+    at = t[..., None, None, None, None]
+    return Windows(
+        x=at * clean + (1 - at) * noise,
+        t=t,
+        velocity=(clean - noise)[:, branch.clean :],
+        captions=latents.captions.flatten(0, 1)[picked],
+        distill=2.0 ** below(4, b) * 4,  # half of 8, 16, 32, 64 steps
+        gap=_draw_gap(pace, rand) if branch.clean >= 6 else torch.zeros(1, device=device),
+        kept=_draw_kept(branch, clean.shape[-2] * clean.shape[-1] // 4 * CHUNK_FRAMES, generator),
+    )
+
+
+def _draw_gap(pace: Tensor, rand: Callable[..., Tensor]) -> Tensor:
+    """Latent frames of some whole turns, or of none; clips with rests know no turns."""
+    turns = (2 ** (_LOG_TURNS * rand(1))).floor() * (rand(1) < 0.5)
+    return turns * _turn_frames(pace.device)[pace]
+
+
+@cache
+def _turn_frames(device: torch.device) -> Tensor:
+    """Latent frames of a turn by pace [P]; copied once, since a captured step cannot copy from the host."""
+    return torch.tensor([0.0 if pace == RESTS else WORLD / SPEEDS[pace] / _CELL_FRAMES for pace in PACES]).to(device)
+
+
+def _draw_kept(branch: Branch, tok: int, generator: torch.Generator) -> Tensor | None:
+    """Rows that are left [L, B, n, G], ascending. Some chunks lose more than others, in each head others."""
+    if branch.kept is None:
+        return None
+    shape = (POCKET_DIT.num_layers, branch.batch, branch.clean, 1, POCKET_DIT.num_query_groups)
+    liking = torch.rand(*shape, generator=generator, device=generator.device)
+    each = torch.rand(*shape[:3], tok, shape[-1], generator=generator, device=generator.device)
+    scores = (each + liking).flatten(2, 3)
+    return scores.topk(branch.kept * tok, dim=2).indices.sort(dim=2).values
+
+
+def window_loss(dit: MagiDiT, windows: Windows, branch: Branch) -> Tensor:
+    """Mean squared error of the velocity over the noisy chunks of a batch of windows."""
+    velocity = window_velocity(dit, windows, branch)
+    return F.mse_loss(velocity[:, branch.clean :].float(), windows.velocity)
