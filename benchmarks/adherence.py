@@ -11,6 +11,8 @@ How each figure is measured:
 - Boundary error: the same kind of line through the chunk before a boundary is extended across it. The error is the mean
   distance, on the torus, between it and the object in the first 4 frames after the boundary. It is infinite where there
   is no object to measure.
+- Pace: the share of the steps from a frame to the next that lie within a quarter of the speed from what was asked for,
+  in both axes together; standing still, within a quarter of a pixel. A step without an object at both ends is wrong.
 - Deviation: the largest distance of any frame from the line through the whole video.
 - Shape: the drawn shape with the best mean overlap; `overlap` is that of the prompt's shape. `stray` is the share of
   the colour that lies outside the outline of the best shape.
@@ -30,8 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.errors import InputError
 from models.pocket.clips import RADIUS, SIDE, Objects, render
-from models.pocket.words import COLOURS, SHAPES, Scene
+from models.pocket.words import COLOURS, MOTIONS, SHAPES, SPEEDS, Scene, parse_prompt
 
 AFTER = 4  # frames after a boundary that are compared with the extended line
 _LEAST = 0.5  # share of the frames that must show an object before a line is fitted
@@ -41,6 +44,7 @@ _SEEN = 0.25  # chroma from which a pixel counts as coloured; the six colours ha
 _FAINT = 0.2  # coverage below this is taken for noise
 _MIN_AREA = 60.0  # pixels; a whole object has about 400
 _MIN_COMPACT = 0.5  # a whole object has about 0.85, two of them 20 pixels apart 0.5, evenly spread noise 0
+_PACE = 0.25  # of the speed that was asked for
 _STILL, _MOVING = 0.25, 0.5  # pixels per frame; the clips have 0 and 1
 _MAX_ANGLE = math.radians(30)
 _PHASES = 8
@@ -58,6 +62,7 @@ class Adherence:
     velocity: tuple[float, float]  # pixels per frame; nan if there is no object
     chunk_motions: tuple[str | None, ...]
     boundary_errors: tuple[float, ...]  # pixels, one per boundary between chunks
+    paced: float  # 0..1, of the steps from frame to frame
     deviation: float  # pixels
     shape: str | None
     overlap: float  # 0..1
@@ -87,6 +92,14 @@ class Adherence:
         return self.shape_right and self.overlap >= _WHOLE_OVERLAP and self.stray <= _WHOLE_STRAY
 
 
+def scene_of(prompt: str) -> Scene:
+    """What a prompt asks for; an `InputError` if it is not of one object, which alone is measured."""
+    scene = parse_prompt(prompt)
+    if not isinstance(scene, Scene):
+        raise InputError(f"{prompt!r} shows no single object, so nothing can be measured in it")
+    return scene
+
+
 def adherence(frames: Tensor, scene: Scene, *, chunk_frames: int = 24, tile_frames: int = 12) -> Adherence:
     """Measure a video, uint8 [F, SIDE, SIDE, 3] with F at least 2, against its prompt.
 
@@ -108,6 +121,7 @@ def adherence(frames: Tensor, scene: Scene, *, chunk_frames: int = 24, tile_fram
         velocity=(velocity[0].item(), velocity[1].item()),
         chunk_motions=motions,
         boundary_errors=tuple(_boundary_error(seen, boundary, chunk_frames) for boundary in boundaries),
+        paced=_paced(seen, scene),
         deviation=deviation,
         shape=shape,
         overlap=overlaps[SHAPES.index(scene.shape)].item(),
@@ -139,6 +153,13 @@ def _whole_motion(seen: Track) -> tuple[Tensor, float]:
     times, centres = points
     line = fit_line(times, centres)
     return line.velocity, wrap(centres - line.at(times)).norm(dim=1).max().item()
+
+
+def _paced(seen: Track, scene: Scene) -> float:
+    speed = SPEEDS.get(scene.pace, SPEEDS[""]) if scene.motion != "still" else 0.0
+    asked = speed * torch.tensor(MOTIONS[scene.motion], dtype=torch.float32)
+    off = (wrap(seen.centre.diff(dim=0)) - asked).norm(dim=1)  # nan without an object
+    return (off <= _PACE * (speed or 1)).float().mean().item()
 
 
 def _boundary_error(seen: Track, boundary: int, chunk_frames: int) -> float:

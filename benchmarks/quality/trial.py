@@ -19,7 +19,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from benchmarks.adherence import adherence
+from benchmarks.adherence import adherence, scene_of
 from benchmarks.common import save_text
 from benchmarks.flops import CountingRunner
 from engine.engine import Engine
@@ -30,7 +30,6 @@ from engine.reuse.policy import ReuseSettings
 from engine.submission import Submission
 from models.errors import InputError
 from models.magi.pipeline import MagiPipeline
-from models.pocket.words import parse_prompt
 
 VANILLA, LEAN = ReuseSettings(), ReuseSettings(clean_pass=False, copy_pass=False)
 """No reuse, with the clean and the context-free passes and without them, as the published reuse runs."""
@@ -206,7 +205,7 @@ class TrialRunner:
         video, plain = self.make(setting, request), setting.plain
         frames = self.decode(video)
         (plain_video, plain_frames), (vanilla, vanilla_frames) = held[plain], held[Setting()]
-        seen = adherence(frames, parse_prompt(request.prompt))
+        seen = adherence(frames, scene_of(request.prompt))
         return Trial(
             setting=setting,
             prompt=request.prompt,

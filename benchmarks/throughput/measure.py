@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from benchmarks.adherence import adherence
+from benchmarks.adherence import adherence, scene_of
 from benchmarks.common import machine_line, rss
 from benchmarks.workload import POCKET, PROMPT
 from engine.files import atomic_write
@@ -33,7 +33,6 @@ from launch.generate import Backend, EngineBackend, make_videos
 from launch.options import CacheName, Options
 from launch.plan import Plan, plan_requests
 from models.errors import InputError
-from models.pocket.words import parse_prompt
 from parallel.cluster import messages
 from parallel.cluster.messages import Event
 from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED
@@ -209,7 +208,7 @@ def _minute(number: int, chunks: NDArray[np.uint8], pocket: bool) -> Minute:
         return Minute(
             minute=number, sharpness=sharp, colour=nothing, direction=nothing, shape=nothing, position=nothing
         )
-    scene, whole = parse_prompt(PROMPT), torch.from_numpy(np.concatenate(chunks))
+    scene, whole = scene_of(PROMPT), torch.from_numpy(np.concatenate(chunks))
     each = [adherence(torch.from_numpy(np.array(chunk)), scene) for chunk in chunks]
     errors = adherence(whole, scene).boundary_errors
     return Minute(

@@ -166,7 +166,7 @@ def _presets() -> Iterator[Preset]:
         parameters=3_401_702,
         stored=2 * 3_401_702,
         folder=None,
-        vae_parameters=5_310_823,
+        vae_parameters=6_889_319,
     )
     for released, summary, parameters, stored in _RELEASED:
         yield Preset(

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.adherence import Adherence, adherence, direction, fit_line, wrap
+from benchmarks.adherence import Adherence, adherence, direction, fit_line, scene_of, wrap
 from benchmarks.common import run_command
 from benchmarks.pocket_quality import contact_sheet, measure, percentile, report, run, verdicts
 from benchmarks.workload import balanced_scenes, pocket_requests
+from models.errors import InputError
 from models.pocket.clips import RADIUS, SIDE, SPEED, Objects, draw_background, render
 from models.pocket.words import COLOURS, MOTIONS, SHAPES, Scene
 
@@ -222,24 +223,49 @@ def test_figures_fail_each_at_its_own_threshold():
     yellow = clip(Scene(colour="yellow", shape="circle", motion="right"))
     still = clip(Scene(colour="red", shape="circle", motion="still"))
 
-    def passed(*videos: Tensor) -> list[bool | None]:
-        return [one.passed for one in verdicts([adherence(video, RED_CIRCLE) for video in videos])][:3]
+    wrong_way = clip(Scene(colour="red", shape="circle", motion="left"))
+    square = clip(Scene(colour="red", shape="square", motion="right"))
 
-    assert passed(good, good) == [True, True, True]
-    assert passed(good, yellow) == [False, True, True]
-    assert passed(good, still) == [True, False, True]
-    assert passed(good, jumping, jumping) == [True, True, False]
-    assert passed(*[good] * 9, yellow) == [True, True, True]  # 90% is enough
-    assert passed(*[good] * 4, still) == [True, True, True]  # 80% is enough
-    nothing = torch.full_like(good, 128)
-    assert passed(nothing) == [False, False, False]
+    def failed(*videos: Tensor, compressed: Tensor = good) -> set[str]:
+        measured = [adherence(video, RED_CIRCLE) for video in videos]
+        found = verdicts(measured, {2: [adherence(compressed, RED_CIRCLE)]})
+        return {one.name for one in found if one.passed is False}
+
+    pace, jumps = "steps between frames at the right pace", "error after a chunk boundary, median"
+    assert not failed(good, good)
+    assert failed(good, yellow) == {"colour right"}
+    assert failed(good, still) == {"direction right", pace}
+    assert failed(good, jumping, jumping) == {jumps, "change at chunk boundaries over that inside, median"}
+    assert failed(good, square) == {"shape right", "one whole object of the right shape"}
+    assert failed(good, compressed=wrong_way) == {"direction right, KV budget 2"}
+    assert not failed(*[good] * 49, yellow)  # 98% is enough
+    assert not failed(*[good] * 9, square) - {"one whole object of the right shape"}  # 90% is enough
+    nothing = failed(torch.full_like(good, 128))
+    assert {"colour right", "direction right", "shape right", pace, jumps} <= nothing
+
+
+@pytest.mark.parametrize(("pace", "paced"), [("", 1.0), ("fast", 0.0)])
+def test_the_pace_is_that_of_the_prompt(pace: str, paced: float):
+    scene = Scene(colour="red", shape="circle", motion="right", pace=pace)
+    assert adherence(clip(RED_CIRCLE), scene).paced == pytest.approx(paced, abs=0.02)
+
+
+def test_jerks_are_not_the_right_pace():
+    jerking = clip(RED_CIRCLE).unflatten(0, (-1, 4))[:, :1].expand(-1, 4, -1, -1, -1).flatten(0, 1).contiguous()
+    measured = adherence(jerking, RED_CIRCLE)
+    assert measured.motion_right and measured.paced < 0.1
+
+
+def test_a_panorama_cannot_be_measured():
+    with pytest.raises(InputError, match="no single object"):
+        scene_of("panning right")
 
 
 def test_true_clips_pass_and_leave_all_results(tmp_path, capsys):
     scenes = balanced_scenes(4, seed=0)
     strips = measure([(scene.prompt, clip(scene, frames=48), 0.5) for scene in scenes], 4)
     assert report(tmp_path, strips, "clips") == 0
-    assert capsys.readouterr().out.count("PASS") == 3
+    assert capsys.readouterr().out.count("PASS") == 7
     rows = list(csv.DictReader((tmp_path / "pocket_quality.csv").open()))
     assert [row["prompt"] for row in rows] == [scene.prompt for scene in scenes]
     assert {row["whole"] for row in rows} == {"True"} and float(rows[0]["boundary_error_max"]) < 0.3
@@ -263,7 +289,18 @@ def test_videos_of_two_runs_share_no_noise():
 
 
 def test_videos_of_an_untrained_model_are_made_and_fail(tmp_path, untrained_weights):
-    options = ["--prompts", "2", "--chunks", "2", "--seed", "7", "--weights", str(untrained_weights)]
+    options = [
+        "--prompts",
+        "2",
+        "--chunks",
+        "2",
+        "--seed",
+        "7",
+        "--kv-budget",
+        "1",
+        "--weights",
+        str(untrained_weights),
+    ]
     assert run_command(run, "pocket_quality", [*options, "--out", str(tmp_path)]) == 1
     rows = list(csv.reader((tmp_path / "pocket_quality.csv").open()))
     assert [row[0] for row in rows[1:]] == [scene.prompt for scene in balanced_scenes(2, seed=7)]

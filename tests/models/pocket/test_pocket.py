@@ -1,35 +1,66 @@
 """magi-pocket: its words, its clips, and its training."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.attention import attention_backend
 from models.errors import InputError
-from models.pocket.clips import SIDE, SPEED, draw_background, draw_objects, render
+from models.pocket.clips import (
+    REST,
+    SIDE,
+    SPEED,
+    WORLD,
+    draw_background,
+    draw_objects,
+    draw_panoramas,
+    render,
+)
 from models.pocket.preset import POCKET_DIT, WEIGHTS
-from models.pocket.text import (
-    CAPTION_CHANNELS,
+from models.pocket.text import CAPTION_CHANNELS, encode_prompt
+from models.pocket.train import latent_statistics, normalise_latents
+from models.pocket.train_dit import (
+    WINDOW_KINDS,
+    Branch,
+    Latents,
+    Windows,
+    choose_branch,
+    draw_windows,
+    encode_clips,
+    new_dit,
+    window_loss,
+    window_velocity,
+)
+from models.pocket.train_vae import new_vae, tiles
+from models.pocket.trainer import Muon, Run, Trainer, linear_decay
+from models.pocket.words import (
     COLOURS,
     MOTIONS,
+    PACES,
+    PANS,
+    RESTS,
     SHAPES,
+    SPEEDS,
     VOCABULARY,
+    Panorama,
     Scene,
-    encode_prompt,
     parse_prompt,
 )
-from models.pocket.train import latent_statistics, normalise_latents
-from models.pocket.train_dit import WINDOW_KINDS, Latents, new_dit, window_loss, window_velocity
-from models.pocket.train_vae import new_vae, tiles
-from models.pocket.trainer import Run, Trainer, linear_decay
 
-scenes = st.builds(
-    Scene, colour=st.sampled_from(list(COLOURS)), shape=st.sampled_from(SHAPES), motion=st.sampled_from(list(MOTIONS))
+objects = st.builds(
+    Scene,
+    colour=st.sampled_from(list(COLOURS)),
+    shape=st.sampled_from(SHAPES),
+    motion=st.sampled_from(sorted(MOTIONS.keys() - {"still"})),
+    pace=st.sampled_from(PACES),
 )
+still = st.builds(Scene, colour=st.sampled_from(list(COLOURS)), shape=st.sampled_from(SHAPES), motion=st.just("still"))
+panoramas = st.builds(Panorama, motion=st.sampled_from(PANS), pace=st.sampled_from(list(SPEEDS)))
+scenes = objects | still | panoramas
 
 
 @given(scenes)
@@ -42,7 +73,7 @@ def test_a_scene_survives_its_prompt(scene):
 def test_different_scenes_have_different_captions(one, other):
     same = torch.equal(encode_prompt(one.prompt), encode_prompt(other.prompt))
     assert same == (one == other)
-    assert encode_prompt(one.prompt).shape == (5, CAPTION_CHANNELS)
+    assert encode_prompt(one.prompt).shape == (7, CAPTION_CHANNELS)
 
 
 def test_an_unknown_word_is_named_and_the_known_ones_are_listed():
@@ -59,6 +90,50 @@ def test_an_unknown_word_is_named_and_the_known_ones_are_listed():
 def test_a_prompt_must_say_colour_shape_and_motion_once(prompt):
     with pytest.raises(InputError, match="colour|shape|motion"):
         parse_prompt(prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ("a red circle moving left slowly fast", "more than one pace: slowly, fast"),
+        ("a red circle standing still slowly", "no pace"),
+        ("panning right red", "leave out red"),
+        ("panning up", "no motion"),
+        ("panning right with rests", "cannot pan 'with rests'"),
+    ],
+)
+def test_paces_and_panoramas_have_their_own_rules(prompt, says):
+    with pytest.raises(InputError, match=says):
+        parse_prompt(prompt)
+
+
+def test_what_rests_moves_stands_still_and_goes_on():
+    one = draw_objects(6, 1, torch.Generator().manual_seed(0), varied=False, pace=RESTS)
+    steps = one.at(torch.arange(4.0 * REST)).diff(dim=2).norm(dim=-1)
+    moving = one.motion != list(MOTIONS).index("still")
+    assert ((steps < 1e-4) | (steps > SPEED - 1e-4) | ((steps - steps.round()).abs() > 1e-4)).all()
+    share = (steps[moving] > SPEED / 2).float().mean().item()
+    assert share == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("pace", SPEEDS)
+def test_a_panorama_closes_on_itself(pace):
+    clips = draw_panoramas(4, torch.Generator().manual_seed(0), pace=pace)
+    turn = WORLD / SPEEDS[pace]
+    first, around = clips.frames(3), clips.frames(3, start=5 * turn)
+    assert turn % 4 == 0  # whole latent frames
+    assert torch.allclose(first, around, atol=1e-3)
+    assert not torch.allclose(first, clips.frames(3, start=turn / 2), atol=0.1)
+
+
+def test_a_camera_that_pans_moves_what_it_sees_the_other_way():
+    clips = draw_panoramas(4, torch.Generator().manual_seed(0))
+    start, later = clips.frames(1)[:, :, 0], clips.frames(9)[:, :, 8]
+    for index, motion in enumerate(clips.objects.motion[:, 0].tolist()):
+        dx = MOTIONS[PANS[motion]][0] * 8
+        seen = start[index].roll(-dx, dims=-1)
+        inside = slice(8, -8)
+        assert torch.allclose(later[index, ..., inside], seen[..., inside], atol=2e-2)
 
 
 def test_motion_is_constant_and_wraps_around():
@@ -107,60 +182,173 @@ class OneChunkView:
         return self.attention(q, *self.past[layer])
 
 
-def test_training_sees_windows_as_inference_does():
-    """One forward over a window equals chunk after chunk with keys and values of the past."""
+def windows(x, t, caption, *, gap=0.0, kept=None):
+    """A batch with the constant of 16 steps."""
+    distill = torch.full((len(x),), 8.0)
+    return Windows(x=x, t=t, velocity=x, captions=caption, distill=distill, gap=torch.tensor([gap]), kept=kept)
+
+
+def branch(clean, noisy, **others):
+    return Branch(
+        **{"clean": clean, "noisy": noisy, "batch": 1, "refreshed": True, "drop": False, "kept": None} | others
+    )
+
+
+def chunk_pass(dit, x, t, caption, first_frame, view, *, null=False):
+    """A chunk as inference runs it."""
+    text = dit.embed_text(dit.null_text()[None] if null else caption)
+    condition = dit.embed_condition(t, distill=8.0, null=False)
+    rope = dit.rope.table(first_frame + torch.arange(6.0), (4, 4))
+    hidden = dit.layers(dit.patches(x), dit.gates(condition), dit.text_kv(text), (rope,), view)
+    return dit.velocity(hidden, (6, 8, 8))
+
+
+@pytest.fixture
+def speaking():
+    """A random model whose output is not zero."""
     torch.manual_seed(0)
     dit = new_dit(0)
     torch.nn.init.normal_(dit.final_linear.linear.weight, std=0.1)
-    x, t = torch.randn(1, 3, 16, 6, 8, 8), torch.tensor([[0.9999, 0.4, 0.05]])
+    return dit
+
+
+@pytest.mark.parametrize("gap", [0.0, 64.0])
+def test_training_sees_windows_as_inference_does(speaking, gap):
+    """One forward over a window equals chunk after chunk with keys and values of the past, of which some may be old."""
+    x, t = torch.randn(1, 4, 16, 6, 8, 8), torch.tensor([[0.9999, 0.9999, 0.4, 0.05]])
     caption = encode_prompt("a red circle moving left")[None]
     with torch.no_grad():
-        whole = window_velocity(dit, x, t, caption, clean=1, distill=torch.tensor([8.0]), drop=False)
+        whole = window_velocity(speaking, windows(x, t, caption, gap=gap), branch(2, 2))
         past: dict = {}
-        for chunk in range(3):
-            text = dit.embed_text(dit.null_text()[None] if chunk == 0 else caption)
-            condition = dit.embed_condition(t[:, chunk : chunk + 1], distill=8.0, null=False)
-            rope = dit.rope.table(6.0 * chunk + torch.arange(6), (4, 4))
-            told = dit.gates(condition), dit.text_kv(text), (rope,)
-            hidden = dit.layers(dit.patches(x[:, chunk]), *told, OneChunkView(past))
-            alone = dit.velocity(hidden, (6, 8, 8))
+        for chunk in range(4):
+            clean, first = chunk < 2, 6.0 * chunk + gap * (chunk > 0)
+            own: dict = {}  # a clean pass sees its own chunk only
+            view = OneChunkView(own if clean else past)
+            alone = chunk_pass(speaking, x[:, chunk], t[:, chunk : chunk + 1], caption, first, view, null=clean)
             assert torch.allclose(whole[:, chunk], alone, atol=1e-4)
+            for layer, kv in own.items():
+                OneChunkView(past).store(layer, *kv)
 
 
-@pytest.mark.parametrize("kind", WINDOW_KINDS, ids=lambda kind: f"{kind.clean}+{kind.noisy}")
-def test_every_kind_of_window_trains(kind):
+class SomeOfThePast(OneChunkView):
+    """The first chunk is in `past`, of which only some rows are seen, in each layer and head others."""
+
+    def __init__(self, past, kept):
+        super().__init__(dict(past))
+        index = [layer[..., None].expand(-1, -1, -1, POCKET_DIT.kv_channels) for layer in kept]
+        for layer, kv in past.items():
+            self.past[layer] = tuple(part.gather(1, index[layer]) for part in kv)
+
+
+def test_training_sees_a_compressed_past_as_inference_does(speaking):
+    x, t = torch.randn(1, 3, 16, 6, 8, 8), torch.tensor([[0.9999, 0.9999, 0.3]])
+    caption = encode_prompt("panning left")[None]
+    rows = torch.rand(6, 1, 2 * 96, 2).topk(96, dim=2).indices.sort(dim=2).values
+    with torch.no_grad():
+        whole = window_velocity(speaking, windows(x, t, caption, kept=rows), branch(2, 1, kept=1))
+        past: dict = {}
+        for chunk in range(2):
+            own: dict = {}
+            chunk_pass(speaking, x[:, chunk], t[:, :1], caption, 6.0 * chunk, OneChunkView(own), null=True)
+            for layer, kv in own.items():
+                OneChunkView(past).store(layer, *kv)
+        view = SomeOfThePast(past, rows)
+        alone = chunk_pass(speaking, x[:, 2], t[:, 2:], caption, 12.0, view)
+    assert torch.allclose(whole[:, 2], alone, atol=1e-4)
+
+
+def random_latents(chunks=17):
     generator = torch.Generator().manual_seed(0)
-    latents = Latents(
-        chunks=torch.randn(3, 5, 16, 6, 8, 8, generator=generator).half(),
-        captions=torch.randn(3, 5, CAPTION_CHANNELS, generator=generator),
+    return Latents(
+        chunks=torch.randn(len(PACES), 3, chunks, 16, 6, 8, 8, generator=generator).half(),
+        captions=torch.randn(len(PACES), 3, 7, CAPTION_CHANNELS, generator=generator),
     )
+
+
+class HostReads(TorchDispatchMode):
+    """Reads of a tensor by the host, which a GPU that captures a step refuses."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.seen += str(function).removeprefix("aten.").startswith(("_local_scalar_dense", "nonzero"))
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("kind", WINDOW_KINDS, ids=lambda kind: f"{kind.clean}+{kind.noisy}of{kind.kept}")
+@pytest.mark.parametrize("refreshed", [True, False])
+def test_every_kind_of_window_trains_and_reads_nothing_back(kind, refreshed):
+    one = branch(kind.clean, kind.noisy, refreshed=refreshed and kind.clean > 0, kept=kind.kept)
     dit = new_dit(0)
-    loss = window_loss(dit, latents, replace(kind, batch=2), generator)
-    loss.backward()
+    with HostReads() as reads:
+        drawn = draw_windows(random_latents(), one, torch.Generator().manual_seed(0))
+        loss = window_loss(dit, drawn, one)
+        loss.backward()
+    assert not reads.seen
     # A model that says nothing has the error of noise plus data.
     assert loss.item() == pytest.approx(2, abs=0.3)
     assert dit.final_linear.linear.weight.grad.norm() > 0
+
+
+def test_all_kinds_of_window_are_chosen_by_their_shares():
+    chosen = [choose_branch(torch.Generator().manual_seed(seed)) for seed in range(3000)]
+    for kind in WINDOW_KINDS:
+        same = [one for one in chosen if (one.clean, one.noisy, one.kept) == (kind.clean, kind.noisy, kind.kept)]
+        assert len(same) / len(chosen) == pytest.approx(kind.share, abs=0.03)
+
+
+def test_clips_are_encoded_with_what_they_are_told(tmp_path):
+    run = new_run(tmp_path)
+    latents = encode_clips(new_vae(0), run, count=2, chunks=1)
+    assert latents.chunks.shape == (len(PACES), 2, 1, 16, 6, 8, 8)
+    known = {encode_prompt(f"panning {motion} {pace}").numpy().tobytes() for motion in PANS for pace in SPEEDS}
+    panning = [[caption.numpy().tobytes() in known for caption in of_pace] for of_pace in latents.captions]
+    assert [sum(row) for row in panning] == [1, 1, 1, 0]  # a camera knows no rests
 
 
 def test_shares_of_windows_make_a_whole():
     assert sum(kind.share for kind in WINDOW_KINDS) == pytest.approx(1)
 
 
+def new_run(folder, seed=1):
+    return Run(out=folder, seed=seed, compiled=False, device=torch.device("cpu"), report=lambda _: None)
+
+
 def new_trainer(folder, seed=1):
     torch.manual_seed(0)
     module = torch.nn.Linear(4, 4)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    optimizers = [
+        Muon([module.weight], lr=0.1, momentum=0.9, weight_decay=0.01),
+        torch.optim.AdamW([module.bias], lr=0.1, fused=True),
+    ]
     schedule = linear_decay(20, warmup=2, hold=0.5)
-    run = Run(out=folder, seed=seed, compiled=False, report=lambda _: None)
-    return Trainer(run, "x.ckpt", module, [optimizer], schedule, decay=0.9), module
+    return Trainer(new_run(folder, seed), "x.ckpt", module, optimizers, schedule, decay=0.9), module
 
 
 def train(trainer, module, steps):
-    def step(generator):
-        loss = module(torch.randn(8, 4, generator=generator)).square().mean()
-        return loss, {"loss": loss.item()}
+    def loss(size, generator):
+        value = module(torch.randn(size, 4, generator=generator)).square().mean()
+        return value, {"loss": value.detach()}
 
-    return trainer.train(steps, step)
+    return trainer.train(steps, lambda host: int(torch.randint(1, 9, (1,), generator=host)), loss)
+
+
+def test_muon_is_that_of_pytorch():
+    torch.manual_seed(0)
+    shapes = [(8, 4), (4, 8), (8, 4), (6, 6)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    how = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
+    optimizers = [Muon(ours, **how), torch.optim.Muon(theirs, **how)]
+    for _ in range(5):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).norm() < 0.05 * (other - 1).norm()  # both iterate in bf16
 
 
 def test_a_resumed_training_ends_where_an_unbroken_one_does(tmp_path):
