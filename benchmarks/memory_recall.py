@@ -103,7 +103,7 @@ def run(
     seed: Annotated[int, typer.Option(min=0, help="The first one.")] = 3,
     budget: Annotated[list[int] | None, typer.Option(min=1, help="In chunks, for 1, 2 and 4.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Folder of weights, in place of those that ship.")] = None,
-    quick: Annotated[bool, typer.Option(help="One turn of one video, few cases: to try the command.")] = False,
+    quick: Annotated[bool, typer.Option(help="One turn in 4 steps, few cases: to try the command.")] = False,
     out: Out = Path("results/memory_recall"),
 ) -> int:
     """Make panoramas with more and less memory, and count the landmarks that come back."""
@@ -112,7 +112,7 @@ def run(
     numbers = range(seed, seed + seeds)
     workers = min(seeds, len(os.sched_getaffinity(0)))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        waiting = pool.map(partial(make, chosen, turns, weights), numbers)
+        waiting = pool.map(partial(make, chosen, turns, 4 if quick else 16, weights), numbers)
         made = [one for some in common.progress(waiting, "seeds", seeds) for one in some]
     source = f"{seeds} videos of each case, seeds {numbers[0]} to {numbers[-1]}, {turns} turns, every step computed"
     return report(out, made, f"{source}. {common.machine_line()}, one thread each.")
@@ -126,14 +126,14 @@ def cases(budgets: Sequence[int]) -> list[Case]:
     return [WHOLE, RANGE, *held]
 
 
-def make(cases: Sequence[Case], turns: int, weights: Path | None, seed: int) -> list[Made]:
+def make(cases: Sequence[Case], turns: int, steps: int, weights: Path | None, seed: int) -> list[Made]:
     """Make one video of each case, in a process that is there for it."""
     settle_heap()  # as the command line does
     torch.set_num_threads(1)
     pipeline = load_pipeline(pocket_config(), weights, Loading())
     chunks = math.ceil(((turns + 1) * WORLD + SIDE) / _CHUNK)  # the last landmark is seen to its end
     prompt = Panorama(motion=PANS[seed % len(PANS)]).prompt
-    request = Request(prompt=prompt, chunks=chunks, height=SIDE, width=SIDE, num_steps=16, seed=seed)
+    request = Request(prompt=prompt, chunks=chunks, height=SIDE, width=SIDE, num_steps=steps, seed=seed)
     made = []
     for case in cases:
         engine, seen, began = Engine(pipeline, kv=case.kv(chunks)), list[Progress](), time.perf_counter()
@@ -233,7 +233,8 @@ def over_bytes(made: Sequence[Made]) -> Figure:
         alone = kind in (WHOLE.kind, RANGE.kind)
         marker, colour = ("s" if kind == RANGE.kind else "*", "black") if alone else ("o", None)
         axes.plot(list(held.values()), shares, label=kind, marker=marker, color=colour)
-    axes.set(ylim=(-0.03, 1.03), xscale="log")
+    sizes = [one.kv_bytes / 1e6 for one in made]
+    axes.set(ylim=(-0.03, 1.03), xlim=(0.8 * min(sizes), 1.25 * max(sizes)), xscale="log")
     common.legend_below(figure, axes, 4)
     return figure
 
