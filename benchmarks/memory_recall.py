@@ -233,8 +233,10 @@ def over_bytes(made: Sequence[Made]) -> Figure:
         alone = kind in (WHOLE.kind, RANGE.kind)
         marker, colour = ("s" if kind == RANGE.kind else "*", "black") if alone else ("o", None)
         axes.plot(list(held.values()), shares, label=kind, marker=marker, color=colour)
-    sizes = [one.kv_bytes / 1e6 for one in made]
-    axes.set(ylim=(-0.03, 1.03), xlim=(0.8 * min(sizes), 1.25 * max(sizes)), xscale="log")
+    sizes = sorted({one.kv_bytes / 1e6 for one in made})
+    axes.set(ylim=(-0.03, 1.03), xlim=(0.8 * sizes[0], 1.25 * sizes[-1]), xscale="log")
+    axes.set_xticks(sizes, [f"{size:.1f}" for size in sizes])
+    axes.set_xticks([], minor=True)
     common.legend_below(figure, axes, 4)
     return figure
 
