@@ -208,13 +208,13 @@ def track(frames: Tensor) -> Track:
     """Find the object in every frame of a video, uint8 [F, SIDE, SIDE, 3]."""
     if frames.dtype != torch.uint8 or frames.shape[1:] != (SIDE, SIDE, 3):
         raise ValueError(f"frames must be uint8 [F, {SIDE}, {SIDE}, 3], not {frames.dtype} {list(frames.shape)}")
-    chroma = _chroma(frames.float() / 255)
-    colour, share = _dominant_colour(chroma)
-    coverage = _coverage(chroma, colour)
-    centre, compact = _centres(coverage)
-    found = ((coverage > 0.5).sum((1, 2)) >= _MIN_AREA) & (compact >= _MIN_COMPACT)
+    field = chroma(frames.float() / 255)
+    colour, share = _dominant_colour(field)
+    covered = coverage(field, colour)
+    centre, compact = _centres(covered)
+    found = ((covered > 0.5).sum((1, 2)) >= _MIN_AREA) & (compact >= _MIN_COMPACT)
     centre = torch.where(found[:, None], centre, torch.nan)
-    return Track(colour=colour, colour_share=share, coverage=coverage, centre=centre, found=found)
+    return Track(colour=colour, colour_share=share, coverage=covered, centre=centre, found=found)
 
 
 def wrap(offset: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ def stray_share(seen: Track, shape: str) -> float:
     return max(0.0, 1 - inside / total) if total else 1.0
 
 
-def _chroma(rgb: Tensor) -> Tensor:
+def chroma(rgb: Tensor) -> Tensor:
     """Colour as a complex number, R + G w + B w^2 with w a third of a turn: its angle is the hue, its size the chroma.
 
     It is linear and 0 for grey, so over grey it is proportional to how much of the pixel the object covers.
@@ -288,30 +288,33 @@ def _chroma(rgb: Tensor) -> Tensor:
 
 
 def _palette() -> Tensor:
-    return _chroma(torch.tensor(list(COLOURS.values())))
+    return chroma(torch.tensor(list(COLOURS.values())))
 
 
-def _dominant_colour(chroma: Tensor) -> tuple[str | None, float]:
+def hues(field: Tensor) -> Tensor:
+    """Of pixels by their chroma, which of `COLOURS` is nearest in hue; -1 where a pixel is not coloured."""
+    nearest = (field[..., None] * _palette().conj()).angle().abs().argmin(-1)
+    return torch.where(field.abs() > _SEEN, nearest, -1)
+
+
+def _dominant_colour(field: Tensor) -> tuple[str | None, float]:
     """The colour that most coloured pixels are nearest to in hue, and their share."""
-    coloured = chroma[chroma.abs() > _SEEN]
-    if not len(coloured):
-        return None, 0.0
-    distance = (coloured[:, None] * _palette().conj()).angle().abs()
-    votes = torch.bincount(distance.argmin(1), minlength=len(COLOURS))
+    hue = hues(field)
+    votes = torch.bincount(hue[hue >= 0], minlength=len(COLOURS))
     best = int(votes.argmax())
-    return list(COLOURS)[best], votes[best].item() / len(coloured)
+    return (list(COLOURS)[best], votes[best].item() / int(votes.sum())) if votes.any() else (None, 0.0)
 
 
-def _coverage(chroma: Tensor, colour: str | None) -> Tensor:
+def coverage(field: Tensor, colour: str | None) -> Tensor:
     """Coverage in 0..1 from chroma, relative to the full chroma of `colour`; faint pixels are 0."""
     if colour is None:
-        return torch.zeros(chroma.shape)
+        return torch.zeros(field.shape)
     full = _palette()[list(COLOURS).index(colour)].abs()
-    coverage = (chroma.abs() / full).clamp(max=1)
-    return torch.where(coverage >= _FAINT, coverage, 0)
+    covered = (field.abs() / full).clamp(max=1)
+    return torch.where(covered >= _FAINT, covered, 0)
 
 
-def _centres(coverage: Tensor) -> tuple[Tensor, Tensor]:
+def _centres(covered: Tensor) -> tuple[Tensor, Tensor]:
     """Circular means [F, 2] in 0..SIDE of the coverage [F, S, S], and how compact it is, the less of both axes [F].
 
     The mean on a circle is the angle of sum(w exp(2 pi i x / SIDE)); the size of that sum over sum(w) is 1 for a point
@@ -319,7 +322,7 @@ def _centres(coverage: Tensor) -> tuple[Tensor, Tensor]:
     """
     angle = 2 * math.pi / SIDE * (torch.arange(SIDE) + 0.5)  # of pixel centres
     point = torch.polar(torch.ones(SIDE), angle)
-    profiles = torch.stack([coverage.sum(1), coverage.sum(2)], dim=1)  # over x, over y: [F, 2, S]
+    profiles = torch.stack([covered.sum(1), covered.sum(2)], dim=1)  # over x, over y: [F, 2, S]
     moment = (profiles * point).sum(-1) / profiles.sum(-1).clamp(min=1e-6)
     centre = torch.remainder(moment.angle() * SIDE / (2 * math.pi), SIDE)
     return centre, moment.abs().amin(1)
@@ -348,7 +351,7 @@ def _templates() -> Tensor:
             radius=torch.full((count, 1), RADIUS),
         )
         clips = render(objects, torch.full((count, SIDE, SIDE), 0.5), 1)
-        return _coverage(_chroma((clips[:, :, 0].permute(0, 2, 3, 1) + 1) / 2), next(iter(COLOURS)))
+        return coverage(chroma((clips[:, :, 0].permute(0, 2, 3, 1) + 1) / 2), next(iter(COLOURS)))
 
     # A triangle's centre is not the position that it is drawn at, so draw, measure, and draw again.
     offset = wrap(_centres(draw(middle))[0] - middle)

@@ -194,7 +194,7 @@ def kv_settings(options: Options, *, offload: bool = False) -> KVSettings:
 
     An `InputError` says which options do not fit.
     """
-    chosen = _given(options, {"kv_retention": "retention", "kv_queries": "queries"})
+    chosen = _given(options, {"kv_score": "score", "kv_retention": "retention", "kv_queries": "queries"})
     if options.kv_budget is None and chosen:
         name = f"--kv-{next(iter(chosen))}"
         raise InputError(f"{name} says how the past is compressed: give --kv-budget CHUNKS with it, or leave it out")

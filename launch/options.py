@@ -31,6 +31,7 @@ CacheName = Literal["none", "teacache", "flowcache-slow", "flowcache-fast"]
 ReuseKind = Literal["residual", "velocity", "extrapolate"]
 Arithmetic = Literal["fp32", "bf16"]
 TokenUnit = Literal["token", "frame", "chunk"]
+TokenScore = Literal["flowcache", "importance", "redundancy", "recent", "random", "even"]
 
 _PROMPTS = Opt(
     'What the video shows. magi-pocket knows a colour, a shape and a motion: "a red circle moving right". '
@@ -235,6 +236,13 @@ class Options:
         "Keep the keys and values of finished chunks in the machine's memory, and on the GPU those of one layer and "
         "the next alone. The result is the same, bit for bit.",
         shown="on a GPU as the model's configuration says, and released ones say yes",
+    )
+    kv_score: TokenScore | None = _memory(
+        "What the compression keeps first. [bold]flowcache[/bold]: what is asked for and unlike the rest, as "
+        "published; [bold]importance[/bold] and [bold]redundancy[/bold] are its two parts alone. [bold]even[/bold]: an "
+        "even share of every past chunk, for videos that come back to what they have shown, best with --kv-retention "
+        "frame. [bold]recent[/bold] and [bold]random[/bold] are there for comparison.",
+        shown="flowcache",
     )
     kv_retention: TokenUnit | None = _memory(
         "What the compression keeps or drops as one: single tokens, frames, or chunks.", shown="token"

@@ -258,10 +258,12 @@ class KVBuffer:
         positions = select(
             queries,
             kv[0],
+            layer.origin[: kv.shape[1]],
             keep=kept,
             frame_tokens=self._plan.frame_tokens,
             chunk_tokens=self.layout.chunk_tokens,
             settings=selection,
+            layer=number,
         )
         if self._on_kept is not None:
             self._on_kept(branch, number, queries, kv[0], positions)

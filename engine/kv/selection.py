@@ -1,4 +1,4 @@
-"""Which tokens of the past are kept: FlowCache's importance-redundancy score (Eqs. 9-12 and 20).
+"""Which tokens of the past are kept: FlowCache's importance-redundancy score (Eqs. 9-12 and 20), and others.
 
 Tensors of one layer in, positions out; on the device of the tensors, without a host copy. It does not know where the
 tokens stand in a buffer.
@@ -21,6 +21,8 @@ from models.errors import InputError
 
 Granularity = Literal["token", "frame", "chunk"]
 Asker = Literal["last", "next"]
+Score = Literal["flowcache", "importance", "redundancy", "recent", "random", "even"]
+_MIX = -7046029254386353131  # the golden ratio of 64 bits, as a signed number
 _ROWS_AT_ONCE = 1 << 24
 """Scores held at once while importance is taken; bounds the scratch memory."""
 
@@ -29,6 +31,9 @@ _ROWS_AT_ONCE = 1 << 24
 class SelectionSettings:
     """How tokens are scored and kept."""
 
+    score: Score = "flowcache"
+    """What is kept first: what Eq. 12 says, its importance or what is least redundant alone, the newest, anything, or
+    an even share of every past chunk."""
     retention: Granularity = "token"  # what is kept or dropped as one: single tokens, latent frames, or chunks
     queries: Granularity = "token"
     """Which queries of the chunk that was denoised last ask: its last tokens, its last frame, or all."""
@@ -39,6 +44,8 @@ class SelectionSettings:
     pool: int = 7  # kernel of the max-pooling of Eq. 10; odd
 
     def __post_init__(self) -> None:
+        if self.score not in get_args(Score):
+            raise InputError(f"unknown score {self.score!r}: choose from {', '.join(get_args(Score))}")
         for name, value in (("retention", self.retention), ("queries", self.queries)):
             if value not in (known := get_args(Granularity)):
                 raise InputError(f"unknown {name} granularity {value!r}: choose from {', '.join(known)}")
@@ -94,28 +101,71 @@ def redundancy(keys: Tensor) -> Tensor:
 def scores(queries: Tensor, keys: Tensor, settings: SelectionSettings) -> Tensor:
     """Selection score of every key, [G, L] fp32 (Eqs. 10 and 12)."""
     pooled = F.max_pool1d(importance(queries, keys), settings.pool, stride=1, padding=settings.pool // 2)
-    weight = settings.importance_weight
+    weight = {"importance": 1.0, "redundancy": 0.0}.get(settings.score, settings.importance_weight)
     return weight * pooled - (1 - weight) * redundancy(keys)
 
 
+def _hash(chunks: Tensor, layer: int) -> Tensor:
+    """Numbers in 0..1 [G, n] as if drawn, others for every place, layer and newest chunk. They depend on no tensor that
+    is computed, so they are the same on any ranks. `chunks` [G, n] as of `_even`."""
+    mixed = torch.arange(1, chunks.shape[1] + 1, device=chunks.device) * _MIX + (chunks[:, -1:].long() << 16) + layer
+    for _ in range(2):
+        mixed = (mixed ^ (mixed >> 31)) * _MIX
+    return (mixed >> 40 & 0xFFFFFF).float() / 2**24
+
+
+def _even(chunks: Tensor) -> Tensor:
+    """Scores [G, n] int64 that take one unit of every chunk, then a second one, and so on, of each those that are
+    spread evenly over it; of equals the newest chunk's. `chunks` [G, n] says whose each unit is, oldest first."""
+    place = torch.arange(chunks.shape[1], device=chunks.device).expand_as(chunks)
+    begins = F.pad(chunks.diff(dim=-1) != 0, (1, 0), value=True)
+    first = torch.where(begins, place, 0).cummax(-1).values
+    turned = first  # then the bits of the place within the chunk, in reverse: its halves, its quarters
+    for bit in range(place.shape[1].bit_length()):
+        turned = 2 * turned + ((place - first >> bit) & 1)
+    order = turned.argsort(dim=-1)
+    rank = torch.empty_like(place).scatter_(1, order, place - first.gather(1, order))
+    return chunks - (rank << 32)
+
+
 def select(
-    queries: Tensor, keys: Tensor, *, keep: int, frame_tokens: int, chunk_tokens: int, settings: SelectionSettings
+    queries: Tensor,
+    keys: Tensor,
+    chunks: Tensor | None = None,
+    *,
+    keep: int,
+    frame_tokens: int,
+    chunk_tokens: int,
+    settings: SelectionSettings,
+    layer: int = 0,
 ) -> Tensor:
     """Positions [keep, G] int64 of the tokens that are kept, for each key head: ascending, or the best first where the
     next chunk asks.
 
-    Queries [Q, H, d] are the last of the chunk that was denoised last, or more; keys [L, G, d]. `keep` must be a
-    multiple of the unit of retention.
+    Queries [Q, H, d] are the last of the chunk that was denoised last, or more; keys [L, G, d]. `chunks` [L, G] int,
+    whose each key is, and the number of the layer are what scores go by that look at neither. `keep` must be a multiple
+    of the unit of retention.
     """
-    asking = queries[-settings.query_rows(frame_tokens, chunk_tokens) :]
-    score = scores(asking, keys, settings)
     unit = {"token": 1, "frame": frame_tokens, "chunk": chunk_tokens}[settings.retention]
     if keep % unit or keys.shape[0] % unit:
         raise ValueError(f"{keep} of {keys.shape[0]} tokens are not whole units of {unit} ({settings.retention})")
-    if unit > 1:
-        score = score.unflatten(1, (-1, unit)).mean(-1)
+    ordered = settings.asks == "last"
+    if settings.score in ("recent", "random", "even"):
+        assert chunks is not None
+        score, ordered = _unasked(chunks[::unit].T, settings.score, layer), True
+    else:
+        asking = queries[-settings.query_rows(frame_tokens, chunk_tokens) :]
+        score = scores(asking, keys, settings)
+        score = score.unflatten(1, (-1, unit)).mean(-1) if unit > 1 else score
     kept = score.topk(keep // unit, dim=-1).indices
-    if settings.asks == "last":
+    if ordered:
         kept = kept.sort(dim=-1).values
     positions = kept[..., None] * unit + torch.arange(unit, device=keys.device)
     return positions.flatten(1).T
+
+
+def _unasked(chunks: Tensor, score: Score, layer: int) -> Tensor:
+    """Scores [G, n] that nobody asks for, of units of which `chunks` [G, n] says whose they are, oldest first."""
+    if score == "random":
+        return _hash(chunks, layer)
+    return _even(chunks) if score == "even" else torch.arange(chunks.shape[1], device=chunks.device).expand_as(chunks)

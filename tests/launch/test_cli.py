@@ -65,7 +65,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in shown
     for word in ("Reuse", "--cache", "--cache-threshold", "--cache-warmup", "--reuse", "--no-clean-pass"):
         assert word in shown
-    for word in ("Memory", "--kv-budget", "--kv-retention", "--kv-queries", "Record", "RUN_DIR"):
+    for word in ("Memory", "--kv-budget", "--kv-score", "--kv-retention", "--kv-queries", "Record", "RUN_DIR"):
         assert word in shown
     for word in ("Ranks", "--pp", "--cp", "--split", "--concurrency", "--trace"):
         assert word in shown

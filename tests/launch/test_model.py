@@ -143,13 +143,15 @@ def test_a_released_configuration_offloads_on_a_gpu(monkeypatch: pytest.MonkeyPa
 def test_memory() -> None:
     assert kv_settings(Options()) == KVSettings()
     assert [kv_settings(Options(kv_offload=given), offload=True).offload for given in (None, False)] == [True, False]
-    options = Options(kv_budget=3, kv_retention="chunk", kv_queries="frame")
-    assert kv_settings(options) == KVSettings(budget=3, selection=SelectionSettings(retention="chunk", queries="frame"))
+    options = Options(kv_budget=3, kv_score="even", kv_retention="chunk", kv_queries="frame")
+    selection = SelectionSettings(score="even", retention="chunk", queries="frame")
+    assert kv_settings(options) == KVSettings(budget=3, selection=selection)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (Options(kv_score="even"), "--kv-score says how the past is compressed: give --kv-budget"),
         (Options(kv_retention="chunk"), "--kv-retention says how the past is compressed: give --kv-budget"),
         (Options(kv_queries="chunk"), "--kv-queries says how the past is compressed: give --kv-budget"),
     ],

@@ -18,6 +18,7 @@ from engine import executor
 from engine.checkpoint.files import CheckpointConfig
 from engine.files import remove_folder
 from engine.kv.layout import KVSettings
+from engine.kv.selection import SelectionSettings
 from engine.record import Recorder
 from engine.reuse.flags import FlagLog
 from engine.reuse.policy import ReuseSettings
@@ -43,7 +44,8 @@ from tests.parallel.small import one_thread, request, small_config, stage_pipeli
 
 def settings(values):
     cache = ReuseSettings(**values.get("cache", {}))
-    return cache, KVSettings(budget=values.get("budget"), offload=values.get("offload", False))
+    selection = SelectionSettings(**values.get("selection", {}))
+    return cache, KVSettings(budget=values.get("budget"), selection=selection, offload=values.get("offload", False))
 
 
 def wanted(values):

@@ -1,5 +1,7 @@
 """The importance-redundancy score and the compression of buffers."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from engine.kv.buffer import KVBuffer
 from engine.kv.layout import KVPlan
-from engine.kv.selection import SelectionSettings, importance, redundancy, select
+from engine.kv.selection import Score, SelectionSettings, importance, redundancy, scores, select
 from engine.video import KVOp
 from models.attention import attention_backend
 from models.errors import InputError
@@ -42,9 +44,51 @@ def test_a_repeated_key_goes_first():
     assert kept[:, 0].tolist() == [1, 2, 3, 4, 5, 6, 7]
 
 
+def keep(chunks, count, *, layer=0, **values):
+    """What is kept of keys of these chunks."""
+    torch.manual_seed(0)
+    queries, keys, owners = torch.randn(4, 2, 8), torch.randn(len(chunks), 2, 8), torch.tensor(chunks)[:, None]
+    asked = {"settings": SelectionSettings(**values), "frame_tokens": 2, "chunk_tokens": len(chunks), "layer": layer}
+    kept = select(queries, keys, owners.expand(-1, 2), keep=count, **asked)
+    assert torch.equal(kept, kept.sort(dim=0).values), "not in order"
+    return kept.T.tolist()
+
+
+def test_one_half_of_the_score_can_be_left_out():
+    torch.manual_seed(0)
+    queries, keys = torch.randn(4, 2, 8), torch.randn(30, 2, 8)
+    for score, weight in (("importance", 1.0), ("redundancy", 0.0)):
+        alone = scores(queries, keys, SelectionSettings(score=score))
+        assert torch.equal(alone, scores(queries, keys, SelectionSettings(importance_weight=weight)))
+
+
+def test_recent_keeps_the_last_tokens_and_units():
+    assert keep([0, 0, 1, 1, 2, 2], 3, score="recent") == [[3, 4, 5]] * 2
+    assert keep([0, 0, 1, 1, 2, 2], 2, score="recent", retention="frame", asks="next") == [[4, 5]] * 2
+
+
+def test_random_is_drawn_for_each_layer_and_chunk_and_not_of_what_is_computed():
+    chunks = [0] * 30 + [1] * 30
+    drawn = [keep(chunks, 20, score="random", layer=layer)[0] for layer in range(40)]
+    assert keep(chunks, 20, score="random", layer=7) == [drawn[7]] * 2
+    assert keep([0] * 30 + [2] * 30, 20, score="random", layer=7)[0] != drawn[7]
+    counts = torch.bincount(torch.tensor(drawn).flatten(), minlength=60)
+    assert counts.min() > 3 and counts.max() < 25, "13 is what all places have on average"
+
+
+def test_even_gives_every_chunk_its_share_spread_over_it_and_the_newest_the_rest():
+    three = [0] * 4 + [1] * 4 + [2] * 4
+    assert keep(three, 6, score="even") == [[0, 2, 4, 6, 8, 10]] * 2
+    assert keep(three, 8, score="even") == [[0, 2, 4, 5, 6, 8, 9, 10]] * 2
+    assert keep(three, 2, score="even") == [[4, 8]] * 2
+    assert keep(three, 6, score="even", retention="frame", asks="next") == [[0, 1, 4, 5, 8, 9]] * 2
+    assert keep([0, 3, 3, 3, 3, 3, 3], 4, score="even") == [[0, 1, 3, 5]] * 2
+
+
 @pytest.mark.parametrize(
     "values",
     [
+        {"score": "best"},
         {"retention": "pixel"},
         {"queries": "all"},
         {"importance_weight": 1.5},
@@ -61,7 +105,7 @@ def test_bad_settings_are_refused(values):
 FRAME, CHUNK, HEADS, SIZE = 2, 6, 2, 4
 
 
-def new_buffer(budget, window, chunks, retention, branches=1, asks="last"):
+def new_buffer(budget, window, chunks, retention, branches=1, asks="last", score="flowcache"):
     geometry = KVGeometry(
         layers=range(2), query_heads=4, key_heads=HEADS, head_size=SIZE, dtype=torch.float32, device=torch.device("cpu")
     )
@@ -72,7 +116,7 @@ def new_buffer(budget, window, chunks, retention, branches=1, asks="last"):
         window=window,
         chunks=chunks,
         branches=branches,
-        selection=SelectionSettings(retention=retention, query_tokens=3, asks=asks),
+        selection=SelectionSettings(score=score, retention=retention, query_tokens=3, asks=asks),
     )
     return KVBuffer(plan, geometry, attention_backend("sdpa"))
 
@@ -92,13 +136,14 @@ def mark(chunk, layer):
     chunks=st.integers(2, 9),
     retention=st.sampled_from(["token", "frame", "chunk"]),
     asks=st.sampled_from(["last", "next"]),
+    score=st.sampled_from(get_args(Score)),
     moves=st.lists(st.booleans(), max_size=40),
 )
 def test_compression_keeps_whole_rows_in_order_and_never_touches_the_window(
-    budget, window, chunks, retention, asks, moves
+    budget, window, chunks, retention, asks, score, moves
 ):
     """Whoever asks, and also if nobody has come to ask before the next chunk retires."""
-    buffer = new_buffer(budget, window, chunks, retention, asks=asks)
+    buffer = new_buffer(budget, window, chunks, retention, asks=asks, score=score)
     layout = buffer.layout
     bytes_at_first = buffer.nbytes
     entered = retired = 0

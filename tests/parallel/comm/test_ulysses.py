@@ -41,6 +41,7 @@ CASES = {
     "two slots": {},
     "uneven tokens, guided": {"requests": [{"height": 48, "width": 80}], "config": {"guided": True}},
     "two stages, compressed, reused": {"pp": 2, "budget": 2, "cache": FLOWCACHE, "trace": True},
+    "two stages, compressed at random": {"pp": 2, "budget": 1, "selection": {"score": "random"}},
     "two stages, two videos, clip": {"pp": 2, "requests": [{}, {"prefix": 32, "seed": 8}], "concurrency": 2},
 }
 
