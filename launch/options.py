@@ -34,8 +34,8 @@ TokenUnit = Literal["token", "frame", "chunk"]
 TokenScore = Literal["flowcache", "importance", "redundancy", "recent", "random", "even"]
 
 _PROMPTS = Opt(
-    'What the video shows. magi-pocket knows a colour, a shape and a motion: "a red circle moving right". '
-    "Several prompts make several videos.",
+    'What the video shows. magi-pocket knows a colour, a shape and a motion, "a red circle moving right", and a camera '
+    'that turns, "panning right". Several prompts make several videos.',
     metavar="PROMPT...",
     argument=True,
     batch=False,
