@@ -40,7 +40,7 @@ SHOWN = (
     Shown(prompt="a red circle moving right"),
     Shown(prompt="a blue square moving up"),
     Shown(prompt="panning right", note="sees 5 chunks, forgets"),
-    Shown(prompt="panning right", budget=4, note="KV budget 4, remembers"),
+    Shown(prompt="panning right", budget=4, note="KV budget 4, remembers"),  # an even share of every chunk, by frames
 )
 _SIDE, _GAP, _CAPTION = 160, 12, 40  # pixels of a video's side, between videos, and below one
 _WIDTH = len(SHOWN) * (_SIDE + _GAP) - _GAP
@@ -52,7 +52,8 @@ def made(seconds: float, seed: int, cache: CacheName, folder: Path) -> list[NDAr
     """Frames [F, H, W, 3] of each, and a record of the first in `folder`."""
     videos = []
     for place, one in enumerate(SHOWN):
-        with load("magi-pocket", cache=cache, kv_budget=one.budget) as engine:
+        kept = {"kv_budget": one.budget, "kv_score": "even", "kv_retention": "frame"} if one.budget else {}
+        with load("magi-pocket", cache=cache, **kept) as engine:
             how = {"seconds": seconds, "seed": seed}
             videos.append(np.concatenate([chunk.frames for chunk in engine.generate(one.prompt, **how)]))
             if not place:
@@ -95,7 +96,7 @@ def main(
     path, each = folder / "showcase.webp", round(1000 / _SHOWN_FPS)
     with atomic_write(path) as file:
         first, *others = shown
-        first.save(file, "WEBP", save_all=True, append_images=others, duration=each, loop=0, quality=50, method=4)
+        first.save(file, "WEBP", save_all=True, append_images=others, duration=each, loop=0, quality=30, method=4)
     typer.echo(f"{path}: {len(shown)} frames of {first.width}x{first.height}, {path.stat().st_size / 1e3:.0f} kB")
     return 0
 

@@ -128,7 +128,11 @@ def export(run: Run, target: Path, args: argparse.Namespace) -> None:
         for name in ("vae", "decoder", "dit")
         if (path := run.out / f"{name}.ckpt").exists()
     }
-    save_half(states["dit"]["ema"], target / DIT_WEIGHTS)
+    dit = states["dit"]["ema"]
+    if args.refine:  # the mean of weights before and after keeps more of what was learnt first
+        before = load_file(run.out / "start.safetensors")
+        dit = {name: before[name].float().lerp(value, args.blend) for name, value in dit.items()}
+    save_half(dit, target / DIT_WEIGHTS)
     if "decoder" in states:
         write_vae_config(target / "vae", POCKET_VAE)
         save_half(states["decoder"]["ema"], target / "vae" / VAE_WEIGHTS)
@@ -139,15 +143,15 @@ def export(run: Run, target: Path, args: argparse.Namespace) -> None:
         "last": {name: state["history"][-1] for name, state in states.items()},
         "curves": {name: state["history"][::4] for name, state in states.items()},
     }
-    before = json.loads((target / RECORD).read_text())["runs"] if args.vae else []
-    (target / RECORD).write_text(json.dumps({"runs": [*before, record]}, indent=1) + "\n")
+    earlier = json.loads((target / RECORD).read_text())["runs"] if args.vae else []
+    (target / RECORD).write_text(json.dumps({"runs": [*earlier, record]}, indent=1) + "\n")
     run.report(f"wrote {target}: step {states['dit']['step']} of the DiT")
 
 
 def _command(args: argparse.Namespace, dit_steps: int) -> str:
     """What makes the same weights on the same machine."""
     names = ["seed", "clips", "clip_chunks", "device"]
-    names += [] if args.refine else ["vae_batch", "tiles", "polish_steps"]
+    names += ["blend"] if args.refine else ["vae_batch", "tiles", "polish_steps"]
     names += [] if args.vae else ["vae_steps"]
     how = [f"--vae {args.vae}" if args.vae else "", "--refine" if args.refine else ""]
     how += [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names]
@@ -180,6 +184,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="of all of it: as many steps of the DiT as fit into what is left")
     parser.add_argument("--vae", type=Path, help="folder of a trained autoencoder to begin with")
     parser.add_argument("--refine", action="store_true", help="go on with the DiT of --weights; with --vae")
+    parser.add_argument("--blend", type=float, default=0.5, help="share of the refined weights in what is written")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile; needs gcc"
     )

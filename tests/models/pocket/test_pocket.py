@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.attention import attention_backend
@@ -26,7 +27,7 @@ from models.pocket.latents import Latents, encode_clips
 from models.pocket.muon import Muon
 from models.pocket.preset import POCKET_DIT, WEIGHTS, pocket_config
 from models.pocket.text import CAPTION_CHANNELS, encode_prompt
-from models.pocket.train import latent_statistics, main, normalise_latents
+from models.pocket.train import DIT_WEIGHTS, latent_statistics, main, normalise_latents
 from models.pocket.train_dit import new_dit
 from models.pocket.train_vae import new_vae, tiles
 from models.pocket.trainer import Run, Trainer, linear_decay
@@ -380,13 +381,16 @@ def test_the_command_trains_goes_on_and_says_how(tmp_path):
     parts = ["--tiles", 100, "--vae-steps", 1, "--polish-steps", 1]
     main([str(one) for one in ("--out", out, "--seed", 2, *few, *parts)])
     folder = weights / "vae"
+    name = "final_linear.linear.weight"
+    began = load_file(weights / DIT_WEIGHTS)[name].float()
     main([str(one) for one in ("--out", tmp_path / "more", "--vae", folder, "--refine", "--seed", 3, *few)])
     first, second = json.loads((weights / "training.json").read_text())["runs"]
     assert set(first["last"]) == {"vae", "decoder", "dit"} and set(second["last"]) == {"dit"}
     assert second["command"].startswith(f"python -m models.pocket.train --vae {folder} --refine --seed 3 ")
     pipeline = load_pipeline(pocket_config(), weights, Loading())
-    trained = torch.load(tmp_path / "more" / "dit.ckpt", weights_only=True)["ema"]["final_linear.linear.weight"]
-    assert torch.equal(pipeline.model.state_dict()["final_linear.linear.weight"], trained.half().float())
+    trained = torch.load(tmp_path / "more" / "dit.ckpt", weights_only=True)["ema"][name]
+    assert torch.equal(pipeline.model.state_dict()[name], began.lerp(trained, 0.5).half().float())
+    assert not torch.equal(began, trained)
     with pytest.raises(SystemExit):
         main(["--refine"])
 
