@@ -13,6 +13,7 @@ How each figure is measured:
   is no object to measure.
 - Pace: the share of the steps from a frame to the next that lie within a quarter of the speed from what was asked for,
   in both axes together; standing still, within a quarter of a pixel. A step without an object at both ends is wrong.
+  It is not a number where the prompt asks for rests, as nobody says when they are.
 - Deviation: the largest distance of any frame from the line through the whole video.
 - Shape: the drawn shape with the best mean overlap; `overlap` is that of the prompt's shape. `stray` is the share of
   the colour that lies outside the outline of the best shape.
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.pocket.clips import RADIUS, SIDE, Objects, render
-from models.pocket.words import COLOURS, MOTIONS, SHAPES, SPEEDS, Scene, parse_prompt
+from models.pocket.words import COLOURS, MOTIONS, RESTS, SHAPES, SPEEDS, Scene, parse_prompt
 
 AFTER = 4  # frames after a boundary that are compared with the extended line
 _LEAST = 0.5  # share of the frames that must show an object before a line is fitted
@@ -156,7 +157,9 @@ def _whole_motion(seen: Track) -> tuple[Tensor, float]:
 
 
 def _paced(seen: Track, scene: Scene) -> float:
-    speed = SPEEDS.get(scene.pace, SPEEDS[""]) if scene.motion != "still" else 0.0
+    if scene.pace == RESTS:
+        return math.nan
+    speed = SPEEDS[scene.pace] if scene.motion != "still" else 0.0
     asked = speed * torch.tensor(MOTIONS[scene.motion], dtype=torch.float32)
     off = (wrap(seen.centre.diff(dim=0)) - asked).norm(dim=1)  # nan without an object
     return (off <= _PACE * (speed or 1)).float().mean().item()

@@ -32,7 +32,7 @@ class Shown:
     """One of the videos."""
 
     prompt: str
-    budget: int | None = None  # chunks
+    budget: int | None = None  # chunks, of an even share of every chunk of the past, by frames
     note: str = ""
 
 
@@ -40,7 +40,7 @@ SHOWN = (
     Shown(prompt="a red circle moving right"),
     Shown(prompt="a blue square moving up"),
     Shown(prompt="panning right", note="sees 5 chunks, forgets"),
-    Shown(prompt="panning right", budget=4, note="KV budget 4, remembers"),  # an even share of every chunk, by frames
+    Shown(prompt="panning right", budget=4, note="KV budget 4, remembers"),
 )
 _SIDE, _GAP, _CAPTION = 160, 12, 40  # pixels of a video's side, between videos, and below one
 _WIDTH = len(SHOWN) * (_SIDE + _GAP) - _GAP
@@ -48,14 +48,14 @@ _MAPPED = 6  # seconds of the first video whose steps are drawn
 _SHOWN_FPS = 12  # every other frame
 
 
-def made(seconds: float, seed: int, cache: CacheName, folder: Path) -> list[NDArray[np.uint8]]:
+def make(seconds: float, seed: int, cache: CacheName, folder: Path) -> list[NDArray[np.uint8]]:
     """Frames [F, H, W, 3] of each, and a record of the first in `folder`."""
     videos = []
     for place, one in enumerate(SHOWN):
-        kept = {"kv_budget": one.budget, "kv_score": "even", "kv_retention": "frame"} if one.budget else {}
-        with load("magi-pocket", cache=cache, **kept) as engine:
-            how = {"seconds": seconds, "seed": seed}
-            videos.append(np.concatenate([chunk.frames for chunk in engine.generate(one.prompt, **how)]))
+        score, retention = ("even", "frame") if one.budget else (None, None)
+        with load("magi-pocket", cache=cache, kv_budget=one.budget, kv_score=score, kv_retention=retention) as engine:
+            made = engine.generate(one.prompt, seconds=seconds, seed=seed)
+            videos.append(np.concatenate([chunk.frames for chunk in made]))
             if not place:
                 engine.save(one.prompt, folder / "video.mp4", record=folder / "run", seconds=_MAPPED, seed=seed)
     return videos
@@ -91,7 +91,7 @@ def main(
     """Make the picture of four videos and of one's computed and reused steps."""
     folder = output_folder(out)
     with tempfile.TemporaryDirectory() as scratch:
-        videos = made(seconds, seed, cache, Path(scratch))
+        videos = make(seconds, seed, cache, Path(scratch))
         shown = pictures(videos, RunRecord.load(Path(scratch) / "run"))
     path, each = folder / "showcase.webp", round(1000 / _SHOWN_FPS)
     with atomic_write(path) as file:

@@ -13,10 +13,9 @@ from torch import Tensor
 from models.magi.vae import ViTVAE
 from models.pocket.clips import Panoramas, Shapes, draw_panoramas, draw_shapes
 from models.pocket.text import encode_prompt
+from models.pocket.train_vae import TILE_FRAMES
 from models.pocket.trainer import Run
 from models.pocket.words import COLOURS, MOTIONS, PACES, PANS, RESTS, SHAPES, Panorama, Scene
-
-TILE_PIXELS = 12  # frames
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +56,7 @@ def _encode(vae: ViTVAE, clips: Shapes | Panoramas, chunks: int) -> Tensor:
     """Latents [N, K, 16, 6, 8, 8] fp16."""
     tiles = list[Tensor]()
     for tile in range(2 * chunks):
-        video = clips.frames(TILE_PIXELS, start=float(tile * TILE_PIXELS))
+        video = clips.frames(TILE_FRAMES, start=float(tile * TILE_FRAMES))
         with torch.autocast(video.device.type, dtype=torch.bfloat16):
             tiles.append(vae.encode(video).half())
     return torch.stack([torch.cat(tiles[2 * c : 2 * c + 2], dim=2) for c in range(chunks)], dim=1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
@@ -82,10 +83,17 @@ def prepare_vae(run: Run, args: argparse.Namespace) -> ViTVAE:
     return vae.requires_grad_(False)
 
 
+def save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors; the file is whole or not there, since what is there is not made again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file(dict(tensors), part)
+    os.replace(part, path)
+
+
 def save_half(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write weights in fp16."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.half().contiguous() for key, value in weights.items()}, path)
+    save({key: value.half().contiguous() for key, value in weights.items()}, path)
 
 
 def prepare_latents(run: Run, name: str, encode: Callable[[], Latents]) -> Latents:
@@ -93,7 +101,7 @@ def prepare_latents(run: Run, name: str, encode: Callable[[], Latents]) -> Laten
     path = run.out / f"{name}.safetensors"
     if not path.exists():
         latents = encode()
-        save_file({"chunks": latents.chunks, "captions": latents.captions}, path)
+        save({"chunks": latents.chunks, "captions": latents.captions}, path)
     stored = load_file(path, device=str(run.device))
     return Latents(chunks=stored["chunks"], captions=stored["captions"])
 
@@ -143,8 +151,9 @@ def export(run: Run, target: Path, args: argparse.Namespace) -> None:
         "last": {name: state["history"][-1] for name, state in states.items()},
         "curves": {name: state["history"][::4] for name, state in states.items()},
     }
-    earlier = json.loads((target / RECORD).read_text())["runs"] if args.vae else []
-    (target / RECORD).write_text(json.dumps({"runs": [*earlier, record]}, indent=1) + "\n")
+    runs = json.loads((target / RECORD).read_text())["runs"] if args.vae else []
+    runs = [*(run for run in runs if run["command"] != record["command"]), record]  # exported again, it is one run
+    (target / RECORD).write_text(json.dumps({"runs": runs}, indent=1) + "\n")
     run.report(f"wrote {target}: step {states['dit']['step']} of the DiT")
 
 

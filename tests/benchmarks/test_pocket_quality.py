@@ -3,6 +3,7 @@
 import csv
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -17,7 +18,7 @@ from benchmarks.pocket_quality import contact_sheet, measure, percentile, report
 from benchmarks.workload import balanced_scenes, pocket_requests
 from models.errors import InputError
 from models.pocket.clips import RADIUS, SIDE, SPEED, Objects, draw_background, render
-from models.pocket.words import COLOURS, MOTIONS, SHAPES, Scene
+from models.pocket.words import COLOURS, MOTIONS, RESTS, SHAPES, Scene
 
 SCENES = [Scene(colour=c, shape=s, motion=m) for c, s, m in product(COLOURS, SHAPES, MOTIONS)]
 RED_CIRCLE = Scene(colour="red", shape="circle", motion="right")
@@ -248,6 +249,10 @@ def test_figures_fail_each_at_its_own_threshold():
 def test_the_pace_is_that_of_the_prompt(pace: str, paced: float):
     scene = Scene(colour="red", shape="circle", motion="right", pace=pace)
     assert adherence(clip(RED_CIRCLE), scene).paced == pytest.approx(paced, abs=0.02)
+
+
+def test_nothing_is_said_of_the_pace_of_what_rests():
+    assert math.isnan(adherence(clip(RED_CIRCLE), replace(RED_CIRCLE, pace=RESTS)).paced)
 
 
 def test_jerks_are_not_the_right_pace():
