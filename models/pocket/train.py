@@ -137,7 +137,7 @@ def export(run: Run, target: Path, args: argparse.Namespace) -> None:
         if (path := run.out / f"{name}.ckpt").exists()
     }
     dit = states["dit"]["ema"]
-    if args.refine:  # the mean of weights before and after keeps more of what was learnt first
+    if args.refine:
         before = load_file(run.out / "start.safetensors")
         dit = {name: before[name].float().lerp(value, args.blend) for name, value in dit.items()}
     save_half(dit, target / DIT_WEIGHTS)
@@ -193,7 +193,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="of all of it: as many steps of the DiT as fit into what is left")
     parser.add_argument("--vae", type=Path, help="folder of a trained autoencoder to begin with")
     parser.add_argument("--refine", action="store_true", help="go on with the DiT of --weights; with --vae")
-    parser.add_argument("--blend", type=float, default=0.5, help="share of the refined weights in what is written")
+    parser.add_argument("--blend", type=float, default=1.0, help="share of the refined weights in what is written")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile; needs gcc"
     )

@@ -94,10 +94,10 @@ def _schedule(steps: int) -> Callable[[int], float]:
 
 
 def refine_dit(run: Run, start: MagiDiT, latents: Latents, long: Latents, *, steps: int) -> MagiDiT:
-    """Go on with trained weights, at a quarter of the rates; `long` has clips for what `latents` are too short for."""
+    """Go on with trained weights, at a third of the rates; `long` has clips for what `latents` are too short for."""
     dit = start.to(run.device).requires_grad_(True)
     dit.rope.requires_grad_(False)
-    trainer = _trainer(run, dit, linear_decay(steps, warmup=50, hold=0.1), rate=0.25, decay=0.997)
+    trainer = _trainer(run, dit, linear_decay(steps, warmup=50, hold=0.2), rate=0.35, decay=0.998)
     if run.compiled:
         torch._dynamo.config.recompile_limit = 64
         dit.compile_regions(dynamic=False)

@@ -29,6 +29,10 @@ CHUNK_FRAMES = 6  # latent
 WINDOW = 4
 CLEAN_T = 0.9999
 _CELL_FRAMES = 4  # frames of a latent frame
+_FORMING, _FORMED = (0.15, 0.7), 0.75
+"""Where outlines of a first chunk are decided on its way from noise, and the share of its batches drawn from there.
+
+Denoised from s = 0.75 on, true clips keep their shape; from 0.4 on they get as bad as those from noise."""
 _LOG_TURNS = 6.0  # 2 to this turns of a panorama lie at most between older and newer chunks of the past
 
 
@@ -124,12 +128,13 @@ WINDOW_KINDS = (
     WindowKind(share=0.08, clean=12, noisy=4, batch=16, kept=4),
 )
 REFINED_KINDS = (
-    WindowKind(share=0.60, clean=0, noisy=1, batch=28, drops=0.03),
-    WindowKind(share=0.08, clean=0, noisy=4, batch=5),
-    WindowKind(share=0.20, clean=1, noisy=4, batch=5, drops=0.03),
-    WindowKind(share=0.04, clean=4, noisy=4, batch=3),
-    WindowKind(share=0.04, clean=12, noisy=4, batch=2, kept=2),
-    WindowKind(share=0.04, clean=12, noisy=4, batch=2, kept=4),
+    WindowKind(share=0.50, clean=0, noisy=1, batch=32, drops=0.03),
+    WindowKind(share=0.08, clean=0, noisy=4, batch=6),
+    WindowKind(share=0.20, clean=1, noisy=4, batch=6, drops=0.03),
+    WindowKind(share=0.07, clean=4, noisy=4, batch=4),
+    WindowKind(share=0.05, clean=12, noisy=4, batch=3),
+    WindowKind(share=0.05, clean=12, noisy=4, batch=3, kept=2),
+    WindowKind(share=0.05, clean=12, noisy=4, batch=3, kept=4),
 )
 """What a trained model goes on with on a CPU: first chunks above all, whose shapes the others go on with."""
 REFRESHED = 0.6  # share of the batches whose finished chunks were renewed by a clean pass
@@ -226,7 +231,8 @@ def draw_windows(latents: Latents, branch: Branch, generator: torch.Generator) -
     clean = latents.chunks.flatten(0, 2)[picked[:, None] * length + places].float()
     noise = torch.randn(clean.shape, generator=generator, device=device)
     if branch.noisy == 1:
-        s = rand(b, 1)
+        low, high = _FORMING
+        s = torch.where(rand(b, 1) < _FORMED, low + (high - low) * rand(b, 1), rand(b, 1))
     else:
         place = torch.arange(branch.noisy - 1, -1, -1, device=device)
         jitter = 0.05 / WINDOW * torch.randn(b, branch.noisy, generator=generator, device=device)
