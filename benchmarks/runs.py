@@ -33,7 +33,7 @@ from engine.machine import settle_heap
 from engine.record import Recorder
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
-from launch.model import reuse_preset
+from launch.model.resolve import reuse_preset
 from models.errors import InputError
 from models.magi.family import POCKET_FIGURES
 from models.magi.pipeline import MagiPipeline

@@ -175,7 +175,7 @@ def _generate(arguments: Sequence[str], given: dict[str, Any]) -> None:
 def _continue(_: Sequence[str], given: dict[str, Any]) -> None:
     options = ContinueOptions(**given)
     with _imports():
-        from launch.extend import extend
+        from launch.resume.extend import extend
 
     if (text := extend(options)) is not None:
         typer.echo(text, err=options.out == "-")
@@ -218,7 +218,7 @@ app.command("continue", help=_CONTINUE_HELP)(command(declared(ContinueOptions), 
 @app.command()
 def models() -> None:
     """List the models that can be asked for by name, their sizes, and what each needs."""
-    from launch.inspect import show_models
+    from launch.model.inspect import show_models
 
     show_models()
 
@@ -244,7 +244,7 @@ def inspect(
 
     [cyan]flowcache inspect MAGI-1/ckpt/magi/4.5B_distill[/cyan]
     """
-    from launch.inspect import Wanted, inspect_folder
+    from launch.model.inspect import Wanted, inspect_folder
 
     size = Options(height=height, width=width, chunks=chunks, kv_budget=kv_budget)  # says what is out of bounds
     wanted = Wanted(height=size.height, width=size.width, chunks=size.chunks, kv_budget=size.kv_budget)

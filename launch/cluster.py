@@ -29,7 +29,7 @@ import typer
 
 from engine.files import part_of, remove_stale_parts
 from launch.ending import CommandFailed, check_signals, deferred_signals, unwinding_signals
-from launch.model import ModelPlan, layout_of
+from launch.model.resolve import ModelPlan, layout_of
 from launch.options import ray_address, threads_of_a_rank, together
 from launch.plan import Plan
 from models.errors import InputError

@@ -26,7 +26,7 @@ from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
 from launch.ending import CommandFailed, check_signals, unwinding_signals
 from launch.forms import arguments
-from launch.model import ModelPlan, layout_of, plan_model
+from launch.model.resolve import ModelPlan, layout_of, plan_model
 from launch.options import TRACE_FILE, Options, together
 from launch.output.display import Display, rank_line, summary_text
 from launch.plan import Plan, plan_videos

@@ -41,7 +41,7 @@ from benchmarks.quality.trial import LEAN, WORK, Results, Setting, Trial, TrialR
 from benchmarks.workload import MOST_PROMPTS, POCKET, pocket_requests
 from engine.request import Request
 from engine.reuse.policy import KINDS, ReuseSettings
-from launch.model import reuse_preset
+from launch.model.resolve import reuse_preset
 from launch.options import CacheName
 from models.checkpoint import Loading
 from models.magi.family import POCKET_FIGURES

@@ -16,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from launch.forms import declared
 from launch.media import Bounds
-from launch.model import plan_model
+from launch.model.resolve import plan_model
 from launch.options import Options, threads_of_a_rank
 from launch.output.display import one_line
 from launch.plan import Plan, plan_video, slug
-from launch.saved import video_digest
+from launch.resume.saved import video_digest
 from models.errors import InputError
 
 _OF_LINES = tuple(one for one in declared(Options) if one.line or one.name in ("cache", "kv_budget"))

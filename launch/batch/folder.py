@@ -18,7 +18,7 @@ from typing import Self
 
 from engine.files import check_folder, write_errors
 from launch.output.display import Row, State
-from launch.saved import DIGEST_LENGTH
+from launch.resume.saved import DIGEST_LENGTH
 from models.errors import InputError
 
 RESULTS = "results.jsonl"

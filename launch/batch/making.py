@@ -24,7 +24,7 @@ from launch.output.display import Row, State
 from launch.output.formats import FORMATS
 from launch.output.segments import encode_segment
 from launch.plan import Plan
-from launch.saved import SavedVideo
+from launch.resume.saved import SavedVideo
 from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.messages import Event, VideoOrder

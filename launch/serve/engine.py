@@ -28,7 +28,7 @@ from launch.media import Bounds
 from launch.options import parse_size, together
 from launch.output.display import State
 from launch.plan import Plan
-from launch.saved import SavedVideo
+from launch.resume.saved import SavedVideo
 from launch.serve.live import LiveVideos
 from launch.serve.metrics import Metrics
 from launch.serve.options import ServeOptions

@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.files import Damaged, read_sealed
 from launch.batch.making import Video
-from launch.saved import segment_name
+from launch.resume.saved import segment_name
 from parallel.cluster.messages import Ticked
 
 SEGMENT = 2**30  # bytes of a chunk, at most

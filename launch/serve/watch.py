@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.files import Damaged, read_sealed
 from launch.output.segments import FragmentStream
-from launch.saved import segment_name
+from launch.resume.saved import segment_name
 from launch.serve.live import SEGMENT, Live
 from launch.serve.requests import Service
 from launch.serve.schemas import video

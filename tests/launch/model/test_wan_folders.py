@@ -11,8 +11,8 @@ from PIL import Image
 
 from launch.cli import run
 from launch.output.video import VideoWriter
+from tests.launch.output.test_streaming import frames_of
 from tests.launch.process import flowcache_process
-from tests.launch.test_streaming import frames_of
 from tests.models.wan.damage import DAMAGE, damaged
 from tests.models.wan.downloaded import LAYOUTS
 

@@ -37,7 +37,7 @@ from engine.files import (
     write_sealed,
 )
 from launch.forms import values_of
-from launch.model import layout_of
+from launch.model.resolve import layout_of
 from launch.options import threads_of_a_rank
 from launch.output.formats import FORMATS, Format
 from launch.output.segments import count_frames

@@ -21,7 +21,7 @@ from launch.generate import generate
 from launch.options import ContinueOptions, Options
 from launch.output.names import STREAM
 from launch.plan import Plan, plan_videos
-from launch.saved import DIGEST_LENGTH, MANIFEST, saved_folder
+from launch.resume.saved import DIGEST_LENGTH, MANIFEST, saved_folder
 from models.errors import InputError
 from parallel.ranks.environment import RankEnv
 
