@@ -51,12 +51,10 @@ class CountingRunner(LocalRunner):
         return sum(self.kv(video).nbytes for video in self._captions)
 
     def admit(self, admission: Admission) -> None:
-        """Take a video in."""
         super().admit(admission)
         self._captions[admission.video] = admission.captions
 
     def release(self, video: int) -> None:
-        """Let go of a video."""
         super().release(video)
         self._captions.pop(video, None)
 

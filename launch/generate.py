@@ -79,7 +79,7 @@ def make_videos(backend: Backend, orders: Iterable[VideoOrder], handle: Callable
 
 
 class EngineBackend:
-    """An engine's videos, `concurrency` of them at a time; the engine computes here or leads the ranks of a gang.
+    """A `Backend`: an engine's videos, `concurrency` at a time; the engine computes here or leads the ranks of a gang.
 
     Size and priority of an order are for a cluster. The `tracer` takes marks of steps that are reused; it is None on a
     process without a trace.
@@ -97,18 +97,15 @@ class EngineBackend:
         self._last: dict[str, Progress] = {}
 
     def submit(self, order: VideoOrder) -> None:
-        """Queue a video."""
         self._waiting.append(order)
 
     def cancel(self, video: str) -> None:
-        """Make no more of a video."""
         self._waiting = deque(order for order in self._waiting if order.video != video)
         for number in [number for number, running in self._running.items() if running == video]:
             del self._running[number]
             self._engine.cancel(number)
 
     def stored(self, video: str, count: int) -> None:
-        """As `Backend.stored`."""
         self._stored[video] = max(count, self._stored.get(video, 0))
         self._engine.wake()
 

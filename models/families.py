@@ -38,7 +38,7 @@ def recognise(folder: Path) -> ModelConfig:
 
 def presets() -> Mapping[str, Preset]:
     """All models that can be asked for, by name; those of MAGI-1 first."""
-    return {name: preset for family in reversed(FAMILIES) for name, preset in family.presets().items()}
+    return {name: preset for family in reversed(FAMILIES) for name, preset in family.presets.items()}
 
 
 def describe(config: ModelConfig) -> str:

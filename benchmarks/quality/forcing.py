@@ -129,7 +129,6 @@ class _Counting(LocalRunner):
         self.passes, self.operations, self._frames, self._config = 0, 0.0, frames, studio.config
 
     def begin(self, work: Work) -> None:
-        """Run an item."""
         item = work.item
         first = item.chunk if item.what.isolated else item.keys_from or 0
         self.passes += 1

@@ -67,7 +67,6 @@ class TimedRunner(LocalRunner):
         ]
 
     def begin(self, work: Work) -> None:
-        """Run an item."""
         self._marks.clear()
         item, stage, began = work.item, self._stage, time.perf_counter()
         patches = stage.embed(work.x)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError
-from models.text import KeptEncoder, TextDtype, check_encoder, load_pretrained, package
+from models.text import KeptEncoder, TextDtype, TextLoading, check_encoder, load_pretrained, package
 
 T5_FOLDER = "t5-v1_1-xxl"
 """The folder inside `t5_pretrained` that holds the encoder."""
@@ -104,16 +104,12 @@ class SpecialTokens:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TextLoading:
-    """How prompts are read."""
+class T5Loading(TextLoading):
+    """How prompts are read with T5."""
 
     tokens: Path | None = None  # special_tokens.npz; None searches it, as `find_files` does
-    device: str | None = None  # where T5 encodes; None is what the configuration says, on the CPU if there is no GPU
-    dtype: TextDtype | None = None  # of T5; None is as its files have it
-    cache: Path | None = None  # folder where encoded prompts are kept; None keeps none
     special: tuple[SpecialToken, ...] = SPECIAL  # what kind of video is wanted
     negative: bool = False  # what is not wanted stands in front of the text of "no text"
-    prompts: tuple[str, ...] = ()  # known before the model is loaded: T5 reads them first, and is let go
 
 
 class T5Encoder(KeptEncoder):
@@ -156,7 +152,6 @@ class T5Encoder(KeptEncoder):
         return clean_prompt(prompt)
 
     def load(self) -> tuple[Any, Any]:
-        """Tokenizer and model."""
         tokenizer = load_pretrained(self._transformers, "AutoTokenizer", self.folder, _ENCODER)
         model = load_pretrained(self._transformers, "T5EncoderModel", self.folder, _ENCODER, dtype=self.dtype or "auto")
         return tokenizer, model.to(self.device)

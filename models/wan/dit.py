@@ -55,7 +55,7 @@ class _ImageEmbedder(nn.Module):
 
 
 class WanDiT(nn.Module):
-    """All of the model or one stage of it.
+    """All of the model or one stage of it, a `VideoModel`.
 
     Args:
         config: shapes and precision.
@@ -93,21 +93,17 @@ class WanDiT(nn.Module):
 
     @property
     def kv(self) -> KVGeometry:
-        """Shape of the KV of the layers that are held."""
         return self.config.kv_geometry(self.held, self.device)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the parameters that are held."""
         return sum(parameter.nbytes for parameter in self.parameters())
 
     @property
     def latent_channels(self) -> int:
-        """Channels of a latent."""
         return self.config.shapes.out_dim
 
     def token_count(self, frames: int, height: int, width: int) -> int:
-        """Tokens of a latent of that size."""
         return math.prod(self.token_grid((frames, height, width)))
 
     def token_grid(self, latent: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -173,7 +169,6 @@ class WanDiT(nn.Module):
     def layers(
         self, hidden: Tensor, modulation: Modulation, text: TextKV, positions: Positions, view: KVView
     ) -> Tensor:
-        """Run the layers that are held; as `VideoModel.layers`."""
         for hidden in self.each_layer(hidden, modulation, text, positions, view):  # noqa: B007, B020
             pass
         return hidden

@@ -25,13 +25,12 @@ def random_pipeline(config: WanConfig, loading: Loading, *, vae: WanVaeConfig | 
 
 
 class _RandomImages:
-    """Makes up tokens of images."""
+    """An `ImageEncoder` that makes up tokens."""
 
     def __init__(self, channels: int) -> None:
         self._channels = channels
 
     def encode(self, image: Tensor) -> Tensor:
-        """As `ImageEncoder`."""
         return torch.randn(IMAGE_TOKENS, self._channels, generator=torch.Generator().manual_seed(0))
 
 

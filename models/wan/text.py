@@ -73,7 +73,6 @@ class UMT5Encoder(KeptEncoder):
         return clean_prompt(prompt)
 
     def load(self) -> tuple[Any, Any]:
-        """Tokenizer and model."""
         tokenizer = load_pretrained(self._transformers, "AutoTokenizer", self._words, _ENCODER)
         if self._weights.is_dir():
             dtype = self.dtype or "auto"

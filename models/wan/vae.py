@@ -155,7 +155,6 @@ class _WanStream:
         }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """As of `RememberingStream`."""
         for name, kept in state.items():
             layer, _, word = name.partition(".")
             self._features[int(layer)] = bytes(kept.tolist()).decode() if word else kept.to(self._mean.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -101,3 +102,10 @@ def empty_dit(config: WanConfig, loading: Loading) -> tuple[WanDiT, dict[str, to
     with torch.device("meta"):
         model = WanDiT(config, layers=loading.layers, attention=loading.attention)
     return model, dict.fromkeys(model.state_dict(), config.dtype)
+
+
+@cache  # a batch asks once for each of its lines
+def stage_bytes(config: WanConfig, layers: range) -> int:
+    """Bytes that the DiT with these layers takes once it is loaded."""
+    model, dtypes = empty_dit(config, Loading(layers=layers))
+    return sum(tensor.numel() * dtypes[name].itemsize for name, tensor in model.state_dict().items())

@@ -45,7 +45,6 @@ class Leader(Runner):
 
     @property
     def pending(self) -> int:
-        """Velocities that are still to come."""
         return self._outstanding + len(self._undelivered)
 
     def admit(self, admission: Admission) -> None:
@@ -76,7 +75,6 @@ class Leader(Runner):
             self._outstanding += 1
 
     def results(self, *, wait: bool) -> list[tuple[WorkItem, Tensor]]:
-        """Velocities that have come back."""
         results, self._undelivered = self._undelivered, []
         if not self._one_stage:
             wait = wait and not results
@@ -128,7 +126,6 @@ class Leader(Runner):
         return tuple(Shard(**file) for files in told for file in files)
 
     def release(self, video: int) -> None:
-        """Have all ranks let go of a video."""
         header = self._header(Kind.RELEASE, video)
         self._edges.announce(header)
         self.worker.release(header)
@@ -137,7 +134,6 @@ class Leader(Runner):
         self._undelivered = [result for result in self._undelivered if result[0].request != video]
 
     def check(self) -> None:
-        """Raise a GangError if a rank has failed."""
         self._monitor.check()
 
     @contextmanager
