@@ -133,7 +133,7 @@ class Decoder:
         return video in self._videos
 
     def forget(self, video: int) -> None:
-        """A video is over, or nobody wants the rest of its chunks."""
+        """A video has ended, or nobody wants the rest of its chunks."""
         self._streams.pop(video, None)
         self._others.pop(video, None)
         self._primed.pop(video, None)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from engine.checkpoint.contents import RUN_FILE, Contents, pack_shard, rank_file, unpack_shard
 from engine.checkpoint.files import Shard, must_fit, read_contents, write_async
-from engine.inputs import PassInputs
 from engine.kv.buffer import KVBuffer
+from engine.pass_inputs import PassInputs
 from engine.request import Admission
 from engine.reuse.flags import FlagLog
 from engine.video import Work, WorkItem
@@ -42,7 +42,7 @@ class TokenShard(Protocol):
 
 
 class KVWatcher(Protocol):
-    """Is told of what compressions see and keep, for comparison."""
+    """Is called with what compressions see and keep, for comparison."""
 
     def admitted(self) -> None:
         """A video, or the next span of a long one, is taken in."""
@@ -124,7 +124,7 @@ class Stage:
         *,
         rank: int = 0,  # number of this process, for the name of its file in a checkpoint
         place: Mapping[str, int] | None = None,  # tells this process's shard of a checkpoint from those of others
-        watcher: KVWatcher | None = None,  # told of what compressions keep
+        watcher: KVWatcher | None = None,  # called with what compressions keep
     ) -> None:
         self.model, self._attention, self._file, self._watcher = model, attention, rank_file(rank), watcher
         self._item: WorkItem | None = None  # that is run

@@ -189,8 +189,8 @@ def _number(error: Exception) -> int | None:
 
 def _free(path: Path) -> str:
     try:
-        standing = next(place for place in path.absolute().parents if place.exists())
-        return f"{shutil.disk_usage(standing).free / 1e6:,.1f} MB are free"
+        existing = next(place for place in path.absolute().parents if place.exists())
+        return f"{shutil.disk_usage(existing).free / 1e6:,.1f} MB are free"
     except (OSError, StopIteration):
         return "nobody knows how much is free"
 
@@ -217,11 +217,11 @@ def check_target(path: Path, *, suffix: str | None, what: str) -> None:
 def check_folder(folder: Path) -> None:
     """See that a folder can be filled, or made if missing, and leave nothing behind; an InputError if it cannot."""
     with write_errors(folder):
-        standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not standing.is_dir():
-            raise InputError(f"cannot write {folder}: {standing} is not a folder")
-        _try(standing)
-    if standing == folder:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise InputError(f"cannot write {folder}: {existing} is not a folder")
+        _try(existing)
+    if existing == folder:
         remove_stale_parts(folder)
 
 

@@ -20,7 +20,7 @@ import typer
 from engine.machine import settle_heap
 from launch import __version__
 from launch.ending import CommandFailed, handle_as_rank, shows_bad_input, speaks_for_all, stopped_by
-from launch.forms import command, declared
+from launch.option_fields import command, declared
 from launch.options import GOLDEN_DEVICE, GOLDEN_FILES, BatchOptions, ContinueOptions, Options
 from launch.serve.options import ServeOptions
 from models.errors import InputError

@@ -15,7 +15,7 @@ from benchmarks.flops import pass_flops
 from benchmarks.gpu.bench import Bench, problem
 from engine.kv.views import LayerKV, SliceView
 from models.magi.dit import MagiDiT
-from models.magi.random import random_dit
+from models.magi.random_weights import random_dit
 from models.magi.weights import Loading
 from models.protocols import Caption, PassCondition
 

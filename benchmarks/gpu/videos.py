@@ -14,8 +14,8 @@ import torch
 from benchmarks.common import Row, peak_rss, reset_peak, rss, save_text
 from benchmarks.gpu.bench import Bench
 from benchmarks.workload import PROMPT
-from launch.forms import from_values
 from launch.generate import make_videos, this_process
+from launch.option_fields import from_values
 from launch.options import CacheName, Options
 from launch.plan import job, plan_requests
 from models.errors import InputError

@@ -28,8 +28,8 @@ from engine.files import atomic_write
 from engine.machine import settle_heap
 from launch.api import opened
 from launch.ending import CommandFailed
-from launch.forms import from_values
 from launch.generate import Backend, EngineBackend, make_videos
+from launch.option_fields import from_values
 from launch.options import CacheName, Options
 from launch.plan import Plan, plan_requests
 from models.errors import InputError

@@ -28,7 +28,7 @@ _BLOCK = 4096  # rows that are moved at once; bounds the scratch memory
 
 
 OnKept = Callable[[int, int, Tensor, Tensor, Tensor], None]
-"""Told of a compression: branch, layer, queries [Q, H, d], keys [L, G, d] and positions kept [keep, G]."""
+"""Called with a compression: branch, layer, queries [Q, H, d], keys [L, G, d] and positions kept [keep, G]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

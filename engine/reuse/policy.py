@@ -24,7 +24,7 @@ DISTANCES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 where each of its steps is rounded."""
 _BRANCHES = 2  # of guidance
 CONDITION = "condition"
-"""The distance that looks at no latents: of what the layers are told of a step, known before a video begins."""
+"""The distance that looks at no latents: of the layers' condition in a step, known before a video begins."""
 
 
 class Decision(Enum):

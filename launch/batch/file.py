@@ -14,9 +14,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from launch.forms import declared
 from launch.media import Bounds
 from launch.model.resolve import plan_model
+from launch.option_fields import declared
 from launch.options import Options, threads_of_a_rank
 from launch.output.display import one_line
 from launch.plan import Plan, plan_video, slug

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.files import link_file, part_of, write_errors
-from launch.forms import arguments, from_values
 from launch.generate import generate
+from launch.option_fields import arguments, from_values
 from launch.options import ContinueOptions, Options
 from launch.output.names import STREAM
 from launch.plan import Plan, plan_videos

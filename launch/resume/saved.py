@@ -36,8 +36,8 @@ from engine.files import (
     write_errors,
     write_sealed,
 )
-from launch.forms import values_of
 from launch.model.resolve import layout_of
+from launch.option_fields import values_of
 from launch.options import threads_of_a_rank
 from launch.output.formats import FORMATS, Format
 from launch.output.segments import count_frames
@@ -114,7 +114,7 @@ class SegmentFiles:
     frames: int  # of a chunk, at most: the first one after a clip has fewer
     height: int
     width: int
-    say: Callable[[str], None]  # is told of a damaged file, and what is wrong with it
+    say: Callable[[str], None]  # called with a line about a damaged file
 
     def count(self) -> int:
         """Chunks that are there and whole, from the first on without a gap; all are read."""

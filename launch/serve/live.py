@@ -43,7 +43,7 @@ class Live:
     def segment(self, index: int) -> bytes:
         """A chunk that is on the disk, only its checksum looked at; a Damaged as of `read_sealed`, or after the end."""
         if (video := self._video) is None:
-            raise Damaged(Path(), "it is over")
+            raise Damaged(Path(), "the video has ended")
         return read_sealed(video.saved.segments.folder / segment_name(index), SEGMENT)
 
     def end(self) -> None:

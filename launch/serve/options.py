@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from launch.forms import check_bounds, option
+from launch.option_fields import check_bounds, option
 from launch.options import GangOptions, Options
 from models.errors import InputError
 

@@ -20,7 +20,7 @@ from launch.serve.requests import Service
 from launch.serve.schemas import video
 from launch.serve.store import Job
 
-_LOOK, _GANGS, _SIGN = 0.1, 0.5, 15.0  # seconds between looks, news of gangs, and signs of life to a viewer
+_LOOK, _GANGS, _SIGN = 0.1, 0.5, 15.0  # seconds between looks, news of gangs, and heartbeats to a viewer
 
 
 async def events(service: Service, job: Job) -> AsyncIterator[str]:

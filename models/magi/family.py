@@ -12,7 +12,7 @@ from models.magi import loader as loading
 from models.magi import presets as known
 from models.magi import weights
 from models.magi.config import MagiConfig
-from models.magi.random import vae_config
+from models.magi.random_weights import vae_config
 from models.magi.sampling import MagiSampling
 from models.magi.text import T5_FOLDER, SpecialTokens, check_t5
 from models.magi.weights import Checkpoint, vae_parameters

@@ -15,7 +15,7 @@ from models.magi.dit import MagiDiT
 from models.magi.folder import ModelFiles, find_files
 from models.magi.pipeline import MagiPipeline, load_pipeline, load_stage
 from models.magi.presets import find_preset
-from models.magi.random import random_dit, random_pipeline
+from models.magi.random_weights import random_dit, random_pipeline
 from models.magi.sampling import COPY_WEIGHT
 from models.magi.text import SPECIAL, SpecialToken, T5Loading
 

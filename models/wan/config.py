@@ -51,7 +51,7 @@ class WanShapes:
     text_len: Annotated[int, Field(ge=1, le=100_000)] = 512
     clip_dim: _Width = 1280
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
-    inject_sample_info: bool = False  # the model is told how many frames a second has
+    inject_sample_info: bool = False  # the model takes frames per second as a condition
     patch_size: tuple[Literal[1], Literal[2], Literal[2]] = (1, 2, 2)
     window_size: tuple[Literal[-1], Literal[-1]] = (-1, -1)
     qk_norm: Literal[True] = True

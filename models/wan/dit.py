@@ -122,7 +122,7 @@ class WanDiT(nn.Module):
         return F.linear(tokens, convolution.weight.flatten(1), convolution.bias)
 
     def embed_condition(self, condition: PassCondition) -> tuple[Tensor, Tensor]:
-        """What the head and what the layers are told of a chunk: e [F, D] and e0 [F, 6, D], in the islands' dtype.
+        """Embeddings of a condition for the head and for the layers: e [F, D] and e0 [F, 6, D], in the islands' dtype.
 
         F is 1 if all the chunk's times are the same; each is computed all the same, as a product's last bits depend on
         how many rows it has.

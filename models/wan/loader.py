@@ -15,7 +15,7 @@ from models.wan.dit import WanDiT
 from models.wan.folder import find_files
 from models.wan.pipeline import WanPipeline, load_pipeline, load_stage
 from models.wan.presets import PRESETS
-from models.wan.random import random_dit, random_pipeline
+from models.wan.random_weights import random_dit, random_pipeline
 
 _OF_MAGI = (
     *("window", "guidance_times", "chunk_scales", "text_scales", "special", "special_tokens", "negative"),

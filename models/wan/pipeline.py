@@ -98,7 +98,7 @@ class WanPipeline:
         return CaptionTable(text=text, null=null).to(self.model.device)
 
     def variant(self, *, fps: int | None, negative: str | None) -> WanPipeline:
-        """As `Adjustable`: a model that is told the frame rate is told this one."""
+        """As `Adjustable`: a model that takes a frame rate takes this one."""
         given: dict[str, Any] = {"fps": fps, "negative": negative}
         made, given = copy(self), {name: value for name, value in given.items() if value is not None}
         made.config = replace(self.config, runtime=replace(self.config.runtime, **given))

@@ -117,13 +117,13 @@ class Leader(Runner):
         keys = [saved_key(self._saving[video], rank) for rank in range(math.prod(self.layout.values()))]
         if not self._store.check(keys):
             return None
-        told = [json.loads(raw) for raw in self._store.multi_get(keys)]
+        results = [json.loads(raw) for raw in self._store.multi_get(keys)]
         for key in keys:
             self._store.delete_key(key)
         del self._saving[video]
-        if (error := next((one for one in told if isinstance(one, str)), None)) is not None:
+        if (error := next((one for one in results if isinstance(one, str)), None)) is not None:
             raise InputError(error)
-        return tuple(Shard(**file) for files in told for file in files)
+        return tuple(Shard(**file) for files in results for file in files)
 
     def release(self, video: int) -> None:
         header = self._header(Kind.RELEASE, video)

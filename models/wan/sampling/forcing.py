@@ -22,7 +22,7 @@ from models.errors import InputError
 from models.protocols import CELL_FRAMES, Draw, Pass, PassCondition
 from models.wan.sampling.unipc import Sigmas, UniPC
 
-_NOISE, _CLEAN = 999, 0  # what the model is told of frames that have not begun, and of finished ones
+_NOISE, _CLEAN = 999, 0  # the model's times of frames that have not begun, and of finished ones
 _TRAINED_STEPS = 1000
 
 
@@ -43,7 +43,7 @@ class DiffusionForcing:
     steps: int  # denoising steps of a group
     shift: float = 8.0  # of the noise levels
     guidance: float = 6.0  # scale of classifier-free guidance; 1 and less runs no negative prompt
-    fps: int | None = 24  # what a model that is told is told
+    fps: int | None = 24  # for a model that takes them as a condition
     block: int = 1  # latent frames of a group (`causal_block_size`)
     ar_step: int = 0  # rows between two groups that begin; 0 denoises all in step
     frames: int = 25  # latent frames of a window
@@ -161,7 +161,7 @@ class BlockSampling(DiffusionForcing):
         return 2 if self.guidance > 1 else 1
 
     def times(self, step: int) -> tuple[float, ...]:
-        """What the model is told in a step."""
+        """The model's time of a step."""
         return (float(self.sigmas.timesteps[step]),)
 
     def time(self, step: int) -> float:
@@ -295,7 +295,7 @@ class WindowSampling(DiffusionForcing):
         return self.steps if group < self._ready else row - (group - self._ready) * self._apart
 
     def times(self, row: int) -> tuple[float, ...]:
-        """What the model is told of each frame in a row."""
+        """The model's times of each frame in a row."""
         shown = (_NOISE, *self.sigmas.timesteps, _CLEAN)
         steps = [min(max(self.step_of(group, row) + 1, 0), self.steps + 1) for group in range(self.groups)]
         times = [shown[step] for step in steps for _ in range(self.block)] + [_CLEAN] * self.ends

@@ -33,7 +33,7 @@ def sampling_of(
         "steps": num_steps,
         "shift": runtime.shift,
         "guidance": runtime.guidance,
-        "fps": None if image else runtime.fps,  # such a model is not told
+        "fps": None if image else runtime.fps,  # such a model takes none
         "block": runtime.chunk_width,
         "ar_step": runtime.stagger,
         "frames": runtime.window_frames,

@@ -1,4 +1,4 @@
-"""Random weights of any configuration of this family, as `models/random.py` draws them."""
+"""Random weights of any configuration of this family, as `models/random_weights.py` draws them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import Loading
-from models.random import RandomEncoder, fill_random, normal
+from models.random_weights import RandomEncoder, fill_random, normal
 from models.wan.config import IMAGE_TOKENS, WanConfig
 from models.wan.dit import WanDiT
 from models.wan.pipeline import WanPipeline
