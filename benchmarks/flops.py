@@ -6,8 +6,6 @@ texts and modulation (`engine/pass_inputs.py`), nor are norms, softmax, rotary p
 policies and the scores of KV compression; on magi-pocket a distance is below one percent of a pass.
 """
 
-from __future__ import annotations
-
 from engine.executor import LocalRunner
 from engine.request import Admission
 from engine.video import Work

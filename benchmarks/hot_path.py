@@ -6,8 +6,6 @@ is of the process on a CPU and of the device on a GPU. Single operations stand f
 What picks the same kernel as before on this device is not in the table.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterator

@@ -6,8 +6,6 @@ every run starts its processes anew, and each has one thread. It knows neither t
 `python -m benchmarks.runs FOLDER` is the program of one rank of a gang; `on_ranks` starts it.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import statistics

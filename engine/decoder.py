@@ -4,8 +4,6 @@ On a GPU the thread has a stream of its own, which waits for the latents and for
 frames and latents are copied to the host on it, so they do not queue behind the layers.
 """
 
-from __future__ import annotations
-
 import queue
 import threading
 import time

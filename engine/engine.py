@@ -4,8 +4,6 @@
 hands finished chunks out. A `Runner` runs the items. Nothing waits as long as any video has something to begin.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import deque

@@ -5,8 +5,6 @@ comes next. A `Runner` is what the engine has items run by: `LocalRunner` where 
 leader of a gang where ranks share it.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping

@@ -7,8 +7,6 @@ What is read back later has a checksum, BLAKE2b of all its bytes: at its end (`w
 (`digest_of_file`, `check_file`). It is checked before anything in the file is believed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

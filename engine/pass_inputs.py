@@ -4,8 +4,6 @@ Modulations are those of a step's time, the same for all chunks. Texts and posit
 chunks that see the same text share it.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 from torch import Tensor

@@ -7,8 +7,6 @@ Noise is drawn when a chunk enters, from the seed and the chunk's number alone, 
 the video, on other chunks or on the device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

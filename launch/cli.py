@@ -5,8 +5,6 @@ the input caused is one line on standard error and exit status 2; a failure of r
 is one line and status 128 and its number. Of several ranks one shows the line.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import sys

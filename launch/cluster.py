@@ -3,8 +3,6 @@
 The cluster is the one that this process belongs to, or one that is started on this machine and ends with it.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import os

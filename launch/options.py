@@ -4,8 +4,6 @@ The command line, a line of a batch file and the checks are made from these fiel
 option does is decided where it is used, and nothing heavy is imported here, so that help is there at once.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import MISSING, dataclass, field

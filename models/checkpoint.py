@@ -4,8 +4,6 @@ A file's header is checked before anything is read from it, so a wrong, incomple
 by file and tensor before memory is spent. Nothing here knows a family of models, or ranks.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import zipfile

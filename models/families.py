@@ -1,7 +1,5 @@
 """The families of models that there are, and which of them is meant."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

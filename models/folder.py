@@ -1,7 +1,5 @@
 """Finding the parts of a model in folders as they are downloaded."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -6,8 +6,6 @@ cleaned, is a family's business.
 Shapes: N tokens, C caption channels.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import os

@@ -5,8 +5,6 @@ together. They go to a temporary file, and from there to the leader in blocks, s
 than a short one.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

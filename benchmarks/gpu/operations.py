@@ -4,8 +4,6 @@ Products, attention by backend, the output projection by precision, the selectio
 KV buffer, and decoding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 

@@ -1,7 +1,5 @@
 """A pass of one chunk through the layers: its time, and where in it the time goes."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from functools import partial

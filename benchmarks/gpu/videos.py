@@ -1,7 +1,5 @@
 """Whole videos, made as every command makes them: time, steps that are computed, and memory against the estimate."""
 
-from __future__ import annotations
-
 import gc
 import json
 import time

@@ -18,8 +18,6 @@ The distances of a model decide what a threshold means. So thresholds of the cur
 which ones compute the wanted share of the steps.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math

@@ -8,8 +8,6 @@ There are no weights of the model here: videos are made with those of the golden
 are not shown and PSNR is of latents. Operations are those that the same passes take on the model itself, at its size.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Sequence

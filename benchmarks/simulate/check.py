@@ -7,8 +7,6 @@ prediction and the measurement is what ranks cost each other besides: threads th
 that the system moves about.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace

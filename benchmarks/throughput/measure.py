@@ -4,8 +4,6 @@
 the program of one process, of the leader that starts its ranks, and of each rank under torchrun.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

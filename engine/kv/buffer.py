@@ -7,8 +7,6 @@ chunk is dropped, or (with a budget) the region and the new chunk are compressed
 Shapes: N rows of the buffer, S tokens of a chunk, Q queries, G key heads, d head size, H query heads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -4,8 +4,6 @@ A line is checked as `flowcache generate` checks its options, and gets a file na
 How videos are made, and which of them are there already, is the business of others.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 It knows files and names; what a video depends on is in its name, and `launch/batch/file.py` has put it there.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -4,8 +4,6 @@ It is told what happens on the gangs, and says when a video has ended. Where the
 know of them, is the business of others.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 import time

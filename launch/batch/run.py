@@ -3,8 +3,6 @@
 It puts the batch file, the folder of videos, the cluster and the display together; each of them is elsewhere.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 

@@ -1,7 +1,5 @@
 """`flowcache conformance`: run what a published implementation ran, and compare (docs/conformance.md)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`flowcache models` and `flowcache inspect`: what models there are, what a folder of weights holds, what they take."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import Counter

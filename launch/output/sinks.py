@@ -3,8 +3,6 @@
 Who makes the videos is not this file's business, nor how a file is written.
 """
 
-from __future__ import annotations
-
 import resource
 import sys
 import time

@@ -5,8 +5,6 @@ given the chunks and the checkpoint of the shorter one up to where nothing depen
 anew, so that it is bit for bit what it would have been if all of it had been asked for at once.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from contextlib import suppress

@@ -5,8 +5,6 @@ with a checksum for each finished chunk, a folder of checkpoints for each layout
 may become longer `video.json`, which says how it was made.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import io

@@ -4,8 +4,6 @@ The controller and all that is made with it belong to that thread. What others w
 of its rounds. A job is an order like that of a line of a batch: the same checks, chunks, checkpoints and files.
 """
 
-from __future__ import annotations
-
 import shutil
 import threading
 import time

@@ -4,8 +4,6 @@ Written by the thread of the controller, read by any number of viewers. A viewer
 slow misses news and is shown the whole again, so it costs no memory.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import OrderedDict, deque
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The options of `flowcache serve` beside those of the model and of gangs. Nothing heavy is imported here."""
 
-from __future__ import annotations
-
 import ipaddress
 from dataclasses import dataclass, field
 from functools import partial

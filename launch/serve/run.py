@@ -1,7 +1,5 @@
 """`flowcache serve`: puts the folder of jobs, the cluster and the HTTP server together, and ends them in order."""
 
-from __future__ import annotations
-
 import logging
 import math
 import socket

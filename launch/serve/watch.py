@@ -3,8 +3,6 @@
 A viewer waits for nobody and nobody waits for a viewer: it looks ten times a second what there is since it looked last.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time

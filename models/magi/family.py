@@ -1,7 +1,5 @@
 """MAGI-1 as the commands see it; what each method does is said in `models/family.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Only names and headers of files are read here (specification part 5); weights are read in `models/magi/weights.py`.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

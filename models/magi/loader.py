@@ -1,7 +1,5 @@
 """MAGI-1 from the options of the command line: settings of sampling in place of the model's own, and what loads it."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 Presets are plain data and functions; nothing is read or loaded here. Configuration values: specification part 4.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 

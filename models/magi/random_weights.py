@@ -1,7 +1,5 @@
 """Random weights of any configuration of MAGI-1, as `models/random_weights.py` draws them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

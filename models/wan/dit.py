@@ -7,8 +7,6 @@ some of the layers. Nothing here knows ranks, requests or caches.
 Shapes: T h w latent frames and cells, S tokens = T * h/2 * w/2, D hidden, F times of a chunk, N text tokens.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import cast

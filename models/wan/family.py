@@ -1,7 +1,5 @@
 """SkyReels-V2 and Self-Forcing as the commands see them; what each method does is said in `models/family.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

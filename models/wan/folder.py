@@ -4,8 +4,6 @@ Three layouts: as SkyReels-V2 is released, as diffusers has it, and a file of Se
 around it. Only names, descriptions and headers are read here.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 The released file holds a text tower too, which is left alone, and queries, keys and values of a layer in one tensor.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A model of this family from the options of the command line, and what loads it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

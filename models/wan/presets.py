@@ -1,7 +1,5 @@
 """The models of this family that can be asked for by name. Nothing is read or loaded here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Random weights of any configuration of this family, as `models/random_weights.py` draws them."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Prompts are cleaned as specification 1.6 says. The encoder gives the tokens that
 rows, of which those behind the text are zero and take part (`padded`).
 """
 
-from __future__ import annotations
-
 import html
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Weights of the causal Wan backbone, under the released names or under those of diffusers (specification 1.2)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from functools import cache

@@ -5,8 +5,6 @@ reused chunk costs no message. A checkpoint goes down the stream of items, so ev
 at the same point of it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -5,8 +5,6 @@ flags it was sent, and what it counts. `serve` works off the stream of messages 
 no other synchronisation.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 import time

@@ -4,8 +4,6 @@ The published distance is the relative L1 change of e0, the layers' embedding of
 not look at latents: it is a table by step, the same for every chunk, branch, prompt and seed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """How a model of this family is sampled, of its configuration; figures only, so that planning needs no weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
