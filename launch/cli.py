@@ -208,8 +208,6 @@ def _conformance(arguments: Sequence[str], given: dict[str, Any]) -> None:
 
 
 app.command("generate", help=_GENERATE_HELP)(command(declared(Options), _generate))
-
-
 app.command("continue", help=_CONTINUE_HELP)(command(declared(ContinueOptions), _continue))
 
 

@@ -53,9 +53,8 @@ _HEADER_BYTES = 100_000  # of a segment, and more
 def video_digest(plan: Plan, threads: int, repeat: int = 0) -> str:
     """Of all that the video depends on, as far as the command line can know it, and `repeat` equal ones before it.
 
-    A rank computes with so many CPU `threads`, another number of which makes other bits.
-
-    What was not given is filled in: a default that is written out changes nothing.
+    A rank computes with so many CPU `threads`, another number of which makes other bits. What was not given is filled
+    in: a default that is written out changes nothing.
     """
     model, source, request = plan.model, plan.model.source, plan.request
     asked = asdict(replace(request, prefix=None, end=None))
