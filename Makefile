@@ -1,6 +1,6 @@
 # make demo   sets up .venv and makes a video from a prompt
 # make check  sets up .venv and runs linter, type checker and the fast tests: no clusters, no gangs of processes
-# make test   the same with all tests: the slow ones three at a time, then those that bear no neighbour one by one
+# make test   the same with all tests, three at a time, then those that bear no neighbour one by one
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -11,7 +11,7 @@ BY_FILE := --dist loadfile --no-loadscope-reorder  # as tests/conftest.py orders
 export PYTHONDONTWRITEBYTECODE =
 export OMP_NUM_THREADS = 1
 
-.PHONY: demo check test lint fast clean
+.PHONY: demo check test lint fast all clean
 
 .venv/.base: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -35,9 +35,12 @@ fast: .venv/.dev
 check: .venv/.dev
 	$(MAKE) -j 2 lint fast
 
-test: check
-	$(BIN)/python -m pytest -n 3 $(BY_FILE) --durations 12 -m "slow and not alone"
+all: .venv/.dev
+	$(BIN)/python -m pytest -n 3 $(BY_FILE) --durations 12 -m "not alone"
 	$(BIN)/python -m pytest -m alone
+
+test: .venv/.dev
+	$(MAKE) -j 2 lint all
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

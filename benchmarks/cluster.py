@@ -13,8 +13,6 @@ Exit status 0 if two gangs are not slower than one, Ray adds little enough and n
 input.
 """
 
-from __future__ import annotations
-
 import hashlib
 import sys
 import time

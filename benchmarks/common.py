@@ -3,8 +3,6 @@
 It knows no benchmark. Memory of a process is resident memory, as Linux counts it.
 """
 
-from __future__ import annotations
-
 import csv
 import ctypes
 import gc

@@ -2,11 +2,9 @@
 
 A multiplication and an addition are two operations. All matrix products of a pass are counted: embedding, projections,
 attention over the keys that the pass really attended to and over the text, MLP, head. What many passes share is not, as
-texts and modulation (`engine/inputs.py`), nor are norms, softmax, rotary positions, the distances of reuse policies and
-the scores of KV compression; on magi-pocket a distance is below one percent of a pass.
+texts and modulation (`engine/pass_inputs.py`), nor are norms, softmax, rotary positions, the distances of reuse
+policies and the scores of KV compression; on magi-pocket a distance is below one percent of a pass.
 """
-
-from __future__ import annotations
 
 from engine.executor import LocalRunner
 from engine.request import Admission
@@ -51,12 +49,10 @@ class CountingRunner(LocalRunner):
         return sum(self.kv(video).nbytes for video in self._captions)
 
     def admit(self, admission: Admission) -> None:
-        """Take a video in."""
         super().admit(admission)
         self._captions[admission.video] = admission.captions
 
     def release(self, video: int) -> None:
-        """Let go of a video."""
         super().release(video)
         self._captions.pop(video, None)
 

@@ -6,8 +6,6 @@ is of the process on a CPU and of the device on a GPU. Single operations stand f
 What picks the same kernel as before on this device is not in the table.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +28,7 @@ from models.errors import InputError
 from models.magi.config import MagiConfig, ModelConfig
 from models.magi.dit import MagiDiT
 from models.magi.layers import Fp8Linear, product_in_fp32
-from models.magi.random import random_dit, random_pipeline
+from models.magi.random_weights import random_dit, random_pipeline
 from models.magi.vae import TiledVAE
 from models.pocket.preset import pocket_config
 from models.protocols import Caption, Modulation, PassCondition, Positions, TextKV

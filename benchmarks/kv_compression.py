@@ -8,8 +8,6 @@ whole selection. Exit status 0 if the linear form is at least 50 times faster an
 input.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Mapping

@@ -7,8 +7,6 @@ behind it. That is a model of the compiler and not its own count: a norm over ro
 read twice.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Mapping, Sequence

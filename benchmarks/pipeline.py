@@ -15,8 +15,6 @@ if two stages are as much faster as they should be and every rank did exactly th
 bad input.
 """
 
-from __future__ import annotations
-
 import os
 import statistics
 import sys

@@ -6,8 +6,6 @@ every run starts its processes anew, and each has one thread. It knows neither t
 `python -m benchmarks.runs FOLDER` is the program of one rank of a gang; `on_ranks` starts it.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import statistics
@@ -33,7 +31,7 @@ from engine.machine import settle_heap
 from engine.record import Recorder
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
-from launch.model import reuse_preset
+from launch.model.resolve import reuse_preset
 from models.errors import InputError
 from models.magi.family import POCKET_FIGURES
 from models.magi.pipeline import MagiPipeline

@@ -29,7 +29,7 @@ from models.checkpoint import Loading
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.pipeline import MagiPipeline, load_stage
-from models.magi.random import random_dit
+from models.magi.random_weights import random_dit
 from models.magi.sampling import MagiSampling
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config

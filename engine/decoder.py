@@ -4,8 +4,6 @@ On a GPU the thread has a stream of its own, which waits for the latents and for
 frames and latents are copied to the host on it, so they do not queue behind the layers.
 """
 
-from __future__ import annotations
-
 import queue
 import threading
 import time
@@ -133,7 +131,7 @@ class Decoder:
         return video in self._videos
 
     def forget(self, video: int) -> None:
-        """A video is over, or nobody wants the rest of its chunks."""
+        """A video has ended, or nobody wants the rest of its chunks."""
         self._streams.pop(video, None)
         self._others.pop(video, None)
         self._primed.pop(video, None)

@@ -4,8 +4,6 @@
 hands finished chunks out. A `Runner` runs the items. Nothing waits as long as any video has something to begin.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import deque
@@ -29,6 +27,7 @@ from engine.request import Admission, Request, open_quantum, prepare, sampling_o
 from engine.reuse.policy import ReuseSettings
 from engine.spans import Course
 from engine.submission import Reader, Submission
+from engine.timetable import Timetable
 from engine.video import VideoRun, WorkItem
 from models.errors import InputError
 from models.protocols import Pipeline
@@ -53,13 +52,13 @@ class _Video:
     prepared: Callable[..., tuple[VideoRun, Admission]]  # a run of one of its spans
     reporting: Callable[..., ProgressReporter]
     ordered: Callable[..., WorkOrder]
-    run: VideoRun
-    order: WorkOrder
-    reporter: ProgressReporter
     checkpointer: Checkpointer | None
     decodes: bool
     stored: Callable[[], int] | None
     handed_out: int  # index of the next chunk
+    run: VideoRun = field(init=False)  # of the present span; so are the next two
+    order: WorkOrder = field(init=False)
+    reporter: ProgressReporter = field(init=False)
     chunks: deque[Chunk] = field(default_factory=deque)  # of a video that is not decoded
     ready_since: float | None = None
     released: bool = False  # the runner has let go of it
@@ -152,62 +151,62 @@ class Engine:
             InputError: the model cannot make what is asked for; the videos in flight are not touched.
             Damaged: a file of the checkpoint has come to harm since it was found.
         """
-        if isinstance(what, Request):
-            what = self.reader.read(what)
-        number, found, runner = self._numbers, what.found, self._runner
+        what = self.reader.read(what) if isinstance(what, Request) else what
+        number, self._numbers = self._numbers, self._numbers + 1
+        pipeline, reuse = variant_of(self._pipeline, what.request), what.reuse or self._reuse
+        sampling = sampling_of(pipeline, what.request, what.encoded, reuse)
+        table = timetable(sampling, what.request.chunks, what.encoded.given)
+        overlap, found = sampling.overlap * sampling.chunk_width, what.found
         start, counts, folder = (0, {}, None) if found is None else (found.quantum, found.counts, found.folder)
-        self._numbers += 1
-        reuse, wanted, pipeline = what.reuse or self._reuse, what.request, variant_of(self._pipeline, what.request)
-        sampling = sampling_of(pipeline, wanted, what.encoded, reuse)
-        table, overlap = timetable(sampling, wanted.chunks, what.encoded.given), sampling.overlap * sampling.chunk_width
-        course = Course(table, what.encoded, overlap, quantum=start, state=what.course)
-        prepared = partial(
-            prepare,
-            pipeline,
-            wanted,
-            number=number,
-            reuse=reuse,
-            kv=what.kv or self._kv,
-            observe=recorder is not None and recorder.observes,
-        )
-        run, admission = prepared(course.encoded, span=course.span, checkpoint=folder)
-        if found is not None and what.state is not None:
-            with must_fit(found.folder):
-                run.restore(what.state)
-        runner.admit(admission)
-        if decode and pipeline is not self._pipeline:
-            self._decoding().use(number, pipeline.autoencoder)
-        if what.decoder and decode:
-            self._decoding().restore(number, what.decoder)
-        elif decode and what.encoded.prefix is not None and what.encoded.prefix.shape[2] > 1:  # an image is shown
-            self._decoding().prime(number, what.encoded.prefix)
-        kv = partial(runner.kv, number)
-        if recorder is not None:
-            recorder.begin(table)
-        reporting = partial(ProgressReporter, table, kv=kv, on_progress=on_progress, recorder=recorder)
-        reporter = reporting(course.span.number, counts=counts)
-        keeper = None
-        if what.checkpoint is not None:
-            save, saved = partial(self._save, number), partial(runner.saved, number)
-            last = open_quantum(what.encoded, table)
-            keeper = Checkpointer(what.checkpoint, what.fingerprint, last, start, save, saved)
-        ordered = partial(WorkOrder, barrier=self._barrier, gate=gate, checkpointer=keeper)
-        order = ordered(run, on_decision=reporter.decided, start=course.quantum, before=course.place.quantum)
-        self._videos[number] = _Video(
+        kv, observe = what.kv or self._kv, recorder is not None and recorder.observes
+        held = partial(self._runner.kv, number)
+        checkpointer = self._checkpointer(number, what, table, start)
+        video = _Video(
             what,
-            course,
-            prepared,
-            reporting,
-            ordered,
-            run,
-            order,
-            reporter,
-            keeper,
+            Course(table, what.encoded, overlap, quantum=start, state=what.course),
+            partial(prepare, pipeline, what.request, number=number, reuse=reuse, kv=kv, observe=observe),
+            partial(ProgressReporter, table, kv=held, on_progress=on_progress, recorder=recorder),
+            partial(WorkOrder, barrier=self._barrier, gate=gate, checkpointer=checkpointer),
+            checkpointer,
             decode,
             stored,
             handed_out=what.first,
         )
+        self._begin_span(video, counts, folder)
+        if decode:
+            self._begin_decoding(number, what, pipeline)
+        if recorder is not None:
+            recorder.begin(table)
+        self._videos[number] = video
         return number
+
+    def _checkpointer(self, number: int, what: Submission, table: Timetable, start: int) -> Checkpointer | None:
+        if what.checkpoint is None:
+            return None
+        save, saved = partial(self._save, number), partial(self._runner.saved, number)
+        return Checkpointer(what.checkpoint, what.fingerprint, open_quantum(what.encoded, table), start, save, saved)
+
+    def _begin_span(self, video: _Video, counts: Mapping[str, int], folder: Path | None = None) -> None:
+        """Begin the present span of a video's course, at its start or at the checkpoint in a folder."""
+        course = video.course
+        video.run, admission = video.prepared(course.encoded, span=course.span, checkpoint=folder)
+        if folder is not None and video.asked.state is not None:
+            with must_fit(folder):
+                video.run.restore(video.asked.state)
+        self._runner.admit(admission)
+        video.reporter = video.reporting(course.span.number, counts=counts)
+        start, before = course.quantum, course.place.quantum
+        video.order = video.ordered(video.run, on_decision=video.reporter.decided, start=start, before=before)
+
+    def _begin_decoding(self, number: int, what: Submission, pipeline: Pipeline) -> None:
+        """Tell the decoder what it must know before a video's first chunk."""
+        prefix = what.encoded.prefix
+        if pipeline is not self._pipeline:
+            self._decoding().use(number, pipeline.autoencoder)
+        if what.decoder:
+            self._decoding().restore(number, what.decoder)
+        elif prefix is not None and prefix.shape[2] > 1:  # an image is shown
+            self._decoding().prime(number, prefix)
 
     def step(self) -> list[ChunkResult]:
         """Do one thing for the videos in flight, and hand out the chunks that are ready; those of a video in order.
@@ -362,16 +361,9 @@ class Engine:
             self._runner.release(number)
             video.released = video.course.last
             if not video.released:
-                self._go_on(video)
-
-    def _go_on(self, video: _Video) -> None:
-        """Begin the next span of a long video."""
-        course = video.course
-        course.go_on(self._pipeline.model.kv.dtype)
-        video.run, admission = video.prepared(course.encoded, span=course.span)
-        self._runner.admit(admission)
-        video.reporter = reporter = video.reporting(course.span.number, counts=video.reporter.counts)
-        video.order = video.ordered(video.run, on_decision=reporter.decided, before=course.place.quantum)
+                counts = video.reporter.counts
+                video.course.go_on(self._pipeline.model.kv.dtype)
+                self._begin_span(video, counts)
 
     def _finished(self, number: int, video: _Video, latents: Tensor) -> None:
         """Have a chunk decoded, or hand out its latents alone."""

@@ -5,8 +5,6 @@ comes next. A `Runner` is what the engine has items run by: `LocalRunner` where 
 leader of a gang where ranks share it.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -20,8 +18,8 @@ from torch import Tensor
 
 from engine.checkpoint.contents import RUN_FILE, Contents, pack_shard, rank_file, unpack_shard
 from engine.checkpoint.files import Shard, must_fit, read_contents, write_async
-from engine.inputs import PassInputs
 from engine.kv.buffer import KVBuffer
+from engine.pass_inputs import PassInputs
 from engine.request import Admission
 from engine.reuse.flags import FlagLog
 from engine.video import Work, WorkItem
@@ -42,7 +40,7 @@ class TokenShard(Protocol):
 
 
 class KVWatcher(Protocol):
-    """Is told of what compressions see and keep, for comparison."""
+    """Is called with what compressions see and keep, for comparison."""
 
     def admitted(self) -> None:
         """A video, or the next span of a long one, is taken in."""
@@ -124,7 +122,7 @@ class Stage:
         *,
         rank: int = 0,  # number of this process, for the name of its file in a checkpoint
         place: Mapping[str, int] | None = None,  # tells this process's shard of a checkpoint from those of others
-        watcher: KVWatcher | None = None,  # told of what compressions keep
+        watcher: KVWatcher | None = None,  # called with what compressions keep
     ) -> None:
         self.model, self._attention, self._file, self._watcher = model, attention, rank_file(rank), watcher
         self._item: WorkItem | None = None  # that is run
@@ -293,19 +291,15 @@ class LocalRunner(Runner):
 
     @property
     def pending(self) -> int:
-        """Velocities that `results` has not given yet."""
         return len(self._results)
 
     def admit(self, admission: Admission) -> None:
-        """Take a video in."""
         self._stage.admit(admission)
 
     def change_text(self, video: int, chunk: int | None, text: Tensor) -> None:
-        """As `Stage.change_text`."""
         self._stage.change_text(video, chunk, text)
 
     def begin(self, work: Work) -> None:
-        """Run an item."""
         item, stage = work.item, self._stage
         stage.flags(item.request).add(work.flags)
         stage.change(item)
@@ -314,21 +308,17 @@ class LocalRunner(Runner):
             self._results.append((item, stage.velocity(item, hidden)))
 
     def results(self, *, wait: bool) -> Iterable[tuple[WorkItem, Tensor]]:
-        """The velocities of what was begun."""
         taken, self._results = self._results, []
         return taken
 
     def not_finite(self, video: int) -> NotFinite | None:
-        """What says that a video cannot be made."""
         item = self._stage.finite.found(video)
         return None if item is None else NotFinite(video, rank=0, place=item.place)
 
     def kv(self, video: int) -> KVBuffer:
-        """The KV buffers of a video."""
         return self._stage.kv(video)
 
     def save(self, video: int, folder: Path, run: Contents, on_done: Callable[[], None]) -> None:
-        """Begin to write a checkpoint's files."""
 
         def ended(written: tuple[Shard, ...] | Exception) -> None:
             self._written[video] = written
@@ -337,13 +327,11 @@ class LocalRunner(Runner):
         write_async(folder, {**self._stage.snapshot(video), RUN_FILE: run}, ended)
 
     def saved(self, video: int) -> tuple[Shard, ...] | None:
-        """The files of the last checkpoint, once they are on the disk."""
         written = self._written.pop(video, None)
         if isinstance(written, Exception):
             raise written
         return written
 
     def release(self, video: int) -> None:
-        """Let go of a video."""
         self._stage.release(video)
         self._results = [result for result in self._results if result[0].request != video]

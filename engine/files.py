@@ -7,8 +7,6 @@ What is read back later has a checksum, BLAKE2b of all its bytes: at its end (`w
 (`digest_of_file`, `check_file`). It is checked before anything in the file is believed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib
@@ -189,8 +187,8 @@ def _number(error: Exception) -> int | None:
 
 def _free(path: Path) -> str:
     try:
-        standing = next(place for place in path.absolute().parents if place.exists())
-        return f"{shutil.disk_usage(standing).free / 1e6:,.1f} MB are free"
+        existing = next(place for place in path.absolute().parents if place.exists())
+        return f"{shutil.disk_usage(existing).free / 1e6:,.1f} MB are free"
     except (OSError, StopIteration):
         return "nobody knows how much is free"
 
@@ -217,11 +215,11 @@ def check_target(path: Path, *, suffix: str | None, what: str) -> None:
 def check_folder(folder: Path) -> None:
     """See that a folder can be filled, or made if missing, and leave nothing behind; an InputError if it cannot."""
     with write_errors(folder):
-        standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not standing.is_dir():
-            raise InputError(f"cannot write {folder}: {standing} is not a folder")
-        _try(standing)
-    if standing == folder:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise InputError(f"cannot write {folder}: {existing} is not a folder")
+        _try(existing)
+    if existing == folder:
         remove_stale_parts(folder)
 
 

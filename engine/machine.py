@@ -3,8 +3,6 @@
 No torch in here: the command line imports it at once.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import socket

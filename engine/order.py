@@ -10,8 +10,6 @@ may be taken before it. Both change when work is begun, and never its order.
 It knows neither ranks nor messages.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What is counted of one video while it is made: for whoever watches, for the record, and for checkpoints."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -215,7 +215,6 @@ def prepare(
     span = span or Span(number=0, schedule=timetable(sampling, request.chunks, given).spans[0])
     shape = VideoShape(
         channels=model.latent_channels,
-        chunks=span.schedule.chunks,
         prefix_frames=given,
         height=request.height // CELL_PIXELS,
         width=request.width // CELL_PIXELS,
@@ -223,6 +222,7 @@ def prepare(
     how = _reuse(pipeline, sampling, reuse, shape, observe=observe)
     run = VideoRun(
         number,
+        span.schedule,
         shape,
         sampling,
         encoded.noise(span.number),

@@ -8,8 +8,6 @@ spreads its chunks evenly over the steps; others may stand closer or further apa
 none enters any more. The passes of given chunks (prefix) belong to the first quantum.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ of the one before. Nothing else is kept, so memory does not grow with the video.
 It knows neither how a run is carried out nor what becomes of its chunks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 

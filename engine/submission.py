@@ -3,8 +3,6 @@
 Here is what takes long before a video can begin. It touches no video in flight, so any thread may do it.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress

@@ -4,8 +4,6 @@ Plain Python, as `engine/schedule.py`. Chunks, ticks and quanta are counted thro
 those of its own span, of which the first chunks are given: they are the last ones of the span before.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property

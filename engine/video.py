@@ -7,8 +7,6 @@ Noise is drawn when a chunk enters, from the seed and the chunk's number alone, 
 the video, on other chunks or on the device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -107,7 +105,6 @@ class VideoShape:
     """Size of a video in latents."""
 
     channels: int  # of a latent
-    chunks: int  # all chunks, those that the prefix fills counted
     prefix_frames: int  # latent frames that are given
     height: int  # latent cells
     width: int  # latent cells
@@ -143,6 +140,7 @@ class VideoRun:
     def __init__(
         self,
         request: int,  # number of the request, carried by its work items
+        schedule: Schedule,  # when its chunks take their steps
         shape: VideoShape,  # size of the video
         sampling: Sampling,  # how the family denoises
         noise: Noise,  # where the chunks start
@@ -155,17 +153,10 @@ class VideoRun:
         span: tuple[int, int] = (0, 0),  # as of `WorkItem`
         device: torch.device,  # where latents are kept
     ) -> None:
-        self._request, self._shape, self._sampling, self._noise, self._span = request, shape, sampling, noise, span
-        self._reuse, self._prefix, self._compressed, self._device = reuse, prefix, compressed, device
-        self._beside = beside
+        self.schedule, self._shape, self._sampling, self._noise = schedule, shape, sampling, noise
+        self._reuse, self._prefix, self._beside, self._compressed = reuse, prefix, beside, compressed
+        self._request, self._span, self._device = request, span, device
         self._at_once = retires_at_once and not sampling.clean_pass
-        self.schedule = Schedule(
-            first=shape.prefix_frames // sampling.chunk_width,
-            chunks=shape.chunks,
-            num_steps=sampling.num_steps,
-            window=sampling.window,
-            stagger=sampling.stagger,
-        )
         self._latents: dict[int, Tensor] = {}
         self._solvers: dict[int, Solver] = {}
         self._before: dict[int, Tensor] = {}  # as in `VideoState`
@@ -441,7 +432,7 @@ class VideoRun:
             tick=tick,
             chunk=chunk,
             step=step,
-            chunks_left=self._shape.chunks - 1 - chunk,
+            chunks_left=self.schedule.chunks - 1 - chunk,
             what=what,
             keys_from=None if limit is None else max(0, chunk + 1 - limit),
             before=before,

@@ -1,7 +1,5 @@
 """`python -m launch` and the command `flowcache`. From the first line on, a signal ends it with a line and a status."""
 
-from __future__ import annotations
-
 from launch.ending import handle_signals
 
 

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from launch.ending import CommandFailed
-from launch.forms import declared, from_values
 from launch.generate import Backend, join_ranks, led_ranks, make_with, serve_stage, started_ranks, this_process
-from launch.model import layout_of, plan_model
+from launch.model.resolve import layout_of, plan_model
+from launch.option_fields import declared, from_values
 from launch.options import Options, together
 from launch.output.display import Display, Summary
 from launch.plan import plan_requests, plan_videos

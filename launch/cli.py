@@ -5,8 +5,6 @@ the input caused is one line on standard error and exit status 2; a failure of r
 is one line and status 128 and its number. Of several ranks one shows the line.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import sys
@@ -20,7 +18,7 @@ import typer
 from engine.machine import settle_heap
 from launch import __version__
 from launch.ending import CommandFailed, handle_as_rank, shows_bad_input, speaks_for_all, stopped_by
-from launch.forms import command, declared
+from launch.option_fields import command, declared
 from launch.options import GOLDEN_DEVICE, GOLDEN_FILES, BatchOptions, ContinueOptions, Options
 from launch.serve.options import ServeOptions
 from models.errors import InputError
@@ -175,7 +173,7 @@ def _generate(arguments: Sequence[str], given: dict[str, Any]) -> None:
 def _continue(_: Sequence[str], given: dict[str, Any]) -> None:
     options = ContinueOptions(**given)
     with _imports():
-        from launch.extend import extend
+        from launch.resume.extend import extend
 
     if (text := extend(options)) is not None:
         typer.echo(text, err=options.out == "-")
@@ -210,15 +208,13 @@ def _conformance(arguments: Sequence[str], given: dict[str, Any]) -> None:
 
 
 app.command("generate", help=_GENERATE_HELP)(command(declared(Options), _generate))
-
-
 app.command("continue", help=_CONTINUE_HELP)(command(declared(ContinueOptions), _continue))
 
 
 @app.command()
 def models() -> None:
     """List the models that can be asked for by name, their sizes, and what each needs."""
-    from launch.inspect import show_models
+    from launch.model.inspect import show_models
 
     show_models()
 
@@ -244,7 +240,7 @@ def inspect(
 
     [cyan]flowcache inspect MAGI-1/ckpt/magi/4.5B_distill[/cyan]
     """
-    from launch.inspect import Wanted, inspect_folder
+    from launch.model.inspect import Wanted, inspect_folder
 
     size = Options(height=height, width=width, chunks=chunks, kv_budget=kv_budget)  # says what is out of bounds
     wanted = Wanted(height=size.height, width=size.width, chunks=size.chunks, kv_budget=size.kv_budget)

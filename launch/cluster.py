@@ -3,8 +3,6 @@
 The cluster is the one that this process belongs to, or one that is started on this machine and ends with it.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import os
@@ -29,7 +27,7 @@ import typer
 
 from engine.files import part_of, remove_stale_parts
 from launch.ending import CommandFailed, check_signals, deferred_signals, unwinding_signals
-from launch.model import ModelPlan, layout_of
+from launch.model.resolve import ModelPlan, layout_of
 from launch.options import ray_address, threads_of_a_rank, together
 from launch.plan import Plan
 from models.errors import InputError

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _AGAIN = 1.0  # seconds after a signal, from which on another one does not wait for the clean-up
-_IMPORT = 0.02  # seconds between two looks whether an import is over
+_IMPORT = 0.02  # seconds between two looks whether an import has ended
 _WAIT, _APART = 5.0, 0.5  # seconds
 _Way = Literal["end", "unwind", "defer"]
 
@@ -59,7 +59,7 @@ class _Handler:
             return
         if self.way == "end":
             self._end()
-        if _imports(frame):  # asked again when it is over
+        if _imports(frame):  # asked again when it has ended
             signal.signal(signal.SIGALRM, self)
             signal.setitimer(signal.ITIMER_REAL, _IMPORT)
             return

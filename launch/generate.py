@@ -25,8 +25,8 @@ from engine.progress import Progress
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
 from launch.ending import CommandFailed, check_signals, unwinding_signals
-from launch.forms import arguments
-from launch.model import ModelPlan, layout_of, plan_model
+from launch.model.resolve import ModelPlan, layout_of, plan_model
+from launch.option_fields import arguments
 from launch.options import TRACE_FILE, Options, together
 from launch.output.display import Display, rank_line, summary_text
 from launch.plan import Plan, plan_videos
@@ -79,7 +79,7 @@ def make_videos(backend: Backend, orders: Iterable[VideoOrder], handle: Callable
 
 
 class EngineBackend:
-    """An engine's videos, `concurrency` of them at a time; the engine computes here or leads the ranks of a gang.
+    """A `Backend`: an engine's videos, `concurrency` at a time; the engine computes here or leads the ranks of a gang.
 
     Size and priority of an order are for a cluster. The `tracer` takes marks of steps that are reused; it is None on a
     process without a trace.
@@ -97,19 +97,18 @@ class EngineBackend:
         self._last: dict[str, Progress] = {}
 
     def submit(self, order: VideoOrder) -> None:
-        """Queue a video."""
         self._waiting.append(order)
 
     def cancel(self, video: str) -> None:
-        """Make no more of a video."""
         self._waiting = deque(order for order in self._waiting if order.video != video)
         for number in [number for number, running in self._running.items() if running == video]:
             del self._running[number]
             self._engine.cancel(number)
+        self._forget(video)
 
     def stored(self, video: str, count: int) -> None:
-        """As `Backend.stored`."""
-        self._stored[video] = max(count, self._stored.get(video, 0))
+        if video in self._stored:
+            self._stored[video] = max(count, self._stored[video])
         self._engine.wake()
 
     def run(self) -> Generator[Event, None, None]:
@@ -156,9 +155,14 @@ class EngineBackend:
                 yield messages.ChunkMade(video=video, index=chunk.index, frames=frames, latents=latents)
         for number in [number for number in self._running if not self._engine.running(number)]:
             video = self._running.pop(number)
-            last = self._last.pop(video)
+            last = self._last[video]
+            self._forget(video)
             computed, kv, on_host = last.computed_fraction, last.kv_bytes, last.kv_host_bytes
             yield messages.VideoDone(video=video, computed=computed, kv_bytes=kv, kv_host_bytes=on_host)
+
+    def _forget(self, video: str) -> None:
+        for table in (self._stored, self._first, self._last):
+            table.pop(video, None)
 
     def _progressed(self, video: str, progress: Progress) -> None:
         self._last[video] = progress

@@ -4,8 +4,6 @@ A file may come from anybody. FFmpeg is handed an open file and the formats that
 by name: no address, no playlist, no script that lists other files.
 """
 
-from __future__ import annotations
-
 import re
 from collections import deque
 from collections.abc import Iterator

@@ -1,10 +1,8 @@
 """The options of the commands: each is declared once, with its type, default, bounds and the help that teaches it.
 
-The command line, a line of a batch file and the checks are made from these fields (`launch/forms.py`). What an
+The command line, a line of a batch file and the checks are made from these fields (`launch/option_fields.py`). What an
 option does is decided where it is used, and nothing heavy is imported here, so that help is there at once.
 """
-
-from __future__ import annotations
 
 import os
 import re
@@ -13,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from launch.forms import Opt, check_bounds, option
+from launch.option_fields import Opt, check_bounds, option
 from models.errors import InputError
 
 _video, _start = partial(option, "The video"), partial(option, "Start from something")

@@ -1,7 +1,7 @@
 """From options to plans: everything that can be checked is checked here, before a weight is read.
 
-Which model is meant is settled in `launch/model.py`; how a video is denoised is the engine's business. What cannot be
-used is an `InputError` with one line that says what to do.
+Which model is meant is settled in `launch/model/resolve.py`; how a video is denoised is the engine's business. What
+cannot be used is an `InputError` with one line that says what to do.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from engine.files import check_folder, check_target, partial_of
 from engine.request import Request
-from launch.memory import Job
-from launch.model import ModelPlan, layout_of, plan_model
+from launch.model.memory import Job
+from launch.model.resolve import ModelPlan, layout_of, plan_model
 from launch.options import Options, ray_address, together
 from launch.output.names import STREAM, SUFFIXES, suffix_of
 from models.config import read_json

@@ -7,8 +7,6 @@ is given. The module knows no chunks and no caches.
 Shapes: B batch, S query rows, K key rows, H query heads, G key heads, d head size.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from collections.abc import Callable

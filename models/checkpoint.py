@@ -1,10 +1,9 @@
 """Weights from files, one tensor at a time and only those that are needed: safetensors, or one file of PyTorch's own.
 
-A file's header is checked before anything is read from it, so a wrong, incomplete or truncated checkpoint is reported
-by file and tensor before memory is spent. Nothing here knows a family of models, or ranks.
+It also finds the parts of a model in folders as they are downloaded. A file's header is checked before anything is
+read from it, so a wrong, incomplete or truncated checkpoint is reported by file and tensor before memory is spent.
+Nothing here knows a family of models, or ranks.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -232,6 +231,25 @@ def read_through(found: Mapping[str, Stored]) -> Iterator[str]:
             continue
         for name, _ in _tensors(path, [name for name, entry in found.items() if entry.path == path], "cpu"):
             yield name
+
+
+def first_with(folders: Sequence[Path], holds: str, what: str, missing: list[str]) -> Path | None:
+    """The first folder that holds something of that name; if there is none, `missing` gets a line with the places."""
+    for folder in folders:
+        if (folder / holds).exists():
+            return folder
+    # Of the many folders around, those that exist are where somebody would put it.
+    places = [folder for folder in folders if folder.parent.is_dir()] or list(folders)
+    missing.append(f"no {what} in {', '.join(dict.fromkeys(str(place) for place in places))}")
+    return None
+
+
+def shape_of(stored: Mapping[str, Stored], wrong: str, name: str, dimensions: int) -> tuple[int, ...]:
+    """The shape of a tensor that has so many dimensions, none of them 0; else an `InputError`, which `wrong` begins."""
+    found = stored[name].shape if name in stored else ()
+    if len(found) != dimensions or not all(found):
+        raise InputError(f"{wrong}: it lacks {name}")
+    return found
 
 
 def _load_torch(path: Path) -> Any:

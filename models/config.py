@@ -1,7 +1,5 @@
 """Configurations from JSON files as checked, frozen dataclasses."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The families of models that there are, and which of them is meant."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,7 +36,7 @@ def recognise(folder: Path) -> ModelConfig:
 
 def presets() -> Mapping[str, Preset]:
     """All models that can be asked for, by name; those of MAGI-1 first."""
-    return {name: preset for family in reversed(FAMILIES) for name, preset in family.presets().items()}
+    return {name: preset for family in reversed(FAMILIES) for name, preset in family.presets.items()}
 
 
 def describe(config: ModelConfig) -> str:

@@ -5,17 +5,18 @@ A `ModelConfig` answers for one model; a `Family` knows names, folders and files
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 
 from models.attention import Attention
 from models.checkpoint import Loading, Stored
 from models.protocols import KVGeometry, Pipeline, Sampling, VideoModel
-from models.text import TextDtype
+from models.text import TextDtype, TextLoading
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,36 +95,44 @@ class Choices:
         return None if found is None else "--" + found.replace("_", "-")
 
 
-class ModelLoader(Protocol):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelLoader(ABC):
     """Loads one model, or a part of it. It is sent to ranks, so it holds no weights."""
 
-    @property
-    def config(self) -> ModelConfig:
-        """Of the model."""
+    config: Any  # the model's configuration, a `ModelConfig`
+    weights: Path | None = None  # folder of its weights; every node must see it
+    text: TextLoading = TextLoading()  # how prompts are read
 
     @property
+    @abstractmethod
     def identity(self) -> list[Any]:
         """Plain values that name the model and its weights; a checkpoint is taken up by the same only."""
 
     @property
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Plain values that a video depends on besides the configuration."""
 
     @property
+    @abstractmethod
     def vae(self) -> Path | None:
         """Where its autoencoder is; None for random weights. An `InputError` says what is missing."""
 
-    def absolute(self) -> ModelLoader:
-        """The same for another working directory."""
-
-    def with_prompts(self, prompts: tuple[str, ...]) -> ModelLoader:
-        """The same, with prompts that are known before the model is loaded."""
-
+    @abstractmethod
     def pipeline(self, loading: Loading) -> Pipeline:
         """Layers, text encoder and autoencoder; an `InputError` says what is missing or damaged."""
 
+    @abstractmethod
     def stage(self, loading: Loading) -> StageLayers:
         """Layers alone; errors likewise."""
+
+    def absolute(self) -> Self:
+        """The same for another working directory."""
+        return replace(self, weights=None if self.weights is None else self.weights.absolute())
+
+    def with_prompts(self, prompts: tuple[str, ...]) -> Self:
+        """The same, with prompts that are known before the model is loaded."""
+        return replace(self, text=replace(self.text, prompts=prompts))
 
 
 class StageLayers(VideoModel, Protocol):
@@ -151,32 +160,23 @@ class ModelConfig(Protocol):
         """The configuration as plain values."""
 
 
-class Preset(Protocol):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
     """A model that can be asked for by name."""
 
-    @property
-    def name(self) -> str:
-        """What it is called on the command line."""
-
-    @property
-    def summary(self) -> str:
-        """What it is good for."""
-
-    @property
-    def config(self) -> Callable[[], Any]:
-        """Makes its configuration."""
-
-    @property
-    def parameters(self) -> int:
-        """Of the DiT."""
-
-    @property
-    def folder(self) -> str | None:
-        """Where the weights are; None if they ship with the project."""
+    name: str  # what it is called on the command line
+    summary: str  # what it is good for
+    config: Callable[[], Any]  # makes its configuration
+    parameters: int  # of the DiT, the scales of a quantised model counted
+    stored: int  # bytes of the DiT's weights on disk
+    vae_parameters: int  # of the autoencoder
+    others: int  # bytes of the other files: the autoencoder's and the text encoder's
+    folder: str | None  # where the weights are; None if they ship with the project
 
     @property
     def disk(self) -> int:
         """Bytes of files."""
+        return self.stored + self.others
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,6 +200,7 @@ class Family(Protocol):
     def notes(self) -> str:
         """Where released weights are, and what they need."""
 
+    @property
     def presets(self) -> Mapping[str, Preset]:
         """The models that can be asked for, by name."""
 

@@ -1,7 +1,5 @@
 """Linear layers in another precision than that of their parameters."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -26,13 +26,13 @@ CaptionKind = Literal["text", "null"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassCondition:
-    """What the model is told of a pass besides latents and text."""
+    """What the model is given in a pass besides latents and text."""
 
     times: tuple[float, ...]
     """Of the chunk, in the family's own units: one for all of it, or one for each of its latent frames."""
     distill: float | None = None  # step-size constant of a distilled model, None for a base model
     drop: bool = False  # the captionless condition
-    fps: int | None = None  # frames per second, for models that are told; None for what they were trained with
+    fps: int | None = None  # frames per second, for models that take them; None for what they were trained with
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +47,7 @@ class Pass:
     isolated: bool  # it attends to itself only and leaves no KV behind
     weight: float
     """Of its velocity in the sum that makes the step's velocity; 0 for a pass that is run for its KV alone."""
-    condition: PassCondition  # what the model is told
+    condition: PassCondition  # what the model is given besides
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,7 +231,7 @@ class Sampling(Protocol):
 
     @property
     def changes(self) -> tuple[float, ...] | None:
-        """Relative L1 change of what the layers are told in each step, since the step before; None if it is not known.
+        """Relative L1 change of the layers' condition in each step, since the step before; None if it is not known.
         The first one counts for nothing."""
 
     def time(self, step: int) -> float:

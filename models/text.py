@@ -6,14 +6,13 @@ cleaned, is a family's business.
 Shapes: N tokens, C caption channels.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from threading import Lock
@@ -30,6 +29,16 @@ from models.errors import InputError
 _KNOWN, _KEPT = 256, 1000  # encoded prompts in memory and on the disk, of 13 MB at most
 
 TextDtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextLoading:
+    """How prompts are read."""
+
+    device: str | None = None  # where they are encoded; None is what the family says, on the CPU if there is no GPU
+    dtype: TextDtype | None = None  # of the encoder; None is as its files have it
+    cache: Path | None = None  # folder where encoded prompts are kept; None keeps none
+    prompts: tuple[str, ...] = ()  # known before the model is loaded: the encoder reads them first, and is let go
 
 
 class TextEncoder(Protocol):

@@ -3,8 +3,6 @@
 Plain Python. Ranks of one stage have adjacent numbers, so that they stand on one machine where they can.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -5,8 +5,6 @@ together. They go to a temporary file, and from there to the leader in blocks, s
 than a short one.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile
@@ -29,6 +27,7 @@ from models.errors import InputError
 from parallel.comm.store import RunStore
 
 _BLOCK = 1 << 20  # bytes of lines that are shipped at once
+KEPT_DIGESTS = 64
 OnMeasured = Callable[[float, float], None]
 
 
@@ -180,7 +179,13 @@ class RankCounters:
     sent_bytes: int = 0  # bytes sent in all
     busy: float = 0.0  # seconds in its layers, on the device
     waiting: float = 0.0  # seconds without work
-    digests: dict[str, str] = field(default_factory=dict)  # of the reuse flags of each finished request, as hexadecimal
+    digests: dict[str, str] = field(default_factory=dict)  # of the reuse flags of the last requests, as hexadecimal
+
+    def finished(self, request: int, digest: bytes) -> None:
+        """Note the digest of a finished request's flags; of many requests the last `KEPT_DIGESTS` stay."""
+        self.digests[str(request)] = digest.hex()
+        if len(self.digests) > KEPT_DIGESTS:
+            del self.digests[next(iter(self.digests))]
 
 
 def publish_counters(store: RunStore, session: int, counters: RankCounters) -> None:

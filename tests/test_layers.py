@@ -1,8 +1,10 @@
 """Imports point down only, and heavy or distributed packages stay where they belong."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,39 @@ def test_of_multiprocessing_only_bytes_and_proofs_are_used():
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in of_blocks
     }
     assert used == OF_SOCKETS
+
+
+# ---- what says what a method does
+
+
+def methods(node):
+    return {one.name: ast.get_docstring(one) for one in node.body if isinstance(one, ast.FunctionDef)}
+
+
+def linked(node):
+    """The classes that a class is based on, and those that its docstring says it is one of."""
+    yield from (ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in node.bases)
+    yield from re.findall(r"`(?:[\w.]+\.)?(\w+)`", ast.get_docstring(node) or "")
+
+
+def test_each_public_method_says_what_it_does_or_its_class_names_where_that_is_said():
+    """A method that does what a protocol or a base says it does needs no docstring of its own."""
+    every = defaultdict(list)
+    for layer in (*ORDER, "benchmarks"):
+        for path in files(layer):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef):
+                    every[node.name].append((path, node))
+
+    def said(node, name, seen):
+        others = [(place, one) for link in linked(node) if link not in seen for place, one in every[link]]
+        return any(methods(one).get(name) or said(one, name, {*seen, one.name}) for _, one in others if one is not node)
+
+    missing = [
+        f"{path}: {node.name}.{name}"
+        for entries in list(every.values())
+        for path, node in entries
+        for name, doc in methods(node).items()
+        if not node.name.startswith("_") and not name.startswith("_") and not doc and not said(node, name, set())
+    ]
+    assert not missing

@@ -16,8 +16,6 @@ Exit status 0 if every video is complete with the latents of the undisturbed run
 done again, and no process is left; 1 if not, 2 for bad input.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 import tempfile

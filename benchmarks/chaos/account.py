@@ -4,8 +4,6 @@ It is given the log of the cluster's controller and looks at checkpoints at the 
 code with what decides where videos go on. It causes nothing, and knows neither Ray nor processes.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

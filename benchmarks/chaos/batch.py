@@ -11,8 +11,6 @@ the command's end and runs it again. Videos are compared, byte by byte, with tho
 - gcs: SIGKILL to Ray's GCS.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -7,8 +7,6 @@
 In the end all videos are to be complete, with the frames of runs that nothing disturbs, and no process may be left.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import random

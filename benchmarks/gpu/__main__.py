@@ -1,7 +1,5 @@
 """The command: parts one after another, the most important first, each kept as soon as it is done."""
 
-from __future__ import annotations
-
 import gc
 import os
 import sys

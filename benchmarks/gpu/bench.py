@@ -1,7 +1,5 @@
 """What is measured, and where: a model's shapes on a device, and how time is taken there."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Is it right on this device: all golden files, and the tests that need a GPU."""
 
-from __future__ import annotations
-
 import importlib.util
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """A pass of one chunk through the layers: its time, and where in it the time goes."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,7 +13,7 @@ from benchmarks.flops import pass_flops
 from benchmarks.gpu.bench import Bench, problem
 from engine.kv.views import LayerKV, SliceView
 from models.magi.dit import MagiDiT
-from models.magi.random import random_dit
+from models.magi.random_weights import random_dit
 from models.magi.weights import Loading
 from models.protocols import Caption, PassCondition
 

@@ -1,7 +1,5 @@
 """The report of what has been measured so far: Markdown and plots, made anew after each part."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 
 from matplotlib.figure import Figure

@@ -1,7 +1,5 @@
 """What was measured, a file for each part, each of one code, preset and device."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """Whole videos, made as every command makes them: time, steps that are computed, and memory against the estimate."""
 
-from __future__ import annotations
-
 import gc
 import json
 import time
@@ -14,8 +12,8 @@ import torch
 from benchmarks.common import Row, peak_rss, reset_peak, rss, save_text
 from benchmarks.gpu.bench import Bench
 from benchmarks.workload import PROMPT
-from launch.forms import from_values
 from launch.generate import make_videos, this_process
+from launch.option_fields import from_values
 from launch.options import CacheName, Options
 from launch.plan import job, plan_requests
 from models.errors import InputError

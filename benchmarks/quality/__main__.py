@@ -18,8 +18,6 @@ The distances of a model decide what a threshold means. So thresholds of the cur
 which ones compute the wanted share of the steps.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math
@@ -41,7 +39,7 @@ from benchmarks.quality.trial import LEAN, WORK, Results, Setting, Trial, TrialR
 from benchmarks.workload import MOST_PROMPTS, POCKET, pocket_requests
 from engine.request import Request
 from engine.reuse.policy import KINDS, ReuseSettings
-from launch.model import reuse_preset
+from launch.model.resolve import reuse_preset
 from launch.options import CacheName
 from models.checkpoint import Loading
 from models.magi.family import POCKET_FIGURES

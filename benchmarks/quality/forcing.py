@@ -8,8 +8,6 @@ There are no weights of the model here: videos are made with those of the golden
 are not shown and PSNR is of latents. Operations are those that the same passes take on the model itself, at its size.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Sequence
@@ -129,7 +127,6 @@ class _Counting(LocalRunner):
         self.passes, self.operations, self._frames, self._config = 0, 0.0, frames, studio.config
 
     def begin(self, work: Work) -> None:
-        """Run an item."""
         item = work.item
         first = item.chunk if item.what.isolated else item.keys_from or 0
         self.passes += 1

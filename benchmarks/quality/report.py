@@ -4,8 +4,6 @@ A method's curve on one prompt is linear between the thresholds that were run. M
 fraction, on the same prompts, where both curves have a value.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import operator

@@ -9,8 +9,6 @@ memory of all processes may not grow. Then slow readers of one stream, which may
 Exit status 0 if all is so, 1 if not, 2 for bad input.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

@@ -3,8 +3,6 @@
 Linux only: it looks for processes and their memory in /proc.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

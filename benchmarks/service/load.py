@@ -4,8 +4,6 @@ The first request of every client is made while nothing else is, then all the ot
 at after both, when the service rests: between them nothing is under way that would take memory for itself.
 """
 
-from __future__ import annotations
-
 import re
 import statistics
 import time

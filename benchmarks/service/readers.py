@@ -1,7 +1,5 @@
 """Slow readers of a video that is made: do they slow it down? Pairs of videos, one with readers and one without."""
 
-from __future__ import annotations
-
 import socket
 import statistics
 import threading

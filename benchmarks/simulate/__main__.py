@@ -8,8 +8,6 @@ docs/simulation.md says what is assumed. Exit status 1 if a prediction is more t
 bad input.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import replace

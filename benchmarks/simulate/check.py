@@ -7,8 +7,6 @@ prediction and the measurement is what ranks cost each other besides: threads th
 that the system moves about.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -67,7 +65,6 @@ class TimedRunner(LocalRunner):
         ]
 
     def begin(self, work: Work) -> None:
-        """Run an item."""
         self._marks.clear()
         item, stage, began = work.item, self._stage, time.perf_counter()
         patches = stage.embed(work.x)

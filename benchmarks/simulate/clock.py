@@ -162,10 +162,10 @@ def plan_video(
 
 def _run(schedule: Schedule, sampling: Sampling, policy: Policy) -> VideoRun:
     """A real run with one cell in each latent frame."""
-    shape = VideoShape(channels=1, chunks=schedule.chunks, prefix_frames=0, height=1, width=1)
+    shape = VideoShape(channels=1, prefix_frames=0, height=1, width=1)
     reuse = Reuse(policy=policy, memory=ReuseMemory("residual"), patches=lambda x: x, observe=False)
     noise, cpu = (lambda chunk, size, draw: torch.zeros(size)), torch.device("cpu")
-    return VideoRun(0, shape, sampling, noise, reuse, prefix=None, compressed=False, device=cpu)
+    return VideoRun(0, schedule, shape, sampling, noise, reuse, prefix=None, compressed=False, device=cpu)
 
 
 def plans_of(workload: Workload, seconds: Seconds, flags: Sequence[Flags]) -> list[VideoPlan]:

@@ -5,8 +5,6 @@ takes on one GPU. Every layout of the machine makes one video and many, with and
 the assumptions.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence

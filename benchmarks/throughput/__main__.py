@@ -11,8 +11,6 @@ read every few chunks. Exit status 0 if no long run grows, slows down or changes
 does, 2 for bad input.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import tempfile

@@ -4,8 +4,6 @@
 the program of one process, of the leader that starts its ranks, and of each rank under torchrun.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -28,8 +26,8 @@ from engine.files import atomic_write
 from engine.machine import settle_heap
 from launch.api import opened
 from launch.ending import CommandFailed
-from launch.forms import from_values
 from launch.generate import Backend, EngineBackend, make_videos
+from launch.option_fields import from_values
 from launch.options import CacheName, Options
 from launch.plan import Plan, plan_requests
 from models.errors import InputError

@@ -1,7 +1,5 @@
 """Runs as tables, plots and verdicts. It makes no videos and writes no files."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

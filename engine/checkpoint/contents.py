@@ -3,8 +3,6 @@
 It knows neither paths nor ranks' messages.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ The manifest has size and checksum of every file, and a checksum of itself. Once
 for the last, in case this one should come to harm. The module knows files only, not what is in them.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import secrets

@@ -7,8 +7,6 @@ chunk is dropped, or (with a budget) the region and the new chunk are compressed
 Shapes: N rows of the buffer, S tokens of a chunk, Q queries, G key heads, d head size, H query heads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +26,7 @@ _BLOCK = 4096  # rows that are moved at once; bounds the scratch memory
 
 
 OnKept = Callable[[int, int, Tensor, Tensor, Tensor], None]
-"""Told of a compression: branch, layer, queries [Q, H, d], keys [L, G, d] and positions kept [keep, G]."""
+"""Called with a compression: branch, layer, queries [Q, H, d], keys [L, G, d] and positions kept [keep, G]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

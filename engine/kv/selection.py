@@ -6,8 +6,6 @@ tokens stand in a buffer.
 Shapes: Q queries, H query heads, G key heads, L keys, d head size.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import partial

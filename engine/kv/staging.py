@@ -20,8 +20,6 @@ the device that `record_stream` has named.
 Shapes: n rows, G key heads, d head size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 

@@ -3,8 +3,6 @@
 Shapes: N rows of a tensor, S tokens of a chunk, Q queries, G key heads, d head size, H query heads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

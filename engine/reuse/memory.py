@@ -8,8 +8,6 @@ step of first order (the idea of TaylorSeer and SCOPE). It is remembered per chu
 Shapes: velocities [1, C, T, h, w], what layers added [1, S, D].
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 

@@ -24,7 +24,7 @@ DISTANCES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 where each of its steps is rounded."""
 _BRANCHES = 2  # of guidance
 CONDITION = "condition"
-"""The distance that looks at no latents: of what the layers are told of a step, known before a video begins."""
+"""The distance that looks at no latents: of the layers' condition in a step, known before a video begins."""
 
 
 class Decision(Enum):
@@ -140,15 +140,12 @@ class _Accumulator(Policy):
         return Decision.REUSE if total <= self._middle else Decision.EXTRAPOLATE
 
     def forget(self, chunk: int) -> None:
-        """Drop its sum."""
         self._sums.pop(str(chunk), None)
 
     def state(self) -> dict[str, float]:
-        """The sums."""
         return dict(self._sums)
 
     def restore(self, state: Mapping[str, float]) -> None:
-        """Go on from saved sums."""
         self._sums = dict(state)
 
 
@@ -156,7 +153,6 @@ class ChunkPolicy(_Accumulator):
     """FlowCache: each chunk sums its own distances and is reused while the sum stays below the threshold (Eq. 8)."""
 
     def decide(self, observations: Sequence[Observation]) -> list[Decision]:
-        """Decide for each chunk on its own."""
         return [self.add(str(one.chunk), one.distance, forced=self._forced(one)) for one in observations]
 
     def _forced(self, one: Observation) -> bool:

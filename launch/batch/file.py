@@ -4,8 +4,6 @@ A line is checked as `flowcache generate` checks its options, and gets a file na
 How videos are made, and which of them are there already, is the business of others.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -14,13 +12,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from launch.forms import declared
 from launch.media import Bounds
-from launch.model import plan_model
+from launch.model.resolve import plan_model
+from launch.option_fields import declared
 from launch.options import Options, threads_of_a_rank
 from launch.output.display import one_line
 from launch.plan import Plan, plan_video, slug
-from launch.saved import video_digest
+from launch.resume.saved import video_digest
 from models.errors import InputError
 
 _OF_LINES = tuple(one for one in declared(Options) if one.line or one.name in ("cache", "kv_budget"))

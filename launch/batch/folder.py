@@ -3,8 +3,6 @@
 It knows files and names; what a video depends on is in its name, and `launch/batch/file.py` has put it there.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
@@ -18,7 +16,7 @@ from typing import Self
 
 from engine.files import check_folder, write_errors
 from launch.output.display import Row, State
-from launch.saved import DIGEST_LENGTH
+from launch.resume.saved import DIGEST_LENGTH
 from models.errors import InputError
 
 RESULTS = "results.jsonl"

@@ -4,8 +4,6 @@ It is told what happens on the gangs, and says when a video has ended. Where the
 know of them, is the business of others.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 import time
@@ -24,7 +22,7 @@ from launch.output.display import Row, State
 from launch.output.formats import FORMATS
 from launch.output.segments import encode_segment
 from launch.plan import Plan
-from launch.saved import SavedVideo
+from launch.resume.saved import SavedVideo
 from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.messages import Event, VideoOrder

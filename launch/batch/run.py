@@ -3,8 +3,6 @@
 It puts the batch file, the folder of videos, the cluster and the display together; each of them is elsewhere.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 
@@ -15,10 +13,10 @@ from launch.batch.making import Making, Video
 from launch.cluster import on_ray
 from launch.ending import unwinding_signals
 from launch.generate import make_videos
-from launch.model import plan_model
+from launch.model.resolve import plan_model
 from launch.options import BatchOptions, parse_size
 from launch.output.display import BatchDisplay, Row, State, summary
-from launch.saved import SavedVideo
+from launch.resume.saved import SavedVideo
 from models.errors import InputError
 from parallel.cluster.messages import Event, VideoOrder
 from parallel.health.exit_codes import BAD_INPUT, FAILED, OK

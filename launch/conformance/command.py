@@ -1,7 +1,5 @@
 """`flowcache conformance`: run what a published implementation ran, and compare (docs/conformance.md)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,27 +122,31 @@ def check_conformance(
     unreadable: list[InputError] = []
     layout = "" if env is None else f", pp {options.pp} x cp {options.cp}"
 
-    def show(verdict: Verdict) -> None:
-        word, style = ("PASS", "green") if verdict.passed else ("FAIL", "bold red")
-        allowed = f"({verdict.tolerance:.1e} allowed)" if verdict.tolerance else "(none allowed)"
-        line = f"{verdict.name:<30} relative error {verdict.error:.2e} {allowed}  {verdict.detail}{layout}  {word}"
-        Console().print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+    def take(verdict: Verdict) -> None:
+        _show(verdict, layout)
         if not verdict.passed:
             failed.append(verdict.name)
 
     if env is None:
         for path in files:
             try:
-                show(check_file(path, device=device or "cpu"))
+                take(check_file(path, device=device or "cpu"))
             except InputError as error:
                 unreadable.append(error)
                 report_error(str(error))
         return BAD_INPUT if unreadable else FAILED if failed else OK
     on = torch.device("cpu") if device == "cpu" else None
     with join_ranks(env, options, device=on) as gang:  # anything but success ends all ranks
-        check_on_gang(gang, files, split=options.split, on_verdict=show, on_unreadable=unreadable.append)
+        check_on_gang(gang, files, split=options.split, on_verdict=take, on_unreadable=unreadable.append)
         if unreadable:
             raise InputError("; ".join(dict.fromkeys(map(str, unreadable))))
         if failed:
             raise GangError(gang.monitor.fail(f"these do not pass: {', '.join(failed)}", status=FAILED))
     return OK
+
+
+def _show(verdict: Verdict, layout: str) -> None:
+    word, style = ("PASS", "green") if verdict.passed else ("FAIL", "bold red")
+    allowed = f"({verdict.tolerance:.1e} allowed)" if verdict.tolerance else "(none allowed)"
+    line = f"{verdict.name:<30} relative error {verdict.error:.2e} {allowed}  {verdict.detail}{layout}  {word}"
+    Console().print(line, style=style, highlight=False, markup=False, soft_wrap=True)

@@ -6,8 +6,6 @@ is made twice: with the attention and the rotary positions that the engine has, 
 Shapes: R chunks, S tokens, D hidden, C condition, N text tokens, T h w latent frames and cells.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 It knows the files' format, and nothing of how their figures are made again.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Each function makes a case's figures again, by the names of the tensors that they must equal.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args

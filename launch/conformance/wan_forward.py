@@ -3,8 +3,6 @@
 A mask that is causal by blocks is chunks in order; without one, all latent frames are one chunk.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated

@@ -157,14 +157,13 @@ class WanRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latents:
-    """A pipeline that ends with latents."""
+    """A `Pipeline` that ends with latents."""
 
     model: WanDiT
     how: Sampling
 
     @property
     def attention(self) -> Attention:
-        """What KV views attend with."""
         return self.model.attention
 
     @property

@@ -1,7 +1,5 @@
 """Golden files of what SkyReels-V2 samples with: `scheduler`, sigmas and steps of UniPC, and `timestep_matrix`."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

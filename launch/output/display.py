@@ -3,8 +3,6 @@
 It writes to standard error alone, and makes no files.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter

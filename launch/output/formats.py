@@ -3,8 +3,6 @@
 Each is made of segments (`launch/output/segments.py`) and appears when it is whole.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Iterable

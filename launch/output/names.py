@@ -1,7 +1,5 @@
 """What the name of a video says of its file. PyAV, which makes the file, is not needed for that."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from models.errors import InputError

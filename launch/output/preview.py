@@ -1,7 +1,5 @@
 """A contact sheet of a video while it is made: a picture of some of its chunks, which is replaced as it grows."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -5,8 +5,6 @@ A segment is a fragmented MP4 of its own: a beginning, the same for all segments
 chunks before it were made by the same process. Nothing here knows where segments are kept.
 """
 
-from __future__ import annotations
-
 import io
 import struct
 from collections.abc import Callable, Iterable, Iterator

@@ -3,8 +3,6 @@
 Who makes the videos is not this file's business, nor how a file is written.
 """
 
-from __future__ import annotations
-
 import resource
 import sys
 import time
@@ -23,7 +21,7 @@ from launch.output.display import Display, Summary
 from launch.output.formats import FORMATS
 from launch.output.video import BackgroundWriter, VideoWriter
 from launch.plan import Plan
-from launch.saved import SavedVideo, saved_folder
+from launch.resume.saved import SavedVideo, saved_folder
 from models.attention import backend_name
 from models.errors import InputError
 from parallel.cluster import messages

@@ -5,8 +5,6 @@ it goes; a video that is not finished leaves nothing, unless that is to be kept.
 later ones are made.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import select

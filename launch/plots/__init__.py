@@ -1,7 +1,5 @@
 """Pictures of what a run has written down: of a video's record, and of the trace of ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path

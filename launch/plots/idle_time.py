@@ -12,8 +12,6 @@ A stage awaits its next item. The leader awaits the velocity that let it go on: 
 did. An item that has not begun anywhere waits for such a velocity, and is followed through that.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping

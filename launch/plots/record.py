@@ -3,8 +3,6 @@
 Figures are drawn without a display and without matplotlib's global state.
 """
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The routes of the service. What they do is done by the store and the maker; here are answers and errors."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 from typing import Annotated, Any, Literal

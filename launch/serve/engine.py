@@ -4,8 +4,6 @@ The controller and all that is made with it belong to that thread. What others w
 of its rounds. A job is an order like that of a line of a batch: the same checks, chunks, checkpoints and files.
 """
 
-from __future__ import annotations
-
 import shutil
 import threading
 import time
@@ -28,7 +26,7 @@ from launch.media import Bounds
 from launch.options import parse_size, together
 from launch.output.display import State
 from launch.plan import Plan
-from launch.saved import SavedVideo
+from launch.resume.saved import SavedVideo
 from launch.serve.live import LiveVideos
 from launch.serve.metrics import Metrics
 from launch.serve.options import ServeOptions

@@ -1,7 +1,5 @@
 """What a request must get past before anything of it is read: the key, where it comes from, and its size."""
 
-from __future__ import annotations
-
 import hmac
 from urllib.parse import urlsplit
 

@@ -4,8 +4,6 @@ Written by the thread of the controller, read by any number of viewers. A viewer
 slow misses news and is shown the whole again, so it costs no memory.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import OrderedDict, deque
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 from engine.files import Damaged, read_sealed
 from launch.batch.making import Video
-from launch.saved import segment_name
+from launch.resume.saved import segment_name
 from parallel.cluster.messages import Ticked
 
 SEGMENT = 2**30  # bytes of a chunk, at most
@@ -43,7 +41,7 @@ class Live:
     def segment(self, index: int) -> bytes:
         """A chunk that is on the disk, only its checksum looked at; a Damaged as of `read_sealed`, or after the end."""
         if (video := self._video) is None:
-            raise Damaged(Path(), "it is over")
+            raise Damaged(Path(), "the video has ended")
         return read_sealed(video.saved.segments.folder / segment_name(index), SEGMENT)
 
     def end(self) -> None:

@@ -1,7 +1,5 @@
 """What the service counts, for Prometheus. Ray's own metrics of the same gangs are Ray's (docs/cluster.md)."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any

@@ -1,13 +1,11 @@
 """The options of `flowcache serve` beside those of the model and of gangs. Nothing heavy is imported here."""
 
-from __future__ import annotations
-
 import ipaddress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from launch.forms import check_bounds, option
+from launch.option_fields import check_bounds, option
 from launch.options import GangOptions, Options
 from models.errors import InputError
 

@@ -3,8 +3,6 @@
 Which chunk is the first that a new prompt can still be for is the controller's to know.
 """
 
-from __future__ import annotations
-
 import json
 import secrets
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """From the body of a request to a queued job: read in bounds, checked as a line of a batch is, and put on the disk."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 import math

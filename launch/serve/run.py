@@ -1,7 +1,5 @@
 """`flowcache serve`: puts the folder of jobs, the cluster and the HTTP server together, and ends them in order."""
 
-from __future__ import annotations
-
 import logging
 import math
 import socket
@@ -13,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch.ending import CommandFailed, unwinding_signals
-from launch.model import plan_model
+from launch.model.resolve import plan_model
 from launch.options import parse_size
 from launch.plan import Plan, plan_video
 from launch.serve.options import ServeOptions

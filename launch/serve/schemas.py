@@ -3,8 +3,6 @@
 A request becomes a line of a batch file. Nothing is known here of models; what one can make is checked by the plan.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import json

@@ -4,8 +4,6 @@ The line of a job is that of a batch file, and paths in it are relative to the j
 not known here. May be used by several threads.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import re

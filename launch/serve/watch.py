@@ -3,8 +3,6 @@
 A viewer waits for nobody and nobody waits for a viewer: it looks ten times a second what there is since it looked last.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time
@@ -14,13 +12,13 @@ from typing import Any
 
 from engine.files import Damaged, read_sealed
 from launch.output.segments import FragmentStream
-from launch.saved import segment_name
+from launch.resume.saved import segment_name
 from launch.serve.live import SEGMENT, Live
 from launch.serve.requests import Service
 from launch.serve.schemas import video
 from launch.serve.store import Job
 
-_LOOK, _GANGS, _SIGN = 0.1, 0.5, 15.0  # seconds between looks, news of gangs, and signs of life to a viewer
+_LOOK, _GANGS, _SIGN = 0.1, 0.5, 15.0  # seconds between looks, news of gangs, and heartbeats to a viewer
 
 
 async def events(service: Service, job: Job) -> AsyncIterator[str]:

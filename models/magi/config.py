@@ -161,7 +161,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class MagiConfig:
-    """A whole configuration file."""
+    """A whole configuration file, a `models.family.ModelConfig`."""
 
     model_config: ModelConfig
     runtime_config: RuntimeConfig
@@ -176,7 +176,6 @@ class MagiConfig:
 
     @property
     def figures(self) -> Figures:
-        """As `models.family.ModelConfig`."""
         model, runtime = self.model_config, self.runtime_config
         tokens = self.chunk_tokens(runtime.video_size_h, runtime.video_size_w)
         ranges = runtime.noise2clean_kvrange or (runtime.window_size,)
@@ -213,11 +212,9 @@ class MagiConfig:
         return _CELL_COST * self.model_config.patch_size**2 / passes
 
     def kv_geometry(self, layers: range, device: torch.device) -> KVGeometry:
-        """Shape of the KV of some layers."""
         return self.model_config.kv_geometry(layers, device)
 
     def chunk_tokens(self, height: int, width: int) -> int:
-        """Tokens of a chunk of a video of that size in pixels."""
         side = CELL_PIXELS * self.model_config.patch_size
         return self.runtime_config.chunk_width * (height // side) * (width // side)
 

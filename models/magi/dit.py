@@ -263,7 +263,7 @@ class _Blocks(nn.Module):
 
 
 class MagiDiT(nn.Module):
-    """All of the model or one stage of it.
+    """All of the model or one stage of it, a `VideoModel`.
 
     Args:
         config: shapes.
@@ -337,21 +337,17 @@ class MagiDiT(nn.Module):
 
     @property
     def kv(self) -> KVGeometry:
-        """Shape of the KV of the layers that are held."""
         return self.config.kv_geometry(self.held, self.device)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the parameters that are held."""
         return sum(parameter.nbytes for parameter in self.parameters())
 
     @property
     def latent_channels(self) -> int:
-        """Channels of a latent."""
         return self.config.latent_channels
 
     def token_count(self, frames: int, height: int, width: int) -> int:
-        """Tokens of a latent of that size."""
         return math.prod(self.token_grid((frames, height, width)))
 
     def null_text(self) -> Tensor:

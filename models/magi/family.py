@@ -1,20 +1,19 @@
 """MAGI-1 as the commands see it; what each method does is said in `models/family.py`."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from models.errors import InputError
-from models.family import Choices, Part, ReuseFigures
+from models.family import Part, ReuseFigures
 from models.magi import folder as folders
+from models.magi import loader as loading
+from models.magi import presets as known
+from models.magi import weights
 from models.magi.config import MagiConfig
-from models.magi.loader import MagiLoader, changed, loader_of
-from models.magi.presets import PRESETS, Preset, preset_of
-from models.magi.random import vae_config
+from models.magi.random_weights import vae_config
 from models.magi.sampling import MagiSampling
 from models.magi.text import T5_FOLDER, SpecialTokens, check_t5
-from models.magi.weights import Checkpoint, stage_bytes, vae_parameters
+from models.magi.weights import Checkpoint, vae_parameters
 from models.pocket.words import parse_prompt
 
 # As published (FlowCache, below Eq. 8). Extrapolation was measured on magi-pocket only.
@@ -29,6 +28,10 @@ class MagiFamily:
     """A `Family`."""
 
     config_type = MagiConfig
+    presets, preset_of = known.PRESETS, staticmethod(known.preset_of)
+    recognise = staticmethod(folders.recognise)
+    changed, loader = staticmethod(loading.changed), staticmethod(loading.loader_of)
+    stage_bytes = staticmethod(weights.stage_bytes)
     notes = (
         "Weights of MAGI-1: huggingface.co/sand-ai/MAGI-1. Download the folder above, ckpt/vae and ckpt/t5, and name "
         "the first with --weights; flowcache inspect says what is missing. special_tokens.npz, of the MAGI-1 code's "
@@ -36,30 +39,15 @@ class MagiFamily:
         "pip install 'flowcache-engine[t5]'; it is read before the model, and let go; a gang of batch holds it."
     )
 
-    def presets(self) -> Mapping[str, Preset]:
-        """As `Family`."""
-        return PRESETS
-
-    def preset_of(self, config: MagiConfig) -> Preset | None:
-        """As `Family`."""
-        return preset_of(config)
-
     def describe(self, config: MagiConfig) -> str:
-        """As `Family`."""
         model, engine = config.model_config, config.engine_config
         kind = ("distilled" if engine.distill else "base") + (", fp8 weights" if engine.fp8_quant else "")
         return f"a MAGI-1 model of {model.num_layers} layers and {model.hidden_size} channels, {kind}"
 
     def holds_model(self, folder: Path) -> bool:
-        """As `Family`."""
         return folder.is_dir()
 
-    def recognise(self, folder: Path) -> MagiConfig:
-        """As `Family`."""
-        return folders.recognise(folder)
-
     def parts(self, config: MagiConfig, folder: Path, tokens: Path | None) -> Iterator[Part]:
-        """As `Family`."""
         dit = folders.dit_folder(config, folder)
         yield Part(name="DiT", where=dit, check=lambda: Checkpoint(dit).check_dit(config))
         files = folders.find_files(config, folder, tokens=tokens)
@@ -70,16 +58,7 @@ class MagiFamily:
         if (special := files.tokens) is not None:
             yield Part(name="special tokens", where=special, check=lambda: _special(special, config))
 
-    def changed(self, config: MagiConfig, choices: Choices) -> MagiConfig:
-        """As `Family`."""
-        return changed(config, choices)
-
-    def loader(self, config: MagiConfig, choices: Choices) -> MagiLoader:
-        """As `Family`."""
-        return loader_of(config, choices)
-
     def reuse_figures(self, config: MagiConfig) -> ReuseFigures:
-        """As `Family`."""
         return POCKET_FIGURES if config.runtime_config.t5_pretrained is None else MAGI_1_FIGURES
 
     def check_prompt(self, config: MagiConfig, prompt: str) -> None:
@@ -91,10 +70,6 @@ class MagiFamily:
         """As `Family`: what stands for "no text" was learned."""
         raise InputError("a negative prompt: MAGI-1 and magi-pocket read none, leave it out")
 
-    def stage_bytes(self, config: MagiConfig, layers: range) -> int:
-        """As `Family`."""
-        return stage_bytes(config, layers)
-
     def vae_bytes(self, config: MagiConfig, vae: Path | None) -> int:
         """As `Family`. It is fp32 beside an fp32 model."""
         described = vae_config(config) if vae is None else Checkpoint(vae).vae_config()
@@ -103,7 +78,6 @@ class MagiFamily:
     def sampling(
         self, config: MagiConfig, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0, ends: int = 0
     ) -> MagiSampling:
-        """As `Family`."""
         return MagiSampling(config=config, num_steps=num_steps, clean_pass=clean_pass, copy_pass=copy_pass)
 
 

@@ -3,18 +3,15 @@
 Only names and headers of files are read here (specification part 5); weights are read in `models/magi/weights.py`.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from models.checkpoint import INDEX, SINGLE, Stored
+from models.checkpoint import INDEX, SINGLE, Stored, first_with
 from models.config import read_json
 from models.errors import InputError
-from models.folder import first_with
 from models.magi.config import MagiConfig
 from models.magi.presets import POCKET, find_preset, released_config
 from models.magi.text import T5_FOLDER

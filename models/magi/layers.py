@@ -3,8 +3,6 @@
 Shapes: B batch, S tokens, T H W the grid of tokens, H heads, d head size, n rotary bands.
 """
 
-from __future__ import annotations
-
 import math
 from functools import cache
 

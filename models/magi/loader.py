@@ -1,44 +1,39 @@
 """MAGI-1 from the options of the command line: settings of sampling in place of the model's own, and what loads it."""
 
-from __future__ import annotations
-
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from models.checkpoint import Loading
 from models.errors import InputError
-from models.family import Choices
+from models.family import Choices, ModelLoader
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.folder import ModelFiles, find_files
 from models.magi.pipeline import MagiPipeline, load_pipeline, load_stage
 from models.magi.presets import find_preset
-from models.magi.random import random_dit, random_pipeline
+from models.magi.random_weights import random_dit, random_pipeline
 from models.magi.sampling import COPY_WEIGHT
-from models.magi.text import SPECIAL, SpecialToken, TextLoading
+from models.magi.text import SPECIAL, SpecialToken, T5Loading
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MagiLoader:
-    """A `ModelLoader` of a MAGI-1 model, or magi-pocket."""
+class MagiLoader(ModelLoader):
+    """Of a MAGI-1 model, or magi-pocket; `weights` in place of the configured folder."""
 
-    config: MagiConfig  # values of the configuration file
+    config: MagiConfig
     random: bool = False  # weights are random numbers, and no file is read
-    weights: Path | None = None  # folder in place of the configured one; every node must see it
-    text: TextLoading = field(default_factory=TextLoading)  # how prompts are read
+    text: T5Loading = T5Loading()
     copy_weight: float = COPY_WEIGHT  # as in `MagiSampling`
 
     @property
     def identity(self) -> list[Any]:
-        """As `ModelLoader`."""
         text = [str(self.text.tokens), self.text.dtype, self.text.special, self.text.negative]
         return [self.config.to_dict(), self.random, str(self.weights), text, self.copy_weight]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As `ModelLoader`."""
         weights = None if self.weights is None else str(self.weights.resolve())
         return {
             "weights": "random" if self.random else weights,
@@ -48,25 +43,14 @@ class MagiLoader:
 
     @property
     def vae(self) -> Path | None:
-        """As `ModelLoader`."""
         return None if self.random else find_files(self.config, self.weights, tokens=self.text.tokens).vae
 
-    def absolute(self) -> MagiLoader:
-        """As `ModelLoader`."""
-        return replace(self, weights=None if self.weights is None else self.weights.absolute())
-
-    def with_prompts(self, prompts: tuple[str, ...]) -> MagiLoader:
-        """As `ModelLoader`."""
-        return replace(self, text=replace(self.text, prompts=prompts))
-
     def pipeline(self, loading: Loading) -> MagiPipeline:
-        """As `ModelLoader`."""
         if self.random:
             return random_pipeline(self.config, loading, copy_weight=self.copy_weight)
         return load_pipeline(self.config, self.weights, loading, self.text, copy_weight=self.copy_weight)
 
     def stage(self, loading: Loading) -> MagiDiT:
-        """As `ModelLoader`."""
         return random_dit(self.config, loading) if self.random else load_stage(self.config, self.weights, loading)
 
 
@@ -80,7 +64,7 @@ def loader_of(config: MagiConfig, choices: Choices) -> MagiLoader:
         config=config,
         random=choices.random,
         weights=None if choices.random else choices.weights,
-        text=TextLoading(
+        text=T5Loading(
             tokens=choices.special_tokens,
             device=choices.t5_device,
             dtype=choices.t5_dtype,

@@ -17,19 +17,19 @@ from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.folder import dit_folder, find_files
 from models.magi.sampling import COPY_WEIGHT, MagiSampling
-from models.magi.text import SpecialTokens, T5Encoder, TextLoading
+from models.magi.text import SpecialTokens, T5Encoder, T5Loading
 from models.magi.vae import TiledVAE
 from models.magi.weights import Checkpoint
 from models.pocket.text import PocketEncoder
 from models.protocols import Autoencoder, CaptionTable
 from models.text import TextEncoder
 
-_TEXT = TextLoading()
+_TEXT = T5Loading()
 
 
 class MagiPipeline:
-    """A DiT with what turns prompts into captions (`tokens`: the special ones, `text`: which of them) and latents into
-    frames; `copy_weight` as in `MagiSampling`.
+    """A `Pipeline`: a DiT with what turns prompts into captions (`tokens`: the special ones, `text`: which of them) and
+    latents into frames; `copy_weight` as in `MagiSampling`.
 
     Without an encoder captions are brought, and without an autoencoder a video ends with latents.
     """
@@ -42,7 +42,7 @@ class MagiPipeline:
         encoder: TextEncoder | None = None,
         *,
         tokens: SpecialTokens | None = None,
-        text: TextLoading = _TEXT,
+        text: T5Loading = _TEXT,
         copy_weight: float = COPY_WEIGHT,
     ) -> None:
         self.config, self.model = config, model
@@ -52,13 +52,11 @@ class MagiPipeline:
 
     @property
     def autoencoder(self) -> Autoencoder:
-        """Frames to latents and back."""
         assert self._autoencoder is not None
         return self._autoencoder
 
     @property
     def attention(self) -> Attention:
-        """What KV views attend with."""
         return self.model.attention
 
     def see(self, image: Tensor) -> None:
@@ -96,7 +94,7 @@ def load_pipeline(
     config: MagiConfig,
     weights: Path | None,
     loading: Loading,
-    text: TextLoading = _TEXT,
+    text: T5Loading = _TEXT,
     *,
     copy_weight: float = COPY_WEIGHT,
 ) -> MagiPipeline:

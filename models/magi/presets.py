@@ -3,39 +3,16 @@
 Presets are plain data and functions; nothing is read or loaded here. Configuration values: specification part 4.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 
 from models.errors import InputError
-
-if TYPE_CHECKING:  # the configuration pulls in torch, which a listing of names must not wait for
-    from models.magi.config import MagiConfig
-
+from models.family import Preset
+from models.magi.config import MagiConfig
 
 POCKET = "magi-pocket"
 _T5_BYTES = 19_000_000_000  # specification 2.1; fp32
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Preset:
-    """One model."""
-
-    name: str  # what it is called on the command line
-    summary: str  # what it is good for
-    config: Callable[[], MagiConfig]  # makes its configuration
-    parameters: int  # of the DiT, the scales of a quantised model counted
-    stored: int  # bytes of the DiT's weights on disk; the embedders are fp32, the layers bf16 or fp8
-    folder: str | None  # under sand-ai/MAGI-1, where the weights are; None when they ship with the project, in fp16
-    vae_parameters: int = 613_755_239  # of the autoencoder (specification 1.1)
-
-    @property
-    def disk(self) -> int:
-        """Bytes of files: the DiT, the autoencoder (fp32 in released folders), and T5."""
-        return self.stored + (4 * self.vae_parameters + _T5_BYTES if self.folder else 2 * self.vae_parameters)
+_VAE, _POCKET_VAE = 613_755_239, 6_889_319  # parameters of autoencoders (specification 1.1); released ones are in fp32
 
 
 def find_preset(name: str) -> Preset:
@@ -58,8 +35,6 @@ def preset_of(config: MagiConfig) -> Preset | None:
 
 def released_config(name: str) -> MagiConfig:
     """The configuration file of a released model, by the name of its folder: `4.5B_base`, `24B_distill_quant` ..."""
-    from models.magi.config import MagiConfig
-
     large, distill = name.startswith("24B"), "_distill" in name
     values = {
         "model_config": _model_values(large=large),
@@ -147,7 +122,7 @@ def _pocket() -> MagiConfig:
     return pocket_config()
 
 
-# Folder, what it is good for, parameters, bytes on disk
+# Folder, what it is good for, parameters, bytes on disk: the embedders are fp32, the layers bf16 or fp8
 _RELEASED = (
     ("4.5B_base", "guidance in three branches, 64 steps", 4_459_898_128, 8_960_177_216),
     ("4.5B_distill", "one pass a step; give --steps 16 or 12 or 8", 4_459_898_128, 8_960_177_216),
@@ -165,8 +140,9 @@ def _presets() -> Iterator[Preset]:
         config=_pocket,
         parameters=3_401_702,
         stored=2 * 3_401_702,
+        vae_parameters=_POCKET_VAE,
+        others=2 * _POCKET_VAE,
         folder=None,
-        vae_parameters=6_889_319,
     )
     for released, summary, parameters, stored in _RELEASED:
         yield Preset(
@@ -175,7 +151,9 @@ def _presets() -> Iterator[Preset]:
             config=partial(released_config, released),
             parameters=parameters,
             stored=stored,
-            folder=f"ckpt/magi/{released}",
+            vae_parameters=_VAE,
+            others=4 * _VAE + _T5_BYTES,
+            folder=f"ckpt/magi/{released}",  # under sand-ai/MAGI-1
         )
 
 

@@ -38,7 +38,7 @@ def timesteps(num_steps: int, shortcut_mode: str) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class EulerSolver:
-    """One step of Euler's method at a time; frames that are given are written over in every step (7.4, steps 4, 6)."""
+    """A `Solver`: Euler's method; frames that are given are written over in every step (7.4, steps 4, 6)."""
 
     sampling: MagiSampling
     given: Tensor | None
@@ -52,11 +52,9 @@ class EulerSolver:
         return x
 
     def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
-        """Go on by the step's size."""
         return self.model_input(x, step) + velocity * self.sampling.step_size(step)
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -65,7 +63,7 @@ class EulerSolver:
 
 @dataclass(frozen=True, kw_only=True)
 class MagiSampling:
-    """Sampling of one request."""
+    """A `Sampling`."""
 
     chunks_at_once = None
     overlap = 0
@@ -95,7 +93,6 @@ class MagiSampling:
 
     @property
     def window(self) -> int:
-        """Chunks that are denoised at once."""
         return self.config.runtime_config.window_size
 
     @property
@@ -105,7 +102,6 @@ class MagiSampling:
 
     @property
     def chunk_width(self) -> int:
-        """Latent frames of a chunk."""
         return self.config.runtime_config.chunk_width
 
     def prefix(self, frames: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import re
 import urllib.parse
 import warnings
 import zipfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError
-from models.text import KeptEncoder, TextDtype, check_encoder, load_pretrained, package
+from models.rewriting import Rules
+from models.text import KeptEncoder, TextDtype, TextLoading, check_encoder, load_pretrained, package
 
 T5_FOLDER = "t5-v1_1-xxl"
 """The folder inside `t5_pretrained` that holds the encoder."""
@@ -104,16 +105,12 @@ class SpecialTokens:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TextLoading:
-    """How prompts are read."""
+class T5Loading(TextLoading):
+    """How prompts are read with T5."""
 
     tokens: Path | None = None  # special_tokens.npz; None searches it, as `find_files` does
-    device: str | None = None  # where T5 encodes; None is what the configuration says, on the CPU if there is no GPU
-    dtype: TextDtype | None = None  # of T5; None is as its files have it
-    cache: Path | None = None  # folder where encoded prompts are kept; None keeps none
     special: tuple[SpecialToken, ...] = SPECIAL  # what kind of video is wanted
     negative: bool = False  # what is not wanted stands in front of the text of "no text"
-    prompts: tuple[str, ...] = ()  # known before the model is loaded: T5 reads them first, and is let go
 
 
 class T5Encoder(KeptEncoder):
@@ -122,15 +119,8 @@ class T5Encoder(KeptEncoder):
     The released code pads every prompt to `max_length` tokens and masks the padding. Masked positions weigh exactly
     zero, so nothing is padded here: the same result up to the order of summation, and a short prompt is far cheaper.
 
-    Args:
-        folder: `t5_pretrained`, the folder that holds `t5-v1_1-xxl`.
-        device: where to encode.
-        dtype: of the weights; None is as the files have it.
-        max_length: most tokens of a caption; longer prompts are cut.
-        cache: folder where results are kept, by what they depend on; None keeps none.
-
-    Raises:
-        InputError: the folder or a package is missing.
+    `folder` is `t5_pretrained`, which holds `t5-v1_1-xxl`; the other arguments are as in `KeptEncoder`. An `InputError`
+    says that the folder or a package is missing.
     """
 
     def __init__(
@@ -156,7 +146,6 @@ class T5Encoder(KeptEncoder):
         return clean_prompt(prompt)
 
     def load(self) -> tuple[Any, Any]:
-        """Tokenizer and model."""
         tokenizer = load_pretrained(self._transformers, "AutoTokenizer", self.folder, _ENCODER)
         model = load_pretrained(self._transformers, "T5EncoderModel", self.folder, _ENCODER, dtype=self.dtype or "auto")
         return tokenizer, model.to(self.device)
@@ -168,13 +157,6 @@ def check_t5(folder: Path) -> int:
 
 
 # Cleaning of prompts: patterns and their replacements, in order.
-_Rule = tuple[re.Pattern[str], str]
-
-
-def _rules(*pairs: tuple[str, str]) -> tuple[_Rule, ...]:
-    return tuple((re.compile(pattern), replacement) for pattern, replacement in pairs)
-
-
 _ADDRESS = (
     r"\b((?:{scheme}:(?:\/{{1,3}}|[a-zA-Z0-9%])|[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b\/?(?!@)))"
 )
@@ -185,10 +167,10 @@ _DASHES = (
 _FILE_ENDINGS = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 
 # Specification 2.2, step 3.
-_ADDRESSES = _rules((_ADDRESS.format(scheme="https?"), ""), (_ADDRESS.format(scheme="www"), ""))
+_ADDRESSES = Rules((_ADDRESS.format(scheme="https?"), ""), (_ADDRESS.format(scheme="www"), ""))
 
 # Steps 5 to 17: marks, dashes, quotes and what a web page leaves behind.
-_MARKS = _rules(
+_MARKS = Rules(
     (r"@[\w\d]+\b", ""),
     (r"[\u31c0-\u9fff]+", ""),  # seven blocks in a row
     (rf"[{_DASHES}]+", "-"),
@@ -214,7 +196,7 @@ _JOINER = re.compile(r"[-_]")
 _MOST_JOINERS = 3
 
 # Steps 20 to 27: codes, advertisements, sizes, spaces around punctuation, and a quote around all.
-_WORDS = _rules(
+_WORDS = Rules(
     (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),
     (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),
     (r"\b\d+[a-zA-Z]+\d+\b", ""),
@@ -250,13 +232,13 @@ def clean_prompt(text: str) -> str:
 
 def _clean_once(text: str) -> str:
     text = urllib.parse.unquote_plus(text).strip().lower()
-    text = _apply(_ADDRESSES, text.replace("<person>", "person"))
-    text = _apply(_MARKS, _without_tags(text))
+    text = _ADDRESSES(text.replace("<person>", "person"))
+    text = _MARKS(_without_tags(text))
     if len(_JOINER.findall(text)) > _MOST_JOINERS:
         text = _JOINER.sub(" ", text)
     text = package("ftfy", "t5").fix_text(text)
     text = html.unescape(html.unescape(text)).strip()
-    return _apply(_WORDS, text).strip()
+    return _WORDS(text).strip()
 
 
 def _without_tags(text: str) -> str:
@@ -264,9 +246,3 @@ def _without_tags(text: str) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns that a short prompt looks like a file name
         return str(soup(text, features="html.parser").text)
-
-
-def _apply(rules: Iterable[_Rule], text: str) -> str:
-    for pattern, replacement in rules:
-        text = pattern.sub(replacement, text)
-    return text

@@ -1,7 +1,5 @@
 """Weights of MAGI-1: which tensors a DiT or an autoencoder has, and in which dtypes (specification part 5)."""
 
-from __future__ import annotations
-
 import re
 from functools import cache
 

@@ -51,7 +51,7 @@ class WanShapes:
     text_len: Annotated[int, Field(ge=1, le=100_000)] = 512
     clip_dim: _Width = 1280
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
-    inject_sample_info: bool = False  # the model is told how many frames a second has
+    inject_sample_info: bool = False  # the model takes frames per second as a condition
     patch_size: tuple[Literal[1], Literal[2], Literal[2]] = (1, 2, 2)
     window_size: tuple[Literal[-1], Literal[-1]] = (-1, -1)
     qk_norm: Literal[True] = True
@@ -156,7 +156,7 @@ IMAGE_TO_VIDEO = WanRuntime(
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class WanConfig:
-    """A model."""
+    """A model, a `ModelConfig`."""
 
     shapes: WanShapes
     precision: WanPrecision
@@ -173,7 +173,6 @@ class WanConfig:
 
     @property
     def figures(self) -> Figures:
-        """As `models.family.ModelConfig`."""
         shapes, runtime, dim = self.shapes, self.runtime, self.shapes.dim
         keys = self.chunk_tokens(runtime.height, runtime.width) * self.window_chunks
         chunks = self.window_chunks
@@ -212,13 +211,11 @@ class WanConfig:
         return self.runtime.window_frames // self.chunk_latents
 
     def chunk_tokens(self, height: int, width: int) -> int:
-        """Tokens of a chunk of a video of that size in pixels."""
         _, rows, columns = self.shapes.patch_size
         return self.chunk_latents * (height // (CELL_PIXELS * rows)) * (width // (CELL_PIXELS * columns))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the hidden states."""
         return _DTYPES[self.precision.dtype]
 
     @property
@@ -227,7 +224,6 @@ class WanConfig:
         return torch.float32 if self.precision.fp32_islands else self.dtype
 
     def kv_geometry(self, layers: range, device: torch.device) -> KVGeometry:
-        """Shape of the KV of some layers."""
         heads = self.shapes.num_heads
         return KVGeometry(
             layers=layers,

@@ -7,8 +7,6 @@ some of the layers. Nothing here knows ranks, requests or caches.
 Shapes: T h w latent frames and cells, S tokens = T * h/2 * w/2, D hidden, F times of a chunk, N text tokens.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import cast
@@ -55,7 +53,7 @@ class _ImageEmbedder(nn.Module):
 
 
 class WanDiT(nn.Module):
-    """All of the model or one stage of it.
+    """All of the model or one stage of it, a `VideoModel`.
 
     Args:
         config: shapes and precision.
@@ -93,21 +91,17 @@ class WanDiT(nn.Module):
 
     @property
     def kv(self) -> KVGeometry:
-        """Shape of the KV of the layers that are held."""
         return self.config.kv_geometry(self.held, self.device)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the parameters that are held."""
         return sum(parameter.nbytes for parameter in self.parameters())
 
     @property
     def latent_channels(self) -> int:
-        """Channels of a latent."""
         return self.config.shapes.out_dim
 
     def token_count(self, frames: int, height: int, width: int) -> int:
-        """Tokens of a latent of that size."""
         return math.prod(self.token_grid((frames, height, width)))
 
     def token_grid(self, latent: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -126,7 +120,7 @@ class WanDiT(nn.Module):
         return F.linear(tokens, convolution.weight.flatten(1), convolution.bias)
 
     def embed_condition(self, condition: PassCondition) -> tuple[Tensor, Tensor]:
-        """What the head and what the layers are told of a chunk: e [F, D] and e0 [F, 6, D], in the islands' dtype.
+        """Embeddings of a condition for the head and for the layers: e [F, D] and e0 [F, 6, D], in the islands' dtype.
 
         F is 1 if all the chunk's times are the same; each is computed all the same, as a product's last bits depend on
         how many rows it has.
@@ -173,7 +167,6 @@ class WanDiT(nn.Module):
     def layers(
         self, hidden: Tensor, modulation: Modulation, text: TextKV, positions: Positions, view: KVView
     ) -> Tensor:
-        """Run the layers that are held; as `VideoModel.layers`."""
         for hidden in self.each_layer(hidden, modulation, text, positions, view):  # noqa: B007, B020
             pass
         return hidden

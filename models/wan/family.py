@@ -1,25 +1,22 @@
 """SkyReels-V2 and Self-Forcing as the commands see them; what each method does is said in `models/family.py`."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 
-from models.checkpoint import Loading
 from models.errors import InputError
-from models.family import Choices, Part, ReuseFigures
+from models.family import Part, ReuseFigures
 from models.protocols import Sampling
 from models.wan import folder as folders
+from models.wan import loader as loading
+from models.wan import presets as known
+from models.wan import weights
 from models.wan.config import WanConfig
 from models.wan.image import check_image
-from models.wan.loader import WanLoader, changed, loader_of
-from models.wan.presets import PRESETS, VAE_PARAMETERS, Preset, preset_of
 from models.wan.sampling.changes import KEPT_STEPS, POLYNOMIALS
 from models.wan.sampling.method import sampling_of
 from models.wan.text import check_text
 from models.wan.vae import WanVaeFiles
-from models.wan.weights import WanWeights, empty_dit
+from models.wan.weights import WanWeights
 
 _LARGE_DIM = 5120  # channels of the model whose fit is that of 14B
 
@@ -28,35 +25,21 @@ class WanFamily:
     """A `Family`."""
 
     config_type = WanConfig
+    presets, preset_of = known.PRESETS, staticmethod(known.preset_of)
+    holds_model, recognise = staticmethod(folders.holds_model), staticmethod(folders.recognise)
+    changed, loader = staticmethod(loading.changed), staticmethod(loading.loader_of)
+    stage_bytes = staticmethod(weights.stage_bytes)
     notes = (
         "Weights of SkyReels-V2: the folder above on huggingface.co, as it is, or that of diffusers; of Self-Forcing "
         "its file in a folder with Wan 2.1's autoencoder and encoder in wan_models/Wan2.1-T2V-1.3B. Autoencoder and "
         "UMT5 (11 GB) need pip install 'flowcache-engine[wan]'."
     )
 
-    def presets(self) -> Mapping[str, Preset]:
-        """As `Family`."""
-        return PRESETS
-
-    def preset_of(self, config: WanConfig) -> Preset | None:
-        """As `Family`."""
-        return preset_of(config)
-
     def describe(self, config: WanConfig) -> str:
-        """As `Family`."""
         shapes = config.shapes
         return f"a causal Wan of {shapes.num_layers} layers and {shapes.dim} channels, by {config.runtime.method}"
 
-    def holds_model(self, folder: Path) -> bool:
-        """As `Family`."""
-        return folders.holds_model(folder)
-
-    def recognise(self, folder: Path) -> WanConfig:
-        """As `Family`."""
-        return folders.recognise(folder)
-
     def parts(self, config: WanConfig, folder: Path, tokens: Path | None) -> Iterator[Part]:
-        """As `Family`."""
         dit = folders.dit_source(folder)
         yield Part(name="DiT", where=dit, check=lambda: WanWeights(dit).check(config))
         files = folders.find_files(config, folder)
@@ -64,14 +47,6 @@ class WanFamily:
         yield Part(name="UMT5", where=files.text, check=lambda: check_text(files.text, files.tokenizer))
         if (image := files.image) is not None:
             yield Part(name="CLIP", where=image, check=lambda: check_image(image))
-
-    def changed(self, config: WanConfig, choices: Choices) -> WanConfig:
-        """As `Family`."""
-        return changed(config, choices)
-
-    def loader(self, config: WanConfig, choices: Choices) -> WanLoader:
-        """As `Family`."""
-        return loader_of(config, choices)
 
     def reuse_figures(self, config: WanConfig) -> ReuseFigures | None:
         """As `Family`: of SkyReels-V2 as published, with the fit of its size; none of Self-Forcing, whose steps are
@@ -99,25 +74,14 @@ class WanFamily:
         if config.runtime.guidance <= 1:
             raise InputError("a negative prompt: this model has no guidance that could read it, leave it out")
 
-    def stage_bytes(self, config: WanConfig, layers: range) -> int:
-        """As `Family`."""
-        return _stage_bytes(config, layers)
-
     def vae_bytes(self, config: WanConfig, vae: Path | None) -> int:
         """As `Family`. It is fp32."""
         if vae is None:
-            return 4 * VAE_PARAMETERS
+            return 4 * known.VAE_PARAMETERS
         stored = WanVaeFiles(vae).check()
         return 4 * sum(entry.size for entry in stored.values())
 
     def sampling(
         self, config: WanConfig, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0, ends: int = 0
     ) -> Sampling:
-        """As `Family`."""
         return sampling_of(config, num_steps, clean_pass=clean_pass, given=given, ends=ends)
-
-
-@cache  # a batch asks once for each of its lines
-def _stage_bytes(config: WanConfig, layers: range) -> int:
-    model, dtypes = empty_dit(config, Loading(layers=layers))
-    return sum(tensor.numel() * dtypes[name].itemsize for name, tensor in model.state_dict().items())

@@ -4,17 +4,15 @@ Three layouts: as SkyReels-V2 is released, as diffusers has it, and a file of Se
 around it. Only names, descriptions and headers are read here.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from models.checkpoint import Stored
+from models.checkpoint import Stored, first_with, shape_of
 from models.config import checked
 from models.errors import InputError
-from models.folder import first_with
 from models.wan.config import (
     CAUSAL_WAN,
     IMAGE_TO_VIDEO,
@@ -131,13 +129,7 @@ def _generators(folder: Path) -> list[Path]:
 
 def _shapes_of(stored: Mapping[str, Stored], source: Path) -> WanShapes:
     """Shapes as the tensors have them."""
-
-    def shape(name: str, dimensions: int) -> tuple[int, ...]:
-        found = stored[name].shape if name in stored else ()
-        if len(found) != dimensions or not all(found):
-            raise InputError(f"{source} holds no causal Wan: it lacks {name}")
-        return found
-
+    shape = partial(shape_of, stored, f"{source} holds no causal Wan")
     dim, channels, *_ = shape("patch_embedding.weight", 5)
     values = {
         "model_type": "t2v",

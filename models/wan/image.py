@@ -3,10 +3,9 @@
 The released file holds a text tower too, which is left alone, and queries, keys and values of a layer in one tensor.
 """
 
-from __future__ import annotations
-
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.checkpoint import TorchFile
+from models.checkpoint import TorchFile, shape_of
 from models.errors import InputError
+from models.rewriting import Rules
 from models.text import check_encoder, load_pretrained, package
 from models.wan.config import IMAGE_TOKENS
 
@@ -27,24 +27,21 @@ _SEES = "visual."
 _UNUSED = re.compile(r"textual\.|log_scale$|visual\.head$")  # parts of the file that are for comparing with texts
 _FUSED = re.compile(r"(visual\.transformer\.\d+\.attn\.)to_qkv\.(weight|bias)")
 
-# In order: a parameter's name in transformers, and the released one, with the fused tensor taken apart.
-_WORDS = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^(vision_model\.)?", _SEES),
-        (r"\.embeddings\.class_embedding$", ".cls_embedding"),
-        (r"\.embeddings\.position_embedding\.weight$", ".pos_embedding"),
-        (r"\.embeddings\.patch_embedding\.", ".patch_embedding."),
-        (r"\.pre_layrnorm\.", ".pre_norm."),
-        (r"\.post_layernorm\.", ".post_norm."),
-        (r"\.encoder\.layers\.", ".transformer."),
-        (r"\.layer_norm(\d)\.", r".norm\1."),
-        (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),
-        (r"\.self_attn\.out_proj\.", ".attn.proj."),
-        (r"\.mlp\.fc1\.", ".mlp.0."),
-        (r"\.mlp\.fc2\.", ".mlp.2."),
-    )
+released_name = Rules(
+    (r"^(vision_model\.)?", _SEES),
+    (r"\.embeddings\.class_embedding$", ".cls_embedding"),
+    (r"\.embeddings\.position_embedding\.weight$", ".pos_embedding"),
+    (r"\.embeddings\.patch_embedding\.", ".patch_embedding."),
+    (r"\.pre_layrnorm\.", ".pre_norm."),
+    (r"\.post_layernorm\.", ".post_norm."),
+    (r"\.encoder\.layers\.", ".transformer."),
+    (r"\.layer_norm(\d)\.", r".norm\1."),
+    (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),
+    (r"\.self_attn\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.fc1\.", ".mlp.0."),
+    (r"\.mlp\.fc2\.", ".mlp.2."),
 )
+"""What the released file calls a parameter of transformers' vision tower, the fused tensor taken apart."""
 
 
 class ImageEncoder(Protocol):
@@ -97,13 +94,6 @@ def check_image(source: Path) -> int:
     return source.stat().st_size
 
 
-def released_name(name: str) -> str:
-    """What the released file calls a parameter of transformers' vision tower, taken apart."""
-    for pattern, replacement in _WORDS:
-        name = pattern.sub(replacement, name)
-    return name
-
-
 def _apart(held: dict[str, Tensor]) -> dict[str, Tensor]:
     """The vision tower of a released file in the shapes that transformers has."""
     parts: dict[str, Tensor] = {}
@@ -123,19 +113,13 @@ def _released(transformers: Any, source: Path) -> tuple[TorchFile, Any]:
     """A released file, and an empty tower of its shapes; what they do not say is that of ViT-H/14."""
     files = TorchFile(source, convert=_apart)
     stored = files.stored()
-
-    def shape(name: str, dimensions: int) -> tuple[int, ...]:
-        found = stored[_SEES + name].shape if _SEES + name in stored else ()
-        if len(found) != dimensions or not all(found):
-            raise InputError(f"{source} holds no CLIP image encoder: it lacks {_SEES}{name}")
-        return found
-
-    (tokens, width), patch = shape("pos_embedding", 2), shape("patch_embedding.weight", 4)[-1]
+    shape = partial(shape_of, stored, f"{source} holds no CLIP image encoder")
+    (tokens, width), patch = shape(f"{_SEES}pos_embedding", 2), shape(f"{_SEES}patch_embedding.weight", 4)[-1]
     if tokens != IMAGE_TOKENS:
         raise InputError(f"{source} gives {tokens} tokens of an image, and the model reads {IMAGE_TOKENS}")
     config = transformers.CLIPVisionConfig(
         hidden_size=width,
-        intermediate_size=shape("transformer.0.mlp.0.weight", 2)[0],
+        intermediate_size=shape(f"{_SEES}transformer.0.mlp.0.weight", 2)[0],
         num_hidden_layers=sum(1 for name in stored if re.fullmatch(r"visual\.transformer\.\d+\.norm1\.weight", name)),
         num_attention_heads=max(1, width // _HEAD),
         image_size=patch * math.isqrt(tokens - 1),

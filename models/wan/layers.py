@@ -7,8 +7,6 @@ d head size. Dtypes: hidden states and big products are in the model's; `island`
 residual within a layer.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

@@ -1,20 +1,19 @@
 """A model of this family from the options of the command line, and what loads it."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from models.checkpoint import Loading
 from models.errors import InputError
-from models.family import Choices
+from models.family import Choices, ModelLoader
+from models.text import TextLoading
 from models.wan.config import WanConfig
 from models.wan.dit import WanDiT
 from models.wan.folder import find_files
-from models.wan.pipeline import WanPipeline, WanTextLoading, load_pipeline, load_stage
+from models.wan.pipeline import WanPipeline, load_pipeline, load_stage
 from models.wan.presets import PRESETS
-from models.wan.random import random_dit, random_pipeline
+from models.wan.random_weights import random_dit, random_pipeline
 
 _OF_MAGI = (
     *("window", "guidance_times", "chunk_scales", "text_scales", "special", "special_tokens", "negative"),
@@ -24,48 +23,33 @@ _IN_STEP = {"chunk_width": 1, "stagger": 0}  # as SkyReels-V2 is run in step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WanLoader:
-    """A `ModelLoader` of a model of this family."""
+class WanLoader(ModelLoader):
+    """Of a model of this family; without `weights` they are random numbers."""
 
     config: WanConfig
-    weights: Path | None  # folder; every node must see it. None: weights are random numbers
-    text: WanTextLoading = field(default_factory=WanTextLoading)  # how prompts are read
 
     @property
     def identity(self) -> list[Any]:
-        """As `ModelLoader`."""
         return [self.config.to_dict(), str(self.weights), self.text.dtype]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As `ModelLoader`."""
         weights = "random" if self.weights is None else str(self.weights.resolve())
         return {"weights": weights, "text": self.text.dtype}
 
     @property
     def vae(self) -> Path | None:
-        """As `ModelLoader`."""
         return None if self.weights is None else find_files(self.config, self.weights).vae
 
-    def absolute(self) -> WanLoader:
-        """As `ModelLoader`."""
-        return replace(self, weights=None if self.weights is None else self.weights.absolute())
-
-    def with_prompts(self, prompts: tuple[str, ...]) -> WanLoader:
-        """As `ModelLoader`."""
-        return replace(self, text=replace(self.text, prompts=prompts))
-
     def pipeline(self, loading: Loading) -> WanPipeline:
-        """As `ModelLoader`."""
         if self.weights is None:
             return random_pipeline(self.config, loading)
         return load_pipeline(self.config, self.weights, loading, self.text)
 
     def stage(self, loading: Loading) -> WanDiT:
-        """As `ModelLoader`."""
-        return (
-            random_dit(self.config, loading) if self.weights is None else load_stage(self.config, self.weights, loading)
-        )
+        if self.weights is None:
+            return random_dit(self.config, loading)
+        return load_stage(self.config, self.weights, loading)
 
 
 def changed(config: WanConfig, choices: Choices) -> WanConfig:
@@ -89,7 +73,7 @@ def loader_of(config: WanConfig, choices: Choices) -> WanLoader:
     if choices.weights is None:
         where = f"download {PRESETS[choices.name].folder} from huggingface.co, and " if choices.preset else ""
         raise InputError(f"{choices.name} has no weights here: {where}give their folder with --weights")
-    text = WanTextLoading(
+    text = TextLoading(
         device=choices.t5_device, dtype=choices.t5_dtype, cache=choices.prompt_cache or choices.usual_cache
     )
     return WanLoader(config=config, weights=choices.weights, text=text)

@@ -6,7 +6,7 @@ Nothing here knows ranks or how a video is scheduled.
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from models.attention import Attention
 from models.checkpoint import Loading
 from models.protocols import Autoencoder, CaptionTable, Sampling, SeenImage
-from models.text import TextDtype, TextEncoder
+from models.text import TextEncoder, TextLoading
 from models.wan.config import WanConfig
 from models.wan.dit import WanDiT
 from models.wan.folder import dit_source, find_files
@@ -28,22 +28,11 @@ from models.wan.text import UMT5Encoder, padded
 from models.wan.vae import WanVAE, WanVaeFiles
 from models.wan.weights import WanWeights
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WanTextLoading:
-    """How prompts are read."""
-
-    device: str | None = None  # where UMT5 encodes; None is a GPU if there is one
-    dtype: TextDtype | None = None  # of UMT5; None is as its files have it
-    cache: Path | None = None  # folder where encoded prompts are kept; None keeps none
-    prompts: tuple[str, ...] = ()  # known before the model is loaded: UMT5 reads them first, and is let go
-
-
-_TEXT = WanTextLoading()
+_TEXT = TextLoading()
 
 
 class WanPipeline:
-    """A DiT with what turns prompts into captions and latents into frames.
+    """A `Pipeline`: a DiT with what turns prompts into captions and latents into frames.
 
     Without an encoder captions are brought, and without an autoencoder a video ends with latents.
     """
@@ -62,13 +51,11 @@ class WanPipeline:
 
     @property
     def autoencoder(self) -> Autoencoder:
-        """Frames to latents and back."""
         assert self._autoencoder is not None
         return self._autoencoder
 
     @property
     def attention(self) -> Attention:
-        """What KV views attend with."""
         return self.model.attention
 
     def sampling(
@@ -111,14 +98,14 @@ class WanPipeline:
         return CaptionTable(text=text, null=null).to(self.model.device)
 
     def variant(self, *, fps: int | None, negative: str | None) -> WanPipeline:
-        """As `Adjustable`: a model that is told the frame rate is told this one."""
+        """As `Adjustable`: a model that takes a frame rate takes this one."""
         given: dict[str, Any] = {"fps": fps, "negative": negative}
         made, given = copy(self), {name: value for name, value in given.items() if value is not None}
         made.config = replace(self.config, runtime=replace(self.config.runtime, **given))
         return made
 
 
-def load_pipeline(config: WanConfig, folder: Path, loading: Loading, text: WanTextLoading = _TEXT) -> WanPipeline:
+def load_pipeline(config: WanConfig, folder: Path, loading: Loading, text: TextLoading = _TEXT) -> WanPipeline:
     """Load a model whole, or with the layers that are asked for: DiT, autoencoder and text encoder.
 
     What is missing of the smaller files is said before the large ones are read.

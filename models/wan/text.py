@@ -4,11 +4,9 @@ Prompts are cleaned as specification 1.6 says. The encoder gives the tokens that
 rows, of which those behind the text are zero and take part (`padded`).
 """
 
-from __future__ import annotations
-
 import html
 import re
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +14,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.checkpoint import Stored, TorchFile
+from models.checkpoint import TorchFile, shape_of
 from models.errors import InputError
+from models.rewriting import Rules
 from models.text import KeptEncoder, TextDtype, check_encoder, load_pretrained, package
 
 RELEASED_TEXT = "models_t5_umt5-xxl-enc-bf16.pth"
 RELEASED_TOKENIZER = "google/umt5-xxl"
 _ENCODER = "the UMT5 encoder"
 
-# A parameter's name in transformers, in order, and the released one.
-_WORDS = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^(shared|encoder\.embed_tokens)\.", "token_embedding."),
-        (r"^encoder\.final_layer_norm\.", "norm."),
-        (r"^encoder\.block\.", "blocks."),
-        (r"\.layer\.0\.layer_norm\.", ".norm1."),
-        (r"\.layer\.0\.SelfAttention\.relative_attention_bias\.", ".pos_embedding.embedding."),
-        (r"\.layer\.0\.SelfAttention\.", ".attn."),
-        (r"\.layer\.1\.layer_norm\.", ".norm2."),
-        (r"\.layer\.1\.DenseReluDense\.wi_0\.", ".ffn.gate.0."),
-        (r"\.layer\.1\.DenseReluDense\.wi_1\.", ".ffn.fc1."),
-        (r"\.layer\.1\.DenseReluDense\.wo\.", ".ffn.fc2."),
-    )
+released_name = Rules(
+    (r"^(shared|encoder\.embed_tokens)\.", "token_embedding."),
+    (r"^encoder\.final_layer_norm\.", "norm."),
+    (r"^encoder\.block\.", "blocks."),
+    (r"\.layer\.0\.layer_norm\.", ".norm1."),
+    (r"\.layer\.0\.SelfAttention\.relative_attention_bias\.", ".pos_embedding.embedding."),
+    (r"\.layer\.0\.SelfAttention\.", ".attn."),
+    (r"\.layer\.1\.layer_norm\.", ".norm2."),
+    (r"\.layer\.1\.DenseReluDense\.wi_0\.", ".ffn.gate.0."),
+    (r"\.layer\.1\.DenseReluDense\.wi_1\.", ".ffn.fc1."),
+    (r"\.layer\.1\.DenseReluDense\.wo\.", ".ffn.fc2."),
 )
+"""What the released file calls a parameter of transformers' encoder."""
 
 
 class UMT5Encoder(KeptEncoder):
@@ -73,7 +69,6 @@ class UMT5Encoder(KeptEncoder):
         return clean_prompt(prompt)
 
     def load(self) -> tuple[Any, Any]:
-        """Tokenizer and model."""
         tokenizer = load_pretrained(self._transformers, "AutoTokenizer", self._words, _ENCODER)
         if self._weights.is_dir():
             dtype = self.dtype or "auto"
@@ -112,20 +107,14 @@ def check_text(weights: Path, tokenizer: Path) -> int:
         raise InputError(f"cannot read {_ENCODER} {weights}: {error.strerror}") from None
 
 
-def released_name(name: str) -> str:
-    """What the released file calls a parameter of transformers' encoder."""
-    for pattern, replacement in _WORDS:
-        name = pattern.sub(replacement, name)
-    return name
-
-
 def _released_config(transformers: Any, files: TorchFile) -> Any:
     """Sizes as the shapes of a released file say; all else is UMT5-XXL's."""
     stored = files.stored()
     layers = sum(1 for name in stored if re.fullmatch(r"blocks\.\d+\.norm1\.weight", name))
-    vocabulary, width = _shape(files, stored, "token_embedding.weight")
-    buckets, heads = _shape(files, stored, "blocks.0.pos_embedding.embedding.weight")
-    inner, hidden = (_shape(files, stored, f"blocks.0.{name}.weight")[0] for name in ("attn.q", "ffn.fc1"))
+    shape = partial(shape_of, stored, f"{files.source} holds no UMT5 encoder", dimensions=2)
+    vocabulary, width = shape("token_embedding.weight")
+    buckets, heads = shape("blocks.0.pos_embedding.embedding.weight")
+    inner, hidden = (shape(f"blocks.0.{name}.weight")[0] for name in ("attn.q", "ffn.fc1"))
     return transformers.UMT5Config(
         vocab_size=vocabulary,
         d_model=width,
@@ -138,10 +127,3 @@ def _released_config(transformers: Any, files: TorchFile) -> Any:
         feed_forward_proj="gated-gelu",
         layer_norm_epsilon=1e-6,
     )
-
-
-def _shape(files: TorchFile, stored: Mapping[str, Stored], name: str) -> tuple[int, int]:
-    shape = stored[name].shape if name in stored else ()
-    if len(shape) != 2 or not all(shape):
-        raise InputError(f"{files.source} holds no UMT5 encoder: it lacks {name}")
-    return shape[0], shape[1]

@@ -22,6 +22,7 @@ from models.checkpoint import Stored, TorchFile, WeightFiles
 from models.config import STRICT, checked, read_json
 from models.errors import InputError
 from models.protocols import CELL_FRAMES, CELL_PIXELS
+from models.rewriting import Rules
 
 RELEASED_VAE = "Wan2.1_VAE.pth"
 _STEM = "diffusion_pytorch_model"
@@ -36,26 +37,23 @@ _STD = (
 )  # fmt: skip
 _Count = Annotated[int, Field(ge=1, le=4_096)]
 
-# In order: a parameter's name in diffusers, and the released one.
-_WORDS = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"(\.\d+)\.norm1\.", r"\1.residual.0."),
-        (r"(\.\d+)\.conv1\.", r"\1.residual.2."),
-        (r"(\.\d+)\.norm2\.", r"\1.residual.3."),
-        (r"(\.\d+)\.conv2\.", r"\1.residual.6."),
-        (r"\.conv_shortcut\.", ".shortcut."),
-        (r"^quant_conv\.", "conv1."),
-        (r"^post_quant_conv\.", "conv2."),
-        (r"\.conv_in\.", ".conv1."),
-        (r"\.norm_out\.", ".head.0."),
-        (r"\.conv_out\.", ".head.2."),
-        (r"\.mid_block\.resnets\.0\.", ".middle.0."),
-        (r"\.mid_block\.attentions\.0\.", ".middle.1."),
-        (r"\.mid_block\.resnets\.1\.", ".middle.2."),
-        (r"\.down_blocks\.", ".downsamples."),
-    )
+_WORDS = Rules(
+    (r"(\.\d+)\.norm1\.", r"\1.residual.0."),
+    (r"(\.\d+)\.conv1\.", r"\1.residual.2."),
+    (r"(\.\d+)\.norm2\.", r"\1.residual.3."),
+    (r"(\.\d+)\.conv2\.", r"\1.residual.6."),
+    (r"\.conv_shortcut\.", ".shortcut."),
+    (r"^quant_conv\.", "conv1."),
+    (r"^post_quant_conv\.", "conv2."),
+    (r"\.conv_in\.", ".conv1."),
+    (r"\.norm_out\.", ".head.0."),
+    (r"\.conv_out\.", ".head.2."),
+    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    (r"\.down_blocks\.", ".downsamples."),
 )
+"""A parameter's name in diffusers, and the released one, but for `_UP`."""
 _UP = re.compile(r"\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.")
 
 
@@ -155,7 +153,6 @@ class _WanStream:
         }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """As of `RememberingStream`."""
         for name, kept in state.items():
             layer, _, word = name.partition(".")
             self._features[int(layer)] = bytes(kept.tolist()).decode() if word else kept.to(self._mean.device)
@@ -229,11 +226,9 @@ def empty_vae(config: WanVaeConfig) -> nn.Module:
 
 def released_name(name: str) -> str:
     """What the released file calls a parameter of diffusers' network."""
-    for pattern, replacement in _WORDS:
-        name = pattern.sub(replacement, name)
 
     def place(found: re.Match[str]) -> str:
         inner = 3 if found[2] is None else int(found[2])
         return f".upsamples.{4 * int(found[1]) + inner}."
 
-    return _UP.sub(place, name)
+    return _UP.sub(place, _WORDS(name))

@@ -1,14 +1,13 @@
 """Weights of the causal Wan backbone, under the released names or under those of diffusers (specification 1.2)."""
 
-from __future__ import annotations
-
-import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from models.checkpoint import TORCH_SUFFIXES, WHOLE, Loading, Stored, TorchFile, WeightFiles
+from models.rewriting import Rules
 from models.wan.config import WanConfig
 from models.wan.dit import WanDiT
 
@@ -17,42 +16,33 @@ STEMS = ("model", "diffusion_pytorch_model")
 _GENERATORS = ("generator_ema", "generator")  # where Self-Forcing keeps the model in its file
 _DIFFUSERS = "condition_embedder."  # begins a name of diffusers
 
-# In order: a released name's parts, and what diffusers calls them. Its norm3 has no parameters.
-_WORDS = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
-        (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
-        (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
-        (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
-        (r"^time_projection\.1\.", "condition_embedder.time_proj."),
-        (r"^img_emb\.proj\.0\.", "condition_embedder.image_embedder.norm1."),
-        (r"^img_emb\.proj\.1\.", "condition_embedder.image_embedder.ff.net.0.proj."),
-        (r"^img_emb\.proj\.3\.", "condition_embedder.image_embedder.ff.net.2."),
-        (r"^img_emb\.proj\.4\.", "condition_embedder.image_embedder.norm2."),
-        (r"^fps_projection\.0\.", "fps_projection.net.0.proj."),
-        (r"^fps_projection\.2\.", "fps_projection.net.2."),
-        (r"^head\.head\.", "proj_out."),
-        (r"^head\.modulation$", "scale_shift_table"),
-        (r"\.modulation$", ".scale_shift_table"),
-        (r"\.ffn\.0\.", ".ffn.net.0.proj."),
-        (r"\.ffn\.2\.", ".ffn.net.2."),
-        (r"\.norm3\.", ".norm2."),
-        (r"\.self_attn\.", ".attn1."),
-        (r"\.cross_attn\.", ".attn2."),
-        (r"\.([qkv])\.(weight|bias)$", r".to_\1.\2"),
-        (r"\.o\.(weight|bias)$", r".to_out.0.\1"),
-        (r"\.([kv])_img\.", r".add_\1_proj."),
-        (r"\.norm_k_img\.", ".norm_added_k."),
-    )
+# Its norm3 has no parameters.
+diffusers_name = Rules(
+    (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
+    (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
+    (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
+    (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
+    (r"^time_projection\.1\.", "condition_embedder.time_proj."),
+    (r"^img_emb\.proj\.0\.", "condition_embedder.image_embedder.norm1."),
+    (r"^img_emb\.proj\.1\.", "condition_embedder.image_embedder.ff.net.0.proj."),
+    (r"^img_emb\.proj\.3\.", "condition_embedder.image_embedder.ff.net.2."),
+    (r"^img_emb\.proj\.4\.", "condition_embedder.image_embedder.norm2."),
+    (r"^fps_projection\.0\.", "fps_projection.net.0.proj."),
+    (r"^fps_projection\.2\.", "fps_projection.net.2."),
+    (r"^head\.head\.", "proj_out."),
+    (r"^head\.modulation$", "scale_shift_table"),
+    (r"\.modulation$", ".scale_shift_table"),
+    (r"\.ffn\.0\.", ".ffn.net.0.proj."),
+    (r"\.ffn\.2\.", ".ffn.net.2."),
+    (r"\.norm3\.", ".norm2."),
+    (r"\.self_attn\.", ".attn1."),
+    (r"\.cross_attn\.", ".attn2."),
+    (r"\.([qkv])\.(weight|bias)$", r".to_\1.\2"),
+    (r"\.o\.(weight|bias)$", r".to_out.0.\1"),
+    (r"\.([kv])_img\.", r".add_\1_proj."),
+    (r"\.norm_k_img\.", ".norm_added_k."),
 )
-
-
-def diffusers_name(name: str) -> str:
-    """What diffusers calls a parameter."""
-    for pattern, replacement in _WORDS:
-        name = pattern.sub(replacement, name)
-    return name
+"""What diffusers calls a parameter."""
 
 
 class WanWeights:
@@ -101,3 +91,10 @@ def empty_dit(config: WanConfig, loading: Loading) -> tuple[WanDiT, dict[str, to
     with torch.device("meta"):
         model = WanDiT(config, layers=loading.layers, attention=loading.attention)
     return model, dict.fromkeys(model.state_dict(), config.dtype)
+
+
+@cache  # a batch asks once for each of its lines
+def stage_bytes(config: WanConfig, layers: range) -> int:
+    """Bytes that the DiT with these layers takes once it is loaded."""
+    model, dtypes = empty_dit(config, Loading(layers=layers))
+    return sum(tensor.numel() * dtypes[name].itemsize for name, tensor in model.state_dict().items())

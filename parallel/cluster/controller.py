@@ -9,8 +9,6 @@ checkpoint on whichever gang is free. Every chunk is handed to the caller once, 
             ...
 """
 
-from __future__ import annotations
-
 import re
 import threading
 import time

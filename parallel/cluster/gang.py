@@ -6,8 +6,6 @@ it. After a failure all ranks are killed and new ones are started. Which videos 
 business.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import deque

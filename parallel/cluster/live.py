@@ -1,7 +1,5 @@
 """What happens in a video from tick to tick, for somebody who watches it being made: sent by the leader, not kept."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

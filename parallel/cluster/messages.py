@@ -4,8 +4,6 @@ Plain data. A message is one of the dataclasses below or a list of them, and tra
 arrays: decoding makes nothing but those dataclasses, paths, numbers, texts and arrays.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields

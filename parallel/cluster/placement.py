@@ -4,8 +4,6 @@ A bundle holds one pipeline stage, so that the ranks of a context-parallel group
 different machines. A gang that fits on one node is kept there.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

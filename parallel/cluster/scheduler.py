@@ -25,8 +25,6 @@ Rules
     emptied for it, and it runs there alone, so that it harms no other request and no other one harms it.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field

@@ -18,8 +18,6 @@ same buffer as its header: one transfer whose receive is posted ahead, not two. 
 buffer is.
 """
 
-from __future__ import annotations
-
 import queue
 import threading
 import time

@@ -3,8 +3,6 @@
 It knows the mesh and opens an inbox or an outbox for each edge; it does not know what is computed.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 

@@ -5,8 +5,6 @@ that waits would hold up the sends behind it. Whether that is possible is decide
 published in the store, so that no two ranks differ.
 """
 
-from __future__ import annotations
-
 import hmac
 import json
 import socket

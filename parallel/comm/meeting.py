@@ -1,7 +1,5 @@
 """Where the ranks of a gang meet: the address of their store, and the network interface that they listen at."""
 
-from __future__ import annotations
-
 import fcntl
 import hmac
 import json

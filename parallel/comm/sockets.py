@@ -4,8 +4,6 @@ The proof is the challenge of `multiprocessing.connection`: the secret itself ne
 after that is plain bytes in blocks, and not encrypted. Nothing here is unpickled.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import struct

@@ -38,14 +38,13 @@ class TokenSplit:
 
 
 class UlyssesShard:
-    """One rank's tokens of a request's chunks. The ranks of `group` exchange, through host memory if asked for."""
+    """A `TokenShard`: one rank's tokens. The ranks of `group` exchange, through host memory if asked for."""
 
     def __init__(self, split: TokenSplit, cp_rank: int, group: dist.ProcessGroup, *, through_host: bool) -> None:
         self._split, self._cp_rank, self._group, self._through_host = split, cp_rank, group, through_host
 
     @property
     def tokens(self) -> slice:
-        """The tokens of this rank."""
         return self._split.slices[self._cp_rank]
 
     def view(self, inner: KVView) -> KVView:

@@ -4,8 +4,6 @@ A silent rank is the first suspect. While there is one, no other rank is blamed:
 their work.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

@@ -4,8 +4,6 @@ Only this thread talks to the store, for a call may never return: a store whose 
 Other threads look at what this thread has read last, and at how many rounds it has done.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 import time

@@ -15,8 +15,6 @@ is ended. A stopped rank cannot read the failure; the ranks on its machine end i
 Only time in which this rank could look counts, so neither a suspended machine nor a starved rank blames others.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

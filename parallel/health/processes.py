@@ -4,8 +4,6 @@ A process is held by a file descriptor of the kernel, so that its number, once g
 mistaken for it.
 """
 
-from __future__ import annotations
-
 import os
 import select
 import signal

@@ -1,7 +1,5 @@
 """How long ranks, and processes that start or watch them, wait for one another; and how often they look. In seconds."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 # Ranks, and whoever starts them

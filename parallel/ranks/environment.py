@@ -109,12 +109,12 @@ def listening_at(interface: str | None) -> Iterator[None]:
     """Have gloo and NCCL listen at a network interface, in a context. Variables alone tell them; what the user has set
     stays, and nothing is left to processes that are started later."""
     names = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
-    told = {} if interface is None else {name: interface for name in names if name not in os.environ}
-    os.environ.update(told)
+    added = {} if interface is None else {name: interface for name in names if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        for name in told:
+        for name in added:
             os.environ.pop(name, None)
 
 

@@ -4,8 +4,6 @@ It opens the process groups, watches the other ranks, and serves models one afte
 on workers as a loop. An error on any rank ends all of them with one message.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ reused chunk costs no message. A checkpoint goes down the stream of items, so ev
 at the same point of it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time
@@ -45,7 +43,6 @@ class Leader(Runner):
 
     @property
     def pending(self) -> int:
-        """Velocities that are still to come."""
         return self._outstanding + len(self._undelivered)
 
     def admit(self, admission: Admission) -> None:
@@ -76,7 +73,6 @@ class Leader(Runner):
             self._outstanding += 1
 
     def results(self, *, wait: bool) -> list[tuple[WorkItem, Tensor]]:
-        """Velocities that have come back."""
         results, self._undelivered = self._undelivered, []
         if not self._one_stage:
             wait = wait and not results
@@ -119,16 +115,15 @@ class Leader(Runner):
         keys = [saved_key(self._saving[video], rank) for rank in range(math.prod(self.layout.values()))]
         if not self._store.check(keys):
             return None
-        told = [json.loads(raw) for raw in self._store.multi_get(keys)]
+        results = [json.loads(raw) for raw in self._store.multi_get(keys)]
         for key in keys:
             self._store.delete_key(key)
         del self._saving[video]
-        if (error := next((one for one in told if isinstance(one, str)), None)) is not None:
+        if (error := next((one for one in results if isinstance(one, str)), None)) is not None:
             raise InputError(error)
-        return tuple(Shard(**file) for files in told for file in files)
+        return tuple(Shard(**file) for files in results for file in files)
 
     def release(self, video: int) -> None:
-        """Have all ranks let go of a video."""
         header = self._header(Kind.RELEASE, video)
         self._edges.announce(header)
         self.worker.release(header)
@@ -137,7 +132,6 @@ class Leader(Runner):
         self._undelivered = [result for result in self._undelivered if result[0].request != video]
 
     def check(self) -> None:
-        """Raise a GangError if a rank has failed."""
         self._monitor.check()
 
     @contextmanager

@@ -5,8 +5,6 @@ from it after they have ended. Ranks are process groups of their own, so that Ct
 then lets them end in order.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -5,8 +5,6 @@ flags it was sent, and what it counts. `serve` works off the stream of messages 
 no other synchronisation.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 import time
@@ -38,7 +36,7 @@ class StageModel:
 
     model: VideoModel
     attention: Attention  # what KV views attend with
-    watcher: KVWatcher | None = None  # told of what compressions keep here
+    watcher: KVWatcher | None = None  # called with what compressions keep here
 
 
 def describe(item: WorkItem) -> str:
@@ -87,7 +85,7 @@ class StageWorker:
     def release(self, header: Header) -> None:
         """Let go of a video; a FlagMismatch if its flags are not the leader's."""
         self._follow(header)
-        self.counters.digests[str(header.request)] = self.stage.flags(header.request).digest.hex()
+        self.counters.finished(header.request, self.stage.flags(header.request).digest)
         self.stage.release(header.request)
         self._splits.pop(header.request)
         with self._saving_lock:
@@ -142,10 +140,10 @@ class StageWorker:
             if isinstance(written, Exception) and not isinstance(written, InputError):
                 self._monitor.fail(f"{self._mesh.name(self._mesh.rank)}: {type(written).__name__}: {written}")
                 return
-            told = str(written) if isinstance(written, InputError) else [asdict(shard) for shard in written]
+            result = str(written) if isinstance(written, InputError) else [asdict(shard) for shard in written]
             with self._saving_lock:
                 if self._saving.get(video) == key:  # else it was cancelled
-                    self._store.set(key, json.dumps(told))
+                    self._store.set(key, json.dumps(result))
             on_done()
 
         with self._working(f"request {video}, snapshot"):

@@ -128,7 +128,7 @@ def delayed(case, latency, *, barrier=False):
     return made, executor.items, decisions, ticks, overlap
 
 
-@pytest.mark.parametrize("latency", [1, 3, 100])
+@pytest.mark.parametrize("latency", [1, 100])  # 3 as well, where snapshots are taken
 @pytest.mark.parametrize("name", CASES)
 def test_late_results_change_nothing(name, latency):
     expected, expected_items, expected_decisions = plain_loop(name)

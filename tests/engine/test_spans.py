@@ -169,7 +169,7 @@ from benchmarks.common import rss
 from engine.machine import settle_heap
 from models.checkpoint import Loading
 from models.wan.pipeline import WanPipeline
-from models.wan.random import random_pipeline
+from models.wan.random_weights import random_pipeline
 from models.wan.vae import WanVaeConfig
 settle_heap()
 one_thread()

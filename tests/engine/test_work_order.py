@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from engine.kv.layout import KVLayout, clean_chunks
 from engine.reuse.policy import Policy, ReuseSettings
+from engine.schedule import Schedule
 from engine.video import Reuse, VideoRun, VideoShape, seeded_noise
 from models.magi.sampling import MagiSampling
 from models.wan.sampling.forcing import BlockSampling
@@ -22,12 +23,13 @@ def new_run(*, chunks, prefix_frames, window, num_steps, ranges, guided=False, c
 
 
 def run_of(sampling, chunks, prefix_frames, *, compressed=False):
-    shape = VideoShape(channels=1, chunks=chunks, prefix_frames=prefix_frames, height=1, width=1)
+    shape = VideoShape(channels=1, prefix_frames=prefix_frames, height=1, width=1)
+    first, steps, window = prefix_frames // sampling.chunk_width, sampling.num_steps, sampling.window
+    schedule = Schedule(first=first, chunks=chunks, num_steps=steps, window=window, stagger=sampling.stagger)
     prefix = torch.zeros(1, 1, prefix_frames, 1, 1) if prefix_frames else None
     reuse = Reuse(policy=Policy(), memory=ReuseSettings().new_memory(), patches=lambda x: x, observe=False)
-    run = VideoRun(
-        7, shape, sampling, seeded_noise(0), reuse, prefix=prefix, compressed=compressed, device=torch.device("cpu")
-    )
+    noise, cpu = seeded_noise(0), torch.device("cpu")
+    run = VideoRun(7, schedule, shape, sampling, noise, reuse, prefix=prefix, compressed=compressed, device=cpu)
     return run, sampling
 
 

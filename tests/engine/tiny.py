@@ -2,6 +2,7 @@
 
 import torch
 
+from engine.request import Request
 from models.attention import attention_backend
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
@@ -65,3 +66,8 @@ class TinyPipeline:
         count = 1 if len(frames) == 1 else len(frames) // 4
         generator = torch.Generator().manual_seed(7)
         return torch.randn(1, 16, count, frames.shape[1] // 8, frames.shape[2] // 8, generator=generator)
+
+
+def request(**changes):
+    values = {"prompt": "a thing", "chunks": 4, "height": 32, "width": 48, "num_steps": 8, "seed": 3}
+    return Request(**{**values, **changes})

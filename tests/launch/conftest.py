@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from models.pocket.preset import write_vae_config
 from models.pocket.train_dit import new_dit
 from models.pocket.train_vae import POCKET_VAE
 from tests.launch.process import Result, flowcache_process
+from tests.parallel.forked import interpreter
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +28,12 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_vae_config(folder / "vae", POCKET_VAE)
     save_file(ViTVAE(POCKET_VAE).state_dict(), folder / "vae" / "diffusion_pytorch_model.safetensors")
     return folder
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that a command line in the test's own process starts have imported everything (`tests.parallel.forked`)."""
+    monkeypatch.setattr(sys, "executable", interpreter())
 
 
 @pytest.fixture

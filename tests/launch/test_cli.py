@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from launch.cli import run
 from models.magi.presets import PRESETS
 from models.pocket.preset import pocket_config
+from tests.launch.plots.records import made_up_record
 from tests.launch.process import ROOT, Result, environment, flowcache_process, short_files, wait_for_frames
-from tests.launch.records import made_up_record
 
 GOLDENS = ROOT / "tests" / "data" / "goldens"
 PROMPT = "a red circle moving right"

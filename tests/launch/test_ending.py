@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.plots.records import made_up_record
 from tests.launch.process import environment, flowcache_process
-from tests.launch.records import made_up_record
 
 START = """
 import os, signal, sys, time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from launch.generate import generate
+from engine.engine import Engine
+from engine.schedule import Schedule
+from engine.timetable import Timetable
+from launch.generate import EngineBackend, generate, make_videos
 from launch.media import Frame, read_video
 from launch.options import Options
 from launch.output.display import summary_text
 from launch.output.video import VideoWriter
+from parallel.cluster.messages import ChunkMade, Event, Progressed, VideoOrder
+from parallel.cluster.scheduler import VideoSize
+from tests.engine.tiny import TinyPipeline, request, tiny_config
 from tests.launch.videos import generate_video
 
 PROMPT = "a red circle moving right"
@@ -92,3 +99,19 @@ def test_threads_are_set(options: Options) -> None:
 def _frames(path: Path) -> int:
     with av.open(str(path)) as container:
         return sum(1 for _ in container.decode(video=0))
+
+
+def test_nothing_is_kept_of_videos_that_have_ended() -> None:
+    backend = EngineBackend(Engine(TinyPipeline(tiny_config())), 2)
+    size = VideoSize(schedule=Timetable(spans=(Schedule(first=0, chunks=2, num_steps=8, window=4),)), kv_bytes=0)
+
+    def handle(event: Event) -> None:
+        if isinstance(event, ChunkMade):
+            backend.stored(event.video, event.index + 1)
+        elif isinstance(event, Progressed) and event.video == "2":
+            backend.cancel("2")
+
+    wanted = [VideoOrder(video=str(n), request=request(chunks=2), size=size, confirmed=True) for n in range(3)]
+    make_videos(backend, wanted, handle)
+    backend.stored("0", 2)  # a writer that is late
+    assert [name for name, held in vars(backend).items() if isinstance(held, dict | deque) and held] == []

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.cli import run
-from launch.forms import arguments, declared, from_values
+from launch.option_fields import arguments, declared, from_values
 from launch.options import BatchOptions, CacheName, Options, parse_size
 from models.errors import InputError
 

@@ -14,7 +14,7 @@ from PIL import Image
 from engine.kv.layout import KVSettings
 from engine.reuse.policy import ReuseSettings
 from launch.cli import run
-from launch.model import reuse_preset
+from launch.model.resolve import reuse_preset
 from launch.options import Options, together
 from launch.plan import Plan, plan_videos, video_names
 from models.errors import InputError

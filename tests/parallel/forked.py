@@ -1,6 +1,7 @@
 """Ranks as forks of one process that has imported everything: a gang of a test starts in no time.
 
-`forked(arguments)` is a command like any other. Its process knows nothing of torch: it hands its files, environment
+`forked(arguments)` is a command like any other, and `interpreter()` takes Python's place where a command line is run
+once for each rank. Its process knows nothing of torch: it hands its files, environment
 and arguments to the server, waits for the rank that is forked there, and ends as that one has ended. A rank whose
 command is killed is killed. The server ends with the tests that have started it.
 
@@ -29,6 +30,19 @@ def forked(arguments):
     """The command of a rank that runs `tests.parallel.scenarios` with these arguments."""
     path, _ = _server()
     return [sys.executable, "-I", "-S", __file__, path, *arguments]
+
+
+@functools.cache
+def interpreter():
+    """A program that runs `-m launch ...` as Python does, and nothing else."""
+    path, _ = _server()
+    program = Path(path).with_name("python")
+    program.write_text(
+        f"#!{sys.executable} -IS\nimport runpy, sys\nsys.argv = [{__file__!r}, {path!r}, *sys.argv[1:]]\n"
+        f"runpy.run_path({__file__!r}, run_name='__main__')\n"
+    )
+    program.chmod(0o700)
+    return str(program)
 
 
 @functools.cache
@@ -72,7 +86,16 @@ def _stand_in(path, arguments):
 def serve():
     """Fork a rank for every command that asks, until the process that has started this one has ended."""
     import launch.conformance.command  # noqa: F401 - which one scenario imports by itself
-    from tests.parallel.scenarios import main
+    import launch.generate  # noqa: F401 - which the command line imports when it is called
+    from launch.__main__ import main as command_line
+    from tests.parallel.scenarios import main as scenario
+
+    def main():
+        """What a rank runs."""
+        if sys.argv[1:3] == ["-m", "launch"]:
+            del sys.argv[1:3]
+            command_line()
+        scenario()
 
     listener, ranks = socket.socket(fileno=int(sys.argv[1])), {}
     while True:
@@ -116,6 +139,8 @@ def _fork(connection, main):
         main()
         sys.stdout.flush()
         os._exit(0)
+    except SystemExit as ended:
+        os._exit(ended.code or 0)
     finally:  # an error: the server's own frames are not for this process
         traceback.print_exc()
         os._exit(1)

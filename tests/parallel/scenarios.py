@@ -153,7 +153,9 @@ def trouble(gang, values, out):
     """As `videos`, but one rank does something bad after some calls."""
     Path(f"{out}.{gang.mesh.rank}").write_text(str(os.getpid()))
     told = [Path(f"{out}.{rank}") for rank in range(gang.mesh.layout.world_size)]
-    while not all(path.exists() and path.stat().st_size for path in told):  # before one fails all have said who they are
+    while not all(
+        path.exists() and path.stat().st_size for path in told
+    ):  # before one fails all have said who they are
         time.sleep(0.01)
     if gang.mesh.rank != values["rank"]:
         videos(gang, values, out)

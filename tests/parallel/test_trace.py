@@ -16,7 +16,7 @@ from engine.video import WorkItem
 from models.errors import InputError
 from models.protocols import Pass, PassCondition
 from parallel.comm.store import StoreServer
-from parallel.trace import DeviceTimer, Tracer, merge_traces, shipped_events
+from parallel.trace import KEPT_DIGESTS, DeviceTimer, RankCounters, Tracer, merge_traces, shipped_events
 
 _CONDITION = PassCondition(times=(0.0,))
 _PASS = Pass(name="denoise", caption="text", branch=0, isolated=False, weight=1.0, condition=_CONDITION)
@@ -116,6 +116,14 @@ class Stream:
                 return (end.at - self.at) * 1e3
 
         return Event()
+
+
+def test_counters_do_not_grow_with_the_requests_that_were_served():
+    counters = RankCounters(rank=0, stage=0, cp_rank=0, layers=(0, 2))
+    for request in range(3 * KEPT_DIGESTS):
+        counters.finished(request, request.to_bytes(8))
+    assert list(counters.digests) == [str(request) for request in range(2 * KEPT_DIGESTS, 3 * KEPT_DIGESTS)]
+    assert counters.digests["191"] == f"{191:016x}"
 
 
 def test_spans_of_a_device_come_late_and_in_order_and_nobody_waits_for_them():

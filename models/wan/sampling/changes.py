@@ -1,10 +1,8 @@
 """How far the model's condition moves from step to step, and the published fits to it (TeaCache, FlowCache).
 
-The published distance is the relative L1 change of e0, what the layers are told of time and frames per second. It does
+The published distance is the relative L1 change of e0, the layers' embedding of time and frames per second. It does
 not look at latents: it is a table by step, the same for every chunk, branch, prompt and seed.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -31,7 +29,7 @@ def condition_changes(
     """Relative L1 change of e0 in each step, since the step before; the first is 0.
 
     `steps` has the times of each, of the chunk or of its latent frames. TeaCache's fits without kept steps are for e,
-    what the head is told (`of_head`).
+    the head's embedding (`of_head`).
     """
     changes, before = [0.0], None
     for times in steps:

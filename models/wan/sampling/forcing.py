@@ -12,7 +12,7 @@ Shapes: latents [1, C, T, h, w], P frames that are given.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -22,7 +22,7 @@ from models.errors import InputError
 from models.protocols import CELL_FRAMES, Draw, Pass, PassCondition
 from models.wan.sampling.unipc import Sigmas, UniPC
 
-_NOISE, _CLEAN = 999, 0  # what the model is told of frames that have not begun, and of finished ones
+_NOISE, _CLEAN = 999, 0  # the model's times of frames that have not begun, and of finished ones
 _TRAINED_STEPS = 1000
 
 
@@ -38,12 +38,12 @@ def whole_chunks(frames: int, width: int, *, most: int | None) -> tuple[int, int
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionForcing:
-    """What both ways of a request share."""
+    """What both ways share; each is a `Sampling`."""
 
     steps: int  # denoising steps of a group
     shift: float = 8.0  # of the noise levels
     guidance: float = 6.0  # scale of classifier-free guidance; 1 and less runs no negative prompt
-    fps: int | None = 24  # what a model that is told is told
+    fps: int | None = 24  # for a model that takes them as a condition
     block: int = 1  # latent frames of a group (`causal_block_size`)
     ar_step: int = 0  # rows between two groups that begin; 0 denoises all in step
     frames: int = 25  # latent frames of a window
@@ -102,14 +102,7 @@ class DiffusionForcing:
             weight=weights[0] if weighed else 0.0,
             condition=condition,
         )
-        negative = Pass(
-            name=names[1],
-            caption="null",
-            branch=1,
-            isolated=isolated,
-            weight=weights[1] if weighed else 0.0,
-            condition=condition,
-        )
+        negative = replace(positive, name=names[1], caption="null", branch=1, weight=weights[1] if weighed else 0.0)
         return (positive, negative) if guided else (positive,)
 
 
@@ -127,27 +120,22 @@ class BlockSampling(DiffusionForcing):
 
     @property
     def num_steps(self) -> int:
-        """Of a chunk."""
         return self.steps
 
     @property
     def window(self) -> int:
-        """Groups that are denoised at once."""
         return min(self.groups, -(-self.steps // self._apart)) if self._apart else self.groups
 
     @property
     def stagger(self) -> int:
-        """Ticks between two groups that begin."""
         return self._apart
 
     @property
     def chunk_width(self) -> int:
-        """Latent frames of a group."""
         return self.block
 
     @property
     def chunks_at_once(self) -> int:
-        """Groups of the window."""
         return self.groups
 
     @property
@@ -173,7 +161,7 @@ class BlockSampling(DiffusionForcing):
         return 2 if self.guidance > 1 else 1
 
     def times(self, step: int) -> tuple[float, ...]:
-        """What the model is told in a step."""
+        """The model's time of a step."""
         return (float(self.sigmas.timesteps[step]),)
 
     def time(self, step: int) -> float:
@@ -181,7 +169,6 @@ class BlockSampling(DiffusionForcing):
         return 1 - self.sigmas.values[step].item()
 
     def solver(self, given: Tensor | None, draw: Draw) -> BlockSolver:
-        """Steps of one group."""
         return BlockSolver(self._new_solver(), given=given is not None, mix=self.noise_condition, draw=draw)
 
     def computes(self, step: int, *, last_tick: bool) -> bool:
@@ -216,7 +203,7 @@ class BlockSampling(DiffusionForcing):
 
 
 class BlockSolver:
-    """Steps of one group; a given one is run once, with noise mixed in."""
+    """A `Solver`: steps of one group; a given one is run once, with noise mixed in."""
 
     def __init__(self, solver: UniPC, *, given: bool, mix: int, draw: Draw) -> None:
         self._solver, self._given, self._mix, self._draw = solver, given, mix, draw
@@ -226,15 +213,12 @@ class BlockSolver:
         return mixed(x, self._mix, self._draw, 1) if self._given else x
 
     def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
-        """A step of UniPC."""
         return self._solver.step(x, velocity, step)
 
     def state(self) -> dict[str, Tensor]:
-        """Of the solver."""
         return self._solver.state()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Of the solver."""
         self._solver.restore(state)
 
 
@@ -279,7 +263,6 @@ class WindowSampling(DiffusionForcing):
 
     @property
     def chunk_width(self) -> int:
-        """Latent frames of the window."""
         return self.frames + self.ends
 
     def prefix(self, frames: int) -> tuple[int, int]:
@@ -295,7 +278,6 @@ class WindowSampling(DiffusionForcing):
         return step / self.num_steps
 
     def solver(self, given: Tensor | None, draw: Draw) -> WindowSolver:
-        """Steps of all groups."""
         return WindowSolver(self, [self._new_solver() for _ in range(self.groups)], draw)
 
     def computes(self, step: int, *, last_tick: bool) -> bool:
@@ -303,11 +285,9 @@ class WindowSampling(DiffusionForcing):
         return False
 
     def key_limit(self, step: int, place: int) -> int | None:
-        """Itself."""
         return 1
 
     def clean_limit(self, *, prefix: bool) -> int | None:
-        """Itself."""
         return 1
 
     def step_of(self, group: int, row: int) -> int:
@@ -315,7 +295,7 @@ class WindowSampling(DiffusionForcing):
         return self.steps if group < self._ready else row - (group - self._ready) * self._apart
 
     def times(self, row: int) -> tuple[float, ...]:
-        """What the model is told of each frame in a row."""
+        """The model's times of each frame in a row."""
         shown = (_NOISE, *self.sigmas.timesteps, _CLEAN)
         steps = [min(max(self.step_of(group, row) + 1, 0), self.steps + 1) for group in range(self.groups)]
         times = [shown[step] for step in steps for _ in range(self.block)] + [_CLEAN] * self.ends
@@ -324,16 +304,14 @@ class WindowSampling(DiffusionForcing):
         return tuple(float(time) for time in times)
 
     def step_passes(self, step: int, *, oldest: bool, text_needed: bool) -> tuple[Pass, ...]:
-        """Both branches."""
         return self._passes(self.times(step), isolated=True)
 
     def clean_passes(self, step_in_quantum: int, *, prefix: bool, text_needed: bool) -> tuple[Pass, ...]:
-        """None."""
         return ()
 
 
 class WindowSolver:
-    """Steps of all groups of a window; those that have not begun or have finished stay as they are."""
+    """A `Solver`: steps of all groups of a window; those that have not begun or have finished stay as they are."""
 
     def __init__(self, sampling: WindowSampling, solvers: list[UniPC], draw: Draw) -> None:
         self._sampling, self._solvers, self._draw = sampling, solvers, draw
@@ -355,12 +333,10 @@ class WindowSolver:
         return x
 
     def state(self) -> dict[str, Tensor]:
-        """Of all groups."""
         states = enumerate(one.state() for one in self._solvers)
         return {f"{group}.{name}": part for group, state in states for name, part in state.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Of all groups."""
         for group, solver in enumerate(self._solvers):
             start = f"{group}."
             solver.restore({name.removeprefix(start): part for name, part in state.items() if name.startswith(start)})

@@ -1,7 +1,5 @@
 """How a model of this family is sampled, of its configuration; figures only, so that planning needs no weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -33,7 +31,7 @@ def sampling_of(
         "steps": num_steps,
         "shift": runtime.shift,
         "guidance": runtime.guidance,
-        "fps": None if image else runtime.fps,  # such a model is not told
+        "fps": None if image else runtime.fps,  # such a model takes none
         "block": runtime.chunk_width,
         "ar_step": runtime.stagger,
         "frames": runtime.window_frames,

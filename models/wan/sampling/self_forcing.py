@@ -20,7 +20,7 @@ _TRAINED_STEPS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class SelfForcingSampling:
-    """Sampling of one request."""
+    """A `Sampling`."""
 
     steps: tuple[int, ...] = (1000, 750, 500, 250)  # of `_TRAINED_STEPS`, before the shift
     shift: float = 5.0  # of the noise levels
@@ -46,7 +46,6 @@ class SelfForcingSampling:
 
     @property
     def num_steps(self) -> int:
-        """Of a chunk."""
         return len(self.steps)
 
     @property
@@ -81,7 +80,6 @@ class SelfForcingSampling:
         return 1 - (*self.sigmas, 0.0)[step]
 
     def solver(self, given: Tensor | None, draw: Draw) -> RenoisingSolver:
-        """Steps of one chunk."""
         return RenoisingSolver((*self.sigmas, 0.0), draw)
 
     def computes(self, step: int, *, last_tick: bool) -> bool:
@@ -93,7 +91,6 @@ class SelfForcingSampling:
         return None if self.held is None else self.held // self.chunk_width
 
     def clean_limit(self, *, prefix: bool) -> int | None:
-        """The same."""
         return self.key_limit(0, 0)
 
     def weighs_text(self, step: int) -> bool:
@@ -101,7 +98,6 @@ class SelfForcingSampling:
         return True
 
     def step_passes(self, step: int, *, oldest: bool, text_needed: bool) -> tuple[Pass, ...]:
-        """One pass."""
         time = torch.tensor(self.sigmas[step] * _TRAINED_STEPS, dtype=torch.float32).item()
         return (self._pass("denoise", time, 1.0),)
 
@@ -117,13 +113,12 @@ class SelfForcingSampling:
 
 
 class RenoisingSolver:
-    """Each step goes to the clean latents that the velocity points at, and back to the next level with fresh noise."""
+    """A `Solver`: to the clean latents that the velocity points at, and back to the next level with fresh noise."""
 
     def __init__(self, sigmas: tuple[float, ...], draw: Draw) -> None:
         self._sigmas, self._draw = sigmas, draw
 
     def model_input(self, x: Tensor, step: int | None) -> Tensor:
-        """The latents."""
         return x
 
     def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
@@ -135,7 +130,6 @@ class RenoisingSolver:
         return (1 - following) * clean + following * self._draw(step + 1, x.shape[2]).to(x)
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:

@@ -33,7 +33,7 @@ class Sigmas:
 
     @cached_property
     def timesteps(self) -> tuple[int, ...]:
-        """What the model is told before each step: 1000 sigma, cut off."""
+        """The model's time before each step: 1000 sigma, cut off."""
         return tuple((self._whole * 1000).astype(np.int64).tolist())
 
     @cached_property

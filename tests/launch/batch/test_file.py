@@ -121,7 +121,7 @@ def test_blank_lines_are_skipped_and_broken_ones_do_not_stop_the_others(folder: 
 
 def test_a_line_that_fits_into_no_memory_is_refused_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("launch.memory.free_bytes", lambda: 10**10)
+    monkeypatch.setattr("launch.model.memory.free_bytes", lambda: 10**10)
     large = {"prompt": CIRCLE, "height": 16_384, "width": 16_384}
     items, said = read(folder, {"prompt": CIRCLE}, large, options=base(launcher="ray"))
     assert [item.line for item in items] == [1]

@@ -7,7 +7,7 @@ import shlex
 import pytest
 import yaml
 
-from launch.forms import declared
+from launch.option_fields import declared
 from launch.options import BatchOptions, Options
 from launch.serve.options import ServeOptions
 from tests.launch.process import ROOT

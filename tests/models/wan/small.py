@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from models.random import RandomEncoder
+from models.random_weights import RandomEncoder
 from models.wan.config import SKYREELS, WanConfig, WanPrecision, WanRuntime, WanShapes
 from models.wan.dit import WanDiT
 from models.wan.pipeline import WanPipeline

@@ -9,11 +9,12 @@ import torch
 
 from models.checkpoint import Loading
 from models.errors import InputError
+from models.text import TextLoading
 from models.wan.config import CAUSAL_WAN, IMAGE_TO_VIDEO, SELF_FORCING, SKYREELS, WanConfig
 from models.wan.folder import find_files, holds_model, recognise
-from models.wan.pipeline import WanTextLoading, load_pipeline, load_stage
+from models.wan.pipeline import load_pipeline, load_stage
 from models.wan.presets import PRESETS, preset_of
-from models.wan.random import random_dit, random_pipeline
+from models.wan.random_weights import random_dit, random_pipeline
 from tests.models.wan.damage import DAMAGE, damaged
 from tests.models.wan.downloaded import FORCING_SHAPES, LAYOUTS, SMALL_VAE, of_diffusers
 from tests.models.wan.small import IMAGE_SHAPES, SHAPES, small_config, small_dit
@@ -37,7 +38,7 @@ def test_a_downloaded_folder_is_recognised_and_loads_whole_and_by_stages(folders
     else:
         assert config == WanConfig(shapes=SHAPES, precision=SKYREELS)
     single = replace(config, precision=replace(config.precision, dtype="float32"))
-    pipeline = load_pipeline(single, folder, Loading(), WanTextLoading(dtype="float32", prompts=("a cat sits",)))
+    pipeline = load_pipeline(single, folder, Loading(), TextLoading(dtype="float32", prompts=("a cat sits",)))
     expected = small_dit(small_config(config.shapes))
     assert all(torch.equal(part, expected.state_dict()[name]) for name, part in pipeline.model.state_dict().items())
     stage = load_stage(single, folder, Loading(layers=range(1, 2)))
@@ -73,7 +74,7 @@ def test_a_model_that_sees_an_image_needs_clip(tmp_path):
 def test_damage_is_one_line(folders, tmp_path, layout, damage, said):
     folder = damaged(folders[layout], tmp_path / layout, damage)
     with pytest.raises(InputError, match=said) as caught:
-        load_pipeline(recognise(folder), folder, Loading(), WanTextLoading(prompts=("a cat",)))
+        load_pipeline(recognise(folder), folder, Loading(), TextLoading(prompts=("a cat",)))
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 

@@ -13,7 +13,7 @@ from engine.kv.layout import KVSettings
 from engine.reuse.policy import ReuseSettings
 from launch.serve.live import Live
 from models.magi.loader import MagiLoader
-from models.magi.text import T5Encoder, TextLoading
+from models.magi.text import T5Encoder, T5Loading
 from parallel.cluster.actor import CommandLoop
 from parallel.cluster.config import Source, video_size
 from parallel.cluster.messages import (
@@ -218,7 +218,7 @@ def test_two_prompts_load_t5_once_and_the_second_is_read_beside_the_work(tmp_pat
     monkeypatch.setattr(T5Encoder, "encode", slowly)
     folder = downloaded.download(tmp_path, "4.5B_distill")
     config = downloaded.small_config("4.5B_distill")
-    source = Source(loader=MagiLoader(config=config, weights=folder, text=TextLoading()))
+    source = Source(loader=MagiLoader(config=config, weights=folder, text=T5Loading()))
     one = {"height": downloaded.SIDE, "width": downloaded.SIDE, "num_steps": 32}
     first, second = order("first", prompt="a cat", chunks=7, **one), order("second", prompt="a dog", chunks=1, **one)
     with running(source) as controller:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from models.pocket.words import VOCABULARY
-from tests.launch.going_on import OTHER, PROMPT, generate, killed_and_going_on
 from tests.launch.process import flowcache_process, overflowing_weights
+from tests.launch.resume.going_on import OTHER, PROMPT, generate, killed_and_going_on
 
 pytestmark = pytest.mark.slow
 PROMPTS = [PROMPT, OTHER]

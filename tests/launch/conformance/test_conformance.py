@@ -15,7 +15,7 @@ from launch.conformance.golden import IN_FP8, ON_GPU, TOLERANCES, compare, ident
 from models.errors import InputError
 from models.magi.layers import Fp8Linear
 
-GOLDENS = Path(__file__).parent.parent / "data" / "goldens"
+GOLDENS = Path(__file__).parents[2] / "data" / "goldens"
 FILES = [*GOLDENS.glob("*.safetensors"), *GOLDENS.glob("skyreels/*.safetensors")]
 CASES = sorted(path for path in FILES if not path.stem.startswith("weights"))
 LARGE = {"released_24b_forward", "released_4.5b_forward", "released_gated", "released_plain"}

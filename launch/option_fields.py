@@ -3,8 +3,6 @@
 A field that `option` makes carries an `Opt`. It knows typer, and nothing of what an option does.
 """
 
-from __future__ import annotations
-
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from launch.cli import run
-from tests.launch.going_on import OTHER, PROMPT, generate, killed_and_going_on
 from tests.launch.process import short_files
+from tests.launch.resume.going_on import OTHER, PROMPT, generate, killed_and_going_on
 
 
 @pytest.fixture

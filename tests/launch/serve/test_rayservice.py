@@ -19,7 +19,7 @@ START = """
 import sys
 import ray
 from ray import serve
-from launch.serve.application import build
+from launch.serve.rayservice import build
 ray.init(address="local", num_cpus=3, include_dashboard=False, object_store_memory=2**27, _temp_dir=sys.argv[1])
 serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
 serve.run(build({"options": sys.argv[3]}))

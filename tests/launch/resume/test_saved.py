@@ -15,7 +15,7 @@ import pytest
 from engine.files import Damaged, DiskFull, write_sealed
 from launch.output.formats import MP4
 from launch.output.segments import encode_segment
-from launch.saved import SegmentFiles
+from launch.resume.saved import SegmentFiles
 from tests.launch.process import short_files
 
 

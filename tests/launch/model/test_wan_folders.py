@@ -11,8 +11,8 @@ from PIL import Image
 
 from launch.cli import run
 from launch.output.video import VideoWriter
+from tests.launch.output.test_streaming import frames_of
 from tests.launch.process import flowcache_process
-from tests.launch.test_streaming import frames_of
 from tests.models.wan.damage import DAMAGE, damaged
 from tests.models.wan.downloaded import LAYOUTS
 
@@ -68,6 +68,7 @@ SMALL = ["--height", "32", "--width", "32", "--chunks", "2", "--steps", "4"]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in IMAGES])
 def test_a_folder_makes_videos_which_are_the_same_on_two_ranks(folders, layout, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -120,6 +121,7 @@ def test_a_clip_is_gone_on_from_in_whole_chunks(folders, tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("layout", IMAGES)
 def test_an_image_becomes_a_video_which_is_the_same_on_two_ranks(
     folders, layout, picture, tmp_path, monkeypatch, capsys

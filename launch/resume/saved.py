@@ -5,8 +5,6 @@ with a checksum for each finished chunk, a folder of checkpoints for each layout
 may become longer `video.json`, which says how it was made.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import io
@@ -36,8 +34,8 @@ from engine.files import (
     write_errors,
     write_sealed,
 )
-from launch.forms import values_of
-from launch.model import layout_of
+from launch.model.resolve import layout_of
+from launch.option_fields import values_of
 from launch.options import threads_of_a_rank
 from launch.output.formats import FORMATS, Format
 from launch.output.segments import count_frames
@@ -55,9 +53,8 @@ _HEADER_BYTES = 100_000  # of a segment, and more
 def video_digest(plan: Plan, threads: int, repeat: int = 0) -> str:
     """Of all that the video depends on, as far as the command line can know it, and `repeat` equal ones before it.
 
-    A rank computes with so many CPU `threads`, another number of which makes other bits.
-
-    What was not given is filled in: a default that is written out changes nothing.
+    A rank computes with so many CPU `threads`, another number of which makes other bits. What was not given is filled
+    in: a default that is written out changes nothing.
     """
     model, source, request = plan.model, plan.model.source, plan.request
     asked = asdict(replace(request, prefix=None, end=None))
@@ -114,7 +111,7 @@ class SegmentFiles:
     frames: int  # of a chunk, at most: the first one after a clip has fewer
     height: int
     width: int
-    say: Callable[[str], None]  # is told of a damaged file, and what is wrong with it
+    say: Callable[[str], None]  # called with a line about a damaged file
 
     def count(self) -> int:
         """Chunks that are there and whole, from the first on without a gap; all are read."""

@@ -10,7 +10,7 @@ from benchmarks.quality.__main__ import STAND_INS, run
 from benchmarks.quality.trial import Results, Setting, label_of
 from engine.request import Request
 from models.errors import InputError
-from tests.benchmarks.test_quality_report import reusing, trial
+from tests.benchmarks.quality.test_report import reusing, trial
 from tests.parallel.small import one_thread
 
 SETTINGS = (Setting(), reusing(method="flowcache", threshold=0.125, warmup=3, budget=2))

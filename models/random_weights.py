@@ -3,8 +3,6 @@
 Each tensor is drawn by its name, so every stage has the same ones in whatever layout. On a GPU they are others.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Callable, Mapping

@@ -1,6 +1,4 @@
-"""Random weights of any configuration of MAGI-1, as `models/random.py` draws them."""
-
-from __future__ import annotations
+"""Random weights of any configuration of MAGI-1, as `models/random_weights.py` draws them."""
 
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from models.magi.sampling import COPY_WEIGHT
 from models.magi.vae import TiledVAE, ViTVAE
 from models.magi.weights import Checkpoint, empty_dit
 from models.pocket.text import PocketEncoder
-from models.random import RandomEncoder, fill_random, normal
+from models.random_weights import RandomEncoder, fill_random, normal
 
 # The released autoencoder (specification 1.1).
 _RELEASED_VAE = VaeConfig(

@@ -19,7 +19,7 @@ from benchmarks.quality.trial import (
 )
 from engine.request import Request
 from models.errors import InputError
-from tests.benchmarks.test_quality_report import reusing
+from tests.benchmarks.quality.test_report import reusing
 from tests.engine.tiny import TinyPipeline, tiny_config
 
 CASE = Request(prompt="a red circle moving right", chunks=4, height=64, width=64, num_steps=8, seed=5)

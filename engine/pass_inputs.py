@@ -1,10 +1,8 @@
-"""What a model is told of an item besides hidden states. Each part is made once, and kept while items need it.
+"""What a model is given of an item besides hidden states. Each part is made once, and kept while items need it.
 
 Modulations are those of a step's time, the same for all chunks. Texts and positions are of the chunks of the window:
 chunks that see the same text share it.
 """
-
-from __future__ import annotations
 
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """`flowcache models` and `flowcache inspect`: what models there are, what a folder of weights holds, what they take."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import Counter
@@ -16,7 +14,7 @@ from rich.table import Table
 from engine.kv.layout import KVSettings
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
-from launch.memory import Job
+from launch.model.memory import Job
 from launch.options import size_text
 from models.checkpoint import Stored, read_through
 from models.errors import InputError

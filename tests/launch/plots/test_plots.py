@@ -23,8 +23,8 @@ from launch.cli import run
 from launch.plots import PLOTS, distance_figure, kv_figure, plot, reuse_figure
 from launch.plots.record import reuse_table
 from models.errors import InputError
+from tests.launch.plots.records import SETTINGS, made_up_record
 from tests.launch.process import environment, short_files
-from tests.launch.records import SETTINGS, made_up_record
 
 OUTSIDE = 3  # state of a cell of the map of reuse
 

@@ -101,6 +101,7 @@ def frames(path: Path) -> np.ndarray:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("name", RELEASED)
 def test_a_downloaded_folder_makes_a_video_in_one_process_and_on_two_ranks(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
@@ -116,6 +117,7 @@ def test_a_downloaded_folder_makes_a_video_in_one_process_and_on_two_ranks(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_random_weights_need_no_download_and_are_the_same_on_two_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

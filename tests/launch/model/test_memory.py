@@ -10,8 +10,8 @@ import pytest
 from engine.kv.layout import KVSettings
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
-from launch import memory
-from launch.memory import Job, free_bytes
+from launch.model import memory
+from launch.model.memory import Job, free_bytes
 from launch.options import Options
 from launch.plan import job, plan_requests
 from models.errors import InputError

@@ -3,8 +3,6 @@
 What cannot be used is an `InputError` with one line that says what to do. No weights are read.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ An estimate: weights, keys and values are exact, what passes through a layer and
 from its largest tensors. `flowcache inspect` prints it, `flowcache generate` refuses by it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

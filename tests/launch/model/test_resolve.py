@@ -11,7 +11,7 @@ import torch
 from engine.kv.layout import KVSettings
 from engine.kv.selection import Granularity, SelectionSettings
 from engine.reuse.policy import KINDS, ReuseSettings
-from launch.model import kv_settings, plan_model, reuse_preset, reuse_settings
+from launch.model.resolve import kv_settings, plan_model, reuse_preset, reuse_settings
 from launch.options import CacheName, Options, ReuseKind, TokenUnit
 from models.errors import InputError
 from models.family import ReuseFigures

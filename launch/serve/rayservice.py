@@ -4,8 +4,6 @@ Its one replica, on the head, has `flowcache serve` run as a process of its own,
 wants a main thread and signals. Requests go to the port of that process, and none through Ray Serve.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import shlex

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from models.checkpoint import Loading
-from models.magi.random import random_dit, vae_config
+from models.magi.random_weights import random_dit, vae_config
 from models.magi.weights import vae_parameters
 from models.pocket.preset import pocket_config
-from models.random import RandomEncoder
+from models.random_weights import RandomEncoder
 from tests.models.released import tiny_config
 
 

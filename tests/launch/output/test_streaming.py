@@ -38,10 +38,10 @@ def arguments(random_weights: Path) -> list[object]:
 
 @pytest.fixture
 def reading(tmp_path: Path, arguments: list[object]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that writes a video to a pipe."""
+    """A process that writes a video to a pipe, which holds so little that the process is never far ahead."""
     command = [sys.executable, "-m", "launch", *map(str, arguments), "--out", "-"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), **pipes)
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), pipesize=4096, **pipes)
     yield process
     process.kill()
     process.communicate()
@@ -120,6 +120,7 @@ def test_a_signal_ends_a_run_whose_reader_has_stopped(tmp_path: Path, random_wei
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_ranks_stream_too(arguments: list[object], capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     assert run([*map(str, arguments), "--chunks", "2", "--pp", "2", "--out", "-"]) == 0
     shown, said = capfdbinary.readouterr()

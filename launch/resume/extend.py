@@ -5,23 +5,19 @@ given the chunks and the checkpoint of the shorter one up to where nothing depen
 anew, so that it is bit for bit what it would have been if all of it had been asked for at once.
 """
 
-from __future__ import annotations
-
 import json
-import os
 import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from engine.files import part_of, write_errors
-from launch.forms import arguments, from_values
+from engine.files import link_file, part_of, write_errors
 from launch.generate import generate
+from launch.option_fields import arguments, from_values
 from launch.options import ContinueOptions, Options
 from launch.output.names import STREAM
 from launch.plan import Plan, plan_videos
-from launch.saved import DIGEST_LENGTH, MANIFEST, saved_folder
+from launch.resume.saved import DIGEST_LENGTH, MANIFEST, saved_folder
 from models.errors import InputError
 from parallel.ranks.environment import RankEnv
 
@@ -101,14 +97,7 @@ def _copy(state: Path, folder: Path) -> None:
     with write_errors(folder):
         try:
             part.parent.mkdir(exist_ok=True)
-            shutil.copytree(state, part, copy_function=_link, ignore=shutil.ignore_patterns(MANIFEST))
+            shutil.copytree(state, part, copy_function=link_file, ignore=shutil.ignore_patterns(MANIFEST))
             part.rename(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-
-
-def _link(source: str, target: str) -> Any:
-    try:
-        os.link(source, target)
-    except OSError:  # a disk without links
-        shutil.copy2(source, target)

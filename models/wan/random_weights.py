@@ -1,12 +1,10 @@
-"""Random weights of any configuration of this family, as `models/random.py` draws them."""
-
-from __future__ import annotations
+"""Random weights of any configuration of this family, as `models/random_weights.py` draws them."""
 
 import torch
 from torch import Tensor
 
 from models.checkpoint import Loading
-from models.random import RandomEncoder, fill_random, normal
+from models.random_weights import RandomEncoder, fill_random, normal
 from models.wan.config import IMAGE_TOKENS, WanConfig
 from models.wan.dit import WanDiT
 from models.wan.pipeline import WanPipeline
@@ -25,13 +23,12 @@ def random_pipeline(config: WanConfig, loading: Loading, *, vae: WanVaeConfig | 
 
 
 class _RandomImages:
-    """Makes up tokens of images."""
+    """An `ImageEncoder` that makes up tokens."""
 
     def __init__(self, channels: int) -> None:
         self._channels = channels
 
     def encode(self, image: Tensor) -> Tensor:
-        """As `ImageEncoder`."""
         return torch.randn(IMAGE_TOKENS, self._channels, generator=torch.Generator().manual_seed(0))
 
 
