@@ -5,9 +5,9 @@
 magi-pocket pans over a world of 256 pixels at one pixel a frame, so a turn takes 10.7 chunks, and a landmark is out of
 sight for longer than the model's own range reaches. `benchmarks.panorama` says how landmarks are found and compared.
 Measured are the whole history, the model's own range, and KV budgets by what is kept as one and by score. Each seed is
-a process of one thread, as many at once as there are cores; every step is computed. Exit status 0 if the best score at
-a budget of 4 chunks recalls at least 0.8 of what the whole history does after two turns, and twice what the own range
-does; 1 if not, 2 for bad input.
+a process of one thread, as many at once as there are cores. Exit status 0 if the best score at a budget of 4 chunks
+recalls at least 0.8 of what the whole history does after two turns, and twice what the own range does; 1 if not, 2 for
+bad input.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ from engine.kv.selection import Granularity, Score, SelectionSettings
 from engine.machine import settle_heap
 from engine.progress import Progress
 from engine.request import Request
+from launch.model.resolve import reuse_preset
+from launch.options import CacheName
 from models.checkpoint import Loading
+from models.magi.family import POCKET_FIGURES
 from models.magi.pipeline import load_pipeline
 from models.pocket.clips import SIDE, WORLD
 from models.pocket.preset import pocket_config
@@ -102,6 +105,7 @@ def run(
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Videos of each case.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="The first one.")] = 3,
     budget: Annotated[list[int] | None, typer.Option(min=1, help="In chunks, for 1, 2 and 4.")] = None,
+    cache: Annotated[CacheName, typer.Option(help="Preset of reuse.")] = "flowcache-slow",
     weights: Annotated[Path | None, typer.Option(help="Folder of weights, in place of those that ship.")] = None,
     quick: Annotated[bool, typer.Option(help="One turn in 4 steps, few cases: to try the command.")] = False,
     out: Out = Path("results/memory_recall"),
@@ -112,9 +116,9 @@ def run(
     numbers = range(seed, seed + seeds)
     workers = min(seeds, len(os.sched_getaffinity(0)))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        waiting = pool.map(partial(make, chosen, turns, 4 if quick else 16, weights), numbers)
+        waiting = pool.map(partial(make, chosen, turns, 4 if quick else 16, cache, weights), numbers)
         made = [one for some in common.progress(waiting, "seeds", seeds) for one in some]
-    source = f"{seeds} videos of each case, seeds {numbers[0]} to {numbers[-1]}, {turns} turns, every step computed"
+    source = f"{seeds} videos of each case, seeds {numbers[0]} to {numbers[-1]}, {turns} turns, --cache {cache}"
     return report(out, made, f"{source}. {common.machine_line()}, one thread each.")
 
 
@@ -126,7 +130,9 @@ def cases(budgets: Sequence[int]) -> list[Case]:
     return [WHOLE, RANGE, *held]
 
 
-def make(cases: Sequence[Case], turns: int, steps: int, weights: Path | None, seed: int) -> list[Made]:
+def make(
+    cases: Sequence[Case], turns: int, steps: int, cache: CacheName, weights: Path | None, seed: int
+) -> list[Made]:
     """Make one video of each case, in a process that is there for it."""
     settle_heap()  # as the command line does
     torch.set_num_threads(1)
@@ -134,9 +140,9 @@ def make(cases: Sequence[Case], turns: int, steps: int, weights: Path | None, se
     chunks = math.ceil(((turns + 1) * WORLD + SIDE) / _CHUNK)  # the last landmark is seen to its end
     prompt = Panorama(motion=PANS[seed % len(PANS)]).prompt
     request = Request(prompt=prompt, chunks=chunks, height=SIDE, width=SIDE, num_steps=steps, seed=seed)
-    made = []
+    made, reuse = list[Made](), reuse_preset(cache, POCKET_FIGURES)
     for case in cases:
-        engine, seen, began = Engine(pipeline, kv=case.kv(chunks)), list[Progress](), time.perf_counter()
+        engine, seen, began = Engine(pipeline, kv=case.kv(chunks), reuse=reuse), list[Progress](), time.perf_counter()
         slits = [slit_scan(chunk.frames) for chunk in engine.generate(request, seen.append) if chunk.frames is not None]
         seconds, picture = time.perf_counter() - began, torch.cat(slits, dim=1)
         engine.close()

@@ -378,7 +378,7 @@ def test_a_checkpoint_of_another_seed_is_refused(tmp_path):
 def test_the_command_trains_goes_on_and_says_how(tmp_path):
     out, weights = tmp_path / "run", tmp_path / "weights"
     few = ["--weights", weights, "--no-compile", "--clips", 2, "--clip-chunks", 5, "--dit-steps", 1, "--device", "cpu"]
-    few += ["--vae-batch", 2]
+    few += ["--vae-batch", 2, "--blend", 0.5]
     parts = ["--tiles", 100, "--vae-steps", 1, "--polish-steps", 1]
     main([str(one) for one in ("--out", out, "--seed", 2, *few, *parts)])
     folder = weights / "vae"
