@@ -17,7 +17,7 @@ from parallel.mesh import Layout
 from tests.parallel.cluster.sources import SmallSource, size
 
 WINDOW = 4
-TIMEOUTS = Timeouts(silent=4.0, first=60.0, step=30.0, grace=1.0)
+TIMEOUTS = Timeouts(silent=15.0, first=120.0, step=60.0, grace=1.0)  # a machine with other tests may stand still
 
 
 def settings(*, gangs=2, pp=2, cp=1, source=None, concurrency=1, cpus=1, **changes):
@@ -55,12 +55,22 @@ class Outcome:
     events: list = field(default_factory=list)
 
 
-def make(engine, orders, on_event=lambda event: None, limit=90.0):
-    """Make videos; `on_event` sees everything as it happens."""
-    outcome, deadline = Outcome(), time.monotonic() + limit
+def make(engine, orders, on_event=lambda event: None, limit=300.0):
+    """Make videos; `on_event` sees everything as it happens. A failure leaves nothing of them to the next test."""
+    outcome = Outcome(latents={one.video: [] for one in orders})
     for one in orders:
         engine.submit(one)
-        outcome.latents[one.video] = []
+    try:
+        _receive(engine, outcome, on_event, limit)
+    except BaseException:
+        for one in orders:
+            engine.cancel(one.video)
+        raise
+    return outcome
+
+
+def _receive(engine, outcome, on_event, limit):
+    deadline = time.monotonic() + limit
     for event in engine.run():
         assert time.monotonic() < deadline, f"not through after {limit} s: {engine.gangs()} {engine.figures()}"
         if isinstance(event, ChunkMade):
@@ -73,7 +83,6 @@ def make(engine, orders, on_event=lambda event: None, limit=90.0):
         if not isinstance(event, ChunkMade):
             outcome.events.append(event)
         on_event(event)
-    return outcome
 
 
 def check_same(made, expected):

@@ -20,7 +20,7 @@ from tests.ports import free_ports
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
-SHORT = {"silent": 3.0, "first": 60.0, "step": 4.0, "grace": 1.0}
+SHORT = {"silent": 6.0, "first": 60.0, "step": 8.0, "grace": 1.0}
 GONE = r"(was ended by SIGKILL|has gone: it(s process has ended| has closed its connections))(, last seen .+)?$"
 LONG = [{"chunks": 200, "height": 64, "width": 64}]
 
