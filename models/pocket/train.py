@@ -119,7 +119,7 @@ def refine(run: Run, args: argparse.Namespace) -> None:
     vae = prepare_vae(run, args)
     encode, seed = partial(encode_clips, vae, run), run.seed + 90
     short = partial(encode, count=args.clips, chunks=_SHORT, panoramas=0.25, seed=seed)
-    long = partial(encode, count=max(1, args.clips // 12), chunks=args.clip_chunks, seed=seed + 1)
+    long = partial(encode, count=max(1, args.clips // 3), chunks=args.clip_chunks, seed=seed + 1)
     start = run.out / "start.safetensors"  # a run that goes on begins with what it began with
     if not start.exists():
         shutil.copyfile(args.weights / DIT_WEIGHTS, start)

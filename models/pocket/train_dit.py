@@ -14,7 +14,7 @@ from models.pocket.latents import Latents
 from models.pocket.muon import Muon
 from models.pocket.preset import POCKET_DIT
 from models.pocket.trainer import Figures, Loss, Run, Trainer, linear_decay
-from models.pocket.windows import REFINED_KINDS, Branch, choose_branch, draw_windows, window_loss
+from models.pocket.windows import REFINED_KINDS, Branch, choose_branch, draw_windows, guide, window_loss
 
 _TRIAL = 1500  # steps; after twice as many their number can be chosen
 
@@ -57,11 +57,13 @@ def _trainer(
     return Trainer(run, "dit.ckpt", dit, optimizers, schedule, decay=decay)
 
 
-def _loss(run: Run, dit: MagiDiT, latents: Callable[[Branch], Latents]) -> Loss:
+def _loss(run: Run, dit: MagiDiT, latents: Callable[[Branch], Latents], *, guidance: MagiDiT | None = None) -> Loss:
     def loss(branch: Hashable, generator: torch.Generator) -> tuple[Tensor, Figures]:
         assert isinstance(branch, Branch)
         with torch.autocast(run.device.type, dtype=torch.bfloat16):
-            value = window_loss(dit, draw_windows(latents(branch), branch, generator), branch)
+            windows = draw_windows(latents(branch), branch, generator)
+            windows = windows if guidance is None else guide(guidance, windows, branch)
+            value = window_loss(dit, windows, branch)
         return value, {"loss": value.detach()}
 
     return loss
@@ -94,7 +96,10 @@ def _schedule(steps: int) -> Callable[[int], float]:
 
 
 def refine_dit(run: Run, start: MagiDiT, latents: Latents, long: Latents, *, steps: int) -> MagiDiT:
-    """Go on with trained weights, at a third of the rates; `long` has clips for what `latents` are too short for."""
+    """Go on with trained weights, at a third of the rates; first chunks learn to be guided.
+
+    `long` has clips for what `latents` are too short for.
+    """
     dit = start.to(run.device).requires_grad_(True)
     dit.rope.requires_grad_(False)
     trainer = _trainer(run, dit, linear_decay(steps, warmup=50, hold=0.2), rate=0.35, decay=0.998)
@@ -102,5 +107,9 @@ def refine_dit(run: Run, start: MagiDiT, latents: Latents, long: Latents, *, ste
         torch._dynamo.config.recompile_limit = 64
         dit.compile_regions(dynamic=False)
     length = latents.chunks.shape[2]
-    loss = _loss(run, dit, lambda branch: latents if branch.clean + branch.noisy <= length else long)
+
+    def clips(branch: Branch) -> Latents:
+        return latents if branch.clean + branch.noisy <= length else long
+
+    loss = _loss(run, dit, clips, guidance=trainer.averaged)
     return trainer.train(steps, lambda host: choose_branch(host, REFINED_KINDS), loss)
