@@ -1,6 +1,7 @@
 """magi-pocket: its words, its clips, and its training."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,6 +39,7 @@ from models.pocket.windows import (
     Windows,
     choose_branch,
     draw_windows,
+    guide,
     window_loss,
     window_velocity,
 )
@@ -295,6 +297,25 @@ def test_every_kind_of_window_trains_and_reads_nothing_back(kind, refreshed):
     # A model that says nothing has the error of noise plus data.
     assert loss.item() == pytest.approx(2, abs=0.3)
     assert dit.final_linear.linear.weight.grad.norm() > 0
+
+
+def test_a_first_chunk_is_guided_away_from_what_is_made_without_its_caption(speaking):
+    one = branch(0, 1, batch=32)
+    windows = draw_windows(random_latents(), one, torch.Generator().manual_seed(0))
+    guided = guide(speaking, windows, one)
+    with torch.no_grad():
+        away = window_velocity(speaking, windows, one) - window_velocity(speaking, windows, replace(one, drop=True))
+    early = windows.t[:, 0] < 0.37
+    assert early.any() and not early.all() and away.abs().mean() > 1e-3
+    torch.testing.assert_close(guided.velocity[early], (windows.velocity + 0.5 * away)[early])
+    assert torch.equal(guided.velocity[~early], windows.velocity[~early])
+
+
+@pytest.mark.parametrize("changes", [{"drop": True}, {"noisy": 2}, {"clean": 1}])
+def test_no_other_window_is_guided(speaking, changes):
+    one = branch(**{"clean": 0, "noisy": 1, **changes})
+    windows = draw_windows(random_latents(), one, torch.Generator().manual_seed(0))
+    assert guide(speaking, windows, one) is windows
 
 
 def test_all_kinds_of_window_are_chosen_by_their_shares():
