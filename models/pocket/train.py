@@ -27,7 +27,7 @@ from torch import Tensor
 from models.magi.vae import ViTVAE
 from models.pocket.latents import Latents, encode_clips
 from models.pocket.preset import WEIGHTS, write_vae_config
-from models.pocket.train_dit import new_dit, refine_dit, train_dit
+from models.pocket.train_dit import Clips, guide_dit, new_dit, refine_dit, train_dit
 from models.pocket.train_vae import POCKET_VAE, polish_decoder, tiles, train_vae
 from models.pocket.trainer import Run
 
@@ -111,7 +111,8 @@ def train(run: Run, args: argparse.Namespace, until: float | None) -> None:
     vae = prepare_vae(run, args)
     polish_decoder(run, vae, steps=args.polish_steps, batch=args.vae_batch, pool=args.tiles)
     latents = prepare_latents(run, "latents", lambda: encode_clips(vae, run, count=args.clips, chunks=args.clip_chunks))
-    train_dit(run, latents, steps=args.dit_steps, until=until)
+    dit = train_dit(run, latents, steps=args.dit_steps, until=until)
+    guide_dit(run, dit, Clips(short=latents, long=latents), steps=args.guide_steps)
 
 
 def refine(run: Run, args: argparse.Namespace) -> None:
@@ -125,18 +126,19 @@ def refine(run: Run, args: argparse.Namespace) -> None:
         shutil.copyfile(args.weights / DIT_WEIGHTS, start)
     dit = new_dit(run.seed)
     dit.load_state_dict({key: value.float() for key, value in load_file(start).items()})
-    clips = prepare_latents(run, "short", short), prepare_latents(run, "long", long)
-    refine_dit(run, dit, *clips, steps=args.dit_steps)
+    clips = Clips(short=prepare_latents(run, "short", short), long=prepare_latents(run, "long", long))
+    dit = refine_dit(run, dit, clips, steps=args.dit_steps)
+    guide_dit(run, dit, clips, steps=args.guide_steps)
 
 
 def export(run: Run, target: Path, args: argparse.Namespace) -> None:
     """Write the weights that this run has made (fp16), and how; runs whose weights it began with are named before."""
     states = {
         name: torch.load(path, weights_only=True)
-        for name in ("vae", "decoder", "dit")
+        for name in ("vae", "decoder", "dit", "guided")
         if (path := run.out / f"{name}.ckpt").exists()
     }
-    dit = states["dit"]["ema"]
+    dit = states.get("guided", states["dit"])["ema"]
     if args.refine:
         before = load_file(run.out / "start.safetensors")
         dit = {name: before[name].float().lerp(value, args.blend) for name, value in dit.items()}
@@ -145,7 +147,7 @@ def export(run: Run, target: Path, args: argparse.Namespace) -> None:
         write_vae_config(target / "vae", POCKET_VAE)
         save_half(states["decoder"]["ema"], target / "vae" / VAE_WEIGHTS)
     record = {
-        "command": _command(args, states["dit"]["step"]),
+        "command": _command(args, {name: state["step"] for name, state in states.items()}),
         "torch": torch.__version__,
         "hardware": torch.cuda.get_device_name() if run.device.type == "cuda" else "CPU",
         "last": {name: state["history"][-1] for name, state in states.items()},
@@ -157,14 +159,15 @@ def export(run: Run, target: Path, args: argparse.Namespace) -> None:
     run.report(f"wrote {target}: step {states['dit']['step']} of the DiT")
 
 
-def _command(args: argparse.Namespace, dit_steps: int) -> str:
+def _command(args: argparse.Namespace, steps: Mapping[str, int]) -> str:
     """What makes the same weights on the same machine."""
     names = ["seed", "clips", "clip_chunks", "device"]
     names += ["blend"] if args.refine else ["vae_batch", "tiles", "polish_steps"]
     names += [] if args.vae else ["vae_steps"]
     how = [f"--vae {args.vae}" if args.vae else "", "--refine" if args.refine else ""]
     how += [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names]
-    return " ".join(["python -m models.pocket.train", *filter(None, how), f"--dit-steps {dit_steps}"])
+    how += [f"--{option}-steps {steps.get(name, 0)}" for option, name in (("dit", "dit"), ("guide", "guided"))]
+    return " ".join(["python -m models.pocket.train", *filter(None, how)])
 
 
 def report(line: str) -> None:
@@ -186,6 +189,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("clip-chunks", 17, "length of a clip"),
         ("dit-steps", 60000, "of the DiT"),
         ("polish-steps", 8000, "of the decoder alone"),
+        ("guide-steps", 1000, "in which the DiT learns to be guided"),
         ("threads", 0, "CPU threads; 0 leaves PyTorch's choice"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=what)

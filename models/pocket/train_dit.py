@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +17,15 @@ from models.pocket.latents import Latents
 from models.pocket.muon import Muon
 from models.pocket.preset import POCKET_DIT
 from models.pocket.trainer import Figures, Loss, Run, Trainer, linear_decay
-from models.pocket.windows import REFINED_KINDS, Branch, choose_branch, draw_windows, guide, window_loss
+from models.pocket.windows import (
+    GUIDED_KINDS,
+    REFINED_KINDS,
+    Branch,
+    WindowKind,
+    choose_branch,
+    draw_windows,
+    window_loss,
+)
 
 _TRIAL = 1500  # steps; after twice as many their number can be chosen
 
@@ -41,7 +52,7 @@ def new_dit(seed: int) -> MagiDiT:
 
 
 def _trainer(
-    run: Run, dit: MagiDiT, schedule: Callable[[int], float], *, rate: float, decay: float
+    run: Run, dit: MagiDiT, schedule: Callable[[int], float], *, rate: float, decay: float, checkpoint: str = "dit.ckpt"
 ) -> Trainer[MagiDiT]:
     """Muon for the matrices of the blocks, AdamW for the rest; `rate` is a factor."""
     matrices: list[nn.Parameter] = []
@@ -54,16 +65,14 @@ def _trainer(
         Muon(matrices, lr=0.02 * rate, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(rest, 2e-3 * rate, (0.9, 0.98), weight_decay=0.0, fused=True, capturable=run.captured),
     ]
-    return Trainer(run, "dit.ckpt", dit, optimizers, schedule, decay=decay)
+    return Trainer(run, checkpoint, dit, optimizers, schedule, decay=decay)
 
 
-def _loss(run: Run, dit: MagiDiT, latents: Callable[[Branch], Latents], *, guidance: MagiDiT | None = None) -> Loss:
+def _loss(run: Run, dit: MagiDiT, latents: Callable[[Branch], Latents], guide: MagiDiT | None = None) -> Loss:
     def loss(branch: Hashable, generator: torch.Generator) -> tuple[Tensor, Figures]:
         assert isinstance(branch, Branch)
         with torch.autocast(run.device.type, dtype=torch.bfloat16):
-            windows = draw_windows(latents(branch), branch, generator)
-            windows = windows if guidance is None else guide(guidance, windows, branch)
-            value = window_loss(dit, windows, branch)
+            value = window_loss(dit, draw_windows(latents(branch), branch, generator), branch, guide)
         return value, {"loss": value.detach()}
 
     return loss
@@ -95,21 +104,46 @@ def _schedule(steps: int) -> Callable[[int], float]:
     return linear_decay(steps, warmup=100, hold=0.4)
 
 
-def refine_dit(run: Run, start: MagiDiT, latents: Latents, long: Latents, *, steps: int) -> MagiDiT:
-    """Go on with trained weights, at a third of the rates; first chunks learn to be guided.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clips:
+    """Clips to go on with: many short ones, and long ones for what those are too short for."""
 
-    `long` has clips for what `latents` are too short for.
-    """
-    dit = start.to(run.device).requires_grad_(True)
+    short: Latents
+    long: Latents
+
+    def of(self, branch: Branch) -> Latents:
+        """Those that a kind of window is drawn from."""
+        return self.short if branch.clean + branch.noisy <= self.short.chunks.shape[2] else self.long
+
+
+def refine_dit(run: Run, start: MagiDiT, clips: Clips, *, steps: int) -> MagiDiT:
+    """Go on with trained weights, at a third of the rates; returns the averaged weights."""
+    trainer = _trainer(run, _trainable(run, start), linear_decay(steps, warmup=50, hold=0.2), rate=0.35, decay=0.998)
+    return _go_on(run, trainer, clips, REFINED_KINDS, steps)
+
+
+def guide_dit(run: Run, guide: MagiDiT, clips: Clips, *, steps: int) -> MagiDiT:
+    """Teach trained weights to make first chunks as they do with guidance; returns the averaged weights."""
+    dit, schedule = _trainable(run, deepcopy(guide)), linear_decay(steps, warmup=30, hold=0.3)
+    trainer = _trainer(run, dit, schedule, rate=0.25, decay=0.99, checkpoint="guided.ckpt")
+    return _go_on(run, trainer, clips, GUIDED_KINDS, steps, guide.to(run.device).requires_grad_(False))
+
+
+def _trainable(run: Run, dit: MagiDiT) -> MagiDiT:
+    dit = dit.to(run.device).requires_grad_(True)
     dit.rope.requires_grad_(False)
-    trainer = _trainer(run, dit, linear_decay(steps, warmup=50, hold=0.2), rate=0.35, decay=0.998)
-    if run.compiled:
+    return dit
+
+
+def _go_on(
+    run: Run,
+    trainer: Trainer[MagiDiT],
+    clips: Clips,
+    kinds: Sequence[WindowKind],
+    steps: int,
+    guide: MagiDiT | None = None,
+) -> MagiDiT:
+    if run.compiled and not run.captured:  # a captured step gains little by it, and every size is compiled anew
         torch._dynamo.config.recompile_limit = 64
-        dit.compile_regions(dynamic=False)
-    length = latents.chunks.shape[2]
-
-    def clips(branch: Branch) -> Latents:
-        return latents if branch.clean + branch.noisy <= length else long
-
-    loss = _loss(run, dit, clips, guidance=trainer.averaged)
-    return trainer.train(steps, lambda host: choose_branch(host, REFINED_KINDS), loss)
+        trainer.module.compile_regions(dynamic=False)
+    return trainer.train(steps, partial(choose_branch, kinds=kinds), _loss(run, trainer.module, clips.of, guide))

@@ -62,7 +62,7 @@ class Trainer(Generic[Module]):
         module: what is trained.
         optimizers: with the rates that the schedule's factor is applied to; capturable where steps are captured.
         schedule: factor of the rates at a step.
-        decay: of `averaged`, the averaged weights.
+        decay: of the averaged weights.
         seed: of this training; that of the run by default.
     """
 
@@ -77,8 +77,8 @@ class Trainer(Generic[Module]):
         decay: float,
         seed: int | None = None,
     ) -> None:
-        self._run, self._checkpoint, self._module, self._decay = run, run.out / name, module, decay
-        self.averaged = deepcopy(module).requires_grad_(False)
+        self._run, self._checkpoint, self.module, self._decay = run, run.out / name, module, decay
+        self._averaged = deepcopy(module).requires_grad_(False)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._optimizers, self.schedule = optimizers, schedule
         self._base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
@@ -120,7 +120,7 @@ class Trainer(Generic[Module]):
             if time.monotonic() - last_save > _SAVE_EVERY or self.step == steps:
                 self._save()
                 last_save = time.monotonic()
-        return self.averaged
+        return self._averaged
 
     def _prepare(self, choose: Choose) -> Hashable:
         """Set rates and the generator for the next step, and choose its kind."""
@@ -144,8 +144,8 @@ class Trainer(Generic[Module]):
         for optimizer in self._optimizers:
             optimizer.step()
         with torch.no_grad():
-            averages: list[Tensor] = list(self.averaged.parameters())
-            values = [p.detach() for p in self._module.parameters()]
+            averages: list[Tensor] = list(self._averaged.parameters())
+            values = [p.detach() for p in self.module.parameters()]
             change = torch._foreach_sub(values, averages)
             torch._foreach_mul_(change, self._fresh)
             torch._foreach_add_(averages, change)
@@ -160,8 +160,8 @@ class Trainer(Generic[Module]):
         state = {
             "step": self.step,
             "seed": self._seed,
-            "module": self._module.state_dict(),
-            "ema": self.averaged.state_dict(),
+            "module": self.module.state_dict(),
+            "ema": self._averaged.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "history": self.history,
         }
@@ -174,8 +174,8 @@ class Trainer(Generic[Module]):
         if state["seed"] != self._seed:
             raise ValueError(f"{self._checkpoint} was trained with seed {state['seed']}, not {self._seed}")
         self.step, self.history = state["step"], state["history"]
-        self._module.load_state_dict(state["module"])
-        self.averaged.load_state_dict(state["ema"])
+        self.module.load_state_dict(state["module"])
+        self._averaged.load_state_dict(state["ema"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self._run.report(f"going on from step {self.step} of {self._checkpoint}")

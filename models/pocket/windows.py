@@ -33,8 +33,7 @@ _FORMING, _FORMED = (0.15, 0.7), 0.75
 """Where outlines of a first chunk are decided on its way from noise, and the share of its batches drawn from there.
 
 Denoised from s = 0.75 on, true clips keep their shape; from 0.4 on they get as bad as those from noise."""
-_GUIDED_T, _GUIDANCE = 0.37, 0.5
-"""Up to which time a first chunk is guided, and how far: in the end by 1 / (1 - 0.5), a scale of 2."""
+_GUIDED_T, _GUIDANCE = 0.37, 1.0  # up to which time a first chunk is guided, and how far: the scale, minus 1
 _LOG_TURNS = 6.0  # 2 to this turns of a panorama lie at most between older and newer chunks of the past
 
 
@@ -139,6 +138,16 @@ REFINED_KINDS = (
     WindowKind(share=0.10, clean=12, noisy=4, batch=4, kept=4),
 )
 """What a trained model goes on with on a CPU: first chunks above all, whose shapes the others go on with."""
+GUIDED_KINDS = (
+    WindowKind(share=0.60, clean=0, noisy=1, batch=32),
+    WindowKind(share=0.05, clean=0, noisy=4, batch=6),
+    WindowKind(share=0.12, clean=1, noisy=4, batch=6),
+    WindowKind(share=0.05, clean=4, noisy=4, batch=4),
+    WindowKind(share=0.06, clean=12, noisy=4, batch=4),
+    WindowKind(share=0.06, clean=12, noisy=4, batch=4, kept=2),
+    WindowKind(share=0.06, clean=12, noisy=4, batch=4, kept=4),
+)
+"""What it learns to be guided with: first chunks, and the others so that it forgets nothing of them."""
 REFRESHED = 0.6  # share of the batches whose finished chunks were renewed by a clean pass
 
 
@@ -277,22 +286,24 @@ def _draw_kept(branch: Branch, tok: int, generator: torch.Generator) -> Tensor |
     return scores.topk(branch.kept * tok, dim=2).indices.sort(dim=2).values
 
 
-def window_loss(dit: MagiDiT, windows: Windows, branch: Branch) -> Tensor:
-    """Mean squared error of the velocity over the noisy chunks of a batch of windows."""
+def window_loss(dit: MagiDiT, windows: Windows, branch: Branch, guide: MagiDiT | None = None) -> Tensor:
+    """Mean squared error of the velocity over the noisy chunks of a batch of windows: of the data's, or a guide's."""
     velocity = window_velocity(dit, windows, branch)
-    return F.mse_loss(velocity[:, branch.clean :].float(), windows.velocity)
+    wanted = windows.velocity if guide is None else guided_velocity(guide, windows, branch)
+    return F.mse_loss(velocity[:, branch.clean :].float(), wanted)
 
 
 @torch.no_grad()
-def guide(dit: MagiDiT, windows: Windows, branch: Branch) -> Windows:
-    """First chunks with a velocity that is moved away from what a DiT makes of them without their captions.
+def guided_velocity(dit: MagiDiT, windows: Windows, branch: Branch) -> Tensor:
+    """What trained weights make of the noisy chunks of a batch of windows, those that are first chunks guided.
 
-    A DiT trained on it does in one pass what classifier-free guidance does in two ("Diffusion Models without
-    Classifier-free Guidance", Tang et al. 2025); `dit` has its averaged weights. Other windows stay as they are.
+    A first chunk is moved away from what is made of it without its caption, as classifier-free guidance does. Weights
+    that learn this do in one pass what guidance does in two ("On Distillation of Guided Diffusion Models", Meng et al.
+    2023).
     """
-    if branch.clean or branch.noisy > 1 or branch.drop:
-        return windows
-    with_captions = window_velocity(dit, windows, branch).float()
-    without = window_velocity(dit, windows, replace(branch, drop=True)).float()
-    weight = _GUIDANCE * (windows.t < _GUIDED_T).float()[..., None, None, None, None]
-    return replace(windows, velocity=windows.velocity + weight * (with_captions - without))
+    velocity = window_velocity(dit, windows, branch).float()
+    if branch.clean == 0 and branch.noisy == 1:
+        without = window_velocity(dit, windows, replace(branch, drop=True)).float()
+        early = (windows.t < _GUIDED_T).float()[..., None, None, None, None]
+        velocity = velocity + _GUIDANCE * early * (velocity - without)
+    return velocity[:, branch.clean :]
