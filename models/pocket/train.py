@@ -189,7 +189,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("clip-chunks", 17, "length of a clip"),
         ("dit-steps", 60000, "of the DiT"),
         ("polish-steps", 8000, "of the decoder alone"),
-        ("guide-steps", 1000, "in which the DiT learns to be guided"),
+        ("guide-steps", 800, "in which the DiT learns to be guided"),
         ("threads", 0, "CPU threads; 0 leaves PyTorch's choice"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=what)

@@ -33,7 +33,7 @@ _FORMING, _FORMED = (0.15, 0.7), 0.75
 """Where outlines of a first chunk are decided on its way from noise, and the share of its batches drawn from there.
 
 Denoised from s = 0.75 on, true clips keep their shape; from 0.4 on they get as bad as those from noise."""
-_GUIDED_T, _GUIDANCE = 0.37, 1.0  # up to which time a first chunk is guided, and how far: the scale, minus 1
+_GUIDED_T, _GUIDANCE = 0.37, 0.5  # up to which time a first chunk is guided, and how far: the scale, minus 1
 _LOG_TURNS = 6.0  # 2 to this turns of a panorama lie at most between older and newer chunks of the past
 
 
