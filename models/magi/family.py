@@ -20,7 +20,7 @@ from models.pocket.words import parse_prompt
 MAGI_1_FIGURES = ReuseFigures(warmup_steps=5, slow=0.01, fast=0.015, teacache=0.01, default="none", reuse="residual")
 # Thresholds for 16 steps; benchmarks.quality measures what they mean.
 POCKET_FIGURES = ReuseFigures(
-    warmup_steps=3, slow=0.0574, fast=0.0881, teacache=0.0657, default="flowcache-slow", reuse="extrapolate"
+    warmup_steps=3, slow=0.061, fast=0.0895, teacache=0.0657, default="flowcache-slow", reuse="extrapolate"
 )
 
 
