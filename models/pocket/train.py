@@ -127,7 +127,7 @@ def refine(run: Run, args: argparse.Namespace) -> None:
     dit = new_dit(run.seed)
     dit.load_state_dict({key: value.float() for key, value in load_file(start).items()})
     clips = Clips(short=prepare_latents(run, "short", short), long=prepare_latents(run, "long", long))
-    dit = refine_dit(run, dit, clips, steps=args.dit_steps)
+    dit = refine_dit(run, dit, clips, steps=args.dit_steps, rate=args.rate)
     guide_dit(run, dit, clips, steps=args.guide_steps)
 
 
@@ -162,7 +162,7 @@ def export(run: Run, target: Path, args: argparse.Namespace) -> None:
 def _command(args: argparse.Namespace, steps: Mapping[str, int]) -> str:
     """What makes the same weights on the same machine."""
     names = ["seed", "clips", "clip_chunks", "device"]
-    names += ["blend"] if args.refine else ["vae_batch", "tiles", "polish_steps"]
+    names += ["rate", "blend"] if args.refine else ["vae_batch", "tiles", "polish_steps"]
     names += [] if args.vae else ["vae_steps"]
     how = [f"--vae {args.vae}" if args.vae else "", "--refine" if args.refine else ""]
     how += [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names]
@@ -197,6 +197,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="of all of it: as many steps of the DiT as fit into what is left")
     parser.add_argument("--vae", type=Path, help="folder of a trained autoencoder to begin with")
     parser.add_argument("--refine", action="store_true", help="go on with the DiT of --weights; with --vae")
+    parser.add_argument(
+        "--rate", type=float, default=0.35, help="with --refine: learning rates, as a share of the first"
+    )
     parser.add_argument("--blend", type=float, default=1.0, help="share of the refined weights in what is written")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile; needs gcc"

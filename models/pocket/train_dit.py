@@ -116,9 +116,9 @@ class Clips:
         return self.short if branch.clean + branch.noisy <= self.short.chunks.shape[2] else self.long
 
 
-def refine_dit(run: Run, start: MagiDiT, clips: Clips, *, steps: int) -> MagiDiT:
-    """Go on with trained weights, at a third of the rates; returns the averaged weights."""
-    trainer = _trainer(run, _trainable(run, start), linear_decay(steps, warmup=50, hold=0.2), rate=0.35, decay=0.998)
+def refine_dit(run: Run, start: MagiDiT, clips: Clips, *, steps: int, rate: float) -> MagiDiT:
+    """Go on with trained weights, at a part of the rates; returns the averaged weights."""
+    trainer = _trainer(run, _trainable(run, start), linear_decay(steps, warmup=50, hold=0.2), rate=rate, decay=0.998)
     return _go_on(run, trainer, clips, REFINED_KINDS, steps)
 
 

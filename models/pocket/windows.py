@@ -102,7 +102,7 @@ class WindowKind:
     """A state of the window: `clean` finished chunks, then `noisy` ones.
 
     `share` of the batches are of this kind; of those, the share `drops` has no caption. `kept` chunks' worth of tokens
-    is left of the finished chunks; None leaves all.
+    is left of the finished chunks, single ones or of whole `frames`; None leaves all.
     """
 
     share: float
@@ -111,6 +111,7 @@ class WindowKind:
     batch: int
     drops: float = 0.0
     kept: int | None = None
+    frames: bool = False
 
 
 WINDOW_KINDS = (
@@ -133,9 +134,10 @@ REFINED_KINDS = (
     WindowKind(share=0.06, clean=0, noisy=4, batch=6),
     WindowKind(share=0.16, clean=1, noisy=4, batch=6, drops=0.03),
     WindowKind(share=0.06, clean=4, noisy=4, batch=4),
-    WindowKind(share=0.09, clean=12, noisy=4, batch=4),
-    WindowKind(share=0.09, clean=12, noisy=4, batch=4, kept=2),
-    WindowKind(share=0.10, clean=12, noisy=4, batch=4, kept=4),
+    WindowKind(share=0.07, clean=12, noisy=4, batch=4),
+    WindowKind(share=0.06, clean=12, noisy=4, batch=4, kept=2),
+    WindowKind(share=0.05, clean=12, noisy=4, batch=4, kept=4),
+    WindowKind(share=0.10, clean=12, noisy=4, batch=4, kept=4, frames=True),
 )
 """What a trained model goes on with on a CPU: first chunks above all, whose shapes the others go on with."""
 GUIDED_KINDS = (
@@ -145,7 +147,7 @@ GUIDED_KINDS = (
     WindowKind(share=0.05, clean=4, noisy=4, batch=4),
     WindowKind(share=0.06, clean=12, noisy=4, batch=4),
     WindowKind(share=0.06, clean=12, noisy=4, batch=4, kept=2),
-    WindowKind(share=0.06, clean=12, noisy=4, batch=4, kept=4),
+    WindowKind(share=0.06, clean=12, noisy=4, batch=4, kept=4, frames=True),
 )
 """What it learns to be guided with: first chunks, and the others so that it forgets nothing of them."""
 REFRESHED = 0.6  # share of the batches whose finished chunks were renewed by a clean pass
@@ -161,6 +163,7 @@ class Branch:
     refreshed: bool  # the finished chunks are renewed by a clean pass; else they are as their last step left them
     drop: bool  # no captions
     kept: int | None  # so many chunks' worth of rows of the finished chunks is left; None: all
+    frames: bool = False  # which are those of whole frames
 
 
 def choose_branch(host: torch.Generator, kinds: Sequence[WindowKind] = WINDOW_KINDS) -> Branch:
@@ -175,6 +178,7 @@ def choose_branch(host: torch.Generator, kinds: Sequence[WindowKind] = WINDOW_KI
         refreshed=kind.clean > 0 and refreshed < REFRESHED,
         drop=drop < kind.drops,
         kept=kind.kept,
+        frames=kind.frames,
     )
 
 
@@ -276,9 +280,17 @@ def _turn_frames(device: torch.device) -> Tensor:
 
 
 def _draw_kept(branch: Branch, tok: int, generator: torch.Generator) -> Tensor | None:
-    """Rows that are left [L, B, n, G], ascending. Some chunks lose more than others, in each head others."""
+    """Rows that are left [L, B, n, G], ascending. Some chunks lose more than others, in each head others. Of whole
+    frames all chunks keep about as many, and all heads the same."""
     if branch.kept is None:
         return None
+    if branch.frames:
+        order = torch.rand(branch.batch, branch.clean, CHUNK_FRAMES, generator=generator, device=generator.device)
+        place = order.argsort(-1).float() + torch.rand(order.shape, generator=generator, device=generator.device)
+        frames = place.flatten(1).topk(branch.kept * CHUNK_FRAMES, largest=False).indices.sort().values
+        inside = torch.arange(tok // CHUNK_FRAMES, device=generator.device)
+        rows = (frames[..., None] * len(inside) + inside).flatten(1)
+        return rows[None, ..., None].expand(POCKET_DIT.num_layers, -1, -1, POCKET_DIT.num_query_groups)
     shape = (POCKET_DIT.num_layers, branch.batch, branch.clean, 1, POCKET_DIT.num_query_groups)
     liking = torch.rand(*shape, generator=generator, device=generator.device)
     each = torch.rand(*shape[:3], tok, shape[-1], generator=generator, device=generator.device)

@@ -285,10 +285,24 @@ class HostReads(TorchDispatchMode):
         return function(*arguments, **(named or {}))
 
 
-@pytest.mark.parametrize("kind", WINDOW_KINDS, ids=lambda kind: f"{kind.clean}+{kind.noisy}of{kind.kept}")
+@pytest.mark.parametrize("kept", [1, 4])
+def test_whole_frames_are_kept_of_every_chunk_and_by_all_heads(kept):
+    one = branch(12, 4, batch=2, kept=kept, frames=True)
+    rows = draw_windows(random_latents(), one, torch.Generator().manual_seed(0)).kept
+    assert rows.shape == (6, 2, 96 * kept, 2) and torch.equal(rows, rows[:1, :, :, :1].expand_as(rows))
+    frames = rows[0, :, ::16, 0] // 16
+    assert torch.equal(rows[0, :, :, 0], (frames[..., None] * 16 + torch.arange(16)).flatten(1))
+    assert (frames.diff(dim=1) > 0).all() and not torch.equal(*frames)
+    per_chunk = torch.nn.functional.one_hot(frames // 6, 12).sum(1)
+    assert (per_chunk - kept / 2).abs().max() < 1  # as evenly as it goes
+
+
+@pytest.mark.parametrize(
+    "kind", (*WINDOW_KINDS, GUIDED_KINDS[-1]), ids=lambda kind: f"{kind.clean}+{kind.noisy}of{kind.kept}"
+)
 @pytest.mark.parametrize("refreshed", [True, False])
 def test_every_kind_of_window_trains_and_reads_nothing_back(kind, refreshed):
-    one = branch(kind.clean, kind.noisy, refreshed=refreshed and kind.clean > 0, kept=kind.kept)
+    one = branch(kind.clean, kind.noisy, refreshed=refreshed and kind.clean > 0, kept=kind.kept, frames=kind.frames)
     dit = new_dit(0)
     with HostReads() as reads:
         drawn = draw_windows(random_latents(), one, torch.Generator().manual_seed(0))
