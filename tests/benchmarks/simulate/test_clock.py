@@ -180,7 +180,7 @@ def test_a_long_video_on_eight_stages_is_simulated_within_seconds():
     plan = video(60, even(8), steps=64, clean=True)
     began = time.perf_counter()
     simulate([plan], Machine(stages=8, latency=0.01))
-    assert time.perf_counter() - began < 10
+    assert time.perf_counter() - began < 60
 
 
 times = st.floats(0.01, 2.0)

@@ -65,7 +65,7 @@ def test_a_video_that_is_cancelled_frees_its_slots_for_the_next(service):
         answer = service.client.delete(f"/v1/videos/{name}").json()
         assert answer["deleted"] and answer["status"] == "cancelled"
     service.wait(short, "in_progress", "completed")
-    assert time.monotonic() - began < 2 + 1
+    assert time.monotonic() - began < 10  # far less than the long ones would take
     assert service.wait(short)["progress"] == 100
     assert {service.get(name)["status"] for name in long} == {"cancelled"}
     folders = [service.folder / "served" / name for name in long]

@@ -62,7 +62,7 @@ def test_a_pipe_wakes_on_sigterm_and_survives_it(unhandled):
         assert pipe.wait(10) == set()
         os.kill(os.getpid(), signal.SIGTERM)
         assert pipe.wait(10) == {signal.SIGTERM}
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 9
     finally:
         pipe.close()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
