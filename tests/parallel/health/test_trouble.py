@@ -81,7 +81,7 @@ def pids(tmp_path, count):
 )
 def test_one_bad_rank_ends_all_and_is_named(tmp_path, action, layout, rank, message):
     count = layout.get("pp", 1) * layout.get("cp", 1)
-    calls = 100 if action == "stop" else 20  # so that there was a heartbeat since work began
+    calls = 300 if action == "stop" else 20  # so that there was a heartbeat since work began
     values = {"action": action, "rank": rank, "calls": calls, "timeouts": SHORT, "requests": LONG}
     fork = action not in ("kill", "stop", "terminate") or layout != {"pp": 2}  # else as they are started in earnest
     with pytest.raises(GangError, match=message) as caught:
