@@ -38,6 +38,11 @@ def gone(pids):
     return not any(alive(pid) for pid in pids)
 
 
+def calls_before(action):
+    """So many that there was a heartbeat since work began, where it says what the rank last did."""
+    return 500 if action == "stop" else 20
+
+
 def pids(tmp_path, count):
     return [int((tmp_path / f"out.pt.{rank}").read_text()) for rank in range(count)]
 
@@ -81,8 +86,7 @@ def pids(tmp_path, count):
 )
 def test_one_bad_rank_ends_all_and_is_named(tmp_path, action, layout, rank, message):
     count = layout.get("pp", 1) * layout.get("cp", 1)
-    calls = 300 if action == "stop" else 20  # so that there was a heartbeat since work began
-    values = {"action": action, "rank": rank, "calls": calls, "timeouts": SHORT, "requests": LONG}
+    values = {"action": action, "rank": rank, "calls": calls_before(action), "timeouts": SHORT, "requests": LONG}
     fork = action not in ("kill", "stop", "terminate") or layout != {"pp": 2}  # else as they are started in earnest
     with pytest.raises(GangError, match=message) as caught:
         run(tmp_path, "trouble", **layout, fork=fork, **values)
@@ -97,7 +101,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def trouble(tmp_path, action, rank, **more):
     values = {"layout": {"pp": 2}, "action": action, "rank": rank, "timeouts": SHORT, "requests": LONG, **more}
-    return command("trouble", tmp_path / "out.pt", {"calls": 100 if action == "stop" else 20, **values})
+    return command("trouble", tmp_path / "out.pt", {"calls": calls_before(action), **values})
 
 
 def started(tmp_path, count):
