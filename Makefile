@@ -23,7 +23,7 @@ export OMP_NUM_THREADS = 1
 	touch $@
 
 demo: .venv/.base
-	$(BIN)/flowcache generate "a red circle moving right" --model magi-pocket --seconds 4 --seed 3 --out demo.mp4
+	$(BIN)/flowcache generate "a red circle moving right" --model magi-pocket --seconds 4 --seed 9 --out demo.mp4
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

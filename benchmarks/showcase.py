@@ -84,7 +84,7 @@ def pictures(videos: Sequence[NDArray[np.uint8]], record: RunRecord) -> list[Ima
 
 def main(
     out: Out = Path("results/showcase"),
-    seconds: Annotated[float, typer.Option(min=1, help="Length of the videos; a turn of the camera takes 10.7.")] = 22,
+    seconds: Annotated[float, typer.Option(min=1, help="Length of the videos; a turn of the camera takes 10.7.")] = 21,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise of all of them.")] = 8,
     cache: Annotated[CacheName, typer.Option(help="Preset of reuse.")] = "flowcache-slow",
 ) -> int:

@@ -111,7 +111,8 @@ def train(run: Run, args: argparse.Namespace, until: float | None) -> None:
     vae = prepare_vae(run, args)
     polish_decoder(run, vae, steps=args.polish_steps, batch=args.vae_batch, pool=args.tiles)
     latents = prepare_latents(run, "latents", lambda: encode_clips(vae, run, count=args.clips, chunks=args.clip_chunks))
-    dit = train_dit(run, latents, steps=args.dit_steps, until=until)
+    leave = 2 * args.guide_steps  # a step with a guide is reckoned as two: it has up to two more forwards
+    dit = train_dit(run, latents, steps=args.dit_steps, until=until, leave=leave)
     guide_dit(run, dit, Clips(short=latents, long=latents), steps=args.guide_steps)
 
 

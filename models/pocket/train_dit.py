@@ -78,11 +78,11 @@ def _loss(run: Run, dit: MagiDiT, latents: Callable[[Branch], Latents], guide: M
     return loss
 
 
-def train_dit(run: Run, latents: Latents, *, steps: int, until: float | None = None) -> MagiDiT:
+def train_dit(run: Run, latents: Latents, *, steps: int, until: float | None = None, leave: int = 0) -> MagiDiT:
     """Train, or go on from the last checkpoint; returns the averaged weights.
 
-    With `until`, a time of the monotonic clock, `steps` is replaced by what fits. They are chosen early, while rates
-    are constant, so that a run with that many steps is the same run.
+    With `until`, a time of the monotonic clock, `steps` is replaced by what fits, less those to `leave` time for. They
+    are chosen early, while rates are constant, so that a run with that many steps is the same run.
     """
     dit = new_dit(run.seed).to(run.device)
     trainer = _trainer(run, dit, _schedule(steps), rate=1.0, decay=0.999)
@@ -94,7 +94,7 @@ def train_dit(run: Run, latents: Latents, *, steps: int, until: float | None = N
         middle = time.monotonic()
         trainer.train(trainer.step + _TRIAL, choose_branch, loss)
         pace = (time.monotonic() - middle) / _TRIAL
-        steps = trainer.step + int((until - time.monotonic()) / pace)
+        steps = trainer.step + max(0, int((until - time.monotonic()) / pace) - leave)
         trainer.schedule = _schedule(steps)
         run.report(f"{steps} steps of {1000 * pace:.1f} ms")
     return trainer.train(steps, choose_branch, loss)

@@ -280,22 +280,31 @@ def _turn_frames(device: torch.device) -> Tensor:
 
 
 def _draw_kept(branch: Branch, tok: int, generator: torch.Generator) -> Tensor | None:
-    """Rows that are left [L, B, n, G], ascending. Some chunks lose more than others, in each head others. Of whole
-    frames all chunks keep about as many, and all heads the same."""
+    """Rows that are left [L, B, n, G], ascending."""
     if branch.kept is None:
         return None
-    if branch.frames:
-        order = torch.rand(branch.batch, branch.clean, CHUNK_FRAMES, generator=generator, device=generator.device)
-        place = order.argsort(-1).float() + torch.rand(order.shape, generator=generator, device=generator.device)
-        frames = place.flatten(1).topk(branch.kept * CHUNK_FRAMES, largest=False).indices.sort().values
-        inside = torch.arange(tok // CHUNK_FRAMES, device=generator.device)
-        rows = (frames[..., None] * len(inside) + inside).flatten(1)
-        return rows[None, ..., None].expand(POCKET_DIT.num_layers, -1, -1, POCKET_DIT.num_query_groups)
+    return _draw_frames(branch, tok, generator) if branch.frames else _draw_tokens(branch, tok, generator)
+
+
+def _draw_tokens(branch: Branch, tok: int, generator: torch.Generator) -> Tensor:
+    """Some chunks lose more than others, in each head others."""
+    assert branch.kept is not None
     shape = (POCKET_DIT.num_layers, branch.batch, branch.clean, 1, POCKET_DIT.num_query_groups)
     liking = torch.rand(*shape, generator=generator, device=generator.device)
     each = torch.rand(*shape[:3], tok, shape[-1], generator=generator, device=generator.device)
     scores = (each + liking).flatten(2, 3)
     return scores.topk(branch.kept * tok, dim=2).indices.sort(dim=2).values
+
+
+def _draw_frames(branch: Branch, tok: int, generator: torch.Generator) -> Tensor:
+    """Whole frames, about as many of every chunk, and the same in all heads."""
+    assert branch.kept is not None
+    order = torch.rand(branch.batch, branch.clean, CHUNK_FRAMES, generator=generator, device=generator.device)
+    place = order.argsort(-1).float() + torch.rand(order.shape, generator=generator, device=generator.device)
+    frames = place.flatten(1).topk(branch.kept * CHUNK_FRAMES, largest=False).indices.sort().values
+    inside = torch.arange(tok // CHUNK_FRAMES, device=generator.device)
+    rows = (frames[..., None] * len(inside) + inside).flatten(1)
+    return rows[None, ..., None].expand(POCKET_DIT.num_layers, -1, -1, POCKET_DIT.num_query_groups)
 
 
 def window_loss(dit: MagiDiT, windows: Windows, branch: Branch, guide: MagiDiT | None = None) -> Tensor:

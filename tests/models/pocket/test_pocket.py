@@ -307,8 +307,10 @@ def test_every_kind_of_window_trains_and_reads_nothing_back(kind, refreshed):
     with HostReads() as reads:
         drawn = draw_windows(random_latents(), one, torch.Generator().manual_seed(0))
         loss = window_loss(dit, drawn, one)
-        loss.backward()
+        guided = window_loss(dit, drawn, one, new_dit(0))
+        (loss + guided).backward()
     assert not reads.seen
+    assert guided == 0  # of the same weights, which say nothing
     # A model that says nothing has the error of noise plus data.
     assert loss.item() == pytest.approx(2, abs=0.3)
     assert dit.final_linear.linear.weight.grad.norm() > 0
