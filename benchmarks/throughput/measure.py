@@ -87,6 +87,7 @@ class Look:
     host_bytes: int  # resident, of this process and those that it has started
     device_bytes: int  # most that this process's GPU has held so far; 0 without one
     kv_bytes: int  # of the leader's buffers, of all videos in flight; what is in host memory counted
+    probe: float  # seconds of a fixed computation on the leader's CPU: how fast the machine is at that moment
 
 
 @dataclass(frozen=True, kw_only=True, config=_FIGURES)
@@ -141,8 +142,34 @@ class Run:
             found += list(gaps[int(first * len(gaps)) : max(1, int(last * len(gaps)))])
         return float(np.median(found)) if found else float("nan")
 
+    def probe(self, first: float, last: float) -> float:
+        """Median seconds of the probe over a part of the length."""
+        total = self.case.videos * self.case.chunks
+        found = [look.probe for look in self.looks if first <= look.chunks / total <= last]
+        return float(np.median(found)) if found else float("nan")
+
 
 CASES, RUNS = TypeAdapter(Case), TypeAdapter(Run)
+
+
+class _Probe:
+    """Matrix products of the size of magi-pocket's, whose time says what a shared machine gives at the moment."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._rows = torch.randn(384, 256, generator=generator)
+        self._wide = torch.randn(256, 1024, generator=generator) / 16
+        self._narrow = torch.randn(1024, 256, generator=generator) / 16
+
+    def __call__(self) -> float:
+        """The least seconds of three tries, each of some milliseconds."""
+        return min(self._try() for _ in range(3))
+
+    def _try(self) -> float:
+        began = time.perf_counter()
+        for _ in range(2):
+            (self._rows @ self._wide).relu_() @ self._narrow
+        return time.perf_counter() - began
 
 
 class _Watch:
@@ -151,6 +178,7 @@ class _Watch:
     def __init__(self, plans: list[Plan], folder: Path, root: int) -> None:
         self._file, self._root, self._began = (folder / "frames").open("wb"), root, 0.0
         self._shape: tuple[int, ...] = ()
+        self._probe = _Probe()
         self.chunks: list[list[float]] = [[] for _ in plans]
         self.looks: list[Look] = []
         self.last: NDArray[np.float32] | None = None  # latents of a chunk
@@ -185,7 +213,9 @@ class _Watch:
             gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
             host = rss() + sum(map(_resident, ({self._root} | descendants(self._root)) - {os.getpid()}))
             seconds, kv = time.perf_counter() - self._began, sum(self._kv.values())
-            self.looks.append(Look(chunks=made, seconds=seconds, host_bytes=host, device_bytes=gpu, kv_bytes=kv))
+            self.looks.append(
+                Look(chunks=made, seconds=seconds, host_bytes=host, device_bytes=gpu, kv_bytes=kv, probe=self._probe())
+            )
 
     def minutes(self, pocket: bool) -> list[Minute]:
         """The minutes of the first video."""

@@ -33,9 +33,9 @@ def _warm(run: Run) -> Look:
 
 
 def _in_flight(run: Run) -> list[Look]:
-    """What was read while all videos were in flight, after the first chunks."""
-    last = run.case.videos * (run.case.chunks - 8)
-    return [look for look in run.looks if look.chunks <= last] or run.looks[:1]
+    """What was read while all videos were in flight: one that reuses more ends before the others."""
+    end = min(video[max(0, len(video) - 9)] for video in run.chunk_seconds)
+    return [look for look in run.looks if look.seconds <= end] or run.looks[:1]
 
 
 def speed_row(run: Run, base: Run) -> Row:
@@ -43,6 +43,8 @@ def speed_row(run: Run, base: Run) -> Row:
     row: Row = {"run": name(run), "chunks": run.case.chunks, "frames_per_second": run.fps}
     row |= {"speed_up": run.fps / base.fps, "computed": f"{run.computed:.2f}", "first_chunk_s": run.first_chunk}
     row |= {"chunk_s": run.steady(0.0, 1.0), "early_s": run.steady(*_EARLY), "late_s": run.steady(*_LATE)}
+    machine = run.probe(*_LATE) / run.probe(*_EARLY)
+    row |= {"late_to_early": f"{_slower(run) - 1:+.1%}", "machine": f"{machine - 1:+.1%}"}
     return row | {"decode_s": run.decode, "stages_busy": " ".join(f"{share:.0%}" for share in run.busy)}
 
 
@@ -71,12 +73,17 @@ def _growth(run: Run) -> float:
     return statistics.median(flying[-3:]) / _warm(run).host_bytes - 1
 
 
+def _slower(run: Run) -> float:
+    """A late chunk over an early one, in time, each in units of what the machine gave at that time."""
+    return (run.steady(*_LATE) / run.probe(*_LATE)) / (run.steady(*_EARLY) / run.probe(*_EARLY))
+
+
 def verdicts(run: Run) -> list[Verdict]:
     """What a long run is held to; nothing for a short one, whose figures are noise."""
     if run.case.chunks < _LONG:
         return []
     kv = {look.kv_bytes for look in _in_flight(run) if look.chunks >= _warm(run).chunks}
-    growth, slower = _growth(run), run.steady(*_LATE) / run.steady(*_EARLY)
+    growth, slower = _growth(run), _slower(run)
     own = f"{run.case.chunks} chunks, {name(run)}"
     held = " and ".join(map(str, sorted(kv)))
     return [

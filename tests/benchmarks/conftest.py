@@ -1,5 +1,6 @@
 """What several benchmarks are tested on."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,12 @@ def untrained_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.normal_(dit.final_linear.linear.weight, std=0.05, generator=torch.Generator().manual_seed(1))
     save_file(dit.state_dict(), folder / "model.safetensors")
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread in this process, as ranks have it whose times and bits are compared with it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

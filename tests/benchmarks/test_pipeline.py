@@ -15,18 +15,11 @@ from parallel.mesh import Layout
 from parallel.split import balanced_split, stage_layers
 from parallel.trace import RankCounters
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SPEC = ModelSpec(layers=3, width=192, side=32)
 PLAIN = Workload(model=SPEC, chunks=2, steps=8)
 FLOWCACHE = ReuseSettings(policy="flowcache", threshold=0.5, warmup_steps=2, clean_pass=False, copy_pass=False)
 CALLS, CONTEXT_FREE, TOKENS = 2 * 8 + 1, 4, 6 * 2 * 2
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_a_stage_has_the_weights_of_the_whole():

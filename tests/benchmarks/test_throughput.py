@@ -21,7 +21,8 @@ MADE = Run(
     decode=0.1,
     busy=[],
     looks=[
-        Look(chunks=at, seconds=at, host_bytes=400 * 2**20, device_bytes=0, kv_bytes=9) for at in range(10, CHUNKS, 10)
+        Look(chunks=at, seconds=at, host_bytes=400 * 2**20, device_bytes=0, kv_bytes=9, probe=0.01)
+        for at in range(10, CHUNKS, 10)
     ],
     minutes=[Minute(minute=1, sharpness=2.0, colour=1.0, direction=1.0, shape=0.8, position=1.0)],
 )
@@ -46,6 +47,21 @@ def later(**changes):
 )
 def test_each_figure_fails_for_itself(changes, which):
     assert [one.passed for one in verdicts(replace(MADE, **changes))] == [at != which for at in range(3)]
+
+
+def test_a_machine_that_gives_less_in_the_end_is_not_held_against_the_video():
+    slower = [[chunk + 0.06 * max(0, chunk - 90) for chunk in range(CHUNKS)]]
+    late = [look if look.chunks < 100 else replace(look, probe=0.0106) for look in MADE.looks]
+    assert [one.passed for one in verdicts(replace(MADE, chunk_seconds=slower, looks=late))] == [True] * 3
+
+
+def test_a_video_that_ends_early_changes_no_bytes_of_those_in_flight():
+    seconds = [[float(chunk) for chunk in range(CHUNKS)], [0.8 * chunk for chunk in range(CHUNKS)]]
+    looks = [
+        replace(MADE.looks[0], chunks=at + min(CHUNKS, int(at / 0.8)), seconds=at, kv_bytes=9 if at < 96 else 4)
+        for at in range(10, CHUNKS, 5)
+    ]
+    assert verdicts(replace(MADE, case=replace(MADE.case, videos=2), chunk_seconds=seconds, looks=looks))[0].passed
 
 
 def test_sets_begin_with_what_the_others_are_compared_with():

@@ -88,7 +88,7 @@ def serve():
     import launch.conformance.command  # noqa: F401 - which one scenario imports by itself
     import launch.generate  # noqa: F401 - which the command line imports when it is called
     from launch.__main__ import main as command_line
-    from tests.parallel.scenarios import main as scenario
+    from tests.parallel.scenarios.__main__ import main as scenario
 
     def main():
         """What a rank runs."""

@@ -1,22 +1,14 @@
 """Times of stages, what is predicted from them, and when a prediction holds."""
 
 import pytest
-import torch
 
 from benchmarks.runs import make_alone
 from benchmarks.simulate.check import Compared, TimedRunner, mean_timing, predict
 from benchmarks.workload import ModelSpec, Workload, build
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SPEC = ModelSpec(layers=3, width=192, side=32)
 PLAIN = Workload(model=SPEC, chunks=2, steps=8)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_times_of_stages_add_up():

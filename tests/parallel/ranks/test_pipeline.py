@@ -18,7 +18,7 @@ from engine.reuse.policy import ReuseSettings
 from parallel.comm.messages import HEADER_BYTES
 from tests.engine.reference import reference_latents
 from tests.parallel.on_ranks import command, run
-from tests.parallel.scenarios import settings, wanted
+from tests.parallel.scenarios.videos import settings, wanted
 from tests.parallel.small import SmallPipeline, one_thread, small_config
 
 pytestmark = pytest.mark.slow
