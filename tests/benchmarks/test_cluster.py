@@ -12,6 +12,7 @@ from benchmarks.workload import Made, ModelSpec, Workload, differing, digest
 from engine.reuse.policy import ReuseSettings
 from parallel.cluster.messages import ChunkMade, VideoDone, VideoFailed
 from parallel.mesh import Layout, Mesh
+from tests.parallel.forked import ray_workers
 
 SPEC = ModelSpec(layers=2, width=192, side=32)
 WORKLOAD = Workload(model=SPEC, chunks=2, steps=8, videos=2)
@@ -125,8 +126,10 @@ def test_ranks_make_the_videos_of_one_process():
 
 
 @pytest.mark.slow
-def test_the_command_writes_everything(tmp_path):
+def test_the_command_writes_everything(tmp_path, monkeypatch):
     pytest.importorskip("ray")
+    for name, value in ray_workers().items():
+        monkeypatch.setenv(name, value)
     status = run_command(run, "cluster", ["--quick", "--parts", "throughput", "--out", str(tmp_path)])
     text = (tmp_path / "cluster.md").read_text()
     assert status in (0, 1) and "0 differ" in text  # how fast it is depends on the machine

@@ -1,7 +1,7 @@
 """Ranks as forks of one process that has imported everything: a gang of a test starts in no time.
 
 `forked(arguments)` is a command like any other, and `interpreter()` takes Python's place where a command line is run
-once for each rank. Its process knows nothing of torch: it hands its files, environment
+once for each rank. `ray_workers()` has Ray use it too: those workers import Ray by themselves. Its process knows nothing of torch: it hands its files, environment
 and arguments to the server, waits for the rank that is forked there, and ends as that one has ended. A rank whose
 command is killed is killed. The server ends with the tests that have started it.
 
@@ -11,6 +11,7 @@ What a rank is at its start (its imports, its command line, its place among proc
 import functools
 import json
 import os
+import runpy
 import select
 import shutil
 import signal
@@ -34,7 +35,7 @@ def forked(arguments):
 
 @functools.cache
 def interpreter():
-    """A program that runs `-m launch ...` as Python does, and nothing else."""
+    """A program that runs `-m launch ...` and scripts as Python does, and nothing else."""
     path, _ = _server()
     program = Path(path).with_name("python")
     program.write_text(
@@ -43,6 +44,11 @@ def interpreter():
     )
     program.chmod(0o700)
     return str(program)
+
+
+def ray_workers():
+    """Variables of a process whose Ray jobs have workers that are such ranks; they are no descendants of the cluster."""
+    return {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"py_executable": interpreter()}})}
 
 
 @functools.cache
@@ -95,7 +101,11 @@ def serve():
         if sys.argv[1:3] == ["-m", "launch"]:
             del sys.argv[1:3]
             command_line()
-        scenario()
+        elif sys.argv[1].endswith(".py"):  # of Ray
+            del sys.argv[0]
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        else:
+            scenario()
 
     listener, ranks = socket.socket(fileno=int(sys.argv[1])), {}
     while True:
@@ -129,6 +139,7 @@ def _fork(connection, main):
             os.close(file)
         return pid
     try:
+        os.setpgid(0, 0)  # Ray ends a worker with its whole group
         asked = json.loads(asked)
         for number, file in enumerate(files):
             os.dup2(file, number)

@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.parallel.forked import ray_workers
+
 
 @pytest.fixture(scope="session")
 def cluster():
@@ -20,7 +22,10 @@ def cluster():
             "_system_config": system,
         },
     )
-    ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ray_workers().items():
+            patch.setenv(name, value)
+        ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
     yield made
     ray.shutdown()
     made.shutdown()

@@ -9,6 +9,7 @@ import pytest
 from models.pocket.words import VOCABULARY
 from tests.launch.process import flowcache_process, overflowing_weights
 from tests.launch.resume.going_on import OTHER, PROMPT, generate, killed_and_going_on
+from tests.parallel.forked import ray_workers
 
 pytestmark = pytest.mark.slow
 PROMPTS = [PROMPT, OTHER]
@@ -17,7 +18,8 @@ OPTIONS = ["--steps", "8", "--threads", "1"]
 
 @pytest.fixture(autouse=True)
 def joined(cluster, tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    for name, value in {"RAY_ADDRESS": cluster.address, **ray_workers()}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
 
 
