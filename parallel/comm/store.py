@@ -134,7 +134,8 @@ class StoreServer:
         port: int = 0,  # 0 for a free one
         opened: Callable[[int, Stream], None] | None = None,
     ) -> None:
-        self._values, self._opened, self._streams = Values(), opened, list[Stream]()
+        self._values, self._opened, self._streams = Values(), opened, set[Stream]()
+        self._closed, self._lock = False, threading.Lock()
         self.store = RunStore(self._values.answer, 0.0)  # for this process
         secret = secrets.token_hex(32) if secret is None else secret
         self._listener = Listener(host, secret, self._serve, port=port)
@@ -143,20 +144,24 @@ class StoreServer:
     def close(self) -> None:
         """Serve no more: connections to the store end."""
         self._listener.close()
-        for stream in self._streams:
-            stream.end()
+        with self._lock:  # a connection may have been made and not be known yet
+            self._closed = True
+            for stream in self._streams:
+                stream.end()
 
     def _serve(self, purpose: int, stream: Stream) -> None:
         if purpose != PURPOSE:
             return stream.end() if self._opened is None else self._opened(purpose, stream)
-        self._streams.append(stream)
+        with self._lock:
+            self._streams.add(stream)
         try:
-            while True:
+            while not self._closed:
                 stream.send(_packed(self._values.answer(*json.loads(stream.receive()))))
         except (EOFError, OSError, ValueError, TypeError):
             pass  # the other end is gone, or is of another version
         finally:
-            self._streams.remove(stream)
+            with self._lock:
+                self._streams.remove(stream)
             stream.end()
 
 

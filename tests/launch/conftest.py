@@ -32,7 +32,7 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks that a command line in the test's own process starts have imported everything (`tests.parallel.forked`)."""
+    """Commands, and ranks that they start, have imported everything (`tests.parallel.forked`)."""
     monkeypatch.setattr(sys, "executable", interpreter())
 
 

@@ -1,9 +1,9 @@
 """Ranks as forks of one process that has imported everything: a gang of a test starts in no time.
 
-`forked(arguments)` is a command like any other, and `interpreter()` takes Python's place where a command line is run
-once for each rank. `ray_workers()` has Ray use it too: those workers import Ray by themselves. Its process knows nothing of torch: it hands its files, environment
-and arguments to the server, waits for the rank that is forked there, and ends as that one has ended. A rank whose
-command is killed is killed. The server ends with the tests that have started it.
+`forked(arguments)` is a command like any other. `interpreter()` takes Python's place where a command line is run, once
+for each rank, and `ray_workers()` where Ray starts a worker, which imports Ray by itself. Its process knows nothing of
+torch: it hands its files, environment and arguments to the server, waits for the rank that is forked there, and ends as
+that one has ended. A rank whose command is killed is killed. The server ends with the tests that have started it.
 
 What a rank is at its start (its imports, its command line, its place among processes) is not tested by such a rank.
 """
@@ -47,7 +47,7 @@ def interpreter():
 
 
 def ray_workers():
-    """Variables of a process whose Ray jobs have workers that are such ranks; they are no descendants of the cluster."""
+    """Variables of a process whose jobs have such ranks as Ray's workers, which are no descendants of the cluster."""
     return {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"py_executable": interpreter()}})}
 
 
@@ -91,30 +91,15 @@ def _stand_in(path, arguments):
 
 def serve():
     """Fork a rank for every command that asks, until the process that has started this one has ended."""
-    import launch.conformance.command  # noqa: F401 - which one scenario imports by itself
-    import launch.generate  # noqa: F401 - which the command line imports when it is called
-    from launch.__main__ import main as command_line
-    from tests.parallel.scenarios.__main__ import main as scenario
-
-    def main():
-        """What a rank runs."""
-        if sys.argv[1:3] == ["-m", "launch"]:
-            del sys.argv[1:3]
-            command_line()
-        elif sys.argv[1].endswith(".py"):  # of Ray
-            del sys.argv[0]
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        else:
-            scenario()
-
     listener, ranks = socket.socket(fileno=int(sys.argv[1])), {}
+    run = _runner(Path(listener.getsockname()).with_name("python"))
     while True:
         ready, _, _ = select.select([sys.stdin, listener, *ranks], [], [], _POLL if ranks else None)
         if sys.stdin in ready:
             break
         if listener in ready:
             connection, _ = listener.accept()
-            ranks[connection] = _fork(connection, main)
+            ranks[connection] = _fork(connection, run)
         for connection in ranks.keys() & set(ready):  # a command says nothing more: it was killed
             os.kill(ranks[connection], signal.SIGKILL)
         for connection, pid in list(ranks.items()):
@@ -129,7 +114,28 @@ def serve():
     shutil.rmtree(Path(listener.getsockname()).parent)
 
 
-def _fork(connection, main):
+def _runner(program):
+    """What runs a rank by its arguments; all that it needs is imported. A command starts its ranks by `program`."""
+    import launch.conformance.command  # noqa: F401 - which one scenario imports by itself
+    import launch.generate  # noqa: F401 - which the command line imports when it is called
+    from launch.__main__ import main as command_line
+    from tests.parallel.scenarios.__main__ import main as scenario
+
+    def run():
+        if sys.argv[1:3] == ["-m", "launch"]:
+            sys.executable = str(program)
+            del sys.argv[1:3]
+            command_line()
+        elif sys.argv[1].endswith(".py"):  # of Ray
+            del sys.argv[0]
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        else:
+            scenario()
+
+    return run
+
+
+def _fork(connection, run):
     """Start a process that is as the command at the other end was to be, and return its number."""
     _, files, _, _ = socket.recv_fds(connection, 1, 3)
     asked = connection.makefile().readline()
@@ -147,7 +153,7 @@ def _fork(connection, main):
         os.environ.update(asked["environment"])
         os.chdir(asked["folder"])
         sys.argv[1:] = asked["arguments"]
-        main()
+        run()
         sys.stdout.flush()
         os._exit(0)
     except SystemExit as ended:

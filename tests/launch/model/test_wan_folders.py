@@ -83,6 +83,7 @@ def test_a_folder_makes_videos_which_are_the_same_on_two_ranks(folders, layout, 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_long_video_that_was_killed_in_its_second_span_goes_on_and_can_be_made_longer(folders, tmp_path, monkeypatch):
     """Five chunks, four and one: frames are those of an undisturbed video, here and when two more are added."""
     monkeypatch.chdir(tmp_path)

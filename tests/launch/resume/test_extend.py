@@ -134,6 +134,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(("how", "times"), [([], 3), (["--pp", "2"], 2)])
 def test_a_video_that_was_killed_goes_on_and_ends_with_the_same_frames(
     tmp_path: Path, options: list[str], how: list[str], times: int

@@ -7,7 +7,7 @@ import pytest
 
 from models.errors import InputError
 from parallel.cluster.controller import Controller
-from parallel.cluster.messages import ChunkMade, GangLost
+from parallel.cluster.messages import ChunkMade, GangLost, GangReady
 from tests.parallel.cluster.helpers import check_same, make, order, settings
 from tests.parallel.cluster.sources import POISON, SmallSource, alone, requests
 from tests.parallel.small import one_thread, request
@@ -41,6 +41,9 @@ def log():
 def engine(cluster, log):
     one_thread()
     with Controller(settings(gangs=2, pp=2, source=SmallSource(layer_seconds=0.004)), log=log) as engine:
+        begins = (event.gang for event in engine.run(lasting=True) if isinstance(event, GangReady))
+        assert {next(begins), next(begins)} == {"gang-0", "gang-1"}  # or one makes the first videos alone
+        begins.close()
         yield engine
 
 

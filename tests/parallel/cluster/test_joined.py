@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from models.pocket.words import VOCABULARY
 from tests.launch.process import flowcache_process, overflowing_weights
 from tests.launch.resume.going_on import OTHER, PROMPT, generate, killed_and_going_on
-from tests.parallel.forked import ray_workers
+from tests.parallel.forked import interpreter, ray_workers
 
 pytestmark = pytest.mark.slow
 PROMPTS = [PROMPT, OTHER]
@@ -20,6 +21,7 @@ OPTIONS = ["--steps", "8", "--threads", "1"]
 def joined(cluster, tmp_path, monkeypatch):
     for name, value in {"RAY_ADDRESS": cluster.address, **ray_workers()}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "executable", interpreter())  # of the commands
     monkeypatch.chdir(tmp_path)
 
 

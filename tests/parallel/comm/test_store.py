@@ -62,6 +62,15 @@ def test_a_value_is_waited_for_and_a_missing_one_is_named(server):
         dist.PrefixStore("through/pytorch", short).get("never")
 
 
+def test_a_connection_that_is_made_while_a_store_closes_ends_with_it():
+    for _ in range(100):
+        server = StoreServer("127.0.0.1")
+        asked = client(server)
+        server.close()
+        with pytest.raises(StoreError, match="closed its connections"):
+            asked.check(["a"])
+
+
 def test_a_store_that_is_closed_is_an_error_at_once(server):
     other = client(server, timeout=60.0)
     timer = threading.Timer(0.2, server.close)
