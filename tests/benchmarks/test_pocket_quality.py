@@ -4,6 +4,7 @@ import csv
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from itertools import product
 
 import pytest
@@ -227,9 +228,10 @@ def test_figures_fail_each_at_its_own_threshold():
     wrong_way = clip(Scene(colour="red", shape="circle", motion="left"))
     square = clip(Scene(colour="red", shape="square", motion="right"))
 
+    figures = cache(lambda video: adherence(video, RED_CIRCLE))
+
     def failed(*videos: Tensor, compressed: Tensor = good) -> set[str]:
-        measured = [adherence(video, RED_CIRCLE) for video in videos]
-        found = verdicts(measured, {2: [adherence(compressed, RED_CIRCLE)]})
+        found = verdicts([figures(video) for video in videos], {2: [figures(compressed)]})
         return {one.name for one in found if one.passed is False}
 
     pace, jumps = "steps between frames at the right pace", "error after a chunk boundary, median"

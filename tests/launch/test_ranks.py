@@ -22,6 +22,7 @@ from launch.options import Options
 from parallel.comm.meeting import interface_of
 from tests.launch.process import ROOT, Result, environment, flowcache_process, overflowing_weights, wait_for_frames
 from tests.launch.videos import generate_video
+from tests.parallel.forked import interpreter
 from tests.parallel.strangers import Fuzzer, family, listening, own_address, reaches
 from tests.ports import free_ports
 
@@ -31,11 +32,12 @@ PROMPT, OTHER = "a red circle moving right", "a blue cross moving up"
 
 
 def torchrun(folder: Path, ranks: int, *arguments: object, program: Sequence[str] = ("-m", "launch")) -> Result:
+    """Run a command on ranks that torchrun starts, and which have imported everything."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.run(
         [*command, *program, *map(str, arguments)],
         cwd=folder,
-        env=environment(),
+        env={**environment(), "PYTHON_EXEC": interpreter()},
         capture_output=True,
         text=True,
         timeout=120,

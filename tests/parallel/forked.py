@@ -122,6 +122,8 @@ def _runner(program):
     from tests.parallel.scenarios.__main__ import main as scenario
 
     def run():
+        if sys.argv[1] == "-u":  # of torchrun
+            del sys.argv[1]
         if sys.argv[1:3] == ["-m", "launch"]:
             sys.executable = str(program)
             del sys.argv[1:3]

@@ -18,11 +18,14 @@ def command(name, out, values):
     return [sys.executable, "-m", "tests.parallel.scenarios", *arguments(name, out, values)]
 
 
+def forks(name, out, values):
+    return forked(arguments(name, out, values))
+
+
 def start(out, name, values, *, pp=1, cp=1, fork=True):
     """Run a scenario. Ranks are forks (`tests.parallel.forked`), or processes that import everything themselves."""
     values["layout"] = {"pp": pp, "cp": cp}
-    ranks = forked(arguments(name, out, values)) if fork else command(name, out, values)
-    run_ranks(ranks, Layout(pp=pp, cp=cp), threads=1)
+    run_ranks((forks if fork else command)(name, out, values), Layout(pp=pp, cp=cp), threads=1)
 
 
 def run(tmp_path, name="videos", *, pp=1, cp=1, fork=True, **values):

@@ -31,9 +31,10 @@ def fill(buffer, chunk):
     view = buffer.view(0, chunk, None, asks=True)
     for layer in range(LAYERS):
         view.store(layer, torch.randn(1, TOKENS, HEADS, SIZE), torch.randn(1, TOKENS, HEADS, SIZE))
-        view.attend(layer, torch.randn(1, TOKENS, HEADS, SIZE))
+        view.attend(layer, torch.randn(1, QUERIES, HEADS, SIZE))
 
 TOKENS, HEADS, SIZE, LAYERS, BUDGET, WINDOW = 1200, 8, 64, 5, 2, 4
+QUERIES = 50  # that are asked with; the others would take time and leave nothing behind
 compressed = sys.argv[1] == "compressed"
 geometry = KVGeometry(
     layers=range(LAYERS), query_heads=HEADS, key_heads=HEADS, head_size=SIZE, dtype=torch.float32,
@@ -41,7 +42,7 @@ geometry = KVGeometry(
 )
 plan = KVPlan(
     chunk_tokens=TOKENS, frame_tokens=TOKENS // 6, clean_tokens=BUDGET * TOKENS, window=WINDOW, chunks=20, branches=1,
-    selection=SelectionSettings(query_tokens=50) if compressed else None,
+    selection=SelectionSettings(query_tokens=QUERIES) if compressed else None,
 )
 def run(buffer, chunks):
     for chunk in range(chunks):

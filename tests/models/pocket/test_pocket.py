@@ -265,10 +265,10 @@ def test_training_sees_a_compressed_past_as_inference_does(speaking):
     assert torch.allclose(whole[:, 2], alone, atol=1e-4)
 
 
-def random_latents(chunks=17):
+def random_latents(chunks=17, side=8):
     generator = torch.Generator().manual_seed(0)
     return Latents(
-        chunks=torch.randn(len(PACES), 3, chunks, 16, 6, 8, 8, generator=generator).half(),
+        chunks=torch.randn(len(PACES), 3, chunks, 16, 6, side, side, generator=generator).half(),
         captions=torch.randn(len(PACES), 3, 7, CAPTION_CHANNELS, generator=generator),
     )
 
@@ -305,7 +305,7 @@ def test_every_kind_of_window_trains_and_reads_nothing_back(kind, refreshed):
     one = branch(kind.clean, kind.noisy, refreshed=refreshed and kind.clean > 0, kept=kind.kept, frames=kind.frames)
     dit = new_dit(0)
     with HostReads() as reads:
-        drawn = draw_windows(random_latents(), one, torch.Generator().manual_seed(0))
+        drawn = draw_windows(random_latents(side=4), one, torch.Generator().manual_seed(0))
         loss = window_loss(dit, drawn, one)
         guided = window_loss(dit, drawn, one, new_dit(0))
         (loss + guided).backward()

@@ -14,7 +14,7 @@ from parallel.health.failure import GangError
 from parallel.mesh import Layout
 from parallel.ranks.environment import RankEnv, child_environment
 from parallel.ranks.spawn import run_ranks
-from tests.parallel.on_ranks import command, run
+from tests.parallel.on_ranks import command, forks, run
 from tests.ports import free_ports
 
 pytestmark = pytest.mark.slow
@@ -99,9 +99,9 @@ def test_one_bad_rank_ends_all_and_is_named(tmp_path, action, layout, rank, mess
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def trouble(tmp_path, action, rank, **more):
+def trouble(tmp_path, action, rank, start=command, **more):
     values = {"layout": {"pp": 2}, "action": action, "rank": rank, "timeouts": SHORT, "requests": LONG, **more}
-    return command("trouble", tmp_path / "out.pt", {"calls": calls_before(action), **values})
+    return start("trouble", tmp_path / "out.pt", {"calls": calls_before(action), **values})
 
 
 def started(tmp_path, count):
@@ -160,7 +160,7 @@ def alone(arguments):
 
 def test_without_a_launcher_a_process_may_go_on_after_a_failure(tmp_path):
     """As an actor does that tells its driver; the store is served by the rank that goes on."""
-    with alone(trouble(tmp_path, "kill", 1, survives=SHORT["grace"] + 1)) as ranks:
+    with alone(trouble(tmp_path, "kill", 1, forks, survives=SHORT["grace"] + 1)) as ranks:
         assert ranks[0].wait(60) == 1
         assert ranks[1].wait(10) == -signal.SIGKILL
     assert re.match(r"rank 1 \(stage 1 of 2\) has gone: ", (tmp_path / "out.pt").read_text())
@@ -171,7 +171,7 @@ def test_without_a_launcher_a_process_may_go_on_after_a_failure(tmp_path):
     [("kill", "it has closed its connections"), ("stop", r"it has given no sign of life for \d+ s")],
 )
 def test_without_a_launcher_the_rank_that_serves_the_store_is_named(tmp_path, action, how):
-    with alone(trouble(tmp_path, action, 0)) as ranks:
+    with alone(trouble(tmp_path, action, 0, forks)) as ranks:
         said = ranks[1].communicate(timeout=120)[1]
         assert ranks[1].returncode == 1
         assert ranks[0].wait(10) == -signal.SIGKILL
@@ -185,7 +185,7 @@ import sys
 from parallel.health.failure import GangError
 from parallel.ranks.spawn import run_ranks
 from parallel.mesh import Layout
-from tests.parallel.on_ranks import command
+from tests.parallel.on_ranks import command, forks
 try:
     run_ranks(command("trouble", sys.argv[1], {values}), Layout(pp=2), threads=1)
 except KeyboardInterrupt:
@@ -215,4 +215,4 @@ def test_no_rank_outlives_its_launcher(tmp_path, sent, status):
 def test_a_wrong_number_of_ranks_is_one_clear_line(tmp_path):
     values = {"layout": {"pp": 3}}
     with pytest.raises(GangError, match="ended with status 2"):
-        run_ranks(command("videos", tmp_path / "out.pt", values), Layout(pp=2), threads=1)
+        run_ranks(forks("videos", tmp_path / "out.pt", values), Layout(pp=2), threads=1)
