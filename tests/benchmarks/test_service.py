@@ -1,6 +1,7 @@
 """Many clients and slow readers: what each figure is held to, and a small run of the real service."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from benchmarks.common import run_command
 from benchmarks.service.__main__ import run
 from benchmarks.service.load import Load, Made
 from benchmarks.service.readers import Readers
+from tests.parallel.forked import ray_workers
 
 
 def made(number, began, *, priority=0, created=0.0, status="completed"):
@@ -74,7 +76,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 def test_a_small_run_loses_nothing(tmp_path):
     arguments = "--requests 8 --clients 4 --readers 2 --rounds 1 --seconds 2 --gangs 1".split()
     command = [sys.executable, "-m", "benchmarks.service", *arguments, "--out", str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    environment = {**os.environ, **ray_workers()}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
     assert ended.returncode in (0, 1), ended.stdout + ended.stderr  # times of so small a run say nothing
     found = {one["name"]: one["passed"] for one in json.loads((tmp_path / "service.json").read_text())["verdicts"]}
     assert found["requests completed"] and found["made once"] and found["begun before a better one"], ended.stdout

@@ -51,6 +51,13 @@ def ray_workers():
     return {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"py_executable": interpreter()}})}
 
 
+def forks():
+    """The ranks that live at the moment: their numbers."""
+    from parallel.health.processes import descendants  # which a rank's command has no use for
+
+    return descendants(_server()[1].pid)
+
+
 @functools.cache
 def _server():
     """The server of this process, which is started now: where it listens, and its process."""

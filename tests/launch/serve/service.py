@@ -13,6 +13,7 @@ from launch.generate import generate
 from launch.options import Options
 from parallel.health.processes import descendants
 from tests.launch.process import command_of, flowcache_process
+from tests.parallel.forked import forks, ray_workers
 
 PROMPT = "a red circle moving right"
 OTHER = "a blue cross moving up"
@@ -45,7 +46,7 @@ class Service:
     def start(self):
         import openai  # which takes two seconds, of every worker that collects tests
 
-        extra = {"TMPDIR": str(self.temporary), "FLOWCACHE_API_KEY": KEY}
+        extra = {"TMPDIR": str(self.temporary), "FLOWCACHE_API_KEY": KEY, **ray_workers()}
         self.process = flowcache_process(self.folder, *self.command, extra=extra, errors=self.said.open("w"))
         address = self.when(lambda: re.search(r"at (http://\S+)", self.said.read_text()))[1]
         headers = {"Authorization": f"Bearer {KEY}"}
@@ -96,7 +97,7 @@ class Service:
         return decoded(self.client.get(f"/v1/videos/{name}/content").content, self.folder / "got.mp4")
 
     def below(self, name=""):
-        return [pid for pid in descendants(self.process.pid) if name in command_of(pid)]
+        return [pid for pid in descendants(self.process.pid) | forks() if name in command_of(pid)]
 
     def end(self, number=signal.SIGTERM):
         self.process.send_signal(number)
