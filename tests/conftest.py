@@ -28,6 +28,9 @@ LONGEST = (
     "tests/parallel/health/",
     "tests/parallel/ranks/",
     "tests/benchmarks/",
+    "tests/models/pocket/",
+    "tests/engine/",
+    "tests/models/magi/",
     "tests/test_layers.py",
 )
 

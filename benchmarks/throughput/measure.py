@@ -87,6 +87,7 @@ class Look:
     host_bytes: int  # resident, of this process and those that it has started
     device_bytes: int  # most that this process's GPU has held so far; 0 without one
     kv_bytes: int  # of the leader's buffers, of all videos in flight; what is in host memory counted
+    computed: float  # chunk-steps by then, of all videos
     probe: float  # seconds of a fixed computation on the leader's CPU: how fast the machine is at that moment
 
 
@@ -144,9 +145,18 @@ class Run:
 
     def probe(self, first: float, last: float) -> float:
         """Median seconds of the probe over a part of the length."""
+        return float(np.median([look.probe for look in self._looks(first, last)]))
+
+    def work(self, first: float, last: float) -> float:
+        """Chunk-steps that were computed for a chunk, over a part of the length."""
+        looks = self._looks(first, last)
+        return (looks[-1].computed - looks[0].computed) / (looks[-1].chunks - looks[0].chunks)
+
+    def _looks(self, first: float, last: float) -> list[Look]:
+        """Those in a part of the length; all where that has no two."""
         total = self.case.videos * self.case.chunks
-        found = [look.probe for look in self.looks if first <= look.chunks / total <= last]
-        return float(np.median(found)) if found else float("nan")
+        found = [look for look in self.looks if first <= look.chunks / total <= last]
+        return found if len(found) > 1 else self.looks
 
 
 CASES, RUNS = TypeAdapter(Case), TypeAdapter(Run)
@@ -184,6 +194,7 @@ class _Watch:
         self.last: NDArray[np.float32] | None = None  # latents of a chunk
         self.computed: list[float] = []
         self._kv: dict[str, int] = {}
+        self._steps: dict[str, float] = {}  # computed by each video
         self._per_minute = max(1, round(60 * plans[0].model.config.figures.fps / 24))
 
     def begin(self) -> None:
@@ -196,6 +207,7 @@ class _Watch:
                 raise InputError(event.message)
             case messages.Progressed():
                 self._kv[event.video] = event.progress.kv_bytes + event.progress.kv_host_bytes
+                self._steps[event.video] = event.progress.computed_fraction * event.progress.steps_done
             case messages.VideoDone():
                 self.computed.append(event.computed)
                 self._kv.pop(event.video, None)
@@ -212,9 +224,16 @@ class _Watch:
         if made % EVERY == 0:
             gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
             host = rss() + sum(map(_resident, ({self._root} | descendants(self._root)) - {os.getpid()}))
-            seconds, kv = time.perf_counter() - self._began, sum(self._kv.values())
             self.looks.append(
-                Look(chunks=made, seconds=seconds, host_bytes=host, device_bytes=gpu, kv_bytes=kv, probe=self._probe())
+                Look(
+                    chunks=made,
+                    seconds=time.perf_counter() - self._began,
+                    host_bytes=host,
+                    device_bytes=gpu,
+                    kv_bytes=sum(self._kv.values()),
+                    computed=sum(self._steps.values()),
+                    probe=self._probe(),
+                )
             )
 
     def minutes(self, pocket: bool) -> list[Minute]:

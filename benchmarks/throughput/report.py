@@ -43,8 +43,9 @@ def speed_row(run: Run, base: Run) -> Row:
     row: Row = {"run": name(run), "chunks": run.case.chunks, "frames_per_second": run.fps}
     row |= {"speed_up": run.fps / base.fps, "computed": f"{run.computed:.2f}", "first_chunk_s": run.first_chunk}
     row |= {"chunk_s": run.steady(0.0, 1.0), "early_s": run.steady(*_EARLY), "late_s": run.steady(*_LATE)}
-    machine = run.probe(*_LATE) / run.probe(*_EARLY)
-    row |= {"late_to_early": f"{_slower(run) - 1:+.1%}", "machine": f"{machine - 1:+.1%}"}
+    if run.case.chunks >= _LONG:
+        work, machine = (of(*_LATE) / of(*_EARLY) - 1 for of in (run.work, run.probe))
+        row |= {"work": f"{work:+.1%}", "machine": f"{machine:+.1%}", "late_to_early": f"{_slower(run) - 1:+.1%}"}
     return row | {"decode_s": run.decode, "stages_busy": " ".join(f"{share:.0%}" for share in run.busy)}
 
 
@@ -74,8 +75,9 @@ def _growth(run: Run) -> float:
 
 
 def _slower(run: Run) -> float:
-    """A late chunk over an early one, in time, each in units of what the machine gave at that time."""
-    return (run.steady(*_LATE) / run.probe(*_LATE)) / (run.steady(*_EARLY) / run.probe(*_EARLY))
+    """A late computed step over an early one, in time, each in units of what the machine gave then."""
+    late, early = (run.steady(*part) / run.work(*part) / run.probe(*part) for part in (_LATE, _EARLY))
+    return late / early
 
 
 def verdicts(run: Run) -> list[Verdict]:
@@ -90,7 +92,7 @@ def verdicts(run: Run) -> list[Verdict]:
         Verdict(f"{own}: KV bytes all along", held, "equal", len(kv) == 1),
         Verdict(f"{own}: memory against warm", f"{growth:+.2%}", f"< {_GROWTH - 1:+.0%}", growth < _GROWTH - 1),
         Verdict(
-            f"{own}: a late chunk against an early one",
+            f"{own}: a late computed step against an early one",
             f"{slower - 1:+.1%}",
             f"<= {_SLOWER - 1:+.0%}",
             slower <= _SLOWER,

@@ -21,7 +21,7 @@ MADE = Run(
     decode=0.1,
     busy=[],
     looks=[
-        Look(chunks=at, seconds=at, host_bytes=400 * 2**20, device_bytes=0, kv_bytes=9, probe=0.01)
+        Look(chunks=at, seconds=at, host_bytes=400 * 2**20, device_bytes=0, kv_bytes=9, computed=16 * at, probe=0.01)
         for at in range(10, CHUNKS, 10)
     ],
     minutes=[Minute(minute=1, sharpness=2.0, colour=1.0, direction=1.0, shape=0.8, position=1.0)],
@@ -55,12 +55,18 @@ def test_a_machine_that_gives_less_in_the_end_is_not_held_against_the_video():
     assert [one.passed for one in verdicts(replace(MADE, chunk_seconds=slower, looks=late))] == [True] * 3
 
 
+def test_a_chunk_of_which_more_is_computed_may_take_longer():
+    slower = [[chunk + 0.06 * max(0, chunk - 90) for chunk in range(CHUNKS)]]
+    late = [replace(look, computed=16 * look.chunks + max(0, look.chunks - 90)) for look in MADE.looks]
+    assert [one.passed for one in verdicts(replace(MADE, chunk_seconds=slower, looks=late))] == [True] * 3
+
+
 def test_a_video_that_ends_early_changes_no_bytes_of_those_in_flight():
     seconds = [[float(chunk) for chunk in range(CHUNKS)], [0.8 * chunk for chunk in range(CHUNKS)]]
-    looks = [
-        replace(MADE.looks[0], chunks=at + min(CHUNKS, int(at / 0.8)), seconds=at, kv_bytes=9 if at < 96 else 4)
-        for at in range(10, CHUNKS, 5)
-    ]
+    looks = []
+    for at in range(10, CHUNKS, 5):
+        chunks, kv = at + min(CHUNKS, int(at / 0.8)), 9 if at < 96 else 4
+        looks.append(replace(MADE.looks[0], chunks=chunks, seconds=at, kv_bytes=kv, computed=16 * chunks))
     assert verdicts(replace(MADE, case=replace(MADE.case, videos=2), chunk_seconds=seconds, looks=looks))[0].passed
 
 
