@@ -37,8 +37,8 @@ _CHUNKS_PER_MINUTE = 60  # of 24 frames
 _NOTES = """\
 - frames per second: of all videos together, from the first submission to the last chunk, decoded. speed-up: over the
   first line. chunk s: median seconds between two chunks of a video; early and late: chunks 50 to 150 and 500 to 600 of
-  600, or the same parts of another length. work: how many more steps of a chunk were computed in the late part than in
-  the early one; machine: how much longer a fixed computation took, as others have a share of the processor; late to
+  600, or the same parts of another length. work: how much greater the share of computed steps was in the late part than
+  in the early one; machine: how much longer a fixed computation took, as others have a share of the processor; late to
   early: late over early, less both. decode s: decoding a chunk, by itself; it runs beside the denoising.
 - stages busy: share of the time in the layers. host: memory of all processes, warm after 60 chunks of each video, and
   at the end; growth: the median of the last three looks over it. KV: of the leader.

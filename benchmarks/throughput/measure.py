@@ -87,7 +87,8 @@ class Look:
     host_bytes: int  # resident, of this process and those that it has started
     device_bytes: int  # most that this process's GPU has held so far; 0 without one
     kv_bytes: int  # of the leader's buffers, of all videos in flight; what is in host memory counted
-    computed: float  # chunk-steps by then, of all videos
+    steps: int  # of all chunks of all videos by then
+    computed: float  # steps of them that were computed and not reused
     probe: float  # seconds of a fixed computation on the leader's CPU: how fast the machine is at that moment
 
 
@@ -148,9 +149,9 @@ class Run:
         return float(np.median([look.probe for look in self._looks(first, last)]))
 
     def work(self, first: float, last: float) -> float:
-        """Chunk-steps that were computed for a chunk, over a part of the length."""
+        """Share of the steps that were computed, over a part of the length."""
         looks = self._looks(first, last)
-        return (looks[-1].computed - looks[0].computed) / (looks[-1].chunks - looks[0].chunks)
+        return (looks[-1].computed - looks[0].computed) / (looks[-1].steps - looks[0].steps)
 
     def _looks(self, first: float, last: float) -> list[Look]:
         """Those in a part of the length; all where that has no two."""
@@ -194,7 +195,7 @@ class _Watch:
         self.last: NDArray[np.float32] | None = None  # latents of a chunk
         self.computed: list[float] = []
         self._kv: dict[str, int] = {}
-        self._steps: dict[str, float] = {}  # computed by each video
+        self._steps: dict[str, tuple[int, float]] = {}  # of each video: all, and those computed
         self._per_minute = max(1, round(60 * plans[0].model.config.figures.fps / 24))
 
     def begin(self) -> None:
@@ -207,7 +208,8 @@ class _Watch:
                 raise InputError(event.message)
             case messages.Progressed():
                 self._kv[event.video] = event.progress.kv_bytes + event.progress.kv_host_bytes
-                self._steps[event.video] = event.progress.computed_fraction * event.progress.steps_done
+                steps = event.progress.steps_done
+                self._steps[event.video] = steps, steps * event.progress.computed_fraction
             case messages.VideoDone():
                 self.computed.append(event.computed)
                 self._kv.pop(event.video, None)
@@ -231,7 +233,8 @@ class _Watch:
                     host_bytes=host,
                     device_bytes=gpu,
                     kv_bytes=sum(self._kv.values()),
-                    computed=sum(self._steps.values()),
+                    steps=sum(steps for steps, _ in self._steps.values()),
+                    computed=sum(computed for _, computed in self._steps.values()),
                     probe=self._probe(),
                 )
             )

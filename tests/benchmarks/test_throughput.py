@@ -21,7 +21,16 @@ MADE = Run(
     decode=0.1,
     busy=[],
     looks=[
-        Look(chunks=at, seconds=at, host_bytes=400 * 2**20, device_bytes=0, kv_bytes=9, computed=16 * at, probe=0.01)
+        Look(
+            chunks=at,
+            seconds=at,
+            host_bytes=400 * 2**20,
+            device_bytes=0,
+            kv_bytes=9,
+            steps=16 * at,
+            computed=8 * at,
+            probe=0.01,
+        )
         for at in range(10, CHUNKS, 10)
     ],
     minutes=[Minute(minute=1, sharpness=2.0, colour=1.0, direction=1.0, shape=0.8, position=1.0)],
@@ -57,7 +66,7 @@ def test_a_machine_that_gives_less_in_the_end_is_not_held_against_the_video():
 
 def test_a_chunk_of_which_more_is_computed_may_take_longer():
     slower = [[chunk + 0.06 * max(0, chunk - 90) for chunk in range(CHUNKS)]]
-    late = [replace(look, computed=16 * look.chunks + max(0, look.chunks - 90)) for look in MADE.looks]
+    late = [replace(look, computed=8 * look.chunks + 0.5 * max(0, look.chunks - 90)) for look in MADE.looks]
     assert [one.passed for one in verdicts(replace(MADE, chunk_seconds=slower, looks=late))] == [True] * 3
 
 
@@ -66,7 +75,9 @@ def test_a_video_that_ends_early_changes_no_bytes_of_those_in_flight():
     looks = []
     for at in range(10, CHUNKS, 5):
         chunks, kv = at + min(CHUNKS, int(at / 0.8)), 9 if at < 96 else 4
-        looks.append(replace(MADE.looks[0], chunks=chunks, seconds=at, kv_bytes=kv, computed=16 * chunks))
+        looks.append(
+            replace(MADE.looks[0], chunks=chunks, seconds=at, kv_bytes=kv, steps=16 * chunks, computed=8 * chunks)
+        )
     assert verdicts(replace(MADE, case=replace(MADE.case, videos=2), chunk_seconds=seconds, looks=looks))[0].passed
 
 
@@ -87,6 +98,7 @@ def test_two_videos_on_two_stages_are_measured_and_not_made_again(tmp_path, capf
     assert [len(video) for video in made.chunk_seconds] == [12, 12] and len(made.busy) == 2
     assert all(0 < share <= 1 for share in made.busy) and made.decode > 0 and made.commit and made.machine
     assert {look.chunks for look in made.looks} == {10, 20}
+    assert all(0 < look.computed <= look.steps <= 2 * 12 * 4 for look in made.looks)
     assert all(look.host_bytes > 2 * 10**8 and look.kv_bytes > 0 for look in made.looks[:1])  # both ranks, both videos
     text = (tmp_path / "throughput.md").read_text()
     assert "## Drift" in text and "pp 2, 2 videos" in text and (tmp_path / "throughput.png").stat().st_size > 10_000
