@@ -3,6 +3,7 @@
     python -m benchmarks.throughput --minutes 10                       # one setting
     python -m benchmarks.throughput --minutes 10 --set caches          # none, teacache, flowcache slow and fast
     python -m benchmarks.throughput --minutes 10 --set standard        # reuse and compression x stages x videos
+    python -m benchmarks.throughput --minutes 10 --set passes          # without reuse, by what runs beside the steps
     python -m benchmarks.throughput --model magi-4.5b-distill --weights random --minutes 1 --pp 8
 
 Videos are made as `flowcache generate` makes them, decoded, by processes of their own. A run's figures are a JSON file,
@@ -42,7 +43,8 @@ _NOTES = """\
   early: late over early, less both. decode s: decoding a chunk, by itself; it runs beside the denoising.
 - stages busy: share of the time in the layers. host: memory of all processes, warm after 60 chunks of each video, and
   at the end; growth: the median of the last three looks over it. KV: of the leader.
-- Minutes: of the first video, the first 5 chunks of each minute. Drift: the last minute against the first."""
+- Minutes: of the first video, the first 5 chunks of each minute; spread: standard deviation of the latents.
+- Drift: the last minute against the first."""
 
 
 class Which(StrEnum):
@@ -51,6 +53,7 @@ class Which(StrEnum):
     ONE = "one"
     CACHES = "caches"
     STANDARD = "standard"
+    PASSES = "passes"
 
 
 def cases(which: Which, base: Case) -> Iterator[Case]:
@@ -61,6 +64,9 @@ def cases(which: Which, base: Case) -> Iterator[Case]:
         names: tuple[CacheName, ...] = ("none", "teacache", "flowcache-slow", "flowcache-fast")
         for cache in names:
             yield replace(base, cache=cache)
+    elif which is Which.PASSES:
+        for clean, copy in ((True, True), (True, False), (False, True), (False, False)):
+            yield replace(base, cache="none", clean_pass=clean, copy_pass=copy)
     else:
         for pp in (1, 2):
             for videos in (1, 2):
@@ -76,7 +82,10 @@ def run(
     height: Annotated[int | None, typer.Option(help="Pixels; the model's own by default.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the model's own by default.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of a chunk; the model's own by default.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first video; the others have those that follow.")] = None,
     cache: Annotated[str | None, typer.Option(help="Reuse preset; the model's own by default.")] = None,
+    clean_pass: Annotated[bool | None, typer.Option(help="As of `flowcache generate`.")] = None,
+    copy_pass: Annotated[bool | None, typer.Option(help="As of `flowcache generate`.")] = None,
     kv_budget: Annotated[int | None, typer.Option(help="KV budget in chunks; the model's own range without.")] = None,
     pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
     cp: Annotated[int, typer.Option(help="Ranks of a stage.")] = 1,
@@ -87,7 +96,8 @@ def run(
     """Make long videos and say how fast, with what memory, and what they look like in the end."""
     chunks = max(2, round(minutes * _CHUNKS_PER_MINUTE))
     values = {"model": model, "weights": weights, "chunks": chunks, "height": height, "width": width, "steps": steps}
-    values |= {"cache": cache, "kv_budget": kv_budget, "pp": pp, "cp": cp, "videos": concurrency, "launcher": launcher}
+    values |= {"seed": seed, "cache": cache, "clean_pass": clean_pass, "copy_pass": copy_pass, "kv_budget": kv_budget}
+    values |= {"pp": pp, "cp": cp, "videos": concurrency, "launcher": launcher}
     try:
         base = CASES.validate_python(values)
     except ValidationError as error:

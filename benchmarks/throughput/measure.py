@@ -53,7 +53,10 @@ class Case:
     height: int | None = None
     width: int | None = None
     steps: int | None = None
+    seed: int | None = None
     cache: CacheName | None = None
+    clean_pass: bool | None = None
+    copy_pass: bool | None = None
     kv_budget: int | None = None
     pp: int = 1
     cp: int = 1
@@ -67,12 +70,22 @@ class Case:
         kv = "range" if self.kv_budget is None else f"kv{self.kv_budget}"
         own = "" if self.model == POCKET else f"{self.model}-"
         where = "" if self.launcher == "local" else f"-{self.launcher}"
-        return f"{own}{self.chunks}-{self.cache or 'default'}-{kv}-{layout}-{self.videos}video{where}"
+        seed = "" if self.seed is None else f"-seed{self.seed}"
+        reuse = "-".join([self.cache or "default", *(part.replace(" ", "-") for part in self.passes)])
+        return f"{own}{self.chunks}-{reuse}-{kv}-{layout}-{self.videos}video{seed}{where}"
+
+    @property
+    def passes(self) -> list[str]:
+        """What is said of the passes beside the steps, in words."""
+        given = {"clean pass": self.clean_pass, "copy pass": self.copy_pass}
+        return [f"{'with' if on else 'no'} {what}" for what, on in given.items() if on is not None]
 
     def plans(self) -> list[Plan]:
         """Plans of the videos; an `InputError` says what cannot be used."""
-        names = ("model", "weights", "chunks", "height", "width", "steps", "cache", "kv_budget", "pp", "cp")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        names = ("model", "weights", "chunks", "height", "width", "steps", "seed", "cache", "clean_pass", "copy_pass")
+        given = {
+            name: value for name in (*names, "kv_budget", "pp", "cp") if (value := getattr(self, name)) is not None
+        }
         given |= {"concurrency": self.videos, "launcher": "ray" if self.launcher == "ray" else "local"}
         options = from_values(Options, **given, prompts=[PROMPT] * self.videos)
         return plan_requests(options, [Path()] * self.videos)
@@ -98,6 +111,7 @@ class Minute:
 
     minute: int  # from 1
     sharpness: float  # mean absolute difference of neighbouring pixels, of 255
+    spread: float  # standard deviation of the latents, the mean of its chunks
     colour: float  # magi-pocket: share of chunks whose colour is the prompt's; NaN for other models
     direction: float  # likewise its motion
     shape: float  # mean overlap with the prompt's shape
@@ -188,6 +202,7 @@ class _Watch:
 
     def __init__(self, plans: list[Plan], folder: Path, root: int) -> None:
         self._file, self._root, self._began = (folder / "frames").open("wb"), root, 0.0
+        self._spread: list[float] = []  # of the chunks whose frames are in the file
         self._shape: tuple[int, ...] = ()
         self._probe = _Probe()
         self.chunks: list[list[float]] = [[] for _ in plans]
@@ -221,6 +236,7 @@ class _Watch:
         if event.video == "0" and event.index % self._per_minute < SHOWN:
             self._shape = event.frames.shape
             self._file.write(np.ascontiguousarray(event.frames).tobytes())
+            self._spread.append(float(np.std(event.latents)))
             self.last = event.latents
         made = sum(map(len, self.chunks))
         if made % EVERY == 0:
@@ -246,17 +262,25 @@ class _Watch:
         chunks = len(self.chunks[0])
         counts = [min(SHOWN, chunks - start) for start in range(0, chunks, self._per_minute)]
         ends = np.cumsum(counts)
-        return [_minute(number, frames[end - count : end], pocket) for number, (count, end) in
-                enumerate(zip(counts, ends, strict=True), 1)]  # fmt: skip
+        return [
+            _minute(number, frames[end - count : end], float(np.mean(self._spread[end - count : end])), pocket)
+            for number, (count, end) in enumerate(zip(counts, ends, strict=True), 1)
+        ]
 
 
-def _minute(number: int, chunks: NDArray[np.uint8], pocket: bool) -> Minute:
-    """Measure some chunks, uint8 [N, F, height, width, 3]."""
+def _minute(number: int, chunks: NDArray[np.uint8], spread: float, pocket: bool) -> Minute:
+    """Measure some chunks, uint8 [N, F, height, width, 3], with latents of a standard deviation."""
     sharp = float(np.mean([np.abs(np.diff(chunk[::6].astype(np.int16), axis=2)).mean() for chunk in chunks]))
     nothing = float("nan")
     if not pocket:
         return Minute(
-            minute=number, sharpness=sharp, colour=nothing, direction=nothing, shape=nothing, position=nothing
+            minute=number,
+            sharpness=sharp,
+            spread=spread,
+            colour=nothing,
+            direction=nothing,
+            shape=nothing,
+            position=nothing,
         )
     scene, whole = scene_of(PROMPT), torch.from_numpy(np.concatenate(chunks))
     each = [adherence(torch.from_numpy(np.array(chunk)), scene) for chunk in chunks]
@@ -264,6 +288,7 @@ def _minute(number: int, chunks: NDArray[np.uint8], pocket: bool) -> Minute:
     return Minute(
         minute=number,
         sharpness=sharp,
+        spread=spread,
         colour=float(np.mean([one.colour_right for one in each])),
         direction=float(np.mean([one.motion_right for one in each])),
         shape=float(np.mean([one.overlap for one in each])),

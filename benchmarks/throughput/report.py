@@ -23,7 +23,8 @@ def name(run: Run) -> str:
     layout = f"pp {case.pp}" + (f" x cp {case.cp}" if case.cp > 1 else "")
     videos = f"{case.videos} video{'s' * (case.videos > 1)}"
     where = "" if case.launcher == "local" else f", {case.launcher}"
-    return f"{case.cache or 'default'}, {kv}, {layout}, {videos}{where}"
+    seed = "" if case.seed is None else f", seed {case.seed}"
+    return ", ".join([case.cache or "default", *case.passes, kv, layout, f"{videos}{seed}{where}"])
 
 
 def _warm(run: Run) -> Look:
@@ -62,6 +63,7 @@ def minute_rows(run: Run) -> list[Row]:
     rows: list[Row] = []
     for one in run.minutes:
         row: Row = {"run": name(run), "minute": one.minute, "sharpness": f"{one.sharpness:.2f}"}
+        row["spread"] = f"{one.spread:.2f}"
         if not math.isnan(one.shape):
             row |= {"colour_right": f"{one.colour:.0%}", "direction_right": f"{one.direction:.0%}"}
             row |= {"overlap": f"{one.shape:.2f}", "boundary_error_px": f"{one.position:.2f}"}
@@ -104,6 +106,7 @@ def drift(run: Run) -> Row:
     """The last minute against the first, as differences and ratios."""
     first, last = run.minutes[0], run.minutes[-1]
     row: Row = {"run": name(run), "minutes": len(run.minutes), "sharpness": f"x {last.sharpness / first.sharpness:.2f}"}
+    row["spread"] = f"x {last.spread / first.spread:.2f}"
     if not math.isnan(first.shape):
         row |= {"colour_right": f"{last.colour - first.colour:+.0%}"}
         row |= {"direction_right": f"{last.direction - first.direction:+.0%}"}

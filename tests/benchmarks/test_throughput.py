@@ -33,7 +33,7 @@ MADE = Run(
         )
         for at in range(10, CHUNKS, 10)
     ],
-    minutes=[Minute(minute=1, sharpness=2.0, colour=1.0, direction=1.0, shape=0.8, position=1.0)],
+    minutes=[Minute(minute=1, sharpness=2.0, spread=0.9, colour=1.0, direction=1.0, shape=0.8, position=1.0)],
 )
 
 
@@ -86,12 +86,19 @@ def test_sets_begin_with_what_the_others_are_compared_with():
     assert [one.cache for one in cases(Which.CACHES, base)] == ["none", "teacache", "flowcache-slow", "flowcache-fast"]
     standard = list(cases(Which.STANDARD, base))
     assert len({one.name for one in standard}) == len(standard) == 8
+    passes = list(cases(Which.PASSES, base))
+    assert [one.passes for one in passes[1:3]] == [
+        ["with clean pass", "no copy pass"],
+        ["no clean pass", "with copy pass"],
+    ]
+    assert len({one.name for one in passes}) == 4 and {one.cache for one in passes} == {"none"}
     assert (standard[0].cache, standard[0].kv_budget, standard[0].pp, standard[0].videos) == ("none", None, 1, 1)
 
 
 @pytest.mark.slow
 def test_two_videos_on_two_stages_are_measured_and_not_made_again(tmp_path, capfd):
     options = ["--minutes", "0.2", "--pp", "2", "--concurrency", "2", "--kv-budget", "1", "--out", str(tmp_path)]
+    options += ["--seed", "5", "--no-clean-pass"]
     assert run_command(run, "throughput", [*options, "--steps", "4"]) == 0
     (path,) = tmp_path.glob("*.json")
     made = RUNS.validate_json(path.read_bytes())
@@ -101,7 +108,9 @@ def test_two_videos_on_two_stages_are_measured_and_not_made_again(tmp_path, capf
     assert all(0 < look.computed <= look.steps <= 2 * 12 * 4 for look in made.looks)
     assert all(look.host_bytes > 2 * 10**8 and look.kv_bytes > 0 for look in made.looks[:1])  # both ranks, both videos
     text = (tmp_path / "throughput.md").read_text()
-    assert "## Drift" in text and "pp 2, 2 videos" in text and (tmp_path / "throughput.png").stat().st_size > 10_000
+    assert all(0.3 < minute.spread < 3 for minute in made.minutes)
+    assert "## Drift" in text and "default, no clean pass, budget 1, pp 2, 2 videos, seed 5" in text
+    assert (tmp_path / "throughput.png").stat().st_size > 10_000
     capfd.readouterr()
     assert run_command(run, "throughput", [*options, "--steps", "4"]) == 0
     assert "taken from" in capfd.readouterr().err
