@@ -49,8 +49,8 @@ from models.pocket.preset import pocket_config
 METHODS = ("flowcache", "teacache")
 STAND_INS = (*((kind, 1.0) for kind in KINDS), ("velocity", 0.5))
 """What stands in for a reused step, and the share of the threshold above which it is extrapolated; 1 never does."""
-_FRACTIONS, _QUICK_FRACTIONS = (0.9, 0.8, 0.65, 0.5, 0.4), (0.85, 0.65, 0.5)  # computed, that the curves aim at
-_BUDGETS, _QUICK_BUDGETS = (1, 2, 3, 4), (1, 2, 4)  # of the KV buffer
+_FRACTIONS, _QUICK_FRACTIONS = (0.9, 0.8, 0.65, 0.5, 0.4), (0.8, 0.5)  # computed, that the curves aim at
+_BUDGETS, _QUICK_BUDGETS = (1, 2, 3, 4), (2,)  # of the KV buffer
 _PROMPTS, _QUICK_PROMPTS, _STEPS = 20, 4, 16
 _CURVE_PROMPTS, _WORK_PROMPTS = 2, 4  # that thresholds are found on
 _RANGE, _TRIES, _QUICK_TRIES = 50, 10, 2  # how far from the preset's a threshold may be; how often to try

@@ -40,7 +40,7 @@ WHITENING = 0.5
 
 
 @torch.no_grad()
-def latent_statistics(vae: ViTVAE, seed: int, *, batches: int = 6, batch: int = 50) -> tuple[Tensor, Tensor]:
+def latent_statistics(vae: ViTVAE, seed: int, *, batches: int, batch: int = 50) -> tuple[Tensor, Tensor]:
     """Mean [z] and covariance [z, z] of the latents' channels over random tiles."""
     generator = torch.Generator(vae.encoder.cls_token.device).manual_seed(seed)
     z = torch.cat([vae.encode(tiles(batch, generator)) for _ in range(batches)]).transpose(0, 1).flatten(1)
@@ -75,7 +75,7 @@ def prepare_vae(run: Run, args: argparse.Namespace) -> ViTVAE:
     if not path.exists():
         trained = train_vae(run, steps=args.vae_steps, batch=args.vae_batch, pool=args.tiles)
         vae.load_state_dict(trained.state_dict())
-        mean, covariance = latent_statistics(vae, run.seed + 1)
+        mean, covariance = latent_statistics(vae, run.seed + 1, batches=min(6, max(1, args.tiles // 50)))
         run.report(f"latent deviations {covariance.diagonal().sqrt().tolist()}")
         normalise_latents(vae, mean, covariance)
         save_half(vae.state_dict(), path)
