@@ -7,7 +7,11 @@ import signal
 import tempfile
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+# An example takes as long as the machine lets it; tests of four workers are neighbours of clusters and gangs.
+settings.register_profile("neighbours", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("neighbours")
 # Tests that share a cluster, or a service, share a worker with it. A process is in one cluster at a time, and stays in
 # the shared one to its end, so those that join one of their own come before, on the same worker.
 SHARED = {

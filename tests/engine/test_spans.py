@@ -163,7 +163,7 @@ def test_of_a_prefix_the_last_whole_groups_count_and_a_shorter_one_is_refused():
 
 
 MEMORY = """
-import pathlib, tempfile
+import gc, pathlib, tempfile
 from tests.engine.test_spans import *
 from benchmarks.common import rss
 from engine.machine import settle_heap
@@ -171,6 +171,7 @@ from models.checkpoint import Loading
 from models.wan.pipeline import WanPipeline
 from models.wan.random_weights import random_pipeline
 from models.wan.vae import WanVaeConfig
+gc.freeze()  # `rss` collects garbage
 settle_heap()
 one_thread()
 small = small_pipeline(**GROUPS)

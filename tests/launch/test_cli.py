@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def long_run(tmp_path: Path, random_weights: Path) -> Iterator[subprocess.Popen[str]]:
+def long_run(tmp_path: Path, random_weights: Path, forked_ranks: None) -> Iterator[subprocess.Popen[str]]:
     """A process in the middle of a long video, with frames in its hidden file already."""
     arguments = ["--chunks", 5000, "--steps", 4, "--weights", random_weights, "--threads", 1, "--out", "long.mp4"]
     process = flowcache_process(tmp_path, "generate", PROMPT, *arguments)
@@ -223,6 +223,7 @@ def test_no_space_left_is_one_line_and_leaves_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_standard_output_that_takes_no_more_is_one_line_and_the_video_stays(
     tmp_path: Path, random_weights: Path
 ) -> None:
@@ -299,6 +300,7 @@ def test_what_a_killed_process_leaves_is_removed_by_the_next(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_the_longest_video_begins_at_once(tmp_path: Path, random_weights: Path) -> None:
     """Nothing is laid out in proportion to the length before the first step."""
     options = ["--chunks", 1_000_000, "--steps", 4, "--weights", random_weights, "--threads", 1, "--record", "run"]

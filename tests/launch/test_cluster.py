@@ -75,6 +75,7 @@ def test_an_address_of_no_kind_is_one_line():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_wait_for_a_cluster_at_once(tmp_path, sent, status):
     """What answers there knows HTTP/2, and then says nothing more: Ray would wait for a minute, and see no signal."""

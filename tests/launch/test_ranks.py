@@ -65,6 +65,7 @@ SMALL = ["--chunks", 2, "--steps", 8, "--height", 64, "--width", 64, "--threads"
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("layer", [1, 4])
+@pytest.mark.usefixtures("forked_ranks")
 def test_what_comes_to_nan_ends_with_tick_chunk_and_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], ranks: int, layer: int
 ) -> None:
@@ -191,6 +192,7 @@ def test_two_videos_share_two_ranks_whatever_strangers_send(tmp_path: Path, rand
     assert (tmp_path / "videos" / f"{names[1]}.mp4").read_bytes() == alone.out.read_bytes()
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_finished_videos_stay_and_missing_ones_are_named(tmp_path: Path, random_weights: Path) -> None:
     options = ["--chunks", 30, "--steps", 4, "--weights", random_weights, "--threads", 1, "--out", "videos"]
     process = flowcache_process(tmp_path, "generate", PROMPT, OTHER, PROMPT, *options)
@@ -252,6 +254,7 @@ def test_what_a_rank_finds_is_said_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_signal_ends_ranks_that_the_command_has_started(
     tmp_path: Path, random_weights: Path, sent: signal.Signals, status: int
 ) -> None:
@@ -268,6 +271,7 @@ def test_a_signal_ends_ranks_that_the_command_has_started(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_nothing_is_left_of_a_rank_that_is_killed(tmp_path: Path, random_weights: Path) -> None:
     """Rank 0 writes the video; the command that has started it removes what it leaves."""
     options = ["--chunks", 5000, "--steps", 4, "--weights", random_weights, "--out", "long.mp4", "--pp", 2]

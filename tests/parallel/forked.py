@@ -3,7 +3,8 @@
 `forked(arguments)` is a command like any other. `interpreter()` takes Python's place where a command line is run, once
 for each rank, and `ray_workers()` where Ray starts a worker, which imports Ray by itself. Its process knows nothing of
 torch: it hands its files, environment and arguments to the server, waits for the rank that is forked there, and ends as
-that one has ended. A rank whose command is killed is killed. The server ends with the tests that have started it.
+that one has ended. A rank whose command is killed is killed, and signals that may be handled are passed on to it. The
+server ends with the tests that have started it.
 
 What a rank is at its start (its imports, its command line, its place among processes) is not tested by such a rank.
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 _POLL = 0.01
+_TOLD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def forked(arguments):
@@ -35,7 +37,7 @@ def forked(arguments):
 
 @functools.cache
 def interpreter():
-    """A program that runs `-m launch ...` and scripts as Python does, and nothing else."""
+    """A program that runs `-m launch ...`, scenarios and scripts as Python does, and nothing else."""
     path, _ = _server()
     program = Path(path).with_name("python")
     program.write_text(
@@ -87,8 +89,12 @@ def _stand_in(path, arguments):
         asked = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
         socket.send_fds(server, [b"\n"], [0, 1, 2])
         server.sendall(json.dumps(asked).encode() + b"\n")
+        for number in _TOLD:
+            signal.signal(number, lambda number, _: server.sendall(bytes([number])))
         status = int(server.makefile().readline())
     if status < 0:
+        if -status in _TOLD:
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
 
@@ -107,8 +113,9 @@ def serve():
         if listener in ready:
             connection, _ = listener.accept()
             ranks[connection] = _fork(connection, run)
-        for connection in ranks.keys() & set(ready):  # a command says nothing more: it was killed
-            os.kill(ranks[connection], signal.SIGKILL)
+        for connection in ranks.keys() & set(ready):  # a command says what it was told, and nothing if it was killed
+            for number in connection.recv(100) or [signal.SIGKILL]:
+                os.kill(ranks[connection], number)
         for connection, pid in list(ranks.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
@@ -139,6 +146,8 @@ def _runner(program):
             del sys.argv[0]
             runpy.run_path(sys.argv[0], run_name="__main__")
         else:
+            if sys.argv[1] == "-m":
+                del sys.argv[1:3]
             scenario()
 
     return run

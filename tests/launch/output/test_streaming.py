@@ -92,6 +92,7 @@ def test_a_growing_file_and_a_stream_play_before_a_third_is_made(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_reader_that_goes_or_stops_ends_the_run(tmp_path: Path, reading: subprocess.Popen[bytes]) -> None:
     _read_frames(reading)
     assert reading.stdout is not None and reading.stderr is not None
@@ -103,6 +104,7 @@ def test_a_reader_that_goes_or_stops_ends_the_run(tmp_path: Path, reading: subpr
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_signal_ends_a_run_whose_reader_has_stopped(tmp_path: Path, random_weights: Path) -> None:
     """The pipe is full, and nobody reads it."""
     options = ["--chunks", 500, "--steps", 4, "--weights", str(random_weights), "--threads", 1, "--out", "-"]

@@ -14,6 +14,7 @@ from launch.generate import generate
 from launch.options import Options
 from parallel.health.processes import descendants
 from tests.launch.process import command_of, flowcache_process, short_folder, small_disk
+from tests.parallel.forked import ray_workers
 from tests.parallel.strangers import Fuzzer
 
 pytestmark = pytest.mark.slow
@@ -191,13 +192,13 @@ def test_a_full_disk_ends_a_batch_with_one_line_and_the_next_run_goes_on_with_an
     write(tmp_path / "prompts.jsonl", {"prompt": PROMPTS[0], "chunks": 6})
     command = ["batch", "prompts.jsonl", "--out", disk / "videos", "--steps", 8, "--threads", 1]
     command += ["--checkpoint-every", 1]
-    full = flowcache_process(tmp_path, *command)
+    full = flowcache_process(tmp_path, *command, extra=ray_workers())
     _, text = full.communicate(timeout=180)
     assert full.returncode == 2, text
     assert re.search(r"error: cannot write .*\.checkpoints/.*: no space left there, \d\.\d MB are free", text), text
     assert "was lost" not in text and "Traceback" not in text
     enlarge()
-    again = flowcache_process(tmp_path, *command, "--pp", 2)
+    again = flowcache_process(tmp_path, *command, "--pp", 2, extra=ray_workers())
     _, text = again.communicate(timeout=180)
     assert again.returncode == 0, text
     assert "computed again from its first chunk on" in text

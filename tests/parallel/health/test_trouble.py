@@ -1,5 +1,6 @@
 """When a rank fails, hangs or is killed, all end soon, and one line names it."""
 
+import os
 import re
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from parallel.health.failure import GangError
 from parallel.mesh import Layout
 from parallel.ranks.environment import RankEnv, child_environment
 from parallel.ranks.spawn import run_ranks
+from tests.parallel.forked import interpreter
 from tests.parallel.on_ranks import command, forks, run
 from tests.ports import free_ports
 
@@ -122,7 +124,12 @@ def started(tmp_path, count):
 )
 def test_torchrun_shows_the_message_once_and_leaves_nobody_behind(tmp_path, action, message):
     ended = subprocess.run(
-        [*TORCHRUN, *trouble(tmp_path, action, 1)[1:]], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=120
+        [*TORCHRUN, *trouble(tmp_path, action, 1)[1:]],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON_EXEC": interpreter()},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
     )
     assert ended.returncode == 1
     found = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]

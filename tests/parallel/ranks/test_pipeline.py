@@ -1,5 +1,6 @@
 """Videos over several ranks: the same bits as from one process, and no work for what is reused."""
 
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from engine.reuse.flags import FlagLog
 from engine.reuse.policy import ReuseSettings
 from parallel.comm.messages import HEADER_BYTES
 from tests.engine.reference import reference_latents
+from tests.parallel.forked import interpreter
 from tests.parallel.on_ranks import command, run
 from tests.parallel.scenarios.videos import settings, wanted
 from tests.parallel.small import SmallPipeline, one_thread, small_config
@@ -202,11 +204,12 @@ def test_a_gang_goes_on_after_a_video_that_was_given_up_or_refused(tmp_path):
         assert reports[0].items == reports[1].items
 
 
-def torchrun(count, name, out, values):
+def torchrun(count, name, out, values, **more):
     started = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return subprocess.run(
         [sys.executable, *started, *command(name, out, values)[1:]],
         cwd=ROOT,
+        env={**os.environ, **more},
         capture_output=True,
         text=True,
         check=False,
@@ -222,7 +225,7 @@ def test_torchrun_starts_the_same_ranks(tmp_path):
 
 def test_under_torchrun_one_rank_says_what_went_wrong(tmp_path):
     values = {"layout": {"pp": 2}, "action": "raise", "rank": 1}
-    done = torchrun(2, "trouble", tmp_path / "out.pt", values)
+    done = torchrun(2, "trouble", tmp_path / "out.pt", values, PYTHON_EXEC=interpreter())
     assert done.returncode != 0
     said = re.findall(r"^error: .*", done.stderr, re.MULTILINE)
     assert len(said) == 1
