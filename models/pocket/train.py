@@ -27,7 +27,7 @@ from torch import Tensor
 from models.magi.vae import ViTVAE
 from models.pocket.latents import Latents, encode_clips
 from models.pocket.preset import WEIGHTS, write_vae_config
-from models.pocket.train_dit import Clips, guide_dit, new_dit, refine_dit, train_dit
+from models.pocket.train_dit import Clips, guide_dit, new_dit, refine_dit, steady_dit, train_dit
 from models.pocket.train_vae import POCKET_VAE, polish_decoder, tiles, train_vae
 from models.pocket.trainer import Run
 
@@ -111,9 +111,10 @@ def train(run: Run, args: argparse.Namespace, until: float | None) -> None:
     vae = prepare_vae(run, args)
     polish_decoder(run, vae, steps=args.polish_steps, batch=args.vae_batch, pool=args.tiles)
     latents = prepare_latents(run, "latents", lambda: encode_clips(vae, run, count=args.clips, chunks=args.clip_chunks))
-    leave = 2 * args.guide_steps  # a step with a guide is reckoned as two: it has up to two more forwards
+    leave = 2 * args.guide_steps + args.steady_steps  # a step with a guide has up to two more forwards
     dit = train_dit(run, latents, steps=args.dit_steps, until=until, leave=leave)
-    guide_dit(run, dit, Clips(short=latents, long=latents), steps=args.guide_steps)
+    clips = Clips(short=latents, long=latents)
+    steady_dit(run, guide_dit(run, dit, clips, steps=args.guide_steps), clips, steps=args.steady_steps)
 
 
 def refine(run: Run, args: argparse.Namespace) -> None:
@@ -129,17 +130,18 @@ def refine(run: Run, args: argparse.Namespace) -> None:
     dit.load_state_dict({key: value.float() for key, value in load_file(start).items()})
     clips = Clips(short=prepare_latents(run, "short", short), long=prepare_latents(run, "long", long))
     dit = refine_dit(run, dit, clips, steps=args.dit_steps, rate=args.rate)
-    guide_dit(run, dit, clips, steps=args.guide_steps)
+    steady_dit(run, guide_dit(run, dit, clips, steps=args.guide_steps), clips, steps=args.steady_steps)
 
 
 def export(run: Run, target: Path, args: argparse.Namespace) -> None:
     """Write the weights that this run has made (fp16), and how; runs whose weights it began with are named before."""
     states = {
         name: torch.load(path, weights_only=True)
-        for name in ("vae", "decoder", "dit", "guided")
+        for name in ("vae", "decoder", "dit", "guided", "steady")
         if (path := run.out / f"{name}.ckpt").exists()
     }
-    dit = states.get("guided", states["dit"])["ema"]
+    last = next(name for name in ("steady", "guided", "dit") if name in states)
+    dit = states[last]["ema"]
     if args.refine:
         before = load_file(run.out / "start.safetensors")
         dit = {name: before[name].float().lerp(value, args.blend) for name, value in dit.items()}
@@ -157,7 +159,7 @@ def export(run: Run, target: Path, args: argparse.Namespace) -> None:
     runs = json.loads((target / RECORD).read_text())["runs"] if args.vae else []
     runs = [*(run for run in runs if run["command"] != record["command"]), record]  # exported again, it is one run
     (target / RECORD).write_text(json.dumps({"runs": runs}, indent=1) + "\n")
-    run.report(f"wrote {target}: step {states['dit']['step']} of the DiT")
+    run.report(f"wrote {target}: step {states[last]['step']} of the DiT ({last})")
 
 
 def _command(args: argparse.Namespace, steps: Mapping[str, int]) -> str:
@@ -167,7 +169,10 @@ def _command(args: argparse.Namespace, steps: Mapping[str, int]) -> str:
     names += [] if args.vae else ["vae_steps"]
     how = [f"--vae {args.vae}" if args.vae else "", "--refine" if args.refine else ""]
     how += [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names]
-    how += [f"--{option}-steps {steps.get(name, 0)}" for option, name in (("dit", "dit"), ("guide", "guided"))]
+    how += [
+        f"--{option}-steps {steps.get(name, 0)}"
+        for option, name in (("dit", "dit"), ("guide", "guided"), ("steady", "steady"))
+    ]
     return " ".join(["python -m models.pocket.train", *filter(None, how)])
 
 
@@ -191,6 +196,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("dit-steps", 60000, "of the DiT"),
         ("polish-steps", 8000, "of the decoder alone"),
         ("guide-steps", 800, "in which the DiT learns to be guided"),
+        ("steady-steps", 2000, "in which the DiT learns not to go on from errors"),
         ("threads", 0, "CPU threads; 0 leaves PyTorch's choice"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=what)

@@ -20,10 +20,14 @@ from models.pocket.trainer import Figures, Loss, Run, Trainer, linear_decay
 from models.pocket.windows import (
     GUIDED_KINDS,
     REFINED_KINDS,
+    STEADY_KINDS,
     Branch,
     WindowKind,
+    Windows,
     choose_branch,
     draw_windows,
+    guided_velocity,
+    steady_velocity,
     window_loss,
 )
 
@@ -68,11 +72,19 @@ def _trainer(
     return Trainer(run, checkpoint, dit, optimizers, schedule, decay=decay)
 
 
-def _loss(run: Run, dit: MagiDiT, latents: Callable[[Branch], Latents], guide: MagiDiT | None = None) -> Loss:
+def _loss(
+    run: Run,
+    dit: MagiDiT,
+    latents: Callable[[Branch], Latents],
+    wanted: Callable[[Windows, Branch], Tensor] = lambda windows, _: windows.velocity,
+    *,
+    errors: bool = False,
+) -> Loss:
     def loss(branch: Hashable, generator: torch.Generator) -> tuple[Tensor, Figures]:
         assert isinstance(branch, Branch)
         with torch.autocast(run.device.type, dtype=torch.bfloat16):
-            value = window_loss(dit, draw_windows(latents(branch), branch, generator), branch, guide)
+            windows = draw_windows(latents(branch), branch, generator, errors=errors and branch.clean > 0)
+            value = window_loss(dit, windows, branch, wanted(windows, branch))
         return value, {"loss": value.detach()}
 
     return loss
@@ -119,14 +131,26 @@ class Clips:
 def refine_dit(run: Run, start: MagiDiT, clips: Clips, *, steps: int, rate: float) -> MagiDiT:
     """Go on with trained weights, at a part of the rates; returns the averaged weights."""
     trainer = _trainer(run, _trainable(run, start), linear_decay(steps, warmup=50, hold=0.2), rate=rate, decay=0.998)
-    return _go_on(run, trainer, clips, REFINED_KINDS, steps)
+    return _go_on(run, trainer, REFINED_KINDS, steps, _loss(run, trainer.module, clips.of))
 
 
 def guide_dit(run: Run, guide: MagiDiT, clips: Clips, *, steps: int) -> MagiDiT:
     """Teach trained weights to make first chunks as they do with guidance; returns the averaged weights."""
-    dit, schedule = _trainable(run, deepcopy(guide)), linear_decay(steps, warmup=30, hold=0.3)
-    trainer = _trainer(run, dit, schedule, rate=0.25, decay=0.99, checkpoint="guided.ckpt")
-    return _go_on(run, trainer, clips, GUIDED_KINDS, steps, guide.to(run.device).requires_grad_(False))
+    trainer, wanted = _learner(run, guide, steps, "guided.ckpt"), partial(guided_velocity, guide)
+    return _go_on(run, trainer, GUIDED_KINDS, steps, _loss(run, trainer.module, clips.of, wanted))
+
+
+def steady_dit(run: Run, start: MagiDiT, clips: Clips, *, steps: int) -> MagiDiT:
+    """Teach trained weights not to go on from errors in the past; returns the averaged weights."""
+    trainer, wanted = _learner(run, start, steps, "steady.ckpt"), partial(steady_velocity, start)
+    return _go_on(run, trainer, STEADY_KINDS, steps, _loss(run, trainer.module, clips.of, wanted, errors=True))
+
+
+def _learner(run: Run, teacher: MagiDiT, steps: int, checkpoint: str) -> Trainer[MagiDiT]:
+    """Of a copy of trained weights, which themselves change no more."""
+    dit, schedule = _trainable(run, deepcopy(teacher)), linear_decay(steps, warmup=30, hold=0.3)
+    teacher.to(run.device).requires_grad_(False)
+    return _trainer(run, dit, schedule, rate=0.25, decay=0.99, checkpoint=checkpoint)
 
 
 def _trainable(run: Run, dit: MagiDiT) -> MagiDiT:
@@ -135,15 +159,8 @@ def _trainable(run: Run, dit: MagiDiT) -> MagiDiT:
     return dit
 
 
-def _go_on(
-    run: Run,
-    trainer: Trainer[MagiDiT],
-    clips: Clips,
-    kinds: Sequence[WindowKind],
-    steps: int,
-    guide: MagiDiT | None = None,
-) -> MagiDiT:
+def _go_on(run: Run, trainer: Trainer[MagiDiT], kinds: Sequence[WindowKind], steps: int, loss: Loss) -> MagiDiT:
     if run.compiled and not run.captured:  # a captured step gains little by it, and every size is compiled anew
         torch._dynamo.config.recompile_limit = 64
         trainer.module.compile_regions(dynamic=False)
-    return trainer.train(steps, partial(choose_branch, kinds=kinds), _loss(run, trainer.module, clips.of, guide))
+    return trainer.train(steps, partial(choose_branch, kinds=kinds), loss)

@@ -33,6 +33,9 @@ _FORMING, _FORMED = (0.15, 0.7), 0.75
 """Where outlines of a first chunk are decided on its way from noise, and the share of its batches drawn from there.
 
 Denoised from s = 0.75 on, true clips keep their shape; from 0.4 on they get as bad as those from noise."""
+_MISLED, _MISTAKEN, _SPECKLED = 0.6, 0.3, 0.1
+"""Share of the windows with errors; how far they lead towards another clip, or away from it; their noise."""
+_LAST_CORRECTED = 0.6  # time until which a chunk is led back from an error of its own: later there is no way left
 _GUIDED_T, _GUIDANCE = 0.37, 0.5  # up to which time a first chunk is guided, and how far: the scale, minus 1
 _LOG_TURNS = 6.0  # 2 to this turns of a panorama lie at most between older and newer chunks of the past
 
@@ -150,6 +153,17 @@ GUIDED_KINDS = (
     WindowKind(share=0.06, clean=12, noisy=4, batch=4, kept=4, frames=True),
 )
 """What it learns to be guided with: first chunks, and the others so that it forgets nothing of them."""
+STEADY_KINDS = (
+    WindowKind(share=0.15, clean=0, noisy=1, batch=16),
+    WindowKind(share=0.08, clean=0, noisy=4, batch=6),
+    WindowKind(share=0.27, clean=1, noisy=4, batch=6),
+    WindowKind(share=0.16, clean=4, noisy=4, batch=4),
+    WindowKind(share=0.10, clean=12, noisy=4, batch=4),
+    WindowKind(share=0.09, clean=12, noisy=4, batch=4, kept=2),
+    WindowKind(share=0.08, clean=12, noisy=4, batch=4, kept=4),
+    WindowKind(share=0.07, clean=12, noisy=4, batch=4, kept=4, frames=True),
+)
+"""What it learns with not to go on from errors: windows with a past, and first chunks, which stay as they are."""
 REFRESHED = 0.6  # share of the batches whose finished chunks were renewed by a clean pass
 
 
@@ -224,8 +238,8 @@ def window_velocity(dit: MagiDiT, windows: Windows, branch: Branch) -> Tensor:
     return velocity.unflatten(2, (r, CHUNK_FRAMES)).transpose(1, 2)
 
 
-def draw_windows(latents: Latents, branch: Branch, generator: torch.Generator) -> Windows:
-    """A random batch of one kind of window.
+def draw_windows(latents: Latents, branch: Branch, generator: torch.Generator, *, errors: bool = False) -> Windows:
+    """A random batch of one kind of window; with `errors` the chunks have some, and the velocity leads out of them.
 
     The position of a chunk on its way from noise is s = (place + u) / 4 with one u for the window, as the schedule has
     it, and t = s^2 / (3 - 2 s^2) (specification 7.2). All clips of a batch have one pace, so that whole turns of the
@@ -256,15 +270,40 @@ def draw_windows(latents: Latents, branch: Branch, generator: torch.Generator) -
     unfinished = 0.6 + 0.39 * rand(b, branch.clean)
     t = torch.cat([torch.full_like(unfinished, CLEAN_T) if branch.refreshed else unfinished, t], dim=1)
     at = t[..., None, None, None, None]
+    velocity = clean - noise
+    if errors:
+        error = _draw_errors(clean, generator)
+        going = torch.arange(r, device=device) >= branch.clean
+        corrected = (going & (t < _LAST_CORRECTED))[..., None, None, None, None]
+        error = torch.where(corrected, rand(b, 1, 1, 1, 1, 1), 1.0) * error
+        clean = clean + error
+        velocity = clean - noise - torch.where(corrected, error / (1 - at), 0.0)
     return Windows(
         x=at * clean + (1 - at) * noise,
         t=t,
-        velocity=(clean - noise)[:, branch.clean :],
+        velocity=velocity[:, branch.clean :],
         captions=latents.captions.flatten(0, 1)[picked],
         distill=2.0 ** below(4, b) * 4,  # half of 8, 16, 32, 64 steps
         gap=_draw_gap(pace, rand) if branch.clean >= 6 else torch.zeros(1, device=device),
         kept=_draw_kept(branch, clean.shape[-2] * clean.shape[-1] // 4 * CHUNK_FRAMES, generator),
     )
+
+
+def _draw_errors(clean: Tensor, generator: torch.Generator) -> Tensor:
+    """Errors [B, 1, 16, 1, h, w] of windows [B, R, 16, 6, h, w], the same in all their frames, as a video's own are.
+
+    In long videos what stands still, the background above all, becomes more of what it is, chunk by chunk: so an error
+    is a step away from the mean picture of another clip, or towards it, and some noise.
+    """
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=generator.device)
+
+    b, one = clean.shape[0], (1, 1, 1, 1, 1)
+    still = clean.mean((1, 3), keepdim=True)
+    misled = torch.rand(b, *one, generator=generator, device=generator.device) < _MISLED
+    towards = _MISTAKEN * randn(b, *one) * (still.roll(1, 0) - still)
+    return misled * (towards + _SPECKLED * randn(b, *one) * randn(*still.shape))
 
 
 def _draw_gap(pace: Tensor, rand: Callable[..., Tensor]) -> Tensor:
@@ -307,10 +346,9 @@ def _draw_frames(branch: Branch, tok: int, generator: torch.Generator) -> Tensor
     return rows[None, ..., None].expand(POCKET_DIT.num_layers, -1, -1, POCKET_DIT.num_query_groups)
 
 
-def window_loss(dit: MagiDiT, windows: Windows, branch: Branch, guide: MagiDiT | None = None) -> Tensor:
-    """Mean squared error of the velocity over the noisy chunks of a batch of windows: of the data's, or a guide's."""
+def window_loss(dit: MagiDiT, windows: Windows, branch: Branch, wanted: Tensor) -> Tensor:
+    """Mean squared error of the velocities of the noisy chunks of a batch of windows."""
     velocity = window_velocity(dit, windows, branch)
-    wanted = windows.velocity if guide is None else guided_velocity(guide, windows, branch)
     return F.mse_loss(velocity[:, branch.clean :].float(), wanted)
 
 
@@ -328,3 +366,9 @@ def guided_velocity(dit: MagiDiT, windows: Windows, branch: Branch) -> Tensor:
         early = (windows.t < _GUIDED_T).float()[..., None, None, None, None]
         velocity = velocity + _GUIDANCE * early * (velocity - without)
     return velocity[:, branch.clean :]
+
+
+@torch.no_grad()
+def steady_velocity(dit: MagiDiT, windows: Windows, branch: Branch) -> Tensor:
+    """That of the data where there is a past, and elsewhere what trained weights make of the noisy chunks."""
+    return windows.velocity if branch.clean else window_velocity(dit, windows, branch).float()

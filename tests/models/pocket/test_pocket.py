@@ -35,12 +35,14 @@ from models.pocket.trainer import Run, Trainer, linear_decay
 from models.pocket.windows import (
     GUIDED_KINDS,
     REFINED_KINDS,
+    STEADY_KINDS,
     WINDOW_KINDS,
     Branch,
     Windows,
     choose_branch,
     draw_windows,
     guided_velocity,
+    steady_velocity,
     window_loss,
     window_velocity,
 )
@@ -306,11 +308,14 @@ def test_every_kind_of_window_trains_and_reads_nothing_back(kind, refreshed):
     dit = new_dit(0)
     with HostReads() as reads:
         drawn = draw_windows(random_latents(side=4), one, torch.Generator().manual_seed(0))
-        loss = window_loss(dit, drawn, one)
-        guided = window_loss(dit, drawn, one, new_dit(0))
-        (loss + guided).backward()
+        misled = draw_windows(random_latents(side=4), one, torch.Generator().manual_seed(0), errors=kind.clean > 0)
+        loss = window_loss(dit, drawn, one, drawn.velocity)
+        guided = window_loss(dit, drawn, one, guided_velocity(new_dit(0), drawn, one))
+        steady = window_loss(dit, misled, one, steady_velocity(new_dit(0), misled, one))
+        (loss + guided + steady).backward()
     assert not reads.seen
     assert guided == 0  # of the same weights, which say nothing
+    assert (steady > 0) == (kind.clean > 0)  # of the data, or likewise
     # A model that says nothing has the error of noise plus data.
     assert loss.item() == pytest.approx(2, abs=0.3)
     assert dit.final_linear.linear.weight.grad.norm() > 0
@@ -334,7 +339,40 @@ def test_no_other_window_is_guided(speaking, clean, noisy):
     windows = draw_windows(random_latents(), one, torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(guided_velocity(speaking, windows, one), window_velocity(speaking, windows, one)[:, clean:])
-        assert window_loss(speaking, windows, one, speaking) == 0  # it knows already what it is to learn
+        known = guided_velocity(speaking, windows, one)
+        assert window_loss(speaking, windows, one, known) == 0  # it knows already what it is to learn
+
+
+@pytest.mark.parametrize("refreshed", [True, False])
+def test_the_velocity_leads_out_of_an_error_that_stands_still(refreshed):
+    """Finished chunks have all of it, those on their way a part, and those that are nearly done keep theirs."""
+    one = branch(2, 4, batch=64, refreshed=refreshed)
+    plain, misled = (
+        draw_windows(random_latents(), one, torch.Generator().manual_seed(0), errors=errors) for errors in (False, True)
+    )
+    assert torch.equal(plain.t, misled.t) and not torch.equal(plain.x, misled.x)
+    t = plain.t[..., None, None, None, None]
+    error = (misled.x - plain.x) / t.clamp(min=1e-3)  # [B, R, 16, 6, h, w]
+    torch.testing.assert_close(error, error[:, :, :, :1].expand_as(error), atol=2e-3, rtol=0)
+    of_the_past = error[:, :1]
+    torch.testing.assert_close(error[:, 1:2], of_the_past, atol=2e-3, rtol=0)
+    with_some = of_the_past.abs().mean((1, 2, 3, 4, 5)) > 1e-3
+    assert 0.4 < with_some.float().mean() < 0.8 and 0.05 < of_the_past[with_some].std() < 0.5
+    begins, ends = (
+        (one.x + (1 - t) * torch.cat([one.x[:, :2], one.velocity], dim=1))[:, 2:] for one in (plain, misled)
+    )
+    late = (plain.t[:, 2:] >= 0.6)[..., None, None, None, None].expand_as(begins)
+    assert late.any() and not late.all()
+    torch.testing.assert_close(ends[~late], begins[~late], atol=2e-3, rtol=0)
+    torch.testing.assert_close((ends - begins)[late], of_the_past.expand_as(begins)[late], atol=2e-3, rtol=0)
+
+
+def test_first_chunks_stay_as_trained_weights_make_them(speaking):
+    for one in (branch(0, 1), branch(0, 4), branch(1, 4)):
+        windows = draw_windows(random_latents(), one, torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            wanted = windows.velocity if one.clean else window_velocity(speaking, windows, one)
+        assert torch.equal(steady_velocity(speaking, windows, one), wanted)
 
 
 def test_all_kinds_of_window_are_chosen_by_their_shares():
@@ -353,7 +391,7 @@ def test_clips_are_encoded_with_what_they_are_told(tmp_path):
     assert [sum(row) for row in panning] == [1, 1, 1, 0]  # a camera knows no rests
 
 
-@pytest.mark.parametrize("kinds", [WINDOW_KINDS, REFINED_KINDS, GUIDED_KINDS])
+@pytest.mark.parametrize("kinds", [WINDOW_KINDS, REFINED_KINDS, GUIDED_KINDS, STEADY_KINDS])
 def test_shares_of_windows_make_a_whole(kinds):
     assert sum(kind.share for kind in kinds) == pytest.approx(1)
 
@@ -418,7 +456,7 @@ def test_a_checkpoint_of_another_seed_is_refused(tmp_path):
 def test_the_command_trains_goes_on_and_says_how(tmp_path):
     out, weights = tmp_path / "run", tmp_path / "weights"
     few = ["--weights", weights, "--no-compile", "--clips", 2, "--clip-chunks", 5, "--dit-steps", 1, "--device", "cpu"]
-    few += ["--vae-batch", 2, "--blend", 0.5, "--guide-steps", 2]
+    few += ["--vae-batch", 2, "--blend", 0.5, "--guide-steps", 2, "--steady-steps", 1]
     parts = ["--tiles", 100, "--vae-steps", 1, "--polish-steps", 1]
     main([str(one) for one in ("--out", out, "--seed", 2, *few, *parts)])
     folder = weights / "vae"
@@ -426,11 +464,12 @@ def test_the_command_trains_goes_on_and_says_how(tmp_path):
     began = load_file(weights / DIT_WEIGHTS)[name].float()
     main([str(one) for one in ("--out", tmp_path / "more", "--vae", folder, "--refine", "--seed", 3, *few)])
     first, second = json.loads((weights / "training.json").read_text())["runs"]
-    assert set(first["last"]) == {"vae", "decoder", "dit", "guided"} and set(second["last"]) == {"dit", "guided"}
+    assert set(first["last"]) == {"vae", "decoder", "dit", "guided", "steady"}
+    assert set(second["last"]) == {"dit", "guided", "steady"}
     assert second["command"].startswith(f"python -m models.pocket.train --vae {folder} --refine --seed 3 ")
-    assert second["command"].endswith("--dit-steps 1 --guide-steps 2")
+    assert second["command"].endswith("--dit-steps 1 --guide-steps 2 --steady-steps 1")
     pipeline = load_pipeline(pocket_config(), weights, Loading())
-    trained = torch.load(tmp_path / "more" / "guided.ckpt", weights_only=True)["ema"][name]
+    trained = torch.load(tmp_path / "more" / "steady.ckpt", weights_only=True)["ema"][name]
     assert torch.equal(pipeline.model.state_dict()[name], began.lerp(trained, 0.5).half().float())
     assert not torch.equal(began, trained)
     main([str(one) for one in ("--out", tmp_path / "more", "--vae", folder, "--refine", "--seed", 3, "--export", *few)])
