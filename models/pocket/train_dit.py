@@ -136,21 +136,21 @@ def refine_dit(run: Run, start: MagiDiT, clips: Clips, *, steps: int, rate: floa
 
 def guide_dit(run: Run, guide: MagiDiT, clips: Clips, *, steps: int) -> MagiDiT:
     """Teach trained weights to make first chunks as they do with guidance; returns the averaged weights."""
-    trainer, wanted = _learner(run, guide, steps, "guided.ckpt"), partial(guided_velocity, guide)
+    trainer, wanted = _learner(run, guide, steps, 0.25, "guided.ckpt"), partial(guided_velocity, guide)
     return _go_on(run, trainer, GUIDED_KINDS, steps, _loss(run, trainer.module, clips.of, wanted))
 
 
 def steady_dit(run: Run, start: MagiDiT, clips: Clips, *, steps: int) -> MagiDiT:
     """Teach trained weights not to go on from errors in the past; returns the averaged weights."""
-    trainer, wanted = _learner(run, start, steps, "steady.ckpt"), partial(steady_velocity, start)
+    trainer, wanted = _learner(run, start, steps, 0.12, "steady.ckpt"), partial(steady_velocity, start)
     return _go_on(run, trainer, STEADY_KINDS, steps, _loss(run, trainer.module, clips.of, wanted, errors=True))
 
 
-def _learner(run: Run, teacher: MagiDiT, steps: int, checkpoint: str) -> Trainer[MagiDiT]:
+def _learner(run: Run, teacher: MagiDiT, steps: int, rate: float, checkpoint: str) -> Trainer[MagiDiT]:
     """Of a copy of trained weights, which themselves change no more."""
     dit, schedule = _trainable(run, deepcopy(teacher)), linear_decay(steps, warmup=30, hold=0.3)
     teacher.to(run.device).requires_grad_(False)
-    return _trainer(run, dit, schedule, rate=0.25, decay=0.99, checkpoint=checkpoint)
+    return _trainer(run, dit, schedule, rate=rate, decay=0.99, checkpoint=checkpoint)
 
 
 def _trainable(run: Run, dit: MagiDiT) -> MagiDiT:

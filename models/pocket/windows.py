@@ -33,7 +33,7 @@ _FORMING, _FORMED = (0.15, 0.7), 0.75
 """Where outlines of a first chunk are decided on its way from noise, and the share of its batches drawn from there.
 
 Denoised from s = 0.75 on, true clips keep their shape; from 0.4 on they get as bad as those from noise."""
-_MISLED, _MISTAKEN, _SPECKLED = 0.6, 0.3, 0.1
+_MISLED, _MISTAKEN, _SPECKLED = 0.7, 0.6, 0.2
 """Share of the windows with errors; how far they lead towards another clip, or away from it; their noise."""
 _LAST_CORRECTED = 0.6  # time until which a chunk is led back from an error of its own: later there is no way left
 _GUIDED_T, _GUIDANCE = 0.37, 0.5  # up to which time a first chunk is guided, and how far: the scale, minus 1
@@ -154,14 +154,14 @@ GUIDED_KINDS = (
 )
 """What it learns to be guided with: first chunks, and the others so that it forgets nothing of them."""
 STEADY_KINDS = (
-    WindowKind(share=0.15, clean=0, noisy=1, batch=16),
-    WindowKind(share=0.08, clean=0, noisy=4, batch=6),
-    WindowKind(share=0.27, clean=1, noisy=4, batch=6),
-    WindowKind(share=0.16, clean=4, noisy=4, batch=4),
-    WindowKind(share=0.10, clean=12, noisy=4, batch=4),
-    WindowKind(share=0.09, clean=12, noisy=4, batch=4, kept=2),
-    WindowKind(share=0.08, clean=12, noisy=4, batch=4, kept=4),
-    WindowKind(share=0.07, clean=12, noisy=4, batch=4, kept=4, frames=True),
+    WindowKind(share=0.40, clean=0, noisy=1, batch=32),
+    WindowKind(share=0.10, clean=0, noisy=4, batch=6),
+    WindowKind(share=0.18, clean=1, noisy=4, batch=6),
+    WindowKind(share=0.10, clean=4, noisy=4, batch=4),
+    WindowKind(share=0.07, clean=12, noisy=4, batch=4),
+    WindowKind(share=0.05, clean=12, noisy=4, batch=4, kept=2),
+    WindowKind(share=0.05, clean=12, noisy=4, batch=4, kept=4),
+    WindowKind(share=0.05, clean=12, noisy=4, batch=4, kept=4, frames=True),
 )
 """What it learns with not to go on from errors: windows with a past, and first chunks, which stay as they are."""
 REFRESHED = 0.6  # share of the batches whose finished chunks were renewed by a clean pass
