@@ -8,8 +8,8 @@
 
 Videos are made as `flowcache generate` makes them, decoded, by processes of their own. A run's figures are a JSON file,
 which another call with the same `--out` does not make again. Memory is resident memory of all processes that take part,
-read every few chunks. Exit status 0 if no long run grows, slows down or changes the bytes of its KV buffers, 1 if one
-does, 2 for bad input.
+read every few chunks. Exit status 0 if no long run grows, slows down, changes the bytes of its KV buffers or
+loses what magi-pocket was to show, 1 if one does, 2 for bad input.
 """
 
 import subprocess

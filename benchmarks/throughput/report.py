@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from benchmarks.common import Row, Verdict
 from benchmarks.throughput.measure import Look, Run
 
-_GROWTH, _SLOWER = 1.02, 1.05
+_GROWTH, _SLOWER, _SEEN = 1.02, 1.05, 0.8
 _WARM = 60  # chunks of every video after which memory has settled; half of shorter ones
 _LONG = 100  # chunks from which on a video is long enough to be held to something
 _EARLY, _LATE = (1 / 12, 1 / 4), (5 / 6, 1.0)  # parts of a video that are compared: of 600 chunks 50 to 150, 500 to 600
@@ -90,7 +90,8 @@ def verdicts(run: Run) -> list[Verdict]:
     growth, slower = _growth(run), _slower(run)
     own = f"{run.case.chunks} chunks, {name(run)}"
     held = " and ".join(map(str, sorted(kv)))
-    return [
+    first, last = (run.minutes[place].shape for place in (0, -1))
+    found = [
         Verdict(f"{own}: KV bytes all along", held, "equal", len(kv) == 1),
         Verdict(f"{own}: memory against warm", f"{growth:+.2%}", f"< {_GROWTH - 1:+.0%}", growth < _GROWTH - 1),
         Verdict(
@@ -100,6 +101,12 @@ def verdicts(run: Run) -> list[Verdict]:
             slower <= _SLOWER,
         ),
     ]
+    if not math.isnan(first):
+        shown, wanted = f"{last:.2f} after {first:.2f}", f">= {_SEEN} of it"
+        found.append(
+            Verdict(f"{own}: overlap in the last minute after the first", shown, wanted, last >= _SEEN * first)
+        )
+    return found
 
 
 def drift(run: Run) -> Row:

@@ -38,7 +38,7 @@ MADE = Run(
 
 
 def test_a_run_that_does_not_change_passes():
-    assert [one.passed for one in verdicts(MADE)] == [True] * 3
+    assert [one.passed for one in verdicts(MADE)] == [True] * 4
     assert verdicts(replace(MADE, case=Case(chunks=60))) == []
 
 
@@ -52,22 +52,28 @@ def later(**changes):
         ({"looks": later(kv_bytes=10)}, 0),
         ({"looks": later(host_bytes=409 * 2**20)}, 1),
         ({"chunk_seconds": [[chunk + 0.06 * max(0, chunk - 90) for chunk in range(CHUNKS)]]}, 2),
+        ({"minutes": [*MADE.minutes, replace(MADE.minutes[0], minute=2, shape=0.6)]}, 3),
     ],
 )
 def test_each_figure_fails_for_itself(changes, which):
-    assert [one.passed for one in verdicts(replace(MADE, **changes))] == [at != which for at in range(3)]
+    assert [one.passed for one in verdicts(replace(MADE, **changes))] == [at != which for at in range(4)]
+
+
+def test_another_model_is_held_to_no_shape():
+    unknown = [replace(MADE.minutes[0], shape=float("nan"))]
+    assert [one.passed for one in verdicts(replace(MADE, minutes=unknown))] == [True] * 3
 
 
 def test_a_machine_that_gives_less_in_the_end_is_not_held_against_the_video():
     slower = [[chunk + 0.06 * max(0, chunk - 90) for chunk in range(CHUNKS)]]
     late = [look if look.chunks < 100 else replace(look, probe=0.0106) for look in MADE.looks]
-    assert [one.passed for one in verdicts(replace(MADE, chunk_seconds=slower, looks=late))] == [True] * 3
+    assert [one.passed for one in verdicts(replace(MADE, chunk_seconds=slower, looks=late))] == [True] * 4
 
 
 def test_a_chunk_of_which_more_is_computed_may_take_longer():
     slower = [[chunk + 0.06 * max(0, chunk - 90) for chunk in range(CHUNKS)]]
     late = [replace(look, computed=8 * look.chunks + 0.5 * max(0, look.chunks - 90)) for look in MADE.looks]
-    assert [one.passed for one in verdicts(replace(MADE, chunk_seconds=slower, looks=late))] == [True] * 3
+    assert [one.passed for one in verdicts(replace(MADE, chunk_seconds=slower, looks=late))] == [True] * 4
 
 
 def test_a_video_that_ends_early_changes_no_bytes_of_those_in_flight():
