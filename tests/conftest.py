@@ -9,7 +9,7 @@ import tempfile
 import pytest
 from hypothesis import HealthCheck, settings
 
-# An example takes as long as the machine lets it; tests of four workers are neighbours of clusters and gangs.
+# An example takes as long as the machine lets it; tests are neighbours of clusters and gangs.
 settings.register_profile("neighbours", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("neighbours")
 # Tests that share a cluster, or a service, share a worker with it. A process is in one cluster at a time, and stays in

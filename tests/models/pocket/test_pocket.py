@@ -483,6 +483,6 @@ def test_shipped_weights_are_small_and_say_how_they_were_made():
     assert sum(path.stat().st_size for path in files) < 30e6
     runs = json.loads((WEIGHTS / "training.json").read_text())["runs"]
     assert all("models.pocket.train" in run["command"] for run in runs)
-    assert runs[-1]["last"]["dit"]["loss"] < 0.3
+    assert [run["last"]["dit"]["loss"] for run in runs if "dit" in run["last"]][-1] < 0.3
     assert [run["last"]["decoder"]["psnr"] for run in runs if "decoder" in run["last"]][-1] > 38
     assert POCKET_DIT.num_attention_heads % POCKET_DIT.num_query_groups == 0
