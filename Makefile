@@ -1,6 +1,6 @@
 # make demo   sets up .venv and makes a video from a prompt
 # make check  sets up .venv and runs linter, type checker and the fast tests: no clusters, no gangs of processes
-# make test   the same with all tests, five at a time, then those that bear no neighbour one by one
+# make test   the same with all tests, four at a time, then those that bear no neighbour one by one
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -36,7 +36,7 @@ check: .venv/.dev
 	$(MAKE) -j 2 lint fast
 
 all: .venv/.dev
-	$(BIN)/python -m pytest -n 5 $(BY_FILE) --durations 12 -m "not alone"
+	$(BIN)/python -m pytest -n 4 $(BY_FILE) --durations 12 -m "not alone"
 	$(BIN)/python -m pytest -m alone
 
 test: .venv/.dev

@@ -90,9 +90,9 @@ def test_marked_processes_are_found_and_so_are_their_children():
 @pytest.mark.slow
 def test_a_small_batch_survives_a_failure(tmp_path):
     pytest.importorskip("ray")
-    arguments = f"--failures 1 --kinds rank --limit 150 --quick --videos 2 --out {tmp_path}".split()
+    arguments = f"--failures 1 --kinds rank --limit 250 --quick --videos 2 --out {tmp_path}".split()
     command = [sys.executable, "-m", "benchmarks.chaos", *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=320)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     text = (tmp_path / "chaos.md").read_text()
     assert "FAIL" not in text and "SIGKILL" in text

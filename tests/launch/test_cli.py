@@ -294,6 +294,9 @@ def test_what_a_killed_process_leaves_is_removed_by_the_next(
     hidden, shown = sorted(os.listdir(tmp_path))  # and no long.mp4
     assert hidden.startswith(".long.partial.mp4.") and shown == "long.partial.mp4"
     assert (tmp_path / shown).samefile(tmp_path / hidden)
+    process = Path("/proc", hidden.removesuffix(".part").rpartition("-")[2])
+    while process.exists():  # until it is waited for, which the command is before
+        time.sleep(0.01)
     monkeypatch.chdir(tmp_path)
     assert run(["generate", PROMPT, "--chunks", "1", "--steps", "4", "--weights", str(random_weights)]) == 0
     assert os.listdir(tmp_path) == ["video.mp4"]
