@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.kv.layout import MIXED, KVPlan
 from engine.kv.selection import select
 from engine.kv.staging import Staging
-from engine.kv.views import Due, IsolatedView, LayerKV, SliceView, StagedView
+from engine.kv.views import Due, IsolatedView, LayerKV, SliceView
 from engine.video import KVOp
 from models.attention import Attention
 from models.protocols import KVGeometry, KVView
@@ -46,9 +46,8 @@ class KVBuffer:
     def __init__(self, plan: KVPlan, geometry: KVGeometry, attention: Attention, on_kept: OnKept | None = None) -> None:
         self._on_kept = on_kept
         self.layout, self._plan, self._geometry, self._attention = plan.layout(), plan, geometry, attention
-        self._branches = [
-            {layer: self._allocate(branch) for layer in geometry.layers} for branch in range(plan.branches)
-        ]
+        branches = range(plan.branches)
+        self._layers = {(branch, number): self._allocate(branch) for branch in branches for number in geometry.layers}
         self._staging = Staging(plan, geometry)
 
     def _allocate(self, branch: int) -> LayerKV:
@@ -67,7 +66,7 @@ class KVBuffer:
     @property
     def nbytes(self) -> int:
         """Bytes held on the device, the bookkeeping of compression counted."""
-        return sum(layer.nbytes for branch in self._branches for layer in branch.values()) + self._staging.nbytes
+        return sum(layer.nbytes for layer in self._layers.values()) + self._staging.nbytes
 
     @property
     def host_nbytes(self) -> int:
@@ -92,14 +91,19 @@ class KVBuffer:
         layout = self.layout
         if branch is None:
             return IsolatedView(self._attention)
-        layers, begin, span = self._branches[branch], self._begin(branch), layout.span(keys_from, chunk)
-        own, inside = (_within(rows, begin) for rows in (layout.rows(chunk), span))
-        how, compress = self._attention, partial(self._compress, branch)
-        if span.start >= begin:
-            return SliceView(layers, own, inside, how, asks=asks, compress=compress)
-        elsewhere = {number: self._pieces(branch, number, span.start, begin) for number in layers}
-        view = partial(StagedView, elsewhere=elsewhere, staging=self._staging)
-        return view(layers, own, inside, how, asks=asks, compress=compress)
+        layers = {number: self._layers[branch, number] for number in self._geometry.layers}
+        begin, span = self._begin(branch), layout.span(keys_from, chunk)
+        parted = span.start < begin
+        return SliceView(
+            layers,
+            _within(layout.rows(chunk), begin),
+            _within(span, begin),
+            self._attention,
+            asks=asks,
+            compress=partial(self._compress, branch),
+            elsewhere={key: self._pieces(branch, key, span.start, begin) for key in layers} if parted else None,
+            staging=self._staging if parted else None,
+        )
 
     def kept_shares(self, chunks: int) -> Tensor:
         """Share of the tokens of each of the first chunks that stands in the clean region, [chunks] fp32 on the CPU.
@@ -110,39 +114,34 @@ class KVBuffer:
         if self._plan.selection is None:
             counts[list(layout.clean_chunks)] = 1.0
             return counts
-        layers = [layer for branch in self._branches for layer in branch.values()]
-        for layer in layers:
+        for layer in self._layers.values():
             assert layer.origin is not None
             counts += torch.bincount(layer.origin[: layout.clean_rows].flatten(), minlength=chunks).cpu()
-        heads = layers[0].kv.shape[2]
-        return counts / (len(layers) * heads * layout.chunk_tokens)
+        return counts / (len(self._layers) * self._geometry.key_heads * layout.chunk_tokens)
 
     def state(self) -> KVState:
         """What it holds now; later writes change it."""
         self._compress_due()
         layout, layers = self.layout, {}
         self._staging.settle()
-        for branch, held in enumerate(self._branches):
-            for number, layer in held.items():
-                pieces = self._pieces(branch, number, layout.alike if branch else 0, layout.used_rows)
-                pieces = pieces or [layer.kv[:, :0]]
-                kv = pieces[0] if len(pieces) == 1 else torch.cat([piece.cpu() for piece in pieces], dim=1)
-                origin = None if layer.origin is None else layer.origin[: layout.used_rows]
-                layers[branch, number] = LayerKV(kv, layer.queries, origin)
+        for (branch, number), layer in self._layers.items():
+            pieces = self._pieces(branch, number, layout.alike if branch else 0, layout.used_rows)
+            pieces = pieces or [layer.kv[:, :0]]
+            kv = pieces[0] if len(pieces) == 1 else torch.cat([piece.cpu() for piece in pieces], dim=1)
+            origin = None if layer.origin is None else layer.origin[: layout.used_rows]
+            layers[branch, number] = LayerKV(kv, layer.queries, origin)
         window, published = list(layout.window_chunks), layout.published
         return KVState(clean=list(layout.clean), window=window, published=published, layers=layers)
 
     def restore(self, state: KVState) -> None:
         """Go on from the state of a buffer of the same size, layers and heads; a ValueError if it does not fit."""
-        own = {(branch, number) for branch, held in enumerate(self._branches) for number in held}
-        if own != set(state.layers):
-            raise ValueError(f"it has the layers {sorted(state.layers)} and not {sorted(own)}")
+        if set(self._layers) != set(state.layers):
+            raise ValueError(f"it has the layers {sorted(state.layers)} and not {sorted(self._layers)}")
         layout = self.layout
         layout.restore(state.clean, state.window, state.published)
         used = layout.used_rows
         for (branch, number), saved in sorted(state.layers.items()):  # the first branch first, as others copy of it
-            layer = self._branches[branch][number]
-            first = layout.alike if branch else 0
+            layer, first = self._layers[branch, number], layout.alike if branch else 0
             _spread(self._pieces(branch, number, first, used), saved.kv)
             if not self._plan.shared:
                 self._copy_first(branch, number, 0, first)
@@ -154,6 +153,9 @@ class KVBuffer:
         if self._plan.offload:
             return self.layout.clean_rows
         return self.layout.alike if self._plan.shared and branch else 0
+
+    def _begins(self) -> list[int]:
+        return [self._begin(branch) for branch in range(self._plan.branches)]
 
     def _owner(self, branch: int, chunk: int) -> int:
         """The branch whose memory on the host has a clean chunk of a branch."""
@@ -171,16 +173,16 @@ class KVBuffer:
         begin, pieces, at = self._begin(branch), list[Tensor](), 0
         if self._plan.offload:
             for chunk, rows in self.layout.clean:
-                held = self._branches[self._owner(branch, chunk)][number].host
+                held = self._layers[self._owner(branch, chunk), number].host
                 assert held is not None
                 if start <= at < stop:
                     place = self._place(chunk, held.shape[1])
                     pieces.append(held[:, place : place + rows])
                 at += rows
         elif start < min(begin, stop):
-            pieces.append(self._branches[0][number].kv[:, start : min(begin, stop)])
+            pieces.append(self._layers[0, number].kv[:, start : min(begin, stop)])
         if stop > begin:
-            pieces.append(self._branches[branch][number].kv[:, _within(slice(start, stop), begin)])
+            pieces.append(self._layers[branch, number].kv[:, _within(slice(start, stop), begin)])
         return pieces
 
     def _copy_first(self, branch: int, number: int, start: int, stop: int) -> None:
@@ -192,35 +194,31 @@ class KVBuffer:
 
     def _compress_due(self) -> None:
         """Make compressions that no chunk has made since, with the queries of what was denoised last."""
-        for branch, held in enumerate(self._branches):
-            for number, layer in held.items():
-                if layer.due is not None:
-                    assert layer.queries is not None
-                    self._compress(branch, number, layer.queries)
+        for key, layer in self._layers.items():
+            if layer.due is not None:
+                assert layer.queries is not None
+                self._compress(*key, layer.queries)
 
     def _retire(self, chunk: int) -> None:
         self._compress_due()
         layout, selection = self.layout, self._plan.selection
         used, rows = layout.used_rows, layout.rows(chunk)
-        begins = [self._begin(branch) for branch in range(len(self._branches))]
-        layers = {(branch, number): one for branch, held in enumerate(self._branches) for number, one in held.items()}
-        until_now = {key: self._pieces(*key, 0, rows.stop) for key in layers}
-        for layer in layers.values():
+        begins = self._begins()
+        until_now = {key: self._pieces(*key, 0, rows.stop) for key in self._layers}
+        for layer in self._layers.values():
             if layer.origin is not None:
                 layer.origin[rows] = chunk
         excess = layout.retire(chunk)
         if excess and selection is not None:
             layout.mix(layout.clean_tokens)
-            for key, layer in layers.items():
+            for key, layer in self._layers.items():
                 layer.due = Due(pieces=until_now[key], begin=begins[key[0]], used=used)
             if selection.asks == "last":
-                for key, layer in layers.items():
-                    assert layer.queries is not None
-                    self._compress(*key, layer.queries)
+                self._compress_due()
             return
         layout.drop_oldest(excess)
         if self._plan.offload and chunk in layout.clean_chunks:
-            own = [key for key in layers if self._owner(key[0], chunk) == key[0]]
+            own = [key for key in self._layers if self._owner(key[0], chunk) == key[0]]
             places = {key: self._pieces(*key, layout.rows(chunk).start, layout.clean_rows)[0] for key in own}
             self._staging.to_host((places[key], until_now[key][-1]) for key in own)
         self._settle(begins, used, excess)
@@ -230,27 +228,25 @@ class KVBuffer:
 
         The branches began with the rows `begins`. Those that are never dropped stay where they are.
         """
-        layout = self.layout
-        stays = min(layout.sink_tokens, layout.clean_rows)
-        for branch, held in enumerate(self._branches):
-            begin = self._begin(branch)
-            first = max(begin, stays)
+        stays = min(self.layout.sink_tokens, self.layout.clean_rows)
+        now = self._begins()
+        for (branch, _), layer in self._layers.items():
+            first = max(now[branch], stays)
             rows = _within(slice(first + gone, used), begins[branch])
-            for layer in held.values():
-                _move_left(layer.kv, rows, to=first - begin)
+            _move_left(layer.kv, rows, to=first - now[branch])
 
     def _compress(self, branch: int, number: int, queries: Tensor) -> None:
         """Keep the best rows of the clean region for queries [Q, H, d], at the front, and let the others follow them.
 
         They stay in their order, or, where the next chunk asks, come in that of their scores, as published.
         """
-        layer, selection = self._branches[branch][number], self._plan.selection
+        layer, selection = self._layers[branch, number], self._plan.selection
         assert layer.origin is not None and layer.due is not None and selection is not None
         due, kept = layer.due, self.layout.clean_tokens
         *before, kv = due.pieces
         if layer.host is not None:
             kv = self._staging.join((branch, number), before, kv)
-            following = self._branches[branch].get(number + 1)
+            following = self._layers.get((branch, number + 1))
             if selection.asks == "last" and following is not None and following.due is not None:
                 self._staging.fetch((branch, number + 1), following.due.pieces[:-1])
         positions = select(
@@ -277,11 +273,10 @@ class KVBuffer:
         if chunk not in (*layout.clean_chunks, *layout.window_chunks):
             return
         rows, used = layout.rows(chunk), layout.used_rows
-        begins = [self._begin(branch) for branch in range(len(self._branches))]
+        begins = self._begins()
         if not self._plan.shared or chunk in layout.window_chunks:
-            for branch, held in enumerate(self._branches):
-                for number in held:
-                    self._copy_first(branch, number, rows.start, rows.stop)
+            for branch, number in self._layers:
+                self._copy_first(branch, number, rows.start, rows.stop)
         layout.published = chunk
         self._settle(begins, used, 0)
 

@@ -3,7 +3,7 @@
 Shapes: N rows of a tensor, S tokens of a chunk, Q queries, G key heads, d head size, H query heads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -38,7 +38,8 @@ class LayerKV:
 
 
 class SliceView:
-    """A chunk's view: it writes its own rows and attends to one slice of the buffer that ends with them."""
+    """A chunk's view: it writes its own rows and attends to one slice of the buffer that ends with them, behind the
+    rows of each layer that lie elsewhere, if there are any."""
 
     def __init__(
         self,
@@ -49,10 +50,13 @@ class SliceView:
         *,
         asks: bool,
         compress: Callable[[int, Tensor], None] | None = None,  # makes a layer's compression that is due
+        elsewhere: Mapping[int, Sequence[Tensor]] | None = None,  # by layer
+        staging: Staging | None = None,  # puts those side by side with the slice, if there are any
     ) -> None:
         self._layers, self._own, self._span, self._attention, self._asks = layers, own, span, attention, asks
-        self._compress = compress
+        self._compress, self._elsewhere, self._staging = compress, elsewhere or {}, staging
         self._waiting: tuple[Tensor, Tensor] | None = None
+        self._fetch(min(self._elsewhere, default=0))
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the chunk's keys and values [1, S, G, d] of a layer, once the rows that they go to are free."""
@@ -73,40 +77,15 @@ class SliceView:
             self.store(layer, *waiting)
         if self._asks and held.queries is not None:
             held.queries.copy_(q[0, -held.queries.shape[0] :])
-        seen = self._seen(layer)
+        seen = held.kv[:, self._span]
+        if self._staging is not None:
+            seen = self._staging.join((self, layer), self._elsewhere[layer], seen)
+            self._fetch(layer + 1)
         return self._attention(q, seen[0][None], seen[1][None])
 
-    def _seen(self, layer: int) -> Tensor:
-        return self._layers[layer].kv[:, self._span]
-
-
-class StagedView(SliceView):
-    """A chunk's view of rows some of which lie elsewhere, by layer: it attends to those and to the slice, in one."""
-
-    def __init__(
-        self,
-        layers: dict[int, LayerKV],
-        own: slice,
-        span: slice,
-        attention: Attention,
-        *,
-        asks: bool,
-        compress: Callable[[int, Tensor], None],
-        elsewhere: dict[int, list[Tensor]],
-        staging: Staging,
-    ) -> None:
-        super().__init__(layers, own, span, attention, asks=asks, compress=compress)
-        self._elsewhere, self._staging = elsewhere, staging
-        self._fetch(min(elsewhere))
-
-    def _seen(self, layer: int) -> Tensor:
-        own = self._layers[layer].kv[:, self._span]
-        seen = self._staging.join((self, layer), self._elsewhere[layer], own)
-        self._fetch(layer + 1)
-        return seen
-
     def _fetch(self, layer: int) -> None:
-        if layer in self._elsewhere and self._layers[layer].due is None:  # else its rows are still to be written
+        """Have a layer's rows that lie elsewhere come, unless they are still to be written."""
+        if self._staging is not None and layer in self._elsewhere and self._layers[layer].due is None:
             self._staging.fetch((self, layer), self._elsewhere[layer])
 
 

@@ -163,9 +163,9 @@ def test_compression_keeps_whole_rows_in_order_and_never_touches_the_window(
         if layout.used_rows and len(moves) % 2:
             buffer.state()  # makes what is due
         for layer in range(2):
-            if buffer._branches[0][layer].due is not None:
+            if buffer._layers[0, layer].due is not None:
                 continue
-            held = buffer._branches[0][layer].kv
+            held = buffer._layers[0, layer].kv
             for chunk in range(retired, entered):
                 rows = layout.rows(chunk)
                 assert torch.equal(held[0, rows], mark(chunk, layer)[0])
@@ -174,7 +174,7 @@ def test_compression_keeps_whole_rows_in_order_and_never_touches_the_window(
             assert torch.equal(clean[0], -clean[1]), "keys and values were parted"
             order = clean[0, :, :, 0] if asks == "last" else clean[0, :, :, 0].sort(dim=0).values
             assert (order[1:] > order[:-1]).all(), "kept tokens are out of order"
-        if buffer._branches[0][0].due is not None:
+        if buffer._layers[0, 0].due is not None:
             continue
         shares = buffer.kept_shares(max(1, retired))
         assert shares.sum().item() * CHUNK == pytest.approx(layout.clean_rows)

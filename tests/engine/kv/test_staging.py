@@ -90,7 +90,7 @@ def test_bytes_are_those_of_rows_that_differ(config, budget, offload, chunks, on
     if budget:
         bookkeeping = sampling.branches * layers * (CHUNK * 4 * 8 * 4 + (budget + sampling.window) * CHUNK * 2 * 4)
     assert buffer.nbytes == plan.nbytes(geometry) == (layers * chunks + once) * CHUNK * WIDTH + bookkeeping
-    held = [layer.host for branch in buffer._branches for layer in branch.values() if layer.host is not None]
+    held = [layer.host for layer in buffer._layers.values() if layer.host is not None]
     assert buffer.host_nbytes == sum(one.nbytes for one in held) == layers * host * CHUNK * WIDTH
     pinned = plan.host_nbytes(replace(geometry, device=torch.device("cuda")))  # 768 and its multiples, each a power
     assert pinned == 0 if not host else pinned > buffer.host_nbytes and pinned % 1024 == 0
