@@ -240,10 +240,9 @@ def inspect(
 
     [cyan]flowcache inspect MAGI-1/ckpt/magi/4.5B_distill[/cyan]
     """
-    from launch.model.inspect import Wanted, inspect_folder
+    from launch.model.inspect import inspect_folder
 
-    size = Options(height=height, width=width, chunks=chunks, kv_budget=kv_budget)  # says what is out of bounds
-    wanted = Wanted(height=size.height, width=size.width, chunks=size.chunks, kv_budget=size.kv_budget)
+    wanted = Options(height=height, width=width, chunks=chunks, kv_budget=kv_budget)  # says what is out of bounds
     raise typer.Exit(inspect_folder(folder, wanted, tokens=special_tokens, verify=verify))
 
 

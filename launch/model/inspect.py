@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -15,26 +15,15 @@ from engine.kv.layout import KVSettings
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from launch.model.memory import Job
-from launch.options import size_text
+from launch.options import Options, size_text
 from models.checkpoint import Stored, read_through
 from models.errors import InputError
 from models.families import FAMILIES, describe, family_of, presets, recognise
 from models.family import ModelConfig, Part, Preset
 from parallel.mesh import Layout
 
-_BLOCK = 1 << 24  # bytes that are hashed at once
 _LAYOUTS = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (1, 8), (2, 4))  # pp x cp
 _CHUNKS = 10  # length of the video that memory is worked out for; a longer one takes no more, unless nothing is dropped
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Wanted:
-    """The video that memory is worked out for; None is the model's own."""
-
-    height: int | None = None
-    width: int | None = None
-    chunks: int | None = None
-    kv_budget: int | None = None
 
 
 class _Report:
@@ -61,17 +50,11 @@ class _Report:
         )
 
 
-def inspect_folder(folder: Path, wanted: Wanted, *, tokens: Path | None, verify: bool) -> int:
-    """Print what a folder holds; an `InputError` says that there is no model in it.
+def inspect_folder(folder: Path, wanted: Options, *, tokens: Path | None, verify: bool) -> int:
+    """Print what a folder of weights holds; an `InputError` says that there is no model in it.
 
-    Args:
-        folder: as for `--weights`.
-        wanted: the video that memory is worked out for.
-        tokens: as in `find_files`.
-        verify: read all weights, and compare with the checksums that lie beside them.
-
-    Returns:
-        The exit status: 0, or 1 if something is missing or damaged.
+    Memory is worked out for the `wanted` video; `tokens` are as in `find_files`. Gives the exit status: 0, or 1 if
+    something is missing or damaged.
     """
     config, console, report = recognise(folder), Console(), _Report()
     console.print(f"[bold]{folder}[/bold]: {describe(config)}", highlight=False, soft_wrap=True)
@@ -87,7 +70,7 @@ def inspect_folder(folder: Path, wanted: Wanted, *, tokens: Path | None, verify:
     for line in report.wrong:
         console.print(f"[red]{line}[/red]", highlight=False, soft_wrap=True)
     if not report.wrong:
-        _print_memory(console, config, family_of(config).vae_bytes(config, places["autoencoder"]), wanted)
+        _print_memory(console, _job(config, family_of(config).vae_bytes(config, places["autoencoder"]), wanted))
     damaged = _verify(console, networks) if verify and not report.wrong else 0
     return 1 if report.wrong or damaged else 0
 
@@ -100,27 +83,29 @@ def _tensors(found: Mapping[str, Stored]) -> str:
     return f"{len(found)} tensors, {sum(one.size for one in found.values()):,} parameters: {shares}"
 
 
-def _print_memory(console: Console, config: ModelConfig, vae_bytes: int, wanted: Wanted) -> None:
-    known = config.figures
+def _job(config: ModelConfig, vae_bytes: int, wanted: Options) -> Job:
+    """One video on one rank; what is not said of it is the model's own."""
+    known, kv = config.figures, KVSettings(budget=wanted.kv_budget)
     request = Request(
         prompt="-",
-        chunks=min(_CHUNKS, known.most_chunks or _CHUNKS) if wanted.chunks is None else wanted.chunks,
-        height=known.height if wanted.height is None else wanted.height,
-        width=known.width if wanted.width is None else wanted.width,
+        chunks=wanted.chunks or min(_CHUNKS, known.most_chunks or _CHUNKS),
+        height=wanted.height or known.height,
+        width=wanted.width or known.width,
         num_steps=known.num_steps,
         seed=0,
     )
-    budget = wanted.kv_budget
+    return Job(config=config, vae_bytes=vae_bytes, request=request, reuse=ReuseSettings(), kv=kv, layout=Layout())
+
+
+def _print_memory(console: Console, one: Job) -> None:
+    request, budget, known = one.request, one.kv.budget, one.config.figures
     size = f"{request.width}x{request.height}, {request.chunks} chunks"
     held = "the model's own range" if budget is None else f"a budget of {budget} chunks"
     console.print(f"Memory of each rank, estimated, for one video of {size}, with {held}:", highlight=False)
     names = "weights", "keys, values", "at work", "together", "--kv-offload", "host"
     table = Table("pp x cp", *names, box=None, pad_edge=False)
     for pp, cp in _LAYOUTS:
-        job = Job(
-            config=config, vae_bytes=vae_bytes, request=request, reuse=ReuseSettings(), kv=KVSettings(budget=budget),
-            layout=Layout(pp=pp, cp=cp),
-        )  # fmt: skip
+        job = replace(one, layout=Layout(pp=pp, cp=cp))
         try:
             most = max(job.stages(), key=lambda stage: stage.total)
             less = max(replace(job, kv=replace(job.kv, offload=True)).stages(), key=lambda stage: stage.total)
@@ -181,11 +166,8 @@ def _checksums(path: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---- the presets
@@ -218,12 +200,5 @@ def show_models() -> None:
 def _preset_memory(preset: Preset) -> int:
     """Bytes on one device for one video of the preset's size."""
     config = preset.config()
-    known, vae_bytes = config.figures, family_of(config).vae_bytes(config, None)
-    chunks = known.most_chunks or _CHUNKS
-    request = Request(
-        prompt="-", chunks=chunks, height=known.height, width=known.width, num_steps=known.num_steps, seed=0
-    )
-    job = Job(
-        config=config, vae_bytes=vae_bytes, request=request, reuse=ReuseSettings(), kv=KVSettings(), layout=Layout()
-    )
-    return job.total(shared=False)
+    wanted = Options(chunks=config.figures.most_chunks or _CHUNKS)
+    return _job(config, family_of(config).vae_bytes(config, None), wanted).total(shared=False)
