@@ -89,28 +89,32 @@ def remove_folder(folder: Path) -> None:
             return
 
 
-def publish(part: Path, path: Path) -> None:
-    """Rename a finished part to its place, once it is on the disk."""
-    _flush(part)
-    os.replace(part, path)
-    _flush(path.parent)
+@contextlib.contextmanager
+def atomic_name(
+    path: Path, what: str = "", advice: str = "", kinds: tuple[type[Exception], ...] = ()
+) -> Iterator[Path]:
+    """A hidden name for a file that appears under `path` when the context ends well, and leaves nothing otherwise.
+
+    An older file is replaced. If it cannot be written, an InputError names it, `what` it is and what to do; errors of
+    libraries count that are of these `kinds`.
+    """
+    part = part_of(path)
+    with write_errors(path, what, kinds, advice):
+        try:
+            yield part
+            _flush(part)
+            os.replace(part, path)
+            _flush(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, what: str = "", advice: str = "") -> Iterator[BinaryIO]:
-    """A binary file that appears under `path` when the context ends well, and leaves nothing behind otherwise.
-
-    An older file is replaced. If it cannot be written, an InputError names it, `what` it is and what to do.
-    """
-    part = part_of(path)
-    with write_errors(path, what, advice=advice):
-        try:
-            with part.open("wb") as file:
-                yield file
-            publish(part, path)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+    """A binary file that appears as in `atomic_name`."""
+    with atomic_name(path, what, advice) as part, part.open("wb") as file:
+        yield file
 
 
 def digest_of(content: bytes | memoryview) -> bytes:

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from engine.checkpoint.contents import Contents
-from engine.files import Damaged, atomic_write, check_file, digest_of, digest_of_file, part_of, publish, write_errors
+from engine.files import Damaged, atomic_name, atomic_write, check_file, digest_of, digest_of_file
 from models.errors import InputError
 
 _MANIFEST = "manifest.json"
@@ -264,18 +264,11 @@ def _load(folder: Path) -> Checkpoint | None:
 
 
 def _write(path: Path, contents: Contents) -> Shard:
-    part = part_of(path)
-    with write_errors(path, _WHAT, (SafetensorError,), _ADVICE):
-        try:
-            path.parent.mkdir(exist_ok=True)
-            with torch.no_grad():
-                save_file(dict(contents.tensors), part, metadata={"values": json.dumps(dict(contents.values))})
-            shard = Shard(file=path.name, nbytes=part.stat().st_size, digest=digest_of_file(part))
-            publish(part, path)
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-    return shard
+    with atomic_name(path, _WHAT, _ADVICE, (SafetensorError,)) as part:
+        path.parent.mkdir(exist_ok=True)
+        with torch.no_grad():
+            save_file(dict(contents.tensors), part, metadata={"values": json.dumps(dict(contents.values))})
+        return Shard(file=path.name, nbytes=part.stat().st_size, digest=digest_of_file(part))
 
 
 def _digest_of(body: Mapping[str, Any]) -> str:
