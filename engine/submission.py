@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from engine.checkpoint.contents import RUN_FILE, fingerprint, of_past, unpack_rest, unpack_run
+from engine.checkpoint.contents import RUN_FILE, fingerprint, of_past, unpack_run
 from engine.checkpoint.files import Checkpoint, CheckpointConfig, must_fit, newest, read_contents
 from engine.files import Damaged
 from engine.kv.layout import KVSettings
@@ -76,12 +76,10 @@ class Reader:
             InputError: the model cannot take it, or the checkpoint is of another request, model, layout or setting.
         """
         encoded = encode(variant_of(self._pipeline, request), request)
-        reuse, kv = reuse or self._reuse, kv or self._kv
-        if checkpoint is None:
-            return Submission(request=request, encoded=encoded, reuse=reuse, kv=kv)
         submission = Submission(request=request, encoded=encoded, checkpoint=checkpoint, reuse=reuse, kv=kv)
-        own = self.fingerprint(submission)
-        damage = list[str]()
+        if checkpoint is None:
+            return submission
+        own, damage = self.fingerprint(submission), list[str]()
 
         def on_damage(folder: Path, error: Damaged) -> None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -89,14 +87,13 @@ class Reader:
 
         with suppress(OSError):  # else it is said when there is something to write
             checkpoint.folder.mkdir(exist_ok=True)
-        found, state = newest(checkpoint.folder, stored=stored, on_damage=on_damage), None
-        decoder, course = dict[str, Tensor](), dict[str, Tensor]()
-        if found is not None:
-            found.check_fits(own(found.quantum))
-            with must_fit(found.folder):
-                contents = read_contents(found.folder, RUN_FILE)
-                state, (decoder, course) = unpack_run(contents), unpack_rest(contents)
+        found = newest(checkpoint.folder, stored=stored, on_damage=on_damage)
         submission = replace(submission, fingerprint=own, found=found, damage=tuple(damage))
+        if found is None:
+            return submission
+        found.check_fits(own(found.quantum))
+        with must_fit(found.folder):
+            state, decoder, course = unpack_run(read_contents(found.folder, RUN_FILE))
         return replace(submission, state=state, decoder=decoder, course=course)
 
     def fingerprint(self, what: Submission) -> Callable[[int], Mapping[str, object]]:

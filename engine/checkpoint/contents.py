@@ -99,7 +99,7 @@ def pack_shard(kv: KVState, flags: FlagState, about: Mapping[str, Any]) -> Conte
 
 
 def unpack_shard(contents: Contents) -> tuple[KVState, FlagState]:
-    """From what `pack_shard` gave."""
+    """What `pack_shard` was given."""
     values, tensors = contents.values, contents.tensors
     layers = dict[tuple[int, int], LayerKV]()
     for branch, layer in values["layers"]:
@@ -139,17 +139,8 @@ def pack_run(state: VideoState, decoder: Mapping[str, Tensor], course: Mapping[s
     return Contents(tensors=_to_host(tensors), values=values)
 
 
-def unpack_rest(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What `pack_run` was given of the decoder and of the course."""
-    return _named(contents, _DECODER), _named(contents, _COURSE)
-
-
-def _named(contents: Contents, start: str) -> dict[str, Tensor]:
-    return {name.removeprefix(start): part for name, part in contents.tensors.items() if name.startswith(start)}
-
-
-def unpack_run(contents: Contents) -> VideoState:
-    """From what `pack_run` gave."""
+def unpack_run(contents: Contents) -> tuple[VideoState, dict[str, Tensor], dict[str, Tensor]]:
+    """What `pack_run` was given."""
     values, tensors = contents.values, contents.tensors
     memory: dict[int, list[ComputedStep]] = {}
     for chunk, place, step, time, count in values["memory"]:
@@ -159,7 +150,11 @@ def unpack_run(contents: Contents) -> VideoState:
         int(chunk): {name: tensors[f"solver.{chunk}.{name}"] for name in names}
         for chunk, names in values["solvers"].items()
     }
-    return VideoState(
+    decoder, course = (
+        {name.removeprefix(start): part for name, part in tensors.items() if name.startswith(start)}
+        for start in (_DECODER, _COURSE)
+    )
+    state = VideoState(
         latents={chunk: tensors[f"latents.{chunk}"] for chunk in values["latents"]},
         before={chunk: tensors[f"before.{chunk}"] for chunk in values["before"]},
         ops=tuple(KVOp(kind=kind, chunk=chunk) for kind, chunk in values["ops"]),
@@ -170,6 +165,7 @@ def unpack_run(contents: Contents) -> VideoState:
         flags=_flag_state(values),
         unsent=tuple(values["unsent"]),
     )
+    return state, decoder, course
 
 
 def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

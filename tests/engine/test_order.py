@@ -95,7 +95,7 @@ def start(case, saved=None):
     executor.admit(admission)
     if saved is not None:
         state, shard = saved
-        run.restore(unpack_run(state))
+        run.restore(unpack_run(state)[0])
         executor.kv(0).restore(unpack_shard(shard)[0])
     return run, executor.kv(0), executor
 
