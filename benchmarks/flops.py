@@ -2,7 +2,7 @@
 
 A multiplication and an addition are two operations. All matrix products of a pass are counted: embedding, projections,
 attention over the keys that the pass really attended to and over the text, MLP, head. What many passes share is not, as
-texts and modulation (`engine/pass_inputs.py`), nor are norms, softmax, rotary positions, the distances of reuse
+texts and modulation (`engine/executor.py`), nor are norms, softmax, rotary positions, the distances of reuse
 policies and the scores of KV compression; on magi-pocket a distance is below one percent of a pass.
 """
 

@@ -25,9 +25,9 @@ from engine.progress import OnProgress, ProgressReporter
 from engine.record import Recorder
 from engine.request import Admission, Request, open_quantum, prepare, sampling_of, timetable, variant_of
 from engine.reuse.policy import ReuseSettings
+from engine.schedule import Timetable
 from engine.spans import Course
 from engine.submission import Reader, Submission
-from engine.timetable import Timetable
 from engine.video import VideoRun, WorkItem
 from models.errors import InputError
 from models.protocols import Pipeline

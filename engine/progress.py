@@ -10,7 +10,7 @@ from engine.kv.buffer import KVBuffer
 from engine.order import TickProgress
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
-from engine.timetable import Timetable
+from engine.schedule import Timetable
 
 OnProgress = Callable[["Progress"], None]
 

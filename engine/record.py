@@ -21,8 +21,7 @@ import numpy as np
 
 from engine.files import atomic_write, write_errors
 from engine.reuse.policy import Decision, Observation
-from engine.schedule import Schedule
-from engine.timetable import Timetable
+from engine.schedule import Schedule, Timetable
 from models.errors import InputError
 
 NOT_ACTIVE = 255

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from engine.kv.layout import KVPlan, KVSettings, plan_kv
 from engine.reuse.policy import CONDITION, DISTANCES, ReuseSettings
-from engine.schedule import Schedule
-from engine.timetable import Timetable
+from engine.schedule import Schedule, Timetable
 from engine.video import Noise, Reuse, VideoRun, VideoShape, seeded_noise
 from models.errors import InputError
 from models.protocols import CELL_FRAMES, CELL_PIXELS, Adjustable, CaptionTable, PassCondition, Pipeline, Sampling

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.request import Encoded, Span
-from engine.timetable import Place, Timetable
+from engine.schedule import Place, Timetable
 
 
 class Course:

@@ -22,8 +22,7 @@ from benchmarks.simulate.clock import Machine, Seconds, VideoPlan, plan_video, s
 from engine.kv.layout import KVSettings, plan_kv
 from engine.record import NOT_ACTIVE, RunRecord
 from engine.reuse.policy import ChunkPolicy, Decision, Observation
-from engine.schedule import Schedule
-from engine.timetable import Timetable
+from engine.schedule import Schedule, Timetable
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT

@@ -27,7 +27,7 @@ from matplotlib.ticker import (
 
 from engine.record import NOT_ACTIVE, RunRecord
 from engine.reuse.policy import Decision
-from engine.timetable import Timetable
+from engine.schedule import Timetable
 
 COMPUTED, REUSED, EXTRAPOLATED = "#27548a", "#f3b23f", "#6fae8f"
 GREY, GRID = "#666666", "#e4e4e4"

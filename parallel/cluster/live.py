@@ -7,7 +7,7 @@ import numpy as np
 
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
-from engine.timetable import Timetable
+from engine.schedule import Timetable
 from parallel.cluster.messages import Ticked
 from parallel.health.timeouts import WATCHED_SECONDS
 

@@ -20,8 +20,7 @@ from engine.kv.selection import SelectionSettings
 from engine.progress import Progress
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
-from engine.schedule import Schedule
-from engine.timetable import Timetable
+from engine.schedule import Schedule, Timetable
 from models.errors import InputError
 from parallel.cluster.scheduler import VideoSize
 

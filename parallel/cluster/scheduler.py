@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from engine.timetable import Timetable
+from engine.schedule import Timetable
 from models.errors import InputError
 
 _PROMISED = 2  # how often a gang promises its slots

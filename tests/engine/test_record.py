@@ -9,8 +9,7 @@ from engine.engine import Engine
 from engine.kv.layout import KVSettings
 from engine.record import NOT_ACTIVE, Recorder, RunRecord
 from engine.reuse.policy import ReuseSettings
-from engine.schedule import Schedule
-from engine.timetable import Timetable
+from engine.schedule import Schedule, Timetable
 from models.errors import InputError
 from tests.engine.tiny import TinyPipeline, request, tiny_config
 

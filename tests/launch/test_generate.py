@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 
 from engine.engine import Engine
-from engine.schedule import Schedule
-from engine.timetable import Timetable
+from engine.schedule import Schedule, Timetable
 from launch.generate import EngineBackend, generate, make_videos
 from launch.media import Frame, read_video
 from launch.options import Options

@@ -18,7 +18,7 @@ from benchmarks.simulate.layouts import (
 )
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
-from engine.timetable import Timetable
+from engine.schedule import Timetable
 from models.errors import InputError
 from models.magi.presets import PRESETS, find_preset
 from parallel.mesh import Layout

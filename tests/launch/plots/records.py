@@ -6,8 +6,7 @@ import numpy as np
 
 from engine.record import Recorder, RunRecord
 from engine.reuse.policy import ChunkPolicy, Decision, Observation
-from engine.schedule import Schedule
-from engine.timetable import Timetable
+from engine.schedule import Schedule, Timetable
 
 SETTINGS = {"prompt": "a red circle moving right", "model": "magi-pocket", "kv_bytes": 12_345_678}
 

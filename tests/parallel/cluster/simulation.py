@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from engine.schedule import Schedule
-from engine.timetable import Timetable
+from engine.schedule import Schedule, Timetable
 from parallel.cluster.scheduler import Admit, GangSize, Permit, RequestState, Scheduler, VideoSize
 
 WINDOW = 4
