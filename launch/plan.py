@@ -180,7 +180,7 @@ def plan_video(
         )
     if options.launcher != "ray" or (model.device == "cpu" and not ray_address()):  # whose ranks may be anywhere
         job(plan, at_a_time).check(model.device)
-    prefix, end = _prefix(options, request, known.fps, bounds), _end(options, request, bounds)
+    prefix, end = _given_frames(options, request, known.fps, bounds)
     return replace(plan, request=replace(request, prefix=prefix, end=end))
 
 
@@ -253,22 +253,19 @@ def _chunks(options: Options, known: Figures) -> int:
     return math.ceil(round(options.seconds * known.fps, 3) / known.chunk_frames)
 
 
-def _end(options: Options, request: Request, bounds: Bounds | None) -> Tensor | None:
-    if options.end_image is None:
-        return None
-    from launch.media import Frame, read_image
+def _given_frames(
+    options: Options, request: Request, fps: int, bounds: Bounds | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the video begins with and what it ends with, as far as that is given."""
+    prefix = end = None
+    if options.image or options.video or options.end_image:
+        from launch.media import Frame, read_image, read_video  # it needs PyAV
 
-    frame = Frame(height=request.height, width=request.width, fit=options.fit, bounds=bounds)
-    return read_image(options.end_image, frame)
-
-
-def _prefix(options: Options, request: Request, fps: int, bounds: Bounds | None) -> Tensor | None:
-    if options.image is None and options.video is None:
-        return None
-    from launch.media import Frame, read_image, read_video  # it needs PyAV
-
-    frame = Frame(height=request.height, width=request.width, fit=options.fit, bounds=bounds)
-    if options.image is not None:
-        return read_image(options.image, frame)
-    assert options.video is not None
-    return read_video(options.video, frame, fps=fps, end=options.video_from)
+        frame = Frame(height=request.height, width=request.width, fit=options.fit, bounds=bounds)
+        if options.image is not None:
+            prefix = read_image(options.image, frame)
+        elif options.video is not None:
+            prefix = read_video(options.video, frame, fps=fps, end=options.video_from)
+        if options.end_image is not None:
+            end = read_image(options.end_image, frame)
+    return prefix, end

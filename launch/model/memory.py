@@ -116,7 +116,15 @@ class Job:
             layouts = [Layout(pp=pp, cp=self.layout.cp) for pp in _STAGES if pp > self.layout.pp]
             changes.append([(f"--pp {one.pp}", replace(self, layout=one, split=None)) for one in layouts])
         for kind in changes:
-            yield from _first(kind, device, host, gpu)
+            for option, job in kind:
+                try:
+                    fits = not job._short(device, host, gpu)
+                except InputError:  # the model cannot be laid out so
+                    continue
+                if fits:
+                    each = " a GPU" if device != "cpu" and job.layout.world_size > 1 else ""
+                    yield f"{option} needs {_gb(job.total(shared=device == 'cpu'))}{each}"
+                    break
 
 
 def free_bytes() -> int | None:
@@ -136,18 +144,6 @@ def free_bytes() -> int | None:
 def _free_gpu_bytes(*, alone: bool) -> int | None:
     # Asking takes memory of the GPU, so whoever only starts ranks must not.
     return torch.cuda.mem_get_info()[0] if alone or torch.cuda.is_initialized() else None
-
-
-def _first(changes: list[tuple[str, Job]], device: str, host: int | None, gpu: int | None) -> Iterator[str]:
-    for option, job in changes:
-        try:
-            fits = not job._short(device, host, gpu)
-        except InputError:  # the model cannot be laid out so
-            continue
-        if fits:
-            each = " a GPU" if device != "cpu" and job.layout.world_size > 1 else ""
-            yield f"{option} needs {_gb(job.total(shared=device == 'cpu'))}{each}"
-            return
 
 
 def _gb(count: int) -> str:
