@@ -64,9 +64,11 @@ class VideoSinks:
         stored: Callable[[str, int], None] = lambda video, count: None,  # is told of chunks on the disk, on any thread
     ) -> None:
         self._display, self._began, self._stored, self._stack = display, began, stored, ExitStack()
-        self._videos = [
-            _Video(plan, recorder, self._saved(plan)) for plan, recorder in zip(plans, recorders, strict=True)
-        ]
+        self._videos: list[_Video] = []
+        for plan, recorder in zip(plans, recorders, strict=True):
+            folder = saved_folder(plan)
+            saved = None if folder is None else SavedVideo(folder, plan, display.phase)
+            self._videos.append(_Video(plan, recorder, saved))
         self._folder = plans[0].out.parent if len(plans) > 1 else None  # of several
         self._made_folder = False
         self._ready: float | None = None
@@ -96,10 +98,6 @@ class VideoSinks:
             order = saved.order(str(index), video.kept, every=options.checkpoint_every, extend=options.keep_state)
             found.append(order)
         return found
-
-    def _saved(self, plan: Plan) -> SavedVideo | None:
-        folder = saved_folder(plan)
-        return None if folder is None else SavedVideo(folder, plan, self._display.phase)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._end_all(kind)
@@ -146,7 +144,10 @@ class VideoSinks:
             case messages.Progressed():
                 self._display.update(event.progress, int(event.video))
             case ChunkMade():
-                self._write(self._videos[int(event.video)], event)
+                video = self._videos[int(event.video)]
+                assert video.writer is not None
+                video.writer.write(event.frames)
+                video.chunks += 1
             case VideoDone():
                 self._end(int(event.video), event)
 
@@ -170,11 +171,6 @@ class VideoSinks:
         )
         video.writer = BackgroundWriter(writer)  # known before it begins, so that an interrupt finds it
         video.writer.__enter__()
-
-    def _write(self, video: _Video, chunk: ChunkMade) -> None:
-        assert video.writer is not None
-        video.writer.write(chunk.frames)
-        video.chunks += 1
 
     def _end(self, index: int, done: VideoDone) -> None:
         """A video has all of its chunks: its file and its record appear."""

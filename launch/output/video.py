@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, BinaryIO, Self
 
 import av
 import numpy as np
@@ -25,22 +25,13 @@ from launch.output.formats import MP4, Format
 from launch.output.names import STREAM
 from launch.output.preview import Preview
 from launch.output.segments import FragmentStream, Frames, decode, encode_segment, pixels
+from launch.resume.saved import SegmentFiles
 from models.errors import InputError
 from parallel.health.exit_codes import NO_OUTPUT
 
 _ERRORS = (av.FFmpegError,)
 _OUTPUT = 1  # the descriptor; what is printed within Ray goes elsewhere
 _POLL = 0.2  # seconds between two looks whether a reader that has stopped is still waited for
-
-
-class Segments(Protocol):
-    """Where the chunks of a video are kept."""
-
-    def read(self, index: int) -> bytes:
-        """A chunk's segment; a Damaged if it is not as it was written."""
-
-    def write(self, index: int, segment: bytes) -> None:
-        """Keep a chunk; an `InputError` if it cannot be written."""
 
 
 class VideoWriter:
@@ -57,7 +48,7 @@ class VideoWriter:
         form: Format = MP4,
         keep_partial: bool = False,  # what was made of a video that is not finished stays, if there is a chunk
         preview: Path | None = None,  # a picture of what is there, renewed with every chunk
-        segments: Segments | None = None,  # where each chunk is kept, for another process to go on
+        segments: SegmentFiles | None = None,  # where each chunk is kept, for another process to go on
         begin: int = 0,  # chunks that are there
         on_stored: Callable[[int], None] = lambda count: None,  # is told how many there are
     ) -> None:
