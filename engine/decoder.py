@@ -39,33 +39,30 @@ class DecoderHung(Exception):  # noqa: N818 - reads as what it says
 
 
 class Decoder:
-    """A thread with an autoencoder."""
+    """Decodes on a thread, which begins with the first chunk."""
 
     def __init__(
         self,
-        autoencoder: Autoencoder,  # latents to frames
         device: torch.device,  # of the latents
         *,
         on_decoded: Callable[[float], None],  # in the thread after each chunk, with `perf_counter()` at its start
         check: Callable[[], None],  # called while the caller waits; raises if the run has failed elsewhere
         limits: tuple[float, float] = _LIMITS,  # seconds of the first chunk and of others
     ) -> None:
-        self._autoencoder, self._device, self._on_decoded, self._check = autoencoder, device, on_decoded, check
+        self._device, self._on_decoded, self._check = device, on_decoded, check
         self._limits, self._decoded = limits, 0
         self._began: float | None = None  # the chunk that is decoded now
         self._waiting: queue.Queue[tuple[Future[Chunk], Stream, int, Tensor, torch.cuda.Event | None] | None]
         self._waiting = queue.Queue(_AHEAD)
         self._videos: dict[int, deque[Future[Chunk]]] = {}  # chunks that were not taken
-        self._others: dict[int, Autoencoder] = {}  # of videos with one of their own
         self._streams: dict[int, Stream] = {}  # of videos that were begun and are not forgotten
         self._primed: dict[int, Future[Chunk]] = {}  # what comes before a video's first chunk
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)  # it may hang
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
-    def use(self, video: int, autoencoder: Autoencoder) -> None:
-        """Decode a video that has not begun with another autoencoder."""
-        self._others[video] = autoencoder
+    def begin(self, video: int, autoencoder: Autoencoder) -> None:
+        """Chunks of a video come next, for this autoencoder to decode."""
+        self._streams[video] = autoencoder.stream()
 
     def put(self, video: int, index: int, latents: Tensor) -> None:
         """Have a finished chunk [1, C, t, h, w] decoded; waits while too many are undecoded, and raises as `get`.
@@ -78,12 +75,15 @@ class Decoder:
 
     def prime(self, video: int, latents: Tensor) -> None:
         """Let a video that remembers see what comes before its first chunk, [1, C, t, h, w]; its frames are dropped."""
-        if isinstance(self._stream(video), RememberingStream):
+        if isinstance(self._streams[video], RememberingStream):
             self._primed[video] = Future[Chunk]()
             self._enqueue(self._primed[video], video, -1, latents.to(self._device))
 
     def _enqueue(self, chunk: Future[Chunk], video: int, index: int, latents: Tensor) -> None:
-        stream, ready = self._stream(video), None
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)  # it may hang
+            self._thread.start()
+        stream, ready = self._streams[video], None
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._device))
@@ -105,7 +105,7 @@ class Decoder:
 
     def restore(self, video: int, state: Mapping[str, Tensor]) -> None:
         """Go on with a video from a state, before its first chunk."""
-        stream = self._stream(video)
+        stream = self._streams[video]
         if isinstance(stream, RememberingStream):
             stream.restore(state)
 
@@ -133,20 +133,16 @@ class Decoder:
     def forget(self, video: int) -> None:
         """A video has ended, or nobody wants the rest of its chunks."""
         self._streams.pop(video, None)
-        self._others.pop(video, None)
         self._primed.pop(video, None)
         for chunk in self._videos.pop(video, ()):
             chunk.cancel()
 
     def close(self) -> None:
         """End the thread, after what it has been given."""
-        self._waiting.put(None)
-        self._thread.join()
-
-    def _stream(self, video: int) -> Stream:
-        if video not in self._streams:
-            self._streams[video] = self._others.get(video, self._autoencoder).stream()
-        return self._streams[video]
+        if self._thread is not None:
+            self._waiting.put(None)
+            self._thread.join()
+            self._thread = None
 
     def _wait(self, chunk: Future[Chunk]) -> None:
         while not chunk.done():

@@ -94,8 +94,8 @@ class Engine:
         self._pipeline, self._reuse, self._kv = pipeline, reuse, kv
         self._runner: Runner = runner or LocalRunner(pipeline.model, pipeline.attention)
         self.reader = Reader(pipeline, self._runner.layout, identity=identity, reuse=reuse, kv=kv)
-        self._barrier, self._on_decoded, self._wake = barrier, on_decoded, threading.Event()
-        self._decoder: Decoder | None = None
+        self._barrier, self._wake = barrier, threading.Event()
+        self._decoder = Decoder(pipeline.model.kv.device, on_decoded=on_decoded, check=self._runner.check)
         self._videos: dict[int, _Video] = {}
         self._not_finite: dict[int, NotFinite] = {}  # videos with a bad chunk, to be said with the next step
         self._numbers = 0
@@ -200,13 +200,12 @@ class Engine:
 
     def _begin_decoding(self, number: int, what: Submission, pipeline: Pipeline) -> None:
         """Tell the decoder what it must know before a video's first chunk."""
+        self._decoder.begin(number, pipeline.autoencoder)
         prefix = what.encoded.prefix
-        if pipeline is not self._pipeline:
-            self._decoding().use(number, pipeline.autoencoder)
         if what.decoder:
-            self._decoding().restore(number, what.decoder)
+            self._decoder.restore(number, what.decoder)
         elif prefix is not None and prefix.shape[2] > 1:  # an image is shown
-            self._decoding().prime(number, prefix)
+            self._decoder.prime(number, prefix)
 
     def step(self) -> list[ChunkResult]:
         """Do one thing for the videos in flight, and hand out the chunks that are ready; those of a video in order.
@@ -235,11 +234,9 @@ class Engine:
             while (chunk := self._next_chunk(number, video, wait=idle)) is not None:
                 results.append(ChunkResult(video=number, chunk=chunk))
                 video.handed_out += 1
-            decoding = self._decoder is not None and self._decoder.pending(number)
-            if video.released and not video.chunks and not decoding:
+            if video.released and not video.chunks and not self._decoder.pending(number):
                 del self._videos[number]
-                if self._decoder is not None:
-                    self._decoder.forget(number)
+                self._decoder.forget(number)
         return results
 
     def cancel(self, video: int) -> None:
@@ -248,8 +245,7 @@ class Engine:
         if held is None:
             return
         self._not_finite.pop(video, None)
-        if self._decoder is not None:
-            self._decoder.forget(video)
+        self._decoder.forget(video)
         if not held.released:
             self._runner.release(video)
 
@@ -258,9 +254,7 @@ class Engine:
         for video in list(self._videos):
             self.cancel(video)
         self._runner.close()
-        if self._decoder is not None:
-            self._decoder.close()
-            self._decoder = None
+        self._decoder.close()
 
     def generate(
         self,
@@ -369,23 +363,17 @@ class Engine:
         """Have a chunk decoded, or hand out its latents alone."""
         index = video.reporter.counts["chunks"]
         video.reporter.counts["chunks"] += 1
-        if not video.decodes:
+        if video.decodes:
+            self._decoder.put(number, index, latents)
+        else:
             video.chunks.append(Chunk(index=index, latents=latents, frames=None))
-            return
-        self._decoding().put(number, index, latents)
-
-    def _decoding(self) -> Decoder:
-        if self._decoder is None:
-            device, check = self._pipeline.model.kv.device, self._runner.check
-            self._decoder = Decoder(self._pipeline.autoencoder, device, on_decoded=self._on_decoded, check=check)
-        return self._decoder
 
     def _next_chunk(self, number: int, video: _Video, *, wait: bool) -> Chunk | None:
         if number in self._not_finite:
             return None
         if video.chunks:
             return video.chunks.popleft()
-        chunk = None if self._decoder is None else self._decoder.get(number, wait=wait)
+        chunk = self._decoder.get(number, wait=wait)
         # The runner of a GPU may learn of what is not finite too late. These latents are on the host in any case.
         if chunk is not None and not torch.isfinite(chunk.latents.sum()):
             table = video.course.table
@@ -399,7 +387,6 @@ class Engine:
         """Have all ranks keep what a video has come to."""
         video = self._videos[number]
         self._collect(number, video)  # so that the counts are those of all ticks before
-        decoder = {} if self._decoder is None else self._decoder.state(number)
-        contents = pack_run(video.run.state(), decoder, video.course.state())
+        contents = pack_run(video.run.state(), self._decoder.state(number), video.course.state())
         self._runner.save(number, folder, contents, self._wake.set)
         return dict(video.reporter.counts)

@@ -32,9 +32,16 @@ def slow():
     return Slow()
 
 
+def begun(slow, check=lambda: None, **limits):
+    decoder = Decoder(CPU, on_decoded=lambda began: None, check=check, **limits)
+    for video in range(2):
+        decoder.begin(video, slow)
+    return decoder
+
+
 @pytest.fixture
 def decoder(slow):
-    made = Decoder(slow, CPU, on_decoded=lambda began: None, check=lambda: None)
+    made = begun(slow)
     yield made
     slow.allowed.release(100)
     made.close()
@@ -86,7 +93,7 @@ def test_a_video_that_was_forgotten_leaves_nothing(slow, decoder):
 
 
 def test_an_autoencoder_that_hangs_is_noticed(slow):
-    decoder = Decoder(slow, CPU, on_decoded=lambda began: None, check=lambda: None, limits=(0.3, 0.3))
+    decoder = begun(slow, limits=(0.3, 0.3))
     decoder.put(0, 0, torch.zeros(1))
     with pytest.raises(DecoderHung, match="has not come on for"):
         decoder.get(0, wait=True)
@@ -104,7 +111,7 @@ def test_whoever_waits_hears_of_a_failure_elsewhere(slow):
         if failed:
             raise RuntimeError("rank 1 has gone")
 
-    decoder = Decoder(slow, CPU, on_decoded=lambda began: None, check=check)
+    decoder = begun(slow, check)
     decoder.put(0, 0, torch.zeros(1))
     threading.Timer(0.1, failed.append, [True]).start()
     with pytest.raises(RuntimeError, match="rank 1 has gone"):

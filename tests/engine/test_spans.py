@@ -189,7 +189,7 @@ while made.running(number):
     spans.append({
         "kv": told[-1].kv_bytes if told else 0,
         "course": sum(part.nbytes for part in video.course.state().values()),
-        "decoder": sum(part.nbytes for part in made._decoder.state(number).values()) if made._decoder else 0,
+        "decoder": sum(part.nbytes for part in made._decoder.state(number).values()),
         "checkpoint": max((path.stat().st_size // 1000 for path in files), default=0),
         "files": len(list(folder.glob("*"))),
         "resident": rss(),

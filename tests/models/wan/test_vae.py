@@ -54,7 +54,9 @@ def test_a_stream_goes_on_from_its_state(vae):
 
 def test_the_decoder_keeps_the_streams_of_videos_apart(vae):
     first, second = latents(4), latents(4).flip(3)
-    decoder = Decoder(vae, torch.device("cpu"), on_decoded=lambda began: None, check=lambda: None)
+    decoder = Decoder(torch.device("cpu"), on_decoded=lambda began: None, check=lambda: None)
+    for video in range(2):
+        decoder.begin(video, vae)
     for index in range(2):
         for video, z in enumerate((first, second)):
             decoder.put(video, index, z[:, :, 2 * index : 2 * index + 2])
@@ -62,19 +64,22 @@ def test_the_decoder_keeps_the_streams_of_videos_apart(vae):
         made = torch.cat([decoder.get(video, wait=True).frames for _ in range(2)])
         assert torch.equal(made, vae.decode(z))
         decoder.forget(video)
-    decoder.put(0, 0, second[:, :, :2])  # another video of that number begins anew
+    decoder.begin(0, vae)  # another video of that number begins anew
+    decoder.put(0, 0, second[:, :, :2])
     assert torch.equal(decoder.get(0, wait=True).frames, vae.decode(second[:, :, :2]))
     decoder.close()
 
 
 def test_what_comes_before_the_first_chunk_is_seen_and_not_shown(vae):
     z = latents(5)
-    decoder = Decoder(vae, torch.device("cpu"), on_decoded=lambda began: None, check=lambda: None)
+    decoder = Decoder(torch.device("cpu"), on_decoded=lambda began: None, check=lambda: None)
+    decoder.begin(0, vae)
     decoder.prime(0, z[:, :, :3])
     kept = decoder.state(0)
     decoder.put(0, 0, z[:, :, 3:])
     assert torch.equal(decoder.get(0, wait=True).frames, vae.decode(z)[9:])
     assert decoder.get(0, wait=False) is None
+    decoder.begin(1, vae)
     decoder.restore(1, kept)  # as from a checkpoint
     decoder.put(1, 0, z[:, :, 3:])
     assert torch.equal(decoder.get(1, wait=True).frames, vae.decode(z)[9:])
