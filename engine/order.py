@@ -64,7 +64,7 @@ class WorkOrder:
         run: VideoRun,  # the video
         *,
         barrier: bool,  # begin a tick only when all chunks of the one before have taken their step; for comparison
-        on_decision: OnDecision | None,  # called with every decision, in order; None for nobody
+        on_decision: OnDecision,  # called with every decision, in order
         gate: AdmissionGate | None = None,  # lets quanta begin; None lets all
         checkpointer: Checkpointer | None = None,  # keeps how far the video is between quanta
         start: int = 0,  # the first quantum, to which the run was restored if it is not 0
@@ -166,8 +166,7 @@ class WorkOrder:
             chunks = [chunk for chunk, _ in group]
             yield from self._until(chunks)
             for seen, decision in run.decide(tick, chunks):
-                if self._on_decision is not None:
-                    self._on_decision(seen, decision)
+                self._on_decision(seen, decision)
                 if decision.computes:
                     yield from self._open(opened, seen.chunk, seen.step, decision)
                 else:
