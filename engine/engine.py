@@ -141,11 +141,8 @@ class Engine:
     ) -> int:
         """Begin a video besides those in flight, or go on with it from the checkpoint that was found.
 
-        A record of a video that goes on from a checkpoint has the rest only. A checkpoint is only made whole when all
-        chunks before it are in safe hands.
-
-        Returns:
-            The video's number, which `step` hands its chunks out with.
+        Gives its number, which `step` hands its chunks out with. A record of a video that goes on from a checkpoint has
+        the rest only. A checkpoint is only made whole when all chunks before it are in safe hands.
 
         Raises:
             InputError: the model cannot make what is asked for; the videos in flight are not touched.

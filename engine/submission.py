@@ -70,10 +70,8 @@ class Reader:
 
         It touches no video in flight, and so may be called by another thread while this one steps. `stored` chunks are
         in safe hands, None for all; a checkpoint after them is of no use. A damaged one is deleted, and the one before
-        it taken. Without `reuse` and `kv` the engine's own settings hold.
-
-        Raises:
-            InputError: the model cannot take it, or the checkpoint is of another request, model, layout or setting.
+        it taken. Without `reuse` and `kv` the engine's own settings hold. An InputError says that the model cannot take
+        the request, or that the checkpoint is of another one, or of another model, layout or setting.
         """
         encoded = encode(variant_of(self._pipeline, request), request)
         submission = Submission(request=request, encoded=encoded, checkpoint=checkpoint, reuse=reuse, kv=kv)

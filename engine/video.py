@@ -223,11 +223,9 @@ class VideoRun:
         """Decide which chunks are computed, and take the steps of those that are not: no work comes of them.
 
         The distances of all the chunks are read back from the device at once. `chunks` are those whose latents are
-        known; a policy that looks at the whole window must be given all, which is the default.
-
-        Yields:
-            What was seen and what was decided, in the order of the chunks. A chunk that is to be computed must be
-            opened before the next one is asked for: its work carries the flags up to it.
+        known; a policy that looks at the whole window must be given all, which is the default. Yields what was seen and
+        decided, in the order of the chunks. A chunk that is to be computed must be opened before the next one is asked
+        for: its work carries the flags up to it.
         """
         active = [(chunk, step) for chunk, step in tick.active if chunks is None or chunk in chunks]
         looks = self._reuse.policy.observes or self._reuse.observe

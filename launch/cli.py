@@ -287,9 +287,8 @@ def main() -> NoReturn:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; errors of the input are shown, not raised.
 
-    Returns:
-        The exit status: 0, 1 where a check or a rank failed, 2 for bad input, 3 if standard output cannot be written,
-        128 and the number of a signal, such as 130 after Ctrl-C.
+    Gives the exit status: 0, 1 where a check or a rank failed, 2 for bad input, 3 if standard output cannot be written,
+    128 and the number of a signal, such as 130 after Ctrl-C.
     """
     env = None
     try:

@@ -253,10 +253,8 @@ def join_ranks(
 def generate(options: Options, arguments: Sequence[str]) -> str | None:
     """Make the videos, with progress on standard error: here, as a rank, with ranks that are started, or on Ray.
 
-    The `arguments` are those of the command line, for ranks that are started with it.
-
-    Returns:
-        What was made and what it cost; None if another process says so.
+    The `arguments` are those of the command line, for ranks that are started with it. Gives what was made and what it
+    cost; None if another process says so.
 
     Raises:
         InputError: something given cannot be used, or the disk or the GPU is full. There is no file then, unless it is

@@ -71,16 +71,11 @@ def read_image(path: Path, frame: Frame) -> Tensor:
 
 
 def read_video(path: Path, frame: Frame, *, fps: int, end: ClipEnd = "end") -> Tensor:
-    """Read 32 frames of a video at a frame rate, scaled bicubically (specification part 3).
+    """Read 32 frames of a clip at a frame rate, scaled bicubically (specification part 3): uint8 [F, height, width, 3].
 
     The released code takes the first ones; the last ones are what a video goes on from. A clip shorter than 32 frames
-    is cut to a multiple of 4, since four frames make one latent frame.
-
-    Returns:
-        uint8 [F, height, width, 3], F is 32 or less.
-
-    Raises:
-        InputError: the file cannot be read or decoded, or has fewer than 4 frames.
+    is cut to a multiple of 4, since four frames make one latent frame. An `InputError` says that the file cannot be
+    read or decoded, or has fewer than 4 frames.
     """
     frames = _read(path, "video", frame, fps, PREFIX_FRAMES, end)
     usable = len(frames) // _LATENT_FRAMES * _LATENT_FRAMES

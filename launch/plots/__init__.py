@@ -18,12 +18,9 @@ PLOTS: dict[str, Callable[[RunRecord], Figure]] = {"reuse": reuse_figure, "dista
 def plot(kind: str, folder: Path, out: Path) -> str:
     """Draw a plot of a run's record to the PNG file `out`; `kind` is one of `PLOTS`, or `pipeline`, drawn of a trace.
 
-    Returns:
-        The file; for `pipeline`, also a table of where each rank's time went; for `reuse`, a table of the steps where
-        all chunks reuse the same ones.
-
-    Raises:
-        InputError: the record or the trace is missing or damaged, or the file cannot be written.
+    Gives the name of the file; for `pipeline` also a table of where each rank's time went, for `reuse` one of the steps
+    where all chunks reuse the same ones. An `InputError` says that the record or the trace is missing or damaged, or
+    that the file cannot be written.
     """
     if kind == "pipeline":
         trace = PipelineTrace.load(folder)
