@@ -161,7 +161,7 @@ class Engine:
         video = _Video(
             what,
             Course(table, what.encoded, overlap, quantum=start, state=what.course),
-            partial(prepare, pipeline, what.request, number=number, reuse=reuse, kv=kv, observe=observe),
+            partial(prepare, pipeline, what.request, number=number, reuse=reuse, kv=kv, observe=observe, table=table),
             partial(ProgressReporter, table, kv=held, on_progress=on_progress, recorder=recorder),
             partial(WorkOrder, barrier=self._barrier, gate=gate, checkpointer=checkpointer),
             checkpointer,
@@ -186,12 +186,12 @@ class Engine:
     def _begin_span(self, video: _Video, counts: Mapping[str, int], folder: Path | None = None) -> None:
         """Begin the present span of a video's course, at its start or at the checkpoint in a folder."""
         course = video.course
-        video.run, admission = video.prepared(course.encoded, span=course.span, checkpoint=folder)
+        video.run, admission = video.prepared(course.encoded, span=course.number, checkpoint=folder)
         if folder is not None and video.asked.state is not None:
             with must_fit(folder):
                 video.run.restore(video.asked.state)
         self._runner.admit(admission)
-        video.reporter = video.reporting(course.span.number, counts=counts)
+        video.reporter = video.reporting(course.number, counts=counts)
         start, before = course.quantum, course.place.quantum
         video.order = video.ordered(video.run, on_decision=video.reporter.decided, start=start, before=before)
 

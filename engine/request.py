@@ -156,15 +156,6 @@ def sampling_of(pipeline: Pipeline, request: Request, encoded: Encoded, reuse: R
     return pipeline.sampling(request.num_steps, given=encoded.given, ends=encoded.ends, **passes)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
-    """A stretch of a long video that is made as one run, with times and positions of its own."""
-
-    number: int  # counted from 0
-    schedule: Schedule
-    begins: tuple[int, int] = (0, 0)  # tick and chunk of the whole video
-
-
 def timetable(sampling: Sampling, chunks: int, given: int) -> Timetable:
     """When the chunks that are asked for are made, after so many given latent frames.
 
@@ -204,14 +195,16 @@ def prepare(
     kv: KVSettings,  # how much of the past is held
     observe: bool,  # take distances even if the policy does not look at them, for a record
     checkpoint: Path | None = None,  # folder of the checkpoint to go on from
-    span: Span | None = None,  # which of a long video; None is the first, or the whole of a short one
+    table: Timetable | None = None,  # when all of its chunks are made; None works it out
+    span: int = 0,  # which of a long video
 ) -> tuple[VideoRun, Admission]:
     """A run of a request that has not begun, and what those who compute it are given.
 
     An InputError says if the model cannot make what is asked for.
     """
     sampling, model, given = sampling_of(pipeline, request, encoded, reuse), pipeline.model, encoded.given
-    span = span or Span(number=0, schedule=timetable(sampling, request.chunks, given).spans[0])
+    table = table or timetable(sampling, request.chunks, given)
+    schedule, place = table.spans[span], table.places[span]
     shape = VideoShape(
         channels=model.latent_channels,
         prefix_frames=given,
@@ -221,27 +214,25 @@ def prepare(
     how = _reuse(pipeline, sampling, reuse, shape, observe=observe)
     run = VideoRun(
         number,
-        span.schedule,
+        schedule,
         shape,
         sampling,
-        encoded.noise(span.number),
+        encoded.noise(span),
         how,
         prefix=encoded.prefix,
         beside=encoded.beside,
         compressed=kv.budget is not None,
         retires_at_once=kv.selection.asks == "next",
-        span=span.begins,
+        span=(place.tick, place.chunk),
         device=model.kv.device,
     )
-    plan = plan_kv(sampling, run.schedule, kv, model.token_count(*run.grid))
-    folder = None if checkpoint is None else str(checkpoint)
     return run, Admission(
         video=number,
-        schedule=run.schedule,
-        kv=plan,
+        schedule=schedule,
+        kv=plan_kv(sampling, schedule, kv, model.token_count(*run.grid)),
         captions=encoded.captions,
         grid=run.grid,
-        checkpoint=folder,
+        checkpoint=None if checkpoint is None else str(checkpoint),
         hidden=how.read_out is not None,
     )
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from engine.request import Encoded, Span
+from engine.request import Encoded
 from engine.schedule import Place, Timetable
 
 
@@ -27,26 +27,20 @@ class Course:
         state: Mapping[str, Tensor] | None = None,  # of the checkpoint before that quantum
     ) -> None:
         self.table, self._encoded, self._overlap = table, encoded, overlap
-        self._at, self.quantum = table.at(quantum)  # the latter is counted within the span
+        self.number, self.quantum = table.at(quantum)  # of the present span; the latter is counted within it
         held = state or {}
         self._prefix = held.get("prefix", encoded.prefix)
         self._tail = held.get("tail", encoded.prefix)
 
     @property
-    def span(self) -> Span:
-        """The present one."""
-        schedule, place = self.table.spans[self._at], self.place
-        return Span(number=self._at, schedule=schedule, begins=(place.tick, place.chunk))
-
-    @property
     def place(self) -> Place:
-        """Where it begins."""
-        return self.table.places[self._at]
+        """Where the present span begins."""
+        return self.table.places[self.number]
 
     @property
     def last(self) -> bool:
         """No other comes after it."""
-        return self._at == len(self.table.spans) - 1
+        return self.number == len(self.table.spans) - 1
 
     @property
     def encoded(self) -> Encoded:
@@ -67,7 +61,7 @@ class Course:
 
     def go_on(self, dtype: torch.dtype) -> None:
         """Turn to the next span, which goes on from latents in that dtype."""
-        self._at, self.quantum = self._at + 1, 0
+        self.number, self.quantum = self.number + 1, 0
         self._prefix = self._tail.to(dtype) if self._overlap and self._tail is not None else None
 
     def state(self) -> dict[str, Tensor]:

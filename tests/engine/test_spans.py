@@ -183,7 +183,7 @@ read = made.reader.read(wanted, CheckpointConfig(folder=folder, every=3))
 number, spans, frames = made.submit(read, on_progress=told.append, recorder=recorder), [], 0
 while made.running(number):
     frames += sum(chunk.chunk.frames.nbytes for chunk in made.step())
-    if (video := made._videos.get(number)) is None or video.course.span.number < len(spans):
+    if (video := made._videos.get(number)) is None or video.course.number < len(spans):
         continue
     files = [path for path in folder.rglob("*.safetensors") if (path.parent / "manifest.json").exists()]
     spans.append({
