@@ -93,7 +93,7 @@ def pack_shard(kv: KVState, flags: FlagState, about: Mapping[str, Any]) -> Conte
         "window": kv.window,
         "published": kv.published,
         "layers": list(kv.layers),
-        "flags": [flags.digest.hex(), flags.count],
+        "flags": list(flags),
     }
     return Contents(tensors=_to_host(tensors), values=values)
 
@@ -108,7 +108,7 @@ def unpack_shard(contents: Contents) -> tuple[KVState, FlagState]:
         layers[branch, layer] = LayerKV(tensors[f"{start}.kv"], queries, origin)
     clean = [(chunk, rows) for chunk, rows in values["clean"]]
     state = KVState(clean=clean, window=values["window"], published=values["published"], layers=layers)
-    return state, _flag_state(values)
+    return state, tuple(values["flags"])
 
 
 def pack_run(state: VideoState, decoder: Mapping[str, Tensor], course: Mapping[str, Tensor]) -> Contents:
@@ -133,7 +133,7 @@ def pack_run(state: VideoState, decoder: Mapping[str, Tensor], course: Mapping[s
         "policy": dict(state.policy),
         "memory": memory,
         "solvers": {chunk: list(solver) for chunk, solver in state.solvers.items()},
-        "flags": [state.flags.digest.hex(), state.flags.count],
+        "flags": list(state.flags),
         "unsent": list(state.unsent),
     }
     return Contents(tensors=_to_host(tensors), values=values)
@@ -162,7 +162,7 @@ def unpack_run(contents: Contents) -> tuple[VideoState, dict[str, Tensor], dict[
         policy=values["policy"],
         memory=memory,
         solvers=solvers,
-        flags=_flag_state(values),
+        flags=tuple(values["flags"]),
         unsent=tuple(values["unsent"]),
     )
     return state, decoder, course
@@ -177,11 +177,6 @@ def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for device in devices:
         torch.cuda.current_stream(device).synchronize()
     return copies
-
-
-def _flag_state(values: Mapping[str, Any]) -> FlagState:
-    digest, count = values["flags"]
-    return FlagState(digest=bytes.fromhex(digest), count=count)
 
 
 def _digest(frames: Tensor) -> str:

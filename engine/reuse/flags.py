@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -26,12 +25,8 @@ class FlagMismatch(Exception):
     """A rank's flags are not those that were decided."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FlagState:
-    """How far a log is: the digest of all flags so far, and how many there were."""
-
-    digest: bytes
-    count: int
+FlagState = tuple[str, int]
+"""How far a log is: the digest of all flags so far, as hexadecimal, and how many there were."""
 
 
 class FlagLog:
@@ -45,15 +40,16 @@ class FlagLog:
 
     def state(self) -> FlagState:
         """How far it is."""
-        return FlagState(digest=self.digest, count=self.count)
+        return self.digest.hex(), self.count
 
     def restore(self, state: FlagState) -> None:
         """Go on from a saved state; a ValueError if the schedule does not have so many flags."""
+        digest, count = state
         self._order = _order(self._schedule)
-        self._last = next(islice(self._order, state.count - 1, None), None) if state.count else None
-        if state.count and self._last is None:
-            raise ValueError(f"{state.count} flags are more than the schedule has chunk-steps")
-        self.digest, self.count = state.digest, state.count
+        self._last = next(islice(self._order, count - 1, None), None) if count else None
+        if count and self._last is None:
+            raise ValueError(f"{count} flags are more than the schedule has chunk-steps")
+        self.digest, self.count = bytes.fromhex(digest), count
 
     def add(self, flags: Iterable[int]) -> None:
         """Take the next flags; a FlagMismatch if the schedule has no more chunk-steps."""

@@ -13,7 +13,6 @@ from engine.kv.layout import KVSettings
 from engine.kv.selection import SelectionSettings
 from engine.order import WorkOrder
 from engine.request import encode, prepare
-from engine.reuse.flags import FlagState
 from engine.reuse.policy import Decision, ReuseSettings
 from tests.engine.reference import reference_latents
 from tests.models.wan.small import small_pipeline
@@ -207,7 +206,7 @@ class Keeper:
         self.refusals += 1
         if self.refusals % 2:
             return False
-        share = pack_shard(self.held.state(), FlagState(digest=bytes(8), count=0), {})
+        share = pack_shard(self.held.state(), (bytes(8).hex(), 0), {})
         contents = [pack_run(self.run.state(), {}, {}), share]
         plain = [Contents(tensors=one.tensors, values=json.loads(json.dumps(one.values))) for one in contents]
         self.saved[quantum] = (plain, len(self.order()))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.reuse.flags import FlagLog, FlagMismatch, FlagState
+from engine.reuse.flags import FlagLog, FlagMismatch
 from engine.schedule import Schedule
 from engine.video import WorkItem
 from models.protocols import Pass, PassCondition
@@ -73,4 +73,4 @@ def test_a_log_goes_on_from_a_saved_state(flags, cut):
 def test_a_state_of_a_longer_video_is_refused():
     log = FlagLog(SCHEDULE)
     with pytest.raises(ValueError, match="more than the schedule"):
-        log.restore(FlagState(digest=bytes(8), count=len(STEPS) + 1))
+        log.restore((bytes(8).hex(), len(STEPS) + 1))
