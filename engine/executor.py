@@ -90,13 +90,13 @@ class PassInputs:
         return self._modulation(what.condition), self._text(*seen), self._positions(item.chunk)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _Held:
     kv: KVBuffer
-    inputs: PassInputs
-    grid: tuple[int, int, int]
-    shard: TokenShard | None
     flags: FlagLog
+    inputs: PassInputs
+    shard: TokenShard | None
+    grid: tuple[int, int, int]
     hidden: bool  # hidden states are results
 
 
@@ -179,18 +179,15 @@ class Stage:
         An InputError if that does not fit, a Damaged if it has come to harm since the checkpoint was found.
         `geometry` is of the KV that is held here, if not the model's; `shard` the tokens computed here, if not all.
         """
-        geometry = geometry or self.model.kv
         if self._watcher is not None:
             self._watcher.admitted()
         on_kept = None if self._watcher is None else self._kept
-        kv, flags = KVBuffer(admission.kv, geometry, self._attention, on_kept), FlagLog(admission.schedule)
+        kv = KVBuffer(admission.kv, geometry or self.model.kv, self._attention, on_kept)
+        flags = FlagLog(admission.schedule)
         if admission.checkpoint is not None:
             self._restore(Path(admission.checkpoint), kv, flags)
-        tokens = slice(None) if shard is None else shard.tokens
-        inputs = PassInputs(self.model, admission, tokens)
-        self._videos[admission.video] = _Held(
-            kv=kv, inputs=inputs, grid=admission.grid, shard=shard, flags=flags, hidden=admission.hidden
-        )
+        inputs = PassInputs(self.model, admission, slice(None) if shard is None else shard.tokens)
+        self._videos[admission.video] = _Held(kv, flags, inputs, shard, admission.grid, admission.hidden)
 
     def change_text(self, video: int, chunk: int | None, text: Tensor) -> None:
         """Have the chunks of a video from one on, or all, see another text [N, channels]; none of them has begun."""
