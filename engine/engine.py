@@ -49,16 +49,15 @@ class ChunkResult:
 class _Video:
     asked: Submission
     course: Course
+    reporter: ProgressReporter
     prepared: Callable[..., tuple[VideoRun, Admission]]  # a run of one of its spans
-    reporting: Callable[..., ProgressReporter]
     ordered: Callable[..., WorkOrder]
     checkpointer: Checkpointer | None
     decodes: bool
     stored: Callable[[], int] | None
     handed_out: int  # index of the next chunk
-    run: VideoRun = field(init=False)  # of the present span; so are the next two
+    run: VideoRun = field(init=False)  # of the present span; so is the next
     order: WorkOrder = field(init=False)
-    reporter: ProgressReporter = field(init=False)
     chunks: deque[Chunk] = field(default_factory=deque)  # of a video that is not decoded
     ready_since: float | None = None
     released: bool = False  # the runner has let go of it
@@ -156,20 +155,19 @@ class Engine:
         overlap, found = sampling.overlap * sampling.chunk_width, what.found
         start, counts, folder = (0, {}, None) if found is None else (found.quantum, found.counts, found.folder)
         kv, observe = what.kv or self._kv, recorder is not None and recorder.observes
-        held = partial(self._runner.kv, number)
         checkpointer = self._checkpointer(number, what, table, start)
         video = _Video(
             what,
             Course(table, what.encoded, overlap, quantum=start, state=what.course),
+            ProgressReporter(table, partial(self._runner.kv, number), on_progress, recorder, counts),
             partial(prepare, pipeline, what.request, number=number, reuse=reuse, kv=kv, observe=observe, table=table),
-            partial(ProgressReporter, table, kv=held, on_progress=on_progress, recorder=recorder),
             partial(WorkOrder, barrier=self._barrier, gate=gate, checkpointer=checkpointer),
             checkpointer,
             decode,
             stored,
             handed_out=what.first,
         )
-        self._begin_span(video, counts, folder)
+        self._begin_span(video, folder)
         if decode:
             self._begin_decoding(number, what, pipeline)
         if recorder is not None:
@@ -183,7 +181,7 @@ class Engine:
         save, saved = partial(self._save, number), partial(self._runner.saved, number)
         return Checkpointer(what.checkpoint, what.fingerprint, open_quantum(what.encoded, table), start, save, saved)
 
-    def _begin_span(self, video: _Video, counts: Mapping[str, int], folder: Path | None = None) -> None:
+    def _begin_span(self, video: _Video, folder: Path | None = None) -> None:
         """Begin the present span of a video's course, at its start or at the checkpoint in a folder."""
         course = video.course
         video.run, admission = video.prepared(course.encoded, span=course.number, checkpoint=folder)
@@ -191,7 +189,7 @@ class Engine:
             with must_fit(folder):
                 video.run.restore(video.asked.state)
         self._runner.admit(admission)
-        video.reporter = video.reporting(course.number, counts=counts)
+        video.reporter.begin_span(course.number)
         start, before = course.quantum, course.place.quantum
         video.order = video.ordered(video.run, on_decision=video.reporter.decided, start=start, before=before)
 
@@ -352,9 +350,8 @@ class Engine:
             self._runner.release(number)
             video.released = video.course.last
             if not video.released:
-                counts = video.reporter.counts
                 video.course.go_on(self._pipeline.model.kv.dtype)
-                self._begin_span(video, counts)
+                self._begin_span(video)
 
     def _finished(self, number: int, video: _Video, latents: Tensor) -> None:
         """Have a chunk decoded, or hand out its latents alone."""

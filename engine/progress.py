@@ -33,21 +33,23 @@ class Progress:
 
 
 class ProgressReporter:
-    """Counts, and passes on what happens in one span of a video, by the numbers of the whole video."""
+    """Counts, and passes on what happens in a video, span by span, by the numbers of the whole video."""
 
     def __init__(
         self,
         table: Timetable,  # of the video
-        span: int,  # the one that is made
         kv: Callable[[], KVBuffer],  # its buffers in this process
         on_progress: OnProgress | None,  # called after every tick; None for nobody
         recorder: Recorder | None,  # takes what happens, for a record; None for none
         counts: Mapping[str, int],  # of an earlier run that this one goes on from
     ) -> None:
-        self._table, self._schedule, self._place = table, table.spans[span], table.places[span]
-        self._kv, self._on_progress, self._recorder = kv, on_progress, recorder
+        self._table, self._kv, self._on_progress, self._recorder = table, kv, on_progress, recorder
         self.counts = Counter({**dict.fromkeys(("items", "computed", "steps", "done", "chunks"), 0), **counts})
         """Passes (`items`), `computed` steps, all `steps`, chunks `done`; `chunks`, index of the next to hand out."""
+
+    def begin_span(self, number: int) -> None:
+        """What follows happens in a span."""
+        self._schedule, self._place = self._table.spans[number], self._table.places[number]
 
     def decided(self, seen: Observation, decision: Decision) -> None:
         """A policy has decided about a chunk's step."""

@@ -170,8 +170,7 @@ def newest(
 
 def furthest(folder: Path) -> int:
     """The last quantum that a checkpoint of a request goes on with, whole or not; 0 if there is none."""
-    found = (_FOLDER.fullmatch(place.name) for place in _folders(folder))
-    return max((int(one[1]) for one in found if one is not None), default=0)
+    return max((int(place.name.split("-")[1]) for place in _folders(folder)), default=0)
 
 
 def discard(folder: Path, *, whole: bool = True) -> None:

@@ -100,14 +100,11 @@ class VideoSinks:
         return found
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._end_all(kind)
-        self._stack.close()
-
-    def _end_all(self, kind: type[BaseException] | None) -> None:
         for video in self._videos:
             if video.writer is not None:
                 with suppress(InputError):  # it has been said already
                     video.writer.__exit__(InputError, InputError(), None)
+        self._stack.close()
         if kind is None or self._folder is None:
             return
         if self._made_folder:
