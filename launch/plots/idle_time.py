@@ -147,25 +147,16 @@ class _History:
 
     def idle(self, rank: RankUse, began: float, ended: float) -> Iterator[Idle]:
         """A rank's idle time from the trace's start to its end."""
-        before, waits = began, rank.waits
+        before = began
         for run in rank.runs:
-            pieces: list[Idle] | None = None
-            for wait in waits[self._first(waits, before) :]:
-                if wait[0] >= run.began:
-                    break
-                start, end = max(wait[0], before), min(wait[1], run.began)
-                if end > start:
-                    if pieces is None:  # from the gap's end backwards, as far as the gap goes
-                        pieces = list(self._back(run, (rank.stage, rank.cp_rank), before))[::-1]
+            if waits := list(_waits(rank, before, run.began)):
+                # From the gap's end backwards, as far as the gap goes.
+                pieces = list(self._back(run, (rank.stage, rank.cp_rank), before))[::-1]
+                for start, end in waits:
                     yield from _cut(pieces, start, end)
             before = run.ended
         if ended > before:
             yield Idle(began=before, ended=ended, cause=Cause.DEPENDENCY)  # no further item comes
-
-    @staticmethod
-    def _first(waits: list[tuple[float, float]], after: float) -> int:
-        """The first wait that may reach beyond a time; waits do not overlap."""
-        return max(0, bisect_left(waits, (after, 0.0)) - 1)
 
     def _back(self, run: Run, place: tuple[int, int], until: float) -> Iterator[Idle]:
         """Where the awaited item was, backwards from its start at a place, a (stage, cp_rank), until a time."""
@@ -223,17 +214,22 @@ class _History:
         if place[0] > 0:
             upstream = self._find(run, (place[0] - 1, place[1]))
             return upstream is not None and upstream.ended < previous.ended
-        waits, waited = rank.waits, 0.0
-        for wait in waits[self._first(waits, previous.ended) :]:
-            if wait[0] >= run.began:
-                break
-            waited += max(0.0, min(wait[1], run.began) - max(wait[0], previous.ended))
+        waited = sum(end - start for start, end in _waits(rank, previous.ended, run.began))
         return waited < _AT_ONCE * (run.ended - run.began)
 
     def _find(self, run: Run, place: tuple[int, int]) -> Run | None:
         if place not in self._at or run.key not in self._index[place]:
             return None
         return self._at[place].runs[self._index[place][run.key]]
+
+
+def _waits(rank: RankUse, after: float, before: float) -> Iterator[tuple[float, float]]:
+    """When a rank waited between two times; its waits do not overlap."""
+    for began, ended in rank.waits[max(0, bisect_left(rank.waits, (after, 0.0)) - 1) :]:
+        if began >= before:
+            return
+        if min(ended, before) > max(began, after):
+            yield max(began, after), min(ended, before)
 
 
 def _cut(pieces: list[Idle], began: float, ended: float) -> Iterator[Idle]:

@@ -73,7 +73,7 @@ def pipeline_figure(trace: PipelineTrace) -> Figure:
     _rows(whole, trace, colours, (use.began, use.ended))
     began, ended, ticks = _middle(use)
     _rows(near, trace, colours, (began, ended))
-    _name_items(near, ranks, (began, ended))
+    _name_items(near, use, (began, ended))
     whole.set_xlim(-0.005 * length, 1.005 * length)
     near.set_xlim(began - use.began, ended - use.began)
     whole.axvspan(began - use.began, ended - use.began, facecolor="none", edgecolor="black", linewidth=1.2)
@@ -175,13 +175,9 @@ def _draw_shares(
 ) -> None:
     """The busy share of each short stretch of a long run; dark where it is high."""
     edges = np.linspace(span[0], span[1], _BINS + 1)
-    began, ended = (np.array([getattr(run, name) for run in runs]) for name in ("began", "ended"))
-    done = np.concatenate([[0.0], np.cumsum(ended - began)])
-    # Busy seconds up to each edge: all runs that ended before it, and the part of the present one.
-    index = np.searchsorted(began, edges, side="right")
-    present = np.clip(edges - began[np.maximum(index - 1, 0)], 0.0, (ended - began)[np.maximum(index - 1, 0)])
-    upto = np.where(index > 0, done[np.maximum(index - 1, 0)] + present, 0.0)
-    shares = np.diff(upto) / np.diff(edges)
+    times = np.array([(run.began, run.ended) for run in runs])
+    done = np.concatenate([[0.0], np.cumsum(times[:, 1] - times[:, 0])])  # busy seconds before each run, and in all
+    shares = np.diff(np.interp(edges, times.ravel(), done.repeat(2)[1:-1])) / np.diff(edges)
     extent = (span[0] - zero, span[1] - zero, box[0] + box[1], box[0])
     axes.imshow(shares[None, :], cmap="Blues", vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest")
 
@@ -196,12 +192,11 @@ def _middle(use: Utilisation) -> tuple[float, float, range]:
     return min(run.began for run in shown), max(run.ended for run in shown), ticks
 
 
-def _name_items(axes: Axes, ranks: Sequence[RankUse], span: tuple[float, float]) -> None:
+def _name_items(axes: Axes, use: Utilisation, span: tuple[float, float]) -> None:
     """Numbers of chunks, where there is room for them."""
-    zero = min(run.began for rank in ranks for run in rank.runs)
-    for row, rank in enumerate(ranks):
+    for row, rank in enumerate(use.ranks):
         for run in rank.runs:
-            width = min(run.ended, span[1]) - max(run.began, span[0])
-            if width > 0.012 * (span[1] - span[0]):
-                at = (max(run.began, span[0]) + min(run.ended, span[1])) / 2 - zero
+            began, ended = max(run.began, span[0]), min(run.ended, span[1])
+            if ended - began > 0.012 * (span[1] - span[0]):
+                at = (began + ended) / 2 - use.began
                 axes.text(at, row, str(run.chunk), ha="center", va="center", fontsize=8, color="white", clip_on=True)
