@@ -99,11 +99,9 @@ class Job:
         else:
             needed, free, where = self.total(shared=False), gpu, " a GPU" if self.layout.world_size > 1 else ""
             if free is None or needed <= free:
-                needed, free, where = self._on_host(), host, " of the machine's memory for --kv-offload"
+                needed = self.layout.cp * sum(stage.host for stage in self.stages())
+                free, where = host, " of the machine's memory for --kv-offload"
         return "" if free is None or needed <= free else f"{_gb(needed)}{where}, {_gb(free)} are free"
-
-    def _on_host(self) -> int:
-        return self.layout.cp * sum(stage.host for stage in self.stages())
 
     def _advice(self, device: str, host: int | None, gpu: int | None) -> Iterator[str]:
         """Of each kind of change the first that fits, with what it needs."""
