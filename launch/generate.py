@@ -319,16 +319,16 @@ def _as_rank(options: Options, env: RankEnv) -> str | None:
 
 def _write_trace(gang: Gang, options: Options) -> None:
     """Write the trace of all ranks to wherever it is wanted."""
-    files = [] if options.trace is None else [options.trace]
-    if options.record is not None:
-        with write_errors(options.record):
-            options.record.mkdir(parents=True, exist_ok=True)
-        files.insert(0, options.record / TRACE_FILE)
-    for path in files[:1]:
-        gang.write_trace(path)
-    for path in files[1:]:
-        with atomic_write(path) as copy:
-            copy.write(files[0].read_bytes())
+    if options.record is None:
+        if options.trace is not None:
+            gang.write_trace(options.trace)
+        return
+    with write_errors(options.record):
+        options.record.mkdir(parents=True, exist_ok=True)
+    gang.write_trace(path := options.record / TRACE_FILE)
+    if options.trace is not None:
+        with atomic_write(options.trace) as copy:
+            copy.write(path.read_bytes())
 
 
 def _make(backend: AbstractContextManager[Backend], plans: Sequence[Plan]) -> str:
