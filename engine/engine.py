@@ -92,7 +92,7 @@ class Engine:
     ) -> None:
         self._pipeline, self._reuse, self._kv = pipeline, reuse, kv
         self._runner: Runner = runner or LocalRunner(pipeline.model, pipeline.attention)
-        self.reader = Reader(pipeline, self._runner.layout, identity=identity, reuse=reuse, kv=kv)
+        self.reader = Reader(pipeline=pipeline, layout=self._runner.layout, identity=identity, reuse=reuse, kv=kv)
         self._barrier, self._wake = barrier, threading.Event()
         self._decoder = Decoder(pipeline.model.kv.device, on_decoded=on_decoded, check=self._runner.check)
         self._videos: dict[int, _Video] = {}

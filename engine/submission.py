@@ -43,19 +43,15 @@ class Submission:
         return 0 if self.found is None else self.found.counts["chunks"]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Reader:
     """Reads requests for an engine."""
 
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        layout: Mapping[str, int],  # of the ranks; a checkpoint is of one
-        *,
-        identity: str,  # as of `Engine`
-        reuse: ReuseSettings,  # of requests that have none of their own
-        kv: KVSettings,  # likewise
-    ) -> None:
-        self._pipeline, self._layout, self._identity, self._reuse, self._kv = pipeline, layout, identity, reuse, kv
+    pipeline: Pipeline
+    layout: Mapping[str, int]  # of the ranks; a checkpoint is of one
+    identity: str  # as of `Engine`
+    reuse: ReuseSettings  # of requests that have none of their own
+    kv: KVSettings  # likewise
 
     def read(
         self,
@@ -73,7 +69,7 @@ class Reader:
         it taken. Without `reuse` and `kv` the engine's own settings hold. An InputError says that the model cannot take
         the request, or that the checkpoint is of another one, or of another model, layout or setting.
         """
-        encoded = encode(variant_of(self._pipeline, request), request)
+        encoded = encode(variant_of(self.pipeline, request), request)
         submission = Submission(request=request, encoded=encoded, checkpoint=checkpoint, reuse=reuse, kv=kv)
         if checkpoint is None:
             return submission
@@ -96,9 +92,9 @@ class Reader:
 
     def fingerprint(self, what: Submission) -> Callable[[int], Mapping[str, object]]:
         """What the state before a quantum is of; a checkpoint is taken up by the same only."""
-        reuse, kv = what.reuse or self._reuse, what.kv or self._kv
-        whole = fingerprint(what.request, self._pipeline, self._identity, self._layout, reuse, kv)
-        sampling = sampling_of(self._pipeline, what.request, what.encoded, reuse)
+        reuse, kv = what.reuse or self.reuse, what.kv or self.kv
+        whole = fingerprint(what.request, self.pipeline, self.identity, self.layout, reuse, kv)
+        sampling = sampling_of(self.pipeline, what.request, what.encoded, reuse)
         table = timetable(sampling, what.request.chunks, what.encoded.given)
         last = open_quantum(what.encoded, table)
 
@@ -109,4 +105,4 @@ class Reader:
 
     def read_prompt(self, prompt: str) -> Tensor:
         """Encode a prompt for `Engine.change_prompt`; as `read`, on any thread."""
-        return self._pipeline.captions(prompt).text
+        return self.pipeline.captions(prompt).text
