@@ -72,10 +72,8 @@ class WorkOrder:
     ) -> None:
         self._run, self._barrier, self._on_decision = run, barrier, on_decision
         self._gate, self._checkpointer, self._start, self._quanta_before = gate, checkpointer, start, before
-        self.held = False
-        """What comes next waits for the gate or for the last checkpoint, and not for a velocity."""
-        self._steps: dict[int, _OpenStep] = {}
-        """Steps whose velocity is still to come, by chunk."""
+        self.held = False  # what comes next waits for the gate or for the last checkpoint, and not for a velocity
+        self._steps: dict[int, _OpenStep] = {}  # whose velocity is still to come, by chunk
         self._ticks: list[TickProgress] = []
         self._done: list[TickProgress] = []
         self._finished: list[tuple[int, Tensor]] = []

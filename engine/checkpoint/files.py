@@ -202,8 +202,7 @@ class Checkpointer:
         self._start, self._last = start, last if config.extend else None
         self._save, self._saved = save, saved
         self._pending: Checkpoint | None = None
-        self.writing = False
-        """Some rank has a file that is not on the disk yet."""
+        self.writing = False  # some rank has a file that is not on the disk yet
 
     @property
     def waits(self) -> bool:

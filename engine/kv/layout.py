@@ -158,8 +158,7 @@ class KVLayout:
     def __init__(self, *, chunk_tokens: int, clean_tokens: int, window: int, chunks: int, sink_tokens: int = 0) -> None:
         self.chunk_tokens, self.clean_tokens, self._slots = chunk_tokens, clean_tokens, window
         self.sink_tokens = min(sink_tokens, clean_tokens)
-        self.capacity = min(clean_tokens + window * chunk_tokens, chunks * chunk_tokens)
-        """Rows in all (B_total)."""
+        self.capacity = min(clean_tokens + window * chunk_tokens, chunks * chunk_tokens)  # rows in all (B_total)
         self.clean: list[tuple[int, int]] = []
         """(chunk, rows) of the clean region, oldest first; chunk -1 stands for tokens of many."""
         self.window_chunks: list[int] = []  # oldest first

@@ -21,8 +21,7 @@ Granularity = Literal["token", "frame", "chunk"]
 Asker = Literal["last", "next"]
 Score = Literal["flowcache", "importance", "redundancy", "recent", "random", "even"]
 _MIX = -7046029254386353131  # the golden ratio of 64 bits, as a signed number
-_ROWS_AT_ONCE = 1 << 24
-"""Scores held at once while importance is taken; bounds the scratch memory."""
+_ROWS_AT_ONCE = 1 << 24  # scores held at once while importance is taken; bounds the scratch memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

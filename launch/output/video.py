@@ -56,8 +56,7 @@ class VideoWriter:
         self._preview = None if preview is None else Preview(preview)
         self._segments, self._begin, self._on_stored = segments, begin, on_stored
         self._stack, self._stopped = ExitStack(), False
-        self.fragments: FragmentStream
-        """What was written so far."""
+        self.fragments: FragmentStream  # what was written so far
 
     def __enter__(self) -> Self:
         with self._stack as stack:
