@@ -13,6 +13,9 @@ import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -39,6 +42,8 @@ _T = TypeVar("_T")
 Cell = str | int | float | bool | None
 Row = dict[str, Cell]
 """A line of a table, cells by their headers; all lines of a table have the same headers."""
+ROOT = Path(__file__).parents[1]
+"""The checkout."""
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
 """The option of every command that says where results go."""
 
@@ -118,8 +123,7 @@ def publish(
     save_text(out / f"{name}.md", text)
     save_text(out / f"{name}.csv", csv_text(data))
     for file, figure in (figures or {}).items():
-        with atomic_write(out / f"{file}.png") as picture:
-            figure.savefig(picture, dpi=110, format="png")
+        save_figure(out / f"{file}.png", figure)
     typer.echo(f"{text}\n\nwritten to {out}")
     return int(any(one.passed is False for one in verdicts))
 
@@ -136,6 +140,15 @@ def machine_line() -> str:
         f"{torch.get_num_threads()} threads",
     )
     return ", ".join(parts)
+
+
+def commit() -> str:
+    """The commit of this checkout, if git knows it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _field(path: str, name: str) -> str | None:
@@ -164,14 +177,25 @@ def save_text(path: Path, text: str) -> None:
         file.write((text if text.endswith("\n") else text + "\n").encode())
 
 
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG."""
+    with atomic_write(path) as picture:
+        figure.savefig(picture, dpi=110, format="png")
+
+
 def new_plot(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     """A figure with one plot, its labels and a light grid."""
     figure = Figure(figsize=(9, 6.2), layout="constrained")
     axes = figure.add_subplot()
+    style(axes, title, x, y)
+    return figure, axes
+
+
+def style(axes: Axes, title: str, x: str, y: str) -> None:
+    """Give a plot its labels and a light grid."""
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
@@ -279,6 +303,27 @@ def in_fresh_processes(copies: int, function: Callable[_P, _T], *args: _P.args, 
 def in_fresh_process(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
     """The same in one process."""
     return in_fresh_processes(1, function, *args, **kwargs)[0]
+
+
+def torchrun_command(ranks: int) -> list[str]:
+    """A command that starts the Python program which follows it on so many ranks of this machine."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+
+
+def seconds_of(
+    function: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Time of a call: of a GPU by its events, without the launch; elsewhere by a clock."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    began = clock()
+    function()
+    return clock() - began
 
 
 def rss() -> int:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from benchmarks.common import in_fresh_process
+from benchmarks.common import in_fresh_process, torchrun_command
 from benchmarks.workload import POCKET, Flags, Made, ModelSpec, Workload, build, digest, model_config
 from engine.engine import Engine
 from engine.executor import LocalRunner
@@ -125,8 +125,7 @@ def on_ranks(layout: Layout, workloads: Sequence[Workload], *, pings: int = 0, t
         (folder / _JOB).write_bytes(_JOBS.dump_json((layout, tuple(workloads), pings)))
         program = ["-m", "benchmarks.runs", name]
         if torchrun:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command += [f"--nproc-per-node={layout.world_size}", *program]
+            command = [*torchrun_command(layout.world_size), *program]
             status = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
             if status:
                 raise GangError(Failure(message=f"torchrun ended with status {status}", status=FAILED, reporter=-1))

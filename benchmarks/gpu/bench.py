@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import Row
+from benchmarks.common import Row, seconds_of
 from benchmarks.workload import QUICK, model_config
 from models.errors import InputError
 from models.magi.config import MagiConfig, ModelConfig
@@ -72,22 +72,7 @@ class Bench:
 
     def seconds(self, function: Callable[[], object], *, repeats: int = 5) -> float:
         """Median time of a call, without its launch; two calls before it are not counted."""
-        times = []
-        for index in range(repeats + 2):
-            if self.cuda:
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                function()
-                end.record()
-                end.synchronize()
-                passed = start.elapsed_time(end) / 1000
-            else:
-                began = time.perf_counter()
-                function()
-                passed = time.perf_counter() - began
-            if index >= 2:
-                times.append(passed)
-        return statistics.median(times)
+        return statistics.median([seconds_of(function, self.device) for _ in range(repeats + 2)][2:])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

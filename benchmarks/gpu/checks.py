@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-from benchmarks.common import Row
+from benchmarks.common import ROOT, Row
 from benchmarks.gpu.bench import TINY, Bench, problem
 from launch.conformance.command import check_file
 from models.errors import InputError
 
-_ROOT = Path(__file__).parents[2]
-_GOLDENS, _TESTS = _ROOT / "tests" / "data" / "goldens", _ROOT / "tests"
+_GOLDENS, _TESTS = ROOT / "tests" / "data" / "goldens", ROOT / "tests"
 _SMALL = 130_000  # bytes of a golden file that is quick on a CPU
 
 
@@ -51,7 +50,7 @@ def gpu_tests(bench: Bench) -> Iterator[Row]:
         options = ["-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--junitxml", report.name]
         command = [sys.executable, "-m", "pytest", *options, *files]
         try:
-            done = subprocess.run(command, cwd=_ROOT, stdout=sys.stderr, timeout=max(30.0, bench.left), check=False)
+            done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, timeout=max(30.0, bench.left), check=False)
         except subprocess.TimeoutExpired:
             yield {"tests": "stopped", "passed": False, "problem": "no time left"}
             return

@@ -4,10 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from benchmarks.common import Cell, Row, legend_below, machine_line, new_plot, save_text, table
+from benchmarks.common import Cell, Row, commit, legend_below, machine_line, new_plot, save_figure, save_text, table
 from benchmarks.gpu.bench import Part
-from benchmarks.gpu.results import Result, Results, commit
-from engine.files import atomic_write
+from benchmarks.gpu.results import Result, Results
 
 _KINDS = {"attention": "#1f77b4", "products": "#2ca02c", "other": "#ff9896"}
 REPORT = "gpu.md"
@@ -22,8 +21,7 @@ def write_report(results: Results, parts: Sequence[Part], left_out: Sequence[str
     for name, (prefix, draw) in _PLOTS.items():
         path = results.folder / f"{name}.png"
         if (new.startswith(prefix) or not path.exists()) and (figure := draw(results, made)):
-            with atomic_write(path) as picture:
-                figure.savefig(picture, dpi=110, format="png")
+            save_figure(path, figure)
     key = ", ".join(f"{name} {value}" for name, value in results.key.items() if name != "torch")
     where = f"{machine_line()}. Commit {commit()}, {key}. Weights are random."
     lines = "\n".join(f"- {line}" for line in (*_headlines(results, made), *_missing(made, parts, left_out)))

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -10,11 +9,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import Row, save_text
+from benchmarks.common import ROOT, Row, save_text
 from benchmarks.gpu.bench import Bench
 from models.errors import InputError
 
-_ROOT = Path(__file__).parents[2]
 _CODE = ("models", "engine", "parallel", "launch", "benchmarks")
 
 
@@ -39,8 +37,8 @@ class Results:
     def key(self) -> dict[str, str]:
         """What all parts must have in common."""
         code = hashlib.blake2b(digest_size=6)
-        for path in sorted(path for name in _CODE for path in (_ROOT / name).rglob("*.py")):
-            code.update(str(path.relative_to(_ROOT)).encode() + path.read_bytes())
+        for path in sorted(path for name in _CODE for path in (ROOT / name).rglob("*.py")):
+            code.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
         device = torch.cuda.get_device_name(0) if self.bench.cuda else "CPU"
         return {"code": code.hexdigest(), "preset": self.bench.preset, "device": device, "torch": torch.__version__}
 
@@ -75,12 +73,3 @@ class Results:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
-
-
-def commit() -> str:
-    """The commit of this checkout, if git knows it."""
-    command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -40,7 +40,7 @@ from models.wan.family import WanFamily
 from models.wan.sampling.changes import condition_changes
 from models.wan.sampling.forcing import BlockSampling, WindowSampling
 
-_GOLDEN = Path(__file__).parents[2] / "tests" / "data" / "goldens" / "skyreels" / "flowcache_slow.safetensors"
+_GOLDEN = common.ROOT / "tests" / "data" / "goldens" / "skyreels" / "flowcache_slow.safetensors"
 _STRUCTURE = 1.5  # groups alone save at least this, of the published two
 _FRACTIONS, _QUICK_FRACTIONS = (0.8, 0.5, 0.22), (0.5,)  # computed, that both distances are compared at
 _ERRORS = (0.02, 0.05, 0.1)  # of latents that a window goes on from

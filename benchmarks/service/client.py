@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import av
 
+from benchmarks.common import ROOT
 from models.errors import InputError
 from parallel.health.processes import descendants
 
@@ -33,7 +34,7 @@ _T = TypeVar("_T")
 
 def environment() -> dict[str, str]:
     """Of the command: one thread, and the packages of this checkout from any folder."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 class Service:

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from benchmarks import common
 from benchmarks.common import Out, Row
-from benchmarks.throughput.measure import CASE, CASES, RUN, RUNS, Case, Run, commit
+from benchmarks.throughput.measure import CASE, CASES, RUN, RUNS, Case, Run
 from benchmarks.throughput.report import drift, memory_row, minute_rows, name, over_the_length, speed_row, verdicts
 from benchmarks.workload import POCKET
 from engine.files import atomic_write
@@ -113,7 +113,7 @@ def run(
         out,
         "throughput",
         title="Long videos",
-        about=f"{model}, {chunks} chunks. {common.machine_line()}. Commit {commit()}.\n\n"
+        about=f"{model}, {chunks} chunks. {common.machine_line()}. Commit {common.commit()}.\n\n"
         f"`python -m benchmarks.throughput {' '.join(sys.argv[1:])}`\n\n{_NOTES}",
         verdicts=[verdict for one in runs for verdict in verdicts(one)],
         sections={
@@ -135,19 +135,16 @@ def _made(case: Case, out: Path) -> Run:
             found = RUNS.validate_json(path.read_bytes())
         except ValidationError:
             raise InputError(f"{path} is no run of this benchmark: delete it, or choose another --out") from None
-        if (found.case, found.commit) == (case, commit()):
+        if (found.case, found.commit) == (case, common.commit()):
             log(f"{name(found)}: taken from {path}")
             return found
     with tempfile.TemporaryDirectory(prefix="throughput-") as temporary:
         folder = Path(temporary)
         (folder / CASE).write_bytes(CASES.dump_json(case))
         log(f"{case.name}: {case.videos} x {case.chunks} chunks ...")
-        command = [sys.executable, "-m", "benchmarks.throughput.measure", temporary]
-        if case.launcher == "torchrun":
-            ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.pp * case.cp}"]
-            command[1:1] = ranks
+        start = common.torchrun_command(case.pp * case.cp) if case.launcher == "torchrun" else [sys.executable]
         try:
-            status = subprocess.run(command, check=False).returncode
+            status = subprocess.run([*start, "-m", "benchmarks.throughput.measure", temporary], check=False).returncode
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
         if status:

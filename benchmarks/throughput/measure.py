@@ -6,7 +6,6 @@ the program of one process, of the leader that starts its ranks, and of each ran
 
 import gc
 import os
-import subprocess
 import sys
 import time
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from benchmarks.adherence import adherence, scene_of
-from benchmarks.common import machine_line, rss
+from benchmarks.common import commit, machine_line, rss
 from benchmarks.workload import POCKET, PROMPT
 from engine.files import atomic_write
 from engine.machine import settle_heap
@@ -297,12 +296,6 @@ def _minute(number: int, chunks: NDArray[np.uint8], spread: float, pocket: bool)
         shape=float(np.mean([one.overlap for one in each])),
         position=float(np.mean(errors)) if errors else nothing,
     )
-
-
-def commit() -> str:
-    """Of the checkout that this runs in."""
-    asked = ["git", "-C", os.path.dirname(__file__), "describe", "--always", "--dirty"]
-    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def _resident(pid: int) -> int:

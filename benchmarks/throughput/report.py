@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from benchmarks.common import Row, Verdict
+from benchmarks.common import Row, Verdict, style
 from benchmarks.throughput.measure import Look, Run
 
 _GROWTH, _SLOWER, _SEEN = 1.02, 1.05, 0.8
@@ -143,9 +143,7 @@ def over_the_length(runs: Sequence[Run]) -> Figure:
         (sharp, "Sharpness", "mean difference of neighbours"),
         (shape, "Overlap with the prompt's shape", "share"),
     ):
-        axes.set(title=title, xlabel="minutes of video", ylabel=what)
+        style(axes, title, "minutes of video", what)
         axes.set_ylim(bottom=0)
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
     figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
