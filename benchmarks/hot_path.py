@@ -19,77 +19,36 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from benchmarks.common import Out, Row, machine_line, median, output_folder, progress, publish, run_command
+from benchmarks.common import Out, Row, machine_line, median, output_folder, progress, publish, run_command, seconds_of
+from benchmarks.workload import ChunkPass, ModelSpec, model_config
 from engine.kv.selection import importance
-from engine.kv.views import LayerKV, SliceView
 from models.attention import attention_backend, folded
 from models.checkpoint import Loading
 from models.errors import InputError
-from models.magi.config import MagiConfig, ModelConfig
-from models.magi.dit import MagiDiT
+from models.magi.config import ModelConfig
 from models.magi.layers import Fp8Linear, product_in_fp32
 from models.magi.random_weights import random_dit, random_pipeline
 from models.magi.vae import TiledVAE
-from models.pocket.preset import pocket_config
-from models.protocols import Caption, Modulation, PassCondition, Positions, TextKV
 
-_SHAPE = {"num_layers": 8, "hidden_size": 512, "ffn_hidden_size": 2048, "kv_channels": 64}
-_HEADS = {"num_attention_heads": 8, "num_query_groups": 4}
-_GRID = (6, 26, 26)  # latent frames, rows and columns of a chunk: 1,014 tokens
 _DECODED = (6, 40, 40)  # latents that are decoded
-_TOKENS, _KEYS, _TEXT = 6 * 13 * 13, 3, 200  # tokens of a chunk, chunks attended to, tokens of the text
+_TOKENS, _KEYS = 6 * 13 * 13, 3  # tokens of a chunk, chunks attended to
 
 Run = Callable[[], object]
 Change = tuple[str, Run, Run]
 """What it is; a call without it, and one with it."""
 
 
-def wide_config(dtype: torch.dtype, side: int = 208) -> MagiConfig:
-    """The random model's configuration."""
-    values = pocket_config().to_dict()
-    values["model_config"] |= _SHAPE | _HEADS | {"params_dtype": str(dtype)}
-    values["runtime_config"] |= {"video_size_h": side, "video_size_w": side}
-    return MagiConfig.from_dict(values, source="the random model")
-
-
-class _Pass:
-    """A pass of a chunk through a model; what it is told is made once, or in each pass."""
-
-    def __init__(self, model: MagiDiT) -> None:
-        config, device = model.config, model.device
-        self._model, self._hidden = model, torch.randn(1, _TOKENS, config.hidden_size, device=device).to(config.dtype)
-        self._caption = Caption(torch.randn(_TEXT, config.caption_channels, device=device))
-        size = (2, _KEYS * _TOKENS, config.num_query_groups, config.kv_channels)
-        held = {number: LayerKV(torch.randn(*size, device=device).to(config.dtype)) for number in model.held}
-        own = slice((_KEYS - 1) * _TOKENS, _KEYS * _TOKENS)
-        self._view = SliceView(held, own, slice(0, _KEYS * _TOKENS), model.attention, asks=False)
-        self._inputs = self._made()
-
-    def _made(self) -> tuple[Modulation, TextKV, Positions]:
-        condition = PassCondition(times=(0.5,), distill=8.0)
-        model = self._model
-        return model.modulation(condition), model.text(self._caption), model.positions(_GRID[0] * _KEYS, _GRID)
-
-    def __call__(self) -> Tensor:
-        told, text, positions = self._inputs
-        return self._model.layers(self._hidden, told, text, positions, self._view)
-
-    def anew(self) -> Tensor:
-        """The same, with its inputs made in it."""
-        told, text, positions = self._made()
-        return self._model.layers(self._hidden, told, text, positions, self._view)
-
-
 def changes(dtype: torch.dtype, device: torch.device, *, compiled: bool = True) -> Iterator[Change]:
     """The changes that this device shows, each as it is asked for; `compiled` needs a compiler."""
-    config, loading = wide_config(dtype), Loading(device=str(device))
-    now = _Pass(random_dit(config, loading))
+    config = model_config(ModelSpec(layers=8, width=512, head=64, dtype=str(dtype), side=208))
+    loading = Loading(device=str(device))
+    now = ChunkPass(random_dit(config, loading), config, _KEYS)
     yield "texts, gates, positions: once, not in every pass", now.anew, now
     apart = random_dit(config, loading).to(device)  # to move a model undoes what was worked out of its weights
-    yield "one product for q, qx, k, v; norms' gains at loading", _Pass(apart), now
+    yield "one product for q, qx, k, v; norms' gains at loading", ChunkPass(apart, config, _KEYS), now
     if compiled:
         regions = random_dit(config, replace(loading, compiled=True))
-        yield "--compile: two regions of a layer", now, _Pass(regions)
+        yield "--compile: two regions of a layer", now, ChunkPass(regions, config, _KEYS)
     autoencoder = random_pipeline(config, replace(loading, layers=range(1))).autoencoder
     assert isinstance(autoencoder, TiledVAE)
     latents = torch.randn(1, 16, *_DECODED, device=device)
@@ -133,24 +92,11 @@ def _operations(shapes: ModelConfig, device: torch.device) -> Iterator[Change]:
     )
 
 
-def seconds(run: Run, device: torch.device) -> float:
-    """Time of a call: of the device, or of the CPU that the process used."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-    began = time.process_time()
-    run()
-    return time.process_time() - began
-
-
 def compare(change: Change, device: torch.device, rounds: int) -> Row:
     """Both ways of a change in turn; after one call of each that is not counted."""
     what, *ways = change
-    times = [[seconds(way, device) for way in ways] for _ in progress(range(rounds + 1), what, rounds + 1)][1:]
+    turns = progress(range(rounds + 1), what, rounds + 1)
+    times = [[seconds_of(way, device, time.process_time) for way in ways] for _ in turns][1:]
     without, with_it = ([pair[index] for pair in times] for index in range(2))
     return {
         "change": what,

@@ -7,7 +7,6 @@ behind it. That is a model of the compiler and not its own count: a norm over ro
 read twice.
 """
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,14 +18,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.common import run_command, table
-from engine.kv.buffer import LayerKV, SliceView
+from benchmarks.common import Row, run_command, table
+from benchmarks.workload import ChunkPass
 from models.checkpoint import Loading
 from models.magi.presets import released_config
 from models.magi.weights import empty_dit
-from models.protocols import Caption, PassCondition
 
-Row = dict[str, str | int | float | bool | None]
 _PRODUCTS = ("mm", "addmm", "bmm", "_scaled_mm", "linear", "matmul")
 _VIEWS = ("view", "_unsafe_view", "t", "transpose", "permute", "slice", "select", "split", "unsqueeze", "squeeze",
           "expand", "unbind", "detach", "alias", "as_strided", "split_with_sizes", "empty", "empty_like")  # fmt: skip
@@ -114,28 +111,17 @@ def _joined(run: list[Kernel], later: Sequence[Kernel]) -> Kernel:
     return joined
 
 
-def count(name: str, *, text: int = 200, chunks: int = 3) -> list[Kernel]:
-    """The kernels of a middle layer of a released configuration, for a chunk that attends to so many."""
+def count(name: str) -> list[Kernel]:
+    """The kernels of a middle layer of a released configuration, for a chunk that attends to three."""
     config = released_config(name)
-    shapes, runtime = config.model_config, config.runtime_config
     model, dtypes = empty_dit(config, Loading(layers=range(1, 2), device="meta"))
     state = {key: one.to("meta", dtypes[key]) for key, one in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
     model.requires_grad_(False).fuse()
-    grid = (runtime.chunk_width, runtime.video_size_h // 8, runtime.video_size_w // 8)
-    tokens = math.prod(model.token_grid(grid))
-    with torch.device("meta"):
-        kv = torch.empty(2, chunks * tokens, shapes.num_query_groups, shapes.kv_channels, dtype=shapes.dtype)
-        hidden = torch.empty(1, tokens, shapes.hidden_size, dtype=shapes.dtype)
-        caption = torch.empty(text, shapes.caption_channels)
     counted = Counted()
-    own, span = slice((chunks - 1) * tokens, chunks * tokens), slice(0, chunks * tokens)
-    view = SliceView({1: LayerKV(kv)}, own, span, counted.attention, asks=False)
-    with torch.no_grad():
-        told = model.modulation(PassCondition(times=(0.5,), distill=8.0)), model.text(Caption(caption))
-        positions = model.positions(0, grid)
-        with counted:
-            model.layers(hidden, *told, positions, view, cross=counted.attention)
+    run = ChunkPass(model, config, 3, counted.attention)
+    with counted:
+        run()
     return counted.kernels
 
 

@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,13 +22,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.kv.layout import KVSettings
+from engine.kv.views import LayerKV, SliceView
 from engine.record import NOT_ACTIVE
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
+from models.attention import Attention
 from models.checkpoint import Loading
 from models.errors import InputError
 from models.magi.config import MagiConfig
+from models.magi.dit import MagiDiT
 from models.magi.pipeline import MagiPipeline, load_stage
 from models.magi.random_weights import random_dit
 from models.magi.sampling import MagiSampling
@@ -35,13 +39,15 @@ from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config
 from models.pocket.text import PocketEncoder
 from models.pocket.words import COLOURS, MOTIONS, SHAPES, Scene
+from models.protocols import CELL_PIXELS, Caption, Modulation, PassCondition, Positions, TextKV
 
 Flags = tuple[tuple[int, ...], ...]
 """What was decided of a video's steps, [ticks][chunks] as in a record."""
 POCKET = "magi-pocket"
 PROMPT = "a red circle moving right"
 MOST_PROMPTS = 1000  # of one run; its noise has as many seeds to itself
-_HEAD, _KEY_HEADS = 48, 4  # size of an attention head, and heads of keys
+TEXT = 200  # caption tokens of a `ChunkPass`
+_KEY_HEADS = 4  # of a random model
 
 Chunks = Annotated[int, typer.Option(min=1, help="Length of a video.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps of a chunk.")]
@@ -53,7 +59,9 @@ class ModelSpec:
 
     name: str = "random"
     layers: int = 8
-    width: int = 384  # a multiple of 192
+    width: int = 384  # a multiple of four heads
+    head: int = 48  # size of an attention head
+    dtype: str = "torch.float32"
     side: int = 64  # pixels of a frame's side
     threshold: float = 0.08  # of reuse that computes about half of the steps of random weights
 
@@ -85,9 +93,9 @@ def model_config(spec: ModelSpec) -> MagiConfig:
     if spec.name != "random":
         raise InputError(f"unknown model {spec.name!r}: choose random or magi-pocket")
     values = pocket_config().to_dict()
-    heads, width = spec.width // _HEAD, spec.width
-    shape = {"num_layers": spec.layers, "hidden_size": width, "ffn_hidden_size": 4 * width, "kv_channels": _HEAD}
-    values["model_config"] |= shape | {"num_attention_heads": heads, "num_query_groups": _KEY_HEADS}
+    width, heads = spec.width, {"kv_channels": spec.head, "num_attention_heads": spec.width // spec.head}
+    shape = {"num_layers": spec.layers, "hidden_size": width, "ffn_hidden_size": 4 * width, "params_dtype": spec.dtype}
+    values["model_config"] |= shape | heads | {"num_query_groups": _KEY_HEADS}
     values["runtime_config"] |= {"video_size_h": spec.side, "video_size_w": spec.side}
     return MagiConfig.from_dict(values, source="the random model")
 
@@ -100,6 +108,43 @@ def build(spec: ModelSpec, layers: range | None = None) -> MagiPipeline:
     else:
         model = random_dit(config, Loading(layers=layers))
     return MagiPipeline(config, model, _NoFrames(), PocketEncoder())
+
+
+class ChunkPass:
+    """A pass of one chunk through the layers of a model, on random inputs; it attends to `chunks`, itself the last.
+
+    The chunk is of the size that the configuration names; `attention` is in place of the model's own.
+    """
+
+    def __init__(self, model: MagiDiT, config: MagiConfig, chunks: int, attention: Attention | None = None) -> None:
+        shapes, run, draw = model.config, config.runtime_config, partial(torch.randn, device=model.device)
+        grid = run.chunk_width, run.video_size_h // CELL_PIXELS, run.video_size_w // CELL_PIXELS
+        tokens = model.token_count(*grid)
+        rows = chunks * tokens
+        self._model, self._attention = model, attention or model.attention
+        self._hidden = draw(1, tokens, shapes.hidden_size, dtype=shapes.dtype)
+        self._caption = Caption(draw(TEXT, shapes.caption_channels))
+        self._condition = PassCondition(times=(0.5,), distill=8.0 if run.cfg_number == 1 else None)
+        self._place = chunks * grid[0], grid
+        size = 2, rows, shapes.num_query_groups, shapes.kv_channels
+        held = {number: LayerKV(draw(*size, dtype=shapes.dtype)) for number in model.held}
+        self._view = SliceView(held, slice(rows - tokens, rows), slice(0, rows), self._attention, asks=False)
+        self._inputs = self._made()
+
+    def _made(self) -> tuple[Modulation, TextKV, Positions]:
+        """What is the same for many passes."""
+        model = self._model
+        return model.modulation(self._condition), model.text(self._caption), model.positions(*self._place)
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        return self._model.layers(self._hidden, *self._inputs, self._view, cross=self._attention)
+
+    @torch.no_grad()
+    def anew(self) -> Tensor:
+        """The same, with its inputs made in it."""
+        self._inputs = self._made()
+        return self()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -61,11 +61,6 @@ class Bench:
         """Tokens of a chunk."""
         return self.config.chunk_tokens(*self.size)
 
-    @property
-    def distilled(self) -> bool:
-        """Whether the step size is a part of the condition."""
-        return self.config.runtime_config.cfg_number == 1
-
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Normal values on the device."""
         return torch.randn(*shape, device=self.device, dtype=dtype or self.shapes.dtype)

@@ -11,15 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.common import Row
 from benchmarks.flops import pass_flops
 from benchmarks.gpu.bench import Bench, problem
-from engine.kv.views import LayerKV, SliceView
-from models.magi.dit import MagiDiT
+from benchmarks.workload import TEXT, ChunkPass
 from models.magi.random_weights import random_dit
 from models.magi.weights import Loading
-from models.protocols import Caption, PassCondition
 
 CONTEXTS = (1, 2, 3, 4, 5)
 """Chunks attended to, its own included."""
-_TEXT = 200  # caption tokens
 _KINDS = {
     "attention": ("attention", "flash", "fmha", "xformers", "softmax"),
     "products": ("mm", "linear", "matmul", "conv"),
@@ -32,10 +29,10 @@ def passes(bench: Bench, backend: str, *, compiled: bool = False) -> Iterator[Ro
     """All layers with 1 to 5 chunks of keys, and how much of it is attention and products."""
     dit = random_dit(bench.config, Loading(device=str(bench.device), attention=backend, compiled=compiled))
     for chunks in CONTEXTS:
-        run = _pass(bench, dit, chunks)
+        run = ChunkPass(dit, bench.config, chunks)
         seconds = bench.seconds(run, repeats=3)
-        flops = partial(pass_flops, bench.shapes, tokens=bench.tokens, text=_TEXT)
-        whole, keys = flops(keys=chunks * bench.tokens), chunks * bench.tokens + _TEXT
+        flops = partial(pass_flops, bench.shapes, tokens=bench.tokens, text=TEXT)
+        whole, keys = flops(keys=chunks * bench.tokens), chunks * bench.tokens + TEXT
         attended = 4 * bench.tokens * keys * bench.shapes.hidden_size * bench.shapes.num_layers
         split = _split(run)
         yield {
@@ -77,7 +74,7 @@ def _operations(run: Callable[[], object], *, kernels: bool) -> list[tuple[str, 
 def layer(bench: Bench) -> Iterator[Row]:
     """One layer with three chunks of keys, by kernel."""
     dit = random_dit(bench.config, Loading(device=str(bench.device), layers=range(1, 2)))
-    run = _pass(bench, dit, 3)
+    run = ChunkPass(dit, bench.config, 3)
     yield {"kernel": "whole layer", "ms": 1e3 * bench.seconds(run), "calls": 1}
     for name, spent, calls in _operations(run, kernels=True)[:_SHOWN]:
         yield {"kernel": name[:90], "ms": spent / 1e3, "calls": calls}
@@ -90,7 +87,8 @@ def layer_ways(bench: Bench) -> Iterator[Row]:
         row: Row = {"layer": way}
         began = time.perf_counter()
         try:
-            run = _pass(bench, random_dit(bench.config, how), 3)
+            dit = random_dit(bench.config, how)
+            run: Callable[[], object] = ChunkPass(dit, bench.config, 3)
             if way == "cuda graph":
                 run = _captured(run)
             run()
@@ -111,22 +109,3 @@ def _captured(run: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
-
-
-def _pass(bench: Bench, dit: MagiDiT, chunks: int) -> Callable[[], object]:
-    """One pass of a chunk that attends to so many, itself included."""
-    shapes, tokens = bench.shapes, bench.tokens
-    rows, heads, size = chunks * tokens, shapes.num_query_groups, shapes.kv_channels
-    hidden = bench.random(1, tokens, shapes.hidden_size)
-    caption = Caption(bench.random(_TEXT, shapes.caption_channels, dtype=torch.float32))
-    condition = PassCondition(times=(0.5,), distill=8.0 if bench.distilled else None)
-    told = dit.modulation(condition), dit.text(caption)
-    positions = dit.positions(bench.grid[0] * chunks, bench.grid)
-    held = {number: LayerKV(bench.random(2, rows, heads, size)) for number in dit.held}
-    view = SliceView(held, slice(rows - tokens, rows), slice(0, rows), dit.attention, asks=False)
-
-    def run() -> object:
-        with torch.no_grad():
-            return dit.layers(hidden, *told, positions, view)
-
-    return run
