@@ -3,11 +3,16 @@
     python -m benchmarks.memory_recall --out results/memory_recall
 
 magi-pocket pans over a world of 256 pixels at one pixel a frame, so a turn takes 10.7 chunks, and a landmark is out of
-sight for longer than the model's own range reaches. `benchmarks.panorama` says how landmarks are found and compared.
-Measured are the whole history, the model's own range, and KV budgets by what is kept as one and by score. Each seed is
-a process of one thread, as many at once as there are cores. Exit status 0 if the best score at a budget of 4 chunks
-recalls at least 0.8 of what the whole history does after two turns, and twice what the own range does; 1 if not, 2 for
-bad input.
+sight for longer than the model's own range reaches. Measured are the whole history, the model's own range, and KV
+budgets by what is kept as one and by score. Each seed is a process of one thread, as many at once as there are cores.
+Exit status 0 if the best score at a budget of 4 chunks recalls at least 0.8 of what the whole history does after two
+turns, and twice what the own range does; 1 if not, 2 for bad input.
+
+The middle column of every frame is one column of the world further than the one before. These columns, side by side,
+are a picture of the world, `WORLD` columns for every turn. A landmark is a connected run of its columns in which most
+coloured pixels are nearest to one colour in hue. It has come back a number of turns later if there is one of the same
+colour whose centre lies within 4 pixels on both axes of where it should be, and whose outline is the same: soft
+intersection over union of the coverages at least 0.6, centres aligned. Shapes: F frames, S = SIDE pixels.
 """
 
 from __future__ import annotations
@@ -21,18 +26,19 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Annotated, get_args
 
 import torch
+import torch.nn.functional as F
 import typer
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks import common
+from benchmarks.adherence import chroma, coverage, hues
 from benchmarks.common import Out, Row, Verdict
-from benchmarks.panorama import Recall, landmarks, recall, slit_scan
 from engine.engine import Engine
 from engine.kv.layout import KVSettings
 from engine.kv.selection import Granularity, Score, SelectionSettings
@@ -46,11 +52,15 @@ from models.magi.family import POCKET_FIGURES
 from models.magi.pipeline import load_pipeline
 from models.pocket.clips import SIDE, WORLD
 from models.pocket.preset import pocket_config
-from models.pocket.words import PANS, Panorama
+from models.pocket.words import COLOURS, PANS, Panorama
 
 BUDGETS = (1, 2, 4)
 SHOWN = (1, 2, 5)  # turns after which recall is in the tables
 _CHUNK = 24  # frames
+_NEAR, _OVERLAP = 4.0, 0.6  # pixels and overlap of outlines within which a landmark is the same
+_THIN = 3  # coloured pixels of a column that belongs to a landmark, at least
+_LEAST = 60  # coloured pixels of a landmark, at least; a whole one has about 400
+_REACH = 24  # pixels around a landmark's centre that are compared
 _BUDGET, _AFTER, _OF_FULL, _OF_RANGE = 4, 2, 0.8, 2.0  # what the project holds itself to: chunks, turns, shares
 _TITLE = "What the memory is worth: recall over turns of a camera"
 
@@ -279,6 +289,85 @@ def panoramas(made: Sequence[Made]) -> Figure:
         if not place:
             axes.set_ylabel(f"turn {turn}", fontsize=9)
     return figure
+
+
+# ---- landmarks of a panorama
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Landmark:
+    """One thing in a panorama."""
+
+    colour: int
+    x: float  # of its centre, in columns from the first frame on
+    y: float
+    outline: Tensor  # coverage [2 * _REACH, 2 * _REACH] around the centre
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recall:
+    """What of the first turn's landmarks is there some turns later."""
+
+    seen: int  # landmarks of the first turn
+    again: int  # of them, those that have come back
+    found: int  # landmarks of the later turn
+
+    @property
+    def share(self) -> float:
+        """0..1; not a number where there was nothing to remember."""
+        return self.again / self.seen if self.seen else float("nan")
+
+
+def slit_scan(frames: Tensor) -> Tensor:
+    """The middle columns of frames [F, S, S, 3] as one picture [S, F, 3]."""
+    return frames[:, :, SIDE // 2].transpose(0, 1)
+
+
+def landmarks(picture: Tensor) -> list[Landmark]:
+    """Those of a picture, uint8 [S, F, 3], from left to right; what its ends cut off is left out."""
+    field = chroma(picture.float() / 255)
+    hue = hues(field)
+    counts = torch.stack([(hue == colour).sum(0) for colour in range(len(COLOURS))])  # [colours, F]
+    best = torch.where(counts.sum(0) >= _THIN, counts.argmax(0), -1).tolist()
+    found, start = [], 0
+    for colour, run in groupby(best):
+        stop = start + len(list(run))
+        if colour >= 0 and start > 0 and stop < len(best) and counts[colour, start:stop].sum() >= _LEAST:
+            found.append(_landmark(field, hue, colour, start, stop))
+        start = stop
+    return found
+
+
+def _landmark(field: Tensor, hue: Tensor, colour: int, start: int, stop: int) -> Landmark:
+    cover = torch.where(hue == colour, coverage(field, list(COLOURS)[colour]), 0)
+    cover[:, :start] = 0
+    cover[:, stop:] = 0
+    x = (cover.sum(0) * torch.arange(cover.shape[1])).sum() / cover.sum()
+    y = (cover.sum(1) * torch.arange(cover.shape[0])).sum() / cover.sum()
+    around = F.pad(cover, [_REACH] * 4)
+    top, left = round(y.item()), round(x.item())
+    return Landmark(
+        colour=colour,
+        x=x.item(),
+        y=y.item(),
+        outline=around[top : top + 2 * _REACH, left : left + 2 * _REACH].clone(),
+    )
+
+
+def same(one: Landmark, other: Landmark, *, apart: float = 0.0) -> bool:
+    """Whether two landmarks are the same, the other one so many columns further."""
+    near = abs(other.x - one.x - apart) <= _NEAR and abs(other.y - one.y) <= _NEAR
+    if one.colour != other.colour or not near:
+        return False
+    both, any_ = torch.minimum(one.outline, other.outline).sum(), torch.maximum(one.outline, other.outline).sum()
+    return (both / any_).item() >= _OVERLAP
+
+
+def recall(found: Sequence[Landmark], turn: int) -> Recall:
+    """How many of the first turn's landmarks have come back `turn` turns later."""
+    first, later = ([one for one in found if begin <= one.x < begin + WORLD] for begin in (0, turn * WORLD))
+    again = [one for one in first if any(same(one, other, apart=turn * WORLD) for other in found)]
+    return Recall(seen=len(first), again=len(again), found=len(later))
 
 
 if __name__ == "__main__":

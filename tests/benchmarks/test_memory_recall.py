@@ -9,8 +9,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import run_command
-from benchmarks.memory_recall import RANGE, WHOLE, Case, Made, best, cases, report, run
-from benchmarks.panorama import Recall, landmarks, recall, slit_scan
+from benchmarks.memory_recall import (
+    RANGE,
+    WHOLE,
+    Case,
+    Made,
+    Recall,
+    best,
+    cases,
+    landmarks,
+    recall,
+    report,
+    run,
+    slit_scan,
+)
 from models.pocket.clips import SIDE, WORLD, draw_panoramas
 from models.pocket.words import SHAPES
 
