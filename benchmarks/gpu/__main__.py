@@ -1,4 +1,9 @@
-"""The command: parts one after another, the most important first, each kept as soon as it is done."""
+"""What one GPU does, by one command: `python -m benchmarks.gpu --out DIR`.
+
+Parts come one after another, the most important first, each kept as soon as it is done. Weights are random and nothing
+is downloaded. It runs in a plain checkout with torch, numpy, safetensors, pydantic, typer, rich and matplotlib: what it
+imports needs neither PyAV nor Ray nor transformers.
+"""
 
 import gc
 import os
