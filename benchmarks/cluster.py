@@ -136,7 +136,6 @@ def run(
     common.output_folder(out)
     made = [_measure(name, *own, repeats) for name, own in ways.items() if name in chosen]
     about = "; ".join(f"{part.name}: {part.workload.size}" for part in made)
-    rows = [row for part in made for row in part.rows]
     return common.publish(
         out,
         "cluster",
@@ -144,10 +143,9 @@ def run(
         about=f"Two stages to a gang; {about}. {common.machine_line()}; one thread per rank.",
         verdicts=[verdict for part in made for verdict in part.verdicts],
         sections={
-            "Times": rows,
-            "What differs": "\n".join(f"- {line}" for part in made for line in part.problems),
+            "Times": [row for part in made for row in part.rows],
+            "What differs": common.bullets(line for part in made for line in part.problems),
         },
-        data=rows,
     )
 
 

@@ -82,6 +82,11 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*made, strict=True))
 
 
+def bullets(lines: Iterable[str]) -> str:
+    """Lines as a list in Markdown."""
+    return "\n".join(f"- {line}" for line in lines)
+
+
 def csv_text(rows: Sequence[Row]) -> str:
     """Rows as CSV with a header line; numbers keep six digits, None is an empty cell."""
     text = io.StringIO()
@@ -100,13 +105,14 @@ def publish(
     about: str,
     verdicts: Sequence[Verdict] = (),
     sections: Mapping[str, str | Sequence[Row]] | None = None,
-    data: Sequence[Row] = (),
+    data: Sequence[Row] | None = None,
     figures: Mapping[str, Figure] | None = None,
 ) -> int:
     """Write what a benchmark has found into a folder, and print it: Markdown, CSV, plots by the names of their files.
 
     Sections are Markdown or rows of a table by their headings, and come after the verdicts; empty ones are left out.
-    `data` are the rows of the CSV file. Returns the exit status: 0 if no verdict has failed, else 1.
+    `data` are the rows of the CSV file, by default those of the first table. Returns the exit status: 0 if no verdict
+    has failed, else 1.
     """
     parts = [f"# {title}", about]
     if verdicts:
@@ -121,7 +127,8 @@ def publish(
             parts.append(f"## {heading}\n\n{part if isinstance(part, str) else table(part)}")
     text = "\n\n".join(parts)
     save_text(out / f"{name}.md", text)
-    save_text(out / f"{name}.csv", csv_text(data))
+    tables = (part for part in (sections or {}).values() if not isinstance(part, str))
+    save_text(out / f"{name}.csv", csv_text(next(tables, ()) if data is None else data))
     for file, figure in (figures or {}).items():
         save_figure(out / f"{file}.png", figure)
     typer.echo(f"{text}\n\nwritten to {out}")
@@ -208,10 +215,7 @@ def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
 def run_command(command: Callable[..., int], name: str, arguments: Sequence[str] | None = None) -> int:
     """Run a benchmark's command line and hand back its exit status; what goes wrong is one line on standard error.
 
-    Args:
-        command: a function whose parameters are options; it hands back the exit status.
-        name: how it is called.
-        arguments: in place of the process's own.
+    The parameters of `command` are the options; `arguments` are in place of those of the process.
     """
     app = typer.Typer(add_completion=False)
     app.command()(command)
@@ -246,16 +250,10 @@ def search(
 ) -> dict[float, float]:
     """Search the place where something that falls reaches a value, by halving between known places or doubling beyond.
 
-    Args:
-        measure: the value at a place; it may jump, and rise a little where it should fall.
-        target: the value that is wanted.
-        known: values by place, from which the search begins; a bound that is not measured has an infinite one.
-        tries: most measurements.
-        near: a value that is no further from the target ends the search.
-        geometric: halve ratios in place of differences, and measure at three digits, as a preset would have them.
-
-    Returns:
-        `known`, to which all that was measured was added in order; see `nearest`.
+    `measure` gives the value at a place, which may jump, and rise a little where it should fall. All that it gives is
+    added in order to `known`, where a bound that is not measured has an infinite value; see `nearest`. The search ends
+    after so many `tries`, or with a value that is no further than `near` from the target. With `geometric`, ratios are
+    halved in place of differences, and places have three digits, as in a preset.
     """
     for _ in range(tries):
         if abs(known[nearest(known, target)] - target) <= near:

@@ -15,14 +15,9 @@ from models.protocols import CaptionTable, VideoModel
 
 
 def pass_flops(config: ModelConfig, *, tokens: int, keys: int, text: int, read_out: bool = True) -> int:
-    """Operations of one pass of one chunk through all layers.
+    """Operations of one pass of one chunk through all layers, in which each token attends to `keys` and to the `text`.
 
-    Args:
-        config: shapes of the model.
-        tokens: of the chunk.
-        keys: that each of them attends to.
-        text: caption tokens.
-        read_out: a velocity is read out; passes that are run for their KV alone need none.
+    Passes that are run for their KV alone have no velocity to `read_out`.
     """
     hidden, keyed = config.hidden_size, config.num_query_groups * config.kv_channels
     mlp = config.ffn_hidden_size * (3 if config.gated_linear_unit else 2)

@@ -142,7 +142,6 @@ def report(out: Path, length: int, measured: Mapping[str, Measured]) -> int:
         ),
         verdicts=verdicts,
         sections={"Forms": rows},
-        data=rows,
     )
 
 

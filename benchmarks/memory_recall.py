@@ -173,7 +173,6 @@ def make(
 def report(out: Path, made: Sequence[Made], source: str) -> int:
     """Write and print what was measured; the exit status."""
     known = dict.fromkeys(one.case for one in made)
-    rows = [row(case, [one for one in made if one.case == case]) for case in known]
     about = "After so many turns, the share of the first turn's landmarks that are there again; `invented`, after two, "
     about += "are those that were not there in the first turn, as a share of all that are seen."
     return common.publish(
@@ -182,8 +181,7 @@ def report(out: Path, made: Sequence[Made], source: str) -> int:
         title=_TITLE,
         about=f"{source}\n\n{about}",
         verdicts=verdicts(made),
-        sections={"Recall": rows},
-        data=rows,
+        sections={"Recall": [row(case, [one for one in made if one.case == case]) for case in known]},
         figures={
             "recall_over_bytes": over_bytes(made),
             "recall_over_turns": over_turns(made),

@@ -139,7 +139,6 @@ def run(
         kinds = (plain, replace(plain, reuse=reuse_for(spec)))
         gangs = _measure(kinds, layouts, repeats, status.update)
     title, found = f"{plain.size}, {repeats} repeats", [what for one in gangs for what in one.problems()]
-    rows = [one.row for one in gangs]
     return common.publish(
         out,
         "pipeline",
@@ -147,11 +146,10 @@ def run(
         about=f"{title}. {common.machine_line()}; one thread per rank.\n\n{_NOTES}",
         verdicts=verdicts(gangs, found),
         sections={
-            "Speed": rows,
+            "Speed": [one.row for one in gangs],
             "A barrier per tick": barrier_rows(gangs),
-            "What differs": "\n".join(f"- {one}" for one in found),
+            "What differs": common.bullets(found),
         },
-        data=rows,
     )
 
 

@@ -52,7 +52,6 @@ def run(
         f"{common.machine_line()}.",
         verdicts=verdicts(rows),
         sections={"By kind of clip": rows},
-        data=rows,
     )
 
 

@@ -111,14 +111,8 @@ def _flags(recorders: Sequence[Recorder]) -> tuple[Flags, ...]:
 def on_ranks(layout: Layout, workloads: Sequence[Workload], *, pings: int = 0, torchrun: bool = False) -> list[Made]:
     """Make videos on a gang of that layout, all of a workload in flight at once; what came of each workload.
 
-    Args:
-        layout: of the ranks.
-        workloads: all of one model.
-        pings: messages to and fro that a hop is measured with.
-        torchrun: have torchrun start the ranks, in place of the command line's own launcher.
-
-    Raises:
-        GangError: a rank has failed.
+    The workloads are all of one model. `pings` messages to and fro measure a hop. With `torchrun`, that starts the
+    ranks, in place of the command line's own launcher. A `GangError` says that a rank has failed.
     """
     with tempfile.TemporaryDirectory(prefix="gang-") as name:
         folder = Path(name)

@@ -122,15 +122,13 @@ def _write(out: Path, setup: Setup, found: ChaosRun, seed: int) -> int:
         f"{_GANGS} gangs of pp {_LAYOUT.pp} on {setup.nodes} simulated nodes; videos of {workload.chunks} chunks and "
         f"{workload.steps} steps, a checkpoint at every chunk; seed {seed}. {machine_line()}; one thread per rank."
     )
-    rows = fault_rows(found)
     return publish(
         out,
         "chaos",
         title="Failures of gangs",
         about=f"{about}\n\n{_NOTES}",
         verdicts=verdicts(found),
-        sections={"Failures": rows, "What it cost": facts(found)},
-        data=rows,
+        sections={"Failures": fault_rows(found), "What it cost": facts(found)},
     )
 
 

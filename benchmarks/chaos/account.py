@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.cluster import Outcome
-from benchmarks.common import Row, Verdict
+from benchmarks.common import Row, Verdict, bullets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,4 +253,4 @@ def facts(run: ChaosRun) -> str:
     lines += [*account.violations, *run.disturbed.problems, *(f"left: {pid} {name}" for pid, name in run.left.items())]
     lines += [f"other latents: {name}" for name in run.different]
     lines += [f"{name} failed: {why}" for name, why in run.disturbed.failed.items()]
-    return "\n".join(f"- {line}" for line in lines)
+    return bullets(lines)

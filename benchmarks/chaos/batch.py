@@ -16,7 +16,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,11 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.chaos.faults import MARK, Kind, marked, processes_of, survivors
-from benchmarks.common import Row, Verdict, machine_line, publish
+from benchmarks.common import Row, Verdict, bullets, machine_line, publish
+from benchmarks.service.client import PROGRAM
 from models.errors import InputError
 from parallel.health.exit_codes import BAD_INPUT, FAILED
 
-_PROGRAM = (sys.executable, "-m", "launch", "batch")
+_PROGRAM = (*PROGRAM, "batch")
 _PROMPTS = ("a red circle moving right", "a blue cross moving up", "a green square moving down")
 _CHUNKS, _BEGUN = 6, 2  # chunks of a video; files of chunks that are there when the harm is done
 DISK = 48
@@ -148,8 +148,7 @@ def run_batches(out: Path, kinds: Sequence[Kind], log: Callable[[str], None], pr
                 with small_disk(work) if kind is Kind.DISK else plain_folder(work) as place:
                     harms.append(_harm(kind, place, work, program, wanted, mark))
             except InputError as error:
-                skipped.append(f"- {kind} was skipped: {error}")
-    rows = [one.row for one in harms]
+                skipped.append(f"{kind} was skipped: {error}")
     return publish(
         out,
         "chaos_batch",
@@ -157,11 +156,10 @@ def run_batches(out: Path, kinds: Sequence[Kind], log: Callable[[str], None], pr
         about=f"{len(_PROMPTS)} videos of {_CHUNKS} chunks, pp 2, a checkpoint a chunk. {machine_line()}.\n\n{_NOTES}",
         verdicts=[one.verdict for one in harms],
         sections={
-            "Kinds": rows,
-            "Skipped": "\n".join(skipped),
-            "Left": "\n".join(f"- {one.kind}: {name}" for one in harms for name in one.left),
+            "Kinds": [one.row for one in harms],
+            "Skipped": bullets(skipped),
+            "Left": bullets(f"{one.kind}: {name}" for one in harms for name in one.left),
         },
-        data=rows,
     )
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.chaos.faults import Kind, marked, survivors
-from benchmarks.common import Row, Verdict, machine_line, publish
+from benchmarks.common import Row, Verdict, bullets, machine_line, publish
 from benchmarks.service.client import PROGRAM, PROMPT, Service, environment, frames_digest
 from models.errors import InputError
 
@@ -87,7 +87,6 @@ def run_kills(out: Path, kinds: Sequence[Kind], count: int, seed: int, log: Call
             kills = Kills(kind=kind, wanted=count if kind is Kind.GENERATE else max(1, count // 2))
             (_kill_generate if kind is Kind.GENERATE else _kill_service)(kills, folder, random.Random(seed), log)
             found.append(kills)
-    rows = [row for kills in found for row in kills.rows]
     videos = f"Videos of {_SECONDS} s and {_STEPS} steps, a checkpoint a chunk, one gang of pp 2 of a service"
     return publish(
         out,
@@ -95,8 +94,10 @@ def run_kills(out: Path, kinds: Sequence[Kind], count: int, seed: int, log: Call
         title="SIGKILL at random times",
         about=f"{videos}; seed {seed}. {machine_line()}.\n\n{_NOTES}",
         verdicts=[kills.verdict for kills in found],
-        sections={"Kills": rows, "Left": "\n".join(f"- {kills.kind}: {one}" for kills in found for one in kills.left)},
-        data=rows,
+        sections={
+            "Kills": [row for kills in found for row in kills.rows],
+            "Left": bullets(f"{kills.kind}: {one}" for kills in found for one in kills.left),
+        },
     )
 
 
@@ -144,8 +145,7 @@ def _kill_generate(kills: Kills, folder: Path, draw: random.Random, log: Callabl
 def _run(command: Sequence[str], most: float = math.inf) -> tuple[float, bool]:
     """Run a command, and kill it once it has computed for so many seconds, which do not depend on other programs.
 
-    Returns:
-        The seconds that it has computed, and whether it was killed.
+    Hands back the seconds that it has computed, and whether it was killed.
     """
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     seconds, deadline = 0.0, time.monotonic() + _PATIENCE

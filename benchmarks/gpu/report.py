@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from benchmarks.common import Cell, Row, commit, legend_below, machine_line, new_plot, save_figure, save_text, table
+from benchmarks import common
+from benchmarks.common import Cell, Row
 from benchmarks.gpu.bench import Part
 from benchmarks.gpu.results import Result, Results
 
@@ -21,10 +22,10 @@ def write_report(results: Results, parts: Sequence[Part], left_out: Sequence[str
     for name, (prefix, draw) in _PLOTS.items():
         path = results.folder / f"{name}.png"
         if (new.startswith(prefix) or not path.exists()) and (figure := draw(results, made)):
-            save_figure(path, figure)
+            common.save_figure(path, figure)
     key = ", ".join(f"{name} {value}" for name, value in results.key.items() if name != "torch")
-    where = f"{machine_line()}. Commit {commit()}, {key}. Weights are random."
-    lines = "\n".join(f"- {line}" for line in (*_headlines(results, made), *_missing(made, parts, left_out)))
+    where = f"{common.machine_line()}. Commit {common.commit()}, {key}. Weights are random."
+    lines = common.bullets((*_headlines(results, made), *_missing(made, parts, left_out)))
     pictures = "\n\n".join(f"![{name}]({name}.png)" for name in _PLOTS if (results.folder / f"{name}.png").exists())
     groups: dict[str, list[Part]] = {}
     for part in parts:
@@ -32,7 +33,7 @@ def write_report(results: Results, parts: Sequence[Part], left_out: Sequence[str
             groups.setdefault("video" if part.name.startswith("video-") else part.name, []).append(part)
     sections = [_section(results, name, group, made) for name, group in groups.items()]
     text = [f"# One GPU: {results.bench.preset}", where, lines, pictures, *sections]
-    save_text(results.folder / REPORT, "\n\n".join(part for part in text if part))
+    common.save_text(results.folder / REPORT, "\n\n".join(part for part in text if part))
 
 
 def _section(results: Results, heading: str, parts: Sequence[Part], made: Mapping[str, Result]) -> str:
@@ -41,7 +42,7 @@ def _section(results: Results, heading: str, parts: Sequence[Part], made: Mappin
     if peak and heading != "peaks":
         rows = [row | {"of the peak": f"{_rate(row) / peak:.0%}"} if "TFLOP/s" in row else row for row in rows]
     keys = {key: None for row in rows for key in row}
-    text = table([{key: row.get(key, "") for key in keys} for row in rows])
+    text = common.table([{key: row.get(key, "") for key in keys} for row in rows])
     notes = [f"{part.name}: {made[part.name].error}" for part in parts if made[part.name].error]
     about = f"{parts[0].about} ({sum(result.seconds for result in found):.0f} s)"
     return "\n\n".join(part for part in (f"## {heading}", about, *notes, text) if part)
@@ -91,7 +92,7 @@ def _passes(results: Results, made: Mapping[str, Result]) -> Figure | None:
     if not found:
         return None
     title = f"A pass of one chunk, with TFLOP/s and share of the peak: {', '.join(found)}"
-    figure, axes = new_plot(title, "keys, chunks", "ms")
+    figure, axes = common.new_plot(title, "keys, chunks", "ms")
     wide, peak = 0.8 / len(found), results.peak()
     for place, rows in enumerate(found.values()):
         at = [_number(row["keys, chunks"]) + (place - (len(found) - 1) / 2) * wide for row in rows]
@@ -104,7 +105,7 @@ def _passes(results: Results, made: Mapping[str, Result]) -> Figure | None:
             share = f"\n{_rate(row) / peak:.0%}" if peak else ""
             axes.text(x, y, f"{_rate(row):.3g}{share}", ha="center", va="bottom", fontsize=8)
     axes.margins(y=0.15)
-    legend_below(figure, axes, len(_KINDS))
+    common.legend_below(figure, axes, len(_KINDS))
     return figure
 
 
@@ -112,7 +113,7 @@ def _videos(_: Results, made: Mapping[str, Result]) -> Figure | None:
     rows = [row for row in _video_rows(made) if row["seconds a chunk"] is not None]
     if not rows:
         return None
-    figure, axes = new_plot("A chunk of a video, by preset of reuse", "", "seconds")
+    figure, axes = common.new_plot("A chunk of a video, by preset of reuse", "", "seconds")
     names = [str(row["cache"]) for row in rows]
     axes.bar(names, [_number(row["seconds a chunk"]) for row in rows], 0.6, color=_KINDS["attention"])
     for place, row in enumerate(rows):
@@ -125,13 +126,13 @@ def _memory(_: Results, made: Mapping[str, Result]) -> Figure | None:
     rows = _video_rows(made)
     if not rows:
         return None
-    figure, axes = new_plot("Memory of a video, by preset of reuse", "", "GB")
+    figure, axes = common.new_plot("Memory of a video, by preset of reuse", "", "GB")
     for offset, name, colour in ((-0.2, "peak GB", _KINDS["attention"]), (0.2, "estimate GB", _KINDS["other"])):
         at = [place + offset for place in range(len(rows))]
         bars = axes.bar(at, [_number(row[name]) for row in rows], 0.38, color=colour, label=name.removesuffix(" GB"))
         axes.bar_label(bars, fmt="%.3g", fontsize=9)
     axes.set_xticks(range(len(rows)), [str(row["cache"]) for row in rows])
-    legend_below(figure, axes, 2)
+    common.legend_below(figure, axes, 2)
     return figure
 
 

@@ -205,15 +205,13 @@ def _write(
         f"Thresholds that would do the paper's share of vanilla's operations: {thresholds}.",
         _NOTES,
     )
-    rows = setting_rows(trials, presets)
     return publish(
         out,
         "quality",
         title="What reuse and KV compression save, and what they spoil",
         about="\n\n".join(about),
         verdicts=verdicts(trials, slow.label, presets),
-        sections={"PSNR at equal computed fraction": curve_table(trials), "Settings": rows},
-        data=rows,
+        sections={"PSNR at equal computed fraction": curve_table(trials), "Settings": setting_rows(trials, presets)},
         figures={"pareto": pareto_figure(trials, title), "speed": speed_figure(trials, title)},
     )
 

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from torch import nn
 
-from benchmarks.common import Row, Verdict, in_fresh_processes, machine_line, median, publish
+from benchmarks.common import Row, Verdict, in_fresh_process, in_fresh_processes, machine_line, median, publish
 from benchmarks.pipeline import problems
 from benchmarks.runs import alone, make_alone, on_ranks, pipeline_here, reuse_for
 from benchmarks.simulate.clock import Machine, Outcome, plans_of, simulate
@@ -185,15 +185,13 @@ def check_stages(out: Path, *, quick: bool) -> int:
         compared, found = _compare(workloads, repeats, status.update)
     measured = found[0] if found else "as worked out"
     exact = Verdict("calls, bytes and flags of every rank, latents", measured, "as worked out", not found)
-    rows = [row for one in compared for row in one.rows]
     return publish(
         out,
         "check",
         title="Simulated against measured",
         about=f"pp {_LAYOUT.pp}, {plain.size}. {machine_line()}; one thread per rank.\n\n{_NOTES}",
         verdicts=[*(one.verdict for one in compared), exact],
-        sections={"Where the time goes": rows},
-        data=rows,
+        sections={"Where the time goes": [row for one in compared for row in one.rows]},
     )
 
 
@@ -204,7 +202,7 @@ def _compare(
     compared, found = [Compared(workload=one) for one in workloads], list[str]()
     for repeat in range(repeats):
         log(f"repeat {repeat + 1} of {repeats}")
-        (quiet,) = in_fresh_processes(1, timings, workloads, split)
+        quiet = in_fresh_process(timings, workloads, split)
         both = in_fresh_processes(_LAYOUT.pp, timings, workloads, split)
         busy = [mean_timing(same) for same in zip(*both, strict=True)]
         gang, single = on_ranks(_LAYOUT, workloads, pings=_PINGS), alone(workloads)

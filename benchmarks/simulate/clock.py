@@ -327,8 +327,7 @@ class _Leader:
 def simulate(videos: Sequence[VideoPlan], machine: Machine) -> Outcome:
     """Make videos, which are all known and begun at the start.
 
-    Raises:
-        ValueError: a pass has times for another number of stages than the machine has.
+    A `ValueError` says that a pass has times for another number of stages than the machine has.
     """
     for plan in videos:
         for count in {len(plan.cost(work)) for work in plan.work}:

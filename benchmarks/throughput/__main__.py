@@ -25,7 +25,7 @@ import typer
 from pydantic import ValidationError
 
 from benchmarks import common
-from benchmarks.common import Out, Row
+from benchmarks.common import Out
 from benchmarks.throughput.measure import CASE, CASES, RUN, RUNS, Case, Run
 from benchmarks.throughput.report import drift, memory_row, minute_rows, name, over_the_length, speed_row, verdicts
 from benchmarks.workload import POCKET
@@ -107,8 +107,6 @@ def run(
         case.plans()  # what cannot be made is said before anything is
     common.output_folder(out)
     runs = [_made(case, out) for case in wanted]
-    rows = [speed_row(one, runs[0]) for one in runs]
-    minute_table: list[Row] = [row for one in runs for row in minute_rows(one)]
     return common.publish(
         out,
         "throughput",
@@ -117,12 +115,11 @@ def run(
         f"`python -m benchmarks.throughput {' '.join(sys.argv[1:])}`\n\n{_NOTES}",
         verdicts=[verdict for one in runs for verdict in verdicts(one)],
         sections={
-            "Speed": rows,
+            "Speed": [speed_row(one, runs[0]) for one in runs],
             "Memory": [memory_row(one) for one in runs],
             "Drift": [drift(one) for one in runs],
-            "Minutes": minute_table,
+            "Minutes": [row for one in runs for row in minute_rows(one)],
         },
-        data=rows,
         figures={"throughput": over_the_length(runs)},
     )
 
