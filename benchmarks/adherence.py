@@ -133,22 +133,22 @@ def adherence(frames: Tensor, scene: Scene, *, chunk_frames: int = 24, tile_fram
     )
 
 
-def _points(seen: Track, first: int, end: int, *, least: float) -> tuple[Tensor, Tensor] | None:
-    """Times and centres of the frames first .. end-1 that show an object; None if fewer than the share `least` do."""
+def _points(seen: Track, first: int, end: int) -> tuple[Tensor, Tensor] | None:
+    """Times and centres of the frames first .. end-1 that show an object; None if fewer than half of them do."""
     times = first + seen.found[first:end].nonzero()[:, 0]
-    if len(times) < max(2, math.ceil(least * (end - first))):
+    if len(times) < max(2, math.ceil(_LEAST * (end - first))):
         return None
     return times.float(), seen.centre[times]
 
 
 def _motion(seen: Track, first: int, end: int) -> str | None:
-    points = _points(seen, first, end, least=_LEAST)
+    points = _points(seen, first, end)
     return direction(fit_line(*points).velocity) if points else None
 
 
 def _whole_motion(seen: Track) -> tuple[Tensor, float]:
     """Velocity [2] over the whole video, and the largest distance from its line."""
-    points = _points(seen, 0, len(seen.found), least=_LEAST)
+    points = _points(seen, 0, len(seen.found))
     if points is None:
         return torch.full((2,), torch.nan), math.inf
     times, centres = points
@@ -166,8 +166,8 @@ def _paced(seen: Track, scene: Scene) -> float:
 
 
 def _boundary_error(seen: Track, boundary: int, chunk_frames: int) -> float:
-    before = _points(seen, boundary - chunk_frames, boundary, least=_LEAST)
-    after = _points(seen, boundary, min(boundary + AFTER, len(seen.found)), least=_LEAST)
+    before = _points(seen, boundary - chunk_frames, boundary)
+    after = _points(seen, boundary, min(boundary + AFTER, len(seen.found)))
     if before is None or after is None:
         return math.inf
     times, centres = after

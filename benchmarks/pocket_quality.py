@@ -90,11 +90,7 @@ def make_videos(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[s
 def measure(videos: Iterable[tuple[str, Tensor, float]], count: int, what: str = "videos") -> list[Strip]:
     """Measure videos as they come; only the frames that the sheet shows stay in memory."""
     return [
-        Strip(
-            frames=frames[sampled_frames(len(frames))],
-            measured=adherence(frames, scene_of(prompt)),
-            seconds=seconds,
-        )
+        Strip(frames=frames[sampled_frames(len(frames))], measured=adherence(frames, scene_of(prompt)), seconds=seconds)
         for prompt, frames, seconds in common.progress(videos, what, count)
     ]
 

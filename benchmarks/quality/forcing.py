@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.common import Cell, Row, Verdict
+from benchmarks.common import Row, Verdict
 from engine.engine import Engine
 from engine.executor import LocalRunner
 from engine.record import Recorder
@@ -291,9 +291,9 @@ def report(
 
 
 def _row(one: Made, reused_of: Made, window: Made, groups: Made) -> Row:
-    baseline, cells = one if one.computed == 1 else reused_of, dict[str, Cell]()
+    baseline = one if one.computed == 1 else reused_of
     least, most = one.shares.min(), one.shares.max()
-    cells |= {
+    return {
         "what": one.way.what,
         "threshold": one.way.reuse.threshold,
         "passes": one.passes,
@@ -307,4 +307,3 @@ def _row(one: Made, reused_of: Made, window: Made, groups: Made) -> Row:
         "PSNR to groups": psnr(one.latents, groups.latents),
         "seconds": one.seconds,
     }
-    return cells

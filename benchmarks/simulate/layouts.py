@@ -182,12 +182,7 @@ class Cluster:
 
     def _flops(self, chunks: float) -> int:
         """Of a pass that attends to so many chunks."""
-        return pass_flops(
-            self.config.model_config,
-            tokens=self.tokens,
-            keys=round(chunks * self.tokens),
-            text=_TEXT,
-        )
+        return pass_flops(self.config.model_config, tokens=self.tokens, keys=round(chunks * self.tokens), text=_TEXT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,7 +236,7 @@ class Reuse:
         """Computed chunk-steps, as a share of all."""
         if not self.flags:
             return 1.0
-        return float(np.mean([(one == 0).sum() / (one < 255).sum() for one in self.flags]))
+        return float(np.mean([(one == 0).sum() / (one != NOT_ACTIVE).sum() for one in self.flags]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

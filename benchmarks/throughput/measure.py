@@ -5,11 +5,12 @@ the program of one process, of the leader that starts its ranks, and of each ran
 """
 
 import gc
+import math
 import os
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Literal
 
@@ -82,10 +83,7 @@ class Case:
 
     def plans(self) -> list[Plan]:
         """Plans of the videos; an `InputError` says what cannot be used."""
-        names = ("model", "weights", "chunks", "height", "width", "steps", "seed", "cache", "clean_pass", "copy_pass")
-        given = {
-            name: value for name in (*names, "kv_budget", "pp", "cp") if (value := getattr(self, name)) is not None
-        }
+        given = {name: value for name, value in asdict(self).items() if value is not None and name != "videos"}
         given |= {"concurrency": self.videos, "launcher": "ray" if self.launcher == "ray" else "local"}
         options = from_values(Options, **given, prompts=[PROMPT] * self.videos)
         return plan_requests(options, [Path()] * self.videos)
@@ -112,10 +110,10 @@ class Minute:
     minute: int  # from 1
     sharpness: float  # mean absolute difference of neighbouring pixels, of 255
     spread: float  # standard deviation of the latents, the mean of its chunks
-    colour: float  # magi-pocket: share of chunks whose colour is the prompt's; NaN for other models
-    direction: float  # likewise its motion
-    shape: float  # mean overlap with the prompt's shape
-    position: float  # pixels, mean error after a chunk boundary; infinite where no object is seen
+    colour: float = math.nan  # magi-pocket: share of chunks whose colour is the prompt's; NaN for other models
+    direction: float = math.nan  # likewise its motion
+    shape: float = math.nan  # mean overlap with the prompt's shape
+    position: float = math.nan  # pixels, mean error after a chunk boundary; infinite where no object is seen
 
 
 @dataclass(frozen=True, kw_only=True, config=_FIGURES)
@@ -156,7 +154,7 @@ class Run:
         for video in self.chunk_seconds:
             gaps = np.diff(video)[: max(1, len(video) - 4)]  # at the end the window empties
             found += list(gaps[int(first * len(gaps)) : max(1, int(last * len(gaps)))])
-        return float(np.median(found)) if found else float("nan")
+        return float(np.median(found)) if found else math.nan
 
     def probe(self, first: float, last: float) -> float:
         """Median seconds of the probe over a part of the length."""
@@ -273,17 +271,8 @@ class _Watch:
 def _minute(number: int, chunks: NDArray[np.uint8], spread: float, pocket: bool) -> Minute:
     """Measure some chunks, uint8 [N, F, height, width, 3], with latents of a standard deviation."""
     sharp = float(np.mean([np.abs(np.diff(chunk[::6].astype(np.int16), axis=2)).mean() for chunk in chunks]))
-    nothing = float("nan")
     if not pocket:
-        return Minute(
-            minute=number,
-            sharpness=sharp,
-            spread=spread,
-            colour=nothing,
-            direction=nothing,
-            shape=nothing,
-            position=nothing,
-        )
+        return Minute(minute=number, sharpness=sharp, spread=spread)
     scene, whole = scene_of(PROMPT), torch.from_numpy(np.concatenate(chunks))
     each = [adherence(torch.from_numpy(np.array(chunk)), scene) for chunk in chunks]
     errors = adherence(whole, scene).boundary_errors
@@ -294,7 +283,7 @@ def _minute(number: int, chunks: NDArray[np.uint8], spread: float, pocket: bool)
         colour=float(np.mean([one.colour_right for one in each])),
         direction=float(np.mean([one.motion_right for one in each])),
         shape=float(np.mean([one.overlap for one in each])),
-        position=float(np.mean(errors)) if errors else nothing,
+        position=float(np.mean(errors)) if errors else math.nan,
     )
 
 
