@@ -25,16 +25,16 @@ from engine.reuse.policy import ChunkPolicy, Decision, Observation
 from engine.schedule import Schedule, Timetable
 from models.errors import InputError
 from models.magi.config import MagiConfig
-from models.magi.dit import MagiDiT
+from models.magi.family import MagiFamily
 from models.magi.sampling import MagiSampling
+from models.magi.weights import stage_bytes
 from models.protocols import Pass, Sampling
 from parallel.comm.ulysses import local_heads
 from parallel.mesh import Layout
-from parallel.split import stage_sizes
+from parallel.split import stage_layers, stage_sizes
 
 _WIDTH = 2  # bytes of bf16
 _TEXT = 100  # caption tokens that count
-_VAE_BYTES = 2 * 613_755_239
 _SEEDS = 4  # different videos; more of them are the same again
 _JITTER, _HALVINGS = 0.2, 40
 _WARMUP = 5  # first steps of a chunk that are computed
@@ -142,15 +142,11 @@ class Cluster:
     def held(self, layout: Layout) -> tuple[int, int]:
         """Bytes of weights and of one video's KV on the fullest rank; what layers work with comes on top.
 
-        The leader has the autoencoder as well. What is neither that nor a layer is counted on every stage, of which it
-        is 80 MB. The bookkeeping of compression is left out.
+        The leader has the autoencoder as well. The bookkeeping of compression is left out.
         """
         model, run, sizes = self.config.model_config, self.config.runtime_config, stage_sizes(self.config, layout.pp)
-        weights, start = [], 0
-        for size in sizes:
-            held = sum(self._weights[layer] for layer in range(start, start + size)) + self._weights[None]
-            weights.append(held + (0 if start else _VAE_BYTES))
-            start += size
+        weights = [stage_bytes(self.config, stage_layers(sizes, stage)) for stage in range(layout.pp)]
+        weights[0] += MagiFamily().vae_bytes(self.config, None)
         schedule = Schedule(
             first=0, chunks=self.budget + run.window_size, num_steps=run.num_steps, window=run.window_size
         )
@@ -162,19 +158,6 @@ class Cluster:
     def petaflops(self, plan: VideoPlan) -> float:
         """Operations of a video in 10^15, from the time that its passes take on one GPU."""
         return plan.total * self.mfu * self.peak / 1e15
-
-    @cached_property
-    def _weights(self) -> dict[int | None, int]:
-        """Bytes of each layer, and of all else: layers in the model's dtype, or as fp8, and embedders in fp32."""
-        with torch.device("meta"):
-            dit = MagiDiT(self.config.model_config, fp8=self.config.engine_config.fp8_quant)
-        found: dict[int | None, int] = {None: 0}
-        for name, parameter in dit.named_parameters():
-            parts = name.split(".")
-            layer = int(parts[2]) if parts[:2] == ["videodit_blocks", "layers"] else None
-            width = min(_WIDTH if parts[0] == "videodit_blocks" else 4, parameter.element_size())
-            found[layer] = found.get(layer, 0) + width * parameter.numel()
-        return found
 
     @property
     def _reached(self) -> float:
@@ -282,22 +265,20 @@ def sampled_reuse(study: Study, fraction: float) -> Reuse:
 def reuse_of_record(study: Study, folder: Path) -> Reuse:
     """The reuse of a recorded run; an `InputError` if there is none, or its steps or its window are others."""
     record = RunRecord.load(folder)
-    flags = recorded_flags(record.flags, study.schedule, record.schedule)
+    flags = recorded_flags(record.decisions, study.schedule, record.schedule)
     return Reuse(name=f"record {folder.name}", flags=(flags,))
 
 
-def recorded_flags(flags: np.ndarray, schedule: Schedule, recorded: Schedule | Timetable) -> np.ndarray:
-    """Flags of a record, repeated or cut to another number of chunks; chunk by chunk and step by step."""
+def recorded_flags(decisions: np.ndarray, schedule: Schedule, recorded: Schedule | Timetable) -> np.ndarray:
+    """Flags from decisions [chunks, steps] of a record, which are repeated or cut to another number of chunks."""
     if (recorded.num_steps, recorded.window) != (schedule.num_steps, schedule.window):
         has = f"the record has {recorded.num_steps} steps in a window of {recorded.window}"
         wanted = f"{schedule.num_steps} in {schedule.window}"
         raise InputError(f"{has}, not {wanted}: give --steps {recorded.num_steps}")
     made = np.full((schedule.ticks, schedule.chunks), NOT_ACTIVE, dtype=np.uint8)
-    count = recorded.chunks - recorded.first
     for tick in schedule:
         for chunk, step in tick.active:
-            source = recorded.first + (chunk - schedule.first) % count
-            made[tick.index, chunk] = flags[recorded.tick_of(source, step), source]
+            made[tick.index, chunk] = decisions[(chunk - schedule.first) % len(decisions), step]
     return made
 
 

@@ -91,17 +91,13 @@ def test_a_share_below_the_warm_up_cannot_be_had():
 def test_a_record_is_stretched_over_more_chunks():
     short = Schedule(first=1, chunks=3, num_steps=4, window=2)
     long = Schedule(first=0, chunks=5, num_steps=4, window=2)
-    flags = np.full((short.ticks, short.chunks), NOT_ACTIVE, dtype=np.uint8)
-    pattern = {1: [0, 1, 0, 2], 2: [0, 0, 1, 1]}
-    for chunk, steps in pattern.items():
-        for step, flag in enumerate(steps):
-            flags[short.tick_of(chunk, step), chunk] = flag
-    made = recorded_flags(flags, long, short)
+    decisions = np.array([[0, 1, 0, 2], [0, 0, 1, 1]], dtype=np.uint8)
+    made = recorded_flags(decisions, long, short)
     for chunk in range(5):
         own = [int(made[long.tick_of(chunk, step), chunk]) for step in range(4)]
-        assert own == pattern[1 + chunk % 2]
+        assert own == list(decisions[chunk % 2])
     with pytest.raises(InputError, match="give --steps 4"):
-        recorded_flags(flags, Schedule(first=0, chunks=5, num_steps=8, window=2), short)
+        recorded_flags(decisions, Schedule(first=0, chunks=5, num_steps=8, window=2), short)
 
 
 def test_flags_of_another_video_are_refused():
