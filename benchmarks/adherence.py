@@ -37,6 +37,7 @@ from models.errors import InputError
 from models.pocket.clips import RADIUS, SIDE, Objects, render
 from models.pocket.words import COLOURS, MOTIONS, RESTS, SHAPES, SPEEDS, Scene, parse_prompt
 
+CHUNK, TILE = 24, 12  # frames that are made as one chunk, and that the autoencoder decodes at a time
 AFTER = 4  # frames after a boundary that are compared with the extended line
 _LEAST = 0.5  # share of the frames that must show an object before a line is fitted
 _WHOLE_OVERLAP, _WHOLE_STRAY = 0.8, 0.05
@@ -101,15 +102,12 @@ def scene_of(prompt: str) -> Scene:
     return scene
 
 
-def adherence(frames: Tensor, scene: Scene, *, chunk_frames: int = 24, tile_frames: int = 12) -> Adherence:
-    """Measure a video, uint8 [F, SIDE, SIDE, 3] with F at least 2, against its prompt.
-
-    `tile_frames` is how many frames the autoencoder decodes at a time. A ValueError says that the shape is another.
-    """
+def adherence(frames: Tensor, scene: Scene) -> Adherence:
+    """Measure a video, uint8 [F, SIDE, SIDE, 3] with F at least 2, against its prompt; a ValueError if it is another."""
     seen = track(frames)
     count = len(frames)
-    boundaries = range(chunk_frames, count, chunk_frames)
-    motions = tuple(_motion(seen, first, min(first + chunk_frames, count)) for first in range(0, count, chunk_frames))
+    boundaries = range(CHUNK, count, CHUNK)
+    motions = tuple(_motion(seen, first, min(first + CHUNK, count)) for first in range(0, count, CHUNK))
     velocity, deviation = _whole_motion(seen)
     overlaps = shape_overlap(seen)
     best = int(overlaps.argmax()) if seen.found.any() else None
@@ -121,15 +119,15 @@ def adherence(frames: Tensor, scene: Scene, *, chunk_frames: int = 24, tile_fram
         motion=None if velocity.isnan().any() else direction(velocity),
         velocity=(velocity[0].item(), velocity[1].item()),
         chunk_motions=motions,
-        boundary_errors=tuple(_boundary_error(seen, boundary, chunk_frames) for boundary in boundaries),
+        boundary_errors=tuple(_boundary_error(seen, boundary) for boundary in boundaries),
         paced=_paced(seen, scene),
         deviation=deviation,
         shape=shape,
         overlap=overlaps[SHAPES.index(scene.shape)].item(),
         stray=stray_share(seen, shape or scene.shape),
         found=seen.found.float().mean().item(),
-        chunk_seam=_seam(frames, boundaries, tile_frames),
-        tile_seam=_seam(frames, set(range(tile_frames, count, tile_frames)) - set(boundaries), tile_frames),
+        chunk_seam=_seam(frames, boundaries),
+        tile_seam=_seam(frames, set(range(TILE, count, TILE)) - set(boundaries)),
     )
 
 
@@ -165,8 +163,8 @@ def _paced(seen: Track, scene: Scene) -> float:
     return (off <= _PACE * (speed or 1)).float().mean().item()
 
 
-def _boundary_error(seen: Track, boundary: int, chunk_frames: int) -> float:
-    before = _points(seen, boundary - chunk_frames, boundary)
+def _boundary_error(seen: Track, boundary: int) -> float:
+    before = _points(seen, boundary - CHUNK, boundary)
     after = _points(seen, boundary, min(boundary + AFTER, len(seen.found)))
     if before is None or after is None:
         return math.inf
@@ -174,12 +172,12 @@ def _boundary_error(seen: Track, boundary: int, chunk_frames: int) -> float:
     return wrap(centres - fit_line(*before).at(times)).norm(dim=1).mean().item()
 
 
-def _seam(frames: Tensor, boundaries: Collection[int], tile_frames: int) -> float:
+def _seam(frames: Tensor, boundaries: Collection[int]) -> float:
     """Mean absolute change into the frames `boundaries`, over that into other frames; nan without boundaries."""
     if not boundaries:
         return math.nan
     change = frames.float().diff(dim=0).abs().mean((1, 2, 3))  # [F - 1], into frame i + 1
-    inside = [i for i in range(len(change)) if (i + 1) % tile_frames]
+    inside = [i for i in range(len(change)) if (i + 1) % TILE]
     at = change[[boundary - 1 for boundary in boundaries]].mean().item()
     return (at + _GREY_LEVEL) / (change[inside].mean().item() + _GREY_LEVEL)
 

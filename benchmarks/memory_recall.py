@@ -37,7 +37,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.adherence import chroma, coverage, hues
+from benchmarks.adherence import CHUNK, chroma, coverage, hues
 from benchmarks.common import Out, Row, Verdict
 from engine.engine import Engine
 from engine.kv.layout import KVSettings
@@ -56,7 +56,6 @@ from models.pocket.words import COLOURS, PANS, Panorama
 
 BUDGETS = (1, 2, 4)
 SHOWN = (1, 2, 5)  # turns after which recall is in the tables
-_CHUNK = 24  # frames
 _NEAR, _OVERLAP = 4.0, 0.6  # pixels and overlap of outlines within which a landmark is the same
 _THIN = 3  # coloured pixels of a column that belongs to a landmark, at least
 _LEAST = 60  # coloured pixels of a landmark, at least; a whole one has about 400
@@ -147,7 +146,7 @@ def make(
     settle_heap()  # as the command line does
     torch.set_num_threads(1)
     pipeline = load_pipeline(pocket_config(), weights, Loading())
-    chunks = math.ceil(((turns + 1) * WORLD + SIDE) / _CHUNK)  # the last landmark is seen to its end
+    chunks = math.ceil(((turns + 1) * WORLD + SIDE) / CHUNK)  # the last landmark is seen to its end
     prompt = Panorama(motion=PANS[seed % len(PANS)]).prompt
     request = Request(prompt=prompt, chunks=chunks, height=SIDE, width=SIDE, num_steps=steps, seed=seed)
     made, reuse = list[Made](), reuse_preset(cache, POCKET_FIGURES)

@@ -21,16 +21,16 @@ import typer
 from torch import Tensor
 
 from benchmarks import common
+from benchmarks.adherence import CHUNK, TILE
 from benchmarks.common import Out, Row, Verdict
 from models.checkpoint import Loading
 from models.magi.pipeline import load_pipeline
 from models.pocket.clips import Panoramas, Shapes, draw_panoramas, draw_shapes
 from models.pocket.preset import pocket_config
 from models.pocket.words import PACES, RESTS
-from models.protocols import Autoencoder
+from models.protocols import CELL_FRAMES, Autoencoder
 
 _DECIBEL, _INSIDE, _BORDER = 34.0, 0.2, 1.2  # what the project holds itself to
-_CELL, _TILE, _CHUNK = 4, 12, 24  # frames that are decoded as one latent, as one tile, and made as one chunk
 
 
 def run(
@@ -66,7 +66,7 @@ def kinds(count: int, seed: int) -> Iterator[tuple[str, Shapes | Panoramas]]:
 
 def row(name: str, drawn: Shapes | Panoramas, autoencoder: Autoencoder, chunks: int) -> Row:
     """What one kind of clip comes to."""
-    pixels = (drawn.frames(chunks * _CHUNK) + 1) * 127.5
+    pixels = (drawn.frames(chunks * CHUNK) + 1) * 127.5
     true = pixels.round().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
     return {"clips": name} | figures(true, torch.stack([_coded(autoencoder, clip, chunks) for clip in true]))
 
@@ -90,7 +90,7 @@ def _changes(video: Tensor) -> dict[str, float]:
     change = video.float().diff(dim=1).abs().mean((0, 2, 3, 4))
     places: dict[str, list[float]] = {}
     for frame, value in enumerate(change.tolist(), 1):
-        sizes = {"new chunk": _CHUNK, "new tile": _TILE, "new latent frame": _CELL}
+        sizes = {"new chunk": CHUNK, "new tile": TILE, "new latent frame": CELL_FRAMES}
         place = next((name for name, size in sizes.items() if not frame % size), "inside")
         places.setdefault(place, []).append(value)
     return {place: statistics.fmean(values) for place, values in places.items()}

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.adherence import Adherence, adherence, scene_of
+from benchmarks.adherence import CHUNK, Adherence, adherence, scene_of
 from benchmarks.common import Out, Row, Verdict, median
 from benchmarks.workload import MOST_PROMPTS, pocket_requests
 from engine.engine import Engine
@@ -39,7 +39,6 @@ from models.pocket.words import COLOURS, MOTIONS, SHAPES
 # What the project holds itself to.
 _COLOUR, _DIRECTION, _SHAPE, _WHOLE, _PACED, _PIXELS, _SEAM = 0.98, 0.98, 0.9, 0.85, 0.8, 2.0, 1.3
 _DIRECTION_COMPRESSED = 0.95
-_CHUNK = 24  # frames
 _TITLE = "magi-pocket: do videos show what their prompts say?"
 _CAPTION, _HEADER, _GAP = 225, 34, 4  # pixels of the contact sheet: left of a row, above all, around a frame
 _RIGHT, _WRONG = "#222222", "#c00000"
@@ -193,7 +192,7 @@ def video_row(one: Adherence) -> Row:
 
 def sampled_frames(count: int) -> list[int]:
     """Frames to show of a video of `count`: first, middle and last of every chunk."""
-    return [frame for frame in range(count) if frame % _CHUNK in (0, _CHUNK // 2, _CHUNK - 1)]
+    return [frame for frame in range(count) if frame % CHUNK in (0, CHUNK // 2, CHUNK - 1)]
 
 
 def contact_sheet(strips: Sequence[Strip], title: str) -> Figure:
@@ -208,9 +207,9 @@ def contact_sheet(strips: Sequence[Strip], title: str) -> Figure:
     axes.imshow(canvas.numpy(), interpolation="nearest", aspect="auto")
     axes.set(xlim=(-_CAPTION, canvas.shape[1]), ylim=(canvas.shape[0], -_HEADER))
     axes.text(8 - _CAPTION, 5 - _HEADER, title, fontsize=9, fontweight="bold", va="top")
-    for place, frame in enumerate(sampled_frames(_CHUNK * count)[:count]):
+    for place, frame in enumerate(sampled_frames(CHUNK * count)[:count]):
         axes.text((place + 0.5) * width, -3, str(frame), fontsize=7.5, ha="center", va="bottom", color="#555555")
-        if place and frame % _CHUNK == 0:
+        if place and frame % CHUNK == 0:
             axes.vlines(place * width, 0, canvas.shape[0], color="#222222", linewidth=1.5)
     for row, strip in enumerate(strips):
         text, right = _caption(strip.measured)

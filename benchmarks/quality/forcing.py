@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.common import Row, Verdict
+from benchmarks.quality.trial import latent_error
 from engine.engine import Engine
 from engine.executor import LocalRunner
 from engine.record import Recorder
@@ -208,7 +209,7 @@ def given_rows(studio: Studio, groups: Made) -> list[Row]:
     exact = studio.make(way, given).latents
     for share in _ERRORS:
         latents = studio.make(way, given + share * noise).latents
-        off = ((latents - exact).norm() / exact.norm()).item()
+        off = latent_error(latents, exact)
         rows.append({"given latents off by": f"{share:.0%}", "next ones off by": off, "PSNR": psnr(latents, exact)})
     return rows
 
