@@ -103,7 +103,7 @@ def scene_of(prompt: str) -> Scene:
 
 
 def adherence(frames: Tensor, scene: Scene) -> Adherence:
-    """Measure a video, uint8 [F, SIDE, SIDE, 3] with F at least 2, against its prompt; a ValueError if it is another."""
+    """Measure a video, uint8 [F >= 2, SIDE, SIDE, 3], against its prompt; a ValueError if its shape is another."""
     seen = track(frames)
     count = len(frames)
     boundaries = range(CHUNK, count, CHUNK)

@@ -52,7 +52,6 @@ class CountingRunner(LocalRunner):
         self._captions.pop(video, None)
 
     def begin(self, work: Work) -> None:
-        """Run an item and count it."""
         super().begin(work)
         item, layout = work.item, self.kv(work.item.request).layout  # as the item has left it, which is as it read it
         tokens = keys = layout.chunk_tokens

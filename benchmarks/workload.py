@@ -74,11 +74,9 @@ class _NoFrames:
     """Stands where an autoencoder is when latents alone are wanted."""
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Raise an `InputError`."""
         raise InputError("this benchmark makes videos from prompts alone")
 
     def stream(self) -> Callable[[Tensor], Tensor]:
-        """As `Autoencoder.stream`."""
         return self.decode
 
     def decode(self, latents: Tensor) -> Tensor:

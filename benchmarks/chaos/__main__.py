@@ -133,7 +133,6 @@ def _write(out: Path, setup: Setup, found: ChaosRun, seed: int) -> int:
 
 
 def _disturb(setup: Setup, log: Callable[[str], None]) -> ChaosRun:
-    """Do all of it."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as name, marked() as mark:
         runner = _Runner(setup, Path(name), log)
         found = runner.found
@@ -176,7 +175,6 @@ class _Runner:
         """Of all ranks that were ever seen."""
 
     def run(self, nodes: Nodes) -> None:
-        """Do it."""
         setup, account = self._setup, self.found.account
 
         def count(entry: dict[str, object]) -> None:

@@ -174,7 +174,6 @@ class _Videos:
         self.streams: dict[str, Future[bytes]] = {}
 
     def add(self, count: int) -> None:
-        """Queue some more."""
         for _ in range(count):
             size, seed = {"seconds": _SECONDS, "num_inference_steps": _STEPS}, len(self.names)
             self.names.append(self._service.create(**size, seed=seed, priority=seed % 2))

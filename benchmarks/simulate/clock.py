@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
 import numpy as np
@@ -29,8 +29,7 @@ from models.errors import InputError
 from models.protocols import Pass, Sampling
 
 Seconds = Callable[[Pass, int | None], tuple[float, ...]]
-"""What a pass takes on each stage; with the chunk's own step, or None for a pass over a finished chunk. It may depend
-on the pass by its name alone."""
+"""What a pass takes on each stage; with the chunk's own step, or None for a pass over a finished chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,33 +46,22 @@ class VideoPlan:
     clean: Mapping[int, tuple[Work, ...]]  # by tick: passes that renew the KV of the chunk that retires
     decided: Mapping[tuple[int, int], tuple[Observation, Decision]]  # by (tick, chunk)
     steps: Mapping[tuple[int, int], tuple[Work, ...]]  # by (tick, chunk): passes of a step; none if it is reused
-    _known: dict[tuple[str, int | None], tuple[float, ...]] = field(default_factory=dict)
 
     def cost(self, work: Work) -> tuple[float, ...]:
         """Seconds of a pass on each stage."""
-        key = work.item.what.name, work.item.step
-        if key not in self._known:
-            self._known[key] = self.seconds(work.item.what, work.item.step)
-        return self._known[key]
-
-    def timed(self, seconds: Seconds) -> VideoPlan:
-        """The same work with other times."""
-        return replace(self, seconds=seconds, _known={})
+        return self.seconds(work.item.what, work.item.step)
 
     def prefix_work(self) -> list[Work]:
         """Passes over chunks that are given: there are none."""
         return []
 
     def begin(self, tick: Tick) -> list[Work]:
-        """The clean passes of a tick."""
         return list(self.clean[tick.index])
 
     def decide(self, tick: Tick, chunks: Sequence[int]) -> list[tuple[Observation, Decision]]:
-        """What was decided for some of a tick's chunks."""
         return [self.decided[tick.index, chunk] for chunk in chunks]
 
     def open(self, tick: Tick, chunk: int, step: int, decision: Decision) -> list[Work]:
-        """The passes of a step, of which all are run."""
         return list(self.steps[tick.index, chunk])
 
     def close(self, chunk: int, step: int, passes: Sequence[Pass], velocities: Sequence[torch.Tensor]) -> None:
@@ -115,7 +103,6 @@ class _FlagPolicy(Policy):
         self._flags = flags
 
     def decide(self, observations: Sequence[Observation]) -> list[Decision]:
-        """What stands in the flags."""
         if self._flags is None:
             return [Decision.COMPUTE] * len(observations)
         return [Decision(int(self._flags[one.tick, one.chunk])) for one in observations]
@@ -284,7 +271,6 @@ class _Leader:
         self._returning: deque[tuple[float, int, Work]] = deque()
 
     def run(self) -> None:
-        """Make all videos."""
         while self._running:
             while self._returning and self._returning[0][0] <= self.now:
                 self._take()

@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +104,7 @@ class Cluster:
         exchange = [size * self.exchange_seconds(layout.cp) for size in sizes]
         fan = (layout.cp - 1) / layout.cp * self.hidden_bytes / self._reached  # to and from cp_rank 0 of a stage
 
+        @cache
         def seconds(what: Pass, step: int | None) -> tuple[float, ...]:
             whole = self.whole_pass(what, clean=step is None) / self.cp_speed(layout.cp)
             spent = [whole * part + extra for part, extra in zip(share, exchange, strict=True)]
@@ -323,7 +324,8 @@ def run_study(study: Study, reuses: Sequence[Reuse]) -> list[Run]:
     for reuse in reuses:
         alone = [study.plan(flags, Layout()) for flags in reuse.flags or (None,)]
         for layout in study.layouts:
-            plans = [plan.timed(study.cluster.seconds(layout)) for plan in alone]
+            seconds = study.cluster.seconds(layout)
+            plans = [replace(plan, seconds=seconds) for plan in alone]
             runs += [_run(study, reuse.name, layout, alone, plans, videos) for videos in study.concurrency]
     return runs
 
