@@ -49,10 +49,7 @@ def test_kinds_are_names():
 
 def test_bad_input_is_one_line(tmp_path, capsys):
     cases = (
-        (
-            ["--kinds", "rack"],
-            "choose from rank, gang, node, driver, part, checkpoint, disk, gcs, generate, service,",
-        ),
+        (["--kinds", "rack"], "choose from rank, gang, node, driver, part, checkpoint, disk, gcs, generate, service,"),
         (["--failures", "0"], "failures"),
     )
     for arguments, said in cases:

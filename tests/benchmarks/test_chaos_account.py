@@ -133,12 +133,7 @@ def test_a_fault_is_matched_with_the_next_loss_of_each_gang_that_it_hit():
         for gang, seconds in (("gang-0", 2.0), ("gang-1", 3.0), ("gang-0", 9.0))
     ]
     faults = [fault(seconds=1.0), fault(seconds=1.5), fault(seconds=2.5, gangs=("gang-0", "gang-1"))]
-    assert matched([*faults, fault(seconds=10.0)], losses) == [
-        [losses[0]],
-        [losses[0]],
-        [losses[2], losses[1]],
-        [],
-    ]
+    assert matched([*faults, fault(seconds=10.0)], losses) == [[losses[0]], [losses[0]], [losses[2], losses[1]], []]
 
 
 def chaos(story=None, **changes):

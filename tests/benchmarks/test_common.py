@@ -6,15 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.common import (
-    Verdict,
-    nearest,
-    output_folder,
-    publish,
-    save_text,
-    search,
-    table,
-)
+from benchmarks.common import Verdict, nearest, output_folder, publish, save_text, search, table
 from models.errors import InputError
 
 

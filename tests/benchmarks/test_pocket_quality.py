@@ -296,18 +296,7 @@ def test_videos_of_two_runs_share_no_noise():
 
 
 def test_videos_of_an_untrained_model_are_made_and_fail(tmp_path, untrained_weights):
-    options = [
-        "--prompts",
-        "2",
-        "--chunks",
-        "2",
-        "--seed",
-        "7",
-        "--kv-budget",
-        "1",
-        "--weights",
-        str(untrained_weights),
-    ]
+    options = [*"--prompts 2 --chunks 2 --seed 7 --kv-budget 1".split(), "--weights", str(untrained_weights)]
     assert run_command(run, "pocket_quality", [*options, "--out", str(tmp_path)]) == 1
     rows = list(csv.reader((tmp_path / "pocket_quality.csv").open()))
     assert [row[0] for row in rows[1:]] == [scene.prompt for scene in balanced_scenes(2, seed=7)]

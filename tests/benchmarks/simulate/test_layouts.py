@@ -7,15 +7,7 @@ import pytest
 
 from benchmarks.common import run_command
 from benchmarks.simulate.__main__ import run
-from benchmarks.simulate.layouts import (
-    Cluster,
-    Reuse,
-    Study,
-    layouts_on,
-    reuse_of_record,
-    run_study,
-    sampled_reuse,
-)
+from benchmarks.simulate.layouts import Cluster, Reuse, Study, layouts_on, reuse_of_record, run_study, sampled_reuse
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
 from engine.schedule import Timetable
