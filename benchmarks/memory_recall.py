@@ -39,19 +39,15 @@ from torch import Tensor
 from benchmarks import common
 from benchmarks.adherence import CHUNK, chroma, coverage, hues
 from benchmarks.common import Out, Row, Verdict
+from benchmarks.workload import Weights, pocket_pipeline, pocket_reuse
 from engine.engine import Engine
 from engine.kv.layout import KVSettings
 from engine.kv.selection import Granularity, Score, SelectionSettings
 from engine.machine import settle_heap
 from engine.progress import Progress
 from engine.request import Request
-from launch.model.resolve import reuse_preset
 from launch.options import CacheName
-from models.checkpoint import Loading
-from models.magi.family import POCKET_FIGURES
-from models.magi.pipeline import load_pipeline
 from models.pocket.clips import SIDE, WORLD
-from models.pocket.preset import pocket_config
 from models.pocket.words import COLOURS, PANS, Panorama
 
 BUDGETS = (1, 2, 4)
@@ -115,7 +111,7 @@ def run(
     seed: Annotated[int, typer.Option(min=0, help="The first one.")] = 3,
     budget: Annotated[list[int] | None, typer.Option(min=1, help="In chunks, for 1, 2 and 4.")] = None,
     cache: Annotated[CacheName, typer.Option(help="Preset of reuse.")] = "flowcache-slow",
-    weights: Annotated[Path | None, typer.Option(help="Folder of weights, in place of those that ship.")] = None,
+    weights: Weights = None,
     quick: Annotated[bool, typer.Option(help="One turn in 4 steps, few cases: to try the command.")] = False,
     out: Out = Path("results/memory_recall"),
 ) -> int:
@@ -145,11 +141,11 @@ def make(
     """Make one video of each case, in a process that is there for it."""
     settle_heap()  # as the command line does
     torch.set_num_threads(1)
-    pipeline = load_pipeline(pocket_config(), weights, Loading())
+    pipeline = pocket_pipeline(weights)
     chunks = math.ceil(((turns + 1) * WORLD + SIDE) / CHUNK)  # the last landmark is seen to its end
     prompt = Panorama(motion=PANS[seed % len(PANS)]).prompt
     request = Request(prompt=prompt, chunks=chunks, height=SIDE, width=SIDE, num_steps=steps, seed=seed)
-    made, reuse = list[Made](), reuse_preset(cache, POCKET_FIGURES)
+    made, reuse = list[Made](), pocket_reuse(cache)
     for case in cases:
         engine, seen, began = Engine(pipeline, kv=case.kv(chunks), reuse=reuse), list[Progress](), time.perf_counter()
         slits = [slit_scan(chunk.frames) for chunk in engine.generate(request, seen.append) if chunk.frames is not None]

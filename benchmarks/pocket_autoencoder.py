@@ -23,10 +23,8 @@ from torch import Tensor
 from benchmarks import common
 from benchmarks.adherence import CHUNK, TILE
 from benchmarks.common import Out, Row, Verdict
-from models.checkpoint import Loading
-from models.magi.pipeline import load_pipeline
+from benchmarks.workload import Weights, pocket_pipeline
 from models.pocket.clips import Panoramas, Shapes, draw_panoramas, draw_shapes
-from models.pocket.preset import pocket_config
 from models.pocket.words import PACES, RESTS
 from models.protocols import CELL_FRAMES, Autoencoder
 
@@ -37,12 +35,12 @@ def run(
     clips: Annotated[int, typer.Option(min=1, help="Of each kind.")] = 24,
     chunks: Annotated[int, typer.Option(min=2, help="Length of each, in chunks of 24 frames.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Of the clips.")] = 9001,
-    weights: Annotated[Path | None, typer.Option(help="Folder of weights, in place of those that ship.")] = None,
+    weights: Weights = None,
     out: Out = Path("results/pocket_autoencoder"),
 ) -> int:
     """Encode and decode true clips, and measure what is lost."""
     common.output_folder(out)
-    autoencoder = load_pipeline(pocket_config(), weights, Loading()).autoencoder
+    autoencoder = pocket_pipeline(weights).autoencoder
     rows = [row(name, drawn, autoencoder, chunks) for name, drawn in kinds(clips, seed)]
     return common.publish(
         out,

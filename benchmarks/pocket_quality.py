@@ -27,13 +27,10 @@ from torch import Tensor
 from benchmarks import common
 from benchmarks.adherence import CHUNK, Adherence, adherence, scene_of
 from benchmarks.common import Out, Row, Verdict, median
-from benchmarks.workload import MOST_PROMPTS, pocket_requests
+from benchmarks.workload import MOST_PROMPTS, Weights, pocket_pipeline, pocket_requests
 from engine.engine import Engine
 from engine.kv.layout import KVSettings
 from engine.request import Request
-from models.checkpoint import Loading
-from models.magi.pipeline import load_pipeline
-from models.pocket.preset import pocket_config
 from models.pocket.words import COLOURS, MOTIONS, SHAPES
 
 # What the project holds itself to.
@@ -59,14 +56,13 @@ def run(
     chunks: Annotated[int, typer.Option(min=2, help="Length of each video, in chunks of 24 frames.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of prompts and of all noise.")] = 9001,
     kv_budget: Annotated[list[int] | None, typer.Option(min=0, help="Budgets too; 0 for none. [default: 2, 4]")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Folder of weights, in place of those that ship.")] = None,
+    weights: Weights = None,
     out: Out = Path("results/pocket_quality"),
 ) -> int:
     """Make videos of many prompts with magi-pocket and measure whether they show what was asked for."""
     common.output_folder(out)
-    config = pocket_config()
-    num_steps = config.runtime_config.num_steps
-    pipeline = load_pipeline(config, weights, Loading())
+    pipeline = pocket_pipeline(weights)
+    num_steps = pipeline.config.runtime_config.num_steps
     requests = pocket_requests(prompts, chunks=chunks, num_steps=num_steps, seed=seed)
     strips = measure(make_videos(Engine(pipeline), requests), prompts)
     compressed = dict[int, list[Adherence]]()

@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from benchmarks.common import in_fresh_process, torchrun_command
-from benchmarks.workload import POCKET, Flags, Made, ModelSpec, Workload, build, digest, model_config
+from benchmarks.workload import POCKET, Flags, Made, ModelSpec, Workload, build, digest, model_config, pocket_reuse
 from engine.engine import Engine
 from engine.executor import LocalRunner
 from engine.files import atomic_write
@@ -31,9 +31,7 @@ from engine.machine import settle_heap
 from engine.record import Recorder
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
-from launch.model.resolve import reuse_preset
 from models.errors import InputError
-from models.magi.family import POCKET_FIGURES
 from models.magi.pipeline import MagiPipeline
 from models.protocols import CELL_PIXELS
 from parallel.comm.messages import HEADER_BYTES
@@ -182,7 +180,7 @@ def _hop(gang: Gang, pings: int, workload: Workload, pipeline: MagiPipeline) -> 
 def reuse_for(spec: ModelSpec) -> ReuseSettings:
     """Flowcache: magi-pocket's own, or with a threshold that computes about half of the steps of random weights."""
     if spec.name == POCKET:
-        return reuse_preset("flowcache-slow", POCKET_FIGURES)
+        return pocket_reuse("flowcache-slow")
     passes = ReuseSettings(clean_pass=False, copy_pass=False, reuse="extrapolate")
     return replace(passes, policy="flowcache", warmup_steps=3, threshold=spec.threshold)
 

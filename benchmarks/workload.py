@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -27,12 +28,15 @@ from engine.record import NOT_ACTIVE
 from engine.request import Request
 from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
+from launch.model.resolve import reuse_preset
+from launch.options import CacheName
 from models.attention import Attention
 from models.checkpoint import Loading
 from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
-from models.magi.pipeline import MagiPipeline, load_stage
+from models.magi.family import POCKET_FIGURES
+from models.magi.pipeline import MagiPipeline, load_pipeline, load_stage
 from models.magi.random_weights import random_dit
 from models.magi.sampling import MagiSampling
 from models.pocket.clips import SIDE
@@ -51,6 +55,7 @@ _KEY_HEADS = 4  # of a random model
 
 Chunks = Annotated[int, typer.Option(min=1, help="Length of a video.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps of a chunk.")]
+Weights = Annotated[Path | None, typer.Option(help="Folder of weights, in place of those that ship.")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,6 +246,16 @@ def differing(runs: Sequence[Made], wanted: Made) -> list[str]:
         same = [one == other for one, other in zip(run.latents, wanted.latents, strict=True)]
         found += [f"run {place}: video {number} has other latents" for number, one in enumerate(same) if not one]
     return found
+
+
+def pocket_pipeline(weights: Path | None) -> MagiPipeline:
+    """Load magi-pocket, with the weights that ship or those of a folder."""
+    return load_pipeline(pocket_config(), weights, Loading())
+
+
+def pocket_reuse(cache: CacheName) -> ReuseSettings:
+    """What a preset of `--cache` is for magi-pocket."""
+    return reuse_preset(cache, POCKET_FIGURES)
 
 
 def balanced_scenes(count: int, seed: int) -> list[Scene]:

@@ -36,15 +36,11 @@ from benchmarks.common import Out, machine_line, nearest, output_folder, progres
 from benchmarks.quality.forcing import study
 from benchmarks.quality.report import curve_table, pareto_figure, setting_rows, speed_figure, verdicts
 from benchmarks.quality.trial import LEAN, WORK, Results, Setting, Trial, TrialRunner, image_metrics
-from benchmarks.workload import MOST_PROMPTS, POCKET, pocket_requests
+from benchmarks.workload import MOST_PROMPTS, POCKET, Weights, pocket_pipeline, pocket_requests, pocket_reuse
 from engine.request import Request
 from engine.reuse.policy import KINDS, ReuseSettings
-from launch.model.resolve import reuse_preset
 from launch.options import CacheName
-from models.checkpoint import Loading
-from models.magi.family import POCKET_FIGURES
-from models.magi.pipeline import MagiPipeline, load_pipeline
-from models.pocket.preset import pocket_config
+from models.magi.pipeline import MagiPipeline
 
 METHODS = ("flowcache", "teacache")
 STAND_INS = (*((kind, 1.0) for kind in KINDS), ("velocity", 0.5))
@@ -83,7 +79,7 @@ def run(
     model: Annotated[
         str | None, typer.Option(help="A model of SkyReels-V2, in place of magi-pocket: structure and reuse apart.")
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Folder of weights, in place of those that ship.")] = None,
+    weights: Weights = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few prompts, few thresholds.")] = False,
     out: Out = Path("results/quality"),
 ) -> int:
@@ -93,7 +89,7 @@ def run(
     image_metrics()  # says at once if it is missing
     output_folder(out)
     steps = steps or _STEPS
-    pipeline = load_pipeline(pocket_config(), weights, Loading())
+    pipeline = pocket_pipeline(weights)
     count = prompts or (_QUICK_PROMPTS if quick else _PROMPTS)
     requests = pocket_requests(count, chunks=chunks, num_steps=steps, seed=seed)
     presets = presets_of_pocket()
@@ -110,7 +106,7 @@ def run(
 
 def presets_of_pocket() -> dict[str, Setting]:
     """What `--cache` stands for."""
-    return {name: Setting(reuse=reuse_preset(name, POCKET_FIGURES)) for name in get_args(CacheName) if name != "none"}
+    return {name: Setting(reuse=pocket_reuse(name)) for name in get_args(CacheName) if name != "none"}
 
 
 def _thresholds(
