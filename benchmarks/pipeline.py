@@ -84,7 +84,7 @@ class Gang:
     @property
     def utilisation(self) -> list[float]:
         """Share of the time that a stage's ranks are in their layers, mean, of each stage."""
-        shares = [(rank["stage"], rank["busy"] / one.seconds) for one in self.made for rank in one.ranks]
+        shares = [(rank.stage, rank.busy / one.seconds) for one in self.made for rank in one.ranks]
         return [statistics.fmean(share for at, share in shares if at == stage) for stage in range(self.layout.pp)]
 
     @property
@@ -100,14 +100,14 @@ class Gang:
     @property
     def row(self) -> Row:
         """A line of the table."""
-        first, other = self.made[0], [one.seconds - one.ranks[0]["busy"] - one.ranks[0]["waiting"] for one in self.made]
+        first, other = self.made[0], [one.seconds - one.ranks[0].busy - one.ranks[0].waiting for one in self.made]
         row: Row = {"layout": self.name, "videos": self.workload.videos, "computed": f"{first.computed:.2f}"}
         row |= {"barrier": self.workload.barrier, "seconds": f"{median(self.seconds):.2f}"}
         row |= {"alone": f"{median(self.alone):.2f}", "speed-up": f"{self.speed_up:.2f}"}
         row |= {"of_each": " ".join(f"{one:.2f}" for one in self.speed_ups)}
         row |= {"stages_busy": " ".join(f"{share:.0%}" for share in self.utilisation)}
-        row |= {"leader_else": f"{median(other):.2f}", "calls": int(first.ranks[0]["items"])}
-        return row | {"sent": f"{sum(rank['sent_bytes'] for rank in first.ranks) / 1e6:.2f}"}
+        row |= {"leader_else": f"{median(other):.2f}", "calls": first.ranks[0].items}
+        return row | {"sent": f"{sum(rank.sent_bytes for rank in first.ranks) / 1e6:.2f}"}
 
     def problems(self) -> list[str]:
         """What is not as it must be, over all repeats."""
@@ -240,17 +240,17 @@ def problems(layout: Layout, workload: Workload, made: Made, alone: Made) -> lis
     hidden, velocity = _chunk_bytes(workload, layout)
     found = []
     for counters in made.ranks:
-        rank = f"rank {counters['rank']}"
-        wanted = _item_bytes(hidden, Mesh(layout=layout, rank=counters["rank"]), calls, returning)
-        if counters["items"] != calls:
-            found.append(f"{rank}: {counters['items']} calls, not {calls}")
-        if counters["item_bytes"] != wanted:
-            found.append(f"{rank}: {counters['item_bytes']} bytes received with items, not {wanted}")
-        if counters["digests"] != digests:
+        rank = f"rank {counters.rank}"
+        wanted = _item_bytes(hidden, Mesh(layout=layout, rank=counters.rank), calls, returning)
+        if counters.items != calls:
+            found.append(f"{rank}: {counters.items} calls, not {calls}")
+        if counters.item_bytes != wanted:
+            found.append(f"{rank}: {counters.item_bytes} bytes received with items, not {wanted}")
+        if counters.digests != digests:
             found.append(f"{rank}: other flags than those of one process")
     velocities = returning * (HEADER_BYTES + velocity) if layout.pp > 1 else 0
-    if made.ranks[0]["velocity_bytes"] != velocities:
-        found.append(f"rank 0: {made.ranks[0]['velocity_bytes']} bytes of velocities, not {velocities}")
+    if made.ranks[0].velocity_bytes != velocities:
+        found.append(f"rank 0: {made.ranks[0].velocity_bytes} bytes of velocities, not {velocities}")
     if layout.cp == 1 and made.latents != alone.latents[: workload.videos]:
         found.append("latents are not those of one process")
     return found

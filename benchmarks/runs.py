@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -151,8 +151,7 @@ def _make_on_gang(gang: Gang, workload: Workload, pipeline: MagiPipeline, hop: f
         began = time.perf_counter()
         made = _make(engine, workload.requests, recorders)
         seconds = time.perf_counter() - began
-    ranks = tuple(asdict(one) for one in counters)
-    return Made(seconds=seconds, latents=_digests(made), flags=_flags(recorders), ranks=ranks, hop=hop)
+    return Made(seconds=seconds, latents=_digests(made), flags=_flags(recorders), ranks=tuple(counters), hop=hop)
 
 
 def _hop(gang: Gang, pings: int, workload: Workload, pipeline: MagiPipeline) -> float:

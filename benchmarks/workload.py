@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from models.pocket.preset import pocket_config
 from models.pocket.text import PocketEncoder
 from models.pocket.words import COLOURS, MOTIONS, SHAPES, Scene
 from models.protocols import CELL_PIXELS, Caption, Modulation, PassCondition, Positions, TextKV
+from parallel.trace import RankCounters
 
 Flags = tuple[tuple[int, ...], ...]
 """What was decided of a video's steps, [ticks][chunks] as in a record."""
@@ -215,7 +216,7 @@ class Made:
     latents: tuple[tuple[str, ...], ...]  # digests of each video's chunks
     videos: tuple[float, ...] = ()  # seconds of each video, where one was made after another
     flags: tuple[Flags, ...] = ()  # of each video; nothing where no step may be reused
-    ranks: tuple[dict[str, Any], ...] = ()  # the counters of all ranks of a gang
+    ranks: tuple[RankCounters, ...] = ()  # of a gang
     hop: float = 0.0  # seconds of a message with hidden states from one rank to another, if it was measured
     start: float | None = None  # seconds until all ranks of a cluster were warm
     losses: tuple[str, ...] = ()  # why gangs of a cluster were lost; there should be none
@@ -229,8 +230,8 @@ class Made:
     @property
     def item(self) -> float:
         """Mean seconds of a stage's items, from a gang's counters."""
-        busy, items = (sum(float(rank[name]) for rank in self.ranks) for name in ("busy", "items"))
-        return busy / items if items else 0.0
+        items = sum(rank.items for rank in self.ranks)
+        return sum(rank.busy for rank in self.ranks) / items if items else 0.0
 
 
 def digest(chunk: Tensor | NDArray[np.float32]) -> str:

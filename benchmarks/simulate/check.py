@@ -171,7 +171,7 @@ class Compared:
         ways = ((quiet, None), (busy, None), (busy, made.hop))
         outcomes = [predict(self.workload, timing, flags, hop=hop) for timing, hop in ways]
         self.repeats.append((*(one.seconds for one in outcomes), made.seconds))
-        shares = tuple(rank["busy"] / made.seconds for rank in made.ranks)
+        shares = tuple(rank.busy / made.seconds for rank in made.ranks)
         self.busy.append((*(one.utilisation for one in outcomes), shares))
 
 

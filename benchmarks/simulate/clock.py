@@ -195,7 +195,6 @@ class Outcome:
     seconds: float  # from the first pass to the last result
     busy: tuple[float, ...]  # of each stage, seconds in passes
     chunks: tuple[tuple[float, ...], ...]  # of each video, when each of its chunks was finished
-    calls: int  # of every stage
     spans: Sequence[Span]  # what each stage did when
 
     @property
@@ -216,12 +215,10 @@ class _Pipeline:
         self.machine = machine
         self.busy, self.free, self._links = ([0.0] * machine.stages for _ in range(3))
         self.spans: list[Span] = []
-        self.calls = 0
 
     def send(self, now: float, work: Work, seconds: Sequence[float], video: int) -> tuple[float, float | None]:
         """Begin a pass on the leader; when that is free again, and when the velocity is back, if it comes back."""
         machine, item, end = self.machine, work.item, now
-        self.calls += 1
         for stage, spent in enumerate(seconds):
             if stage:
                 end = self._carry(stage - 1, end, machine.hidden_bytes)
@@ -326,6 +323,5 @@ def simulate(videos: Sequence[VideoPlan], machine: Machine) -> Outcome:
         seconds=max(leader.now, *pipeline.free),
         busy=tuple(pipeline.busy),
         chunks=tuple(tuple(video.finished) for video in leader.videos),
-        calls=pipeline.calls,
         spans=pipeline.spans,
     )

@@ -12,6 +12,7 @@ from benchmarks.workload import Made, ModelSpec, Workload, differing, digest
 from engine.reuse.policy import ReuseSettings
 from parallel.cluster.messages import ChunkMade, VideoDone, VideoFailed
 from parallel.mesh import Layout, Mesh
+from parallel.trace import RankCounters
 from tests.parallel.forked import ray_workers
 
 SPEC = ModelSpec(layers=2, width=192, side=32)
@@ -19,7 +20,7 @@ WORKLOAD = Workload(model=SPEC, chunks=2, steps=8, videos=2)
 
 
 def made(*seconds, item=0.15):
-    ranks = ({"busy": item, "items": 1},)
+    ranks = (RankCounters(rank=0, stage=0, cp_rank=0, layers=(0, 2), items=1, busy=item),)
     return [Made(seconds=one, latents=(), start=9.0, ranks=ranks) for one in seconds]
 
 
