@@ -67,11 +67,6 @@ class Part:
         return first / second
 
     @property
-    def item(self) -> float:
-        """Seconds of a stage's item in the first way."""
-        return median(one.item for one in next(iter(self.runs.values())))
-
-    @property
     def verdicts(self) -> list[Verdict]:
         """What it is held to."""
         wrong = len(self.problems)
@@ -80,7 +75,8 @@ class Part:
             held = [Verdict("2 gangs over 1 gang", f"{self.ratio:.3f}", wanted, self.ratio >= _BELOW)]
             name = "latents of gangs"
         else:
-            share, item, most = 1 / self.ratio - 1, self.item, f"at most {100 * _OVERHEAD:.0f}%"
+            share, most = 1 / self.ratio - 1, f"at most {100 * _OVERHEAD:.0f}%"
+            item = median(one.item for one in next(iter(self.runs.values())))  # seconds, in the first way
             held = [
                 Verdict("time that Ray adds", f"{100 * share:+.1f}%", most, share <= _OVERHEAD),
                 Verdict("an item of a stage", f"{1e3 * item:.0f} ms", f"at least {1e3 * _ITEM:.0f} ms", item >= _ITEM),

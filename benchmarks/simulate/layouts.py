@@ -91,12 +91,6 @@ class Cluster:
             raise InputError(f"{what}: {least}: give --pass-seconds or --mfu")
         return chunks
 
-    def whole_pass(self, what: Pass, *, clean: bool) -> float:
-        """Seconds of a pass on one GPU. A context-free or clean pass attends to its own chunk only."""
-        if not (what.isolated or clean):
-            return self.pass_seconds
-        return self.pass_seconds * self._flops(1) / self._flops(self.attended)
-
     def seconds(self, layout: Layout) -> Seconds:
         """What passes take on the stages of a layout."""
         layers, sizes = self.config.model_config.num_layers, stage_sizes(self.config, layout.pp)
@@ -106,7 +100,10 @@ class Cluster:
 
         @cache
         def seconds(what: Pass, step: int | None) -> tuple[float, ...]:
-            whole = self.whole_pass(what, clean=step is None) / self.cp_speed(layout.cp)
+            whole = self.pass_seconds
+            if what.isolated or step is None:  # a context-free or clean pass attends to its own chunk only
+                whole = whole * self._flops(1) / self._flops(self.attended)
+            whole /= self.cp_speed(layout.cp)
             spent = [whole * part + extra for part, extra in zip(share, exchange, strict=True)]
             spent[0] += fan
             spent[-1] += fan if what.weight else 0.0
