@@ -12,7 +12,6 @@ from benchmarks.quality.forcing import DISTANCES, FAST, GROUPS, SLOW, VANILLA, M
 from engine.reuse.policy import ReuseSettings
 from models.families import presets
 from models.wan.sampling.forcing import BlockSampling
-from tests.parallel.small import one_thread
 
 NAME = "skyreels-v2-df-1.3b-540p"
 CONFIG = presets()[NAME].config()
@@ -59,8 +58,7 @@ def test_another_model_is_refused(tmp_path, capsys, name, said):
 
 
 @pytest.mark.slow
-def test_one_command_has_structure_reuse_and_both_distances(tmp_path):
-    one_thread()  # two are slower at this size
+def test_one_command_has_structure_reuse_and_both_distances(tmp_path, one_thread):  # two are slower at this size
     assert run_command(run, "quality", ["--model", NAME, "--quick", "--steps", "8", "--out", str(tmp_path)]) in (0, 1)
     rows = list(csv.DictReader((tmp_path / "forcing.csv").open()))
     assert [row["what"] for row in rows][:2] == [VANILLA, "whole window, in step"] and len(rows) == 7 + len(DISTANCES)

@@ -12,7 +12,6 @@ from benchmarks.quality.trial import LEAN, WORK, Results, Setting, label_of
 from engine.request import Request
 from models.errors import InputError
 from tests.benchmarks.quality.test_report import reusing, trial
-from tests.parallel.small import one_thread
 
 SETTINGS = (Setting(), reusing(method="flowcache", threshold=0.125, warmup=3, budget=2))
 PRESETS = presets_of_pocket()
@@ -107,8 +106,8 @@ def test_presets_are_calibrated_to_the_work_with_few_videos():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")  # two are slower at this size
 def test_a_small_sweep_runs_and_goes_on_after_it_was_stopped(tmp_path, untrained_weights, capsys):
-    one_thread()  # two are slower at this size
     sizes = ["--quick", "--prompts", "1", "--chunks", "2", "--steps", "4"]
     options = [*sizes, "--weights", str(untrained_weights), "--out", str(tmp_path)]
     status = run_command(run, "quality", options)

@@ -12,7 +12,7 @@ from engine.reuse.policy import ReuseSettings
 from engine.schedule import Schedule
 from models.errors import InputError
 from models.magi.sampling import MagiSampling
-from tests.parallel.small import SmallPipeline, one_thread, request, small_config
+from tests.parallel.small import SmallPipeline, request, small_config
 
 FLOWCACHE = ReuseSettings(policy="flowcache", threshold=0.1, warmup_steps=2, clean_pass=False)
 CASES = {
@@ -40,8 +40,7 @@ def sampling_of(pipeline, wanted, reuse):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_plan_has_the_passes_of_the_engine_in_its_order(case):
-    one_thread()
+def test_a_plan_has_the_passes_of_the_engine_in_its_order(case, one_thread):
     pipeline, reuse = SmallPipeline(small_config(2, **case.get("config", {}))), case.get("reuse", ReuseSettings())
     wanted = request(chunks=6, **case.get("request", {}))
     runner, recorder = Recording(pipeline), Recorder()
