@@ -135,6 +135,11 @@ def publish(
     return int(any(one.passed is False for one in verdicts))
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine_line() -> str:
     """The machine and the software that figures were measured with, in one line."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -119,7 +118,7 @@ def run(
     common.output_folder(out)
     turns, seeds, chosen = (1, 1, cases([1])[:3]) if quick else (turns, seeds, cases(budget or BUDGETS))
     numbers = range(seed, seed + seeds)
-    workers = min(seeds, len(os.sched_getaffinity(0)))
+    workers = min(seeds, common.cores())
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         waiting = pool.map(partial(make, chosen, turns, 4 if quick else 16, cache, weights), numbers)
         made = [one for some in common.progress(waiting, "seeds", seeds) for one in some]

@@ -15,7 +15,6 @@ if two stages are as much faster as they should be and every rank did exactly th
 bad input.
 """
 
-import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -132,8 +131,7 @@ def run(
         chunks, steps, videos, repeats = min(chunks, 4), min(steps, 8), min(videos, 2), 1
         spec = spec if model == POCKET else replace(QUICK, name=model)
     plain = Workload(model=spec, chunks=chunks, steps=steps, videos=videos)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    layouts, _ = layouts_for(model_config(spec), ranks or cores), plain.sampling  # which checks the steps
+    layouts, _ = layouts_for(model_config(spec), ranks or common.cores()), plain.sampling  # which checks the steps
     common.output_folder(out)
     with Console(stderr=True).status("starting") as status:
         kinds = (plain, replace(plain, reuse=reuse_for(spec)))

@@ -88,7 +88,7 @@ class Cluster:
         if chunks < 1:
             least = f"at {self.mfu:.0%} of the peak it takes {one / (self.mfu * self.peak):.2g} s or more"
             what = f"a pass of {self.pass_seconds:g} s is too short for this model"
-            raise InputError(f"{what}: {least}: give --pass-seconds or --mfu")
+            raise InputError(f"{what}: {least}: give a longer --pass-seconds")
         return chunks
 
     def seconds(self, layout: Layout) -> Seconds:
