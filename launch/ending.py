@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
@@ -120,18 +120,14 @@ def check_signals() -> None:
         handler.stop()
 
 
-@contextmanager
-def unwinding_signals() -> Iterator[None]:
+def unwinding_signals() -> AbstractContextManager[None]:
     """Within, there is something to clean up: a signal raises an exception, so that every context does so."""
-    with _way("unwind"):
-        yield
+    return _way("unwind")
 
 
-@contextmanager
-def deferred_signals() -> Iterator[None]:
+def deferred_signals() -> AbstractContextManager[None]:
     """Within, a signal interrupts nothing, as libraries could not bear it: `check_signals` raises, and the end does."""
-    with _way("defer"):
-        yield
+    return _way("defer")
 
 
 @contextmanager

@@ -72,17 +72,14 @@ def limit_plan(options: ServeOptions) -> Plan:
     return plan_video(largest, out=Path(), starts=False)
 
 
-@contextmanager
-def listening(options: ServeOptions) -> Iterator[socket.socket]:
+def listening(options: ServeOptions) -> socket.socket:
     """Listen at the address that is asked for; an `InputError` if it cannot be had."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
-        listener = socket.create_server((options.host, options.port), family=family, backlog=_BACKLOG)
+        return socket.create_server((options.host, options.port), family=family, backlog=_BACKLOG)
     except OSError as error:
         where, reason = f"{options.host}:{options.port}", error.strerror or error
         raise InputError(f"cannot listen at {where}: {reason}; give another --port or --host") from None
-    with listener:
-        yield listener
 
 
 @contextmanager
