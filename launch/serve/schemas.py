@@ -15,8 +15,9 @@ from launch.batch.file import check_line, complaints
 from launch.serve.store import Job
 from models.errors import InputError
 
-_SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
 _DATA = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,")
+_SAME = {"prompt", "priority", "seconds", "seed", "cache", "kv_budget", "fps", "negative_prompt"}
+"""Keys of a request that are called so in a batch file too."""
 REFERENCE = "reference"
 """What a job starts from, in its folder."""
 
@@ -72,13 +73,9 @@ class CreateVideo(_Body):
 
     def line(self) -> dict[str, Any]:
         """The same as a line of a batch file, but for the files that it names; an `InputError` as in a batch."""
-        line: dict[str, Any] = {"prompt": self.prompt, "priority": self.priority}
-        given: dict[str, Any] = {"seconds": self.seconds, "seed": self.seed, "steps": self.num_inference_steps}
-        given |= {"cache": self.cache, "kv_budget": self.kv_budget}
-        given |= {"fps": self.fps, "negative_prompt": self.negative_prompt}
-        line |= {name: value for name, value in given.items() if value is not None}
-        if self.size is not None and (found := _SIZE.fullmatch(self.size)):
-            line |= {"width": int(found[1]), "height": int(found[2])}
+        line = self.model_dump(include=_SAME) | {"steps": self.num_inference_steps}
+        if self.size is not None:
+            line["width"], line["height"] = map(int, self.size.split("x"))
         return check_line(line)
 
     def reference(self) -> bytes | None:

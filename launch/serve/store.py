@@ -11,11 +11,12 @@ import secrets
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from engine.files import atomic_write, check_folder, remove_folder, write_errors
 from models.errors import InputError
@@ -143,10 +144,8 @@ class Store:
 
     def counts(self) -> Mapping[Status, int]:
         """How many there are of each status."""
-        counts: dict[Status, int] = dict.fromkeys(("queued", "in_progress", "completed", "failed", "cancelled"), 0)
-        for job in self.jobs():
-            counts[job.status] += 1
-        return counts
+        counts = Counter(job.status for job in self.jobs())
+        return {status: counts[status] for status in get_args(Status)}
 
     def size(self, job: Job) -> int:
         """Bytes of all files of a job."""
