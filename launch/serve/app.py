@@ -18,13 +18,14 @@ from launch.serve.metrics import Metrics
 from launch.serve.prompts import TooLate
 from launch.serve.requests import ANSWER_SECONDS, Service, accept, change_prompt, extend
 from launch.serve.schemas import failure, video
-from launch.serve.store import Full, Job, Store
+from launch.serve.store import Full, Job
 from launch.serve.watch import events, fragments
 from models.errors import InputError
 from parallel.cluster.gang import GangState
 
 _PAGE = Path(__file__).parent / "page"
 _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; media-src blob:; connect-src 'self'"
+_LIVE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # of answers that go on for as long as a video is made
 _CODES = {
     404: "not_found",
     405: "method_not_allowed",
@@ -110,7 +111,7 @@ def _add_videos(app: FastAPI, service: Service, metrics: Metrics) -> None:
     ) -> dict[str, Any]:
         jobs = store.jobs() if order == "asc" else store.jobs()[::-1]
         if after is not None:
-            first = _found(store, after).number
+            first = service.job(after).number
             jobs = [job for job in jobs if (job.number > first if order == "asc" else job.number < first)]
         data = [video(job, model) for job in jobs[:limit]]
         ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
@@ -122,11 +123,11 @@ def _add_one_video(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/videos/{name}")
     def retrieve(name: str) -> dict[str, Any]:
-        return video(_found(store, name), model)
+        return video(service.job(name), model)
 
     @app.delete("/v1/videos/{name}")
     async def delete(name: str) -> dict[str, Any]:
-        job = _found(store, name)
+        job = service.job(name)
         if job.unfinished:
             cancelled = asyncio.wrap_future(service.maker.cancel(job))
             await asyncio.wait_for(asyncio.shield(cancelled), ANSWER_SECONDS)
@@ -136,25 +137,23 @@ def _add_one_video(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/videos/{name}/prompt")
     async def prompted(name: str, request: Request) -> dict[str, Any]:
-        job = _found(store, name)
+        job = service.job(name)
         return {"id": job.id, "object": "video.prompt", **await change_prompt(request, service, job)}
 
     @app.get("/v1/videos/{name}/events")
     async def watched(name: str) -> StreamingResponse:
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(events(service, _found(store, name)), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(events(service, service.job(name)), media_type="text/event-stream", headers=_LIVE)
 
     @app.get("/v1/videos/{name}/stream")
     async def streamed(name: str, fragment: Annotated[int, Query(ge=0)] = 0) -> StreamingResponse:
-        job = _found(store, name)
+        job = service.job(name)
         if job.status in ("failed", "cancelled"):
             raise _not_there(job)
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(fragments(service, job, fragment), media_type="video/mp4", headers=headers)
+        return StreamingResponse(fragments(service, job, fragment), media_type="video/mp4", headers=_LIVE)
 
     @app.get("/v1/videos/{name}/content")
     def content(name: str, variant: Literal["video"] = "video") -> FileResponse:
-        job = _found(store, name)
+        job = service.job(name)
         if job.status != "completed":
             raise _not_there(job)
         return FileResponse(store.video(job), media_type="video/mp4", filename=f"{job.id}.mp4")
@@ -162,12 +161,6 @@ def _add_one_video(app: FastAPI, service: Service) -> None:
 
 def _not_there(job: Job) -> HTTPException:
     return HTTPException(409, f"the video {job.id} is {job.status}{f': {job.error}' if job.error else ''}")
-
-
-def _found(store: Store, name: str) -> Job:
-    if (job := store.get(name)) is None:
-        raise HTTPException(404, f"there is no video {name[:80]!r}")
-    return job
 
 
 def _add_page(app: FastAPI) -> None:
@@ -190,8 +183,7 @@ def _add_rest(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
     @app.get("/v1/models/{name:path}")
     def one_model(name: str) -> dict[str, Any]:
-        if name != service.model:
-            raise HTTPException(404, f"there is no model {name[:80]!r} here: this service has {service.model}")
+        service.check_model(name)
         return model
 
     @app.get("/health")

@@ -18,7 +18,6 @@ from starlette.datastructures import FormData, UploadFile
 from engine.files import link_file, write_errors
 from launch.batch.file import line_options, read_object
 from launch.media import is_clip
-from launch.options import Options
 from launch.plan import Plan
 from launch.serve.engine import Maker
 from launch.serve.options import ServeOptions
@@ -46,6 +45,17 @@ class Service:
     def model(self) -> str:
         """Its name."""
         return self.limit.model.name
+
+    def check_model(self, name: str) -> None:
+        """A 404 for any other one: gangs were started for this."""
+        if name != self.model:
+            raise HTTPException(404, f"there is no model {name[:80]!r} here: this service has {self.model}")
+
+    def job(self, name: str) -> Job:
+        """The job of an id, which may be any text; a 404 if there is none."""
+        if (job := self.store.get(name)) is None:
+            raise HTTPException(404, f"there is no video {name[:80]!r}")
+        return job
 
 
 async def accept(request: Request, service: Service) -> Job:
@@ -114,9 +124,10 @@ def _read_form(form: FormData) -> tuple[dict[str, Any], UploadFile | None]:
 
 def _accept(service: Service, values: dict[str, Any], upload: BinaryIO | None) -> Job:
     asked = CreateVideo.of(values)
-    _check_model(asked, service)
+    if asked.model is not None:
+        service.check_model(asked.model)
     line, embedded = asked.line(), asked.reference()
-    _check_size(line_options(line, Path(), service.options.base), service)
+    _check_size(line, service)
     with _new_job(service) as folder:
         reference = io.BytesIO(embedded) if embedded is not None else upload
         if reference is not None:
@@ -131,8 +142,7 @@ def _accept(service: Service, values: dict[str, Any], upload: BinaryIO | None) -
 
 def _extend(service: Service, asked: ExtendVideo) -> Job:
     store = service.store
-    if (old := store.get(asked.name)) is None:
-        raise HTTPException(404, f"there is no video {asked.name[:80]!r}")
+    old = service.job(asked.name)
     if not old.continues:
         why = "it is not finished" if old.unfinished else "only a service with --keep-state can make it longer"
         raise HTTPException(409, f"the video {old.id} is {old.status}: {why}")
@@ -145,7 +155,7 @@ def _extend(service: Service, asked: ExtendVideo) -> Job:
         line["chunks"] = plan.request.chunks + math.ceil(round(asked.seconds / chunk, 6))
         if asked.prompt is not None:
             line["script"] = write_prompts({**script_of(plan), f"{chunks * chunk:.6f}s": asked.prompt}, folder)
-        _check_size(line_options(line, Path(), service.options.base), service)
+        _check_size(line, service)
         with write_errors(folder):
             shutil.copytree(service.maker.state(old.id), service.maker.state(folder.name), copy_function=link_file)
         return _queue(service, line, folder)
@@ -175,14 +185,8 @@ def _queue(service: Service, line: dict[str, Any], folder: Path) -> Job:
     return job
 
 
-def _check_model(asked: CreateVideo, service: Service) -> None:
-    """A service has one model, and gangs that were started for it."""
-    model = service.limit.model
-    if asked.model is not None and asked.model != model.name:
-        raise HTTPException(404, f"there is no model {asked.model[:80]!r} here: this service has {model.name}")
-
-
-def _check_size(options: Options, service: Service) -> None:
+def _check_size(line: dict[str, Any], service: Service) -> None:
+    options = line_options(line, Path(), service.options.base)
     known, largest = service.limit.model.config.figures, service.limit.request
     width, height = options.width or known.width, options.height or known.height
     most = service.options.max_pixels or largest.width * largest.height
