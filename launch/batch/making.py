@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent import futures
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import av
 
@@ -38,6 +39,7 @@ class Video(Row):
     plan: Plan  # checked; its `out` is the file to write
     priority: int  # higher goes first
     saved: SavedVideo
+    state: State = State.QUEUED
     began: float | None = None
     share: float = 0.0
     storing: deque[futures.Future[None]] = field(default_factory=deque)  # chunks that are encoded
@@ -45,6 +47,12 @@ class Video(Row):
     made: bool = False  # its last chunk has come
     ending: futures.Future[None] | None = None
     damaged: bool = False  # a chunk was, when all were there
+
+    @classmethod
+    def queued(cls, name: str, plan: Plan, saved: SavedVideo, *, line: int, priority: int) -> Self:
+        """One that waits to be made."""
+        title, chunks = plan.request.prompt, plan.size.chunks
+        return cls(name=name, plan=plan, saved=saved, line=line, priority=priority, title=title, chunks=chunks)
 
     @property
     def under_way(self) -> list[futures.Future[None]]:

@@ -107,16 +107,8 @@ class _Batch:
         def say(text: str) -> None:
             self._say(f"line {item.line}: {text}")
 
-        return Video(
-            line=item.line,
-            title=plan.request.prompt,
-            state=State.QUEUED,
-            chunks=plan.size.chunks,
-            name=item.digest,
-            plan=plan,
-            priority=item.priority,
-            saved=SavedVideo(folder, plan, say),
-        )
+        saved = SavedVideo(folder, plan, say)
+        return Video.queued(item.digest, plan, saved, line=item.line, priority=item.priority)
 
     def _ended(self, video: Video, error: InputError | None) -> None:
         """Go on without a video that failed; a full disk is raised, as it is one for all of them."""

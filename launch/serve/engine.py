@@ -54,8 +54,7 @@ class Maker:
         self._lock = threading.Lock()
         self._waiting: deque[tuple[Job, Plan | None]] = deque()  # not handed to the controller yet
         self._waiting.extend((job, None) for job in store.jobs() if job.unfinished)
-        self._cancelled: deque[tuple[Job, Future[None]]] = deque()
-        self._prompted: deque[tuple[Job, str, Future[dict[str, Any]]]] = deque()
+        self._asked: deque[tuple[Future[Any], Callable[[Controller], Any]]] = deque()  # what else others want done
         self.live = LiveVideos()
         """What can be watched."""
         self._over: list[Video] = []  # those that have ended, of which events may still be on their way
@@ -78,7 +77,7 @@ class Maker:
         with self._lock:
             waiting = [entry for entry in self._waiting if entry[0] is job]
             if not waiting:
-                self._cancelled.append((job, done))
+                self._asked.append((done, partial(self._drop, job)))
             else:
                 self._waiting.remove(waiting[0])
                 self._close(job, "cancelled")
@@ -92,7 +91,7 @@ class Maker:
         The result is its entry of `prompts_of`. It is given once the change is on the disk.
         """
         done = Future[dict[str, Any]]()
-        self._prompted.append((job, prompt, done))
+        self._asked.append((done, partial(self._change_prompt, job, prompt)))
         self._wake()
         return done
 
@@ -153,23 +152,19 @@ class Maker:
         over, self._over = self._over, []
         for video in over:
             self._forget(video)
-        while self._cancelled:
-            job, done = self._cancelled.popleft()
-            self._drop(backend, job)
-            done.set_result(None)
         while self._waiting:
             with self._lock:
                 job, plan = self._waiting.popleft()
             self._begin(backend, job, plan)
-        while self._prompted:
-            job, prompt, changed = self._prompted.popleft()
-            if changed.set_running_or_notify_cancel():
+        while self._asked:
+            done, do = self._asked.popleft()
+            if done.set_running_or_notify_cancel():
                 try:
-                    changed.set_result(self._change_prompt(backend, job, prompt))
+                    done.set_result(do(backend))
                 except (TooLate, InputError) as error:
-                    changed.set_exception(error)
+                    done.set_exception(error)
 
-    def _change_prompt(self, backend: Controller, job: Job, prompt: str) -> dict[str, Any]:
+    def _change_prompt(self, job: Job, prompt: str, backend: Controller) -> dict[str, Any]:
         video, first = self._making.videos.get(job.id), None
         if video is not None and job.unfinished and not video.damaged:
             kept = video.plan.size.schedule.begun(furthest(video.saved.checkpoints))
@@ -189,16 +184,8 @@ class Maker:
         except InputError as error:  # it was accepted by a service with other options
             return self._fail(job, str(error))
         plan = replace(plan, out=self._store.video(job))
-        video = Video(
-            line=job.number,
-            title=job.line["prompt"],
-            state=State.QUEUED,
-            chunks=plan.size.chunks,
-            name=job.id,
-            plan=plan,
-            priority=job.line["priority"],
-            saved=SavedVideo(self.state(job.id), plan, partial(self._say_of, job)),
-        )
+        saved = SavedVideo(self.state(job.id), plan, partial(self._say_of, job))
+        video = Video.queued(job.id, plan, saved, line=job.number, priority=job.line["priority"])
         self._making.add(video)
         self._submit(backend, video)
 
@@ -289,7 +276,7 @@ class Maker:
         job.error = message
         self._close(job, "failed")
 
-    def _drop(self, backend: Controller, job: Job) -> None:
+    def _drop(self, job: Job, backend: Controller) -> None:
         """Cancel a video that the controller knows, or that has ended meanwhile."""
         if not job.unfinished:
             return
