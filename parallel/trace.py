@@ -12,7 +12,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -25,6 +25,7 @@ from engine.files import atomic_write, write_errors
 from engine.video import WorkItem
 from models.errors import InputError
 from parallel.comm.store import RunStore
+from parallel.mesh import Mesh
 
 _BLOCK = 1 << 20  # bytes of lines that are shipped at once
 KEPT_DIGESTS = 64
@@ -32,14 +33,11 @@ OnMeasured = Callable[[float, float], None]
 
 
 class Tracer:
-    """The spans of one rank, from any of its threads. Nothing is recorded that is not wanted.
+    """The spans of the rank of a mesh, from any of its threads. Nothing is recorded that is not wanted."""
 
-    `about` says more about the rank, for readers of the trace.
-    """
-
-    def __init__(self, rank: int, name: str, *, wanted: bool, about: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, mesh: Mesh, *, wanted: bool) -> None:
         self.wanted = wanted
-        self._rank = rank
+        self._rank = mesh.rank
         self._offset = time.time() - time.perf_counter()
         self._lock = threading.Lock()
         self._spool: IO[bytes] | None = None
@@ -48,10 +46,11 @@ class Tracer:
         except OSError as error:
             raise InputError(f"cannot write the trace: {error.strerror}") from None
         self._read = 0  # bytes
-        self._put("process_name", "M", args={"name": name, **(about or {})})
-        self._put("process_sort_index", "M", args={"sort_index": rank})
+        place = {"stage": mesh.stage, "cp_rank": mesh.cp_rank}
+        self._put("process_name", "M", args={"name": mesh.name(mesh.rank), **place})
+        self._put("process_sort_index", "M", args={"sort_index": mesh.rank})
         self.name_track(0, "layers")
-        if not rank:
+        if mesh.leads:
             self.name_track(1, "decoding")
 
     def name_track(self, track: int, name: str) -> None:
@@ -61,14 +60,10 @@ class Tracer:
     def add(
         self, kind: str, began: float, item: WorkItem | None = None, *, ended: float | None = None, track: int = 0
     ) -> None:
-        """Record a span.
+        """Record a span of a kind: `compute`, `compress`, `wait`, `decode`, `send` or `snapshot`.
 
-        Args:
-            kind: `compute`, `compress`, `wait`, `decode`, `send`, `snapshot`.
-            began: its start, on the clock of `time.perf_counter()`.
-            item: that it worked on.
-            ended: its end on that clock; None for now.
-            track: 0 for the layers, 1 for decoding, 2 and on for what is sent.
+        It `began` and `ended`, or ends now, on the clock of `time.perf_counter()`. Track 0 is of the layers and 1 of
+        decoding; 2 and on are of what is sent.
         """
         if not self.wanted:
             return

@@ -78,8 +78,7 @@ class Gang:
     ) -> Iterator[tuple[Engine, list[RankCounters]]]:
         """An engine whose work the gang does; on the leader. Arguments are those of `Engine` and of `StageModel`.
 
-        Yields:
-            The engine, and a list that takes the counters of all ranks at the end. A GangError if a rank has failed.
+        With it comes a list that takes the counters of all ranks at the end. A GangError if a rank has failed.
         """
         stage = StageModel(model=pipeline.model, attention=pipeline.attention, watcher=watcher)
         leader = Leader(StageWorker(stage, self._services, self._load_seconds), self._services)
@@ -141,8 +140,7 @@ def open_gang(
             listening_at(at),
             open_groups(env, mesh, groups_store, timeouts.first, device or pick_device(env)) as groups,
         ):
-            place = {"stage": mesh.stage, "cp_rank": mesh.cp_rank}
-            tracer = Tracer(env.rank, mesh.name(env.rank), wanted=trace, about=place)
+            tracer = Tracer(mesh, wanted=trace)
             yield Gang(RankServices(mesh=mesh, groups=groups, store=store, monitor=monitor, tracer=tracer))
     except BaseException as error:
         try:

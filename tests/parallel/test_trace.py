@@ -16,12 +16,17 @@ from engine.video import WorkItem
 from models.errors import InputError
 from models.protocols import Pass, PassCondition
 from parallel.comm.store import StoreServer
+from parallel.mesh import Layout, Mesh
 from parallel.trace import KEPT_DIGESTS, DeviceTimer, RankCounters, Tracer, merge_traces, shipped_events
 
 _CONDITION = PassCondition(times=(0.0,))
 _PASS = Pass(name="denoise", caption="text", branch=0, isolated=False, weight=1.0, condition=_CONDITION)
 ITEM = WorkItem(request=0, tick=3, chunk=1, step=2, chunks_left=0, what=_PASS, keys_from=None, before=())
 LATER = replace(ITEM, span=(20, 4))  # of a span that begins with tick 20 and chunk 4 of its video
+
+
+def mesh_of(rank):
+    return Mesh(layout=Layout(pp=2), rank=rank)
 
 
 def spans(lines):
@@ -31,7 +36,7 @@ def spans(lines):
 def test_spans_of_all_ranks_make_one_trace(tmp_path):
     parts = []
     for rank in range(2):
-        tracer = Tracer(rank, f"rank {rank}", wanted=True, about={"stage": rank})
+        tracer = Tracer(mesh_of(rank), wanted=True)
         began = time.perf_counter()
         time.sleep(0.01)
         tracer.add("compute", began, LATER)
@@ -42,8 +47,7 @@ def test_spans_of_all_ranks_make_one_trace(tmp_path):
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert {event["pid"] for event in events} == {0, 1}
     assert [event["args"] for event in events if event["name"] == "process_name"] == [
-        {"name": "rank 0", "stage": 0},
-        {"name": "rank 1", "stage": 1},
+        {"name": f"rank {rank} (stage {rank} of 2)", "stage": rank, "cp_rank": 0} for rank in range(2)
     ]
     computed = [event for event in events if event.get("cat") == "compute"]
     assert [event["name"] for event in computed] == ["denoise 5"] * 2
@@ -56,7 +60,7 @@ def test_spans_of_all_ranks_make_one_trace(tmp_path):
 
 
 def test_nothing_is_recorded_that_nobody_wants():
-    tracer = Tracer(0, "rank 0", wanted=False)
+    tracer = Tracer(mesh_of(0), wanted=False)
     tracer.add("wait", time.perf_counter())
     tracer.mark("reuse", request=0, tick=0, chunk=0, step=0)
     tracer.name_track(2, "to rank 1")
@@ -65,7 +69,7 @@ def test_nothing_is_recorded_that_nobody_wants():
 
 def test_a_long_trace_is_shipped_in_blocks_and_deleted():
     """More than a block, recorded by two threads while it is being read."""
-    tracer, where = Tracer(1, "rank 1", wanted=True), StoreServer("127.0.0.1").store
+    tracer, where = Tracer(mesh_of(1), wanted=True), StoreServer("127.0.0.1").store
 
     def record():
         for _ in range(12000):
@@ -182,8 +186,9 @@ def test_no_traced_rank_waits_for_its_whole_device():
 FULL = """
 import resource, sys, time
 from models.errors import InputError
+from parallel.mesh import Layout, Mesh
 from parallel.trace import Tracer
-tracer = Tracer(0, "rank 0", wanted=True)
+tracer = Tracer(Mesh(layout=Layout(), rank=0), wanted=True)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
     while True:
