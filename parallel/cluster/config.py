@@ -38,15 +38,15 @@ class ModelSource(Protocol):
         """Names the model, its weights and their split; a checkpoint is taken up by the same only."""
 
     def lead(self, mesh: Mesh, device: str) -> Pipeline:
-        """The first stage's layers, the text encoder and the autoencoder."""
+        """The first stage's layers, the text encoder and the autoencoder; an `InputError` says what is missing."""
 
     def stage(self, mesh: Mesh, device: str) -> StageModel:
-        """A rank's layers."""
+        """A rank's layers; errors as in `lead`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A model of any family, by its loader."""
+    """A `ModelSource` of a model of any family, by its loader."""
 
     loader: ModelLoader
     split: str | None = None  # layers of each stage, as in `9,9,8,8`; None balances them
@@ -56,16 +56,13 @@ class Source:
 
     @property
     def identity(self) -> str:
-        """A digest of all that a video depends on."""
         values = [*self.loader.absolute().identity, self.split, self.precise, self.compiled, self.attention]
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def lead(self, mesh: Mesh, device: str) -> Pipeline:
-        """The first stage's layers, the text encoder and the autoencoder; an `InputError` says what is missing."""
         return self.loader.pipeline(self._loading(mesh, device))
 
     def stage(self, mesh: Mesh, device: str) -> StageModel:
-        """A rank's layers; errors as in `lead`."""
         model = self.loader.stage(self._loading(mesh, device))
         return StageModel(model=model, attention=model.attention)
 
@@ -97,7 +94,6 @@ class ClusterSettings:
     task: RankTask  # what its ranks are given
     size: GangSize  # slots and memory that each has for videos
     max_restarts: int = 20  # of all gangs together
-    node_wait: float = 300.0  # seconds to wait for nodes when no gang has room any more
     head_wait: float = HEAD_SECONDS  # seconds for which Ray's head may not answer
 
 

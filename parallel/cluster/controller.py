@@ -25,7 +25,7 @@ from parallel.cluster.config import ClusterSettings
 from parallel.cluster.gang import Gang, GangBroken, GangState, GangView
 from parallel.cluster.placement import alive_nodes, head_answers, plan_strategies
 from parallel.cluster.scheduler import Figures, Permit, RequestState, Scheduler
-from parallel.health.timeouts import GANGS_END_SECONDS, METRICS_SECONDS, NEWS_SECONDS, NODES_SECONDS, POLL_SECONDS
+from parallel.health import timeouts
 
 _FAILED_STARTS = 4  # attempts in a row to start a gang, none of which gets it ready, before it is given up
 _MEMORY = re.compile(r"(out of|not enough|allocate) memory", re.IGNORECASE)  # in what Ray, torch or a rank says
@@ -64,12 +64,11 @@ class Controller:
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings, self._metrics, self._log, self._check = settings, _Metrics(), log, check
-        self._scheduler = Scheduler([settings.size])
+        self._scheduler = Scheduler(settings.size)
         self._news = threading.Event()
         self._gangs: dict[str, Gang] = {}
         self._videos: dict[str, _Video] = {}
         self._out: deque[messages.Event] = deque()
-        self._confirmed: set[str] = set()  # videos whose caller says what is stored
         self._stored: SimpleQueue[tuple[str, int]] = SimpleQueue()
         self._began = time.monotonic()
         self.restarts = 0
@@ -91,9 +90,9 @@ class Controller:
         if kind is None and self._scheduler.idle:
             for gang in up:
                 gang.send(messages.Finish())
-            deadline = time.monotonic() + GANGS_END_SECONDS
+            deadline = time.monotonic() + timeouts.GANGS_END_SECONDS
             while not all(gang.ended for gang in up) and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS)
+                time.sleep(timeouts.POLL_SECONDS)
         head = kind is not ClusterLost and head_answers()
         for gang in self._gangs.values():
             gang.give_up(head=head)
@@ -104,9 +103,6 @@ class Controller:
         """Queue a video; an InputError if no gang can ever hold it, or one of that name is not made yet."""
         self._scheduler.submit(order.video, order.size, priority=order.priority)
         self._videos[order.video] = _Video(order, order.stored, order.stored)
-        self._confirmed.discard(order.video)
-        if order.confirmed:
-            self._confirmed.add(order.video)
 
     def cancel(self, video: str) -> None:
         """Make no more of a video; no event of it follows."""
@@ -117,7 +113,6 @@ class Controller:
             self._gangs[holder].send(messages.CancelVideo(video=video))
         self._scheduler.cancel(video)
         del self._videos[video]
-        self._confirmed.discard(video)
         self._out = deque(event for event in self._out if getattr(event, "video", None) != video)
 
     def next_entry(self, video: str, seen: int) -> int | None:
@@ -165,10 +160,10 @@ class Controller:
             while self._out:
                 event = self._out.popleft()
                 yield event
-                if isinstance(event, messages.ChunkMade) and event.video not in self._confirmed:
-                    self._gangs[event.gang].send(messages.ChunkTaken(video=event.video, index=event.index))
-                if isinstance(event, messages.VideoDone | messages.VideoFailed):
-                    self._confirmed.discard(event.video)
+                if isinstance(event, messages.ChunkMade):
+                    video = self._videos.get(event.video)
+                    if video is not None and not video.order.confirmed:
+                        self._gangs[event.gang].send(messages.ChunkTaken(video=event.video, index=event.index))
 
     def gangs(self) -> list[GangView]:
         """All gangs, with the processes of their ranks."""
@@ -183,7 +178,7 @@ class Controller:
     def _round(self) -> None:
         """Wait for news, handle it, and carry out the decisions that follow."""
         self._carry_out()  # what was submitted since the last round does not wait for an event
-        self._news.wait(NEWS_SECONDS)
+        self._news.wait(timeouts.NEWS_SECONDS)
         self._news.clear()
         self._check()
         self._check_head()
@@ -200,7 +195,7 @@ class Controller:
         self._give_up_if_roomless()
         self._carry_out()
         now = time.monotonic()
-        if now - self._counted >= METRICS_SECONDS:
+        if now - self._counted >= timeouts.METRICS_SECONDS:
             self._counted = now
             self._metrics.show(self._scheduler.figures())
 
@@ -228,7 +223,7 @@ class Controller:
         event = replace(event, gang=gang.name)
         self._log(messages.log_entry(event, time.monotonic() - self._began))
         if isinstance(event, messages.GangReady):
-            self._scheduler.gang_up(gang.name, self._settings.size)
+            self._scheduler.gang_up(gang.name)
             self._out.append(event)
         elif event.video not in self._videos:
             return
@@ -298,7 +293,7 @@ class Controller:
     def _check_head(self) -> None:
         """Before a call of Ray's hangs."""
         now = time.monotonic()
-        if now - self._looked < NODES_SECONDS:
+        if now - self._looked < timeouts.NODES_SECONDS:
             return
         self._looked = now
         if head_answers():
@@ -313,7 +308,7 @@ class Controller:
             self._roomless = 0.0
         elif not self._roomless:
             self._roomless = time.monotonic()
-        elif time.monotonic() - self._roomless > self._settings.node_wait:
+        elif time.monotonic() - self._roomless > timeouts.NODE_WAIT_SECONDS:
             for gang in left:
                 self._drop(gang, "the cluster has no room for it any more")
 

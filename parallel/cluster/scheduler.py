@@ -10,23 +10,23 @@ Rules
     request occupies the slots of the wider one. Where the next quantum does not fit, no other one takes its place.
 
     Admission. The highest priority goes first; among equals, the oldest. A request is admitted where its KV fits into
-    the free memory, on the emptiest such gang (fewest promised slots, then least memory, then by name). No request
-    overtakes one that the gang could hold but for its present requests. A gang promises its slots at most twice,
+    the free memory, on the emptiest such gang (fewest promised slots, then least memory, then by name). Where there is
+    no room for the one whose turn it is, no other one takes its place. A gang promises its slots at most twice,
     counting requests of the same or a higher priority: it leaves the rest to a gang that comes up later.
 
     No starvation. Of every `share` quanta in a row that a gang is permitted, at least one is the quantum that has
     waited longest: with r quanta waiting before it, a quantum is at the latest the `share * (r + 1)`-th after its
-    announcement. Of every `share` requests in a row that a gang admits, at least one is the oldest that it can hold.
+    announcement. Of every `share` requests in a row that a gang admits, at least one is the oldest.
 
     Loss. When a gang goes down its requests go back to the queue and keep their age. One that is blamed for it
     twice with the same reason is set aside. When nobody is blamed, every request is suspected that was in a quantum or
-    not yet at its first chunk boundary. A request that is blamed or suspected `losses` times without getting further
-    than ever before is set aside; from half as many times it is isolated: the gang that has the fewest requests is
+    not yet at its first chunk boundary. A request that is blamed or suspected four times without getting further
+    than ever before is set aside; from the second time it is isolated: the gang that has the fewest requests is
     emptied for it, and it runs there alone, so that it harms no other request and no other one harms it.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -35,6 +35,7 @@ from models.errors import InputError
 
 _PROMISED = 2  # how often a gang promises its slots
 _SAME = 2  # how often a request may be blamed for the same reason until it is set aside
+_LOSSES = 4  # how often it may be blamed or suspected without getting further until it is set aside
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,14 +197,12 @@ class Scheduler:
 
     A request that has ended leaves nothing but its count.
 
-    Args:
-        sizes: sizes that a gang may ever have; a request that fits none of them is refused.
-        share: one in so many decisions of a gang goes to what has waited longest.
-        losses: how often a request may be blamed or suspected without getting further until it is set aside.
+    All gangs have one `size`; a request that does not fit into it is refused. One in `share` decisions of a gang goes
+    to what has waited longest.
     """
 
-    def __init__(self, sizes: Iterable[GangSize], *, share: int = 8, losses: int = 4) -> None:
-        self._sizes, self._share, self._losses = set(sizes), share, losses
+    def __init__(self, size: GangSize, *, share: int = 8) -> None:
+        self._size, self._share = size, share
         self._entries: dict[str, QueueEntry] = {}
         self._gangs: dict[str, _GangEntry] = {}
         self._ended: Counter[RequestState] = Counter()
@@ -217,7 +216,13 @@ class Scheduler:
         """Queue a request, the highest priority first; an InputError if no gang can hold it, or the id is taken."""
         if request in self._entries:
             raise InputError(f"there is a request {request} already: give every request its own id")
-        self._check_fit(request, size)
+        most = self._size
+        if not most.holds(size):
+            raise InputError(
+                f"request {request} needs {size.slots} window slots and {size.kv_bytes / 1e6:.1f} MB for keys and "
+                f"values, a gang has {most.slots} and {most.kv_bytes / 1e6:.1f} MB at most: ask for a smaller video or "
+                "a smaller KV budget"
+            )
         entry = QueueEntry(request=request, size=size, priority=priority, number=self._submitted)
         self._submitted += 1
         self._entries[request] = entry
@@ -266,13 +271,12 @@ class Scheduler:
 
     # ---- gangs
 
-    def gang_up(self, gang: str, size: GangSize) -> None:
+    def gang_up(self, gang: str) -> None:
         """A gang can be given work; a ValueError if it is up already."""
-        entry = self._gangs.setdefault(gang, _GangEntry(gang, size))
+        entry = self._gangs.setdefault(gang, _GangEntry(gang, self._size))
         if entry.up:
             raise ValueError(f"gang {gang} is up already")
-        entry.up, entry.size = True, size
-        self._sizes.add(size)
+        entry.up = True
         self._admissions_due = True
 
     def gang_down(self, gang: str, *, blamed: Mapping[str, str] | None = None) -> list[QueueEntry]:
@@ -375,19 +379,15 @@ class Scheduler:
 
     def _emptied(self) -> dict[str, QueueEntry]:
         """The isolated requests of the queue, by the gang that is emptied for each."""
-        found: dict[str, QueueEntry] = {}
-        isolated = (entry for entry in self._queue() if entry.isolated)
-        for entry in sorted(isolated, key=lambda entry: entry.number):
-            free = [gang for gang in self._up() if gang.name not in found and gang.size.holds(entry.size)]
-            if free:
-                found[min(free, key=lambda gang: (len(gang.residents), gang.name)).name] = entry
-        return found
+        isolated = sorted((entry for entry in self._queue() if entry.isolated), key=lambda entry: entry.number)
+        gangs = sorted(self._up(), key=lambda gang: (len(gang.residents), gang.name))
+        return {gang.name: entry for gang, entry in zip(gangs, isolated)}
 
     def _next_admission(self, gang: _GangEntry) -> QueueEntry | None:
         """The queued request that is to be admitted on a gang, if it fits now."""
         if any(entry.isolated for entry in gang.residents.values()):
             return None
-        eligible = [entry for entry in self._queue() if not entry.isolated and gang.size.holds(entry.size)]
+        eligible = [entry for entry in self._queue() if not entry.isolated]
         if not eligible:
             return None
         chosen, passed = self._preferred(eligible, gang.passed_requests, lambda entry: entry.number)
@@ -401,10 +401,10 @@ class Scheduler:
         if blame is not None:
             entry.failures[blame] += 1
         entry.losses += suspected or blame is not None
-        if entry.losses >= self._losses or (blame is not None and entry.failures[blame] >= _SAME):
+        if entry.losses >= _LOSSES or (blame is not None and entry.failures[blame] >= _SAME):
             self._end(entry, RequestState.QUARANTINED)
             return
-        entry.isolated = entry.losses >= max(1, self._losses // 2)
+        entry.isolated = entry.losses >= _LOSSES // 2
         entry.leave()
 
     def _end(self, entry: QueueEntry, state: RequestState) -> None:
@@ -415,13 +415,3 @@ class Scheduler:
         entry.ended = state
         self._ended[state] += 1
         self._admissions_due = True
-
-    def _check_fit(self, request: str, size: VideoSize) -> None:
-        if any(gang.holds(size) for gang in self._sizes):
-            return
-        slots = max((gang.slots for gang in self._sizes), default=0)
-        memory = max((gang.kv_bytes for gang in self._sizes), default=0)
-        raise InputError(
-            f"request {request} needs {size.slots} window slots and {size.kv_bytes / 1e6:.1f} MB for keys and values, "
-            f"a gang has {slots} and {memory / 1e6:.1f} MB at most: ask for a smaller video or a smaller KV budget"
-        )

@@ -27,6 +27,7 @@ RAY_ENDS_SECONDS = 1.0  # for processes of a cluster that has ended, before they
 RAY_FILES_SECONDS = 2.0  # for its last processes to end, so that its files can be removed
 NEWS_SECONDS = 0.2  # between two looks at all gangs where no message comes
 NODES_SECONDS = 1.0  # between two looks at the nodes of the cluster
+NODE_WAIT_SECONDS = 300.0  # for nodes to come when no gang has room any more
 PLACES_SECONDS = 0.2  # between two looks whether a gang's places are reserved
 ENDS_SECONDS = 0.5  # between two looks whether Ray has lost a rank
 WATCHED_SECONDS = 0.2  # between two messages that are sent for a viewer alone: every message has its cost

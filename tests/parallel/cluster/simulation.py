@@ -36,17 +36,16 @@ class Held:
 
 @dataclass
 class Gang:
-    size: GangSize
     up: bool = False
     held: dict[str, Held] = field(default_factory=dict)
     permits: int = 0
 
 
 class World:
-    def __init__(self, sizes: dict[str, GangSize], *, share: int = 8, losses: int = 4) -> None:
-        self.share = share
-        self.scheduler = Scheduler(sizes.values(), share=share, losses=losses)
-        self.gangs = {name: Gang(size=size) for name, size in sizes.items()}
+    def __init__(self, size: GangSize, gangs: int, *, share: int = 8) -> None:
+        self.size, self.share = size, share
+        self.scheduler = Scheduler(size, share=share)
+        self.gangs = {f"gang {number}": Gang() for number in range(gangs)}
         self.requests: dict[str, VideoSize] = {}
         self.age: dict[str, int] = {}
         self.checkpoints: dict[str, int] = {}
@@ -66,7 +65,7 @@ class World:
 
     def up(self, name: str) -> None:
         self.gangs[name].up = True
-        self.scheduler.gang_up(name, self.gangs[name].size)
+        self.scheduler.gang_up(name)
 
     def down(self, name: str, blamed: dict[str, str] | None = None) -> None:
         gang = self.gangs[name]
@@ -121,8 +120,8 @@ class World:
         assert self.scheduler.decide() == []
         self.plan += made
         for gang in self.gangs.values():
-            assert sum(held.slots for held in gang.held.values()) <= gang.size.slots
-            assert sum(held.size.kv_bytes for held in gang.held.values()) <= gang.size.kv_bytes
+            assert sum(held.slots for held in gang.held.values()) <= self.size.slots
+            assert sum(held.size.kv_bytes for held in gang.held.values()) <= self.size.kv_bytes
         figures = self.scheduler.figures()
         for name, used in figures.utilisation.items():
             assert used is None and not self.gangs[name].held or 0 <= used <= 1
@@ -146,7 +145,7 @@ class World:
 
     def _count_admission(self, admitted: str, name: str) -> None:
         for other in self.queued():
-            if self.scheduler.entry(other).isolated or not self.gangs[name].size.holds(self.requests[other]):
+            if self.scheduler.entry(other).isolated:
                 continue
             count = self._older if self.age[admitted] < self.age[other] else self._younger
             count[other, name] += 1

@@ -17,10 +17,9 @@ ONE = GangSize(slots=WINDOW, kv_bytes=100)
 TWO = GangSize(slots=2 * WINDOW, kv_bytes=100)
 
 
-def world(*sizes: GangSize, share: int = 8) -> World:
-    names = [f"gang {number}" for number in range(len(sizes))]
-    made = World(dict(zip(names, sizes)), share=share)
-    for name in names:
+def world(size: GangSize, gangs: int = 1, *, share: int = 8) -> World:
+    made = World(size, gangs, share=share)
+    for name in made.gangs:
         made.up(name)
     return made
 
@@ -104,7 +103,7 @@ def test_a_request_of_low_priority_is_admitted_in_the_end():
 
 
 def test_new_requests_are_spread_evenly():
-    made = world(TWO, TWO, TWO)
+    made = world(TWO, 3)
     for number in range(6):
         made.submit(f"video {number}")
     made.decide()
@@ -112,9 +111,9 @@ def test_new_requests_are_spread_evenly():
 
 
 def test_the_emptier_memory_is_taken_where_slots_are_equal():
-    made = world(ONE, GangSize(slots=WINDOW, kv_bytes=200))
-    for name in ("a", "b", "c"):
-        made.submit(name, kv_bytes=50)
+    made = world(ONE, 2)
+    for name, kv_bytes in (("a", 60), ("b", 20), ("c", 20)):
+        made.submit(name, kv_bytes=kv_bytes)
     made.decide()
     assert places(made.plan) == {"a": "gang 0", "b": "gang 1", "c": "gang 1"}
 
@@ -130,7 +129,7 @@ def test_memory_limits_who_is_admitted_and_none_slips_past():
 
 
 def test_one_gang_does_not_hoard_what_another_could_make():
-    made = World({"gang 0": ONE, "gang 1": ONE})
+    made = World(ONE, 2)
     made.up("gang 0")
     for number in range(10):
         made.submit(f"video {number}")
@@ -170,7 +169,7 @@ def test_a_quantum_is_granted_ahead_of_its_time_when_nobody_else_is_next():
 
 
 def test_a_lost_gangs_requests_go_on_elsewhere_and_keep_their_age():
-    made = world(ONE, GangSize(slots=WINDOW, kv_bytes=10))
+    made = world(ONE, 2)
     made.submit("a", chunks=10)
     rounds(made, 12)
     assert places(made.plan)["a"] == "gang 0"
@@ -251,7 +250,7 @@ def test_a_request_that_is_blamed_for_ever_other_reasons_is_set_aside():
 
 
 def test_a_request_that_kills_every_gang_is_found_and_harms_no_other_for_long():
-    made = world(TWO, TWO)
+    made = world(TWO, 2)
     names = ["killer", *(f"good {number}" for number in range(5))]
     for name in names:
         made.submit(name, chunks=6)
@@ -278,9 +277,9 @@ def test_a_request_that_kills_every_gang_is_found_and_harms_no_other_for_long():
 
 def waits_for_an_empty_gang() -> Scheduler:
     """A suspect is queued; gang 0, where it was, is down, and gang 1 has two videos."""
-    scheduler = Scheduler([ONE])
+    scheduler = Scheduler(ONE)
     for name in ("gang 0", "gang 1"):
-        scheduler.gang_up(name, ONE)
+        scheduler.gang_up(name)
     scheduler.submit("suspect", size())
     for _ in range(2):
         assert places(scheduler.decide()) == {"suspect": "gang 0"}
@@ -288,7 +287,7 @@ def waits_for_an_empty_gang() -> Scheduler:
         assert len(scheduler.decide()) == 1
         if not scheduler.entry("suspect").losses:
             scheduler.gang_down("gang 0")
-            scheduler.gang_up("gang 0", ONE)
+            scheduler.gang_up("gang 0")
     for name in ("a", "b", "c"):
         scheduler.submit(name, size())
     where = places(scheduler.decide())
@@ -316,7 +315,7 @@ def test_a_gang_is_emptied_for_a_suspect():
 def test_a_suspect_takes_an_emptier_gang_that_comes_up_and_frees_the_other():
     scheduler = waits_for_an_empty_gang()
     assert scheduler.decide() == []
-    scheduler.gang_up("gang 0", ONE)
+    scheduler.gang_up("gang 0")
     assert places(scheduler.decide()) == {"suspect": "gang 0", "urgent": "gang 1"}
 
 
@@ -328,18 +327,18 @@ def test_a_suspect_that_is_cancelled_or_whose_gang_dies_holds_up_nobody():
     scheduler = waits_for_an_empty_gang()
     assert scheduler.decide() == []
     scheduler.gang_down("gang 1")
-    scheduler.gang_up("gang 0", ONE)
+    scheduler.gang_up("gang 0")
     assert places(scheduler.decide()) == {"suspect": "gang 0"}
-    scheduler.gang_up("gang 1", ONE)
+    scheduler.gang_up("gang 1")
     assert places(scheduler.decide())["urgent"] == "gang 1"
 
 
 @pytest.mark.parametrize("running", [True, False])
 def test_only_a_request_that_runs_and_gets_no_further_is_suspected(running):
-    scheduler = Scheduler([ONE])
+    scheduler = Scheduler(ONE)
     scheduler.submit("a", size(chunks=9))
     for life in range(11):
-        scheduler.gang_up("gang 0", ONE)
+        scheduler.gang_up("gang 0")
         for quantum in range(life + 1 if running else 2):  # one further in every life, or waiting at a boundary
             scheduler.decide()
             scheduler.quantum_ready("a", "gang 0", quantum)
@@ -351,7 +350,7 @@ def test_only_a_request_that_runs_and_gets_no_further_is_suspected(running):
 
 
 def test_refused_at_once():
-    made = world(ONE, GangSize(slots=2, kv_bytes=1000))
+    made = world(ONE)
     with pytest.raises(InputError, match="request big needs 4 window slots and 0.0 MB .* at most: ask for a smaller"):
         made.submit("big", chunks=4, kv_bytes=101)
     made.submit("fits", kv_bytes=100)
@@ -369,7 +368,7 @@ def test_what_cannot_be_is_an_error():
     with pytest.raises(ValueError, match="quantum 2 was announced, 1 comes next"):
         made.scheduler.quantum_ready("a", "gang 0", 2)
     with pytest.raises(ValueError, match="gang 0 is up already"):
-        made.scheduler.gang_up("gang 0", ONE)
+        made.scheduler.gang_up("gang 0")
 
 
 def test_utilisation_is_the_busy_share_of_the_slots():

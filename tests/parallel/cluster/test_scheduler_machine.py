@@ -18,11 +18,11 @@ SIZES = st.builds(
 
 
 class Cluster(RuleBasedStateMachine):
-    @initialize(sizes=st.lists(SIZES, min_size=1, max_size=3), share=st.integers(1, 4))
-    def start(self, sizes, share):
-        self.world = World({f"gang {number}": one for number, one in enumerate(sizes)}, share=share)
+    @initialize(size=SIZES, gangs=st.integers(1, 3), share=st.integers(1, 4))
+    def start(self, size, gangs, share):
+        self.world = World(size, gangs, share=share)
         self.events = []
-        self.twin = Scheduler(sizes, share=share)
+        self.twin = Scheduler(size, share=share)
         self._record(self.world.scheduler)
 
     def _record(self, scheduler):
@@ -48,7 +48,7 @@ class Cluster(RuleBasedStateMachine):
     @rule(chunks=st.integers(1, 5), kv=st.integers(0, 45), priority=st.integers(-1, 2))
     def submit(self, chunks, kv, priority):
         name, video = f"video {len(self.events)}", size(chunks=chunks, kv_bytes=kv)
-        if any(gang.size.holds(video) for gang in self.world.gangs.values()):
+        if self.world.size.holds(video):
             self.world.submit(name, chunks=chunks, kv_bytes=kv, priority=priority)
         else:
             with pytest.raises(InputError, match="values, a gang has"):
