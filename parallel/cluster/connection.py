@@ -32,10 +32,8 @@ def connect(address: Address, rank: int, on_message: OnMessage, on_end: OnEnd) -
 class Connection:
     """One end of a connection. Nobody waits for the other end: one thread sends and another one receives.
 
-    Args:
-        on_message: called with every message, on a thread of the connection.
-        on_end: called once, when nothing more can come; with the error if the connection has ended for another reason
-            than that the other end has closed it, or is gone.
+    `on_message` is called with every message, on a thread of the connection; `on_end` once, when nothing more can come,
+    with the error if the connection has ended for another reason than that the other end has closed it, or is gone.
     """
 
     def __init__(self, on_message: OnMessage, on_end: OnEnd) -> None:

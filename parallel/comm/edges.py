@@ -37,7 +37,7 @@ class Edges:
 
     def __init__(self, services: RankServices) -> None:
         mesh, monitor, tracer = services.mesh, services.monitor, services.tracer
-        self._mesh, self._monitor = mesh, monitor
+        self._mesh, cp = mesh, mesh.layout.cp
         self._outboxes: dict[int, Outbox] = {}
         self._inboxes: dict[int, Inbox] = {}
         for edge, link in services.groups.links.items():
@@ -48,13 +48,10 @@ class Edges:
                 self._outboxes[edge.target] = Outbox(link, monitor.lost, on_sent)
             else:
                 # Results are small, and some are held until others of their step are there: no limit to them.
-                result = edge.target == 0 and edge.source >= mesh.layout.cp
+                result = edge.target == 0 and edge.source >= cp
                 limit = None if result else AHEAD
                 self._inboxes[edge.source] = Inbox(link, monitor.lost, monitor.check, limit=limit)
-        self._name_by_purpose()
-
-    def _name_by_purpose(self) -> None:
-        mesh, cp = self._mesh, self._mesh.layout.cp
+        # By purpose:
         self.is_tail = mesh.stage == mesh.last_stage  # this rank is of the last stage
         self.reads_velocity = self.is_tail and mesh.cp_rank == 0  # this rank computes velocities from hidden states
         tail = mesh.rank_of(mesh.last_stage, 0)

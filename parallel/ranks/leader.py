@@ -51,7 +51,6 @@ class Leader(Runner):
         self._edges.announce(Header(kind=Kind.ADMIT, request=admission.video), pack_admit(admission))
 
     def change_text(self, video: int, chunk: int | None, text: Tensor) -> None:
-        """Have all ranks read another text for chunks that have not entered."""
         self.worker.stage.change_text(video, chunk, text)
         self._edges.announce(Header(kind=Kind.TEXT, request=video), pack_text(chunk, text))
 
@@ -96,18 +95,15 @@ class Leader(Runner):
         return self._not_finite.get(video)
 
     def kv(self, video: int) -> KVBuffer:
-        """The first stage's KV buffers of a video."""
         return self.worker.stage.kv(video)
 
     def save(self, video: int, folder: Path, run: Contents, on_done: Callable[[], None]) -> None:
-        """Have all ranks take a snapshot and begin to write it."""
         header = self._header(Kind.CHECKPOINT, video)
         self._edges.announce(header, pack_json(str(folder)))
         self.worker.save(header, folder, run, on_done)
         self._saving[video] = folder
 
     def saved(self, video: int) -> tuple[Shard, ...] | None:
-        """The files of a video's last snapshot, once all ranks have written; an InputError if one of them cannot."""
         now = time.monotonic()
         if now - self._looked < POLL_SECONDS:
             return None

@@ -121,10 +121,6 @@ class StageWorker:
         patches, slices = self.stage.embed(x), self._splits[item.request].slices
         return [patches] if len(slices) == 1 else [patches[:, part].contiguous() for part in slices]
 
-    def velocity(self, item: WorkItem, parts: list[Tensor]) -> Tensor:
-        """Velocity [1, C, T, h, w] of the hidden states of all cp_ranks; on the last stage only."""
-        return self.stage.velocity(item, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
-
     def save(
         self, header: Header, folder: Path, run: Contents | None = None, on_done: Callable[[], None] = lambda: None
     ) -> None:
@@ -231,7 +227,7 @@ def read_velocity(worker: StageWorker, edges: Edges, header: Header, hidden: Ten
     assert header.item is not None
     parts = edges.receive_parts(header)
     worker.counters.item_bytes += sum(part.nbytes for part in parts)
-    others = [part.payload for part in parts if part.payload is not None]
-    velocity = worker.velocity(header.item, [hidden, *others])
+    hiddens = [hidden, *(part.payload for part in parts if part.payload is not None)]
+    velocity = worker.stage.velocity(header.item, hidden if len(hiddens) == 1 else torch.cat(hiddens, dim=1))
     marked = [rank for rank in (header.not_finite, *(part.header.not_finite for part in parts)) if rank >= 0]
     return worker.mark(replace(header, not_finite=min(marked, default=-1))), velocity
