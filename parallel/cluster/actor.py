@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 
@@ -23,17 +25,18 @@ from engine.engine import ChunkResult, Engine, NotKept
 from engine.executor import NotFinite
 from engine.machine import settle_heap
 from engine.progress import Progress
+from engine.record import Recorder
+from engine.reuse.policy import Decision, Observation
 from engine.submission import Submission
+from engine.schedule import Timetable
 from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.config import RankTask
 from parallel.cluster.connection import connect
-from parallel.cluster.live import LiveRecorder
-from parallel.comm.meeting import interface_of
-from parallel.comm.sockets import Address
+from parallel.comm.sockets import Address, interface_of
 from parallel.health.exit_codes import BAD_INPUT
 from parallel.health.failure import Failure, GangError
-from parallel.health.timeouts import LAST_MESSAGES_SECONDS
+from parallel.health.timeouts import LAST_MESSAGES_SECONDS, WATCHED_SECONDS
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang, open_gang
 from parallel.ranks.worker import StageModel
@@ -137,6 +140,37 @@ class _Video:
         return quantum in self.permitted and not any(
             video == name and first < entered for video, first in tuple(self.changing)
         )
+
+
+class _LiveRecorder(Recorder):
+    """Posts a message for each tick, for somebody who watches; nothing is computed for it, and nothing kept."""
+
+    observes = False
+
+    def __init__(self, video: str, post: Callable[..., None]) -> None:
+        super().__init__()
+        self._video, self._post = video, post
+        self._decisions: list[tuple[int, int, int]] = []
+        self._kept: tuple[float, ...] | None = None
+        self._sent = 0.0
+
+    def begin(self, table: Timetable) -> None:
+        pass
+
+    def decided(self, seen: Observation, decision: Decision) -> None:
+        self._decisions.append((seen.chunk, seen.step, decision.value))
+
+    def retired(self, chunk: int, shares: np.ndarray) -> None:
+        self._kept = tuple(round(float(share), 3) for share in shares)
+
+    def ticked(self, tick: int, *, seconds: float, items: int, fill: float) -> None:
+        now = time.monotonic()
+        due = now - self._sent >= WATCHED_SECONDS  # else it goes with the next events
+        self._sent = now if due else self._sent
+        decisions, self._decisions = tuple(self._decisions), []
+        kept, self._kept = self._kept, None
+        ticked = messages.Ticked(video=self._video, tick=tick, decisions=decisions, kv_fill=fill, kept=kept)
+        self._post(ticked, urgent=due)
 
 
 _Read = tuple[_Video, Future[Submission]] | tuple[messages.ChangePrompt, Future[torch.Tensor]]
@@ -250,7 +284,7 @@ class CommandLoop:
         try:
             progressed = partial(self._progressed, video)
             found = read.result()
-            recorder = LiveRecorder(name, self._post_tick) if video.order.watched else None
+            recorder = _LiveRecorder(name, self._post) if video.order.watched else None
             video.number = engine.submit(
                 found, on_progress=progressed, recorder=recorder, gate=video, stored=lambda: video.stored
             )
@@ -289,9 +323,6 @@ class CommandLoop:
             computed, kv_bytes, on_host = last.computed_fraction, last.kv_bytes, last.kv_host_bytes
         name = video.order.video
         self._post(messages.VideoDone(video=name, computed=computed, kv_bytes=kv_bytes, kv_host_bytes=on_host))
-
-    def _post_tick(self, ticked: messages.Ticked, urgent: bool) -> None:
-        self._post(ticked, urgent=urgent)
 
     def _wake(self) -> None:
         if self._engine is not None:

@@ -23,8 +23,7 @@ from parallel.cluster.config import ClusterSettings
 from parallel.cluster.connection import Connection
 from parallel.cluster.messages import Command, GangReady, RankStarted, SentByGang
 from parallel.cluster.placement import Place, Placement, alive_nodes, kill_process, plan_strategies
-from parallel.comm.meeting import interface_address
-from parallel.comm.sockets import Address, Stream
+from parallel.comm.sockets import Address, Stream, interface_address
 from parallel.comm.store import StoreServer
 from parallel.health import timeouts
 from parallel.health.exit_codes import BAD_INPUT

@@ -4,6 +4,7 @@ The proof is the challenge of `multiprocessing.connection`: the secret itself ne
 after that is plain bytes in blocks, and not encrypted. Nothing here is unpickled.
 """
 
+import fcntl
 import os
 import socket
 import struct
@@ -15,10 +16,12 @@ from dataclasses import dataclass, field
 from multiprocessing import AuthenticationError
 from multiprocessing import connection as mp
 
+from models.errors import InputError
 from parallel.health.timeouts import ACCEPT_AGAIN_SECONDS, AUTHENTICATE_SECONDS
 
 _PURPOSE = struct.Struct("<q")
 _NOT_ONE_OF_US = EOFError, OSError, AuthenticationError, AssertionError, struct.error
+_ADDRESS_OF = 0x8915  # Linux' SIOCGIFADDR
 
 
 class NotAuthenticated(ConnectionError):  # noqa: N818 - reads as what it says
@@ -130,3 +133,21 @@ def _time_limit(stream: Stream, seconds: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def interface_address(interface: str) -> str:
+    """The IPv4 address of a network interface; an InputError if there is no such interface, or it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        answer = fcntl.ioctl(probe.fileno(), _ADDRESS_OF, struct.pack("256s", interface.encode()[:15]))
+        return socket.inet_ntoa(answer[20:24])
+    names = ", ".join(name for _, name in socket.if_nameindex())
+    raise InputError(f"--interface {interface} has no IPv4 address on this machine, which has {names}")
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an IPv4 address; None if none has."""
+    for _, name in socket.if_nameindex():
+        with suppress(InputError):
+            if interface_address(name) == address:
+                return name
+    return None

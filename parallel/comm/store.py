@@ -1,4 +1,4 @@
-"""The store where the ranks of a gang meet: small values by name, in the memory of the process that serves it.
+"""The store where the ranks of a gang meet, and where it is: small values by name, in the memory of who serves it.
 
 PyTorch's own store lets in whoever reaches it; this one only who knows the gang's secret (`sockets.py`). PyTorch uses
 it as any other, to connect gloo and NCCL. A request is a block of JSON, and so is its answer.
@@ -6,21 +6,26 @@ it as any other, to connect gloo and NCCL. A request is a block of JSON, and so 
 
 from __future__ import annotations
 
+import hmac
 import json
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import Store
+import torch.distributed as dist
 
-from parallel.comm.sockets import Address, Listener, NotAuthenticated, Stream, dial
-from parallel.health.timeouts import POLL_SECONDS
+from models.errors import InputError
+from parallel.comm.sockets import Address, Listener, NotAuthenticated, Stream, dial, interface_address
+from parallel.health.timeouts import POLL_SECONDS, STORE_SECONDS
+from parallel.ranks.environment import RankEnv
 
 PURPOSE = -1  # of a connection to the store
 _BYTES = "latin-1"  # how bytes stand in JSON
+_LOCAL, _ALL = "127.0.0.1", ""
 
 
 class StoreError(RuntimeError):
@@ -59,7 +64,7 @@ class Values:
             return values.get(key, "")
 
 
-class RunStore(Store):
+class RunStore(dist.Store):
     """A store of PyTorch's over the values, which it asks here or over a connection.
 
     Whoever gives it to PyTorch has to keep it. `seconds` are how long `get` and `wait` wait; a StoreError after that.
@@ -166,12 +171,9 @@ class StoreServer:
 
 
 def connect_store(address: Address, *, patience: float, timeout: float) -> RunStore:
-    """A connection of its own to a store. Who uses one waits for others that do so.
+    """A connection of its own to a store; a StoreError if that is not there within `patience` seconds.
 
-    Args:
-        address: of the store.
-        patience: seconds to wait for it to be there; a StoreError if it is not.
-        timeout: seconds that `get` and `wait` wait for a value.
+    Who uses one waits for others that do so. `get` and `wait` wait `timeout` seconds for a value.
     """
     deadline = time.monotonic() + patience
     while True:
@@ -205,3 +207,57 @@ def _text(value: str | bytes) -> str:
 
 def _bytes(text: str) -> bytes:
     return text.encode(_BYTES)
+
+
+# ---- where it is
+
+
+def meet(env: RankEnv, interface: str | None, timeout: float) -> tuple[StoreServer | None, Address]:
+    """Where the ranks' store is, and its server if it is this rank that serves it.
+
+    An InputError if ranks of several machines have no secret; a RuntimeError if torchrun's store does not answer.
+    """
+    secret = env.secret
+    if not secret and not env.one_machine:
+        raise InputError(
+            "ranks on several machines need the same FLOWCACHE_SECRET, any text, in the environment of each"
+        )
+    at = Address(host=env.host, port=env.port, secret=secret)
+    if env.launcher_serves or (env.rank and not env.torchrun):
+        return None, at
+    server = None
+    if env.rank == 0:
+        own = _LOCAL if env.one_machine else _ALL if interface is None else interface_address(interface)
+        server = StoreServer(own, secret, port=0 if env.torchrun else env.port)
+    if not env.torchrun:
+        return server, at
+    # Torchrun's store lets in everybody, so who has written the address is checked.
+    limit = timedelta(seconds=timeout)
+    store = dist.TCPStore(env.host, env.port, is_master=False, wait_for_workers=False, timeout=limit)
+    key = f"flowcache/{env.attempt}/store"
+    if server is not None:
+        text = json.dumps([own or _seen_from(env.host), server.address.port])
+        store.set(key, json.dumps([text, _proof(secret, key, text)]))
+    text, proof = json.loads(store.get(key))
+    if not hmac.compare_digest(proof, _proof(secret, key, text)):
+        raise InputError("the address of rank 0 in torchrun's store was not written with this FLOWCACHE_SECRET")
+    host, port = json.loads(text)
+    return server, Address(host=host, port=port, secret=secret)
+
+
+def connect(env: RankEnv, address: Address, timeout: float) -> RunStore:
+    """A connection to the ranks' store; a StoreError if it is not there."""
+    patience = min(timeout, STORE_SECONDS) if env.launcher_serves else timeout
+    return connect_store(address, patience=patience, timeout=timeout)
+
+
+def _proof(secret: str, key: str, text: str) -> str:
+    return hmac.digest(secret.encode(), f"{key} {text}".encode(), "sha256").hex()
+
+
+def _seen_from(host: str) -> str:
+    """This machine's address on the way to another one, or that one's name if it is this one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))
+        own = str(probe.getsockname()[0])
+    return host if own.startswith("127.") else own

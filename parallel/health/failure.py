@@ -36,19 +36,14 @@ class GangError(Exception):
         self.failure = failure
 
 
-class ErrorStore:
-    """The gang's failure in the rendezvous store. The connection is under the attempt's prefix."""
+def report_failure(store: Store, failure: Failure) -> Failure:
+    """Report a failure to the gang's store; returns the one that was reported first."""
+    return _parse(store.compare_set(_KEY, "", json.dumps(asdict(failure))))
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
 
-    def report(self, failure: Failure) -> Failure:
-        """Report a failure; returns the one that was reported first."""
-        return _parse(self._store.compare_set(_KEY, "", json.dumps(asdict(failure))))
-
-    def read(self) -> Failure | None:
-        """The failure that was reported first, if any."""
-        return _parse(self._store.get(_KEY)) if self._store.check([_KEY]) else None
+def read_failure(store: Store) -> Failure | None:
+    """The failure that was reported first, if any."""
+    return _parse(store.get(_KEY)) if store.check([_KEY]) else None
 
 
 def _parse(raw: bytes) -> Failure:

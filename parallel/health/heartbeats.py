@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 from torch.distributed import Store
 
-from parallel.health.failure import ErrorStore, Failure
+from parallel.health.failure import Failure, read_failure, report_failure
 from parallel.health.hang_detector import HangDetector, Heartbeat
 from parallel.health.timeouts import Timeouts
 from parallel.mesh import Mesh
@@ -27,7 +27,7 @@ class Heartbeats:
 
     def __init__(
         self,
-        store: Store,  # a connection of its own, under the attempt's prefix
+        store: Store,  # a connection of its own
         mesh: Mesh,  # for the names of ranks; its rank is this process's if there is `beat`
         timeouts: Timeouts,  # of the ranks
         *,
@@ -41,8 +41,8 @@ class Heartbeats:
         self.diagnosis: Failure | None = None  # what this process has found wrong with the heartbeats
         self.lost = False  # the store has closed the connection
         self.expected = 0  # results for which this process does nothing but wait
-        self._store, self._errors = store, ErrorStore(store)
-        self._mesh, self._beat, self._on_round, self._interval = mesh, beat, on_round, timeouts.interval
+        self._store, self._mesh, self._beat, self._on_round = store, mesh, beat, on_round
+        self._interval = timeouts.interval
         self._detector = HangDetector(mesh, timeouts, slack=0.0 if beat is not None else 2 * timeouts.grace)
         self._looked = time.monotonic()
         self._absent = set(range(mesh.layout.world_size))
@@ -96,7 +96,8 @@ class Heartbeats:
     def _round(self) -> None:
         leaves = self._leaves
         if self.failure is None:
-            self.failure = self._errors.read() if self.reported is None else self._errors.report(self.reported)
+            reported = self.reported
+            self.failure = read_failure(self._store) if reported is None else report_failure(self._store, reported)
         if self._beat is not None:
             self._store.set(f"heartbeat/{self._mesh.rank}", "" if leaves else json.dumps(asdict(self._beat())))
         self._absent = {rank for rank in self._absent if not self._store.check([f"heartbeat/{rank}"])}
@@ -120,6 +121,6 @@ class Heartbeats:
         text = f"{who}: heartbeats: {type(error).__name__}: {error}".partition("\n")[0]
         failure = Failure(message=text, reporter=self._mesh.rank)
         try:
-            self.failure = self._errors.report(failure)
+            self.failure = report_failure(self._store, failure)
         except RuntimeError:
             self.failure = failure

@@ -47,10 +47,7 @@ _DISCONNECTED = (  # parts of the messages of gloo and NCCL
 
 
 class Monitor:
-    """Watches in a thread of its own, which waits for no other rank.
-
-    The store's connection is its own, under the attempt's prefix.
-    """
+    """Watches in a thread of its own, which waits for no other rank. The connection to the store is its own."""
 
     def __init__(self, store: Store, mesh: Mesh, timeouts: Timeouts, env: RankEnv) -> None:
         self._mesh, self._timeouts, self._env = mesh, timeouts, env

@@ -22,7 +22,8 @@ from models.errors import InputError
 from models.protocols import Pipeline
 from parallel.comm.edges import Edges, RankServices
 from parallel.comm.groups import open_groups, pick_device
-from parallel.comm.meeting import connect, interface_of, meet
+from parallel.comm.sockets import interface_of
+from parallel.comm.store import connect, meet
 from parallel.health.exit_codes import BAD_INPUT, INTERRUPTED
 from parallel.health.failure import GangError
 from parallel.health.monitor import Monitor, is_connection_error

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from parallel.comm.store import StoreServer
 from parallel.health.exit_codes import FAILED, INTERRUPTED
-from parallel.health.failure import ErrorStore, Failure, GangError
+from parallel.health.failure import Failure, GangError, report_failure
 from parallel.health.timeouts import POLL_SECONDS, RANKS_END_SECONDS
 from parallel.mesh import Layout, Mesh
 from parallel.ranks.environment import RankEnv, child_environment
@@ -33,22 +33,17 @@ def run_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = N
         KeyboardInterrupt: Ctrl-C; all ranks have ended.
     """
     with _started(command, layout, threads, first=0) as (server, ranks):
-        errors = ErrorStore(server.store)
         try:
-            _wait(ranks, errors, layout)
+            _wait(ranks, server, layout)
         except (KeyboardInterrupt, SystemExit):
-            errors.report(Failure(message="stopped", status=INTERRUPTED, reporter=-1))
+            report_failure(server.store, Failure(message="stopped", status=INTERRUPTED, reporter=-1))
             _wait_for_all(ranks)
             raise
 
 
 @contextmanager
 def worker_ranks(command: Sequence[str], layout: Layout, *, threads: int | None = None) -> Iterator[RankEnv]:
-    """Run a command as `run_ranks` does, but for rank 0, which this process is. The others end with it.
-
-    Yields:
-        The env of rank 0.
-    """
+    """As `run_ranks`, but for rank 0, which this process is: yields its env. The other ranks end with the context."""
     with _started(command, layout, threads, first=1) as (server, ranks):
         yield replace(_env(0, layout, server), launcher_speaks=False, launched=False)
         _wait_for_all(ranks)
@@ -91,7 +86,7 @@ def _start(command: Sequence[str], env: RankEnv, threads: int | None) -> subproc
     )
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], errors: ErrorStore, layout: Layout) -> None:
+def _wait(ranks: list[subprocess.Popen[bytes]], server: StoreServer, layout: Layout) -> None:
     """Wait until all have ended well; a GangError if one has not."""
     while True:
         statuses = [process.poll() for process in ranks]
@@ -105,7 +100,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]], errors: ErrorStore, layout: Layo
     rank, status = bad[0]
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     text = f"{Mesh(layout=layout, rank=rank).name(rank)} {how}"
-    failure = errors.report(Failure(message=text, status=max(status, FAILED), reporter=rank))
+    failure = report_failure(server.store, Failure(message=text, status=max(status, FAILED), reporter=rank))
     _wait_for_all(ranks)
     raise GangError(failure)
 

@@ -19,11 +19,12 @@ from PIL import Image
 from engine.record import RunRecord
 from launch.cli import run
 from launch.options import Options
-from parallel.comm.meeting import interface_of
+from parallel.comm.sockets import interface_of
+from parallel.health.processes import descendants
 from tests.launch.process import ROOT, Result, environment, flowcache_process, overflowing_weights, wait_for_frames
 from tests.launch.videos import generate_video
 from tests.parallel.forked import interpreter
-from tests.parallel.strangers import Fuzzer, family, listening, own_address, reaches
+from tests.parallel.strangers import Fuzzer, listening, own_address, reaches
 from tests.ports import free_ports
 
 GOLDENS = ROOT / "tests" / "data" / "goldens"
@@ -328,7 +329,7 @@ def test_a_lost_rank_is_one_line_and_leaves_nothing(
     process = flowcache_process(tmp_path, "generate", PROMPT, *options)
     try:
         wait_for_frames(process, tmp_path / "long.mp4")
-        for pid in family(process.pid)[1:]:
+        for pid in descendants(process.pid):
             if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0"):
                 os.kill(pid, sent)
         _, shown = process.communicate(timeout=60)

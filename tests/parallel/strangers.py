@@ -8,6 +8,8 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from parallel.health.processes import descendants
+
 _TORCH_MAGIC = struct.pack("<BI", 0, 0x3C85F7CE)  # how a client of PyTorch's store begins
 
 
@@ -30,16 +32,6 @@ def garbage():
     yield b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
     yield b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
     yield b"\x80\x04\x95" + made.randbytes(60)  # the beginning of a pickle
-
-
-def family(pid):
-    """A process and all that it has started."""
-    found = [pid]
-    for one in found:
-        with suppress(OSError):
-            for task in os.listdir(f"/proc/{one}/task"):
-                found += map(int, Path(f"/proc/{one}/task/{task}/children").read_text().split())
-    return found
 
 
 def listening(pids):
@@ -101,7 +93,7 @@ class Fuzzer:
 
     def _run(self):
         while not self._stopped.wait(0.3):
-            pids = family(self._pid)
+            pids = {self._pid, *descendants(self._pid)}
             self.seen |= listening(pids)
             for _, port in listening(pid for pid in pids if not self._spares(pid)):
                 for sent in garbage():

@@ -6,15 +6,18 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from models.errors import InputError
-from parallel.comm.meeting import connect, interface_address, interface_of, meet
-from parallel.comm.store import StoreError, StoreServer, connect_store
-from parallel.health.failure import ErrorStore, Failure
+from parallel.comm.sockets import interface_address, interface_of
+from parallel.comm.store import StoreError, StoreServer, connect, connect_store, meet
+from parallel.health.failure import Failure, read_failure, report_failure
+from parallel.mesh import Layout
 from parallel.ranks.environment import RankEnv
+from parallel.ranks.spawn import run_ranks
 from tests.parallel.strangers import garbage, listening, reaches, told
 from tests.ports import free_ports
 
@@ -45,9 +48,9 @@ def test_what_one_sets_the_others_get(server):
 
 def test_the_first_report_holds(server):
     first, second = Failure(message="the first", reporter=1), Failure(message="the second", reporter=0)
-    assert ErrorStore(client(server)).report(first) == first
-    assert ErrorStore(server.store).report(second) == first
-    assert ErrorStore(client(server)).read() == first
+    assert report_failure(client(server), first) == first
+    assert report_failure(server.store, second) == first
+    assert read_failure(client(server)) == first
 
 
 def test_a_value_is_waited_for_and_a_missing_one_is_named(server):
@@ -180,3 +183,25 @@ def test_an_interface_is_where_the_ranks_listen():
 def test_a_secret_is_not_shown():
     env = RankEnv(rank=0, world_size=1, local_rank=0, host="h", port=1, secret="do not tell")
     assert "do not tell" not in repr(env) + repr(StoreServer("127.0.0.1", "do not tell").address)
+
+
+GANG = """
+import sys
+from pathlib import Path
+from parallel.ranks.environment import RankEnv
+from parallel.ranks.gang import open_gang
+from parallel.mesh import Layout
+from tests.parallel.strangers import listening
+with open_gang(RankEnv.from_environment(), Layout(pp=2, cp=1)) as gang:
+    Path(sys.argv[1], f"{gang.mesh.rank}").write_text(" ".join(host for host, _ in listening(["self"])))
+"""
+
+
+@linux
+@pytest.mark.slow
+def test_ranks_of_one_machine_listen_at_the_loopback_address_alone(tmp_path):
+    root = Path(__file__).parents[3]
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{GANG}", str(tmp_path)]
+    run_ranks(command, Layout(pp=2, cp=1), threads=1)
+    for rank in range(2):
+        assert set((tmp_path / f"{rank}").read_text().split()) == {"127.0.0.1"}

@@ -5,11 +5,12 @@ import time
 import pytest
 
 from parallel.comm.store import StoreServer, connect_store
-from parallel.health.failure import ErrorStore, Failure
+from parallel.health.failure import Failure, report_failure
 from parallel.health.hang_detector import Heartbeat
 from parallel.health.heartbeats import Heartbeats
 from parallel.health.timeouts import Timeouts
 from parallel.mesh import Layout, Mesh
+from tests.waiting import until
 
 TIMES = Timeouts(silent=0.8, first=60.0, step=0.8, grace=0.1)
 
@@ -62,7 +63,7 @@ def test_a_healthy_gang_is_seen_and_nothing_is_found(gang):
 def test_what_a_rank_has_reported_is_read(gang):
     reader, _, address = gang
     failure = Failure(message="rank 1 has gone", status=1, reporter=0, hung=(1,))
-    ErrorStore(connected(address)).report(failure)
+    report_failure(connected(address), failure)
     assert first(reader) == failure
 
 
@@ -100,8 +101,6 @@ def test_a_store_that_is_gone_is_said():
     reader = Heartbeats(connected(store.address), Mesh(layout=Layout(pp=2), rank=0), TIMES)
     reader.start()
     store.close()
-    deadline = time.monotonic() + 10
-    while not reader.lost and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert reader.lost and reader.failure is None
+    until(lambda: reader.lost)
+    assert reader.failure is None
     reader.close(5)
