@@ -125,8 +125,8 @@ def _gang_size(plans: Sequence[Plan], kv_bytes: int | None, *, gpus: bool) -> Ga
 
 
 @contextmanager
-def ray_cluster(*, cpus: int, address: str | None = None) -> Iterator[float]:
-    """Join the cluster at the address, or at `RAY_ADDRESS`, which is set within a Ray job; without either start one.
+def ray_cluster(*, cpus: int) -> Iterator[float]:
+    """Join the cluster at `RAY_ADDRESS`, which is set within a Ray job; without that start one.
 
     A cluster that is started here ends with this process, leaves no files, and has `cpus` to give, whatever the machine
     has. Within, signals interrupt nothing, as Ray does not bear it: `check_signals` sees them.
@@ -137,7 +137,7 @@ def ray_cluster(*, cpus: int, address: str | None = None) -> Iterator[float]:
     Raises:
         InputError: there is no cluster at the address, which is known within 15 seconds.
     """
-    address = address or ray_address()
+    address = ray_address()
     with unwinding_signals(), ExitStack() as stack:
         if address:
             _join(address, stack)

@@ -33,8 +33,10 @@ def test_workers_are_not_put_last_and_nobody_breaks_in_on_who_computes(monkeypat
 
 def _refuse(address, expected):
     began = time.monotonic()
-    with pytest.raises(InputError, match=f"cannot join the Ray cluster at {address}: .*{expected}"):
-        with ray_cluster(cpus=1, address=address):
+    refused = pytest.raises(InputError, match=f"cannot join the Ray cluster at {address}: .*{expected}")
+    with pytest.MonkeyPatch.context() as patch, refused:
+        patch.setenv("RAY_ADDRESS", address)
+        with ray_cluster(cpus=1):
             pass
     assert time.monotonic() - began < 30  # Ray by itself tries for a minute
 
