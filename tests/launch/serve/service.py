@@ -2,7 +2,6 @@
 
 import re
 import signal
-import time
 from fractions import Fraction
 
 import av
@@ -14,6 +13,7 @@ from launch.options import Options
 from parallel.health.processes import descendants
 from tests.launch.process import command_of, flowcache_process
 from tests.parallel.forked import forks, ray_workers
+from tests.waiting import until
 
 PROMPT = "a red circle moving right"
 OTHER = "a blue cross moving up"
@@ -24,23 +24,10 @@ SIZE = {"height": 64, "width": 64, "steps": 8}
 class Service:
     """The command, its output and a client of it; it may be killed and started again."""
 
-    def __init__(self, folder, temporary, *more):
+    def __init__(self, folder, temporary):
         self.folder, self.temporary = folder, temporary
-        self.command = [
-            "serve",
-            "--keep-state",
-            "--out",
-            "served",
-            "--port",
-            0,
-            "--pp",
-            2,
-            "--checkpoint-every",
-            1,
-            "--concurrency",
-            2,
-        ]
-        self.command += [f"--{name}={value}" for name, value in SIZE.items()] + ["--threads", 1, *more]
+        self.command = ["serve", "--keep-state", "--out", "served", "--port", 0, "--pp", 2, "--checkpoint-every", 1]
+        self.command += ["--concurrency", 2, "--threads", 1, *(f"--{name}={value}" for name, value in SIZE.items())]
         self.said = folder / "said.txt"
 
     def start(self):
@@ -70,11 +57,7 @@ class Service:
 
     def when(self, condition, seconds=180):
         """What a condition gives as soon as that is true."""
-        deadline = time.monotonic() + seconds
-        while not (found := self.tried(condition)):
-            assert time.monotonic() < deadline, self.said.read_text()
-            time.sleep(0.05)
-        return found
+        return until(lambda: self.tried(condition), self.said.read_text, seconds, pause=0.05)
 
     def create(self, **body):
         answer = self.client.post("/v1/videos", json={"prompt": PROMPT, "seconds": 1, **body})

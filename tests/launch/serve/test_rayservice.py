@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import httpx2
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from parallel.health.processes import descendants
 from tests.launch.process import ROOT, command_of, environment, short_folder
 from tests.ports import free_ports
+from tests.waiting import until
 
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'flowcache-engine[rayserve]'")
 pytestmark = pytest.mark.slow
@@ -43,6 +43,7 @@ def is_up(port):
 
 def test_ray_serve_starts_the_service_again_when_it_is_killed_and_ends_it(tmp_path):
     port, other = free_ports(2)
+    said_text = (tmp_path / "said.txt").read_text
     options = f"--out {tmp_path / 'served'} --port {port} --threads 1 --height 64 --width 64 --steps 8"
     with short_folder() as temporary, (tmp_path / "said.txt").open("w") as said:
         command = [sys.executable, "-c", START, str(temporary), str(other), options]
@@ -50,21 +51,14 @@ def test_ray_serve_starts_the_service_again_when_it_is_killed_and_ends_it(tmp_pa
             command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said
         )
         try:
-            when(lambda: is_up(port), tmp_path)
+            until(lambda: is_up(port), said_text, 120, pause=0.2)
             assert "a port of its own" in httpx2.get(f"http://127.0.0.1:{other}/", timeout=30).text
             [first] = services(process)
             os.kill(first, signal.SIGKILL)
-            when(lambda: services(process) not in ([], [first]) and is_up(port), tmp_path)
+            until(lambda: services(process) not in ([], [first]) and is_up(port), said_text, 120, pause=0.2)
             process.stdin.close()
-            when(lambda: not services(process), tmp_path)
+            until(lambda: not services(process), said_text, 120, pause=0.2)
             process.wait(60)
         finally:
             process.kill()
             process.wait()
-
-
-def when(condition, folder, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, (folder / "said.txt").read_text()
-        time.sleep(0.2)

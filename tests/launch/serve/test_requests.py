@@ -78,20 +78,24 @@ def service(tmp_path_factory):
         yield client, store
 
 
+def post(path="/v1/videos", **given):
+    return "POST", path, given
+
+
 def create(**body):
-    return "POST", "/v1/videos", {"json": {"prompt": PROMPT, **body}}
+    return post(json={"prompt": PROMPT, **body})
 
 
 def upload(content, **fields):
-    return "POST", "/v1/videos", {"data": {"prompt": PROMPT, **fields}, "files": {"input_reference": ("x", content)}}
+    return post(data={"prompt": PROMPT, **fields}, files={"input_reference": ("x", content)})
 
 
 def raw(content, kind="application/json"):
-    return "POST", "/v1/videos", {"content": content, "headers": {"content-type": kind}}
+    return post(content=content, headers={"content-type": kind})
 
 
 def longer(**body):
-    return "POST", "/v1/videos/extensions", {"json": body}
+    return post("/v1/videos/extensions", json=body)
 
 
 def long_clip():
@@ -106,11 +110,6 @@ LONG = '{"prompt": ' + "[" * 100_000
 FORM = "multipart/form-data; boundary=x"
 UNKNOWN = "/v1/videos/video_000000000000000000000000"
 
-
-def reprompt(body, name=UNKNOWN):
-    return "POST", f"{name}/prompt", {"json": body}
-
-
 BAD = {
     "no body": (raw(b""), 400, "not JSON"),
     "no JSON": (raw(b"{broken"), 400, "not JSON"),
@@ -121,7 +120,7 @@ BAD = {
     "another kind": (raw(b"x", "text/plain"), 415, "text/plain"),
     "a broken form": (raw(b"--y\r\n", FORM), 400, ""),
     "a form cut off": (raw(b'--x\r\ncontent-disposition: form-data; name="prompt"\r\n\r\na', FORM), 400, "missing"),
-    "no prompt": (("POST", "/v1/videos", {"json": {"seconds": 1}}), 400, "'prompt' is missing"),
+    "no prompt": (post(json={"seconds": 1}), 400, "'prompt' is missing"),
     "an empty prompt": (create(prompt=""), 400, "prompt"),
     "a prompt of another type": (create(prompt=["a"]), 400, "prompt"),
     "a long prompt": (create(prompt="a " * 9000), 400, "prompt"),
@@ -164,31 +163,19 @@ BAD = {
     "a bomb of another kind": (upload(GIF), 400, "pixels"),
     "a bomb in base64": (create(input_reference={"image_url": f"data:image/png;base64,{BOMB}"}), 400, "pixels"),
     "a clip that is too long": (upload(LONG_CLIP), 400, "longer than 4 s"),
-    "a compressed body": (
-        ("POST", "/v1/videos", {"content": gzip.compress(b"{}"), "headers": {"content-encoding": "gzip"}}),
-        400,
-        "UTF-8",
-    ),
-    "many fields": (("POST", "/v1/videos", {"data": {f"x{number}": "1" for number in range(41)}}), 400, "fields"),
-    "two files": (
-        ("POST", "/v1/videos", {"data": {"prompt": PROMPT}, "files": [("input_reference", b"x")] * 2}),
-        400,
-        "files",
-    ),
+    "a compressed body": (post(content=gzip.compress(b"{}"), headers={"content-encoding": "gzip"}), 400, "UTF-8"),
+    "many fields": (post(data={f"x{number}": "1" for number in range(41)}), 400, "fields"),
+    "two files": (post(data={"prompt": PROMPT}, files=[("input_reference", b"x")] * 2), 400, "files"),
     "broken JSON in a form": (upload(png(64), prompts="{"), 400, "prompts"),
     "a large body": (upload(bytes(2_000_000)), 413, "1,000,000 bytes"),
-    "a file of another name": (
-        ("POST", "/v1/videos", {"data": {"prompt": PROMPT}, "files": {"prompts": ("x", b"{}")}}),
-        400,
-        "only input_reference",
-    ),
+    "a file of another name": (post(files={"prompts": ("x", b"{}")}), 400, "only input_reference"),
     "a longer video of none": (longer(video={"id": "video_0"}, seconds=1), 404, "no video"),
     "a longer video of nothing": (longer(seconds=1), 400, "'video' is missing"),
     "a longer video of another form": (longer(video={"url": "x"}, seconds=1), 400, "video"),
-    "a new prompt of none": (reprompt({"prompt": PROMPT}), 404, "no video"),
+    "a new prompt of none": (post(f"{UNKNOWN}/prompt", json={"prompt": PROMPT}), 404, "no video"),
     "a longer video of a path": (longer(video={"id": "../../etc"}, seconds=1), 404, "no video"),
     "a longer video of a file": (
-        ("POST", "/v1/videos/extensions", {"data": {"seconds": "1"}, "files": {"video": ("x", b"x")}}),
+        post("/v1/videos/extensions", data={"seconds": "1"}, files={"video": ("x", b"x")}),
         400,
         "a file cannot be made longer",
     ),
@@ -251,10 +238,7 @@ def test_a_bomb_takes_no_memory(service):
     """A picture of 256 megapixels in 300 kB."""
     client, _ = service
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    header = struct.pack(">IIBBBBB", 16384, 16384, 1, 0, 0, 0, 0)
-    rows = zlib.compress(bytes((16384 // 8 + 1) * 16384), 9)
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-    method, path, given = upload(bomb)
+    method, path, given = upload(png(16384))
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: client.request(method, path, **given), range(8)))
     assert {answer.status_code for answer in answers} == {400}
