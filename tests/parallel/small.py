@@ -1,5 +1,7 @@
 """A model of a few layers with random weights, whole or one stage of it, for tests over several ranks."""
 
+import time
+
 import torch
 
 from engine.request import Request
@@ -46,3 +48,27 @@ def request(**changes):
 
 def one_thread():
     torch.set_num_threads(1)
+
+
+class Wrapped:
+    """What stands before a model or a pipeline, and is like it in all that it does not do itself."""
+
+    def __init__(self, inner):
+        self._inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+
+class Timed(Wrapped):
+    """A model whose layers take a given time each, or longer, whatever else the machine does."""
+
+    def __init__(self, model, seconds):
+        super().__init__(model)
+        self._seconds = seconds
+
+    def layers(self, *arguments, **named):
+        began = time.perf_counter()
+        hidden = self._inner.layers(*arguments, **named)
+        time.sleep(max(0.0, self._seconds * len(self._inner.kv.layers) - (time.perf_counter() - began)))
+        return hidden

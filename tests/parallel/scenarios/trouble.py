@@ -9,30 +9,25 @@ from engine import executor
 from engine.reuse.flags import FlagLog
 from models.errors import InputError
 from tests.parallel.scenarios.videos import videos
+from tests.parallel.small import Wrapped
 
 
-class Trap:
+class Trap(Wrapped):
     """A model that does something bad in its n-th call."""
 
     def __init__(self, model, calls, action):
-        self._model, self._left, self._action = model, calls, action
-
-    def __getattr__(self, name):
-        return getattr(self._model, name)
+        super().__init__(model)
+        self._left, self._action = calls, action
 
     def layers(self, *arguments, **named):
         self._left -= 1
         if not self._left:
             self._action()
-        return self._model.layers(*arguments, **named)
+        return self._inner.layers(*arguments, **named)
 
 
 def _raise():
     raise ValueError("a matrix of sorrows")
-
-
-def _oversleep():
-    time.sleep(600)
 
 
 ACTIONS = {
@@ -40,7 +35,7 @@ ACTIONS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
-    "sleep": _oversleep,
+    "sleep": lambda: time.sleep(600),
 }
 
 

@@ -12,7 +12,7 @@ from engine.kv.selection import SelectionSettings
 from engine.record import Recorder
 from engine.reuse.policy import ReuseSettings
 from models.errors import InputError
-from tests.parallel.small import request, small_config, stage_pipeline
+from tests.parallel.small import Timed, request, small_config, stage_pipeline
 
 
 def settings(values):
@@ -68,25 +68,9 @@ def videos(gang, values, out, wrap=lambda model: model):
     )
 
 
-class _Slow:
-    """A model whose layers take a given time, whatever else the machine does."""
-
-    def __init__(self, model, seconds):
-        self._model, self._seconds = model, seconds
-
-    def __getattr__(self, name):
-        return getattr(self._model, name)
-
-    def layers(self, *arguments, **named):
-        began = time.perf_counter()
-        hidden = self._model.layers(*arguments, **named)
-        time.sleep(max(0.0, self._seconds * len(self._model.kv.layers) - (time.perf_counter() - began)))
-        return hidden
-
-
 def slow(gang, values, out):
     """As `videos`, at a speed that does not depend on the machine."""
-    videos(gang, values, out, wrap=lambda model: _Slow(model, values["layer_seconds"]))
+    videos(gang, values, out, wrap=lambda model: Timed(model, values["layer_seconds"]))
 
 
 def goldens(gang, values, out):
