@@ -1,13 +1,17 @@
 """Starts a scenario on several ranks and reads what the lead has saved."""
 
 import json
+import os
+import subprocess
 import sys
 
 import torch
 
 from parallel.mesh import Layout
 from parallel.ranks.spawn import run_ranks
-from tests.parallel.forked import forked
+from tests.parallel.forked import ROOT, forked
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def arguments(name, out, values):
@@ -33,3 +37,16 @@ def run(tmp_path, name="videos", *, pp=1, cp=1, fork=True, **values):
     out = tmp_path / "out.pt"
     start(out, name, values, pp=pp, cp=cp, fork=fork)
     return torch.load(out, weights_only=False)
+
+
+def torchrun(arguments, **more):
+    """Have two ranks run a command as torchrun starts them; `more` are variables of their environment."""
+    return subprocess.run(
+        [*TORCHRUN, *arguments[1:]],
+        cwd=ROOT,
+        env={**os.environ, **more},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )

@@ -41,6 +41,7 @@ from tests.models import downloaded
 from tests.models.wan.small import small_pipeline
 from tests.parallel.cluster.sources import SmallSource, size
 from tests.parallel.small import request
+from tests.waiting import until
 
 MOST_WAITING = 8
 
@@ -97,13 +98,6 @@ def running(source=None, controller=None):
         controller.loop.handle(Finish())
         thread.join(20)
     assert not thread.is_alive() and not failures
-
-
-def until(condition, what, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 def test_no_more_is_made_than_the_controller_can_take():

@@ -17,6 +17,7 @@ import pytest
 from parallel.cluster.connection import Connection, connect
 from parallel.cluster.messages import ChunkMade, Finish, MessageError, PermitQuantum
 from parallel.comm.sockets import Listener, NotAuthenticated
+from tests.waiting import until
 
 HOST = "127.0.0.1"
 
@@ -80,13 +81,6 @@ def rank(place):
     made = End()
     made.connection = connect(*place, made.received.append, made.end)
     return made
-
-
-def until(condition, what, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
 
 
 def taken(listener, peer, count):

@@ -11,7 +11,7 @@ from parallel.comm.messages import HEADER_BYTES
 from parallel.comm.ulysses import TokenSplit, local_heads
 from parallel.health.failure import GangError
 from tests.parallel.on_ranks import run
-from tests.parallel.ranks.test_pipeline import FLOATS, FLOWCACHE, HIDDEN, TOKENS, alone
+from tests.parallel.ranks.test_pipeline import FLOATS, FLOWCACHE, HIDDEN, TOKENS, alone, close
 
 
 @given(tokens=st.integers(1, 200), ranks=st.integers(1, 9))
@@ -29,12 +29,6 @@ def test_heads_are_divided_or_refused():
     assert (local_heads(geometry, 4).query_heads, local_heads(geometry, 4).key_heads) == (4, 2)
     with pytest.raises(InputError, match="--cp 3 does not divide the model's 8 key heads"):
         local_heads(geometry, 3)
-
-
-def close(made, expected):
-    for video, other in zip(made, expected, strict=True):
-        for a, b in zip(video, other, strict=True):
-            assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 CASES = {

@@ -9,13 +9,7 @@ import time
 import pytest
 
 from parallel.health.processes import LocalProcess, WakeupPipe
-
-
-def eventually(condition):
-    deadline = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -30,9 +24,9 @@ def test_a_stopped_process_is_told_from_a_running_one_and_ends(process):
     seen = LocalProcess(process.pid)
     assert not seen.gone and not seen.stopped
     process.send_signal(signal.SIGSTOP)
-    assert eventually(lambda: seen.stopped)
+    until(lambda: seen.stopped)
     seen.end()
-    assert eventually(lambda: seen.gone)  # though nobody has waited for it yet
+    until(lambda: seen.gone)  # though nobody has waited for it yet
     assert not seen.stopped
     assert process.wait(10) == -signal.SIGKILL
     seen.end()

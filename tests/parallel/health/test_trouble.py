@@ -1,13 +1,11 @@
 """When a rank fails, hangs or is killed, all end soon, and one line names it."""
 
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -15,29 +13,21 @@ from parallel.health.failure import GangError
 from parallel.mesh import Layout
 from parallel.ranks.environment import RankEnv, child_environment
 from parallel.ranks.spawn import run_ranks
-from tests.parallel.forked import interpreter
-from tests.parallel.on_ranks import command, forks, run
+from tests.launch.process import command_of
+from tests.parallel.forked import ROOT, interpreter
+from tests.parallel.on_ranks import TORCHRUN, command, forks, run, torchrun
 from tests.ports import free_ports
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[3]
 SHORT = {"silent": 6.0, "first": 60.0, "step": 8.0, "grace": 1.0}
 GONE = r"(was ended by SIGKILL|has gone: it(s process has ended| has closed its connections))(, last seen .+)?$"
 LONG = [{"chunks": 200, "height": 64, "width": 64}]
 
 
-def gone(pids):
-    def alive(pid):
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-        except OSError:
-            return False
-
-    deadline = time.monotonic() + 10
-    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return not any(alive(pid) for pid in pids)
+def check_gone(pids):
+    until(lambda: not any(map(command_of, pids)), "a rank is still there", seconds=10.0)
 
 
 def calls_before(action):
@@ -95,10 +85,7 @@ def test_one_bad_rank_ends_all_and_is_named(tmp_path, action, layout, rank, mess
     assert caught.value.failure.status == {"input": 2}.get(action, 1)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.pt").exists()
-    assert gone(pids(tmp_path, count))
-
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    check_gone(pids(tmp_path, count))
 
 
 def trouble(tmp_path, action, rank, start=command, **more):
@@ -108,9 +95,7 @@ def trouble(tmp_path, action, rank, start=command, **more):
 
 def started(tmp_path, count):
     """The processes of all ranks, once they are there."""
-    deadline = time.monotonic() + 60
-    while not all((tmp_path / f"out.pt.{rank}").exists() for rank in range(count)) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    until(lambda: all((tmp_path / f"out.pt.{rank}").exists() for rank in range(count)), seconds=60)
     time.sleep(0.5)
     return pids(tmp_path, count)
 
@@ -118,24 +103,18 @@ def started(tmp_path, count):
 @pytest.mark.parametrize(
     ("action", "message"),
     [
+        ("raise", r"rank 1 \(stage 1 of 2\): request 0, tick \d+, chunk \d+ .*a matrix of sorrows"),
         ("kill", r"rank 1 \(stage 1 of 2\) has gone: "),
         ("stop", r"rank 1 \(stage 1 of 2\) has given no sign of life for \d+ s (at|after) request 0, tick"),
     ],
 )
 def test_torchrun_shows_the_message_once_and_leaves_nobody_behind(tmp_path, action, message):
-    ended = subprocess.run(
-        [*TORCHRUN, *trouble(tmp_path, action, 1)[1:]],
-        cwd=ROOT,
-        env={**os.environ, "PYTHON_EXEC": interpreter()},
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=120,
-    )
+    ended = torchrun(trouble(tmp_path, action, 1), PYTHON_EXEC=interpreter())
     assert ended.returncode == 1
     found = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert len(found) == 1, ended.stderr
     assert re.match(f"error: {message}", found[0])
-    assert gone(pids(tmp_path, 2))
+    check_gone(pids(tmp_path, 2))
 
 
 def test_ranks_of_a_killed_torchrun_end(tmp_path):
@@ -145,7 +124,7 @@ def test_ranks_of_a_killed_torchrun_end(tmp_path):
     finally:
         agent.kill()
         agent.wait()
-    assert gone(found)
+    check_gone(found)
 
 
 @contextmanager
@@ -214,7 +193,7 @@ def test_no_rank_outlives_its_launcher(tmp_path, sent, status):
         found = started(tmp_path, 2)
         launcher.send_signal(sent)
         assert launcher.wait(20) == status
-        assert gone(found)
+        check_gone(found)
     finally:
         launcher.kill()
 

@@ -33,26 +33,26 @@ from tests.parallel.ranks.test_pipeline import FLOWCACHE, HIDDEN, TOKENS, alone,
 # ---- files
 
 
-def contents(value=1.0):
-    return Contents(tensors={"a": torch.full((3, 40), value), "b": torch.arange(5)}, values={"x": [1, None, 0.1]})
+def contents():
+    return Contents(tensors={"a": torch.ones(3, 40), "b": torch.arange(5)}, values={"x": [1, None, 0.1]})
 
 
-def write(folder, quantum, *, value=1.0, files=("rank-0.safetensors", "run.safetensors")):
+def write(folder, quantum):
     """A checkpoint that is complete but for its manifest."""
     with suppress(OSError):
         folder.mkdir(parents=True)
     place, done = new_folder(folder, quantum), queue.SimpleQueue()
-    write_async(place, {name: contents(value) for name in files}, done.put)
+    write_async(place, {name: contents() for name in ("rank-0.safetensors", "run.safetensors")}, done.put)
     shards = done.get(timeout=10)
     if isinstance(shards, Exception):
         raise shards
     return Checkpoint(folder=place, quantum=quantum, counts={"chunks": quantum}, fingerprint={}, shards=shards)
 
 
-def whole(folder, quantum, **named):
+def whole(folder, quantum):
     """A checkpoint beside the others, as if there had been no time to delete them."""
     aside = folder.parent / "aside"
-    made = write(aside, quantum, **named)
+    made = write(aside, quantum)
     commit(made)
     folder.mkdir(exist_ok=True)
     return made.folder.rename(folder / made.folder.name)

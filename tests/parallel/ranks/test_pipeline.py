@@ -1,11 +1,6 @@
 """Videos over several ranks: the same bits as from one process, and no work for what is reused."""
 
-import os
-import re
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,14 +13,12 @@ from engine.reuse.flags import FlagLog
 from engine.reuse.policy import ReuseSettings
 from parallel.comm.messages import HEADER_BYTES
 from tests.engine.reference import reference_latents
-from tests.parallel.forked import interpreter
-from tests.parallel.on_ranks import command, run
+from tests.parallel.on_ranks import command, run, torchrun
 from tests.parallel.scenarios.videos import settings, wanted
 from tests.parallel.small import SmallPipeline, one_thread, small_config
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[3]
 FLOWCACHE = {"policy": "flowcache", "threshold": 0.1, "warmup_steps": 2, "clean_pass": False}
 TOKENS, HIDDEN, FLOATS = 36, 32, 4
 VELOCITY = 16 * 6 * 4 * 6 * FLOATS
@@ -204,29 +197,8 @@ def test_a_gang_goes_on_after_a_video_that_was_given_up_or_refused(tmp_path):
         assert reports[0].items == reports[1].items
 
 
-def torchrun(count, name, out, values, **more):
-    started = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return subprocess.run(
-        [sys.executable, *started, *command(name, out, values)[1:]],
-        cwd=ROOT,
-        env={**os.environ, **more},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_torchrun_starts_the_same_ranks(tmp_path):
     values = {"layout": {"pp": 2}, "requests": [{"chunks": 2}]}
-    done = torchrun(2, "videos", tmp_path / "out.pt", values)
+    done = torchrun(command("videos", tmp_path / "out.pt", values))
     assert done.returncode == 0, done.stderr
     same(torch.load(tmp_path / "out.pt", weights_only=False)["latents"], alone(values)[0])
-
-
-def test_under_torchrun_one_rank_says_what_went_wrong(tmp_path):
-    values = {"layout": {"pp": 2}, "action": "raise", "rank": 1}
-    done = torchrun(2, "trouble", tmp_path / "out.pt", values, PYTHON_EXEC=interpreter())
-    assert done.returncode != 0
-    said = re.findall(r"^error: .*", done.stderr, re.MULTILINE)
-    assert len(said) == 1
-    assert re.match(r"error: rank 1 \(stage 1 of 2\): request 0, tick \d+, chunk \d+ .*a matrix of sorrows", said[0])

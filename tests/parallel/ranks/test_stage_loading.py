@@ -60,7 +60,6 @@ def test_ranks_hold_their_own_weights_only(tmp_path):
     assert len(got["latents"][0]) == 4
 
 
-@pytest.mark.slow
 def test_no_rank_ever_holds_more_than_its_own_stage(tmp_path):
     """Measured on processes: 16 layers of 16 MB each over 4 stages."""
     values = small_config(16).to_dict()
