@@ -1,17 +1,24 @@
-"""SkyReels-V2 and Self-Forcing as the commands see them; what each method does is said in `models/family.py`."""
+"""SkyReels-V2 and Self-Forcing as the commands see them: what each method does is said in `models/family.py`; and what
+loads them."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from models.checkpoint import Loading
 from models.errors import InputError
-from models.family import Part, ReuseFigures
+from models.family import Choices, ModelLoader, Part, ReuseFigures
 from models.protocols import Sampling
+from models.text import TextLoading
 from models.wan import folder as folders
-from models.wan import loader as loading
 from models.wan import presets as known
 from models.wan import weights
 from models.wan.config import WanConfig
+from models.wan.dit import WanDiT
 from models.wan.image import check_image
+from models.wan.pipeline import WanPipeline, load_pipeline, load_stage
+from models.wan.random_weights import random_dit, random_pipeline
 from models.wan.sampling.changes import KEPT_STEPS, POLYNOMIALS
 from models.wan.sampling.method import sampling_of
 from models.wan.text import check_text
@@ -19,6 +26,41 @@ from models.wan.vae import WanVaeFiles
 from models.wan.weights import WanWeights
 
 _LARGE_DIM = 5120  # channels of the model whose fit is that of 14B
+_OF_MAGI = (
+    *("window", "guidance_times", "chunk_scales", "text_scales", "special", "special_tokens", "negative"),
+    *("copy_weight", "precision"),
+)
+_IN_STEP = {"chunk_width": 1, "stagger": 0}  # as SkyReels-V2 is run in step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WanLoader(ModelLoader):
+    """Of a model of this family; without `weights` they are random numbers."""
+
+    config: WanConfig
+
+    @property
+    def identity(self) -> list[Any]:
+        return [self.config.to_dict(), str(self.weights), self.text.dtype]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        weights = "random" if self.weights is None else str(self.weights.resolve())
+        return {"weights": weights, "text": self.text.dtype}
+
+    @property
+    def vae(self) -> Path | None:
+        return None if self.weights is None else folders.find_files(self.config, self.weights).vae
+
+    def pipeline(self, loading: Loading) -> WanPipeline:
+        if self.weights is None:
+            return random_pipeline(self.config, loading)
+        return load_pipeline(self.config, self.weights, loading, self.text)
+
+    def stage(self, loading: Loading) -> WanDiT:
+        if self.weights is None:
+            return random_dit(self.config, loading)
+        return load_stage(self.config, self.weights, loading)
 
 
 class WanFamily:
@@ -27,7 +69,6 @@ class WanFamily:
     config_type = WanConfig
     presets, preset_of = known.PRESETS, staticmethod(known.preset_of)
     holds_model, recognise = staticmethod(folders.holds_model), staticmethod(folders.recognise)
-    changed, loader = staticmethod(loading.changed), staticmethod(loading.loader_of)
     stage_bytes = staticmethod(weights.stage_bytes)
     notes = (
         "Weights of SkyReels-V2: the folder above on huggingface.co, as it is, or that of diffusers; of Self-Forcing "
@@ -47,6 +88,31 @@ class WanFamily:
         yield Part(name="UMT5", where=files.text, check=lambda: check_text(files.text, files.tokenizer))
         if (image := files.image) is not None:
             yield Part(name="CLIP", where=image, check=lambda: check_image(image))
+
+    def changed(self, config: WanConfig, choices: Choices) -> WanConfig:
+        if (option := choices.given(*_OF_MAGI)) is not None:
+            raise InputError(f"{option} is for MAGI-1, {choices.name} has no such setting: leave it out")
+        changes: dict[str, Any] = {} if choices.fps is None else {"fps": choices.fps}
+        if choices.sampling is not None:
+            if config.runtime.method != "diffusion forcing":
+                raise InputError(
+                    f"--sampling is for diffusion forcing, {choices.name} is sampled in one way: leave it out"
+                )
+            changes |= {"sampling": choices.sampling} | (_IN_STEP if choices.sampling == "window" else {})
+        return replace(config, runtime=replace(config.runtime, **changes))
+
+    def loader(self, config: WanConfig, choices: Choices) -> WanLoader:
+        if choices.random:
+            if (option := choices.given("t5_device", "t5_dtype", "prompt_cache")) is not None:
+                raise InputError(f"{option} is for models that read prompts, random weights do not: leave it out")
+            return WanLoader(config=config, weights=None)
+        if choices.weights is None:
+            where = f"download {known.PRESETS[choices.name].folder} from huggingface.co, and " if choices.preset else ""
+            raise InputError(f"{choices.name} has no weights here: {where}give their folder with --weights")
+        text = TextLoading(
+            device=choices.t5_device, dtype=choices.t5_dtype, cache=choices.prompt_cache or choices.usual_cache
+        )
+        return WanLoader(config=config, weights=choices.weights, text=text)
 
     def reuse_figures(self, config: WanConfig) -> ReuseFigures | None:
         """As `Family`: of SkyReels-V2 as published, with the fit of its size; none of Self-Forcing, whose steps are

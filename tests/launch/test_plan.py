@@ -18,8 +18,7 @@ from launch.model.resolve import reuse_preset
 from launch.options import Options, together
 from launch.plan import Plan, plan_videos, video_names
 from models.errors import InputError
-from models.magi.family import POCKET_FIGURES
-from models.magi.loader import MagiLoader
+from models.magi.family import POCKET_FIGURES, MagiLoader
 from models.pocket.preset import pocket_config
 from tests.models.downloaded import download
 

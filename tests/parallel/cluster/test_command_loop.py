@@ -12,7 +12,7 @@ import torch
 from engine.kv.layout import KVSettings
 from engine.reuse.policy import ReuseSettings
 from launch.serve.live import Live
-from models.magi.loader import MagiLoader
+from models.magi.family import MagiLoader
 from models.magi.text import T5Encoder, T5Loading
 from parallel.cluster.actor import CommandLoop
 from parallel.cluster.config import Source, video_size
