@@ -26,7 +26,7 @@ _Side = Annotated[int, Field(ge=1, le=1_000)]
 
 def make_vae(golden: Golden) -> Iterator[tuple[str, Tensor]]:
     """Encode and decode videos with the autoencoder whose weights the file holds."""
-    vae = ViTVAE(VaeConfig.from_dict(golden.json("config"), source=str(golden.path)))
+    vae = ViTVAE(checked(VaeConfig, golden.json("config"), source=str(golden.path)))
     shapes = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
     vae.load_state_dict({name: golden.tensor(f"weights.{name}", shape).float() for name, shape in shapes.items()})
     vae.to(golden.device)

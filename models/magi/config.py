@@ -272,11 +272,6 @@ class VaeConfig:
             raise ValueError("embed_dim holds no channel for each pixel of a patch")
         return self
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], *, source: str) -> VaeConfig:
-        """Check a decoded `ddconfig`; errors as in `MagiConfig`, also for a variant that no released model uses."""
-        return checked(cls, values, source=source)
-
     @property
     def grid(self) -> tuple[int, int, int]:
         """The grid (t, h, w) that the position embedding was trained at."""

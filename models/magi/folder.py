@@ -33,10 +33,6 @@ class ModelFiles:
     t5: Path | None = None  # folder that holds `t5-v1_1-xxl`; None for a model with a vocabulary of its own
     tokens: Path | None = None  # special_tokens.npz, likewise
 
-    def all(self) -> tuple[Path | None, ...]:
-        """The paths, for whoever compares two sets of them."""
-        return self.dit, self.vae, self.t5, self.tokens
-
 
 def find_files(config: MagiConfig, weights: Path | None, *, tokens: Path | None = None) -> ModelFiles:
     """Find the parts of a model; the places that were searched are named if one is missing.
@@ -104,10 +100,7 @@ def recognise(folder: Path) -> MagiConfig:
     Raises:
         InputError: there is no model in it, or several, or one that is not known.
     """
-    if not folder.is_dir():
-        raise InputError(f"cannot read the weights: there is no folder {folder}")
-    described = _described(folder)
-    if described is not None:
+    if (described := _described(folder)) is not None:
         return described
     inner = [folder / name for name in _INNER if (folder / name).is_dir()]
     if len(inner) > 1:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import WHOLE, Loading, Stored, WeightFiles
-from models.config import read_json
+from models.config import checked, read_json
 from models.errors import InputError
 from models.magi.config import MagiConfig, VaeConfig
 from models.magi.dit import MagiDiT
@@ -71,7 +71,7 @@ class Checkpoint(WeightFiles):
                 raise InputError(f"{path}: {key} is {values.get(key)!r}, but only {known!r} is known")
         if not isinstance(values.get("ddconfig"), dict):
             raise InputError(f"{path}: the object ddconfig is missing")
-        config = VaeConfig.from_dict(values["ddconfig"], source=str(path))
+        config = checked(VaeConfig, values["ddconfig"], source=str(path))
         if (config.patch_size, config.patch_length) != (CELL_PIXELS, CELL_FRAMES):
             raise InputError(f"{path}: patch_size must be {CELL_PIXELS} and patch_length {CELL_FRAMES}")
         return config

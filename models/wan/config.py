@@ -7,14 +7,13 @@ bounds, so that a file that is wrong by orders of magnitude is an error too.
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
-from models.config import STRICT, checked, read_json
+from models.config import STRICT, checked
 from models.errors import InputError
 from models.family import Figures
 from models.protocols import CELL_FRAMES, CELL_PIXELS, KVGeometry
@@ -162,13 +161,8 @@ class WanConfig:
     precision: WanPrecision
     runtime: WanRuntime = WanRuntime()
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], *, source: str) -> WanConfig:
-        """Check a decoded configuration; an `InputError` that begins with `source` if a key or a value does not fit."""
-        return checked(cls, values, source=source)
-
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain values, for `from_dict`."""
+        """The configuration as plain values."""
         return TypeAdapter(WanConfig).dump_python(self, mode="json")
 
     @property
@@ -261,11 +255,6 @@ def shapes_from_dict(values: dict[str, Any], *, source: str) -> WanShapes:
     if values.get("_class_name") in _CLASSES or values.keys() & _DIFFUSERS:
         values = _released_words(values, source)
     return checked(WanShapes, {key: value for key, value in values.items() if key not in _ANY}, source=source)
-
-
-def shapes_from_json(path: Path) -> WanShapes:
-    """Read a config.json; errors as above, and if it cannot be read."""
-    return shapes_from_dict(read_json(path, "the configuration"), source=str(path))
 
 
 def _released_words(values: dict[str, Any], source: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from models.checkpoint import Stored, first_with, shape_of
-from models.config import checked
+from models.config import checked, read_json
 from models.errors import InputError
 from models.wan.config import (
     CAUSAL_WAN,
@@ -21,14 +21,14 @@ from models.wan.config import (
     WanConfig,
     WanRuntime,
     WanShapes,
-    shapes_from_json,
+    shapes_from_dict,
 )
 from models.wan.image import IMAGE_FOLDER, RELEASED_CLIP
 from models.wan.text import RELEASED_TEXT, RELEASED_TOKENIZER
 from models.wan.vae import RELEASED_VAE
 from models.wan.weights import weight_files
 
-_TRANSFORMER, _INDEX = "transformer", "model_index.json"
+_TRANSFORMER = "transformer"
 _PARTS = "wan_models/Wan2.1-T2V-1.3B"  # where Self-Forcing's instructions put autoencoder and encoder
 _HEAD = 128  # channels of a head of Wan, which no tensor's shape says
 _LAYER = re.compile(r"blocks\.(\d+)\.")
@@ -43,10 +43,6 @@ class WanFiles:
     text: Path  # UMT5, likewise
     tokenizer: Path  # folder of its vocabulary
     image: Path | None = None  # of a model that sees an image: CLIP, likewise
-
-    def all(self) -> tuple[Path | None, ...]:
-        """The paths, for whoever compares two sets of them."""
-        return self.dit, self.vae, self.text, self.tokenizer, self.image
 
 
 def holds_model(folder: Path) -> bool:
@@ -67,7 +63,7 @@ def recognise(folder: Path) -> WanConfig:
         described = folder / "config.json"
     if described.is_file():
         large = "720p" in folder.absolute().name.lower()
-        shapes = shapes_from_json(described)
+        shapes = shapes_from_dict(read_json(described, "the configuration"), source=str(described))
         runtime = IMAGE_TO_VIDEO if shapes.sees_image else WanRuntime()
         if large:
             runtime = replace(runtime, height=720, width=1280)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.config import checked
 from models.errors import InputError
 from models.magi.config import MagiConfig, VaeConfig
 from models.magi.dit import MagiDiT
@@ -172,7 +173,7 @@ def test_absurd_figures_of_an_autoencoder_are_refused_or_can_be_built(data: st.D
     ):
         values[key] = data.draw(ABSURD)
     try:
-        config = VaeConfig.from_dict(values, source="config.json")
+        config = checked(VaeConfig, values, source="config.json")
     except InputError as error:
         assert "\n" not in str(error)
         return

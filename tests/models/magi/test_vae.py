@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from models.config import checked
 from models.errors import InputError
 from models.magi.config import VaeConfig
 from models.magi.vae import ViTVAE
@@ -22,7 +23,7 @@ CASES = ["native", "resized", "image"]
 def golden() -> tuple[ViTVAE, dict[str, Tensor]]:
     with safe_open(GOLDENS / "vae.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name).float() for name in file.keys()}
-        config = VaeConfig.from_dict(json.loads(file.metadata()["config"]), source="golden")
+        config = checked(VaeConfig, json.loads(file.metadata()["config"]), source="golden")
     vae = ViTVAE(config).requires_grad_(False)
     prefix = "weights."
     vae.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
@@ -87,6 +88,6 @@ def test_bf16_stays_near_fp32() -> None:
 )
 def test_an_unknown_variant_is_reported(change: dict[str, object], part: str) -> None:
     known = {"z_chans": 16, "qkv_bias": True, "ln_in_attn": True, "conv_last_layer": True}
-    assert VaeConfig.from_dict(known, source="config.json").z_chans == 16
+    assert checked(VaeConfig, known, source="config.json").z_chans == 16
     with pytest.raises(InputError, match=part):
-        VaeConfig.from_dict(known | change, source="config.json")
+        checked(VaeConfig, known | change, source="config.json")

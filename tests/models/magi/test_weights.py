@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.checkpoint import Loading
+from models.config import checked
 from models.errors import InputError
 from models.magi.config import MagiConfig, VaeConfig
 from models.magi.dit import MagiDiT
@@ -307,7 +308,7 @@ DDCONFIG |= {"qkv_bias": True, "ln_in_attn": True, "conv_last_layer": True}
 
 
 def write_vae(folder: Path, **changes: object) -> dict[str, Tensor]:
-    vae = ViTVAE(VaeConfig.from_dict(DDCONFIG, source="test"))
+    vae = ViTVAE(checked(VaeConfig, DDCONFIG, source="test"))
     with torch.no_grad():
         vae.encoder.pos_embed.normal_()
     config = {"_class_name": "ViTVAE", "_diffusers_version": "0.29.2", "model_type": "vit", "ddconfig": DDCONFIG}
@@ -328,7 +329,7 @@ def test_the_autoencoder_is_cast_as_a_whole(tmp_path: Path) -> None:
 def test_the_released_autoencoder_has_the_released_size() -> None:
     released = {"z_chans": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4}
     with torch.device("meta"):
-        vae = ViTVAE(VaeConfig.from_dict(DDCONFIG | released | {"video_size": 256}, source="released"))
+        vae = ViTVAE(checked(VaeConfig, DDCONFIG | released | {"video_size": 256}, source="released"))
     assert len(vae.state_dict()) == 248 + 248
     assert sum(parameter.numel() for parameter in vae.parameters()) == 613_755_239
 

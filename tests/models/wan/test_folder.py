@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from models.checkpoint import Loading
+from models.config import checked
 from models.errors import InputError
 from models.text import TextLoading
 from models.wan.config import CAUSAL_WAN, IMAGE_TO_VIDEO, SELF_FORCING, SKYREELS, WanConfig
@@ -82,7 +83,7 @@ def test_presets_are_themselves_and_travel_as_plain_values():
     for name, preset in PRESETS.items():
         config = preset.config()
         assert preset_of(config) is PRESETS[name]
-        assert WanConfig.from_dict(json.loads(json.dumps(config.to_dict())), source=name) == config
+        assert checked(WanConfig, json.loads(json.dumps(config.to_dict())), source=name) == config
 
 
 def test_random_weights_are_the_same_in_every_layout():
