@@ -147,7 +147,7 @@ def package(name: str, extra: str, what: str = "a prompt") -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise InputError(
-            f"{what} needs the Python package {error.name}: pip install 'flowcache-engine[{extra}]'"
+            f"{what} needs the Python package {error.name or name}: pip install 'flowcache-engine[{extra}]'"
         ) from None
 
 

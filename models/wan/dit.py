@@ -38,20 +38,6 @@ class _Head(nn.Module):
         return linear_in(self.head, modulated(x_BSD, scale, shift, self.eps, self.island), self.island)
 
 
-class _ImageEmbedder(nn.Module):
-    """`img_emb`: tokens of CLIP [1, P, clip_dim] -> [1, P, D]."""
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        width, dim = config.shapes.clip_dim, config.shapes.dim
-        self.proj = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim), nn.LayerNorm(dim)
-        )
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.proj(tokens)
-
-
 class WanDiT(nn.Module):
     """All of the model or one stage of it, a `VideoModel`.
 
@@ -78,7 +64,11 @@ class WanDiT(nn.Module):
             self.fps_embedding = nn.Embedding(len(_TRAINED_FPS), dim)
             self.fps_projection = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
         if shapes.sees_image:
-            self.img_emb = _ImageEmbedder(config)
+            width = shapes.clip_dim
+            embedder = nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim), nn.LayerNorm(dim)
+            )
+            self.img_emb = nn.ModuleDict({"proj": embedder})
         # Layers keep their absolute numbers, so a stage's parameter names are the checkpoint's.
         self.blocks = nn.ModuleDict({str(i): Block(config) for i in self.held})
         if {0, shapes.num_layers - 1} & set(self.held):  # the first stage reads out where what layers added is reused
@@ -149,7 +139,7 @@ class WanDiT(nn.Module):
     def text(self, caption: Caption) -> TextKV:
         """Keys and values of a text, and of an image; as `VideoModel.text`."""
         text = self.embed_text(caption.text)
-        image = None if caption.image is None else self.img_emb(caption.image[None].to(self.config.dtype))
+        image = None if caption.image is None else self.img_emb["proj"](caption.image[None].to(self.config.dtype))
         return {number: block.cross_attn.see(text, image) for number, block in self._blocks()}
 
     def modulation(self, condition: PassCondition) -> Modulation:

@@ -6,10 +6,10 @@ two frames that it has seen, so that a video is decoded as its chunks come (spec
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,11 +18,12 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from models.checkpoint import Stored, TorchFile, WeightFiles
+from models.checkpoint import Stored, TorchFile, WeightFiles, shape_of
 from models.config import STRICT, checked, read_json
 from models.errors import InputError
 from models.protocols import CELL_FRAMES, CELL_PIXELS
 from models.rewriting import Rules
+from models.text import package
 
 RELEASED_VAE = "Wan2.1_VAE.pth"
 _STEM = "diffusion_pytorch_model"
@@ -164,17 +165,18 @@ class WanVaeFiles:
     def __init__(self, source: Path) -> None:
         self.source, self._released = source, source.suffix == ".pth"
         self._files = TorchFile(source) if self._released else WeightFiles(source, stem=_STEM)
+        self._stored_as: Callable[[str], str] = released_name if self._released else str
 
     def load(self, device: str) -> WanVAE:
         """Read it; an `InputError` if something is missing, damaged or too much, or of another autoencoder."""
         network, config, dtypes = self._empty()
-        filled = self._files.fill(network, dtypes, device, all_used=True, stored_as=self._stored_as())
+        filled = self._files.fill(network, dtypes, device, all_used=True, stored_as=self._stored_as)
         return WanVAE(filled, config)
 
     def check(self) -> dict[str, Stored]:
         """Its tensors, seen to fit its description; errors as in `load`."""
         network, _, dtypes = self._empty()
-        return self._files.fitting(network, dtypes, all_used=True, stored_as=self._stored_as())
+        return self._files.fitting(network, dtypes, all_used=True, stored_as=self._stored_as)
 
     def config(self) -> WanVaeConfig:
         """Its description, or that which follows from the shapes of a released file; errors as in `load`."""
@@ -188,14 +190,11 @@ class WanVaeFiles:
         return checked(WanVaeConfig, kept, source=str(path))
 
     def _config_of_shapes(self) -> WanVaeConfig:
-        stored = self._files.stored()
+        shape = partial(shape_of, self._files.stored(), f"{self.source} holds no autoencoder of Wan 2.1")
         firsts = ["encoder.conv1.weight", "conv2.weight"]
         levels = [f"encoder.downsamples.{3 * level}.residual.2.weight" for level in range(_LEVELS)]
-        for name in (*firsts, *levels):
-            if name not in stored or not stored[name].shape or not stored[name].shape[0]:
-                raise InputError(f"{self.source} holds no autoencoder of Wan 2.1: it lacks {name}")
-        base, channels = (stored[name].shape[0] for name in firsts)
-        mult = [stored[name].shape[0] // base for name in levels]
+        base, channels = (shape(name, 5)[0] for name in firsts)
+        mult = [shape(name, 5)[0] // base for name in levels]
         values = {"base_dim": base, "z_dim": channels, "dim_mult": mult}
         return checked(WanVaeConfig, values, source=str(self.source))
 
@@ -204,19 +203,10 @@ class WanVaeFiles:
         network = empty_vae(config)
         return network, config, dict.fromkeys(network.state_dict(), torch.float32)
 
-    def _stored_as(self) -> Callable[[str], str]:
-        return released_name if self._released else str
-
 
 def empty_vae(config: WanVaeConfig) -> nn.Module:
     """The network on the meta device; an `InputError` if diffusers is not installed."""
-    try:
-        diffusers = importlib.import_module("diffusers.models.autoencoders.autoencoder_kl_wan")
-    except ImportError as error:
-        package = error.name or "diffusers"
-        raise InputError(
-            f"this model needs the Python package {package}: pip install 'flowcache-engine[wan]'"
-        ) from None
+    diffusers: Any = package("diffusers.models.autoencoders.autoencoder_kl_wan", "wan", "this model")
     values = {name: getattr(config, name) for name in WanVaeConfig.__dataclass_fields__}
     values |= {name: list(values[name]) for name in ("dim_mult", "attn_scales", "temperal_downsample")}
     with torch.device("meta"):
