@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,9 @@ class TextLoading:
     prompts: tuple[str, ...] = ()  # known before the model is loaded: the encoder reads them first, and is let go
 
 
+AS_STORED = TextLoading()
+
+
 class TextEncoder(Protocol):
     """What turns a prompt into a caption."""
 
@@ -53,17 +56,15 @@ class KeptEncoder(ABC):
 
     Args:
         files: what the result depends on: files, and folders of files.
-        device: where to encode.
-        dtype: of the weights; None is as the files have it.
+        how: device, dtype of the weights, and the folder where results are kept, by what they depend on.
+        device: where to encode if nothing else is said, and there is a GPU.
         max_length: most tokens of a caption; longer prompts are cut.
-        cache: folder where results are kept, by what they depend on; None keeps none.
     """
 
-    def __init__(
-        self, files: Sequence[Path], *, device: str, dtype: TextDtype | None, max_length: int, cache: Path | None
-    ) -> None:
-        self.files, self.device, self.dtype, self.max_length = files, device, dtype, max_length
-        self._cache, self._known, self._lock = cache, dict[str, Tensor](), Lock()
+    def __init__(self, files: Sequence[Path], how: TextLoading, *, device: str, max_length: int) -> None:
+        self.files, self.dtype, self.max_length = files, how.dtype, max_length
+        self.device = how.device or (device if torch.cuda.is_available() else "cpu")
+        self._cache, self._known, self._lock = how.cache, dict[str, Tensor](), Lock()
         self._tokenizer: Any = None
         self._model: Any = None
 
@@ -94,6 +95,12 @@ class KeptEncoder(ABC):
                     self._known.pop(next(iter(self._known)))
                 self._known[text] = rows
             return self._known[text]
+
+    def read_ahead(self, prompts: Iterable[str]) -> None:
+        """Encode prompts that are known, and free the weights; errors as in `encode`."""
+        for prompt in prompts:
+            self.encode(prompt)
+        self.release()
 
     def release(self) -> None:
         """Free the weights. What was encoded stays; another prompt reads them again."""

@@ -117,12 +117,8 @@ def load_pipeline(
     tokens = None
     if files.t5 is not None and files.tokens is not None:
         tokens = SpecialTokens.from_npz(files.tokens, channels=model.caption_channels)
-        device = text.device or (runtime.t5_device if torch.cuda.is_available() else "cpu")
-        length, dtype = model.caption_max_length, text.dtype
-        encoder = T5Encoder(files.t5, device=device, dtype=dtype, max_length=length, cache=text.cache)
-        for prompt in text.prompts:
-            encoder.encode(prompt)
-        encoder.release()
+        encoder = T5Encoder(files.t5, text, device=runtime.t5_device, max_length=model.caption_max_length)
+        encoder.read_ahead(text.prompts)
     # The released autoencoder runs in bf16 whatever the DiT's dtype (1.1); fp32 models keep theirs.
     of_vae = torch.float32 if model.dtype == torch.float32 else torch.bfloat16
     vae = Checkpoint(files.vae).vae(dtype=of_vae, device=loading.device)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.rewriting import Rules
-from models.text import KeptEncoder, TextDtype, TextLoading, check_encoder, load_pretrained, package
+from models.text import AS_STORED, KeptEncoder, TextLoading, check_encoder, load_pretrained, package
 
 T5_FOLDER = "t5-v1_1-xxl"
 """The folder inside `t5_pretrained` that holds the encoder."""
@@ -124,16 +124,10 @@ class T5Encoder(KeptEncoder):
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        device: str = "cpu",
-        dtype: TextDtype | None = None,
-        max_length: int = 800,
-        cache: Path | None = None,
+        self, folder: Path, how: TextLoading = AS_STORED, *, device: str = "cpu", max_length: int = 800
     ) -> None:
         self.folder = folder / T5_FOLDER
-        super().__init__([self.folder], device=device, dtype=dtype, max_length=max_length, cache=cache)
+        super().__init__([self.folder], how, device=device, max_length=max_length)
         # Without the first two the released `spiece.model` cannot be read.
         names = ("sentencepiece", "google.protobuf", "transformers")
         *_, self._transformers = (package(name, "t5") for name in names)

@@ -28,8 +28,6 @@ from models.wan.text import UMT5Encoder, padded
 from models.wan.vae import WanVAE, WanVaeFiles
 from models.wan.weights import WanWeights
 
-_TEXT = TextLoading()
-
 
 class WanPipeline:
     """A `Pipeline`: a DiT with what turns prompts into captions and latents into frames.
@@ -105,7 +103,7 @@ class WanPipeline:
         return made
 
 
-def load_pipeline(config: WanConfig, folder: Path, loading: Loading, text: TextLoading = _TEXT) -> WanPipeline:
+def load_pipeline(config: WanConfig, folder: Path, loading: Loading, text: TextLoading) -> WanPipeline:
     """Load a model whole, or with the layers that are asked for: DiT, autoencoder and text encoder.
 
     What is missing of the smaller files is said before the large ones are read.
@@ -114,17 +112,8 @@ def load_pipeline(config: WanConfig, folder: Path, loading: Loading, text: TextL
         InputError: something is missing or damaged.
     """
     files = find_files(config, folder)
-    encoder = UMT5Encoder(
-        files.text,
-        files.tokenizer,
-        device=text.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        dtype=text.dtype,
-        max_length=config.shapes.text_len,
-        cache=text.cache,
-    )
-    for prompt in dict.fromkeys((*text.prompts, config.runtime.negative) if text.prompts else ()):
-        encoder.encode(prompt)
-    encoder.release()
+    encoder = UMT5Encoder(files.text, files.tokenizer, text, device="cuda", max_length=config.shapes.text_len)
+    encoder.read_ahead((*text.prompts, config.runtime.negative) if text.prompts else ())
     autoencoder = WanVaeFiles(files.vae).load(loading.device)
     images = None if files.image is None else ClipEncoder(files.image)
     return WanPipeline(config, WanWeights(files.dit).dit(config, loading), autoencoder, encoder, images)

@@ -17,7 +17,7 @@ from torch import Tensor
 from models.checkpoint import TorchFile, shape_of
 from models.errors import InputError
 from models.rewriting import Rules
-from models.text import KeptEncoder, TextDtype, check_encoder, load_pretrained, package
+from models.text import AS_STORED, KeptEncoder, TextLoading, check_encoder, load_pretrained, package
 
 RELEASED_TEXT = "models_t5_umt5-xxl-enc-bf16.pth"
 RELEASED_TOKENIZER = "google/umt5-xxl"
@@ -53,13 +53,12 @@ class UMT5Encoder(KeptEncoder):
         self,
         weights: Path,
         tokenizer: Path,
+        how: TextLoading = AS_STORED,
         *,
         device: str = "cpu",
-        dtype: TextDtype | None = None,
         max_length: int = 512,
-        cache: Path | None = None,
     ) -> None:
-        super().__init__([weights, tokenizer], device=device, dtype=dtype, max_length=max_length, cache=cache)
+        super().__init__([weights, tokenizer], how, device=device, max_length=max_length)
         *_, self._transformers = (package(name, "wan") for name in ("ftfy", "sentencepiece", "transformers"))
         check_text(weights, tokenizer)
         self._weights, self._words = weights, tokenizer

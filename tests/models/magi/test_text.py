@@ -16,6 +16,7 @@ import torch
 from models.errors import InputError
 from models.magi.text import SPECIAL, SpecialToken, SpecialTokens, T5Encoder, clean_prompt
 from models.protocols import CaptionTable
+from models.text import TextLoading
 from tests.models.downloaded import write_t5, write_tokens
 
 CHANNELS = 16
@@ -152,27 +153,28 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 def test_several_prompts_load_t5_once_and_known_ones_not_at_all(
     t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loads = counted(monkeypatch)
-    encoder = T5Encoder(t5_folder, cache=tmp_path / "prompts")
+    loads, kept = counted(monkeypatch), TextLoading(cache=tmp_path / "prompts")
+    encoder = T5Encoder(t5_folder, kept)
     cat, dog = encoder.encode("a cat"), encoder.encode("a dog")
     assert len(loads) == 1
     encoder.release()
     assert encoder.encode("A  CAT") is cat and len(loads) == 1  # the same once it is cleaned
-    again = T5Encoder(t5_folder, cache=tmp_path / "prompts")
+    again = T5Encoder(t5_folder, kept)
     assert torch.equal(again.encode("a dog"), dog) and len(loads) == 1  # from the disk
-    other = T5Encoder(t5_folder, cache=tmp_path / "prompts", max_length=2, dtype="bfloat16")
+    other = T5Encoder(t5_folder, replace(kept, dtype="bfloat16"), max_length=2)
     assert other.encode("a dog").shape == (2, CHANNELS) and len(loads) == 2  # what it depends on counts
     for path in (tmp_path / "prompts").iterdir():
         path.write_bytes(path.read_bytes()[:-9])
-    assert torch.equal(T5Encoder(t5_folder, cache=tmp_path / "prompts").encode("a dog"), dog) and len(loads) == 3
-    full = T5Encoder(t5_folder, cache=Path("/dev/null/prompts"))  # where nothing can be kept
+    assert torch.equal(T5Encoder(t5_folder, kept).encode("a dog"), dog) and len(loads) == 3
+    full = T5Encoder(t5_folder, TextLoading(cache=Path("/dev/null/prompts")))  # where nothing can be kept
     assert torch.equal(full.encode("a dog"), dog)
 
 
 def test_bf16_is_an_option_and_what_the_files_have_the_default(t5_folder: Path, tmp_path: Path) -> None:
     from transformers import T5EncoderModel
 
-    exact, rounded = (T5Encoder(t5_folder, dtype=dtype).encode("a cat") for dtype in ("float32", "bfloat16"))
+    ways = TextLoading(dtype="float32"), TextLoading(dtype="bfloat16")
+    exact, rounded = (T5Encoder(t5_folder, how).encode("a cat") for how in ways)
     assert exact.dtype == rounded.dtype == torch.float32
     assert 0 < (exact - rounded).abs().max() < 0.1 * exact.abs().max()
     assert torch.equal(T5Encoder(t5_folder).encode("a cat"), exact)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.errors import InputError
-from models.text import KeptEncoder
+from models.text import KeptEncoder, TextLoading
 from models.wan.text import UMT5Encoder, clean_prompt, padded, released_name
 from tests.models.wan.downloaded import small_umt5, write_tokenizer
 
@@ -35,7 +35,7 @@ def test_both_layouts_encode_as_transformers_does_with_padding(parts):
     with torch.no_grad():
         expected = small_umt5()(ids["input_ids"], attention_mask=ids["attention_mask"]).last_hidden_state[0, :count]
     for weights in (parts / "umt5.pth", parts / "umt5"):
-        rows = UMT5Encoder(weights, parts / "words", dtype="float32", max_length=30).encode(PROMPT)
+        rows = UMT5Encoder(weights, parts / "words", TextLoading(dtype="float32"), max_length=30).encode(PROMPT)
         assert rows.dtype == torch.float32
         torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
     whole = padded(rows, 30)
@@ -44,10 +44,10 @@ def test_both_layouts_encode_as_transformers_does_with_padding(parts):
 
 
 def test_what_was_encoded_is_read_from_the_disk(parts, tmp_path, monkeypatch):
-    first = UMT5Encoder(parts / "umt5.pth", parts / "words", cache=tmp_path).encode(PROMPT)
-    again = UMT5Encoder(parts / "umt5.pth", parts / "words", cache=tmp_path)
+    first, again = (UMT5Encoder(parts / "umt5.pth", parts / "words", TextLoading(cache=tmp_path)) for _ in range(2))
+    kept = first.encode(PROMPT)
     monkeypatch.setattr(KeptEncoder, "_compute", None)
-    assert torch.equal(again.encode("A cat sits &amp; looks at the sky"), first)
+    assert torch.equal(again.encode("A cat sits &amp; looks at the sky"), kept)
 
 
 def _without(name, state):
