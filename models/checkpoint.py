@@ -79,17 +79,18 @@ class WeightFiles:
 
     def stored(self) -> dict[str, Stored]:
         """All tensors, from the headers of the files; an `InputError` if one is missing or damaged."""
-        names = _read_index(self._index) if self._index.is_file() else self._header()
-        return self._locate(names, all_used=False)
+        return self._locate(self._files(), all_used=False)
 
-    def _header(self) -> dict[str, Stored]:
-        """Of the one file."""
-        path, packed = self._single, _packed(self._single)
-        if path != self.source and not path.exists() and not packed.is_file():
+    def _files(self) -> dict[str, Path]:
+        """Which file holds each tensor."""
+        if self._index.is_file():
+            return _read_index(self._index)
+        path = self._single
+        if path != self.source and not path.exists() and not _packed(path).is_file():
             raise InputError(
                 f"no weights in {self.source}: it needs {self._index.name} with its shards, or {path.name}"
             )
-        return _read_header(path)
+        return dict.fromkeys(_read_header(path), path)
 
     def fill(
         self,
@@ -135,23 +136,13 @@ class WeightFiles:
 
     def _locate(self, names: Collection[str], *, all_used: bool) -> dict[str, Stored]:
         """Find tensors in a folder or a file. Only files that hold one of them are opened."""
-        index = self._index
-        if index.is_file():
-            shards = _read_index(index)
-            where, held = index, set(shards)
-        else:
-            where = self._single
-            shards = {}
-            held = set(self._header())
-        _check_names(where, names, held, all_used=all_used)
-        headers = {path: _read_header(path) for path in sorted({shards.get(name, where) for name in names})}
-        found = {}
+        files, index = self._files(), self._index
+        _check_names(index if index.is_file() else self._single, names, files, all_used=all_used)
+        headers = {path: _read_header(path) for path in sorted({files[name] for name in names})}
         for name in names:
-            path = shards.get(name, where)
-            if name not in headers[path]:
-                raise InputError(f"{path} lacks {name}, which {index} says it holds")
-            found[name] = headers[path][name]
-        return found
+            if name not in headers[files[name]]:
+                raise InputError(f"{files[name]} lacks {name}, which {index} says it holds")
+        return {name: headers[files[name]][name] for name in names}
 
     def _read(self, found: Mapping[str, Stored], device: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
         """Read tensors, file by file; each is converted before the next is read."""
