@@ -52,14 +52,12 @@ class Checkpoint(WeightFiles):
         Raises:
             InputError: as in `dit`; also a description of another class of autoencoder.
         """
-        vae = self._empty_vae()
-        weights = Checkpoint(self.source / _VAE_WEIGHTS)
+        vae, weights = self._empty_vae()
         return weights.fill(vae, dict.fromkeys(vae.state_dict(), dtype), device, all_used=True)
 
     def check_vae(self) -> dict[str, Stored]:
         """The tensors of an autoencoder, seen to fit its description; errors as in `vae`."""
-        vae = self._empty_vae()
-        weights = Checkpoint(self.source / _VAE_WEIGHTS)
+        vae, weights = self._empty_vae()
         return weights.fitting(vae, dict.fromkeys(vae.state_dict(), torch.float32), all_used=True)
 
     def vae_config(self) -> VaeConfig:
@@ -76,9 +74,9 @@ class Checkpoint(WeightFiles):
             raise InputError(f"{path}: patch_size must be {CELL_PIXELS} and patch_length {CELL_FRAMES}")
         return config
 
-    def _empty_vae(self) -> ViTVAE:
+    def _empty_vae(self) -> tuple[ViTVAE, WeightFiles]:
         with torch.device("meta"):
-            return ViTVAE(self.vae_config())
+            return ViTVAE(self.vae_config()), WeightFiles(self.source / _VAE_WEIGHTS)
 
 
 def dit_dtype(name: str, declared: Tensor, dtype: torch.dtype) -> torch.dtype:
