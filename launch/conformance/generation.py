@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.engine import Engine
+from engine.executor import KVWatcher, LocalRunner
+from engine.kv.layout import KVSettings
 from engine.record import NOT_ACTIVE, Recorder, RunRecord
 from engine.request import Encoded, Request
 from engine.reuse.policy import Decision, Observation, ReuseSettings, change_norms
@@ -28,7 +30,7 @@ from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.pipeline import MagiPipeline
 from models.magi.weights import Checkpoint
-from models.protocols import CELL_PIXELS, CaptionTable
+from models.protocols import CELL_PIXELS, CaptionTable, Pipeline
 from parallel.mesh import Mesh
 from parallel.ranks.gang import Gang
 from parallel.ranks.worker import StageModel
@@ -57,7 +59,26 @@ class Run:
 
     def make(self, model: MagiDiT, gang: Gang | None) -> Result:
         """Make the case's video with a model; on all ranks of a gang, as its leader."""
-        return _make(self.golden, self, model, gang)
+        golden, shapes, runtime = self.golden, self.config.model_config, self.config.runtime_config
+        chunks = runtime.num_frames // runtime.temporal_downsample_factor // runtime.chunk_width
+        rows = (shapes.caption_max_length, shapes.caption_channels)
+        embedded, mask = golden.tensor("input.caption_embs", rows), golden.tensor("input.caption_mask", rows[:1])
+        captions = CaptionTable(text=embedded.float()[mask.bool()], null=model.null_text())
+        channels, width, prefix = shapes.latent_channels, runtime.chunk_width, golden.tensors.get("input.prefix_latents")
+        given = 0 if prefix is None else golden.tensor("input.prefix_latents", (1, channels, None, None, None)).shape[2]
+        frames = (chunks + math.ceil(given / width)) * width
+        size = (None, None) if prefix is None else prefix.shape[-2:]
+        noise = golden.tensor("input.noise", (1, channels, frames, *size))
+        for index in range(frames // width - given // width):
+            golden.tensor(f"output.chunk.{index:03}")
+        if self.reuse.policy != "none":
+            golden.tensor("output.reuse_flags")
+        prefix = None if prefix is None else prefix.to(shapes.dtype)
+        encoded = Encoded(captions=captions, prefix=prefix, noise=lambda span: given_noise(noise.cpu()))
+        request = video_request(golden, chunks, noise.shape[-2:], runtime.num_steps)
+        pipeline = MagiPipeline(self.config, model)
+        made, record = make_video(pipeline, request, encoded, gang, reuse=self.reuse, kv=KVSettings())
+        return Result(run=self, model=model, chunks=made, record=record)
 
     def serve(self, model: MagiDiT, gang: Gang) -> None:
         """The same on the other ranks."""
@@ -92,37 +113,29 @@ def _reuse_settings(golden: Golden) -> ReuseSettings:
     return checked(ReuseSettings, given, source=f"{golden.path}: cache")
 
 
-def _make(golden: Golden, run: Run, model: MagiDiT, gang: Gang | None) -> Result:
-    shapes, runtime = run.config.model_config, run.config.runtime_config
-    chunks = runtime.num_frames // runtime.temporal_downsample_factor // runtime.chunk_width
-    rows = (shapes.caption_max_length, shapes.caption_channels)
-    embedded, mask = golden.tensor("input.caption_embs", rows), golden.tensor("input.caption_mask", rows[:1])
-    captions = CaptionTable(text=embedded.float()[mask.bool()], null=model.null_text())
-    channels, width, prefix = shapes.latent_channels, runtime.chunk_width, golden.tensors.get("input.prefix_latents")
-    given = 0 if prefix is None else golden.tensor("input.prefix_latents", (1, channels, None, None, None)).shape[2]
-    frames = (chunks + math.ceil(given / width)) * width
-    size = (None, None) if prefix is None else prefix.shape[-2:]
-    noise = golden.tensor("input.noise", (1, channels, frames, *size))
-    for index in range(frames // width - given // width):
-        golden.tensor(f"output.chunk.{index:03}")
-    if run.reuse.policy != "none":
-        golden.tensor("output.reuse_flags")
-    request = Request(
-        prompt=golden.path.stem,
-        chunks=chunks,
-        height=noise.shape[-2] * CELL_PIXELS,
-        width=noise.shape[-1] * CELL_PIXELS,
-        num_steps=runtime.num_steps,
-        seed=0,
-    )
-    prefix = None if prefix is None else prefix.to(shapes.dtype)
-    encoded = Encoded(captions=captions, prefix=prefix, noise=lambda span: given_noise(noise.cpu()))
-    recorder, pipeline = Recorder(), MagiPipeline(run.config, model)
-    led = nullcontext((Engine(pipeline, reuse=run.reuse), None)) if gang is None else gang.lead(pipeline, run.reuse)
-    with led as (engine, _):
-        what = Submission(request=request, encoded=encoded)
+def video_request(golden: Golden, chunks: int, size: Sequence[int], num_steps: int) -> Request:
+    """What is asked for in a case; `size` in latent cells."""
+    height, width = (CELL_PIXELS * cells for cells in size)
+    return Request(prompt=golden.path.stem, chunks=chunks, height=height, width=width, num_steps=num_steps, seed=0)
+
+
+def make_video(
+    pipeline: Pipeline,
+    request: Request,
+    encoded: Encoded,
+    gang: Gang | None,
+    *,
+    reuse: ReuseSettings,
+    kv: KVSettings,
+    watcher: KVWatcher | None = None,
+) -> tuple[list[Tensor], RunRecord]:
+    """Clean latents of the chunks of a video, and its record; it is made here, or by a gang whose leader this is."""
+    runner = LocalRunner(pipeline.model, pipeline.attention, watcher=watcher)
+    here = nullcontext((Engine(pipeline, runner, reuse=reuse, kv=kv), None))
+    recorder, what = Recorder(), Submission(request=request, encoded=encoded)
+    with here if gang is None else gang.lead(pipeline, reuse, kv, watcher=watcher) as (engine, _):
         made = [chunk.latents for chunk in engine.generate(what, recorder=recorder, decode=False)]
-    return Result(run=run, model=model, chunks=made, record=recorder.finish({}))
+    return made, recorder.finish({})
 
 
 def made_by(golden: Golden, results: Sequence[Result]) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,6 @@ case.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -16,22 +15,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from engine.engine import Engine
-from engine.executor import LocalRunner
 from engine.kv.layout import KVSettings
 from engine.kv.selection import SelectionSettings
-from engine.record import Recorder, RunRecord
-from engine.request import Encoded, Request
+from engine.record import RunRecord
+from engine.request import Encoded
 from engine.reuse.policy import CONDITION, ChunkPolicy, Decision, ReuseSettings
-from engine.submission import Submission
 from engine.video import Noise, WorkItem
+from launch.conformance.generation import make_video, video_request
 from launch.conformance.golden import Golden
 from launch.conformance.wan_forward import softmax_in_fp32, wan_config
 from models.attention import Attention
 from models.checkpoint import Loading
 from models.config import checked
 from models.errors import InputError
-from models.protocols import CELL_FRAMES, CELL_PIXELS, Autoencoder, CaptionTable, Sampling
+from models.protocols import CELL_FRAMES, Autoencoder, CaptionTable, Sampling
 from models.wan.config import CAUSAL_WAN, WanConfig
 from models.wan.dit import WanDiT
 from models.wan.sampling.changes import KEPT_STEPS, POLYNOMIALS, condition_changes
@@ -41,7 +38,7 @@ from models.wan.weights import WanWeights
 from parallel.mesh import Mesh
 from parallel.ranks.gang import Gang
 from parallel.ranks.worker import StageModel
-from parallel.split import balanced_split, parse_split, stage_layers
+from parallel.split import stage_range
 
 _Count = Annotated[int, Field(ge=0, le=100_000)]
 _POLICIES = {"": "none", "flowcache": "flowcache", "teacache": "teacache-cyclic"}
@@ -135,24 +132,36 @@ class WanRun:
 
     def layers(self, mesh: Mesh, split: str | None) -> range:
         """The layers of a rank's stage; errors as in `stage_sizes`."""
-        count, stages = self.config.shapes.num_layers, mesh.layout.pp
-        if split is not None:
-            return stage_layers(parse_split(split, layers=count, stages=stages), mesh.stage)
-        return stage_layers(balanced_split([1.0] * count, stages), mesh.stage)
+        return stage_range(self.config, mesh, split)
 
     def make(self, model: WanDiT, gang: Gang | None) -> list[WanResult]:
         """Make the iterations with a model; on all ranks of a gang, as its leader."""
-        return _make(self, model, gang)
+        golden = self.golden
+        making = _self_forcing(golden) if golden.kind == "wan_self_forcing" else _forcing(self, model)
+        sampling = making.sampling
+        chunks = sum(-(-frames // sampling.chunk_width) for frames in making.frames)
+        request = video_request(golden, chunks, making.size, sampling.num_steps)
+        encoded = Encoded(captions=making.captions, prefix=making.prefix, noise=making.noise)
+        pipeline, log = Latents(model=model, how=sampling), KeptLog()
+        parts, record = make_video(pipeline, request, encoded, gang, reuse=making.reuse, kv=making.kv, watcher=log)
+        made, kept, policy = torch.cat(parts, dim=2), log.whole(gang), _policy(golden)
+        results, latents = list[WanResult](), making.prefix
+        for place, iteration in enumerate(self.iterations):
+            own = made[:, :, sum(making.frames[:place]) : sum(making.frames[: place + 1])]
+            if latents is not None:
+                latents = latents[:, :, latents.shape[2] - making.given[place] :]
+            latents = own if latents is None else torch.cat([latents.to(own), own], dim=2)
+            of_span = record.of_span(place)
+            results.append(
+                WanResult(iteration=iteration, latents=latents, record=of_span, policy=policy, kept=kept[place])
+            )
+        return results
 
     def serve(self, model: WanDiT, gang: Gang) -> None:
         """The same on the other ranks."""
         log = KeptLog()
         gang.serve(StageModel(model=model, attention=model.attention, watcher=log))
         log.whole(gang)
-
-    def making(self, model: WanDiT) -> _Making:
-        """What the file asks for."""
-        return _self_forcing(self.golden) if self.golden.kind == "wan_self_forcing" else _forcing(self, model)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,39 +244,6 @@ class WanResult:
     record: RunRecord
     policy: _Policy
     kept: dict[str, Tensor]  # what compressions saw and kept, by the ends of names
-
-
-def _make(run: WanRun, model: WanDiT, gang: Gang | None) -> list[WanResult]:
-    making, golden = run.making(model), run.golden
-    sampling, (height, width) = making.sampling, making.size
-    request = Request(
-        prompt=golden.path.stem,
-        chunks=sum(-(-frames // sampling.chunk_width) for frames in making.frames),
-        height=height * CELL_PIXELS,
-        width=width * CELL_PIXELS,
-        num_steps=sampling.num_steps,
-        seed=0,
-    )
-    encoded = Encoded(captions=making.captions, prefix=making.prefix, noise=making.noise)
-    recorder, pipeline, log = Recorder(), Latents(model=model, how=sampling), KeptLog()
-    engine = Engine(pipeline, LocalRunner(model, model.attention, watcher=log), reuse=making.reuse, kv=making.kv)
-    led = nullcontext((engine, None)) if gang is None else gang.lead(pipeline, making.reuse, making.kv, watcher=log)
-    with led as (engine, _):
-        what = Submission(request=request, encoded=encoded)
-        made = torch.cat([chunk.latents for chunk in engine.generate(what, recorder=recorder, decode=False)], dim=2)
-    record, results, latents = recorder.finish({}), list[WanResult](), making.prefix
-    kept, policy = log.whole(gang), _policy(golden)
-    for place, iteration in enumerate(run.iterations):
-        own = made[:, :, sum(making.frames[:place]) : sum(making.frames[: place + 1])]
-        if latents is not None:
-            latents = latents[:, :, latents.shape[2] - making.given[place] :]
-        latents = own if latents is None else torch.cat([latents.to(own), own], dim=2)
-        results.append(
-            WanResult(
-                iteration=iteration, latents=latents, record=record.of_span(place), policy=policy, kept=kept[place]
-            )
-        )
-    return results
 
 
 def _policy(golden: Golden) -> _Policy:
