@@ -1,6 +1,6 @@
 """`flowcache conformance`: run what a published implementation ran, and compare (docs/conformance.md)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from launch.conformance import parts
+from launch.conformance.forward import make_forward, make_released_forward
 from launch.conformance.generation import made_by, runs_of
 from launch.conformance.golden import Golden, Verdict, compare, read_golden, without_weights
-from launch.conformance.parts import PARTS
+from launch.conformance.wan_forward import make_wan_forward
 from launch.conformance.wan_generation import wan_made_by, wan_runs
 from launch.generate import join_ranks, needs_ranks, start_ranks
 from launch.options import Options
@@ -20,8 +22,20 @@ from parallel.health.failure import GangError
 from parallel.ranks.environment import RankEnv
 from parallel.ranks.gang import Gang
 
+_Figures = Iterable[tuple[str, Tensor]]
+_PARTS: dict[str, Callable[[Golden], _Figures]] = {
+    "vae": parts.make_vae,
+    "kv_selection": parts.make_selection,
+    "fp8_linear": parts.make_fp8_linear,
+    "scheduler": parts.make_scheduler,
+    "timestep_matrix": parts.make_timestep_matrix,
+    "forward": make_forward,
+    "released_forward": make_released_forward,
+    "wan_forward": make_wan_forward,
+    "wan_forward_bf16": make_wan_forward,
+}
 _MAGI, _WAN = (runs_of, made_by), (wan_runs, wan_made_by)
-_VIDEOS: dict[str, tuple[Callable[[Golden], list[Any]], Callable[..., Iterator[tuple[str, Tensor]]]]] = {
+_VIDEOS: dict[str, tuple[Callable[[Golden], list[Any]], Callable[..., _Figures]]] = {
     "generation": _MAGI,
     "reuse_decisions": _MAGI,
     "wan_generation": _WAN,
@@ -49,7 +63,7 @@ def _runs(golden: Golden) -> list[Any]:
 
 @torch.no_grad()
 def _figures(golden: Golden, results: Sequence[Any]) -> list[tuple[str, Tensor]]:
-    return list(PARTS[golden.kind](golden) if golden.kind in PARTS else _VIDEOS[golden.kind][1](golden, results))
+    return list(_PARTS[golden.kind](golden) if golden.kind in _PARTS else _VIDEOS[golden.kind][1](golden, results))
 
 
 def check_on_gang(

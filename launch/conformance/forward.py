@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from launch.conformance.golden import Golden
+from models.attention import Attention
 from models.config import checked
 from models.errors import InputError
 from models.magi.config import MagiConfig
@@ -27,6 +28,8 @@ from models.magi.weights import dit_dtype
 
 _Chunk = Annotated[int, Field(ge=0, le=1_000)]
 _Shapes = Mapping[str, tuple[int, ...]]
+Seen = dict[tuple[int, int], tuple[Tensor, Tensor]]
+"""Keys and values of chunks that were run, by layer and chunk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +67,7 @@ class _Forward:
     drop: bool
     distill: float | None
     published: bool  # softmax in fp32 and positions in time as the published code takes them
-    seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer and chunk
+    seen: Seen = field(default_factory=dict)
 
     def run(self, what: _Chunks) -> _Made:
         """Run chunks one after another."""
@@ -86,32 +89,38 @@ class _Forward:
         caption = what.texts[index]
         text = model.embed_text((model.null_text() if caption is None else caption.float())[None])
         hidden, gates, text_kv = [model.patches(x)], model.gates(condition), model.text_kv(text)
+        attention = softmax_in_fp32(model.attention) if self.published else model.attention
+        view = View(attention, self.seen, range(start, end))
         for name, layer in model.videodit_blocks.layers.items():
-            view, number = _View(self, range(start, end)), int(name)
-            hidden.append(layer(hidden[-1], gates[number], text_kv[number], rope, view, number, self.attention))
+            number = int(name)
+            hidden.append(layer(hidden[-1], gates[number], text_kv[number], rope, view, number, attention))
         velocity = model.velocity(hidden[-1], grid)
         return _Made(hidden=[part[0] for part in hidden], condition=condition[0], texts=[text[0]], velocity=velocity)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The model's attention, or one that rounds its result only."""
-        if not self.published:
-            return self.model.attention(q, k, v)
-        return self.model.attention(q.float(), k.float(), v.float()).to(v.dtype)
-
 
 @dataclass(frozen=True, slots=True)
-class _View:
+class View:
     """What a chunk attends to; a `KVView`."""
 
-    forward: _Forward
+    attention: Attention
+    seen: Seen
     chunks: range  # the last is its own
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        self.forward.seen[layer, self.chunks[-1]] = k, v
+        self.seen[layer, self.chunks[-1]] = k, v
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        k, v = zip(*(self.forward.seen[layer, chunk] for chunk in self.chunks), strict=True)
-        return self.forward.attention(q, torch.cat(k, dim=1), torch.cat(v, dim=1))
+        k, v = zip(*(self.seen[layer, chunk] for chunk in self.chunks), strict=True)
+        return self.attention(q, torch.cat(k, dim=1), torch.cat(v, dim=1))
+
+
+def softmax_in_fp32(attention: Attention) -> Attention:
+    """Attention as published, which rounds its result only, and not the weights."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q.float(), k.float(), v.float()).to(v.dtype)
+
+    return attend
 
 
 # ---- kind: forward

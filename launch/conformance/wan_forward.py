@@ -4,15 +4,15 @@ A mask that is causal by blocks is chunks in order; without one, all latent fram
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from launch.conformance.forward import Seen, View, softmax_in_fp32
 from launch.conformance.golden import Golden
-from models.attention import Attention
 from models.config import checked
 from models.errors import InputError
 from models.protocols import Caption, PassCondition
@@ -28,21 +28,6 @@ class _Case:
     t: str  # name of a tensor
     fps_index: tuple[Annotated[int, Field(ge=0, le=1)]] = (1,)
     causal_block: Annotated[int, Field(ge=0, le=1_000)] = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Past:
-    """What chunks that are run in order attend to, a `KVView`: all so far."""
-
-    attention: Attention
-    layers: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-
-    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        self.layers.setdefault(layer, []).append((k, v))
-
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        k, v = (torch.cat(parts, dim=1) for parts in zip(*self.layers[layer], strict=True))
-        return self.attention(q, k, v)
 
 
 def wan_config(golden: Golden) -> WanConfig:
@@ -86,28 +71,20 @@ def make_wan_forward(golden: Golden) -> Iterator[tuple[str, Tensor]]:
                 yield from _on_the_way(model, hidden, condition, caption)
 
 
-def softmax_in_fp32(attention: Attention) -> Attention:
-    """Attention as published, which rounds its result only, and not the weights."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q.float(), k.float(), v.float()).to(v.dtype)
-
-    return attend
-
-
 def _run(
     model: WanDiT, x: Tensor, condition: PassCondition, caption: Caption, width: int
 ) -> tuple[Sequence[Tensor], Tensor]:
     """Hidden states before and after each layer [S, D], and the velocity, of chunks of a width in order."""
-    past, hidden, velocities = _Past(model.attention), list[list[Tensor]](), list[Tensor]()
-    for start in range(0, x.shape[2], width):
+    seen, hidden, velocities = Seen(), list[list[Tensor]](), list[Tensor]()
+    for number, start in enumerate(range(0, x.shape[2], width)):
         part = x[:, :, start : start + width]
         grid = (part.shape[2], part.shape[3], part.shape[4])
         times = condition.times[start : start + width] if len(condition.times) > 1 else condition.times
         told = replace(condition, times=times)
         first = model.patches(part)
         inputs = model.modulation(told), model.text(caption), model.positions(start, grid)
-        states = [first, *model.each_layer(first, *inputs, past)]
+        view = View(model.attention, seen, range(number + 1))
+        states = [first, *model.each_layer(first, *inputs, view)]
         hidden.append([state[0] for state in states])
         velocities.append(model.velocity(states[-1], grid, told))
     return [torch.cat(parts) for parts in zip(*hidden, strict=True)], torch.cat(velocities, dim=2)
