@@ -57,46 +57,6 @@ def _moved(time: Tensor) -> Tensor:
     return rounds * REST + (time - 2 * REST * rounds - REST).clamp(min=0)
 
 
-def draw_objects(count: int, layers: int, generator: torch.Generator, *, varied: bool, pace: str = "") -> Objects:
-    """Random objects of a pace; `varied` also draws size and speed at random, for the autoencoder's training."""
-    shape = (count, layers)
-    motion = _pick(len(MOTIONS), shape, generator)
-    radius = _uniform(7, 14, shape, generator) if varied else torch.full(shape, RADIUS, device=generator.device)
-    speed = _uniform(0.4, 1.7, shape, generator) if varied else SPEEDS.get(pace, SPEED)
-    return Objects(
-        colour=_pick(len(COLOURS), shape, generator),
-        shape=_pick(len(SHAPES), shape, generator),
-        motion=motion,
-        position=_uniform(0, SIDE, (*shape, 2), generator),
-        velocity=_directions(tuple(MOTIONS), motion) * torch.as_tensor(speed, device=generator.device)[..., None],
-        radius=radius,
-        since_rest=_uniform(0, 2 * REST, shape, generator) if pace == RESTS else None,
-    )
-
-
-def draw_landmarks(count: int, generator: torch.Generator, *, pace: str = "") -> Objects:
-    """Five or six landmarks in a row around a panorama, and the camera's turn as a movement of them all.
-
-    `motion` [N, 1] indexes `PANS`, the direction of the camera.
-    """
-    shape = (count, _LANDMARKS)
-    motion = _pick(len(PANS), (count, 1), generator)
-    sixth = _uniform(0, 1, (count, 1), generator) < 0.5
-    place = torch.arange(_LANDMARKS, device=generator.device) + _uniform(-0.15, 0.15, shape, generator)
-    x = WORLD * (place / (_LANDMARKS - (~sixth).float()) + _uniform(0, 1, (count, 1), generator))
-    radius = torch.full(shape, RADIUS, device=generator.device)
-    radius[:, -1:] *= sixth  # nothing is drawn of a radius of 0
-    return Objects(
-        colour=_pick(len(COLOURS), shape, generator),
-        shape=_pick(len(SHAPES), shape, generator),
-        motion=motion,
-        position=torch.stack([x, _uniform(_BORDER, SIDE - _BORDER, shape, generator)], dim=-1),
-        velocity=-SPEEDS[pace] * _directions(PANS, motion).expand(-1, _LANDMARKS, -1),
-        radius=radius,
-        width=WORLD,
-    )
-
-
 def draw_background(count: int, generator: torch.Generator) -> Tensor:
     """Grey backgrounds [N, S, S] in 0..1, half of them plain and half with a linear gradient."""
     level, slope, angle = _greys(count, generator)
@@ -138,15 +98,46 @@ class Panoramas:
 
 
 def draw_shapes(count: int, layers: int, generator: torch.Generator, *, varied: bool, pace: str = "") -> Shapes:
-    """Random clips of objects; arguments as of `draw_objects`."""
-    objects = draw_objects(count, layers, generator, varied=varied, pace=pace)
+    """Random clips of objects; `varied` also draws size and speed at random, for the autoencoder's training."""
+    shape = (count, layers)
+    motion = _pick(len(MOTIONS), shape, generator)
+    radius = _uniform(7, 14, shape, generator) if varied else torch.full(shape, RADIUS, device=generator.device)
+    speed = _uniform(0.4, 1.7, shape, generator) if varied else SPEEDS.get(pace, SPEED)
+    objects = Objects(
+        colour=_pick(len(COLOURS), shape, generator),
+        shape=_pick(len(SHAPES), shape, generator),
+        motion=motion,
+        position=_uniform(0, SIDE, (*shape, 2), generator),
+        velocity=_directions(tuple(MOTIONS), motion) * torch.as_tensor(speed, device=generator.device)[..., None],
+        radius=radius,
+        since_rest=_uniform(0, 2 * REST, shape, generator) if pace == RESTS else None,
+    )
     return Shapes(objects=objects, background=draw_background(count, generator))
 
 
 def draw_panoramas(count: int, generator: torch.Generator, *, pace: str = "") -> Panoramas:
-    """Random panoramas."""
+    """Random panoramas: five or six landmarks in a row, and the camera's turn as a movement of them all.
+
+    `motion` [N, 1] of the objects indexes `PANS`, the direction of the camera.
+    """
     level, slope, angle = _greys(count, generator)
-    return Panoramas(objects=draw_landmarks(count, generator, pace=pace), level=level, slope=slope, angle=angle)
+    shape = (count, _LANDMARKS)
+    motion = _pick(len(PANS), (count, 1), generator)
+    sixth = _uniform(0, 1, (count, 1), generator) < 0.5
+    place = torch.arange(_LANDMARKS, device=generator.device) + _uniform(-0.15, 0.15, shape, generator)
+    x = WORLD * (place / (_LANDMARKS - (~sixth).float()) + _uniform(0, 1, (count, 1), generator))
+    radius = torch.full(shape, RADIUS, device=generator.device)
+    radius[:, -1:] *= sixth  # nothing is drawn of a radius of 0
+    objects = Objects(
+        colour=_pick(len(COLOURS), shape, generator),
+        shape=_pick(len(SHAPES), shape, generator),
+        motion=motion,
+        position=torch.stack([x, _uniform(_BORDER, SIDE - _BORDER, shape, generator)], dim=-1),
+        velocity=-SPEEDS[pace] * _directions(PANS, motion).expand(-1, _LANDMARKS, -1),
+        radius=radius,
+        width=WORLD,
+    )
+    return Panoramas(objects=objects, level=level, slope=slope, angle=angle)
 
 
 def render(objects: Objects, background: Tensor, frames: int, *, start: float = 0.0) -> Tensor:

@@ -14,16 +14,7 @@ from models.attention import attention_backend
 from models.checkpoint import Loading
 from models.errors import InputError
 from models.magi.pipeline import load_pipeline
-from models.pocket.clips import (
-    REST,
-    SIDE,
-    SPEED,
-    WORLD,
-    draw_background,
-    draw_objects,
-    draw_panoramas,
-    render,
-)
+from models.pocket.clips import REST, SIDE, SPEED, WORLD, draw_panoramas, draw_shapes, render
 from models.pocket.latents import Latents, encode_clips
 from models.pocket.muon import Muon
 from models.pocket.preset import POCKET_DIT, WEIGHTS, pocket_config
@@ -117,7 +108,7 @@ def test_paces_and_panoramas_have_their_own_rules(prompt, says):
 
 
 def test_what_rests_moves_stands_still_and_goes_on():
-    one = draw_objects(6, 1, torch.Generator().manual_seed(0), varied=False, pace=RESTS)
+    one = draw_shapes(6, 1, torch.Generator().manual_seed(0), varied=False, pace=RESTS).objects
     steps = one.at(torch.arange(4.0 * REST)).diff(dim=2).norm(dim=-1)
     moving = one.motion != list(MOTIONS).index("still")
     between = (steps > 1e-4) & (steps < SPEED - 1e-4)  # a rest begins or ends within this frame
@@ -148,7 +139,8 @@ def test_a_camera_that_pans_moves_what_it_sees_the_other_way():
 
 def test_motion_is_constant_and_wraps_around():
     generator = torch.Generator().manual_seed(0)
-    objects, background = draw_objects(12, 1, generator, varied=False), draw_background(12, generator)
+    clips = draw_shapes(12, 1, generator, varied=False)
+    objects, background = clips.objects, clips.background
     first = render(objects, background, 1)
     around = render(objects, background, 1, start=SIDE / SPEED)
     assert torch.allclose(first, around, atol=1e-4)
