@@ -64,7 +64,6 @@ class Verdict:
     """What a golden file says of the engine."""
 
     name: str  # of the file, without its ending
-    kind: str  # of the case, one of `TOLERANCES`
     error: float  # relative error (Frobenius) of the tensor that comes closest to its tolerance, or is furthest beyond
     tolerance: float  # of that tensor
     detail: str  # what was compared, in words
@@ -180,9 +179,8 @@ def compare(golden: Golden, made: Iterable[tuple[str, Tensor]]) -> Verdict:
             worst, error, tolerance = off / bound, off, bound
     counts = {"comparisons": count, "identical": equal, "in fp8": in_fp8}
     said = "; ".join([", ".join(f"{number} {what}" for what, number in counts.items() if number), *wrong])
-    return Verdict(
-        name=golden.path.stem, kind=golden.kind, error=error, tolerance=tolerance, detail=said, passed=not wrong
-    )
+    name, passed = golden.path.stem, not wrong
+    return Verdict(name=name, error=error, tolerance=tolerance, detail=said, passed=passed)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
