@@ -86,11 +86,8 @@ def backend_name(name: str) -> str:
 
 
 def attention_backend(name: str = "sdpa", dtype: torch.dtype | None = None) -> Attention:
-    """The attention function of a name, or of "auto", for a model of that dtype.
-
-    Raises:
-        InputError: the name is unknown, its package or a GPU is missing, or it has no kernels for the dtype.
-    """
+    """The attention function of a name, or of "auto", for a model of that dtype. An `InputError` if the name is
+    unknown, its package or a GPU is missing, or it has no kernels for the dtype."""
     name = backend_name(name)
     if name not in BACKENDS:
         raise InputError(f"unknown attention backend {name!r}: choose from auto, {', '.join(BACKENDS)}")

@@ -101,12 +101,9 @@ class WeightFiles:
         all_used: bool,
         stored_as: Callable[[str], str] = str,
     ) -> _Network:
-        """Give a network on the meta device its tensors, in these dtypes, from where they are `stored_as`.
-
-        Raises:
-            InputError: a file is missing, damaged or truncated, or a tensor is missing, of a wrong shape or kind, or,
-                if `all_used`, left over.
-        """
+        """Give a network on the meta device its tensors, in these dtypes, from where they are `stored_as`. An
+        `InputError` if a file is missing, damaged or truncated, or a tensor is missing, of a wrong shape or kind, or,
+        if `all_used`, left over."""
         found = self.fitting(model, dtypes, all_used=all_used, stored_as=stored_as)
         tensors = self._read(found, device, {stored_as(name): dtype for name, dtype in dtypes.items()})
         model.load_state_dict({name: tensors[stored_as(name)] for name in dtypes}, assign=True)
@@ -209,11 +206,8 @@ class TorchFile(WeightFiles):
 
 
 def read_through(found: Mapping[str, Stored]) -> Iterator[str]:
-    """Read tensors one by one, and see that their values are numbers; yields the name of each when it is through.
-
-    Raises:
-        InputError: a file cannot be read, or a value is not a finite number.
-    """
+    """Read tensors one by one, and see that their values are numbers; yields the name of each when it is through. An
+    `InputError` if a file cannot be read, or a value is not a finite number."""
     for path in sorted({entry.path for entry in found.values()}):
         if path.suffix in TORCH_SUFFIXES:
             for name, tensor in _flat(_load_torch(path)):

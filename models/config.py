@@ -16,11 +16,8 @@ _Checked = TypeVar("_Checked")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a file that holds one JSON object; `what` names it in errors.
-
-    Raises:
-        InputError: the file cannot be read, or holds something else.
-    """
+    """Read a file that holds one JSON object; `what` names it in errors. An `InputError` if the file cannot be read, or
+    holds something else."""
     try:
         values = json.loads(path.read_text())
     except OSError as error:
@@ -33,11 +30,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def checked(kind: type[_Checked], values: dict[str, Any], *, source: str) -> _Checked:
-    """A pydantic dataclass of decoded values.
-
-    Raises:
-        InputError: the first value that does not fit, as `source: field: problem`.
-    """
+    """A pydantic dataclass of decoded values. An `InputError` has the first that does not fit, as
+    `source: field: problem`."""
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:

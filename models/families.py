@@ -23,11 +23,8 @@ def family_in(folder: Path) -> Family:
 
 
 def recognise(folder: Path) -> ModelConfig:
-    """The configuration of the model in a downloaded folder.
-
-    Raises:
-        InputError: there is no model in it, or several, or one that is not known.
-    """
+    """The configuration of the model in a downloaded folder. An `InputError` if there is no model in it, or several, or
+    one that is not known."""
     if not folder.is_dir():
         raise InputError(f"cannot read the weights: there is no folder {folder}")
     config: ModelConfig = family_in(folder).recognise(folder)

@@ -77,11 +77,7 @@ class KeptEncoder(ABC):
         """Tokenizer and model, in evaluation mode; an `InputError` if the files cannot be used."""
 
     def encode(self, prompt: str) -> Tensor:
-        """Clean a prompt and encode it: [N, C] fp32.
-
-        Raises:
-            InputError: the files cannot be used.
-        """
+        """Clean a prompt and encode it: [N, C] fp32. An `InputError` if the files cannot be used."""
         text = self.clean(prompt)
         with self._lock:
             if text not in self._known:
@@ -159,11 +155,8 @@ def package(name: str, extra: str, what: str = "a prompt") -> ModuleType:
 
 
 def load_pretrained(transformers: Any, kind: str, folder: Path, what: str, **options: Any) -> Any:
-    """A model or a tokenizer of `transformers` from a folder, by the name of its class.
-
-    Raises:
-        InputError: it cannot be read, or weights are missing, which would be random numbers.
-    """
+    """A model or a tokenizer of `transformers` from a folder, by the name of its class. An `InputError` if it cannot be
+    read, or weights are missing, which would be random numbers."""
     transformers.utils.logging.disable_progress_bar()  # this command shows its own
     is_model = not kind.endswith(("Tokenizer", "Processor"))
     try:
@@ -184,14 +177,8 @@ def load_pretrained(transformers: Any, kind: str, folder: Path, what: str, **opt
 def check_encoder(
     folder: Path, what: str, *, tokenizer: Path | None = None, weights: bool = True, words: bool = True
 ) -> int:
-    """See that folders hold what an encoder is read from: description, vocabulary and weights.
-
-    Returns:
-        Bytes of the weights.
-
-    Raises:
-        InputError: something is missing. The library would make up a vocabulary, and say nothing.
-    """
+    """See that folders hold what an encoder is read from: description, vocabulary and weights, whose bytes it gives. An
+    `InputError` if something is missing. The library would make up a vocabulary, and say nothing."""
     place = tokenizer or folder
     known = (place / "spiece.model").is_file() or (place / "tokenizer.json").is_file()
     files = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]

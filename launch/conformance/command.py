@@ -80,8 +80,7 @@ def check_on_gang(
     error of each file that cannot be read; the others are checked all the same. Without `on_unreadable` the first such
     file ends the gang.
 
-    Raises:
-        InputError: a file cannot be read, or the layout does not fit its model.
+    An `InputError` if a file cannot be read, or the layout does not fit its model.
     """
     for path in files:
         serving = False

@@ -64,7 +64,8 @@ class Run:
         rows = (shapes.caption_max_length, shapes.caption_channels)
         embedded, mask = golden.tensor("input.caption_embs", rows), golden.tensor("input.caption_mask", rows[:1])
         captions = CaptionTable(text=embedded.float()[mask.bool()], null=model.null_text())
-        channels, width, prefix = shapes.latent_channels, runtime.chunk_width, golden.tensors.get("input.prefix_latents")
+        channels, width = shapes.latent_channels, runtime.chunk_width
+        prefix = golden.tensors.get("input.prefix_latents")
         given = 0 if prefix is None else golden.tensor("input.prefix_latents", (1, channels, None, None, None)).shape[2]
         frames = (chunks + math.ceil(given / width)) * width
         size = (None, None) if prefix is None else prefix.shape[-2:]

@@ -35,7 +35,7 @@ class ModelFiles:
 
 
 def find_files(config: MagiConfig, weights: Path | None, *, tokens: Path | None = None) -> ModelFiles:
-    """Find the parts of a model; the places that were searched are named if one is missing.
+    """Find the parts of a model; an `InputError` names those that are missing, and the places that were searched.
 
     Args:
         config: of the model. One without T5 is magi-pocket's, which has a fixed vocabulary.
@@ -43,9 +43,6 @@ def find_files(config: MagiConfig, weights: Path | None, *, tokens: Path | None 
             beside it and one folder up (`ckpt/vae`), then where the configuration says; T5 likewise in `t5`.
         tokens: `special_tokens.npz`, in place of the one in the folder or in `example/assets` of a checkout around it
             or around the working directory.
-
-    Raises:
-        InputError: what is not found.
     """
     runtime = config.runtime_config
     dit = dit_folder(config, weights)
@@ -97,8 +94,7 @@ def recognise(folder: Path) -> MagiConfig:
     A `config.json` in it with the three objects of a released configuration is taken as it is. Else the kind is in the
     names of folders and tensors, the sizes are in the shapes, and all else is as in the released file of that kind.
 
-    Raises:
-        InputError: there is no model in it, or several, or one that is not known.
+    An `InputError` if there is no model in it, or several, or one that is not known.
     """
     if (described := _described(folder)) is not None:
         return described

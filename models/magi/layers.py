@@ -50,16 +50,12 @@ class RotaryBands(nn.Module):
         self.bands = nn.Parameter(10000.0 ** -(torch.arange(count, dtype=torch.float32, device="cpu") / count))
 
     def table(self, time: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Sines and cosines of the tokens of some latent frames.
+        """Sines and cosines [2, S, 3n] fp32 of the tokens of some latent frames, in (T, H, W) order; n of time, n of
+        height, n of width.
 
-        Args:
-            time: fp32 [T], the absolute numbers of the frames. A table is made for one chunk from its own index, so
-                nothing grows with the length of the video. The released code divides them by the number of frames so
-                far, less one, and multiplies again, which is the identity up to two roundings.
-            grid: (H, W) of tokens.
-
-        Returns:
-            [2, S, 3n] fp32: sines, cosines; tokens in (T, H, W) order; angles are n of time, n of height, n of width.
+        `time` [T] has the absolute numbers of the frames, `grid` is (H, W) of tokens. A table is made for one chunk
+        from its own index, so nothing grows with the length of the video. The released code divides the numbers by that
+        of the frames so far, less one, and multiplies again, which is the identity up to two roundings.
         """
         bands = self.bands.float()
         height, width = grid

@@ -100,17 +100,9 @@ def load_pipeline(
 ) -> MagiPipeline:
     """Load a model whole, or with the layers that are asked for: DiT, autoencoder and text encoder.
 
-    What is missing of the smaller files is said before the large ones are read.
-
-    Args:
-        config: of the model. One without T5 is magi-pocket's, which has a fixed vocabulary.
-        weights: folder in place of the configuration's `load`; `find_files` says where the other parts are searched.
-        loading: device, precision, attention, layers.
-        text: how prompts are read. Those that are known are encoded before the DiT takes its memory.
-        copy_weight: as in `MagiSampling`.
-
-    Raises:
-        InputError: something is missing or damaged.
+    `weights` is as of `find_files`, `copy_weight` as in `MagiSampling`. What is missing of the smaller files is said
+    before the large ones are read, and prompts that are known are encoded before the DiT takes its memory. An
+    `InputError` if something is missing or damaged.
     """
     files, runtime, model = find_files(config, weights, tokens=text.tokens), config.runtime_config, config.model_config
     encoder: TextEncoder = PocketEncoder()

@@ -57,11 +57,8 @@ class SpecialTokens:
 
     @classmethod
     def from_npz(cls, path: Path, *, channels: int) -> SpecialTokens:
-        """Read `special_tokens.npz`. With the channels of released models it must be the released file.
-
-        Raises:
-            InputError: it is another file, cannot be read, or lacks the vectors.
-        """
+        """Read `special_tokens.npz`. With the channels of released models it must be the released file. An `InputError`
+        if it is another file, cannot be read, or lacks the vectors."""
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -87,11 +84,8 @@ class SpecialTokens:
         return cls(other=found["other_tokens"], caption=found["caption_token"], logo=found["logo_token"])
 
     def counter_rows(self, names: Collection[SpecialToken]) -> Tensor | None:
-        """Rows in front of the text: what is wanted, and with `DURATION` how much of the video is left.
-
-        Returns:
-            [8, P, C], by how many chunks come after the chunk; more than 7 count as 7. None without names.
-        """
+        """Rows in front of the text: what is wanted, and with `DURATION` how much of the video is left; [8, P, C], by
+        how many chunks come after the chunk, of which more than 7 count as 7. None without names."""
         chosen = [name for name in _FRONT if name in names]
         if not chosen:
             return None
@@ -218,8 +212,7 @@ def clean_prompt(text: str) -> str:
     and a prompt must be treated alike. They are applied twice, as in the released code: the second pass still changes
     some.
 
-    Raises:
-        InputError: ftfy or beautifulsoup4 is not installed.
+    An `InputError` if ftfy or beautifulsoup4 is not installed.
     """
     return _clean_once(_clean_once(text))
 

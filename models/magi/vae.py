@@ -197,9 +197,8 @@ class TiledVAE:
         fps: frames per second; a tile lasts half a second, and at least 8 frames.
         tile_pixels: side of a tile, 256 as released. A smaller one needs less memory and gives other results.
 
-    Raises:
-        InputError: fewer than 16 frames per second, where a tile would be a single latent frame and the decoder would
-            return one frame for four.
+    An `InputError` if there are fewer than 16 frames per second, where a tile would be a single latent frame and the
+    decoder would return one frame for four.
     """
 
     def __init__(self, vae: ViTVAE, *, scale_factor: float, fps: int, tile_pixels: int = 256) -> None:
@@ -226,11 +225,7 @@ class TiledVAE:
         return frames - rest + 1 if 1 < rest < self._time else frames
 
     def encode_grid(self, frames: int, height: int, width: int) -> list[Tile]:
-        """Tiles of a video.
-
-        Raises:
-            InputError: the autoencoder cannot encode this size.
-        """
+        """Tiles of a video. An `InputError` if the autoencoder cannot encode this size."""
         if frames < 1 or height < 1 or width < 1:
             raise InputError(f"a video of {frames} frames of {height} x {width} pixels cannot be encoded")
         if height % self._space or width % self._space:
@@ -286,17 +281,9 @@ class TiledVAE:
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
-        """Latents of a video or, with one frame, of an image.
+        """Latents [1, z, t, h, w], times the scale factor, of a video or an image, uint8 [F, H, W, 3] on any device.
 
-        Args:
-            video: uint8 [F, H, W, 3] on any device; H and W multiples of the patch size. A last tile of 5 to 7 frames
-                loses those after the fourth.
-
-        Returns:
-            [1, z, t, h, w] in the autoencoder's dtype and on its device, times the scale factor.
-
-        Raises:
-            InputError: the size cannot be encoded.
+        A last tile of 5 to 7 frames loses those after the fourth. An `InputError` if the size cannot be encoded.
         """
         frames, height, width, _ = video.shape
         grid = self.encode_grid(frames, height, width)
@@ -309,13 +296,9 @@ class TiledVAE:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Frames of a finished chunk, alone.
+        """Frames uint8 [F, H, W, 3] of a finished chunk alone, scaled latents [1, z, t, h, w] fp32 on any device.
 
-        Args:
-            latents: [1, z, t, h, w] fp32, scaled, on any device. A last tile of one latent frame gives one frame.
-
-        Returns:
-            uint8 [F, H, W, 3] on the autoencoder's device.
+        A last tile of one latent frame gives one frame.
         """
         t, h, w = latents.shape[2:]
         grid = self.decode_grid(t, h, w)

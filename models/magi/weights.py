@@ -24,18 +24,11 @@ class Checkpoint(WeightFiles):
     `diffusion_pytorch_model.safetensors`."""
 
     def dit(self, config: MagiConfig, loading: Loading = WHOLE) -> MagiDiT:
-        """Build the DiT, or the stage with the layers that are asked for, from its own tensors.
+        """The DiT, or the stage with the layers that are asked for, ready to infer with.
 
         What the released code promotes is fp32 (5.5), fp8 weights and their scales stay as they are, and everything
-        else gets the model's dtype, in whichever of the two a checkpoint stores its norms.
-
-        Returns:
-            The model, ready to infer with: without gradients, in evaluation mode. Of a whole one, no tensor of the
-            checkpoint may be left over.
-
-        Raises:
-            InputError: a file is missing, damaged or truncated, or a tensor is missing, too many, or of a wrong shape
-                or kind.
+        else gets the model's dtype, in whichever of the two a checkpoint stores its norms. Of a whole one, no tensor
+        of the checkpoint may be left over; errors as in `WeightFiles.fill`.
         """
         model, dtypes = empty_dit(config, loading)
         model = self.fill(model, dtypes, loading.device, all_used=loading.layers is None)
@@ -47,11 +40,8 @@ class Checkpoint(WeightFiles):
         return self.fitting(model, dtypes, all_used=True)
 
     def vae(self, *, dtype: torch.dtype, device: str = "cpu") -> ViTVAE:
-        """Build the autoencoder of a released folder (1.1), all in one `dtype`, whatever is stored.
-
-        Raises:
-            InputError: as in `dit`; also a description of another class of autoencoder.
-        """
+        """The autoencoder of a released folder (1.1), all in one `dtype`, whatever is stored; errors as in `dit`, and if
+        it is described as one of another class."""
         vae, weights = self._empty_vae()
         return weights.fill(vae, dict.fromkeys(vae.state_dict(), dtype), device, all_used=True)
 

@@ -21,8 +21,7 @@ def encode_prompt(prompt: str) -> Tensor:
     Returns:
         [7, 32] fp32.
 
-    Raises:
-        InputError: the prompt has an unknown word, or no or two colours, shapes or motions.
+    An `InputError` if the prompt has an unknown word, or no or two colours, shapes or motions.
     """
     words = parse_prompt(prompt).prompt.split()
     words += ["<pad>"] * (_LENGTH - len(words))

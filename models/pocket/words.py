@@ -79,8 +79,7 @@ def parse_prompt(prompt: str) -> Scene | Panorama:
 
     A pace may follow: "slowly", "fast", and for an object "with rests".
 
-    Raises:
-        InputError: a word is unknown, or colour, shape or motion is missing or given twice.
+    An `InputError` if a word is unknown, or colour, shape or motion is missing or given twice.
     """
     words = prompt.lower().replace(",", " ").replace(".", " ").split()
     if not words:

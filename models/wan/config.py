@@ -247,11 +247,8 @@ _DIFFUSERS = {
 
 
 def shapes_from_dict(values: dict[str, Any], *, source: str) -> WanShapes:
-    """Shapes of a decoded config.json, a released one or one of diffusers.
-
-    Raises:
-        InputError: a key or a value does not fit; the line begins with `source`.
-    """
+    """Shapes of a decoded config.json, a released one or one of diffusers. An `InputError` if a key or a value does not
+    fit; the line begins with `source`."""
     if values.get("_class_name") in _CLASSES or values.keys() & _DIFFUSERS:
         values = _released_words(values, source)
     return checked(WanShapes, {key: value for key, value in values.items() if key not in _ANY}, source=source)

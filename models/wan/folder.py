@@ -75,15 +75,10 @@ def recognise(folder: Path) -> WanConfig:
 
 
 def find_files(config: WanConfig, folder: Path) -> WanFiles:
-    """Find the parts of a model; all that are missing are named, with the places that were searched.
+    """Find the parts of a model; an `InputError` names all that are missing, with the places that were searched.
 
-    Args:
-        config: of the model.
-        folder: as for `recognise`. The parts of a released model are searched in it, one folder up, and where the
-            instructions of Self-Forcing put them.
-
-    Raises:
-        InputError: what is not found.
+    Those of a released model are searched in the folder, one folder up, and where the instructions of Self-Forcing put
+    them.
     """
     missing: list[str] = []
     image, sees = None, config.shapes.sees_image

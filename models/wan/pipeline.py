@@ -106,10 +106,8 @@ class WanPipeline:
 def load_pipeline(config: WanConfig, folder: Path, loading: Loading, text: TextLoading) -> WanPipeline:
     """Load a model whole, or with the layers that are asked for: DiT, autoencoder and text encoder.
 
-    What is missing of the smaller files is said before the large ones are read.
-
-    Raises:
-        InputError: something is missing or damaged.
+    What is missing of the smaller files is said before the large ones are read. An `InputError` if something is missing
+    or damaged.
     """
     files = find_files(config, folder)
     encoder = UMT5Encoder(files.text, files.tokenizer, text, device="cuda", max_length=config.shapes.text_len)

@@ -45,8 +45,7 @@ class UMT5Encoder(KeptEncoder):
         weights: the released file, or a folder with config.json and weights.
         tokenizer: folder of the vocabulary.
 
-    Raises:
-        InputError: a package or a file is missing.
+    An `InputError` if a package or a file is missing.
     """
 
     def __init__(
@@ -81,11 +80,8 @@ class UMT5Encoder(KeptEncoder):
 
 
 def clean_prompt(text: str) -> str:
-    """Repair what decoding has broken, undo HTML's entities, and leave one space between words.
-
-    Raises:
-        InputError: ftfy is not installed.
-    """
+    """Repair what decoding has broken, undo HTML's entities, and leave one space between words. An `InputError` if ftfy
+    is not installed."""
     text = html.unescape(html.unescape(package("ftfy", "wan").fix_text(text)))
     return re.sub(r"\s+", " ", text.strip()).strip()
 

@@ -57,14 +57,8 @@ class WanWeights:
         self._files = weight_files(source)
 
     def dit(self, config: WanConfig, loading: Loading = WHOLE) -> WanDiT:
-        """Build the DiT, or the stage with the layers that are asked for, all in the dtype of the configuration.
-
-        Returns:
-            The model, ready to infer with. Of a whole one, no tensor of the files may be left over.
-
-        Raises:
-            InputError: as `WeightFiles.fill`.
-        """
+        """The DiT, or the stage with the layers that are asked for, all in the dtype of the configuration, ready to
+        infer with. Of a whole one, no tensor of the files may be left over; errors as in `WeightFiles.fill`."""
         model, dtypes = empty_dit(config, loading)
         whole = loading.layers is None
         return self._files.fill(model, dtypes, loading.device, all_used=whole, stored_as=self._stored_as())
