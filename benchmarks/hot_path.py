@@ -27,7 +27,7 @@ from models.checkpoint import Loading
 from models.errors import InputError
 from models.magi.config import ModelConfig
 from models.magi.layers import Fp8Linear, product_in_fp32
-from models.magi.random_weights import random_dit, random_pipeline
+from models.magi.pipeline import random_dit, random_pipeline
 from models.magi.vae import TiledVAE
 
 _DECODED = (6, 40, 40)  # latents that are decoded

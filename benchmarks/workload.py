@@ -36,8 +36,7 @@ from models.errors import InputError
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from models.magi.family import POCKET_FIGURES
-from models.magi.pipeline import MagiPipeline, load_pipeline, load_stage
-from models.magi.random_weights import random_dit
+from models.magi.pipeline import MagiPipeline, load_pipeline, load_stage, random_dit
 from models.magi.sampling import MagiSampling
 from models.pocket.clips import SIDE
 from models.pocket.preset import pocket_config

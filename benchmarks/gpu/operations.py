@@ -21,7 +21,7 @@ from engine.video import KVOp
 from models.attention import Attention, attention_backend, available_backends, folded
 from models.errors import InputError
 from models.magi.layers import apply_rotary
-from models.magi.random_weights import random_pipeline
+from models.magi.pipeline import random_pipeline
 from models.magi.weights import Loading
 
 _KEPT = 4  # chunks of a KV budget

@@ -12,7 +12,7 @@ from benchmarks.common import Row
 from benchmarks.flops import pass_flops
 from benchmarks.gpu.bench import Bench, problem
 from benchmarks.workload import TEXT, ChunkPass
-from models.magi.random_weights import random_dit
+from models.magi.pipeline import random_dit
 from models.magi.weights import Loading
 
 CONTEXTS = (1, 2, 3, 4, 5)

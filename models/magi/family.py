@@ -14,8 +14,15 @@ from models.magi import presets as known
 from models.magi import weights
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
-from models.magi.pipeline import MagiPipeline, load_pipeline, load_stage
-from models.magi.random_weights import random_dit, random_pipeline, vae_config
+from models.magi.pipeline import (
+    MagiPipeline,
+    load_pipeline,
+    load_stage,
+    random_dit,
+    random_pipeline,
+    vae_config,
+    vae_dtype,
+)
 from models.magi.sampling import COPY_WEIGHT, MagiSampling
 from models.magi.text import SPECIAL, T5_FOLDER, SpecialToken, SpecialTokens, T5Loading, check_t5
 from models.magi.weights import Checkpoint, vae_parameters
@@ -160,9 +167,8 @@ class MagiFamily:
         raise InputError("a negative prompt: MAGI-1 and magi-pocket read none, leave it out")
 
     def vae_bytes(self, config: MagiConfig, vae: Path | None) -> int:
-        """As `Family`. It is fp32 beside an fp32 model."""
         described = vae_config(config) if vae is None else Checkpoint(vae).vae_config()
-        return vae_parameters(described) * (4 if config.model_config.dtype.itemsize == 4 else 2)
+        return vae_parameters(described) * vae_dtype(config).itemsize
 
     def sampling(
         self, config: MagiConfig, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0, ends: int = 0

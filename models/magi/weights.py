@@ -40,8 +40,8 @@ class Checkpoint(WeightFiles):
         return self.fitting(model, dtypes, all_used=True)
 
     def vae(self, *, dtype: torch.dtype, device: str = "cpu") -> ViTVAE:
-        """The autoencoder of a released folder (1.1), all in one `dtype`, whatever is stored; errors as in `dit`, and if
-        it is described as one of another class."""
+        """The autoencoder of a released folder (1.1), all in one `dtype`, whatever is stored; errors as in `dit`, and
+        if it is described as one of another class."""
         vae, weights = self._empty_vae()
         return weights.fill(vae, dict.fromkeys(vae.state_dict(), dtype), device, all_used=True)
 

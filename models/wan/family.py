@@ -17,8 +17,7 @@ from models.wan import weights
 from models.wan.config import WanConfig
 from models.wan.dit import WanDiT
 from models.wan.image import check_image
-from models.wan.pipeline import WanPipeline, load_pipeline, load_stage
-from models.wan.random_weights import random_dit, random_pipeline
+from models.wan.pipeline import WanPipeline, load_pipeline, load_stage, random_dit, random_pipeline
 from models.wan.sampling.changes import KEPT_STEPS, POLYNOMIALS
 from models.wan.sampling.method import sampling_of
 from models.wan.text import check_text

@@ -1,4 +1,5 @@
-"""A loaded model of this family: weights, autoencoder and encoders together, as the engine wants them.
+"""A loaded model of this family: weights, autoencoder and encoders together, as the engine wants them; or one of
+random weights.
 
 Nothing here knows ranks or how a video is scheduled.
 """
@@ -16,8 +17,9 @@ from torch import Tensor
 from models.attention import Attention
 from models.checkpoint import Loading
 from models.protocols import Autoencoder, CaptionTable, Sampling, SeenImage
+from models.random_weights import RandomEncoder, fill_random, normal
 from models.text import TextEncoder, TextLoading
-from models.wan.config import WanConfig
+from models.wan.config import IMAGE_TOKENS, WanConfig
 from models.wan.dit import WanDiT
 from models.wan.folder import dit_source, find_files
 from models.wan.image import ClipEncoder, ImageEncoder
@@ -25,8 +27,8 @@ from models.wan.sampling.changes import condition_changes
 from models.wan.sampling.method import sampling_of
 from models.wan.sampling.self_forcing import SelfForcingSampling
 from models.wan.text import UMT5Encoder, padded
-from models.wan.vae import WanVAE, WanVaeFiles
-from models.wan.weights import WanWeights
+from models.wan.vae import WanVAE, WanVaeConfig, WanVaeFiles, empty_vae
+from models.wan.weights import WanWeights, empty_dit
 
 
 class WanPipeline:
@@ -120,3 +122,41 @@ def load_pipeline(config: WanConfig, folder: Path, loading: Loading, text: TextL
 def load_stage(config: WanConfig, folder: Path, loading: Loading) -> WanDiT:
     """Load the DiT alone, all of it or the layers that are asked for; errors as above."""
     return WanWeights(dit_source(folder)).dit(config, loading)
+
+
+# ---- random weights, as `models/random_weights.py` draws them
+
+
+def random_pipeline(config: WanConfig, loading: Loading, *, vae: WanVaeConfig | None = None) -> WanPipeline:
+    """A model with random weights and a text encoder that makes up captions; the autoencoder is Wan 2.1's, or `vae`."""
+    described = vae or WanVaeConfig()
+    empty = empty_vae(described)
+    network = fill_random(empty, dict.fromkeys(empty.state_dict(), torch.float32), loading.device, _value)
+    encoder = RandomEncoder(config.shapes.text_dim, config.shapes.text_len)
+    images = _RandomImages(config.shapes.clip_dim) if config.shapes.sees_image else None
+    return WanPipeline(config, random_dit(config, loading), WanVAE(network, described), encoder, images)
+
+
+class _RandomImages:
+    """An `ImageEncoder` that makes up tokens."""
+
+    def __init__(self, channels: int) -> None:
+        self._channels = channels
+
+    def encode(self, image: Tensor) -> Tensor:
+        return torch.randn(IMAGE_TOKENS, self._channels, generator=torch.Generator().manual_seed(0))
+
+
+def random_dit(config: WanConfig, loading: Loading) -> WanDiT:
+    """The DiT, all of it or the layers that are asked for, in the dtype of a loaded one."""
+    model, dtypes = empty_dit(config, loading)
+    return fill_random(model, dtypes, loading.device, _value)
+
+
+def _value(name: str, declared: Tensor, device: torch.device) -> Tensor:
+    last = name.rpartition(".")[2]
+    if last == "bias":
+        return torch.zeros(declared.shape, device=device)
+    if declared.dim() > 1 and last != "gamma":
+        return normal(name, declared, device)
+    return torch.ones(declared.shape, device=device)

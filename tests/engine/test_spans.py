@@ -168,8 +168,7 @@ from tests.engine.test_spans import *
 from benchmarks.common import rss
 from engine.machine import settle_heap
 from models.checkpoint import Loading
-from models.wan.pipeline import WanPipeline
-from models.wan.random_weights import random_pipeline
+from models.wan.pipeline import WanPipeline, random_pipeline
 from models.wan.vae import WanVaeConfig
 gc.freeze()  # `rss` collects garbage
 settle_heap()

@@ -12,7 +12,7 @@ from models.attention import attention_backend
 from models.checkpoint import Loading
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
-from models.magi.random_weights import random_dit
+from models.magi.pipeline import random_dit
 from models.protocols import Caption, PassCondition
 from tests.engine.tiny import tiny_config
 

@@ -13,9 +13,8 @@ from models.errors import InputError
 from models.text import TextLoading
 from models.wan.config import CAUSAL_WAN, IMAGE_TO_VIDEO, SELF_FORCING, SKYREELS, WanConfig
 from models.wan.folder import find_files, holds_model, recognise
-from models.wan.pipeline import load_pipeline, load_stage
+from models.wan.pipeline import load_pipeline, load_stage, random_dit, random_pipeline
 from models.wan.presets import PRESETS, preset_of
-from models.wan.random_weights import random_dit, random_pipeline
 from tests.models.wan.damage import DAMAGE, damaged
 from tests.models.wan.downloaded import FORCING_SHAPES, LAYOUTS, SMALL_VAE, of_diffusers
 from tests.models.wan.small import IMAGE_SHAPES, SHAPES, small_config, small_dit

@@ -11,7 +11,7 @@ from engine.video import seeded_noise
 from models.checkpoint import Loading
 from models.protocols import Caption, PassCondition
 from models.wan.config import IMAGE_TO_VIDEO, WanRuntime
-from models.wan.random_weights import random_pipeline
+from models.wan.pipeline import random_pipeline
 from models.wan.sampling.forcing import BlockSampling, WindowSampling
 from models.wan.sampling.method import sampling_of
 from models.wan.sampling.unipc import Sigmas, UniPC

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.checkpoint import Loading
-from models.magi.random_weights import random_dit, vae_config
+from models.magi.pipeline import random_dit, vae_config
 from models.magi.weights import vae_parameters
 from models.pocket.preset import pocket_config
 from models.random_weights import RandomEncoder
