@@ -3,14 +3,17 @@
 import json
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from models.errors import InputError
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 """Of a dataclass of numbers: unknown keys, infinities and NaN are errors."""
+Count = Annotated[int, Field(ge=1, le=1_000)]
+Width = Annotated[int, Field(ge=1, le=1_000_000)]
+Pixels = Annotated[int, Field(ge=16, le=16_384)]
 
 _Checked = TypeVar("_Checked")
 

@@ -17,17 +17,13 @@ def family_of(config: ModelConfig) -> Family:
     return next(family for family in FAMILIES if isinstance(config, family.config_type))
 
 
-def family_in(folder: Path) -> Family:
-    """The family of the model in a folder."""
-    return next((family for family in FAMILIES if family.holds_model(folder)), FAMILIES[-1])
-
-
 def recognise(folder: Path) -> ModelConfig:
     """The configuration of the model in a downloaded folder. An `InputError` if there is no model in it, or several, or
     one that is not known."""
     if not folder.is_dir():
         raise InputError(f"cannot read the weights: there is no folder {folder}")
-    config: ModelConfig = family_in(folder).recognise(folder)
+    family = next(family for family in FAMILIES if family.holds_model(folder))
+    config: ModelConfig = family.recognise(folder)
     return config
 
 

@@ -149,7 +149,7 @@ Draw = Callable[[int, int], Tensor]
 
 
 class Solver(Protocol):
-    """Takes the steps of one chunk. What it remembers between steps is its state."""
+    """Takes the steps of one chunk. What it remembers between steps is its state, nothing if it does not say so."""
 
     def model_input(self, x: Tensor, step: int | None) -> Tensor:
         """What the model is given of latents [1, C, T, h, w] in a step; None once they are finished, or given."""
@@ -162,9 +162,11 @@ class Solver(Protocol):
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next steps depend on."""
+        return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a saved state."""
+        return
 
 
 class Sampling(Protocol):

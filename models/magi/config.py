@@ -14,15 +14,12 @@ import torch
 from pydantic import Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
-from models.config import STRICT, checked, read_json
+from models.config import STRICT, Count, Pixels, Width, checked, read_json
 from models.family import Figures
 from models.protocols import CELL_FRAMES, CELL_PIXELS, KVGeometry
 
-_Count = Annotated[int, Field(ge=1, le=1_000)]
-_Width = Annotated[int, Field(ge=1, le=1_000_000)]
 _Ratio = Annotated[float, Field(gt=0, le=100)]
 _Chunks = Annotated[int, Field(ge=1, le=1_000_000)]
-_Pixels = Annotated[int, Field(ge=16, le=16_384)]
 _Patch = Annotated[int, Field(ge=1, le=64)]
 _Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
 _DTYPES = {"torch.bfloat16": torch.bfloat16, "torch.float16": torch.float16, "torch.float32": torch.float32}
@@ -36,12 +33,12 @@ class ModelConfig:
     """Shapes of the DiT (`model_config`)."""
 
     model_name: Literal["videodit_ardf"]
-    num_layers: _Count
-    hidden_size: _Width
-    ffn_hidden_size: _Width
-    num_attention_heads: _Count
-    num_query_groups: _Count
-    kv_channels: _Width
+    num_layers: Count
+    hidden_size: Width
+    ffn_hidden_size: Width
+    num_attention_heads: Count
+    num_query_groups: Count
+    kv_channels: Width
     layernorm_epsilon: Annotated[float, Field(gt=0, le=1)]
     apply_layernorm_1p: Literal[True]
     x_rescale_factor: _Scale
@@ -49,10 +46,10 @@ class ModelConfig:
     params_dtype: Literal["torch.bfloat16", "torch.float16", "torch.float32"]
     patch_size: _Patch
     t_patch_size: Literal[1]
-    in_channels: _Count
-    out_channels: _Count
+    in_channels: Count
+    out_channels: Count
     cond_hidden_ratio: _Ratio
-    caption_channels: _Width
+    caption_channels: Width
     caption_max_length: Annotated[int, Field(ge=2, le=100_000)]
     xattn_cond_hidden_ratio: _Ratio
     cond_gating_ratio: _Ratio
@@ -115,12 +112,12 @@ class RuntimeConfig:
     clean_t: Annotated[float, Field(ge=0, le=1)]
     seed: int
     num_frames: Annotated[int, Field(ge=1, le=100_000_000)]
-    video_size_h: _Pixels
-    video_size_w: _Pixels
+    video_size_h: Pixels
+    video_size_w: Pixels
     num_steps: Annotated[int, Field(ge=1, le=10_000)]
-    window_size: _Count
-    fps: _Count
-    chunk_width: _Count
+    window_size: Count
+    fps: Count
+    chunk_width: Count
     t5_pretrained: str | None
     t5_device: str
     vae_pretrained: str | None
@@ -237,16 +234,16 @@ class MagiConfig:
 class VaeConfig:
     """The `ddconfig` object of the autoencoder's config.json (specification 1.1)."""
 
-    video_size: _Pixels = 256
-    video_length: _Count = 16
+    video_size: Pixels = 256
+    video_length: Count = 16
     patch_size: _Patch = CELL_PIXELS
-    patch_length: _Count = CELL_FRAMES
-    in_chans: _Count = 3
-    z_chans: _Count = 4
+    patch_length: Count = CELL_FRAMES
+    in_chans: Count = 3
+    z_chans: Count = 4
     double_z: Literal[True] = True
-    embed_dim: _Width = 768
-    depth: _Count = 12
-    num_heads: _Count = 12
+    embed_dim: Width = 768
+    depth: Count = 12
+    num_heads: Count = 12
     mlp_ratio: _Ratio = 4.0
     qkv_bias: Literal[True]
     ln_in_attn: Literal[True]

@@ -6,7 +6,6 @@ Figures only. It knows no tensors of the video, no requests and no order of work
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.magi.config import MagiConfig
-from models.protocols import CELL_FRAMES, CaptionKind, Draw, Pass, PassCondition
+from models.protocols import CELL_FRAMES, CaptionKind, Draw, Pass, PassCondition, Solver
 
 _SHORTCUT_STEPS = 12
 _SHORTCUTS = {"16,16,8": ((0.0, 1 / 16, 2 / 16), (1, 1, 2))}
@@ -37,8 +36,8 @@ def timesteps(num_steps: int, shortcut_mode: str) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class EulerSolver:
-    """A `Solver`: Euler's method; frames that are given are written over in every step (7.4, steps 4, 6)."""
+class EulerSolver(Solver):
+    """Euler's method; frames that are given are written over in every step (7.4, steps 4, 6)."""
 
     sampling: MagiSampling
     given: Tensor | None
@@ -53,12 +52,6 @@ class EulerSolver:
 
     def step(self, x: Tensor, velocity: Tensor, step: int) -> Tensor:
         return self.model_input(x, step) + velocity * self.sampling.step_size(step)
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing to go on from."""
 
 
 @dataclass(frozen=True, kw_only=True)

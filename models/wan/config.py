@@ -13,14 +13,11 @@ import torch
 from pydantic import Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
-from models.config import STRICT, checked
+from models.config import STRICT, Count, Pixels, Width, checked
 from models.errors import InputError
 from models.family import Figures
 from models.protocols import CELL_FRAMES, CELL_PIXELS, KVGeometry
 
-_Count = Annotated[int, Field(ge=1, le=1_000)]
-_Width = Annotated[int, Field(ge=1, le=1_000_000)]
-_Pixels = Annotated[int, Field(ge=16, le=16_384)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -39,16 +36,16 @@ class WanShapes:
     """Shapes of the DiT, by the names of a released config.json, which leaves out those that have a default here."""
 
     model_type: Literal["t2v", "i2v"]
-    dim: _Width
-    ffn_dim: _Width
-    num_heads: _Count
-    num_layers: _Count
-    in_dim: _Count = 16
-    out_dim: _Count = 16
+    dim: Width
+    ffn_dim: Width
+    num_heads: Count
+    num_layers: Count
+    in_dim: Count = 16
+    out_dim: Count = 16
     freq_dim: Annotated[int, Field(ge=2, le=100_000, multiple_of=2)] = 256
-    text_dim: _Width = 4096
+    text_dim: Width = 4096
     text_len: Annotated[int, Field(ge=1, le=100_000)] = 512
-    clip_dim: _Width = 1280
+    clip_dim: Width = 1280
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
     inject_sample_info: bool = False  # the model takes frames per second as a condition
     patch_size: tuple[Literal[1], Literal[2], Literal[2]] = (1, 2, 2)
@@ -106,14 +103,14 @@ class WanRuntime:
     shift: Annotated[float, Field(ge=0.01, le=100)] = 8.0  # of the noise levels
     guidance: Annotated[float, Field(ge=0, le=100)] = 6.0  # 1 and less runs no negative prompt
     negative: str = NEGATIVE
-    chunk_width: _Count = 5  # latent frames that are denoised together (`causal_block_size`)
+    chunk_width: Count = 5  # latent frames that are denoised together (`causal_block_size`)
     stagger: Annotated[int, Field(ge=0, le=1_000)] = 5  # steps between two chunks (`ar_step`)
-    window_frames: _Count = 25  # latent frames that the model is run on at most
-    overlap_frames: _Count = 5  # latent frames of the window before that one goes on from
+    window_frames: Count = 25  # latent frames that the model is run on at most
+    overlap_frames: Count = 5  # latent frames of the window before that one goes on from
     noise_condition: Annotated[int, Field(ge=0, le=999)] = 20  # noise mixed into those, in thousandths
-    fps: _Count = 24
-    height: _Pixels = 544
-    width: _Pixels = 960
+    fps: Count = 24
+    height: Pixels = 544
+    width: Pixels = 960
 
     @model_validator(mode="after")
     def _frames_fit(self) -> WanRuntime:

@@ -5,14 +5,13 @@ Figures only, as `forcing.py`. Each finished chunk is run once more as it is, fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from models.errors import InputError
-from models.protocols import Draw, Pass, PassCondition
+from models.protocols import Draw, Pass, PassCondition, Solver
 from models.wan.sampling.forcing import whole_chunks
 
 _TRAINED_STEPS = 1000
@@ -112,8 +111,8 @@ class SelfForcingSampling:
         return Pass(name=name, caption="text", branch=0, isolated=False, weight=weight, condition=condition)
 
 
-class RenoisingSolver:
-    """A `Solver`: to the clean latents that the velocity points at, and back to the next level with fresh noise."""
+class RenoisingSolver(Solver):
+    """To the clean latents that the velocity points at, and back to the next level with fresh noise."""
 
     def __init__(self, sigmas: tuple[float, ...], draw: Draw) -> None:
         self._sigmas, self._draw = sigmas, draw
@@ -128,9 +127,3 @@ class RenoisingSolver:
         if not following:
             return clean
         return (1 - following) * clean + following * self._draw(step + 1, x.shape[2]).to(x)
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing to go on from."""
