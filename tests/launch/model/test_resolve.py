@@ -17,7 +17,7 @@ from models.errors import InputError
 from models.family import ReuseFigures
 from models.magi.family import MAGI_1_FIGURES, POCKET_FIGURES
 from models.wan.family import WanFamily
-from models.wan.presets import skyreels_config
+from models.wan.presets import PRESETS
 
 
 def _settings(options: Options, *, num_steps: int = 16, guided: bool = False) -> ReuseSettings:
@@ -84,7 +84,7 @@ def test_options_change_single_figures() -> None:
 
 def test_a_distance_that_is_given_has_no_fit_of_another() -> None:
     """The published fit of SkyReels-V2 belongs to the distance that looks at no latents."""
-    config = skyreels_config(large=False)
+    config = PRESETS["skyreels-v2-df-1.3b-540p"].config()
     figures, steps = WanFamily().reuse_figures(config), config.runtime.num_steps
     published, own = (
         reuse_settings(Options(cache="flowcache-fast", distance=given), figures, num_steps=steps, guided=True)
