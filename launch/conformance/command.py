@@ -9,10 +9,9 @@ from rich.console import Console
 from torch import Tensor
 
 from launch.conformance import parts
-from launch.conformance.forward import make_forward, make_released_forward
+from launch.conformance.forward import make_forward, make_released_forward, make_wan_forward
 from launch.conformance.generation import made_by, runs_of
 from launch.conformance.golden import Golden, Verdict, compare, read_golden, without_weights
-from launch.conformance.wan_forward import make_wan_forward
 from launch.conformance.wan_generation import wan_made_by, wan_runs
 from launch.generate import join_ranks, needs_ranks, start_ranks
 from launch.options import Options

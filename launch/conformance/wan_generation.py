@@ -21,10 +21,9 @@ from engine.record import RunRecord
 from engine.request import Encoded
 from engine.reuse.policy import CONDITION, ChunkPolicy, Decision, ReuseSettings
 from engine.video import Noise, WorkItem
-from launch.conformance.forward import softmax_in_fp32
+from launch.conformance.forward import softmax_in_fp32, wan_config
 from launch.conformance.generation import make_video, video_request
 from launch.conformance.golden import Golden
-from launch.conformance.wan_forward import wan_config
 from models.attention import Attention
 from models.checkpoint import Loading
 from models.config import checked
