@@ -96,8 +96,11 @@ def recognise(folder: Path) -> MagiConfig:
 
     An `InputError` if there is no model in it, or several, or one that is not known.
     """
-    if (described := _described(folder)) is not None:
-        return described
+    described = folder / "config.json"
+    if described.is_file():
+        values = read_json(described, "the configuration")
+        if {"model_config", "runtime_config", "engine_config"} & set(values):  # else it is of another tool
+            return MagiConfig.from_dict(values, source=str(described))
     inner = [folder / name for name in _INNER if (folder / name).is_dir()]
     if len(inner) > 1:
         names = " and ".join(path.name for path in inner)
@@ -112,16 +115,6 @@ def recognise(folder: Path) -> MagiConfig:
     config, pocket = _config_of(stored, folder, distilled=distilled, quantised=quantised), find_preset(POCKET).config()
     same = replace(config.model_config, params_dtype=pocket.model_config.params_dtype) == pocket.model_config
     return replace(pocket, runtime_config=replace(pocket.runtime_config, load=str(folder))) if same else config
-
-
-def _described(folder: Path) -> MagiConfig | None:
-    path = folder / "config.json"
-    if not path.is_file():
-        return None
-    values = read_json(path, "the configuration")
-    if not {"model_config", "runtime_config", "engine_config"} & set(values):
-        return None  # another tool's description
-    return MagiConfig.from_dict(values, source=str(path))
 
 
 def _advice(folder: Path) -> str:
