@@ -81,7 +81,7 @@ class Trainer(Generic[Module]):
         self._averaged = deepcopy(module).requires_grad_(False)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._optimizers, self.schedule = optimizers, schedule
-        self._base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        full = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
         self._seed = run.seed if seed is None else seed
         self._generator = torch.Generator(run.device)
         self.step = 0
@@ -89,9 +89,11 @@ class Trainer(Generic[Module]):
         if self._checkpoint.exists():
             self._load()
         # What changes from step to step is read from the device, so that a captured step can be replayed.
-        self._rates = [[torch.zeros((), device=run.device) for _ in rates] for rates in self._base]
+        self._rates = [(torch.zeros((), device=run.device), rate) for rate in full]
         self._fresh = torch.zeros((), device=run.device)  # share of the present weights in the average
-        self._use_rates()
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group, (rate, _) in zip(groups, self._rates, strict=True):
+            group["lr"] = rate
         self._take: Step = _Graphs(self._advance) if run.captured else self._advance
 
     def train(self, steps: int, choose: Choose, loss: Loss) -> Module:
@@ -125,9 +127,8 @@ class Trainer(Generic[Module]):
     def _prepare(self, choose: Choose) -> Hashable:
         """Set rates and the generator for the next step, and choose its kind."""
         factor = self.schedule(self.step)
-        for rates, base in zip(self._rates, self._base, strict=True):
-            for rate, full in zip(rates, base, strict=True):
-                rate.fill_(full * factor)
+        for rate, full in self._rates:
+            rate.fill_(full * factor)
         self._fresh.fill_(1 - min(self._decay, (2 + self.step) / (11 + self.step)))
         # Each step has its own numbers, so that a resumed run draws what an unbroken one would have drawn.
         seed = self._seed * 1_000_003 + self.step
@@ -150,11 +151,6 @@ class Trainer(Generic[Module]):
             torch._foreach_mul_(change, self._fresh)
             torch._foreach_add_(averages, change)
         return figures
-
-    def _use_rates(self) -> None:
-        for optimizer, rates in zip(self._optimizers, self._rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
 
     def _save(self) -> None:
         state = {
