@@ -44,14 +44,15 @@ def small_config(name: str) -> MagiConfig:
     return tiny_config(name, caption_channels=CHANNELS, **shapes)
 
 
-def write_shards(folder: Path, weights: dict[str, Tensor]) -> None:
+def write_shards(folder: Path, weights: dict[str, Tensor], stem: str = "model") -> Path:
     """Two shards and an index, as the released checkpoints are laid out."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     names = sorted(weights)
-    files = {name: f"model-0000{1 + 2 * place // len(names)}-of-00002.safetensors" for place, name in enumerate(names)}
+    files = {name: f"{stem}-0000{1 + 2 * place // len(names)}-of-00002.safetensors" for place, name in enumerate(names)}
     for file in set(files.values()):
         save_file({name: weights[name] for name in names if files[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return folder
 
 
 def write_vae(folder: Path) -> None:
@@ -69,24 +70,23 @@ def write_t5(root: Path, channels: int = CHANNELS, corpus: str = CORPUS) -> None
     from transformers import T5Config, T5EncoderModel  # seconds, for which no other test should wait
 
     folder = root / "t5-v1_1-xxl"
-    folder.mkdir(parents=True)
-    (root / "corpus.txt").write_text(corpus)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(root / "corpus.txt"),
-        model_prefix=str(folder / "spiece"),
-        vocab_size=40,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-        hard_vocab_limit=False,
-    )
-    (folder / "spiece.vocab").unlink()
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 0}')
+    write_tokenizer(folder, corpus)
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "d_model": channels, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4}
     T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu")).save_pretrained(folder)
+
+
+def write_tokenizer(folder: Path, corpus: str = CORPUS) -> None:
+    """A vocabulary of sentencepiece."""
+    folder.mkdir(parents=True)
+    (folder / "corpus.txt").write_text(corpus)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"), model_prefix=str(folder / "spiece"), vocab_size=40, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    (folder / "spiece.vocab").unlink()
+    (folder / "corpus.txt").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 0}')
 
 
 def write_tokens(path: Path, channels: int = CHANNELS) -> None:

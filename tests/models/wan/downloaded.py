@@ -7,16 +7,15 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import sentencepiece
 import torch
 from safetensors.torch import save_file
 
 from models.wan import image, text, vae
 from models.wan.config import WanShapes
 from models.wan.weights import diffusers_name
+from tests.models.downloaded import write_shards, write_tokenizer
 from tests.models.wan.small import IMAGE_SHAPES, SHAPES, small_config, small_dit
 
-WORDS = "a cat sits on a red mat while the dog looks at the blue sky and a bird sings in the green tree near a lake"
 SMALL_VAE = vae.WanVaeConfig(base_dim=4, dim_mult=(1, 2, 2, 2))
 FORCING_SHAPES = replace(SHAPES, inject_sample_info=False, dim=128, num_heads=1, num_layers=2)
 """Self-Forcing has no config.json, and heads of 128 channels."""
@@ -25,7 +24,7 @@ FORCING_SHAPES = replace(SHAPES, inject_sample_info=False, dim=128, num_heads=1,
 def released(folder: Path, shapes: WanShapes = SHAPES) -> Path:
     """As SkyReels-V2 is released."""
     state = small_dit(small_config(shapes)).state_dict()
-    _write_shards(folder, state, "model")
+    write_shards(folder, state)
     kept = (
         "model_type",
         "dim",
@@ -62,7 +61,7 @@ def of_diffusers(folder: Path, shapes: WanShapes = SHAPES) -> Path:
     """As diffusers has it."""
     state = small_dit(small_config(shapes)).state_dict()
     theirs = {diffusers_name(name): tensor for name, tensor in state.items()}
-    _write_shards(folder / "transformer", theirs, "diffusion_pytorch_model")
+    write_shards(folder / "transformer", theirs, "diffusion_pytorch_model")
     values = {
         "_class_name": "SkyReelsV2Transformer3DModel",
         "num_attention_heads": shapes.num_heads,
@@ -105,14 +104,6 @@ def _write_parts(folder: Path) -> None:
     write_tokenizer(folder / text.RELEASED_TOKENIZER)
 
 
-def _write_shards(folder: Path, state: dict[str, torch.Tensor], stem: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    names = {name: f"{stem}-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(state)}
-    for file in set(names.values()):
-        save_file({name: state[name] for name in state if names[name] == file}, folder / file)
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-
-
 def small_vae() -> torch.nn.Module:
     """An autoencoder whose frames are no grey."""
     network = vae.empty_vae(SMALL_VAE).to_empty(device="cpu").float().requires_grad_(False).eval()
@@ -130,19 +121,6 @@ def small_umt5(channels: int = SHAPES.text_dim):
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "d_model": channels, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4}
     return UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj="gated-gelu")).eval()
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A vocabulary of sentencepiece."""
-    folder.mkdir(parents=True)
-    (folder / "corpus.txt").write_text(WORDS)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "corpus.txt"), model_prefix=str(folder / "spiece"), vocab_size=40, pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
-    (folder / "spiece.vocab").unlink()
-    (folder / "corpus.txt").unlink()
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 0}')
 
 
 def small_clip():

@@ -6,7 +6,8 @@ import torch
 from models.errors import InputError
 from models.text import KeptEncoder, TextLoading
 from models.wan.text import UMT5Encoder, clean_prompt, padded, released_name
-from tests.models.wan.downloaded import small_umt5, write_tokenizer
+from tests.models.downloaded import write_tokenizer
+from tests.models.wan.downloaded import small_umt5
 
 PROMPT = "A  cat sits &amp;amp; looks\n at the sky"
 

@@ -11,6 +11,7 @@ from models.checkpoint import Loading
 from models.errors import InputError
 from models.wan.config import WanShapes, shapes_from_dict
 from models.wan.weights import WanWeights, diffusers_name
+from tests.models.downloaded import write_shards
 from tests.models.wan.small import IMAGE_SHAPES, SHAPES, small_config, small_dit
 
 
@@ -45,15 +46,9 @@ def test_diffusers_has_the_same_parameters_under_other_names(shapes):
     assert shapes_from_dict(values, source="here") == shapes
 
 
-def write(folder, state, stem="model", shards=1):
+def write(folder, state, stem="model"):
     folder.mkdir(parents=True, exist_ok=True)
-    if shards == 1:
-        save_file(state, folder / f"{stem}.safetensors")
-        return folder
-    names = {name: f"{stem}-{place % shards}-of-{shards}.safetensors" for place, name in enumerate(state)}
-    for file in set(names.values()):
-        save_file({name: state[name] for name in state if names[name] == file}, folder / file)
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    save_file(state, folder / f"{stem}.safetensors")
     return folder
 
 
@@ -61,8 +56,8 @@ def layouts(folder, state):
     """The same weights in every way in which they are found."""
     theirs = {diffusers_name(name): tensor for name, tensor in state.items()}
     yield write(folder / "released", state)
-    yield write(folder / "shards", state, shards=3)
-    yield write(folder / "other shards", state, stem="diffusion_pytorch_model", shards=2)
+    yield write_shards(folder / "shards", state)
+    yield write_shards(folder / "other shards", state, stem="diffusion_pytorch_model")
     yield write(folder / "diffusers", theirs, stem="diffusion_pytorch_model")
     yield folder / "released" / "model.safetensors"
     generator = {"generator_ema": {f"model.{name}": tensor for name, tensor in state.items()}, "generator": {}}
