@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import Attention, attention_backend
+from models.checkpoint import WHOLE, Loading
 from models.linear import linear_fp32
 from models.magi.config import ModelConfig
 from models.magi.layers import (
@@ -150,17 +151,17 @@ class TransformerLayer(nn.Module):
     """Attention and MLP, each gated, then normalised ("sandwich"), then added in fp32.
 
     With `fp8` the big projections are stored as fp8 (quantised checkpoints, all layers but the first and the last).
-    `precise` runs the output projection in fp32, as released; otherwise it runs in the model's dtype. `compiled` makes
-    few kernels of what is in front of attention, and of what is behind it; layers of a kind share them.
+    Loaded as `precise`, the output projection runs in fp32, as released; otherwise in the model's dtype. `compiled`
+    makes few kernels of what is in front of attention, and of what is behind it; layers of a kind share them.
     """
 
-    def __init__(self, config: ModelConfig, *, fp8: bool, precise: bool, compiled: bool) -> None:
+    def __init__(self, config: ModelConfig, loading: Loading, *, fp8: bool) -> None:
         super().__init__()
         self._enter, self._leave = self.enter, self.leave
-        if compiled:
+        if loading.compiled:
             self.compile_regions()
         self.ada_modulate_layer = _Modulation(config)
-        self.self_attention = _Attention(config, fp8, precise)
+        self.self_attention = _Attention(config, fp8, loading.precise)
         self.self_attn_post_norm = LayerNorm1p(config.hidden_size, config.layernorm_epsilon)
         self.mlp = _Mlp(config, fp8)
         self.mlp_post_norm = LayerNorm1p(config.hidden_size, config.layernorm_epsilon)
@@ -252,51 +253,33 @@ class _CaptionEmbedder(nn.Module):
 class _Blocks(nn.Module):
     """`videodit_blocks`. Layers keep their absolute numbers, so a stage's parameter names are the checkpoint's."""
 
-    def __init__(self, config: ModelConfig, layers: range, *, final: bool, fp8: bool, **how: bool) -> None:
+    def __init__(self, config: ModelConfig, layers: range, loading: Loading, fp8: bool) -> None:
         super().__init__()
         last = config.num_layers - 1
         self.layers = nn.ModuleDict(
-            {str(i): TransformerLayer(config, fp8=fp8 and i not in (0, last), **how) for i in layers}
+            {str(i): TransformerLayer(config, loading, fp8=fp8 and i not in (0, last)) for i in layers}
         )
-        if final:
+        if last in layers:
             self.final_layernorm = LayerNorm1p(config.hidden_size, config.layernorm_epsilon)
 
 
 class MagiDiT(nn.Module):
-    """All of the model or one stage of it, a `VideoModel`.
+    """All of the model or one stage of it, a `VideoModel`; `fp8`: of a quantised checkpoint (all layers but the first
+    and the last). A stage with layer 0 embeds, one with the last reads out."""
 
-    Args:
-        config: shapes.
-        layers: which layers are held; all by default. A stage with layer 0 embeds, one with the last reads out.
-        fp8: a quantised checkpoint (all layers but the first and the last).
-        precise: fp32 output projections, as released; False computes them in the model's dtype.
-        compiled: as of `TransformerLayer`.
-        attention: name of the attention backend, used for the text here and by KV views.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        layers: range | None = None,
-        fp8: bool = False,
-        precise: bool = True,
-        compiled: bool = False,
-        attention: str = "sdpa",
-    ) -> None:
+    def __init__(self, config: ModelConfig, loading: Loading = WHOLE, *, fp8: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.held = range(config.num_layers) if layers is None else layers
-        embeds, reads_out = 0 in self.held, config.num_layers - 1 in self.held
-        self.attention: Attention = attention_backend(attention, config.dtype)
-        if embeds:
+        self.held = range(config.num_layers) if loading.layers is None else loading.layers
+        self.attention: Attention = attention_backend(loading.attention, config.dtype)  # of the text, and of KV views
+        if 0 in self.held:
             size = (1, config.patch_size, config.patch_size)
             self.x_embedder = nn.Conv3d(config.in_channels, config.hidden_size, size, size, bias=False)
         self.t_embedder = _TimestepEmbedder(config)
         self.y_embedder = _CaptionEmbedder(config)
         self.rope = RotaryBands(config.kv_channels)
-        self.videodit_blocks = _Blocks(config, self.held, final=reads_out, fp8=fp8, precise=precise, compiled=compiled)
-        if reads_out:
+        self.videodit_blocks = _Blocks(config, self.held, loading, fp8)
+        if config.num_layers - 1 in self.held:
             values = config.patch_size**2 * config.out_channels
             self.final_linear = nn.ModuleDict({"linear": _linear(config.hidden_size, values)})
 

@@ -93,8 +93,7 @@ def vae_parameters(config: VaeConfig) -> int:
 
 def empty_dit(config: MagiConfig, loading: Loading) -> tuple[MagiDiT, dict[str, torch.dtype]]:
     """A DiT on the meta device, and the dtypes that its parameters are used in."""
-    shapes, fp8 = config.model_config, config.engine_config.fp8_quant
     with torch.device("meta"):
-        how = {"precise": loading.precise, "compiled": loading.compiled}
-        model = MagiDiT(shapes, layers=loading.layers, fp8=fp8, attention=loading.attention, **how)
-    return model, {name: dit_dtype(name, tensor, shapes.dtype) for name, tensor in model.state_dict().items()}
+        model = MagiDiT(config.model_config, loading, fp8=config.engine_config.fp8_quant)
+    dtype = config.model_config.dtype
+    return model, {name: dit_dtype(name, tensor, dtype) for name, tensor in model.state_dict().items()}

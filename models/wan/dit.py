@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import Attention, attention_backend
+from models.checkpoint import WHOLE, Loading
 from models.linear import linear_in
 from models.protocols import Caption, KVGeometry, KVView, Modulation, PassCondition, Positions, TextKV
 from models.wan.config import WanConfig
@@ -39,20 +40,14 @@ class _Head(nn.Module):
 
 
 class WanDiT(nn.Module):
-    """All of the model or one stage of it, a `VideoModel`.
+    """All of the model or one stage of it, a `VideoModel`. A stage with layer 0 embeds, and it and one with the last
+    read out."""
 
-    Args:
-        config: shapes and precision.
-        layers: which layers are held; all by default. A stage with layer 0 embeds, and it and one with the
-            last read out.
-        attention: name of the attention backend, used for the text here and by KV views.
-    """
-
-    def __init__(self, config: WanConfig, *, layers: range | None = None, attention: str = "sdpa") -> None:
+    def __init__(self, config: WanConfig, loading: Loading = WHOLE) -> None:
         super().__init__()
         self.config, shapes = config, config.shapes
-        self.held = range(shapes.num_layers) if layers is None else layers
-        self.attention: Attention = attention_backend(attention)
+        self.held = range(shapes.num_layers) if loading.layers is None else loading.layers
+        self.attention: Attention = attention_backend(loading.attention)  # of the text, and of KV views
         dim = shapes.dim
         if 0 in self.held:
             self.patch_embedding = nn.Conv3d(shapes.in_dim, dim, shapes.patch_size, shapes.patch_size)

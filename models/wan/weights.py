@@ -83,7 +83,7 @@ def weight_files(source: Path) -> WeightFiles:
 def empty_dit(config: WanConfig, loading: Loading) -> tuple[WanDiT, dict[str, torch.dtype]]:
     """A DiT on the meta device, and the dtypes that its parameters are used in."""
     with torch.device("meta"):
-        model = WanDiT(config, layers=loading.layers, attention=loading.attention)
+        model = WanDiT(config, loading)
     return model, dict.fromkeys(model.state_dict(), config.dtype)
 
 

@@ -6,6 +6,7 @@ import torch
 
 from engine.request import Request
 from models.attention import attention_backend
+from models.checkpoint import Loading
 from models.magi.config import MagiConfig
 from models.magi.dit import MagiDiT
 from parallel.ranks.worker import StageModel
@@ -26,7 +27,7 @@ class SmallPipeline(TinyPipeline):
         super().__init__(config, seed=seed)
         if layers is not None:
             whole = self.model.state_dict()
-            dit = MagiDiT(config.model_config, layers=layers)
+            dit = MagiDiT(config.model_config, Loading(layers=layers))
             dit.load_state_dict({name: whole[name] for name in dit.state_dict()})
             self.model = dit.requires_grad_(False)
         self.model.to(device)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.checkpoint import Loading
 from models.config import checked
 from models.errors import InputError
 from models.magi.config import MagiConfig, VaeConfig
@@ -146,7 +147,7 @@ def test_absurd_figures_are_refused_or_can_be_planned_with(data: st.DataObject) 
     assert sampling.step_passes(run.num_steps - 1, oldest=True, text_needed=True)
     assert sampling.clean_passes(0, prefix=True, text_needed=True)
     with torch.device("meta"):
-        MagiDiT(config.model_config, layers=range(1), fp8=config.engine_config.fp8_quant)
+        MagiDiT(config.model_config, Loading(layers=range(1)), fp8=config.engine_config.fp8_quant)
 
 
 def is_number(value: object) -> bool:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from models.checkpoint import Loading
 from models.random_weights import RandomEncoder
 from models.wan.config import SKYREELS, WanConfig, WanPrecision, WanRuntime, WanShapes
 from models.wan.dit import WanDiT
@@ -22,7 +23,7 @@ def small_config(shapes: WanShapes = SHAPES, precision: WanPrecision = SINGLE) -
 
 def small_dit(config: WanConfig, layers: range | None = None) -> WanDiT:
     """Parameters are drawn by name, so that every stage has the same ones."""
-    model = WanDiT(config, layers=layers)
+    model = WanDiT(config, Loading(layers=layers))
     for name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(sum(name.encode()) * len(name))
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)

@@ -32,7 +32,7 @@ def load_only(gang, values, out):
     """Load a stage, run nothing, and note how much memory that took."""
     config = MagiConfig.from_dict(values["model"], source="test")
     with torch.device("meta"):
-        MagiDiT(config.model_config, layers=range(1))  # imports what the meta device needs
+        MagiDiT(config.model_config, Loading(layers=range(1)))  # imports what the meta device needs
     (torch.ones(64, 64) @ torch.ones(64, 64)).sum().item()
     before = peak_memory()
     model = load_stage(config, Path(values["weights"]), Loading(layers=stage_range(config, gang.mesh)))
