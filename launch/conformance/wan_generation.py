@@ -144,7 +144,7 @@ class WanRun:
         encoded = Encoded(captions=making.captions, prefix=making.prefix, noise=making.noise)
         pipeline, log = Latents(model=model, how=sampling), KeptLog()
         parts, record = make_video(pipeline, request, encoded, gang, reuse=making.reuse, kv=making.kv, watcher=log)
-        made, kept, policy = torch.cat(parts, dim=2), log.whole(gang), _policy(golden)
+        made, kept = torch.cat(parts, dim=2), log.whole(gang)
         results, latents = list[WanResult](), making.prefix
         for place, iteration in enumerate(self.iterations):
             own = made[:, :, sum(making.frames[:place]) : sum(making.frames[: place + 1])]
@@ -152,9 +152,7 @@ class WanRun:
                 latents = latents[:, :, latents.shape[2] - making.given[place] :]
             latents = own if latents is None else torch.cat([latents.to(own), own], dim=2)
             of_span = record.of_span(place)
-            results.append(
-                WanResult(iteration=iteration, latents=latents, record=of_span, policy=policy, kept=kept[place])
-            )
+            results.append(WanResult(iteration=iteration, latents=latents, record=of_span, kept=kept[place]))
         return results
 
     def serve(self, model: WanDiT, gang: Gang) -> None:
@@ -242,7 +240,6 @@ class WanResult:
     iteration: int
     latents: Tensor  # [1, C, T, h, w], with the given ones
     record: RunRecord
-    policy: _Policy
     kept: dict[str, Tensor]  # what compressions saw and kept, by the ends of names
 
 
@@ -396,7 +393,7 @@ def wan_made_by(golden: Golden, runs: Sequence[Sequence[WanResult]]) -> Iterator
             for end in golden.named(whole):
                 yield f"{whole}{end}", one.kept.get(f"{start}.{end}", torch.zeros(0))
     if "output.rel_l1" in golden.tensors:
-        policy = results[0].policy
+        policy = _policy(golden)
         changes = torch.cat([_decided(one.record, KEPT_STEPS[policy.use_ret_steps]) for one in results])
         yield "output.rel_l1", changes
         sums = ChunkPolicy(0.0, 1, polynomial=policy.polynomial)
