@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -164,14 +164,11 @@ class ViTVAE(nn.Module):
         return video[:, :, :1] if latent.shape[2] == 1 else video
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tile:
-    """One tile: its place in the grid of tiles and its slices of the input."""
+class Tile(NamedTuple):
+    """One tile: its place in the grid of tiles, and its part of the input, by time, rows and columns."""
 
     place: Size
-    time: slice
-    rows: slice
-    columns: slice
+    part: tuple[slice, slice, slice]
 
 
 def plan_tiles(size: Size, *, tile: Size, stride: Size) -> list[Tile]:
@@ -183,8 +180,8 @@ def plan_tiles(size: Size, *, tile: Size, stride: Size) -> list[Tile]:
     tiles = []
     for place in itertools.product(frames, rows, columns):
         starts = (at * step for at, step in zip(place, stride, strict=True))
-        cuts = [slice(a, min(a + n, end)) for a, n, end in zip(starts, tile, size, strict=True)]
-        tiles.append(Tile(place=place, time=cuts[0], rows=cuts[1], columns=cuts[2]))
+        time, row, column = (slice(a, min(a + n, end)) for a, n, end in zip(starts, tile, size, strict=True))
+        tiles.append(Tile(place, (time, row, column)))
     return tiles
 
 
@@ -243,7 +240,7 @@ class TiledVAE:
     @torch.no_grad()
     def encode_tile(self, video: Tensor, tile: Tile) -> Tensor:
         """Posterior mode [1, z, t, h, w] of one tile of a uint8 video [F, H, W, 3] on any device, unscaled."""
-        pixels = video[tile.time, tile.rows, tile.columns].to(self._device()).permute(3, 0, 1, 2)[None]
+        pixels = video[tile.part].to(self._device()).permute(3, 0, 1, 2)[None]
         return self.vae.encode((pixels.float() / 127.5 - 1).to(self.vae.dtype))
 
     @torch.no_grad()
@@ -252,7 +249,7 @@ class TiledVAE:
 
         Tiles of one size go through the decoder together, as many as have `_CELLS_AT_ONCE` latent cells.
         """
-        parts = [latents[:, :, tile.time, tile.rows, tile.columns].to(self._device()) for tile in tiles]
+        parts = [latents[:, :, *tile.part].to(self._device()) for tile in tiles]
         by_size: dict[torch.Size, list[int]] = {}
         for index, part in enumerate(parts):
             by_size.setdefault(part.shape, []).append(index)

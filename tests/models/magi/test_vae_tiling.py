@@ -187,7 +187,7 @@ def test_tiles_of_one_size_are_decoded_together_as_many_as_fit(monkeypatch: pyte
 
 
 def size_of(tile: Tile) -> Size:
-    time, rows, columns = (part.stop - part.start for part in (tile.time, tile.rows, tile.columns))
+    time, rows, columns = (part.stop - part.start for part in tile.part)
     return time, rows, columns
 
 
@@ -199,9 +199,7 @@ def test_the_plan_covers_everything_in_raster_order(size: tuple[int, int, int]) 
     counts = [range(math.ceil(n / s)) for n, s in zip(size, stride, strict=True)]
     assert [part.place for part in grid] == list(itertools.product(*counts))
     for part in grid:
-        for cut, at, n, s, whole in zip(
-            (part.time, part.rows, part.columns), part.place, tile, stride, size, strict=True
-        ):
+        for cut, at, n, s, whole in zip(part.part, part.place, tile, stride, size, strict=True):
             assert (cut.start, cut.stop) == (at * s, min(at * s + n, whole))
         assert math.prod(size_of(part)) > 0
 
