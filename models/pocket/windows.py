@@ -24,11 +24,11 @@ from models.pocket.clips import WORLD
 from models.pocket.latents import Latents
 from models.pocket.preset import POCKET_DIT
 from models.pocket.words import PACES, RESTS, SPEEDS
+from models.protocols import CELL_FRAMES
 
 CHUNK_FRAMES = 6  # latent
 WINDOW = 4
 CLEAN_T = 0.9999
-_CELL_FRAMES = 4  # frames of a latent frame
 _FORMING, _FORMED = (0.15, 0.7), 0.75
 """Where outlines of a first chunk are decided on its way from noise, and the share of its batches drawn from there.
 
@@ -315,7 +315,7 @@ def _draw_gap(pace: Tensor, rand: Callable[..., Tensor]) -> Tensor:
 @cache
 def _turn_frames(device: torch.device) -> Tensor:
     """Latent frames of a turn by pace [P]; copied once, since a captured step cannot copy from the host."""
-    return torch.tensor([0.0 if pace == RESTS else WORLD / SPEEDS[pace] / _CELL_FRAMES for pace in PACES]).to(device)
+    return torch.tensor([0.0 if pace == RESTS else WORLD / SPEEDS[pace] / CELL_FRAMES for pace in PACES]).to(device)
 
 
 def _draw_kept(branch: Branch, tok: int, generator: torch.Generator) -> Tensor | None:
