@@ -175,15 +175,12 @@ class Latents:
 
     @property
     def autoencoder(self) -> Autoencoder:
-        """There is none."""
         raise AssertionError("latents are not decoded")
 
     def sampling(self, num_steps: int, *, clean_pass: bool, copy_pass: bool, given: int = 0, ends: int = 0) -> Sampling:
-        """As it was given."""
         return self.how
 
     def captions(self, prompt: str) -> CaptionTable:
-        """Nothing is read."""
         raise AssertionError("captions are given")
 
     def see(self, image: Tensor) -> None:

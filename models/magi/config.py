@@ -226,7 +226,6 @@ class MagiConfig:
         return cls.from_dict(read_json(path, "the configuration"), source=str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as it would stand in a file."""
         return TypeAdapter(MagiConfig).dump_python(self, mode="json")
 
 

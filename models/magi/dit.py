@@ -382,7 +382,6 @@ class MagiDiT(nn.Module):
         return {number: layer.self_attention.text(text_BND) for number, layer in self._layers()}
 
     def modulation(self, condition: PassCondition) -> Modulation:
-        """Gates of a pass; as `VideoModel.modulation`."""
         t = torch.full((1, 1), condition.times[0], dtype=torch.float32, device=self.device)
         return self.gates(self.embed_condition(t, distill=condition.distill, null=condition.drop))
 

@@ -43,7 +43,6 @@ class EulerSolver(Solver):
     given: Tensor | None
 
     def model_input(self, x: Tensor, step: int | None) -> Tensor:
-        """The latents with the given frames."""
         if self.given is None:
             return x
         x = x.clone()
@@ -129,11 +128,9 @@ class MagiSampling:
         return self._times[1][step]
 
     def solver(self, given: Tensor | None, draw: Draw) -> EulerSolver:
-        """Euler's method."""
         return EulerSolver(self, given)
 
     def computes(self, step: int, *, last_tick: bool) -> bool:
-        """The last tick of a video is computed."""
         return last_tick
 
     def key_limit(self, step: int, place: int) -> int | None:

@@ -33,5 +33,4 @@ class PocketEncoder:
     """`encode_prompt` in the place of a text encoder."""
 
     def encode(self, prompt: str) -> Tensor:
-        """Encode one prompt; shape and errors as in `encode_prompt`."""
         return encode_prompt(prompt)

@@ -159,7 +159,6 @@ class WanConfig:
     runtime: WanRuntime = WanRuntime()
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain values."""
         return TypeAdapter(WanConfig).dump_python(self, mode="json")
 
     @property

@@ -157,7 +157,6 @@ class BlockSampling(DiffusionForcing):
 
     @property
     def branches(self) -> int:
-        """One for each branch of guidance."""
         return 2 if self.guidance > 1 else 1
 
     def times(self, step: int) -> tuple[float, ...]:
@@ -172,7 +171,6 @@ class BlockSampling(DiffusionForcing):
         return BlockSolver(self._new_solver(), given=given is not None, mix=self.noise_condition, draw=draw)
 
     def computes(self, step: int, *, last_tick: bool) -> bool:
-        """The last step of each group is computed."""
         return step == self.steps - 1
 
     def key_limit(self, step: int, place: int) -> int | None:
@@ -192,7 +190,6 @@ class BlockSampling(DiffusionForcing):
         return None if self.key_range is None else self.key_range + 1
 
     def step_passes(self, step: int, *, oldest: bool, text_needed: bool) -> tuple[Pass, ...]:
-        """Both branches at the step's time."""
         return self._passes(self.times(step))
 
     def clean_passes(self, step_in_quantum: int, *, prefix: bool, text_needed: bool) -> tuple[Pass, ...]:
@@ -281,7 +278,6 @@ class WindowSampling(DiffusionForcing):
         return WindowSolver(self, [self._new_solver() for _ in range(self.groups)], draw)
 
     def computes(self, step: int, *, last_tick: bool) -> bool:
-        """No row has to be."""
         return False
 
     def key_limit(self, step: int, place: int) -> int | None:
@@ -317,7 +313,6 @@ class WindowSolver:
         self._sampling, self._solvers, self._draw = sampling, solvers, draw
 
     def model_input(self, x: Tensor, step: int | None) -> Tensor:
-        """The latents, with fresh noise in those that are given."""
         given, mix = self._sampling.given, self._sampling.noise_condition
         if step is None or not given or not mix:
             return x

@@ -82,7 +82,6 @@ class SelfForcingSampling:
         return RenoisingSolver((*self.sigmas, 0.0), draw)
 
     def computes(self, step: int, *, last_tick: bool) -> bool:
-        """The last step of each chunk is computed."""
         return step == self.num_steps - 1
 
     def key_limit(self, step: int, place: int) -> int | None:
