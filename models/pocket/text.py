@@ -32,5 +32,4 @@ def encode_prompt(prompt: str) -> Tensor:
 class PocketEncoder:
     """`encode_prompt` in the place of a text encoder."""
 
-    def encode(self, prompt: str) -> Tensor:
-        return encode_prompt(prompt)
+    encode = staticmethod(encode_prompt)

@@ -117,10 +117,6 @@ class WanVAE:
         mode = self.network.encode(torch.cat([frames, rest], dim=2)).latent_dist.mode()
         return (mode - self._mean) * self._scale
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Frames uint8 [1 + 4k, H, W, 3] of a whole video's latents [1, z, 1 + k, h, w]."""
-        return self.stream()(latents)
-
     def stream(self) -> Callable[[Tensor], Tensor]:
         """Decodes the chunks of one video in order; as `Autoencoder.stream`."""
         return _WanStream(self.network, self._mean, self._scale)

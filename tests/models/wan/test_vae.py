@@ -26,7 +26,7 @@ def latents(frames):
 
 def test_a_video_is_decoded_chunk_by_chunk_as_it_is_at_once(vae):
     z = latents(7)
-    whole = vae.decode(z)
+    whole = vae.stream()(z)
     assert whole.shape == (25, 24, 32, 3) and whole.dtype == torch.uint8 and whole.float().std() > 5
     scale = (
         torch.tensor(SMALL_VAE.latents_std).view(1, -1, 1, 1, 1),
@@ -62,11 +62,11 @@ def test_the_decoder_keeps_the_streams_of_videos_apart(vae):
             decoder.put(video, index, z[:, :, 2 * index : 2 * index + 2])
     for video, z in enumerate((first, second)):
         made = torch.cat([decoder.get(video, wait=True).frames for _ in range(2)])
-        assert torch.equal(made, vae.decode(z))
+        assert torch.equal(made, vae.stream()(z))
         decoder.forget(video)
     decoder.begin(0, vae)  # another video of that number begins anew
     decoder.put(0, 0, second[:, :, :2])
-    assert torch.equal(decoder.get(0, wait=True).frames, vae.decode(second[:, :, :2]))
+    assert torch.equal(decoder.get(0, wait=True).frames, vae.stream()(second[:, :, :2]))
     decoder.close()
 
 
@@ -77,12 +77,12 @@ def test_what_comes_before_the_first_chunk_is_seen_and_not_shown(vae):
     decoder.prime(0, z[:, :, :3])
     kept = decoder.state(0)
     decoder.put(0, 0, z[:, :, 3:])
-    assert torch.equal(decoder.get(0, wait=True).frames, vae.decode(z)[9:])
+    assert torch.equal(decoder.get(0, wait=True).frames, vae.stream()(z)[9:])
     assert decoder.get(0, wait=False) is None
     decoder.begin(1, vae)
     decoder.restore(1, kept)  # as from a checkpoint
     decoder.put(1, 0, z[:, :, 3:])
-    assert torch.equal(decoder.get(1, wait=True).frames, vae.decode(z)[9:])
+    assert torch.equal(decoder.get(1, wait=True).frames, vae.stream()(z)[9:])
     decoder.close()
 
 
@@ -122,7 +122,7 @@ def test_both_layouts_give_the_same_autoencoder(tmp_path, vae, write):
     source = write(tmp_path, vae.network)
     files = WanVaeFiles(source)
     assert files.config() == SMALL_VAE and len(files.check()) == 194
-    assert torch.equal(files.load("cpu").decode(latents(2)), vae.decode(latents(2)))
+    assert torch.equal(files.load("cpu").stream()(latents(2)), vae.stream()(latents(2)))
 
 
 def test_released_names_are_the_published_ones():
