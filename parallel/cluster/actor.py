@@ -27,8 +27,8 @@ from engine.machine import settle_heap
 from engine.progress import Progress
 from engine.record import Recorder
 from engine.reuse.policy import Decision, Observation
-from engine.submission import Submission
 from engine.schedule import Timetable
+from engine.submission import Submission
 from models.errors import InputError
 from parallel.cluster import messages
 from parallel.cluster.config import RankTask
